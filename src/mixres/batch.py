@@ -1,0 +1,131 @@
+"""The records that rooms hand to each other, from cache to loss. Fields, shapes and device moves; nothing is computed.
+
+Stored form and model form have different names: a `Sample` is clean and unpadded, a `Batch` is what collate made of
+several, a `FlowSample` is a batch at its noise level.
+
+Legend: B sample, S image token (target first, then controls), V valid target token of the whole batch, T text token,
+P packed channel (4 x latent channels), D text width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mixres.geometry import Grid
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example as it lies in the cache: clean, unpadded, on the CPU."""
+
+    name: str  # what messages call it
+    target_latents: Tensor  # (S_target, P)
+    control_latents: tuple[Tensor, ...]  # each (S_control, P), in the order of `img_shapes[1:]`
+    prompt_embeds: Tensor  # (T, D)
+    img_shapes: tuple[Grid, ...]  # target first, then each control
+    edit_mask: Tensor | None = None  # (S_target,) float32, foreground share of each target token in [0, 1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several samples in the layout the transformer takes. `padded`: rows are samples, filled up with zeros."""
+
+    indices: tuple[int, ...]  # positions of the samples in the data set; randomness is keyed by them
+    names: tuple[str, ...]
+    latents: Tensor  # (B, S, P) clean; per row target | controls | zeros
+    target_index: Tensor  # (V,) int64 rows of `latents.flatten(0, 1)` that hold target tokens, sample by sample
+    target_lengths: tuple[int, ...]  # V = sum
+    prompt_embeds: Tensor  # (B, T, D)
+    prompt_mask: Tensor | None  # (B, T) bool, None when no text is padded
+    text_lengths: tuple[int, ...]
+    img_shapes: tuple[tuple[Grid, ...], ...]
+    edit_mask: Tensor  # (V,) float32 foreground share, 1 where a sample has no mask
+    has_mask: tuple[bool, ...]
+    sample_weights: tuple[float, ...]  # 1, or 0 for a filler that only keeps ranks in step
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with every tensor on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class FlowSample:
+    """A batch at its noise levels. Source: rectified flow, Liu et al. 2022 (arXiv 2209.03003)."""
+
+    noisy_latents: Tensor  # (B, S, P): target tokens interpolated, controls and filler as in the batch
+    sigmas: Tensor  # (B,) in [0, 1]; 0 is data, 1 is noise; also the model's `timestep`
+    velocity: Tensor  # (V, P) noise - data at the target tokens, the regression target
+    weights: Tensor  # (B,) loss weight of each sample's noise level
+
+
+def extract_batch_field(embeddings: Mapping[str, Any], key: str, batch_idx: int) -> Any:
+    """The value of `key` that belongs to sample `batch_idx`.
+
+    `embeddings[key]` may be a list or tuple (one value a sample), a tensor whose first axis is the batch (a 0-d element
+    comes back as a Python number), or a scalar that all samples share.
+
+    Raises:
+        KeyError: `key` is absent; the message lists the keys there are.
+        IndexError: a list or tensor is shorter than `batch_idx` + 1.
+    """
+    if key not in embeddings:
+        raise KeyError(f"no field '{key}' in the embeddings; there are: {', '.join(sorted(embeddings))}")
+    value = embeddings[key]
+    if isinstance(value, Tensor):
+        element = value if value.dim() == 0 else value[batch_idx]
+        return element.item() if element.dim() == 0 else element
+    if isinstance(value, (list, tuple)):
+        element = value[batch_idx]
+        return element.item() if isinstance(element, Tensor) and element.dim() == 0 else element
+    return value
+
+
+def image_shapes_from_embeddings(
+    embeddings: Mapping[str, Any], batch_size: int, pixels_per_token: int = 16
+) -> list[list[tuple[int, int, int]]]:
+    """Per sample the token grids `(1, h, w)` of its images, target first.
+
+    `img_shapes` is used where present. Otherwise (cache format 1) the grids come from the pixel fields `height`/`width`
+    of the target, `height_control`/`width_control` of the first control, `height_control_1`/`width_control_1` of the
+    next, and so on; a control whose field is None, or 0, is absent from that sample.
+
+    Raises:
+        KeyError: neither `img_shapes` nor `height` and `width` are there.
+        ValueError: a height or width is not a multiple of `pixels_per_token`.
+    """
+    if embeddings.get("img_shapes") is not None:
+        per_sample = (extract_batch_field(embeddings, "img_shapes", b) for b in range(batch_size))
+        return [[_as_grid(shape) for shape in shapes] for shapes in per_sample]
+    return [_shapes_from_pixels(embeddings, b, pixels_per_token) for b in range(batch_size)]
+
+
+def _as_grid(shape: Sequence[int] | Tensor) -> tuple[int, int, int]:
+    frames, rows, columns = (int(side) for side in shape)
+    return frames, rows, columns
+
+
+def _shapes_from_pixels(
+    embeddings: Mapping[str, Any], batch_idx: int, pixels_per_token: int
+) -> list[tuple[int, int, int]]:
+    suffixes = ["", "_control"]
+    while f"height_control_{len(suffixes) - 1}" in embeddings:
+        suffixes.append(f"_control_{len(suffixes) - 1}")
+    shapes = []
+    for suffix in suffixes:
+        if suffix and f"height{suffix}" not in embeddings:
+            continue
+        sides = [extract_batch_field(embeddings, f"{side}{suffix}", batch_idx) for side in ("height", "width")]
+        if suffix and not all(sides):
+            continue
+        if any(side % pixels_per_token for side in sides):
+            raise ValueError(
+                f"sample {batch_idx}: height{suffix} x width{suffix} = {sides[0]} x {sides[1]} is not a multiple of "
+                f"{pixels_per_token} pixels per token"
+            )
+        shapes.append((1, int(sides[0]) // pixels_per_token, int(sides[1]) // pixels_per_token))
+    return shapes

@@ -1,0 +1,108 @@
+"""The command line: `train.py [VERB] --config FILE [key=value ...]`, and what each way of ending means.
+
+Promise: `--help` needs no library beside Python's own; wrong input is told in full, one line a fault, before torch is
+imported. Cost: a few milliseconds until a verb runs.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mixres import __version__
+from mixres.errors import UserError, WorkError
+
+if TYPE_CHECKING:
+    from mixres.config import Config
+
+VERBS = {
+    "train": "fill the cache where it is not full, then train (also where no verb is given)",
+    "cache": "encode every sample of the configuration into the cache, then stop",
+}
+OPTIONS = ("--config", "--cache", "--help", "--version")
+
+EXIT_CODES = "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 130 interrupted"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; an exception that is a bug comes out as it is."""
+    try:
+        verb, config = _parse(sys.argv[1:] if argv is None else argv)
+        {"train": _train, "cache": _cache}[verb](config)
+    except UserError as error:
+        for message in error.messages:
+            print(f"mixres: error: {message}", file=sys.stderr)
+        return 2
+    except WorkError as error:
+        print(f"mixres: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("mixres: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> "tuple[str, Config]":
+    """The verb and its configuration, or a UserError with every fault of arguments, file and overrides."""
+    given, unknown = _parser().parse_known_intermixed_args(argv)
+    faults = [f"{option}: unknown option{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown]
+    words: list[str] = given.words
+    verb = words.pop(0) if words and "=" not in words[0] else "train"
+    if verb not in VERBS:
+        faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
+    if not given.config:
+        faults.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
+        raise UserError(faults)
+    from mixres.config import load_config
+
+    try:
+        config = load_config(Path(given.config), words)
+    except UserError as error:
+        faults += error.messages
+    if faults:
+        raise UserError(faults)
+    return "cache" if given.cache else verb, config
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<8}{meaning}" for verb, meaning in VERBS.items())
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name,
+        usage="%(prog)s [VERB] --config FILE [key=value ...]",
+        description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
+        epilog=f"verbs:\n{verbs}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="VERB, key=value", help="a verb, then overrides of the file's keys")
+    parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
+    parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
+    parser.add_argument("--version", action="version", version=f"mixres {__version__}")
+    return parser
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+# The verbs import what they need when they run: nothing of torch is loaded for wrong input.
+
+
+def _train(config: "Config") -> None:
+    from mixres.trainer import train
+
+    train(config)
+
+
+def _cache(config: "Config") -> None:
+    from mixres.precompute import run_cache
+
+    run_cache(config)

@@ -1,0 +1,268 @@
+"""Every key of a mixres run: name, type, range, default and meaning; a frozen record that no other room changes.
+
+Promise: a `Config` that exists is valid; what is wrong is reported all at once, one line a key, naming what was given
+and what is allowed, before any model library loads. Values behind `${oc.env:...}` never stand in a message or dump.
+Cost: about 0.2 s, most of it the import of pydantic.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
+
+from mixres.config_faults import Rule, conflicts, defaults, known_keys, schema_faults, validate
+from mixres.config_source import KeyPath, leaves, read_source, replaced, value_at
+from mixres.errors import UserError
+
+SECRET = re.compile(r"token|key|secret|password", re.IGNORECASE)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MEBIBYTE = 2**20
+_BARE_REFERENCE = re.compile(r"\$\{[^,{}]*\}")
+
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown keys, no coercion, no NaN, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class LoraConfig(Section):
+    r: int = Field(16, ge=1, le=4096, description="Rank of the adapters.")
+    lora_alpha: float = Field(16.0, gt=0, le=65536, description="Scale: the adapters' output counts lora_alpha / r.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout before the adapters; above 0 a resume is exact on the same topology only."
+    )
+    target_modules: Texts = Field(
+        ATTENTION, description="Name endings of the layers that get adapters; every one must match at least one layer."
+    )
+
+
+class ModelConfig(Section):
+    pretrained_model_name_or_path: Text = Field(description="Hub name or local folder of the base pipeline.")
+    revision: Text | None = Field(None, description="Hub branch, tag or commit; null takes the default branch.")
+    family: Literal["qwen_image_edit"] | None = Field(
+        None, description="Model family; null reads it from the base's model_index.json."
+    )
+    dtype: Literal["bfloat16", "float32", "float64"] = Field(
+        "bfloat16", description="Precision of the base weights; adapters stay float32 (float64 is for tests)."
+    )
+    lora: LoraConfig | None = Field(LoraConfig(), description="The adapters to train; null trains all weights.")
+
+
+class MaskWeightConfig(Section):
+    foreground: float = Field(2.0, ge=0, le=1e6, description="Loss weight of tokens inside the edit mask.")
+    background: float = Field(1.0, ge=0, le=1e6, description="Loss weight of tokens outside the edit mask.")
+
+
+class TargetSizeConfig(Section):
+    max_pixels: int = Field(1_048_576, ge=256, le=2**28, description="Larger targets are scaled down to this.")
+    multiple_of: int = Field(16, ge=1, le=1024, description="Target sides are rounded to multiples of this, in pixels.")
+    upscale: bool = Field(False, description="Also scale smaller targets up to max_pixels.")
+
+
+class ControlSizeConfig(Section):
+    area: int = Field(
+        1_048_576, ge=1024, le=2**28, description="Pixels of a control, up or down, in caching, training and sampling."
+    )
+
+
+class ResizeConfig(Section):
+    target: TargetSizeConfig = Field(TargetSizeConfig(), description="Size rule of the images to be learnt.")
+    control: ControlSizeConfig = Field(ControlSizeConfig(), description="Size rule of the images to be edited.")
+
+
+class LimitsConfig(Section):
+    max_source_pixels: int = Field(64_000_000, ge=256, le=2**32, description="Images with more pixels are refused.")
+    max_bytes: int = Field(512 * MEBIBYTE, ge=1, le=2**40, description="Image files with more bytes are refused.")
+    max_aspect: float = Field(8.0, ge=1, le=1000, description="Images of a larger long / short side are refused.")
+
+
+class DataConfig(Section):
+    train: Texts = Field(description="Training data: a folder or a .jsonl manifest, or a list of them.")
+    held_out: Texts | None = Field(None, description="Pairs for samples while training, given as data.train.")
+    on_bad_item: Literal["error", "skip"] = Field(
+        "error", description="Unusable items: stop with the list of all of them, or list them and train on the others."
+    )
+    empty_caption: Literal["error", "use_empty", "skip"] = Field(
+        "error", description="Items without instruction: a fault, trained with the empty instruction, or left out."
+    )
+    follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
+    num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
+    mask_weight: MaskWeightConfig = Field(MaskWeightConfig(), description="Loss weights of samples with an edit mask.")
+    resize: ResizeConfig = Field(ResizeConfig(), description="Size rules; nothing is ever cropped.")
+    limits: LimitsConfig = Field(LimitsConfig(), description="What an image file may be at most.")
+
+
+class BatchConfig(Section):
+    samples_per_step: int = Field(4, ge=1, le=2**20, description="Samples of one optimizer step, over all devices.")
+    max_tokens: int = Field(
+        16384,
+        ge=1,
+        le=2**31,
+        description="Tokens computed in a microbatch: rows x (longest text + longest images).",
+    )
+    layout: Literal["padded"] = Field("padded", description="Layout of a microbatch: rows padded to the longest.")
+
+
+class FlowConfig(Section):
+    density: Literal["logit_normal", "uniform", "mode"] = Field(
+        "logit_normal", description="Distribution of the training noise levels (Esser et al. 2024, section 3.1)."
+    )
+    logit_mean: float = Field(0.0, ge=-100, le=100, description="Mean of the logit-normal density.")
+    logit_std: float = Field(1.0, gt=0, le=100, description="Standard deviation of the logit-normal density.")
+    mode_scale: float = Field(1.29, ge=-1, le=1.75, description="Scale of the mode density.")
+    shift: Literal["resolution", "constant", "none"] = Field(
+        "resolution",
+        description="Noise-level shift: by each target's token count as in sampling, fixed, or none.",
+    )
+    shift_value: float = Field(3.0, gt=0, le=100, description="The shift of flow.shift: constant.")
+
+
+class LossConfig(Section):
+    normalization: Literal["sample", "token"] = Field(
+        "sample", description="What counts the same: every sample, or every target token of the step."
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field("none", description="Loss weight by noise level.")
+
+
+class OptimizerConfig(Section):
+    class_path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")] = Field(
+        "torch.optim.AdamW",
+        description="The optimizer's class.",
+        json_schema_extra={"allowed": "a dotted class name such as torch.optim.AdamW"},
+    )
+    init_args: dict[str, Any] = Field(
+        {"lr": 1e-4}, description="Arguments of the optimizer's class; lr stays 1e-4 unless it is named here."
+    )
+
+
+class SchedulerConfig(Section):
+    scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = Field("constant", description="Course of the learning rate (diffusers' names).")
+    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps over which the learning rate rises from 0.")
+
+
+class TrainConfig(Section):
+    max_train_steps: int = Field(1000, ge=1, le=10**9, description="Optimizer steps of the whole run.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in backward: less memory, more time.")
+    mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, noise levels and adapter initialisation.")
+
+
+class CacheConfig(Section):
+    cache_dir: Text = Field("./cache", description="Folder of the encoded samples; runs may share it.")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, ge=1, le=10**9, description="Steps between checkpoints; the last step always saves one.")
+    keep: int = Field(2, ge=2, le=10**6, description="Checkpoints that stay; at least 2, so that one is always whole.")
+
+
+class SampleConfig(Section):
+    every: int = Field(500, ge=0, le=10**9, description="Steps between samples of data.held_out; 0 makes none.")
+    steps: int = Field(20, ge=1, le=1000, description="Denoising steps of a sample.")
+
+
+class LoggingConfig(Section):
+    output_dir: Text = Field("./output", description="The run folder: config, metrics, checkpoints, samples, result.")
+    report_to: Literal["none", "wandb", "tensorboard"] = Field("none", description="Tracker besides metrics.jsonl.")
+    tracker_project_name: Text = Field("mixres", description="Project name in the tracker.")
+
+
+class Config(Section):
+    """A whole run. Load it with `load_config`; what may be shown of it comes from `public_config`."""
+
+    model: ModelConfig = Field(description="The base model and what is trained of it.")
+    data: DataConfig = Field(description="What is trained on, and what an image file may be.")
+    batch: BatchConfig = Field(BatchConfig(), description="How many samples make a step, and a microbatch.")
+    flow: FlowConfig = Field(FlowConfig(), description="Noise levels of flow matching.")
+    loss: LossConfig = Field(LossConfig(), description="How errors are added up.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    lr_scheduler: SchedulerConfig = Field(SchedulerConfig(), description="The learning rate over the run.")
+    train: TrainConfig = Field(TrainConfig(), description="The training loop.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where encoded samples lie.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When the run is saved.")
+    sample: SampleConfig = Field(SampleConfig(), description="Pictures of held-out pairs while training.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Where the run writes and reports.")
+    resume: Literal["auto", "required", "never"] = Field(
+        "auto", description="Go on from the newest checkpoint: if there is one, or fail, or start afresh."
+    )
+    _references: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
+
+
+# What no single key can tell: the keys, when they clash, and what mends it.
+_RULES: tuple[Rule, ...] = (
+    (
+        ("optimizer.init_args.lr",),
+        lambda lr: isinstance(lr, bool | str | list | dict) or lr is None or lr < 0,
+        "allowed: a number >= 0",
+    ),
+    (
+        ("model.dtype", "train.mixed_precision"),
+        lambda dtype, precision: dtype == "float64" and precision != "no",
+        "float64 needs train.mixed_precision: no",
+    ),
+    (
+        ("lr_scheduler.warmup_steps", "train.max_train_steps"),
+        lambda warmup, steps: warmup > steps,
+        "the warm-up must not be longer than the run",
+    ),
+    (
+        ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps"),
+        lambda scheduler, warmup: scheduler == "constant" and warmup > 0,
+        "constant has no warm-up, write constant_with_warmup",
+    ),
+    (
+        ("data.mask_weight.foreground", "data.mask_weight.background"),
+        lambda foreground, background: foreground == background == 0,
+        "at least one must be above 0",
+    ),
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Defaults < the YAML file < `section.key=value` overrides, validated.
+
+    Raises:
+        UserError: with one line for every fault of the file and the overrides.
+    """
+    source = read_source(path, overrides, defaults(Config))
+    source.faults += schema_faults(Config, source)
+    source.faults += conflicts(source, _RULES)
+    if source.faults:
+        raise UserError(list(dict.fromkeys(message for _, message in source.faults)))
+    config = validate(Config, source.resolved)
+    config._references.update({at: value_at(source.written, at) for at in source.references})
+    return config
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """All keys as plain values that may be shown: references as they were written, secrets as `***`."""
+    values = replaced(config.model_dump(mode="json"), config._references)
+    declared = {name.rpartition(".")[2] for name, _ in known_keys(Config)}
+    hidden = {
+        at: "***"
+        for at, value in leaves(values)
+        if any(SECRET.search(str(part)) and part not in declared for part in at)
+        and not _BARE_REFERENCE.fullmatch(str(value))
+    }
+    return dict(replaced(values, hidden))
+
+
+def dump_config(config: Config) -> str:
+    """`public_config` as YAML; `load_config` reads the same configuration back from it, unless a secret was hidden."""
+    return OmegaConf.to_yaml(OmegaConf.create(public_config(config)))

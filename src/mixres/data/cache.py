@@ -1,0 +1,282 @@
+"""Encoded samples on disk: one safetensors file each, found by a key over everything that made it.
+
+Promise: what is read is bit for bit what was written, under the key that was asked for, or `DamagedEntry` is raised
+and the file is gone; a kill at any instant leaves no partial entry; equal samples make byte-equal files. Only
+safetensors and JSON are opened. Cost: a write is two fsyncs; a lookup is one `stat`; the first read of an entry in a
+process hashes it once (xxh3, several GB/s).
+
+File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
+there is a mask, `edit_mask` (S_target,), in their own dtypes. Metadata: one string `mixres`, "<hash of the rest>
+<JSON>", the JSON with format, key, img_shapes, text_tokens, has_mask and `payload`, the hash over all tensors.
+"""
+
+import json
+import re
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mixres import atomic
+from mixres.batch import Sample
+from mixres.geometry import Grid, token_count
+
+FORMAT = 2
+INDEX = "index.json"
+_MAX_HEADER_BYTES = 2**20
+
+
+class DamagedEntry(Exception):  # noqa: N818 - the state, not a mistake of the caller
+    """A cache entry is not what was written. Its file has been deleted; the next caching pass makes it again."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}; the entry has been removed and the next caching pass makes it again")
+        self.path, self.reason = path, reason
+
+
+class CacheEntry(NamedTuple):
+    """What the plan needs to know of a sample: its lengths."""
+
+    key: str
+    img_shapes: tuple[Grid, ...]
+    text_tokens: int
+    has_mask: bool
+
+    @property
+    def target_tokens(self) -> int:
+        return self.img_shapes[0].tokens
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the target and all controls."""
+        return token_count(self.img_shapes)
+
+
+def entry_key(**parts: Any) -> str:
+    """32 hex characters over named JSON values and the cache format; a change of any value changes the key.
+
+    Raises:
+        TypeError, ValueError: a part has no exact JSON form (a path, a dtype, NaN); hand in its string or digest.
+    """
+    text = json.dumps({"format": FORMAT, "parts": parts}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
+
+
+def file_digest(path: Path | str) -> str:
+    """xxh3_128 of the bytes of a file, 32 hex characters; the digest that the scan returns."""
+    digest = xxhash.xxh3_128()
+    with Path(path).open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Cache:
+    """The entries under `root`, at `root/ab/<key>.safetensors`, and an index of their lengths.
+
+    The index only saves opening files: it is checked against each file's size, and an entry that it lacks is found by
+    its header. Any number of processes may read and write; two that write one key write the same bytes.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self._index = _read_index(self.root / INDEX)
+        self._removed: set[str] = set()
+        self._verified: set[str] = set()
+
+    def path(self, key: str) -> Path:
+        """Where the entry `key` lies, or would lie."""
+        assert re.fullmatch("[0-9a-f]{32}", key), key
+        return self.root / key[:2] / f"{key}.safetensors"
+
+    def lookup(self, key: str) -> CacheEntry | None:
+        """The lengths of entry `key`; None where there is none, or one whose length or header is not as written."""
+        path = self.path(key)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            self._forget(key)
+            return None
+        entry = _entry_from_row(key, self._index.get(key), size)
+        if entry is None:
+            entry = _read_header(path, key)
+            self._remember(entry, size) if entry else self._forget(key)
+        return entry
+
+    def write(self, key: str, sample: Sample) -> CacheEntry:
+        """Store `sample`; whatever lay under `key` is replaced in one rename.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; no part of the entry is left.
+        """
+        path, tensors = self.path(key), _tensors(sample)
+        entry = CacheEntry(key, sample.img_shapes, sample.prompt_embeds.shape[0], sample.edit_mask is not None)
+        data = save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))})
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.sync_directory(self.root)
+        atomic.write_bytes(path, data)
+        self._remember(entry, len(data))
+        return entry
+
+    def read(self, key: str, name: str | None = None) -> Sample:
+        """The sample under `key`, called `name` (by default its key): equal examples of other names share an entry.
+
+        Raises:
+            FileNotFoundError: there is no such entry.
+            DamagedEntry: the file is not what was written.
+        """
+        path = self.path(key)
+        try:
+            return self._read(path, key, name or key)
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            self._forget(key)
+            path.unlink(missing_ok=True)
+            raise DamagedEntry(path, str(error) or type(error).__name__) from error
+
+    def save_index(self) -> None:
+        """Put the lengths of all entries seen by this object, and those other processes saved, into the index file."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / ".index.lock"):
+            rows = _read_index(self.root / INDEX)
+            self._index = {key: row for key, row in rows.items() if key not in self._removed} | self._index
+            index = {"format": FORMAT, "entries": dict(sorted(self._index.items()))}
+            atomic.write_json(self.root / INDEX, index, indent=None)
+
+    def sweep(self, max_age: float = 3600.0) -> int:
+        """Delete the temporary files that killed writers left more than `max_age` seconds ago; returns how many."""
+        removed = 0
+        for path in [*self.root.glob(f"{atomic.TMP_PREFIX}*"), *self.root.glob(f"??/{atomic.TMP_PREFIX}*")]:
+            try:
+                if time.time() - path.stat().st_mtime > max_age:
+                    path.unlink()
+                    removed += 1
+            except FileNotFoundError:  # another process swept it
+                continue
+        return removed
+
+    def _read(self, path: Path, key: str, name: str) -> Sample:
+        data = path.read_bytes()
+        stated = _parse_header(data, len(data), key)
+        tensors = load_tensors(data)
+        if key not in self._verified:
+            if _payload_hash(tensors) != stated["payload"]:
+                raise ValueError("the checksum of its tensors is wrong")
+            self._verified.add(key)
+        entry = _entry(key, stated)
+        return Sample(
+            name=name,
+            target_latents=tensors["target_latents"],
+            control_latents=tuple(tensors[f"control_latents_{i}"] for i in range(len(entry.img_shapes) - 1)),
+            prompt_embeds=tensors["prompt_embeds"],
+            img_shapes=entry.img_shapes,
+            edit_mask=tensors["edit_mask"] if entry.has_mask else None,
+        )
+
+    def _remember(self, entry: CacheEntry, size: int) -> None:
+        self._removed.discard(entry.key)
+        self._index[entry.key] = [size, entry.text_tokens, entry.has_mask, entry.img_shapes]
+
+    def _forget(self, key: str) -> None:
+        self._index.pop(key, None)
+        self._verified.discard(key)
+        self._removed.add(key)
+
+
+def _tensors(sample: Sample) -> dict[str, Tensor]:
+    """The named tensors of an entry, checked against the sample's own `img_shapes`."""
+    latents = (sample.target_latents, *sample.control_latents)
+    assert [grid.tokens for grid in sample.img_shapes] == [len(x) for x in latents], sample.img_shapes
+    tensors = {f"control_latents_{i}": x for i, x in enumerate(sample.control_latents)}
+    tensors |= {"target_latents": sample.target_latents, "prompt_embeds": sample.prompt_embeds}
+    if sample.edit_mask is not None:
+        assert sample.edit_mask.shape == (len(sample.target_latents),), sample.edit_mask.shape
+        tensors["edit_mask"] = sample.edit_mask
+    # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+
+
+def _payload_hash(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3_128 over name, dtype, shape and bytes of every tensor, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _description(entry: CacheEntry, payload: str) -> str:
+    """One string, not several: safetensors writes several metadata strings in no fixed order."""
+    stated = {"format": FORMAT, **entry._asdict(), "payload": payload}
+    text = json.dumps(stated, sort_keys=True, separators=(",", ":"))
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"
+
+
+def _parse_header(data: bytes, size: int, key: str) -> dict[str, Any]:
+    """The description in the head of a file of `size` bytes.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is not one that `Cache.write` made for `key`.
+    """
+    if len(data) < 8:
+        raise ValueError("it is shorter than a header")
+    length = struct.unpack("<Q", data[:8])[0]
+    if length > _MAX_HEADER_BYTES or 8 + length > len(data):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(data[8 : 8 + length])
+    digest, text = header.pop("__metadata__")["mixres"].split(" ", 1)
+    if xxhash.xxh3_64_hexdigest(text.encode()) != digest:
+        raise ValueError("the checksum of its header is wrong")
+    stated: dict[str, Any] = json.loads(text)
+    if stated["format"] != FORMAT or stated["key"] != key:
+        raise ValueError(f"it is entry {stated['key']} of format {stated['format']}")
+    if 8 + length + max(tensor["data_offsets"][1] for tensor in header.values()) != size:
+        raise ValueError(f"it is {size} bytes long, not what its header says")
+    return stated
+
+
+def _read_header(path: Path, key: str) -> CacheEntry | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(8)
+            if len(data) == 8:
+                data += file.read(min(struct.unpack("<Q", data)[0], _MAX_HEADER_BYTES))
+        return _entry(key, _parse_header(data, path.stat().st_size, key))
+    except (FileNotFoundError, AttributeError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _entry(key: str, stated: Mapping[str, Any]) -> CacheEntry:
+    grids = tuple(Grid(*grid) for grid in stated["img_shapes"])
+    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Rows `[size, text_tokens, has_mask, img_shapes]` by key; empty where the index is absent or not readable."""
+    try:
+        index = json.loads(path.read_bytes())
+        return dict(index["entries"]) if index["format"] == FORMAT else {}
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:
+    try:
+        indexed_size, text_tokens, has_mask, grids = row
+        entry = CacheEntry(key, tuple(Grid(*map(int, grid)) for grid in grids), int(text_tokens), bool(has_mask))
+        return entry if indexed_size == size and entry.img_shapes else None
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,259 @@
+"""A folder of pairs -> records: `training_images/a.png` with `a.txt`, `control_images/a.png`, more files for more.
+
+Promise: each target is paired with its own files or is named with every reason why not, and so is each picture or
+caption that belongs to no target; the order is that of the names. Cost: one listing of the folders, one read a caption.
+
+Names under `training_images/` and `control_images/`, sub-folders included: control `a` first, then `a_control_1`,
+`a_control_2`, ...; mask `a_mask` beside its target. Stems are matched exactly, else in Unicode form NFC. Hidden files
+and files of `SIDE_SUFFIXES` are no part of the data set.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from unicodedata import normalize
+
+from mixres.data.images import SUFFIXES
+from mixres.data.records import (
+    BadCaptionError,
+    EditRecord,
+    EmptyCaption,
+    Fault,
+    empty_caption_fault,
+    parse_caption,
+    printable,
+)
+from mixres.errors import UserError
+
+TARGETS, CONTROLS = "training_images", "control_images"
+SIDE_SUFFIXES = frozenset({".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".xml", ".log", ".ini", ".db"})
+_CONTROL_STEM = re.compile(r"(.+)_control_0*([1-9]\d{0,3})", re.DOTALL)
+
+
+@dataclass
+class _Files:
+    """The files of one folder by stem (path without suffix, relative to the folder), and what else was found."""
+
+    images: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    faults: list[Fault] = field(default_factory=list)
+
+
+@dataclass
+class _Item:
+    """A target and all files that claim to belong to it."""
+
+    targets: list[str]
+    masks: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    controls: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+class _Stems:
+    """Target stems, found exactly, else by their NFC form where only one has it."""
+
+    def __init__(self) -> None:
+        self._exact: set[str] = set()
+        self._by_nfc: dict[str, list[str]] = defaultdict(list)
+        self.by_case: dict[str, set[str]] = defaultdict(set)
+
+    def add(self, stem: str) -> None:
+        nfc = normalize("NFC", stem)
+        self._exact.add(stem)
+        self._by_nfc[nfc].append(stem)
+        self.by_case[nfc.casefold()].add(nfc)
+
+    def find(self, stem: str) -> str | None:
+        if stem in self._exact:
+            return stem
+        found = self._by_nfc.get(normalize("NFC", stem), [])
+        return found[0] if len(found) == 1 else None
+
+    def case_twins(self, stem: str) -> list[str]:
+        """Target stems that differ from `stem` in case only."""
+        nfc = normalize("NFC", stem)
+        return sorted(self.by_case.get(nfc.casefold(), set()) - {nfc})
+
+
+def records_from_folder(
+    root: Path, *, follow_symlinks: bool, empty_caption: EmptyCaption
+) -> tuple[list[EditRecord], list[Fault]]:
+    """All examples under `root`, sorted by name, and all faults.
+
+    Raises:
+        UserError: `training_images` or `control_images` is missing, or leads out of `root`, or holds no picture.
+    """
+    _check_folders(root, follow_symlinks)
+    targets = _list_files(root, TARGETS, follow_symlinks)
+    controls = _list_files(root, CONTROLS, follow_symlinks)
+    if not targets.images:
+        raise UserError([f"{printable(root / TARGETS)}: holds no picture ({', '.join(sorted(SUFFIXES))})"])
+    items, stems = _pair_masks(targets.images)
+    faults = targets.faults + controls.faults
+    faults += _pair_captions(root, targets.captions, items, stems)
+    faults += _pair_controls(root, controls.images, items, stems)
+    records = []
+    for stem in sorted(items):
+        record, found = _record(root, stem, items[stem], stems, empty_caption)
+        faults += found
+        if record and not found:
+            records.append(record)
+    return records, faults
+
+
+def _check_folders(root: Path, follow_symlinks: bool) -> None:
+    messages = []
+    for folder in (root / TARGETS, root / CONTROLS):
+        if not folder.is_dir():
+            messages.append(f"{printable(folder)}: no such folder; a data folder holds {TARGETS}/ and {CONTROLS}/")
+        elif not follow_symlinks and not folder.resolve().is_relative_to(root.resolve()):
+            messages.append(f"{printable(folder)}: is a link out of its data folder; set data.follow_symlinks=true")
+    if messages:
+        raise UserError(messages)
+
+
+def _list_files(root: Path, folder: str, follow_symlinks: bool) -> _Files:
+    files = _Files()
+    allowed = None if follow_symlinks else root.resolve()
+    for path in _walk(root / folder, allowed, (), files.faults):
+        name = path.relative_to(root / folder).as_posix()
+        suffix = PurePosixPath(name).suffix
+        stem = name.removesuffix(suffix)
+        if suffix.lower() in SUFFIXES:
+            files.images[stem].append(name)
+        elif suffix.lower() == ".txt":
+            files.captions[stem].append(name)
+        elif suffix.lower() not in SIDE_SUFFIXES:
+            reason = f"is neither a caption (.txt) nor a picture in a supported format ({', '.join(sorted(SUFFIXES))})"
+            files.faults.append(Fault(printable(path), reason))
+    return files
+
+
+def _walk(folder: Path, allowed: Path | None, above: tuple[Path, ...], faults: list[Fault]) -> Iterator[Path]:
+    """Regular files below `folder`, sorted; links out of `allowed`, loops and odd files go to `faults`."""
+    above = (*above, folder.resolve())
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        faults.append(Fault(printable(folder), f"the folder cannot be listed: {error.strerror}"))
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
+            continue
+        reason = _entry_fault(entry, path, allowed, above)
+        if reason:
+            faults.append(Fault(printable(path), reason))
+        elif entry.is_dir():
+            yield from _walk(path, allowed, above, faults)
+        else:
+            yield path
+
+
+def _entry_fault(entry: os.DirEntry[str], path: Path, allowed: Path | None, above: tuple[Path, ...]) -> str | None:
+    if not entry.name.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.name):
+        return "the name is not UTF-8; rename the file"
+    if entry.is_symlink():
+        if not path.exists():
+            return "is a broken link"
+        real = path.resolve()
+        if allowed is not None and not real.is_relative_to(allowed):
+            return "is a link out of its data folder; set data.follow_symlinks=true"
+        if real in above:
+            return "is a link to a folder that it lies in"
+    if not entry.is_dir() and not entry.is_file():
+        return "is not a regular file"
+    return None
+
+
+def _pair_masks(images: dict[str, list[str]]) -> tuple[dict[str, _Item], _Stems]:
+    """Shorter stems first, so that `a` is known to be a target when `a_mask` asks."""
+    items: dict[str, _Item] = {}
+    stems = _Stems()
+    for stem in sorted(images, key=lambda stem: (len(normalize("NFC", stem)), stem)):
+        owner = stems.find(stem.removesuffix("_mask")) if stem.endswith("_mask") else None
+        if owner is not None:
+            items[owner].masks += images[stem]
+        else:
+            items[stem] = _Item(images[stem])
+            stems.add(stem)
+    return items, stems
+
+
+def _pair_captions(root: Path, captions: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Fault]:
+    faults = []
+    for stem, names in captions.items():
+        owner = stems.find(stem)
+        if owner is None:
+            faults += _orphans(root / TARGETS, names, "is a caption without a target picture of its name", stems, stem)
+        else:
+            items[owner].captions += names
+    return faults
+
+
+def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Fault]:
+    faults = []
+    for stem, names in images.items():
+        owner, slot = stems.find(stem), 0
+        match = _CONTROL_STEM.fullmatch(stem)
+        if owner is None and match:
+            owner, slot = stems.find(match[1]), int(match[2])
+        if owner is None:
+            faults += _orphans(root / CONTROLS, names, "is a control image without a target of its name", stems, stem)
+        else:
+            items[owner].controls[slot] += names
+    return faults
+
+
+def _orphans(folder: Path, names: Iterable[str], reason: str, stems: _Stems, stem: str) -> list[Fault]:
+    twins = ", ".join(map(printable, stems.case_twins(stem)))
+    hint = f"; target '{twins}' differs in case only" if twins else ""
+    return [Fault(printable(folder / name), reason + hint) for name in names]
+
+
+def _record(
+    root: Path, stem: str, item: _Item, stems: _Stems, empty_caption: EmptyCaption
+) -> tuple[EditRecord | None, list[Fault]]:
+    target = root / TARGETS / item.targets[0]
+    shown = printable(target)
+    faults = [Fault(shown, reason) for reason in _pairing_faults(stem, item, stems)]
+    prompt = ""
+    if not item.captions:
+        fault = empty_caption_fault(shown, f"has no caption file {printable(Path(stem).name)}.txt", empty_caption)
+        faults += [fault] if fault else []
+    elif len(item.captions) == 1:
+        caption = root / TARGETS / item.captions[0]
+        try:
+            prompt = parse_caption(caption.read_bytes())
+            fault = None if prompt else empty_caption_fault(printable(caption), "the caption is empty", empty_caption)
+        except (BadCaptionError, OSError) as error:
+            fault = Fault(printable(caption), str(error) if isinstance(error, BadCaptionError) else f"{error.strerror}")
+        faults += [fault] if fault else []
+    if faults:
+        return None, faults
+    controls = tuple(root / CONTROLS / item.controls[slot][0] for slot in sorted(item.controls))
+    mask = root / TARGETS / item.masks[0] if item.masks else None
+    name = printable(f"{TARGETS}/{item.targets[0]}")
+    return EditRecord(name=name, target=target, controls=controls, prompt=prompt, mask=mask), []
+
+
+def _pairing_faults(stem: str, item: _Item, stems: _Stems) -> Iterator[str]:
+    twins = stems.case_twins(stem)
+    if twins:
+        yield f"the name differs only in case from that of '{', '.join(map(printable, twins))}'; rename one"
+    claims = [("targets", item.targets), ("captions", item.captions), ("masks", item.masks)]
+    for slot in sorted(item.controls):
+        claims.append((f"controls {slot}" if slot else "controls", item.controls[slot]))
+    for what, names in claims:
+        if len(names) > 1:
+            yield f"has several {what}: {', '.join(map(printable, names))}; keep one"
+    shown = printable(stem)
+    if not item.controls:
+        yield f"has no control image {CONTROLS}/{shown}.*"
+    for slot in range(max(item.controls, default=-1)):
+        if slot not in item.controls:
+            missing = f"{shown}_control_{slot}" if slot else shown
+            yield f"its control images have a gap: {CONTROLS}/{missing}.* is missing"

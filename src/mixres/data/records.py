@@ -1,0 +1,86 @@
+"""What one training example is on disk, and what is wrong with one. No pixel is read here.
+
+Promise: every name a message shows is one printable line; a caption is valid UTF-8 or a reason is given.
+Cost: one small read a caption.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mixres.errors import one_line
+
+EmptyCaption = Literal["error", "use_empty", "skip"]
+MAX_CAPTION_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """Files of one example. Paths are as found on disk, their Unicode form untouched."""
+
+    name: str  # of the target, relative to its source; printable, for messages
+    target: Path
+    controls: tuple[Path, ...]
+    prompt: str
+    mask: Path | None = None
+
+
+class Fault(NamedTuple):
+    """One thing that keeps an example, or a file that should belong to one, from being used."""
+
+    path: str
+    reason: str
+    skip: bool = False  # the configuration already says to leave this example out: list it, do not stop for it
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class BadCaptionError(ValueError):
+    """This caption cannot be used; the message is the reason."""
+
+
+def printable(path: Path | str) -> str:
+    """`path` on one line: a newline, a control character or a byte that is not UTF-8 shows as its escape."""
+    return one_line(str(path))
+
+
+def parse_caption(data: bytes) -> str:
+    """The caption in the bytes of its file, without white space around it.
+
+    Raises:
+        BadCaptionError: not plain UTF-8 text, or longer than `MAX_CAPTION_BYTES`.
+    """
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long")
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise BadCaptionError("the caption starts with a byte order mark; save it as UTF-8 without one")
+    try:
+        return check_caption(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadCaptionError(f"the caption is not UTF-8 (byte {error.start})") from error
+
+
+def check_caption(text: str) -> str:
+    """`text` without white space around it.
+
+    Raises:
+        BadCaptionError: it holds a NUL or half of a surrogate pair, or is longer than `MAX_CAPTION_BYTES`.
+    """
+    if "\0" in text:
+        raise BadCaptionError("the caption holds a NUL character")
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise BadCaptionError(f"the caption is not valid Unicode (character {error.start})") from error
+    if size > MAX_CAPTION_BYTES:
+        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long")
+    return text.strip()
+
+
+def empty_caption_fault(path: str, what: str, policy: EmptyCaption) -> Fault | None:
+    """The fault of an example whose caption is `what` (empty, missing), None where `policy` uses the empty prompt."""
+    if policy == "use_empty":
+        return None
+    mend = "write one, or set data.empty_caption to use_empty or skip"
+    return Fault(path, f"{what}; {mend}", skip=True) if policy == "skip" else Fault(path, f"{what}; {mend}")

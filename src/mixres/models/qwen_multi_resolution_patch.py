@@ -1,0 +1,205 @@
+"""One call that lets a stock `QwenImageTransformer2DModel` batch samples of different sizes.
+
+Promise: a patched model is still the stock model: same state dict, same files, same results for the calls it always
+took. Positions and masks come from the arguments of each call, so there is nothing to set before it, nothing to
+forget, and no state left behind. Cost: one rewriting of the arguments per forward call, none per block.
+
+After the patch the stock call accepts
+  (a) the stock arguments;
+  (b) padded `hidden_states` with per-sample `img_shapes`, and `encoder_hidden_states_mask` where text is padded;
+  (c) `image_rotary_emb=(image freqs, text freqs)` precomputed, with `attention_kwargs={"attention_mask": bool}`;
+  (d) packed `hidden_states (S_total, 1, C)`, `encoder_hidden_states (T_total, 1, D)`, `timestep (B,)`, per-sample
+      `img_shapes` and `attention_kwargs={"txt_seq_lens": [...]}`.
+
+How: `pos_embed` and the attention processors are swapped, and pre-hooks rewrite arguments. No forward is replaced.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+from torch import Tensor, nn
+
+from mixres.models.qwen_attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
+from mixres.models.qwen_packed import install_packed_hooks, plan_packed
+from mixres.models.qwen_rope import (
+    JointRotary,
+    MultiResolutionRope,
+    PlannedShapes,
+    Shape,
+    apply_rotary_emb_qwen_batched,
+    as_shape_lists,
+)
+
+__all__ = [
+    "QwenDoubleStreamAttnProcessor2_0_MultiRes",
+    "apply_rotary_emb_qwen_batched",
+    "patch_qwen_forward_for_multi_resolution",
+    "patch_qwen_model_for_multi_resolution",
+]
+
+_FORWARD_NAMES = tuple(inspect.signature(QwenImageTransformer2DModel.forward).parameters)[1:]
+
+
+def patch_qwen_model_for_multi_resolution(model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
+    """Patch a stock transformer in place and return it. Idempotent; the attention backend is kept.
+
+    Raises:
+        TypeError: `model` is not a `QwenImageTransformer2DModel`.
+        ValueError: the model uses the layered position embedding, whose positions differ.
+    """
+    patch_qwen_forward_for_multi_resolution(model)
+    for block in model.transformer_blocks:
+        if not isinstance(block.attn.processor, QwenDoubleStreamAttnProcessor2_0_MultiRes):
+            processor = QwenDoubleStreamAttnProcessor2_0_MultiRes()
+            processor._attention_backend = block.attn.processor._attention_backend
+            processor._parallel_config = block.attn.processor._parallel_config
+            block.attn.set_processor(processor)
+    return model
+
+
+def patch_qwen_forward_for_multi_resolution(model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
+    """The forward half of the patch: `pos_embed` and the pre-hook, with the stock attention processors left in place.
+
+    Alone it gives form (a) and, for one sample and without a mask, form (c). Raises as the whole patch does.
+    """
+    if not isinstance(model, QwenImageTransformer2DModel):
+        raise TypeError(f"the patch is for QwenImageTransformer2DModel, not {type(model).__name__}")
+    if not isinstance(model.pos_embed, QwenEmbedRope):
+        raise ValueError(f"the patch does not know the positions of {type(model.pos_embed).__name__}")
+    if not isinstance(model.pos_embed, MultiResolutionRope):
+        model.pos_embed = MultiResolutionRope(model.pos_embed)
+        model.register_forward_pre_hook(_plan_call, with_kwargs=True)
+        install_packed_hooks(model)
+    return model
+
+
+def _plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Forward pre-hook: turn forms (a) to (d) into arguments that the stock forward takes."""
+    call = {**dict(zip(_FORWARD_NAMES, args, strict=False)), **kwargs}
+    attention_kwargs = dict(call.get("attention_kwargs") or {})
+    explicit_mask = attention_kwargs.pop("attention_mask", None)
+    text_lengths = attention_kwargs.pop("txt_seq_lens", None)
+    rotary_pair = call.pop("image_rotary_emb", None)
+    call["attention_kwargs"] = attention_kwargs
+    shapes = call.get("img_shapes")
+    if shapes is None and (rotary_pair is None or text_lengths is not None):
+        raise ValueError("img_shapes is missing: positions come from each sample's (1, rows, columns) grids")
+    shapes = None if shapes is None else as_shape_lists(shapes)
+    if text_lengths is not None:
+        _require_patched_processors(model, "a packed batch")
+        call["img_shapes"] = plan_packed(model, call, shapes, [int(n) for n in text_lengths])
+    else:
+        call["img_shapes"] = _plan_padded(model, call, shapes, rotary_pair, explicit_mask)
+    return (), call
+
+
+def _plan_padded(
+    model: nn.Module,
+    call: dict[str, Any],
+    shapes: list[list[Shape]] | None,
+    rotary_pair: tuple[Tensor, Tensor] | None,
+    explicit_mask: Tensor | None,
+) -> PlannedShapes:
+    hidden, text = call["hidden_states"], call["encoder_hidden_states"]
+    image_tokens, text_tokens = hidden.shape[1], text.shape[1]
+    text_mask = call.get("encoder_hidden_states_mask")
+    if text_mask is not None and bool(text_mask.all()):
+        text_mask = call["encoder_hidden_states_mask"] = None  # a mask that hides nothing only costs time
+    image_mask = None
+    if shapes is not None:
+        shapes = _one_per_sample(shapes, hidden)
+        image_mask = _image_mask(shapes, hidden)
+    elif model.zero_cond_t:
+        raise ValueError("with zero_cond_t, image_rotary_emb needs img_shapes too: they tell target from control")
+    if rotary_pair is None:
+        rotary_pair = model.pos_embed.padded_frequencies(shapes, image_tokens, text_tokens, hidden.device)
+    image_freqs, text_freqs = _checked_pair(rotary_pair, hidden, text)
+    if not _has_patched_processors(model):
+        if image_mask is not None or explicit_mask is not None or image_freqs.dim() == 3:
+            _require_patched_processors(model, "a batch of different sizes")
+        return PlannedShapes(shapes or [], (image_freqs, text_freqs))
+    if text_mask is not None:  # filler of any kind has the zero frequency
+        text_freqs = text_freqs * text_mask.to(text_freqs.device).bool()[..., None]
+    mask = joint_mask(text_mask, image_mask, text_tokens, hidden)
+    if explicit_mask is not None:
+        mask = _combined(mask, explicit_mask, hidden, text_tokens + image_tokens)
+    call["encoder_hidden_states_mask"] = None  # it is part of the joint mask
+    freqs = torch.cat(_same_rank(text_freqs, image_freqs), dim=-2)
+    return PlannedShapes(_rectangular(shapes, image_tokens), JointRotary(freqs, mask))
+
+
+def _one_per_sample(shapes: list[list[Shape]], hidden: Tensor) -> list[list[Shape]]:
+    batch, image_tokens = hidden.shape[:2]
+    shapes = shapes * batch if len(shapes) == 1 else shapes  # the stock forward lets one entry stand for all
+    if len(shapes) != batch:
+        raise ValueError(f"img_shapes describes {len(shapes)} samples, hidden_states holds {batch}")
+    for b, sample in enumerate(shapes):
+        tokens = sum(f * h * w for f, h, w in sample)
+        if tokens > image_tokens:
+            raise ValueError(
+                f"sample {b}: img_shapes {sample} make {tokens} tokens, hidden_states holds {image_tokens}"
+            )
+    return shapes
+
+
+def _image_mask(shapes: list[list[Shape]], hidden: Tensor) -> Tensor | None:
+    """`(B, S)` bool, True at the tokens that `img_shapes` accounts for; None where that is all of them."""
+    lengths = [sum(f * h * w for f, h, w in sample) for sample in shapes]
+    if min(lengths) == hidden.shape[1]:
+        return None
+    slots = torch.arange(hidden.shape[1], device=hidden.device)
+    return slots < torch.tensor(lengths, device=hidden.device)[:, None]
+
+
+def _rectangular(shapes: list[list[Shape]] | None, image_tokens: int) -> list[list[Shape]]:
+    """Append a filler grid to each short sample: with `zero_cond_t` the stock forward counts tokens from the grids."""
+    rows = []
+    for sample in shapes or []:
+        missing = image_tokens - sum(f * h * w for f, h, w in sample)
+        rows.append([*sample, (1, 1, missing)] if missing else sample)
+    return rows
+
+
+def _checked_pair(pair: tuple[Tensor, Tensor], hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    checked = []
+    for name, freqs, states in zip(("image", "text"), pair, (hidden, text), strict=True):
+        batch, tokens = states.shape[:2]
+        if freqs.shape[-2] != tokens or (freqs.dim() == 3 and freqs.shape[0] not in (1, batch)):
+            raise ValueError(
+                f"image_rotary_emb: {name} frequencies {tuple(freqs.shape)} do not fit {batch} samples of {tokens} tokens"
+            )
+        freqs = freqs[0] if freqs.dim() == 3 and freqs.shape[0] == 1 else freqs
+        checked.append(freqs.to(states.device))
+    return checked[0], checked[1]
+
+
+def _same_rank(text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    if text.dim() == image.dim():
+        return text, image
+    batch = max(x.shape[0] for x in (text, image) if x.dim() == 3)
+    text, image = (x if x.dim() == 3 else x.expand(batch, -1, -1) for x in (text, image))
+    return text, image
+
+
+def _combined(mask: Tensor | None, explicit: Tensor, hidden: Tensor, tokens: int) -> Tensor | None:
+    batch = hidden.shape[0]
+    if explicit.shape not in ((batch, tokens), (batch, 1, 1, tokens)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(explicit.shape)}: expected ({batch}, {tokens}) or "
+            f"({batch}, 1, 1, {tokens}), text first"
+        )
+    explicit = explicit.to(hidden.device).bool().reshape(batch, 1, 1, tokens)
+    mask = explicit if mask is None else mask & explicit
+    return None if bool(mask.all()) else mask
+
+
+def _has_patched_processors(model: nn.Module) -> bool:
+    return isinstance(model.transformer_blocks[0].attn.processor, QwenDoubleStreamAttnProcessor2_0_MultiRes)
+
+
+def _require_patched_processors(model: nn.Module, what: str) -> None:
+    if not _has_patched_processors(model):
+        raise ValueError(f"{what} needs the whole patch: call patch_qwen_model_for_multi_resolution(model)")

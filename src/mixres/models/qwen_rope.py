@@ -1,0 +1,172 @@
+"""Per-sample 3D rotary positions for Qwen-Image: positions are data, frequencies are one table look-up.
+
+Promise: every token of every sample gets the position it would get alone; filler gets the frequency 0+0j, so that a
+filler query or key is the zero vector. Cost: three gathers once a forward call, nothing per block.
+
+Positions follow the Qwen-Image report (Wu et al. 2025, arXiv 2508.02324, "MSRoPE"), as `QwenEmbedRope` in diffusers
+computes them for one sample: the frame axis counts the images of the sample (target 0, controls 1, 2, ...), rows and
+columns are centred on zero, and text runs along the diagonal from max(h // 2, w // 2) over the sample's images on.
+
+Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Shape = tuple[int, int, int]
+
+TABLE_HALF = 4096  # the stock tables hold the positions -4096 .. 4095
+FILLER_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
+
+
+@dataclass(frozen=True)
+class PackedLengths:
+    """How the samples of a packed microbatch follow each other. Python integers: no layer asks the device for them."""
+
+    text: tuple[int, ...]
+    image: tuple[int, ...]
+    image_rows: Tensor  # (S_total,) int64: the row of the modulation parameters that each image token uses
+    text_rows: Tensor  # (T_total,) int64
+    cumulative: Tensor  # (B + 1,) int32 joint lengths, for variable-length attention kernels
+
+    @property
+    def joint(self) -> tuple[int, ...]:
+        return tuple(t + s for t, s in zip(self.text, self.image, strict=True))
+
+
+@dataclass(frozen=True)
+class JointRotary:
+    """What the blocks hand to the attention processors untouched as `image_rotary_emb`.
+
+    The frequencies are complex64 on purpose: mixed-precision wrappers cast fp32 tensors in their inputs to bf16, and
+    leave complex ones alone.
+    """
+
+    freqs: Tensor  # (L, D/2), (B, L, D/2), or packed (L_total, D/2), text before image in each sample
+    mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
+    packed: PackedLengths | None = None
+
+
+class PlannedShapes(list[list[Shape]]):
+    """Rectangular `img_shapes` for the stock forward that carry what `pos_embed` returns for this call.
+
+    Made inside the model's own pre-hook, never by a caller: data-parallel wrappers turn list subclasses into lists.
+    """
+
+    def __init__(self, shapes: list[list[Shape]], rotary: JointRotary | tuple[Tensor, Tensor]) -> None:
+        super().__init__(shapes)
+        self.rotary = rotary
+
+
+def image_positions(shapes: Sequence[Shape]) -> Tensor:
+    """`(S, 3)` int64 frame, row and column positions of all images of one sample, in token order."""
+    grids = []
+    for first_frame, (frames, rows, columns) in enumerate(shapes):
+        axes = (
+            torch.arange(frames) + first_frame,
+            torch.arange(rows) - (rows - rows // 2),
+            torch.arange(columns) - (columns - columns // 2),
+        )
+        grids.append(torch.cartesian_prod(*axes).reshape(-1, 3))
+    return torch.cat(grids)
+
+
+def text_positions(shapes: Sequence[Shape], length: int) -> Tensor:
+    """`(T, 3)` int64: the same number on all three axes, starting behind the largest image of the sample."""
+    first = max(max(rows // 2, columns // 2) for _, rows, columns in shapes)
+    if first + length > TABLE_HALF:
+        raise ValueError(f"{length} text tokens from position {first} on: the rotary table ends at {TABLE_HALF - 1}")
+    return (torch.arange(length) + first)[:, None].expand(length, 3)
+
+
+def as_shape_lists(img_shapes: Sequence[Shape | Sequence[Shape]]) -> list[list[Shape]]:
+    """`img_shapes` as one list of `(frames, rows, columns)` per sample; a bare triple is a sample of one image."""
+    per_sample = [[entry] if isinstance(entry[0], int) else entry for entry in img_shapes]
+    return [[(int(f), int(h), int(w)) for f, h, w in shapes] for shapes in per_sample]  # type: ignore[misc]
+
+
+class MultiResolutionRope(QwenEmbedRope):
+    """`QwenEmbedRope` that knows every sample's own positions. No parameters, no buffers: the state dict is unchanged."""
+
+    def __init__(self, stock: QwenEmbedRope) -> None:
+        super().__init__(theta=stock.theta, axes_dim=list(stock.axes_dim), scale_rope=stock.scale_rope)
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def frequencies(self, positions: Tensor, device: torch.device | None) -> Tensor:
+        """`(..., 3)` integer positions -> `(..., D/2)` complex64 frequencies; `FILLER_POSITION` gives 0+0j."""
+        table = self._table(torch.device("cpu") if device is None else device)
+        rows = (positions + TABLE_HALF).to(table.device)
+        halves = torch.tensor([0, *(dim // 2 for dim in self.axes_dim)]).cumsum(0).tolist()
+        axes = [table[rows[..., axis], halves[axis] : halves[axis + 1]] for axis in range(3)]
+        return torch.cat(axes, dim=-1)
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            zeros = self.pos_freqs.new_zeros(1, self.pos_freqs.shape[1])
+            self._tables[device] = torch.cat([self.neg_freqs, self.pos_freqs, zeros]).to(device)
+        return self._tables[device]
+
+    def padded_frequencies(
+        self, shapes: Sequence[Sequence[Shape]], image_tokens: int, text_tokens: int, device: torch.device | None
+    ) -> tuple[Tensor, Tensor]:
+        """Per-sample frequencies `(B, S, D/2)` and `(B, T, D/2)`, rows filled up with 0+0j.
+
+        One sample, and samples of equal shapes without filler, share the stock's 2D pair `(S, D/2)`, `(T, D/2)`.
+        """
+        same = all(list(sample) == list(shapes[0]) for sample in shapes)
+        per_sample = [image_positions(sample) for sample in (shapes[:1] if same else shapes)]
+        texts = [text_positions(sample, text_tokens) for sample in (shapes[:1] if same else shapes)]
+        if same and len(per_sample[0]) == image_tokens:
+            return self.frequencies(per_sample[0], device), self.frequencies(texts[0], device)
+        padded = pad_sequence(per_sample, batch_first=True, padding_value=FILLER_POSITION)
+        missing = image_tokens - padded.shape[1]
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, missing), value=FILLER_POSITION)
+        return self.frequencies(padded, device), self.frequencies(torch.stack(texts), device)
+
+    def forward(
+        self,
+        video_fhw: Sequence[Shape | Sequence[Shape]] | Shape,
+        device: torch.device | None = None,
+        max_txt_seq_len: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | JointRotary:
+        """Inside a patched forward: the planned frequencies of the call. Called by hand: see `padded_frequencies`.
+
+        Raises:
+            ValueError: `max_txt_seq_len` is missing, or the text runs past the table.
+        """
+        if isinstance(video_fhw, PlannedShapes):
+            return video_fhw.rotary
+        if max_txt_seq_len is None:
+            raise ValueError("`max_txt_seq_len` must be provided.")
+        shapes = as_shape_lists([video_fhw] if isinstance(video_fhw, tuple) else video_fhw)
+        longest = max(sum(f * h * w for f, h, w in sample) for sample in shapes)
+        return self.padded_frequencies(shapes, longest, int(max_txt_seq_len), device)
+
+
+def apply_rotary_emb_qwen_batched(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate queries or keys. Source: RoFormer, Su et al. 2021 (arXiv 2104.09864), neighbouring channels as pairs.
+
+    Args:
+        x: `(B, S, H, D)`.
+        freqs_cis: complex `(S, D/2)`, shared by all samples, or `(B, S, D/2)`, one row of positions per sample.
+
+    Returns:
+        `(B, S, H, D)` in the dtype of `x`; the arithmetic is in fp32, or in float64 where `x` is.
+
+    Raises:
+        ValueError: `freqs_cis` fits neither form.
+    """
+    batch, length, _, width = x.shape
+    if freqs_cis.shape not in ((length, width // 2), (1, length, width // 2), (batch, length, width // 2)):
+        raise ValueError(
+            f"rotary frequencies of shape {tuple(freqs_cis.shape)} do not fit x of shape {tuple(x.shape)}: expected "
+            f"({length}, {width // 2}) or ({batch}, {length}, {width // 2})"
+        )
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)

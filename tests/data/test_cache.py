@@ -1,0 +1,418 @@
+"""What is read is bit for bit what was written, or the entry is gone; no damage, no kill and no index changes that."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixres import atomic
+from mixres.batch import Sample
+from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key, file_digest
+from mixres.geometry import Grid
+
+KEY, OTHER = entry_key(name="one"), entry_key(name="other")
+
+
+def make_sample(
+    grids: tuple[Grid, ...] = (Grid(1, 3, 2), Grid(1, 2, 2)),
+    *,
+    text: int = 5,
+    mask: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(grid.tokens, 8, generator=generator).to(dtype) for grid in grids]
+    return Sample(
+        name="training_images/a.png",
+        target_latents=latents[0],
+        control_latents=tuple(latents[1:]),
+        prompt_embeds=torch.randn(text, 6, generator=generator).to(dtype),
+        img_shapes=grids,
+        edit_mask=torch.rand(grids[0].tokens, generator=generator) if mask else None,
+    )
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same(a: Sample, b: Sample) -> None:
+    assert a.img_shapes == b.img_shapes
+    assert same_bits(a.target_latents, b.target_latents)
+    assert same_bits(a.prompt_embeds, b.prompt_embeds)
+    assert same_bits(a.edit_mask, b.edit_mask)
+    assert len(a.control_latents) == len(b.control_latents)
+    assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
+
+
+# --- Round trip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("controls", [0, 1, 2, 11])
+@pytest.mark.parametrize("mask", [False, True])
+def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: int, mask: bool) -> None:
+    grids = (Grid(1, 3, 2), *(Grid(1, 2, 1 + i) for i in range(controls)))
+    sample = make_sample(grids, mask=mask, dtype=dtype)
+    entry = Cache(tmp_path).write(KEY, sample)
+    assert entry == CacheEntry(KEY, grids, text_tokens=5, has_mask=mask)
+    assert (entry.target_tokens, entry.image_tokens) == (6, sum(grid.tokens for grid in grids))
+    for cache in (Cache(tmp_path), Cache(tmp_path / ".")):
+        assert cache.lookup(KEY) == entry
+        for _ in range(2):
+            assert_same(cache.read(KEY), sample)
+    assert cache.read(KEY, name="b.png").name == "b.png"
+    assert all(isinstance(grid, Grid) for grid in cache.read(KEY).img_shapes)
+    assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [
+        Path(KEY[:2]) / f"{KEY}.safetensors"
+    ]
+
+
+def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
+    sample = make_sample()
+    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40]).repeat(12).reshape(8, 6).T
+    assert not odd.is_contiguous()
+    sample = replace(sample, target_latents=odd, prompt_embeds=torch.zeros(0, 6, requires_grad=True))
+    Cache(tmp_path).write(KEY, sample)
+    found = Cache(tmp_path).read(KEY)
+    assert same_bits(found.target_latents, odd.contiguous())
+    assert found.prompt_embeds.shape == (0, 6)
+    assert Cache(tmp_path).lookup(KEY) == CacheEntry(KEY, sample.img_shapes, 0, False)
+
+
+def test_controls_of_one_tensor_do_not_share_it(tmp_path: Path) -> None:
+    sample = make_sample((Grid(1, 2, 2), Grid(1, 2, 2)))
+    sample = replace(sample, control_latents=(sample.target_latents,))
+    Cache(tmp_path).write(KEY, sample)
+    assert_same(Cache(tmp_path).read(KEY), sample)
+
+
+def test_a_sample_that_contradicts_its_shapes_is_never_written(tmp_path: Path) -> None:
+    sample = make_sample()
+    for wrong in (
+        replace(sample, img_shapes=(Grid(1, 2, 2), Grid(1, 3, 2))),
+        replace(sample, img_shapes=sample.img_shapes[:1]),
+        replace(sample, edit_mask=torch.ones(5)),
+    ):
+        with pytest.raises(AssertionError):
+            Cache(tmp_path).write(KEY, wrong)
+    assert Cache(tmp_path).lookup(KEY) is None
+
+
+def test_equal_samples_make_equal_bytes(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    contents = set()
+    for name in "abcdef":
+        cache.write(KEY, replace(make_sample(mask=True), name=name))
+        contents.add(cache.path(KEY).read_bytes())
+    assert len(contents) == 1
+
+
+# --- Keys
+
+
+def test_any_change_of_a_part_changes_the_key() -> None:
+    parts: dict[str, Any] = {
+        "target": "d1", "controls": ["d2", "d3"], "prompt": "改成蓝色", "mask": None, "dtype": "bfloat16",
+        "sizes": {"max_pixels": 1048576, "multiple_of": 16, "upscale": False}, "area": 1048576, "encoder": "e",
+    }  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"target": "d2"}, {"controls": ["d3", "d2"]}, {"controls": ["d2"]}, {"controls": ["d2d3"]},
+        {"prompt": "改成蓝"},
+        {"mask": ""}, {"dtype": "float32"}, {"sizes": {**parts["sizes"], "multiple_of": 32}}, {"area": 1}, {"new": 1},
+    ]  # fmt: skip
+    keys = {entry_key(**parts), *(entry_key(**(parts | change)) for change in changes)}
+    assert len(keys) == 1 + len(changes)
+    assert all(len(key) == 32 for key in keys)
+    assert entry_key(**dict(reversed(parts.items()))) == entry_key(**parts), "order is no part of it"
+    assert entry_key(controls=("d2", "d3")) == entry_key(controls=["d2", "d3"])
+    assert entry_key(a=1) == "11bc9322f272d7ba6fb598b1e5de2857", "keys are the same in every process and release"
+
+
+@pytest.mark.parametrize("part", [Path("a"), torch.bfloat16, float("nan"), b"x", object()])
+def test_a_part_without_an_exact_form_is_refused(part: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        entry_key(part=part)
+
+
+def test_file_digest_follows_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    data = bytearray(random.Random(0).randbytes(2**20 + 17))
+    digests = set()
+    for place in (0, 2**20 - 1, 2**20, len(data) - 1):
+        data[place] ^= 1
+        path.write_bytes(data)
+        digests.add(file_digest(path))
+    path.write_bytes(data[:-1])
+    assert len(digests | {file_digest(path)}) == 5
+
+
+# --- Damage
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Path, bytes, Sample]:
+    """Path and bytes of an entry of about 800 bytes, and what is in it."""
+    sample = make_sample((Grid(1, 1, 2), Grid(1, 1, 1)), text=2, mask=True)
+    cache = Cache(tmp_path)
+    cache.write(KEY, sample)
+    return cache.path(KEY), cache.path(KEY).read_bytes(), sample
+
+
+def test_no_changed_byte_goes_unseen(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    path, whole, sample = stored
+    entry = Cache(tmp_path).lookup(KEY)
+    unseen = 0
+    for place in range(len(whole)):
+        for flip in (0x01, 0x80):
+            data = bytearray(whole)
+            data[place] ^= flip
+            path.write_bytes(data)
+            assert Cache(tmp_path).lookup(KEY) in (None, entry)
+            try:
+                assert_same(Cache(tmp_path).read(KEY), sample)
+                unseen += 1
+            except DamagedEntry:
+                assert not path.exists()
+    assert unseen == 0
+
+
+def test_no_length_but_its_own_is_an_entry(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    path, whole, _ = stored
+    for data in [*(whole[:length] for length in range(len(whole))), whole + b"\0", whole * 2, bytes(len(whole))]:
+        path.write_bytes(data)
+        assert Cache(tmp_path).lookup(KEY) is None
+        with pytest.raises(DamagedEntry, match="the next caching pass makes it again"):
+            Cache(tmp_path).read(KEY)
+
+
+def test_entry_under_another_key_is_refused(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    cache = Cache(tmp_path)
+    cache.path(OTHER).parent.mkdir()
+    cache.path(OTHER).write_bytes(stored[1])
+    assert cache.lookup(OTHER) is None
+    with pytest.raises(DamagedEntry, match=f"it is entry {KEY} of format {FORMAT}"):
+        cache.read(OTHER)
+    assert cache.lookup(KEY) is not None
+
+
+def test_bits_are_not_read_as_another_type(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    path, whole, _ = stored
+    assert whole.count(b'"BF16"') == 3
+    path.write_bytes(whole.replace(b'"BF16"', b'"F16" '))
+    with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong"):
+        Cache(tmp_path).read(KEY)
+
+
+def test_absent_entry(tmp_path: Path) -> None:
+    assert Cache(tmp_path / "none").lookup(KEY) is None
+    with pytest.raises(FileNotFoundError):
+        Cache(tmp_path / "none").read(KEY)
+    assert not (tmp_path / "none").exists(), "looking makes no folder"
+
+
+def test_damaged_entry_is_written_again(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    path, whole, sample = stored
+    cache = Cache(tmp_path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong") as caught:
+        cache.read(KEY)
+    assert caught.value.path == path
+    assert cache.lookup(KEY) is None
+    cache.write(KEY, sample)
+    assert_same(cache.read(KEY), sample)
+    assert path.read_bytes() == whole
+
+
+def test_a_rewritten_entry_is_verified_anew(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    path, whole, _ = stored
+    cache = Cache(tmp_path)
+    for _ in range(2):
+        cache.read(KEY)
+    path.unlink()
+    assert cache.lookup(KEY) is None
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedEntry):
+        cache.read(KEY)
+
+
+def test_pickle_is_never_opened(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+    witness = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(witness),)
+
+    stored[0].write_bytes(pickle.dumps(Payload()))
+    (tmp_path / INDEX).write_bytes(pickle.dumps(Payload()))
+    assert Cache(tmp_path).lookup(KEY) is None
+    with pytest.raises(DamagedEntry):
+        Cache(tmp_path).read(KEY)
+    assert not witness.exists()
+
+
+# --- Index
+
+
+def fill(root: Path, count: int = 4) -> tuple[Cache, dict[str, CacheEntry]]:
+    cache = Cache(root)
+    keys = [entry_key(i=i) for i in range(count)]
+    samples = [
+        make_sample((Grid(1, 1 + i, 2), *[Grid(1, 1, 1)] * (i % 3)), text=i, mask=i % 2 == 0) for i in range(count)
+    ]
+    return cache, {key: cache.write(key, sample) for key, sample in zip(keys, samples, strict=True)}
+
+
+def test_index_answers_without_opening_entries(tmp_path: Path) -> None:
+    cache, entries = fill(tmp_path)
+    cache.save_index()
+    for key in entries:
+        path = cache.path(key)
+        path.write_bytes(bytes(path.stat().st_size))
+    assert {key: Cache(tmp_path).lookup(key) for key in entries} == entries, "the lengths came from the index"
+    for key in entries:
+        with pytest.raises(DamagedEntry):
+            Cache(tmp_path).read(key)
+
+
+def test_index_is_never_believed_against_the_file(tmp_path: Path) -> None:
+    cache, entries = fill(tmp_path)
+    cache.save_index()
+    absent, shorter, other = list(entries)[:3]
+    cache.path(absent).unlink()
+    cache.path(shorter).write_bytes(cache.path(shorter).read_bytes()[:-1])
+    bigger = make_sample((Grid(1, 9, 9),))
+    Cache(tmp_path).write(other, bigger)
+    for checked in (Cache(tmp_path), cache):
+        assert checked.lookup(absent) is None
+        assert checked.lookup(shorter) is None
+    again = Cache(tmp_path)
+    assert [again.lookup(key) for key in (absent, shorter)] == [None, None]
+    assert again.lookup(other) == CacheEntry(other, bigger.img_shapes, 5, False)
+    again.save_index()
+    rows = json.loads((tmp_path / INDEX).read_text())["entries"]
+    assert set(rows) == set(entries) - {absent, shorter}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b"null", b'{"format": 2}', b'{"format": 1, "entries": {"x": 1}}', b'{"format": 2, "entries": 3}',
+     b"\xff" * 40, None],
+)  # fmt: skip
+def test_damaged_index_costs_time_and_nothing_else(tmp_path: Path, damage: bytes | None) -> None:
+    cache, entries = fill(tmp_path)
+    cache.save_index()
+    good = (tmp_path / INDEX).read_bytes()
+    if damage is None:
+        (tmp_path / INDEX).unlink()
+    else:
+        (tmp_path / INDEX).write_bytes(damage)
+    again = Cache(tmp_path)
+    assert {key: again.lookup(key) for key in entries} == entries
+    again.save_index()
+    assert (tmp_path / INDEX).read_bytes() == good
+
+
+BAD_ROWS: list[Any] = [
+    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]]], ["SIZE", "x", True, [[1, 2, 3]]], ["SIZE", 1, True, []],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=str)
+def test_damaged_row_of_the_index_is_read_from_the_entry(tmp_path: Path, row: Any) -> None:
+    cache, entries = fill(tmp_path, 1)
+    [key] = entries
+    size = cache.path(key).stat().st_size
+    row = [size if cell == "SIZE" else cell for cell in row] if isinstance(row, list) else row
+    atomic.write_json(tmp_path / INDEX, {"format": FORMAT, "entries": {key: row}})
+    assert Cache(tmp_path).lookup(key) == entries[key]
+
+
+def test_indexes_of_two_processes_are_joined(tmp_path: Path) -> None:
+    first, second = Cache(tmp_path), Cache(tmp_path)
+    entries = {KEY: first.write(KEY, make_sample()), OTHER: second.write(OTHER, make_sample(seed=1))}
+    first.save_index()
+    second.save_index()
+    assert set(json.loads((tmp_path / INDEX).read_text())["entries"]) == {KEY, OTHER}
+    assert {key: Cache(tmp_path).lookup(key) for key in entries} == entries
+
+
+def test_sweep_takes_old_temporary_files_only(tmp_path: Path) -> None:
+    cache, entries = fill(tmp_path, 1)
+    shard = cache.path(next(iter(entries))).parent
+    old, young = shard / f"{atomic.TMP_PREFIX}old", shard / f"{atomic.TMP_PREFIX}young"
+    for path in (old, young, tmp_path / f"{atomic.TMP_PREFIX}index"):
+        path.write_bytes(b"x")
+    for path in (old, tmp_path / f"{atomic.TMP_PREFIX}index", cache.path(next(iter(entries)))):
+        os.utime(path, (time.time() - 4000, time.time() - 4000))
+    assert cache.sweep() == 2
+    assert sorted(shard.iterdir()) == sorted([young, cache.path(next(iter(entries)))])
+
+
+# --- Kills
+
+WRITER = """
+import sys, torch
+from mixres.batch import Sample
+from mixres.data.cache import Cache, entry_key
+from mixres.geometry import Grid
+cache = Cache(sys.argv[1])
+print("ready", flush=True)
+for i in range(24):
+    key = entry_key(i=i)
+    if cache.lookup(key) is None:
+        latents = torch.full((4096, 64), float(i))
+        cache.write(key, Sample("x", latents, (latents + 1,), latents[:700], (Grid(1, 64, 64), Grid(1, 64, 64))))
+        cache.save_index()
+"""
+
+
+def start_writer(root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(root)], stdout=subprocess.PIPE, text=True)
+
+
+def entry_bytes(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(root.glob("??/*.safetensors"))}
+
+
+@pytest.mark.slow
+def test_killed_writers_leave_whole_entries_and_the_next_one_finishes(tmp_path: Path) -> None:
+    with start_writer(tmp_path / "undisturbed") as writer:
+        assert writer.wait() == 0
+    expected = entry_bytes(tmp_path / "undisturbed")
+    root = tmp_path / "killed"
+    rng = random.Random(0)
+    killed_at = []
+    for _ in range(12):
+        with start_writer(root) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.0, 0.04))
+            writer.kill()
+        found = entry_bytes(root)
+        killed_at.append(len(found))
+        assert all(expected[name] == data for name, data in found.items()), "an entry is whole or absent"
+        odd = [path for path in root.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".json")]
+        assert all(path.name.startswith((atomic.TMP_PREFIX, ".index.lock")) for path in odd)
+        cache = Cache(root)
+        for name in found:
+            assert cache.lookup(Path(name).stem) is not None
+            cache.read(Path(name).stem)
+    with start_writer(root) as writer:
+        assert writer.wait() == 0
+    assert entry_bytes(root) == expected
+    assert len(expected) == 24
+    assert any(0 < count < 24 for count in killed_at), f"no kill fell into the writing: {killed_at}"

@@ -1,0 +1,433 @@
+"""Real files of every kind: pixels come back upright in sRGB, or the reason says what is wrong with the file."""
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from mixres.data.images import (
+    BadImageError,
+    Limits,
+    check_size,
+    inspect_image,
+    inspect_mask,
+    read_image,
+    read_mask,
+)
+from mixres.geometry import Size
+
+LIMITS = Limits()
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(skimage.data.coffee()).resize((120, 80))
+
+
+def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def read(folder: Path, data: bytes, limits: Limits = LIMITS) -> Pixels:
+    path = folder / "picture"
+    path.write_bytes(data)
+    image = read_image(path, limits)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def fault(folder: Path, data: bytes, limits: Limits = LIMITS) -> str:
+    with pytest.raises(BadImageError) as caught:
+        read(folder, data, limits)
+    return str(caught.value)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_header(width: int, height: int, depth: int = 8, colour: int = 2) -> bytes:
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head)
+
+
+# --- Formats, orientation
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "BMP", "WEBP"])
+def test_lossless_formats_give_the_pixels_that_were_saved(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    assert np.array_equal(read(tmp_path, encode(photo, file_format, **options)), np.asarray(photo))
+
+
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF 2.3, tag 0x0112: what turns the stored picture upright
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP"])
+def test_exif_orientation_is_applied(tmp_path: Path, photo: Image.Image, file_format: str, orientation: int) -> None:
+    plain = read(tmp_path, encode(photo, file_format))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo, file_format, exif=exif)
+    assert np.array_equal(read(tmp_path, data), UPRIGHT[orientation](plain))
+    facts = inspect_image(tmp_path / "picture", LIMITS)
+    assert facts.size == (Size(80, 120) if orientation >= 5 else Size(120, 80))
+
+
+def test_exif_does_not_turn_a_picture_twice(tmp_path: Path, photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").write_bytes(encode(photo, "PNG", exif=exif))
+    once = read_image(tmp_path / "a", LIMITS)
+    assert np.array_equal(read(tmp_path, encode(once, "PNG")), np.asarray(once))
+
+
+# --- Pixel types
+
+
+def test_16_bit_gray_keeps_its_brightness(tmp_path: Path) -> None:
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for file_format in ("PNG", "TIFF"):
+        found = read(tmp_path, encode(Image.fromarray(gray * 257), file_format))
+        assert np.array_equal(found, np.repeat(gray[:, :, None], 3, axis=2)), file_format
+
+
+def test_16_bit_colour_png_is_read_as_8_bit(tmp_path: Path, photo: Image.Image) -> None:
+    rows = np.asarray(photo).astype(">u2") * 257
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    data = png_header(120, 80, depth=16) + png_chunk(b"IDAT", zlib.compress(raw)) + png_chunk(b"IEND", b"")
+    assert np.array_equal(read(tmp_path, data), np.asarray(photo))
+
+
+def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+    bits = np.indices((32, 32)).sum(0) % 2 == 0
+    expected = np.repeat(np.where(bits, 255, 0)[:, :, None], 3, axis=2)
+    for file_format in ("PNG", "TIFF", "BMP"):
+        assert np.array_equal(read(tmp_path, encode(Image.fromarray(bits), file_format)), expected), file_format
+
+
+def test_cmyk_without_profile(tmp_path: Path, photo: Image.Image) -> None:
+    rng = np.random.default_rng(0)
+    inks = rng.integers(0, 256, (40, 40, 4), dtype=np.uint8)
+    found = read(tmp_path, encode(Image.fromarray(inks, "CMYK"), "TIFF"))
+    light = 255.0 - inks
+    expected = light[..., :3] * light[..., 3:] / 255
+    assert np.abs(found - expected).max() <= 1
+    jpeg = read(tmp_path, encode(photo.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(jpeg.astype(int) - np.asarray(photo)).mean() < 4, "inverted inks would be far off"
+
+
+def test_palette_gives_its_colours(tmp_path: Path, photo: Image.Image) -> None:
+    paletted = photo.quantize(64)
+    expected = np.asarray(paletted.convert("RGB"))
+    for file_format in ("PNG", "GIF", "BMP"):
+        assert np.array_equal(read(tmp_path, encode(paletted, file_format)), expected), file_format
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+def test_transparency_is_laid_on_white(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
+    alpha = np.zeros((80, 120), np.uint8)
+    alpha[:, 40:80], alpha[:, 80:] = 128, 255
+    image = photo.copy()
+    image.putalpha(Image.fromarray(alpha))
+    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
+    found = read(tmp_path, encode(image, file_format, **options))
+    share = alpha[:, :, None] / 255
+    expected = np.asarray(photo) * share + 255 * (1 - share)
+    assert (found[:, :40] == 255).all(), "hidden colour shows through"
+    assert np.array_equal(found[:, 80:], np.asarray(photo)[:, 80:])
+    assert np.abs(found - expected).max() <= 1
+    assert inspect_image(tmp_path / "picture", LIMITS).flattened
+
+
+def test_gray_with_alpha_and_transparent_colours_are_laid_on_white(tmp_path: Path, photo: Image.Image) -> None:
+    gray = photo.convert("LA")
+    gray.putalpha(0)
+    assert (read(tmp_path, encode(gray, "PNG")) == 255).all()
+    key = tuple(int(v) for v in np.asarray(photo)[3, 5])
+    found = read(tmp_path, encode(photo, "PNG", transparency=key))
+    assert tuple(found[3, 5]) == (255, 255, 255)
+    paletted = photo.quantize(16)
+    index = int(np.asarray(paletted)[3, 5])
+    found = read(tmp_path, encode(paletted, "PNG", transparency=bytes([0 if i == index else 255 for i in range(16)])))
+    assert tuple(found[3, 5]) == (255, 255, 255)
+    assert (found[np.asarray(paletted) == index] == 255).all()
+
+
+def test_opaque_alpha_changes_nothing_and_is_not_counted(tmp_path: Path, photo: Image.Image) -> None:
+    assert np.array_equal(read(tmp_path, encode(photo.convert("RGBA"), "PNG")), np.asarray(photo))
+    assert not inspect_image(tmp_path / "picture", LIMITS).flattened
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
+def test_pixels_without_a_defined_range_are_refused(tmp_path: Path, mode: str) -> None:
+    reason = fault(tmp_path, encode(Image.new(mode, (32, 32)), "TIFF"))
+    assert reason == f"has pixels of mode {mode}, whose range is not defined; save it as 8- or 16-bit"
+
+
+# --- Colour profiles
+
+ADOBE_RGB = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+GAMMA = 563 / 256
+
+
+def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A version 2 display profile (ICC.1:2001-04) of the given tags."""
+    tags = tags | {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        b"cprt": b"text\0\0\0\0none\0",
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+    }
+    table, body = b"", b""
+    start = 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", 0, b"\0" * 4, 0x02400000, b"mntr", space, b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    profile = head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+    return struct.pack(">I", len(profile)) + profile[4:]
+
+
+def xyz(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(v * 65536) for v in values))
+
+
+def curve(gamma: int) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, gamma)
+
+
+def adobe_rgb() -> bytes:
+    columns = {name: xyz(*ADOBE_RGB[:, i]) for i, name in enumerate((b"rXYZ", b"gXYZ", b"bXYZ"))}
+    return icc_profile(b"RGB ", columns | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(563)))
+
+
+def srgb_encode(linear: NDArray[np.float64]) -> NDArray[np.float64]:
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_embedded_rgb_profile_is_converted_to_srgb(tmp_path: Path, photo: Image.Image, mode: str) -> None:
+    image = photo.convert(mode)
+    if mode == "RGBA":
+        image.putpixel((0, 0), (0, 0, 0, 0))
+    found = read(tmp_path, encode(image, "PNG", icc_profile=adobe_rgb()))
+    linear = (np.asarray(image.convert("RGB")) / 255) ** GAMMA
+    expected = srgb_encode(linear @ (np.linalg.inv(SRGB) @ ADOBE_RGB).T)
+    difference = np.abs(found - expected)[1:]
+    assert difference.max() <= 2.5
+    assert difference.mean() < 0.5
+    if mode != "L":
+        assert np.abs(found.astype(int) - np.asarray(photo)).max() > 10, "the profile makes a visible difference"
+
+
+def test_embedded_gray_profile_is_converted_to_srgb(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (32, 1))
+    profile = icc_profile(b"GRAY", {b"kTRC": curve(461)})  # gamma 1.8
+    found = read(tmp_path, encode(Image.fromarray(ramp), "PNG", icc_profile=profile))
+    assert np.abs(found - srgb_encode((ramp[:, :, None] / 255) ** (461 / 256))).max() <= 2.5
+    assert np.abs(found.astype(int) - ramp[:, :, None]).max() > 10, "the profile makes a visible difference"
+
+
+def test_srgb_profile_changes_no_pixel(tmp_path: Path, photo: Image.Image) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(read(tmp_path, encode(photo, "PNG", icc_profile=profile)), np.asarray(photo))
+
+
+@pytest.mark.parametrize("profile", [b"garbage", adobe_rgb()[:200], icc_profile(b"GRAY", {b"kTRC": curve(256)})])
+def test_profile_that_does_not_fit_is_ignored(tmp_path: Path, photo: Image.Image, profile: bytes) -> None:
+    assert np.array_equal(read(tmp_path, encode(photo, "PNG", icc_profile=profile)), np.asarray(photo))
+
+
+# --- Damaged and hostile files
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_truncated_file_is_refused(tmp_path: Path, photo: Image.Image, file_format: str, share: float) -> None:
+    data = encode(photo, file_format)
+    reason = fault(tmp_path, data[: int(len(data) * share)])
+    assert reason.startswith(("is damaged, it does not decode: ", "is not a picture in a supported format"))
+    assert reason.isprintable()
+
+
+def test_corrupt_png_data_is_refused(tmp_path: Path, photo: Image.Image) -> None:
+    data = bytearray(encode(photo, "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    assert fault(tmp_path, bytes(data)).startswith("is damaged, it does not decode: ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF89a",
+        b"P6\n32 32\n255\n" + bytes(32 * 32 * 3),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n(x) print\n",
+        os.urandom(500),
+    ],
+    ids=["html", "png-magic", "jpeg-magic", "gif-magic", "ppm", "eps", "noise"],
+)
+def test_file_that_is_no_supported_picture_is_refused(tmp_path: Path, data: bytes) -> None:
+    assert fault(tmp_path, data).startswith(("is not a picture in a supported format (JPEG, PNG, ", "is damaged"))
+
+
+def test_empty_absent_and_odd_files_are_refused(tmp_path: Path) -> None:
+    assert fault(tmp_path, b"") == "is empty (0 bytes)"
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {
+        "none": "cannot be read: No such file or directory",
+        "pipe": "is not a regular file",
+        ".": "is not a regular file",
+    }.items():
+        with pytest.raises(BadImageError, match=reason):
+            read_image(tmp_path / name, LIMITS)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_several_frames_are_refused(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
+    data = encode(photo, file_format, save_all=True, append_images=[photo.rotate(90), photo.rotate(180)])
+    assert fault(tmp_path, data) == "has 3 frames or pages; save the one to train on as a still image"
+
+
+def test_first_picture_of_a_phone_jpeg_is_the_picture(tmp_path: Path, photo: Image.Image) -> None:
+    data = encode(photo, "MPO", save_all=True, append_images=[photo.resize((30, 20))], quality=95)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+    assert np.array_equal(read(tmp_path, data), read(tmp_path, encode(photo, "JPEG", quality=95)))
+
+
+def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
+    zeros = zlib.compress(bytes(12_000 * (1 + 12_000 // 8)), 9)
+    data = png_header(12_000, 12_000, depth=1, colour=0) + png_chunk(b"IDAT", zeros) + png_chunk(b"IEND", b"")
+    assert len(data) < 20_000
+    expected = "12000x12000 is 144000000 pixels, more than data.limits.max_source_pixels = 64000000"
+    assert fault(tmp_path, data) == expected
+    assert fault(tmp_path, data[:60]) == expected, "no pixel data was needed to say so"
+
+
+def test_the_limit_is_the_users_and_not_pillows(tmp_path: Path) -> None:
+    data = png_header(20_000, 10_000) + png_chunk(b"IDAT", zlib.compress(b"few"))
+    reason = fault(tmp_path, data, Limits(max_source_pixels=200_000_000))
+    assert reason.startswith("is damaged"), "200 megapixels pass the header check and fail for want of data"
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_picture_without_pixels_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    reason = fault(tmp_path, png_header(*size) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""))
+    assert "holds no pixel" in reason or reason.startswith("is")
+
+
+def test_file_over_the_byte_limit_is_refused(tmp_path: Path, photo: Image.Image) -> None:
+    data = encode(photo, "BMP")
+    assert fault(tmp_path, data, Limits(max_bytes=len(data) - 1)) == (
+        f"{len(data)} bytes, more than data.limits.max_bytes = {len(data) - 1}"
+    )
+    assert read(tmp_path, data, Limits(max_bytes=len(data))).shape == (80, 120, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        pytest.param((800, 100), None, id="exactly_8"),
+        pytest.param((100, 800), None, id="exactly_8_upright"),
+        pytest.param((801, 100), "801x100 has aspect 8.0, more than data.limits.max_aspect = 8", id="just_over"),
+        pytest.param((5000, 1), "5000x1 has aspect 5000.0, more than data.limits.max_aspect = 8", id="sliver"),
+        pytest.param((8000, 8000), None, id="exactly_the_pixel_limit"),
+    ],
+)
+def test_limits_on_shape(size: tuple[int, int], reason: str | None) -> None:
+    if reason is None:
+        check_size(Size(*size), LIMITS)
+        return
+    with pytest.raises(BadImageError) as caught:
+        check_size(Size(*size), LIMITS)
+    assert str(caught.value) == reason
+
+
+def test_random_damage_is_a_reason_or_a_picture(tmp_path: Path, photo: Image.Image) -> None:
+    rng = np.random.default_rng(7)
+    for file_format in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
+        whole = encode(photo, file_format)
+        for _ in range(60):
+            data = np.frombuffer(whole, np.uint8).copy()
+            places = rng.integers(0, min(len(data), int(rng.choice([60, len(data)]))), rng.integers(1, 8))
+            data[places] = rng.integers(0, 256, len(places))
+            with contextlib.suppress(BadImageError):  # any other exception is the failure looked for
+                read(tmp_path, data.tobytes())
+
+
+# --- Masks
+
+
+def test_mask_of_any_pixel_type_is_gray(tmp_path: Path) -> None:
+    half = np.zeros((80, 120), np.uint8)
+    half[:, 60:] = 255
+    mask = Image.fromarray(half)
+    for image in (
+        mask,
+        mask.convert("1"),
+        mask.convert("RGB"),
+        mask.quantize(2),
+        Image.fromarray(half.astype("u2") * 257),
+    ):
+        (tmp_path / "mask").write_bytes(encode(image, "PNG"))
+        found = read_mask(tmp_path / "mask", LIMITS, Size(120, 80))
+        assert found.mode == "L"
+        assert np.array_equal(np.asarray(found), half), image.mode
+    assert inspect_mask(tmp_path / "mask", LIMITS).size == (120, 80)
+
+
+def test_mask_is_turned_upright_with_its_target(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "mask").write_bytes(encode(Image.new("L", (120, 80), 255), "PNG", exif=exif))
+    assert read_mask(tmp_path / "mask", LIMITS, Size(80, 120)).size == (80, 120)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        pytest.param(Image.new("L", (60, 40)), "60x40 pixels, its target 120x80", id="size"),
+        pytest.param(Image.new("L", (80, 120)), "80x120 pixels, its target 120x80", id="swapped"),
+        pytest.param(Image.new("RGBA", (120, 80), (0, 0, 0, 9)), "transparency", id="transparency"),
+        pytest.param(Image.new("L", (120, 80), 1), "mask of 0 and 1", id="zero_and_one"),
+    ],
+)
+def test_mask_that_cannot_be_meant_is_refused(tmp_path: Path, mask: Image.Image, reason: str) -> None:
+    (tmp_path / "mask").write_bytes(encode(mask, "PNG"))
+    with pytest.raises(BadImageError, match=reason):
+        read_mask(tmp_path / "mask", LIMITS, Size(120, 80))
+
+
+def test_black_mask_is_a_mask(tmp_path: Path) -> None:
+    (tmp_path / "mask").write_bytes(encode(Image.new("L", (120, 80)), "PNG"))
+    assert not np.asarray(read_mask(tmp_path / "mask", LIMITS, Size(120, 80))).any()

@@ -1,0 +1,91 @@
+"""Files are whole or absent, whatever the name, and a failed write leaves the old content and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixres import atomic
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain.txt", "with space", "line\nbreak", "-leading-dash", "图片.bin", "n" * 255, os.fsdecode(b"\xff\xfe.txt")],
+    ids=["plain", "space", "newline", "dash", "chinese", "255-bytes", "not-utf8"],
+)
+def test_write_replaces_the_content_and_leaves_no_other_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    atomic.write_bytes(path, b"first, and longer than the second")
+    atomic.write_bytes(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_exception_in_the_block_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    atomic.write_text(path, "old")
+
+    def fail() -> None:
+        with atomic.replace(path) as tmp:
+            tmp.write_text("half of the n")
+            assert tmp.parent == path.parent, "a rename is atomic inside one directory"
+            assert tmp.name.startswith(atomic.TMP_PREFIX)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_system_that_takes_no_more_bytes_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+    code = f"""
+import resource
+from mixres import atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    atomic.write_bytes({str(path)!r}, bytes(5000))
+except OSError as error:
+    print(type(error).__name__, error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["OSError", "27"]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        atomic.write_text(tmp_path / "none" / "a", "x")
+
+
+def test_new_file_has_the_mode_that_open_would_give(tmp_path: Path) -> None:
+    atomic.write_text(tmp_path / "ours", "x")
+    (tmp_path / "theirs").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
+
+
+def test_text_keeps_its_line_ends(tmp_path: Path) -> None:
+    atomic.write_text(tmp_path / "a", "一\r\n二\n")
+    assert (tmp_path / "a").read_bytes() == "一\r\n二\n".encode()
+
+
+def test_json_is_readable_and_carries_names_that_are_not_utf8(tmp_path: Path) -> None:
+    value = {"name": os.fsdecode(b"\xff.png"), "prompt": "交换红色和蓝色", "n": [1, 2.5, None, True]}
+    atomic.write_json(tmp_path / "a.json", value)
+    data = (tmp_path / "a.json").read_bytes()
+    assert json.loads(data) == value
+    assert "交换红色和蓝色".encode() in data
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()], ids=["nan", "inf", "object"])
+def test_json_refuses_what_json_cannot_say_and_keeps_the_old_file(tmp_path: Path, value: object) -> None:
+    atomic.write_json(tmp_path / "a.json", [1])
+    with pytest.raises((ValueError, TypeError)):
+        atomic.write_json(tmp_path / "a.json", {"x": value})
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]

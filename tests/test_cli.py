@@ -1,0 +1,152 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mixres import __version__, cli
+from mixres.errors import WorkError
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "pydantic", "omegaconf", "yaml", "numpy", "diffusers", "transformers", "accelerate", "peft", "PIL")
+
+
+def train_py(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert len(lines) > 20
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {pretrained_model_name_or_path: base}\ndata: {train: pairs}\n", encoding="utf-8")
+    return path
+
+
+def test_help_is_fast_and_imports_nothing_but_the_standard_library() -> None:
+    done = train_py("--help")
+    assert done.returncode == 0
+    assert "usage: train.py [VERB] --config FILE [key=value ...]" in done.stdout
+    assert all(verb in done.stdout for verb in cli.VERBS)
+    assert imported(done).isdisjoint(HEAVY)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, check=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_version() -> None:
+    done = train_py("--version")
+    assert (done.returncode, done.stdout) == (0, f"mixres {__version__}\n")
+
+
+def test_wrong_config_is_told_in_full_before_torch_is_imported(config: Path) -> None:
+    done = train_py("--config", str(config), "train.max_grad_nrm=1", "train.seed=x", "batch.layout=packd")
+    assert done.returncode == 2
+    assert messages(done) == [
+        'mixres: error: batch.layout: given "packd", allowed: one of padded',
+        'mixres: error: train.seed: given "x", allowed: an integer >= 0 and < 9223372036854775808',
+        "mixres: error: train.max_grad_nrm: unknown key; did you mean 'train.max_grad_norm'?",
+    ]
+    assert imported(done).isdisjoint({"torch", "diffusers", "transformers", "accelerate", "peft"})
+    assert "pydantic" in imported(done)  # the reading of import times does see what is imported
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    done = train_py("--config", str(tmp_path / "absent.yaml"))
+    assert done.returncode == 2
+    (message,) = messages(done)
+    assert "absent.yaml: cannot be read: No such file or directory" in message
+
+
+ARGUMENTS = {
+    "no_config": ([], ["--config: not given"]),
+    "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
+    "unknown_verb_no_config": (["zzz"], ["zzz: unknown verb; the verbs are: train, cache", "--config: not given"]),
+    "unknown_option": (["--confg=a"], ["--confg=a: unknown option; did you mean '--config'?", "--config: not given"]),
+    "abbreviation": (["--conf=a"], ["--conf=a: unknown option; did you mean '--config'?", "--config: not given"]),
+    "config_without_file": (["--config"], ["argument --config: expected one argument"]),
+    "second_word": (["train", "fast", "--config", "CONFIG"], ["'fast': not an override"]),
+    "all_at_once": (
+        ["trian", "a.b=1", "--config", "CONFIG", "train.seed=-1", "--dry"],
+        ["--dry: unknown option", "trian: unknown verb", "train.seed: given -1", "a: unknown key"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), ARGUMENTS.values(), ids=ARGUMENTS)
+def test_wrong_arguments(
+    arguments: list[str], expected: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(config) if word == "CONFIG" else word for word in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert line.startswith(f"mixres: error: {part}")
+
+
+CALLS = {
+    "default": (["--config", "CONFIG", "train.seed=3"], "train"),
+    "train": (["train", "--config", "CONFIG", "train.seed=3"], "train"),
+    "cache": (["cache", "train.seed=3", "--config", "CONFIG"], "cache"),
+    "cache_option": (["train.seed=3", "--cache", "--config", "CONFIG"], "cache"),
+    "config_last": (["train.seed=3", "loss.weighting=none", "--config", "CONFIG"], "train"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "verb"), CALLS.values(), ids=CALLS)
+def test_verbs_get_the_validated_config(
+    arguments: list[str], verb: str, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, int]] = []
+    monkeypatch.setattr(cli, "_train", lambda given: ran.append(("train", given.train.seed)))
+    monkeypatch.setattr(cli, "_cache", lambda given: ran.append(("cache", given.train.seed)))
+    assert cli.main([str(config) if word == "CONFIG" else word for word in arguments]) == 0
+    assert ran == [(verb, 3)]
+
+
+ENDS = {
+    "work": (WorkError("disk full"), 1, "mixres: error: disk full\n"),
+    "interrupt": (KeyboardInterrupt(), 130, "mixres: interrupted\n"),
+}
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ENDS.values(), ids=ENDS)
+def test_how_a_verb_ends(
+    error: BaseException,
+    code: int,
+    text: str,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_train", fail)
+    assert cli.main(["--config", str(config)]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_a_bug_comes_out_as_it_is(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_train", lambda _: {}["bug"])
+    with pytest.raises(KeyError):
+        cli.main(["--config", str(config)])

@@ -1,0 +1,121 @@
+"""Size arithmetic by named cases and against diffusers' own; packing against the pipeline's own."""
+
+import math
+
+import pytest
+import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import QwenImageEditPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixres.geometry import (
+    Grid,
+    Size,
+    control_size,
+    pack_latents,
+    target_size,
+    token_count,
+    token_grid,
+    unpack_latents,
+)
+
+MEGAPIXEL = 1024 * 1024
+SIDES = st.integers(16, 12_000)
+
+
+@pytest.mark.parametrize(
+    ("source", "max_pixels", "upscale", "expected"),
+    [
+        pytest.param((512, 512), MEGAPIXEL, False, (512, 512), id="square_native"),
+        pytest.param((1024, 1024), MEGAPIXEL, False, (1024, 1024), id="exactly_the_limit"),
+        pytest.param((600, 400), MEGAPIXEL, False, (608, 400), id="rounded_to_nearest"),
+        pytest.param((71, 88), MEGAPIXEL, False, (64, 96), id="half_goes_up_to_the_even_multiple"),
+        pytest.param((72, 104), MEGAPIXEL, False, (64, 96), id="half_goes_down_to_the_even_multiple"),
+        pytest.param((640, 427), MEGAPIXEL, False, (640, 432), id="photograph_landscape"),
+        pytest.param((427, 640), MEGAPIXEL, False, (432, 640), id="photograph_portrait_is_its_mirror"),
+        pytest.param((2048, 2048), MEGAPIXEL, False, (1024, 1024), id="downscaled_square"),
+        pytest.param((4000, 3000), MEGAPIXEL, False, (1184, 880), id="downscaled_4_to_3_rounds_down_when_over"),
+        pytest.param((8000, 1000), MEGAPIXEL, False, (2896, 352), id="downscaled_8_to_1"),
+        pytest.param((1025, 1023), MEGAPIXEL, False, (1024, 1024), id="rounding_alone_suffices"),
+        pytest.param((16, 16), MEGAPIXEL, False, (16, 16), id="one_token"),
+        pytest.param((5, 300), MEGAPIXEL, False, (16, 304), id="rect_less_than_patch"),
+        pytest.param((1000, 3), 4096, False, (992, 16), id="sliver_keeps_one_token_of_height"),
+        pytest.param((512, 512), MEGAPIXEL, True, (1024, 1024), id="upscaled_square"),
+        pytest.param((300, 451), 65536, True, (208, 304), id="upscale_never_passes_the_limit"),
+        pytest.param((4096, 4096), MEGAPIXEL, True, (1024, 1024), id="upscale_still_downscales"),
+    ],
+)
+def test_target_size(source: tuple[int, int], max_pixels: int, upscale: bool, expected: tuple[int, int]) -> None:
+    assert target_size(Size(*source), max_pixels=max_pixels, multiple_of=16, upscale=upscale) == expected
+
+
+@given(SIDES, SIDES, st.integers(16 * 16, 2**22), st.sampled_from([16, 32, 64]), st.booleans())
+def test_target_size_holds_its_promise(
+    width: int, height: int, max_pixels: int, multiple_of: int, upscale: bool
+) -> None:
+    size = target_size(Size(width, height), max_pixels=max_pixels, multiple_of=multiple_of, upscale=upscale)
+    assert size.width % multiple_of == 0
+    assert size.height % multiple_of == 0
+    assert min(size) >= multiple_of
+    assert size.width * size.height <= max_pixels or min(size) == multiple_of
+    mirrored = target_size(Size(height, width), max_pixels=max_pixels, multiple_of=multiple_of, upscale=upscale)
+    assert mirrored == (size.height, size.width)
+
+
+@given(SIDES, SIDES)
+def test_a_target_under_the_limit_changes_by_rounding_alone(width: int, height: int) -> None:
+    size = target_size(Size(width, height), max_pixels=2**40, multiple_of=16)
+    assert abs(size.width - width) <= 8
+    assert abs(size.height - height) <= 8
+
+
+@pytest.mark.parametrize(
+    ("source", "area", "expected"),
+    [
+        pytest.param((512, 512), MEGAPIXEL, (1024, 1024), id="square_upscaled"),
+        pytest.param((4000, 4000), MEGAPIXEL, (1024, 1024), id="square_downscaled"),
+        pytest.param((640, 427), MEGAPIXEL, (1248, 832), id="photograph_landscape"),
+        pytest.param((427, 640), MEGAPIXEL, (832, 1248), id="photograph_portrait"),
+        pytest.param((300, 451), 128 * 128, (96, 160), id="quickstart_area"),
+        pytest.param((8000, 1000), MEGAPIXEL, (2912, 352), id="8_to_1"),
+        pytest.param((5000, 1), MEGAPIXEL, (72416, 32), id="sliver_keeps_one_multiple"),
+    ],
+)
+def test_control_size(source: tuple[int, int], area: int, expected: tuple[int, int]) -> None:
+    assert control_size(Size(*source), area=area) == expected
+
+
+@given(SIDES, SIDES, st.sampled_from([64 * 64, 128 * 128, 384 * 384, MEGAPIXEL]) | st.integers(1024, 2**22))
+def test_control_size_is_what_the_stock_pipeline_computes(width: int, height: int, area: int) -> None:
+    stock_width, stock_height, _ = pipeline_qwenimage_edit.calculate_dimensions(area, width / height)
+    assert control_size(Size(width, height), area=area) == (max(32, stock_width), max(32, stock_height))
+
+
+def test_control_size_mends_the_zero_side_of_the_stock_pipeline() -> None:
+    assert pipeline_qwenimage_edit.calculate_dimensions(MEGAPIXEL, 5000)[1] == 0
+    assert min(control_size(Size(5000, 1), area=MEGAPIXEL)) == 32
+
+
+def test_grid_puts_rows_before_columns_and_counts_tokens() -> None:
+    grid = token_grid(Size(width=320, height=64), 16)
+    assert grid == (1, 4, 20) == Grid(frames=1, rows=4, columns=20)
+    assert grid.tokens == 80
+    assert token_count([grid, (1, 2, 3)]) == 86
+
+
+def test_a_size_that_is_no_multiple_has_no_grid() -> None:
+    with pytest.raises(AssertionError):
+        token_grid(Size(320, 65), 16)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
+def test_pack_is_the_pipelines_own_and_unpack_its_inverse(channels: int, rows: int, columns: int) -> None:
+    shape = (channels, 1, 2 * rows, 2 * columns)
+    latents = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+    tokens = pack_latents(latents)
+    stock = QwenImageEditPipeline._pack_latents(latents[None], 1, channels, 2 * rows, 2 * columns)
+    assert torch.equal(tokens, stock[0])
+    assert torch.equal(unpack_latents(tokens, Grid(1, rows, columns)), latents)
+    unpacked = QwenImageEditPipeline._unpack_latents(tokens[None], 16 * rows, 16 * columns, 8)
+    assert torch.equal(unpack_latents(tokens, Grid(1, rows, columns)), unpacked[0])
