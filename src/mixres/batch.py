@@ -9,12 +9,12 @@ P packed channel (4 x latent channels), D text width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from mixres.geometry import Grid
+from mixres.geometry import Grid, token_count
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,35 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Several samples in the layout the transformer takes. `padded`: rows are samples, filled up with zeros."""
+    """Several samples in one of the two layouts the transformer takes; all that follows is independent of which.
 
+    `padded`: (X, Y) = (B, S) and (B, T), rows filled up with zeros; a row holds target | controls | filler.
+    `packed`: (X, Y) = (S_total, 1) and (T_total, 1), samples one behind the other, no filler.
+    """
+
+    layout: Literal["padded", "packed"]
     indices: tuple[int, ...]  # positions of the samples in the data set; randomness is keyed by them
     names: tuple[str, ...]
-    latents: Tensor  # (B, S, P) clean; per row target | controls | zeros
+    latents: Tensor  # (X, Y, P) clean
     target_index: Tensor  # (V,) int64 rows of `latents.flatten(0, 1)` that hold target tokens, sample by sample
     target_lengths: tuple[int, ...]  # V = sum
-    prompt_embeds: Tensor  # (B, T, D)
+    prompt_embeds: Tensor  # (X, Y, D)
     prompt_mask: Tensor | None  # (B, T) bool, None when no text is padded
     text_lengths: tuple[int, ...]
     img_shapes: tuple[tuple[Grid, ...], ...]
-    edit_mask: Tensor  # (V,) float32 foreground share, 1 where a sample has no mask
-    has_mask: tuple[bool, ...]
+    edit_mask: Tensor  # (V,) float32 foreground share of each target token
+    has_mask: tuple[bool, ...]  # a sample without an edit mask has weight 1 everywhere
     sample_weights: tuple[float, ...]  # 1, or 0 for a filler that only keeps ranks in step
+
+    @property
+    def tokens(self) -> int:
+        """Valid tokens, text and image."""
+        return sum(self.text_lengths) + sum(token_count(grids) for grids in self.img_shapes)
+
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens that the transformer computes, filler included."""
+        return self.latents.shape[0] * self.latents.shape[1] + self.prompt_embeds.shape[0] * self.prompt_embeds.shape[1]
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
@@ -57,7 +72,7 @@ class Batch:
 class FlowSample:
     """A batch at its noise levels. Source: rectified flow, Liu et al. 2022 (arXiv 2209.03003)."""
 
-    noisy_latents: Tensor  # (B, S, P): target tokens interpolated, controls and filler as in the batch
+    noisy_latents: Tensor  # as `Batch.latents`: target tokens interpolated, controls and filler as in the batch
     sigmas: Tensor  # (B,) in [0, 1]; 0 is data, 1 is noise; also the model's `timestep`
     velocity: Tensor  # (V, P) noise - data at the target tokens, the regression target
     weights: Tensor  # (B,) loss weight of each sample's noise level

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mixres import __version__
-from mixres.errors import UserError, WorkError
+from mixres.errors import Stopped, UserError, WorkError
 
 if TYPE_CHECKING:
     from mixres.config import Config
@@ -23,7 +23,10 @@ VERBS = {
 }
 OPTIONS = ("--config", "--cache", "--help", "--version")
 
-EXIT_CODES = "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
+    " (run the same command to go on), 130 or 143 interrupted"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkError as error:
         print(f"mixres: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"mixres: {stop}", file=sys.stderr)
+        return Stopped.exit_code
     except KeyboardInterrupt:
         print("mixres: interrupted", file=sys.stderr)
         return 130

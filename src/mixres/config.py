@@ -111,9 +111,12 @@ class BatchConfig(Section):
         16384,
         ge=1,
         le=2**31,
-        description="Tokens computed in a microbatch: rows x (longest text + longest images).",
+        description="Tokens computed in a microbatch, text and images; padded: rows x (longest text + longest images).",
     )
-    layout: Literal["padded"] = Field("padded", description="Layout of a microbatch: rows padded to the longest.")
+    layout: Literal["packed", "padded"] = Field(
+        "packed",
+        description="Layout of a microbatch: samples one behind the other, or rows padded to the longest.",
+    )
 
 
 class FlowConfig(Section):
@@ -174,7 +177,7 @@ class CheckpointConfig(Section):
 
 class SampleConfig(Section):
     every: int = Field(500, ge=0, le=10**9, description="Steps between samples of data.held_out; 0 makes none.")
-    steps: int = Field(20, ge=1, le=1000, description="Denoising steps of a sample.")
+    steps: int = Field(20, ge=2, le=1000, description="Denoising steps of a sample.")
 
 
 class LoggingConfig(Section):

@@ -32,3 +32,9 @@ class WorkError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the run was asked to stop and has saved
+    """A signal came and the run saved itself. The command line exits 75: the same command goes on."""
+
+    exit_code = 75

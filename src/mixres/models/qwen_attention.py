@@ -1,17 +1,24 @@
 """The attention processor of the multi-resolution patch: joint text/image attention over padded or packed samples.
 
 Promise: a query sees exactly the keys of its own sample. Cost over the stock processor: none where nothing is padded;
-one boolean mask, built once a forward call, where something is.
+one boolean mask, built once a forward call, where something is; packed, one kernel for all samples on CUDA in half
+precision, one call per sample elsewhere.
 
 Legend: B sample, S image token, T text token, L = T + S, H head, D head width; packed tensors are (tokens, 1, ...).
 """
 
 from itertools import chain
+from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from mixres.models.qwen_rope import JointRotary, PackedLengths, apply_rotary_emb_qwen_batched
 
@@ -34,8 +41,8 @@ class QwenDoubleStreamAttnProcessor2_0_MultiRes:
     bool `(B, L)` or `(B, 1, 1, L)`, text first.
     """
 
-    _attention_backend = None
-    _parallel_config = None
+    _attention_backend: AttentionBackendName | str | None = None
+    _parallel_config: Any = None
 
     def __call__(
         self,
@@ -83,22 +90,51 @@ class QwenDoubleStreamAttnProcessor2_0_MultiRes:
             _interleave(t.transpose(0, 1), i.transpose(0, 1), lengths) for t, i in zip(text, image, strict=True)
         )  # (1, L_total, H, D), samples one behind the other, text first in each
         query, key = (apply_rotary_emb_qwen_batched(x, rotary.freqs) for x in (query, key))
-        parts = zip(*(x.split(lengths.joint, dim=1) for x in (query, key, value)), strict=True)
-        joined = [self._dispatch(q, k, v, None).flatten(2, 3).to(query.dtype) for q, k, v in parts]
-        text_out = torch.cat([x[0, :t] for x, t in zip(joined, lengths.text, strict=True)])
-        image_out = torch.cat([x[0, t:] for x, t in zip(joined, lengths.text, strict=True)])
+        half = self._varlen_dtype(query)
+        if half is None:
+            parts = zip(*(torch.split(x, lengths.joint, dim=1) for x in (query, key, value)), strict=True)
+            samples = [self._dispatch(q, k, v, None)[0] for q, k, v in parts]
+        else:
+            joined = _attend_varlen(query[0].to(half), key[0].to(half), value[0].to(half), lengths)
+            samples = list(torch.split(joined, lengths.joint))
+        samples = [x.flatten(1).to(query.dtype) for x in samples]
+        text_out = torch.cat([x[:t] for x, t in zip(samples, lengths.text, strict=True)])
+        image_out = torch.cat([x[t:] for x, t in zip(samples, lengths.text, strict=True)])
         return text_out[:, None], image_out[:, None]
 
+    def _backend(self) -> AttentionBackendName:
+        if self._attention_backend is None:  # then diffusers' own default, or its context manager, decides
+            return _AttentionBackendRegistry.get_active_backend()[0]
+        return AttentionBackendName(self._attention_backend)
+
+    def _varlen_dtype(self, query: Tensor) -> torch.dtype | None:
+        """The half precision in which torch's variable-length kernel takes `query`; None where it does not."""
+        if not query.is_cuda or query.shape[-1] % 8 or self._parallel_config is not None:
+            return None
+        if self._backend() is not AttentionBackendName.NATIVE:
+            return None
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None and "varlen" in str(self._attention_backend):
+        if mask is not None and "varlen" in self._backend().value:
             # These kernels keep the first N keys, N the number of valid ones: wrong wherever text is padded too.
             raise ValueError(
-                f"attention backend '{self._attention_backend}' keeps the wrong keys of a padded batch: use "
+                f"attention backend '{self._backend().value}' keeps the wrong keys of a padded batch: use "
                 "batch.layout packed, or a backend that takes a mask (native, flex)"
             )
-        return dispatch_attention_fn(
+        attended: Tensor = dispatch_attention_fn(
             query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+        return attended
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths) -> Tensor:
+    """`(L_total, H, D)` of all samples at once: lengths are on the device, the longest is a Python integer."""
+    longest = max(lengths.joint)
+    attended = varlen_attn(query, key, value, lengths.cumulative, lengths.cumulative, longest, longest)
+    assert isinstance(attended, Tensor)  # a pair only where the log-sum-exp is asked for
+    return attended
 
 
 def _heads(
@@ -132,7 +168,7 @@ def _call_mask(text_mask: Tensor | None, attention_mask: Tensor | None, text: Te
 
 def _interleave(text: Tensor, image: Tensor, lengths: PackedLengths) -> Tensor:
     """`(1, T_total, H, D)`, `(1, S_total, H, D)` -> `(1, L_total, H, D)`: each sample's text, then its image."""
-    pairs = zip(text.split(lengths.text, dim=1), image.split(lengths.image, dim=1), strict=True)
+    pairs = zip(torch.split(text, lengths.text, dim=1), torch.split(image, lengths.image, dim=1), strict=True)
     return torch.cat(list(chain.from_iterable(pairs)), dim=1)
 
 

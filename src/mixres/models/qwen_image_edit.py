@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 
 from mixres.batch import Batch, Sample
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size, control_size, pack_latents, token_grid
+from mixres.geometry import PATCH, Size, control_size, pack_latents, token_grid
 from mixres.models import pretrained
+from mixres.models.edit_mask import mask_on_grid
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.qwen_processor import load_processor, torchvision_imports
 
@@ -93,6 +93,15 @@ def load_encoders(
     return pipeline.to(device)
 
 
+def example_fault(*, controls: int, prompt: str) -> str | None:
+    """Why this family cannot take an example with so many controls and this prompt; None where it can."""
+    if controls != 1:
+        return f"Qwen-Image-Edit takes exactly one control image, there are {controls}"
+    if markers := [token for token in _VISION_TOKENS if token in prompt]:
+        return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out"
+    return None
+
+
 @torch.no_grad()
 def encode(
     pipeline: QwenImageEditPipeline,
@@ -114,10 +123,8 @@ def encode(
     Raises:
         UserError: not exactly one control, or a prompt with the text encoder's own image markers in it.
     """
-    if len(controls) != 1:
-        raise UserError(f"{name}: Qwen-Image-Edit takes exactly one control image, there are {len(controls)}")
-    if markers := [token for token in _VISION_TOKENS if token in prompt]:
-        raise UserError(f"{name}: the prompt contains {markers[0]}, a marker of the text encoder: take it out")
+    if fault := example_fault(controls=len(controls), prompt=prompt):
+        raise UserError(f"{name}: {fault}")
     size = control_size(Size(*controls[0].size), area=control_area, multiple_of=_CONTROL_MULTIPLE_OF)
     control = pipeline.image_processor.resize(controls[0], size.height, size.width)
     prompt_embeds, prompt_mask = pipeline.encode_prompt(image=control, prompt=prompt, device=pipeline.device)
@@ -129,7 +136,7 @@ def encode(
         control_latents=(_encode_image(pipeline, control, size),),
         prompt_embeds=prompt_embeds[0].cpu(),
         img_shapes=grids,
-        edit_mask=None if mask is None else _mask_on_grid(mask, grids[0]),
+        edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
     )
 
 
@@ -138,24 +145,6 @@ def _encode_image(pipeline: QwenImageEditPipeline, image: Image.Image, size: Siz
     pixels = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
     pixels = pixels.to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
     return pack_latents(pipeline._encode_vae_image(pixels, generator=None)[0]).cpu()
-
-
-def _mask_on_grid(mask: Image.Image, grid: Grid) -> Tensor:
-    """`(S,)` float32 in [0, 1]: the mean over each token's rectangle of the picture, in parts of pixels where it cuts.
-
-    Not PIL's box filter, which takes whole pixels only.
-    """
-    pixels = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float64) / 255)
-    rows, columns = _coverage(grid.rows, mask.height), _coverage(grid.columns, mask.width)
-    return (rows @ pixels @ columns.T).float().clamp_(0, 1).flatten()
-
-
-def _coverage(cells: int, pixels: int) -> Tensor:
-    """`(cells, pixels)` float64: the share of each cell of a line that each pixel takes up; rows sum to 1."""
-    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-    left = torch.arange(pixels, dtype=torch.float64)
-    overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
-    return overlap.clamp(min=0) * cells / pixels
 
 
 def load_transformer(
@@ -174,19 +163,41 @@ def load_transformer(
     return patch_qwen_model_for_multi_resolution(transformer.to(device))
 
 
-def predict_velocity(transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-    """`(B, S, P)`: the transformer's velocity at every image token, in the transformer's dtype.
+def transformer_skeleton(path: str, *, revision: str | None = None) -> QwenImageTransformer2DModel:
+    """The transformer without weights, on the meta device: names and shapes to check a configuration against.
 
-    `noisy_latents` is `(B, S, P)`, `sigmas` `(B,)` in [0, 1]; the stock pipeline's `timestep / 1000` is the sigma.
-    Any wrapper that passes keyword arguments on may stand for the transformer.
+    Raises:
+        UserError: the pipeline or its `transformer/config.json` cannot be had.
+    """
+    config = pretrained.pipeline_json(path, "transformer/config.json", revision=revision)
+    with torch.device("meta"):
+        return QwenImageTransformer2DModel.from_config(config)
+
+
+def untrained_modules(transformer: QwenImageTransformer2DModel) -> tuple[str, ...]:
+    """Modules whose output reaches no loss: the last block's text stream ends there but for its keys and values.
+
+    Trained, they would get no gradient or zeros, and data-parallel wrappers would wait for them in vain.
+    """
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
+    return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"))
+
+
+def predict_velocity(transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    """The transformer's velocity at every image token, in the layout of the batch and the transformer's dtype.
+
+    `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1]; the stock pipeline's `timestep / 1000` is the
+    sigma. Any wrapper that passes keyword arguments on may stand for the transformer.
     """
     dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
+    packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
     velocity: Tensor = transformer(
         hidden_states=noisy_latents.to(dtype),
         timestep=sigmas.to(dtype),
         encoder_hidden_states=batch.prompt_embeds.to(dtype),
         encoder_hidden_states_mask=batch.prompt_mask,
         img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
+        attention_kwargs=packed,
         return_dict=False,
     )[0]
     return velocity

@@ -18,9 +18,8 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
-from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-from torch import Tensor, nn
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformer2DModel
+from torch import Tensor
 
 from mixres.models.qwen_attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
 from mixres.models.qwen_packed import install_packed_hooks, plan_packed
@@ -76,7 +75,7 @@ def patch_qwen_forward_for_multi_resolution(model: QwenImageTransformer2DModel) 
     return model
 
 
-def _plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     """Forward pre-hook: turn forms (a) to (d) into arguments that the stock forward takes."""
     call = {**dict(zip(_FORWARD_NAMES, args, strict=False)), **kwargs}
     attention_kwargs = dict(call.get("attention_kwargs") or {})
@@ -84,11 +83,10 @@ def _plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     text_lengths = attention_kwargs.pop("txt_seq_lens", None)
     rotary_pair = call.pop("image_rotary_emb", None)
     call["attention_kwargs"] = attention_kwargs
-    shapes = call.get("img_shapes")
+    shapes = None if call.get("img_shapes") is None else as_shape_lists(call["img_shapes"])
     if shapes is None and (rotary_pair is None or text_lengths is not None):
         raise ValueError("img_shapes is missing: positions come from each sample's (1, rows, columns) grids")
-    shapes = None if shapes is None else as_shape_lists(shapes)
-    if text_lengths is not None:
+    if shapes is not None and text_lengths is not None:
         _require_patched_processors(model, "a packed batch")
         call["img_shapes"] = plan_packed(model, call, shapes, [int(n) for n in text_lengths])
     else:
@@ -97,7 +95,7 @@ def _plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _plan_padded(
-    model: nn.Module,
+    model: Any,
     call: dict[str, Any],
     shapes: list[list[Shape]] | None,
     rotary_pair: tuple[Tensor, Tensor] | None,
@@ -118,7 +116,8 @@ def _plan_padded(
         rotary_pair = model.pos_embed.padded_frequencies(shapes, image_tokens, text_tokens, hidden.device)
     image_freqs, text_freqs = _checked_pair(rotary_pair, hidden, text)
     if not _has_patched_processors(model):
-        if image_mask is not None or explicit_mask is not None or image_freqs.dim() == 3:
+        per_sample = image_freqs.dim() == 3 or text_freqs.dim() == 3
+        if image_mask is not None or explicit_mask is not None or per_sample:
             _require_patched_processors(model, "a batch of different sizes")
         return PlannedShapes(shapes or [], (image_freqs, text_freqs))
     if text_mask is not None:  # filler of any kind has the zero frequency
@@ -133,7 +132,8 @@ def _plan_padded(
 
 def _one_per_sample(shapes: list[list[Shape]], hidden: Tensor) -> list[list[Shape]]:
     batch, image_tokens = hidden.shape[:2]
-    shapes = shapes * batch if len(shapes) == 1 else shapes  # the stock forward lets one entry stand for all
+    if all(sample == shapes[0] for sample in shapes):  # the stock forward lets the first entry stand for all
+        shapes = shapes[:1] * batch
     if len(shapes) != batch:
         raise ValueError(f"img_shapes describes {len(shapes)} samples, hidden_states holds {batch}")
     for b, sample in enumerate(shapes):
@@ -169,7 +169,8 @@ def _checked_pair(pair: tuple[Tensor, Tensor], hidden: Tensor, text: Tensor) -> 
         batch, tokens = states.shape[:2]
         if freqs.shape[-2] != tokens or (freqs.dim() == 3 and freqs.shape[0] not in (1, batch)):
             raise ValueError(
-                f"image_rotary_emb: {name} frequencies {tuple(freqs.shape)} do not fit {batch} samples of {tokens} tokens"
+                f"image_rotary_emb: {name} frequencies {tuple(freqs.shape)} do not fit {batch} samples of {tokens} "
+                "tokens"
             )
         freqs = freqs[0] if freqs.dim() == 3 and freqs.shape[0] == 1 else freqs
         checked.append(freqs.to(states.device))
@@ -196,10 +197,10 @@ def _combined(mask: Tensor | None, explicit: Tensor, hidden: Tensor, tokens: int
     return None if bool(mask.all()) else mask
 
 
-def _has_patched_processors(model: nn.Module) -> bool:
+def _has_patched_processors(model: Any) -> bool:
     return isinstance(model.transformer_blocks[0].attn.processor, QwenDoubleStreamAttnProcessor2_0_MultiRes)
 
 
-def _require_patched_processors(model: nn.Module, what: str) -> None:
+def _require_patched_processors(model: Any, what: str) -> None:
     if not _has_patched_processors(model):
         raise ValueError(f"{what} needs the whole patch: call patch_qwen_model_for_multi_resolution(model)")

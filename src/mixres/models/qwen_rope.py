@@ -12,6 +12,7 @@ Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 Shape = tuple[int, int, int]
+Runs = tuple[tuple[int, int], ...]  # (row, tokens): so many tokens in a row share that row of parameters
 
 TABLE_HALF = 4096  # the stock tables hold the positions -4096 .. 4095
 FILLER_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
@@ -30,13 +32,17 @@ class PackedLengths:
 
     text: tuple[int, ...]
     image: tuple[int, ...]
-    image_rows: Tensor  # (S_total,) int64: the row of the modulation parameters that each image token uses
-    text_rows: Tensor  # (T_total,) int64
-    cumulative: Tensor  # (B + 1,) int32 joint lengths, for variable-length attention kernels
+    image_runs: Runs  # the row of the modulation parameters that each stretch of image tokens uses
+    cumulative: Tensor  # (B + 1,) int32, where each sample's text and image begin, for variable-length kernels
 
     @property
     def joint(self) -> tuple[int, ...]:
+        """Text and image tokens of each sample."""
         return tuple(t + s for t, s in zip(self.text, self.image, strict=True))
+
+    @property
+    def text_runs(self) -> Runs:
+        return tuple(enumerate(self.text))
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,16 @@ def text_positions(shapes: Sequence[Shape], length: int) -> Tensor:
 
 def as_shape_lists(img_shapes: Sequence[Shape | Sequence[Shape]]) -> list[list[Shape]]:
     """`img_shapes` as one list of `(frames, rows, columns)` per sample; a bare triple is a sample of one image."""
-    per_sample = [[entry] if isinstance(entry[0], int) else entry for entry in img_shapes]
-    return [[(int(f), int(h), int(w)) for f, h, w in shapes] for shapes in per_sample]  # type: ignore[misc]
+    return [_as_shapes(entry) for entry in img_shapes]
 
 
-class MultiResolutionRope(QwenEmbedRope):
-    """`QwenEmbedRope` that knows every sample's own positions. No parameters, no buffers: the state dict is unchanged."""
+def _as_shapes(entry: Any) -> list[Shape]:
+    images = [entry] if isinstance(entry[0], int) else entry
+    return [(int(frames), int(rows), int(columns)) for frames, rows, columns in images]
+
+
+class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
+    """`QwenEmbedRope` that knows every sample's own positions. Neither parameters nor buffers: the state dict stays."""
 
     def __init__(self, stock: QwenEmbedRope) -> None:
         super().__init__(theta=stock.theta, axes_dim=list(stock.axes_dim), scale_rope=stock.scale_rope)
@@ -168,5 +178,5 @@ def apply_rotary_emb_qwen_batched(x: Tensor, freqs_cis: Tensor) -> Tensor:
             f"({length}, {width // 2}) or ({batch}, {length}, {width // 2})"
         )
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(wide.reshape(*wide.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)

@@ -1,0 +1,145 @@
+"""A validated configuration -> the parts of a run: model, plan, objective, loader.
+
+Promise: what trains, and what will verify and measure, is put together in one place, so that all of them mean the same
+run. Cost: loading the transformer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mixres import __version__
+from mixres.batch import Batch
+from mixres.config import Config
+from mixres.data.loader import MicrobatchDataset, microbatch_loader
+from mixres.data.plan import Plan
+from mixres.diffusion.flow_matching import NoiseLevels
+from mixres.errors import UserError
+from mixres.models.lora import TargetMatch, add_lora, check_targets, train_all, trainable_parameters
+from mixres.precompute import Encoded
+from mixres.training.optim import optimizer_class
+from mixres.training.step import Objective
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The patched transformer and what is trained of it, by name in the optimizer's order."""
+
+    transformer: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    table: tuple[TargetMatch, ...]  # empty where all weights are trained
+
+
+def check_early(config: Config, family: ModuleType) -> None:
+    """What needs torch to be told and can be told before hours of encoding.
+
+    Raises:
+        UserError: the optimizer or its arguments, or LoRA targets that match nothing; all at once.
+    """
+    faults: list[str] = []
+    try:
+        optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
+    except UserError as error:
+        faults += error.messages
+    model = config.model
+    skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
+    try:
+        check_targets(skeleton, model.lora.target_modules if model.lora else ())
+    except UserError as error:
+        faults += error.messages
+    if faults:
+        raise UserError(faults)
+
+
+def load_trained(config: Config, family: ModuleType, device: torch.device) -> Trained:
+    """The transformer on `device`, its adapters (or all its weights) trainable, and the optimizer over them."""
+    model = config.model
+    transformer = family.load_transformer(
+        model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
+    )
+    untrained = family.untrained_modules(transformer)
+    if model.lora:
+        table = add_lora(transformer, **model.lora.model_dump(), untrained=untrained, seed=config.train.seed)
+    else:
+        table = train_all(transformer, untrained=untrained)
+    if config.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    parameters = trainable_parameters(transformer)
+    kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
+    optimizer = kind(parameters.values(), **config.optimizer.init_args)
+    return Trained(transformer.train(), parameters, optimizer, tuple(table))
+
+
+def objective_of(config: Config, family: ModuleType) -> Objective:
+    """What is minimised, with the shift constants of the base's own scheduler."""
+    model, flow = config.model, config.flow
+    return Objective(
+        predict_velocity=family.predict_velocity,
+        levels=NoiseLevels(**flow.model_dump(), weighting=config.loss.weighting),
+        shift_constants=family.flow_shift(model.pretrained_model_name_or_path, revision=model.revision),
+        normalization=config.loss.normalization,
+        foreground=config.data.mask_weight.foreground,
+        background=config.data.mask_weight.background,
+        seed=config.train.seed,
+        dtype=torch.float64 if model.dtype == "float64" else torch.float32,
+    )
+
+
+def plan_of(config: Config, encoded: Encoded, *, world_size: int) -> Plan:
+    """The plan of all steps over `world_size` ranks.
+
+    Raises:
+        UserError: samples that are over `batch.max_tokens` alone, or no samples.
+    """
+    return Plan(
+        [item.lengths for item in encoded.train],
+        names=[item.record.name for item in encoded.train],
+        seed=config.train.seed,
+        samples_per_step=config.batch.samples_per_step,
+        max_tokens=config.batch.max_tokens,
+        layout=config.batch.layout,
+        world_size=world_size,
+    )
+
+
+def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first: int, workers: int) -> Iterator[Batch]:
+    """The batches of `rank` from optimizer step `first` to the run's end."""
+    keys, names = [item.key for item in encoded.train], [item.record.name for item in encoded.train]
+    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout)
+    return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
+
+
+def frozen_fields(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: otherwise it would be neither."""
+    return {
+        "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
+        "model.revision": config.model.revision,
+        "model.dtype": config.model.dtype,
+        "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        "train.seed": config.train.seed,
+        "batch.samples_per_step": config.batch.samples_per_step,
+        "data (order hash)": plan.order_hash([item.key for item in encoded.train]),
+    }
+
+
+def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
+    """What a LoRA file says of itself, so that sampling needs no configuration."""
+    assert config.model.lora is not None
+    return {
+        "format": 1,
+        "mixres": __version__,
+        "family": family.__name__.rpartition(".")[2],
+        "base": config.model.pretrained_model_name_or_path,
+        "revision": config.model.revision,
+        "r": config.model.lora.r,
+        "lora_alpha": config.model.lora.lora_alpha,
+        "target_modules": list(config.model.lora.target_modules),
+        "control_area": config.data.resize.control.area,
+        "step": step,
+    }

@@ -1,0 +1,61 @@
+"""Samples -> one Batch: the only place that pads or packs.
+
+Promise: valid tokens are copied bit for bit; every filler slot is zero. Cost: one copy of each sample's tensors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mixres.batch import Batch, Sample
+from mixres.data.plan import Layout
+
+
+def collate(samples: Sequence[Sample], *, indices: Sequence[int], weights: Sequence[float], layout: Layout) -> Batch:
+    """One microbatch in `layout`; `indices` and `weights` belong to the samples, see `Batch`."""
+    images = [torch.cat([s.target_latents, *s.control_latents]) for s in samples]
+    texts = [s.prompt_embeds for s in samples]
+    text_lengths = tuple(len(text) for text in texts)
+    target_lengths = tuple(len(s.target_latents) for s in samples)
+    latents, starts = _pad(images) if layout == "padded" else _pack(images)
+    prompt_embeds, _ = _pad(texts) if layout == "padded" else _pack(texts)
+    padded_text = layout == "padded" and min(text_lengths) < max(text_lengths)
+    return Batch(
+        layout=layout,
+        indices=tuple(indices),
+        names=tuple(s.name for s in samples),
+        latents=latents,
+        target_index=torch.cat([torch.arange(n) + first for n, first in zip(target_lengths, starts, strict=True)]),
+        target_lengths=target_lengths,
+        prompt_embeds=prompt_embeds,
+        prompt_mask=_valid(text_lengths) if padded_text else None,
+        text_lengths=text_lengths,
+        img_shapes=tuple(s.img_shapes for s in samples),
+        edit_mask=torch.cat([_edit_mask(s) for s in samples]),
+        has_mask=tuple(s.edit_mask is not None for s in samples),
+        sample_weights=tuple(weights),
+    )
+
+
+def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """`(B, longest, ...)`, and where each row begins in its flattened form."""
+    padded = pad_sequence(list(rows), batch_first=True)
+    return padded, [b * padded.shape[1] for b in range(len(rows))]
+
+
+def _pack(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """`(sum of lengths, 1, ...)`, and where each sample begins."""
+    starts = [0]
+    for row in rows[:-1]:
+        starts.append(starts[-1] + len(row))
+    return torch.cat(list(rows)).unsqueeze(1), starts
+
+
+def _valid(lengths: Sequence[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def _edit_mask(sample: Sample) -> Tensor:
+    return torch.zeros(len(sample.target_latents)) if sample.edit_mask is None else sample.edit_mask

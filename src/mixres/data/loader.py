@@ -1,0 +1,64 @@
+"""The plan's microbatches of one rank, read from the cache and collated ahead of the step that needs them.
+
+Promise: the data position is the step number alone; workers change the time things take, nothing else. Cost: one
+cache read per sample and step, in `workers` processes beside the training.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mixres.batch import Batch
+from mixres.data.cache import Cache, DamagedEntry
+from mixres.data.collate import collate
+from mixres.data.plan import Layout, Microbatch, Plan
+from mixres.errors import WorkError
+
+
+class MicrobatchDataset(Dataset[Batch]):
+    """Maps a `Microbatch` of the plan to the `Batch` of its samples."""
+
+    def __init__(self, cache: Cache, keys: Sequence[str], names: Sequence[str], layout: Layout) -> None:
+        self.cache, self.keys, self.names = cache, keys, names
+        self.layout: Layout = layout
+
+    def __getitem__(self, microbatch: Microbatch) -> Batch:
+        try:
+            samples = [self.cache.read(self.keys[i], name=self.names[i]) for i in microbatch.indices]
+        except (DamagedEntry, FileNotFoundError) as error:
+            raise WorkError(f"{error}: run the same command again") from error
+        return collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=self.layout)
+
+
+class _RankMicrobatches:
+    """The microbatches of one rank, steps `first` to `last` - 1."""
+
+    def __init__(self, plan: Plan, rank: int, first: int, last: int) -> None:
+        self.plan, self.rank, self.steps = plan, rank, range(first, last)
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        for step in self.steps:
+            yield from self.plan.step(step).ranks[self.rank]
+
+
+def microbatch_loader(
+    dataset: MicrobatchDataset, plan: Plan, *, rank: int, first: int, last: int, workers: int
+) -> Iterator[Batch]:
+    """Batches of `rank` for optimizer steps `first` to `last` - 1, one microbatch after the other."""
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_RankMicrobatches(plan, rank, first, last),
+        num_workers=workers,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
+    )
+    return iter(loader)
+
+
+def _outlive_signals(worker: int) -> None:
+    """A launcher signals the whole process group; the workers must outlast the step that is being finished."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

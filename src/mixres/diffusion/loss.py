@@ -1,0 +1,66 @@
+"""The error of predicted velocities over valid target tokens, as a sum and a count.
+
+Promise: padding and control tokens enter neither: target tokens are selected, nothing is multiplied by a mask. Sums
+and counts of microbatches and ranks add up, so the divisor of a step is global and known before it runs. Cost: one
+gather of the target tokens.
+
+Legend: B sample, V valid target token of the batch, P packed channel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mixres.batch import Batch, FlowSample
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """`total` is a scalar with gradient; `count` is this batch's part of the divisor."""
+
+    total: Tensor
+    count: float
+
+
+def velocity_loss(
+    velocity: Tensor,
+    batch: Batch,
+    flow: FlowSample,
+    *,
+    normalization: Literal["sample", "token"],
+    foreground: float = 1.0,
+    background: float = 1.0,
+) -> LossSum:
+    """Weighted squared error, averaged over channels.
+
+    `velocity` is the model's output in the batch's layout, `(X, Y, P)`. `normalization`: `sample` adds each sample's
+    mean over its own target tokens and counts samples; `token` adds tokens and counts tokens. A sample with an edit
+    mask weights its tokens between `background` and `foreground`, in the numerator only. Samples of weight 0 are left
+    out; a batch of nothing else gives a zero that still reaches every parameter.
+    """
+    predicted = velocity.flatten(0, 1)[batch.target_index].to(flow.velocity.dtype)
+    errors = (predicted - flow.velocity).square().mean(dim=-1)
+    if any(batch.has_mask):
+        errors = errors * _token_weights(batch, foreground, background).to(errors.dtype)
+    per_sample = torch.split(errors, list(batch.target_lengths))
+    total, count = predicted[:0].sum(), 0.0
+    for b, weight in enumerate(batch.sample_weights):
+        if weight == 0:
+            continue
+        tokens = batch.target_lengths[b]
+        share = per_sample[b].mean() if normalization == "sample" else per_sample[b].sum()
+        total = total + weight * flow.weights[b] * share
+        count += weight * (1 if normalization == "sample" else tokens)
+    return LossSum(total, count)
+
+
+def _token_weights(batch: Batch, foreground: float, background: float) -> Tensor:
+    """`(V,)`: background + (foreground - background) x share, 1 for samples without a mask."""
+    weights = torch.lerp(
+        torch.full_like(batch.edit_mask, background), torch.full_like(batch.edit_mask, foreground), batch.edit_mask
+    )
+    masked = torch.tensor(batch.has_mask, device=weights.device)
+    lengths = torch.tensor(batch.target_lengths, device=weights.device)
+    return torch.where(torch.repeat_interleave(masked, lengths), weights, torch.ones_like(weights))

@@ -1,0 +1,136 @@
+"""Held-out pairs through the stock pipeline while training, as one picture a person can judge.
+
+Promise: the sheet shows what the stock pipeline makes of the weights as they are, at the pairs' own sizes, and leaves
+the training untouched: its own random generators, no mode left over. Cost: `sample.steps` forward calls a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import nn
+
+from mixres import atomic
+from mixres.config import Config
+from mixres.data.images import read_image
+from mixres.precompute import Encoded, Item, image_limits, spread
+
+ROWS = 6
+_CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
+_FONT_SIZE = 14
+# DejaVu lies with most systems, the others hold Chinese; the first that is there is taken, then Pillow's own.
+_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a contact sheet."""
+
+    pictures: tuple[Image.Image, ...]
+    caption: str
+    note: str
+
+
+class HeldOutSampler:
+    """Predicts a few held-out pairs of several sizes, always the same ones and from the same noise."""
+
+    def __init__(self, config: Config, family: ModuleType, transformer: nn.Module, encoded: Encoded) -> None:
+        model = config.model
+        self.config, self.family, self.cache = config, family, encoded.cache
+        self.items = spread(encoded.held_out, ROWS)
+        parameter = next(transformer.parameters())
+        self.pipeline = family.load_sampling_pipeline(
+            model.pretrained_model_name_or_path,
+            transformer=transformer,
+            revision=model.revision,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+
+    def write(self, path: Path) -> None:
+        """Sample every item and save the sheet."""
+        rows = [self._row(item) for item in self.items]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(contact_sheet(("control", "target", "prediction"), rows), path, [row.caption for row in rows])
+
+    def predict(self, item: Item) -> Image.Image:
+        """The pipeline's picture for one held-out item, at the size of its target."""
+        picture: Image.Image = self.family.sample_image(
+            self.pipeline,
+            control=read_image(item.record.controls[0], image_limits(self.config)),
+            prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
+            size=item.target_size,
+            steps=self.config.sample.steps,
+            seed=self.config.train.seed,
+            control_area=self.config.data.resize.control.area,
+        )
+        return picture
+
+    def _row(self, item: Item) -> Row:
+        control = read_image(item.record.controls[0], image_limits(self.config))
+        target = read_image(item.record.target, image_limits(self.config))
+        note = f"control {control.width}x{control.height}, target {item.target_size}"
+        return Row((control, target, self.predict(item)), item.record.prompt, note)
+
+
+def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
+    """Rows of pictures, each scaled to fit its cell with its aspect kept, under column headings."""
+    font = _font()
+    width = _GAP + len(headings) * (_CELL + _GAP)
+    heights = [_row_height(row) for row in rows]
+    sheet = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        draw.text((_left(column), 6), heading, fill="black", font=font)
+    top = _HEAD
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row.pictures):
+            sheet.paste(_fitted(picture), (_left(column), top))
+        base = top + height - _CAPTION
+        draw.text((_GAP, base), _drawable(row.caption, font), fill="black", font=font)
+        draw.text((_GAP, base + 17), row.note, fill="gray", font=font)
+        top += height
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, captions: Sequence[str]) -> None:
+    """Write `image` in one rename; the captions, in any script, go into its metadata too."""
+    info = PngInfo()
+    for number, caption in enumerate(captions):
+        info.add_itxt(f"caption-{number}", caption)
+    with atomic.replace(path) as tmp:
+        image.save(tmp, format="PNG", pnginfo=info)
+
+
+def _left(column: int) -> int:
+    return _GAP + column * (_CELL + _GAP)
+
+
+def _row_height(row: Row) -> int:
+    return max(_fitted(picture).height for picture in row.pictures) + _CAPTION + 6
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    scale = min(_CELL / picture.width, _CELL / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+
+
+def _font() -> Any:
+    for name in _FONTS:
+        try:
+            return ImageFont.truetype(name, _FONT_SIZE)
+        except OSError:
+            continue
+    return ImageFont.load_default(_FONT_SIZE)
+
+
+def _drawable(text: str, font: Any) -> str:
+    """The text, or where the font lacks its script, its code points: boxes would tell nothing."""
+    missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
+    lacks = any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text)
+    return text.encode("ascii", "backslashreplace").decode() if lacks else text

@@ -1,0 +1,264 @@
+"""The training run: the loop, its checkpoints, samples and result.
+
+Promise: the order of things and nothing else; every formula lives in the room it belongs to. The same command goes on
+where it stopped, and a step is the same whatever the machine. Cost: what a step costs beyond forward, backward and
+update is measured at the end of every run and printed.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mixres import atomic
+from mixres.assemble import (
+    Trained,
+    check_early,
+    frozen_fields,
+    load_trained,
+    loader_of,
+    objective_of,
+    plan_of,
+    recipe,
+)
+from mixres.config import Config, dump_config, public_config
+from mixres.data.plan import Plan, StepPlan
+from mixres.errors import Stopped, UserError
+from mixres.models.lora import save_lora
+from mixres.precompute import Encoded, encode_all, family_of
+from mixres.sampling import HeldOutSampler
+from mixres.training.checkpoint import Checkpoint, Checkpoints
+from mixres.training.metrics import MetricsLog, Tracker
+from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer, schedule
+from mixres.training.progress import Progress, say
+from mixres.training.run import RunFolder
+from mixres.training.step import Objective, StepResult, bare_step_seconds, run_step
+
+_BARE_STEPS = 3
+
+
+def train(config: Config) -> None:
+    """Train as `config` says, from the newest checkpoint or from the start.
+
+    Raises:
+        UserError: configuration, base or data are wrong, or a checkpoint does not fit the run.
+        WorkError: loss or gradient is not finite, or a cache entry was damaged.
+        Stopped: a signal came; the run has saved.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
+        project_dir=config.logging.output_dir,
+    )
+    folder, rank, last = Path(config.logging.output_dir), accelerator.process_index, config.train.max_train_steps
+    with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run:
+        family = family_of(config)
+        check_early(config, family)
+        encoded = encode_all(config, family, device=accelerator.device, rank=rank)
+        plan = plan_of(config, encoded, world_size=accelerator.num_processes)
+        frozen = frozen_fields(config, plan, encoded)
+        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        checkpoint = _checkpoint_to_resume(config, checkpoints, frozen)
+        first = checkpoint.step if checkpoint else 0
+        run.update(step=first)
+        if first >= last:
+            say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
+            return
+        if run.main:
+            atomic.write_text(folder / "config.yaml", dump_config(config))
+        trained = load_trained(config, family, accelerator.device)
+        if checkpoint:
+            _restore(trained, checkpoint)
+        scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
+        objective = objective_of(config, family)
+        many = accelerator.num_processes > 1
+        model = accelerator.prepare_model(trained.transformer) if many else trained.transformer
+        sampling = run.main and config.sample.every > 0 and encoded.held_out
+        sampler = HeldOutSampler(config, family, trained.transformer, encoded) if sampling else None
+        loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
+        _banner(config, accelerator, trained, plan, first, speak=run.main)
+        seconds: list[float] = []
+        with (
+            MetricsLog(folder if run.main else None, step=first) as metrics,
+            Tracker(
+                accelerator, config.logging.report_to, config.logging.tracker_project_name, public_config(config)
+            ) as tracker,
+            Progress(first=first, last=last, enabled=run.main) as progress,
+        ):
+            for step in range(first, last):
+                start = time.perf_counter()
+                planned = plan.step(step)
+                count = len(planned.ranks[rank])
+                lr = float(scheduler.get_last_lr()[0])
+                result = run_step(
+                    accelerator,
+                    model,
+                    trained.optimizer,
+                    scheduler,
+                    objective,
+                    (next(loader) for _ in range(count)),
+                    count=count,
+                    step=step,
+                    divisor=objective.divisor(planned.samples, planned.target_tokens),
+                    max_grad_norm=config.train.max_grad_norm,
+                )
+                seconds.append(time.perf_counter() - start)
+                line = _metrics_line(planned, result, lr, seconds[-1])
+                metrics.write(line)
+                tracker.log(line)
+                progress.step(line)
+                done = step + 1
+                stopping = run.stop_requested and done < last
+                if run.main and (done == last or stopping or done % config.checkpoint.every == 0):
+                    _save(checkpoints, trained, done, frozen)
+                    run.update(step=done)
+                if stopping:
+                    raise Stopped(
+                        f"stopped by a signal after step {done}, which is saved: run the same command to go on"
+                    )
+                if sampler and (done == last or done % config.sample.every == 0):
+                    sampler.write(folder / "samples" / f"step-{done:08d}.png")
+        accelerator.wait_for_everyone()
+        if run.main:
+            result_path = _write_result(config, family, trained, folder)
+            _say_end(folder, result_path, sampler is not None)
+            _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
+
+
+def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints, frozen: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from, None to start afresh.
+
+    Raises:
+        UserError: one is required and there is none, none of those there is valid, or it is of another run.
+    """
+    if config.resume == "never":
+        if checkpoints.any():
+            raise UserError(
+                f"resume: never, but {checkpoints.root} holds checkpoints: remove them, or choose another "
+                "logging.output_dir"
+            )
+        return None
+    found = checkpoints.newest_valid()
+    if found is None:
+        if checkpoints.any():
+            raise UserError(f"resume: no checkpoint in {checkpoints.root} is whole: remove them to start afresh")
+        if config.resume == "required":
+            raise UserError(f"resume: required, but there is no checkpoint in {checkpoints.root}")
+        return None
+    saved = found.state["frozen"]
+    changed = [
+        f"{key}: checkpoint {found.path.name} was made with {saved.get(key)}, this run has {value}: change it back, or "
+        "choose another logging.output_dir"
+        for key, value in frozen.items()
+        if saved.get(key) != value
+    ]
+    if changed:
+        raise UserError(changed)
+    return found
+
+
+def _save(checkpoints: Checkpoints, trained: Trained, step: int, frozen: Mapping[str, Any]) -> None:
+    tensors: dict[str, dict[str, torch.Tensor]] = {
+        "trainable": dict(trained.parameters),
+        "optimizer": optimizer_tensors(trained.optimizer, trained.parameters),
+        "rng": {"cpu": torch.get_rng_state()},  # adapters' dropout draws from it
+    }
+    scalars = optimizer_scalars(trained.optimizer, trained.parameters)
+    checkpoints.save(step, tensors, {"frozen": dict(frozen), "optimizer": scalars})
+
+
+def _restore(trained: Trained, checkpoint: Checkpoint) -> None:
+    saved = checkpoint.tensors("trainable")
+    assert saved.keys() == trained.parameters.keys(), "frozen fields agree, so the names do"
+    with torch.no_grad():
+        for name, parameter in trained.parameters.items():
+            parameter.copy_(saved[name])
+    restore_optimizer(
+        trained.optimizer, trained.parameters, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"]
+    )
+    torch.set_rng_state(checkpoint.tensors("rng")["cpu"])
+
+
+def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    return {
+        "step": planned.step + 1,
+        "epoch": planned.epoch,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "samples": planned.samples,
+        "tokens": result.tokens,
+        "tokens_computed": result.tokens_computed,
+        "microbatches": sum(len(rank) for rank in planned.ranks),
+        "seconds": seconds,
+    }
+
+
+def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path) -> Path:
+    """The LoRA file, or the whole transformer in the base's precision."""
+    if config.model.lora:
+        return save_lora(trained.transformer, folder, recipe(config, family, config.train.max_train_steps))
+    path = folder / "transformer"
+    trained.transformer.to(getattr(torch, config.model.dtype)).save_pretrained(path)  # type: ignore[operator]
+    return path
+
+
+def _banner(config: Config, accelerator: Accelerator, trained: Trained, plan: Plan, first: int, *, speak: bool) -> None:
+    if not speak:
+        return
+    model, train = config.model, config.train
+    all_weights = sum(p.numel() for p in trained.transformer.parameters())
+    count = sum(p.numel() for p in trained.parameters.values())
+    name = model.pretrained_model_name_or_path
+    say(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
+    for row in trained.table:
+        say(f"          {row.pattern:<16} {row.modules:>4} layers  {row.parameters:>12,} parameters")
+    say(f"trained   {count:,} of {all_weights:,} parameters ({count / all_weights:.2%})")
+    epochs = math.ceil(train.max_train_steps / plan.steps_per_epoch)
+    say(
+        f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
+        f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
+    )
+    if model.lora and model.lora.lora_dropout > 0:
+        say("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
+
+
+def _say_end(folder: Path, result: Path, sampled: bool) -> None:
+    say(f"result    {result}")
+    if sampled:
+        say(f"samples   {folder / 'samples'}")
+    say(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
+
+
+def _say_overhead(
+    config: Config,
+    accelerator: Accelerator,
+    trained: Trained,
+    objective: Objective,
+    encoded: Encoded,
+    plan: Plan,
+    seconds: list[float],
+) -> None:
+    """The last steps again without data, logging or clipping. The weights have been written; these are thrown away."""
+    if accelerator.num_processes > 1:
+        return  # the other ranks are done
+    last = config.train.max_train_steps
+    first = last - min(_BARE_STEPS, len(seconds))
+    loader = loader_of(config, encoded, plan, rank=0, first=first, workers=0)
+    ratios = []
+    for step in range(first, last):
+        planned = plan.step(step)
+        batches = [next(loader) for _ in planned.ranks[0]]
+        divisor = objective.divisor(planned.samples, planned.target_tokens)
+        bare = bare_step_seconds(
+            accelerator, trained.transformer, trained.optimizer, objective, batches, step=step, divisor=divisor
+        )
+        ratios.append(seconds[step - last] / bare)
+    ratio = statistics.median(ratios)
+    say(f"overhead  a step took {ratio:.3f} x its bare forward, backward and update ({len(ratios)} steps)")

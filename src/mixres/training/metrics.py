@@ -1,0 +1,102 @@
+"""`metrics.jsonl`, the record of a run that everything else is derived from, and an optional tracker beside it.
+
+Promise: one line a step, each step once, also after a kill and a resume. A tracker that fails never stops training.
+Cost: one write and flush a step.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from accelerate import Accelerator
+
+from mixres import atomic
+
+FILE_NAME = "metrics.jsonl"
+_WANDB_TIMEOUT_S = 20  # wandb's own default blocks for 90 s where there is no network
+_log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` in `folder`; None, for all processes but the first, writes nothing.
+
+    Lines beyond `step` are cut when it is opened: they will be written again.
+    """
+
+    def __init__(self, folder: Path | None, *, step: int) -> None:
+        self._file = None
+        if folder is None:
+            return
+        path = folder / FILE_NAME
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            atomic.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) in range(1, step + 1)))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file:
+            self._file.close()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """One line."""
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return 0  # a line that a kill cut short
+
+
+class Tracker:
+    """wandb or TensorBoard through accelerate; `none` does nothing."""
+
+    def __init__(self, accelerator: Accelerator, kind: str, project: str, config: Mapping[str, Any]) -> None:
+        self._accelerator = accelerator if kind != "none" else None
+        if self._accelerator is None:
+            return
+        if kind == "wandb":
+            self._start_wandb(project, config)
+        else:
+            accelerator.init_trackers(project)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+    def _start_wandb(self, project: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        assert self._accelerator is not None
+        settings = {"settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S)}
+        try:
+            self._accelerator.init_trackers(project, dict(config), {"wandb": settings})
+        except Exception as error:  # whatever the network does, metrics.jsonl is the record
+            _log.warning("wandb cannot be reached (%s): logging offline, `wandb sync` sends it later", error)
+            self._accelerator.init_trackers(project, dict(config), {"wandb": {**settings, "mode": "offline"}})
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Scalars of the step `values["step"]`; after the first failure the tracker is left alone."""
+        if self._accelerator is None:
+            return
+        try:
+            self._accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+        except Exception as error:  # a tracker's failure is not the run's
+            _log.warning("the tracker failed (%s): it is left alone from here on", error)
+            self._accelerator = None

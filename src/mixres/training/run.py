@@ -1,0 +1,101 @@
+"""The run folder: one writer at a time, a status others can read, and a polite end when a signal comes.
+
+Promise: `run_status.json` says how a run ended even where a launcher hides its exit code; a second writer never
+touches it. Cost: one lock and a few small writes a run.
+"""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from mixres import atomic
+from mixres.errors import Stopped, UserError
+
+STATUS = "run_status.json"
+_LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
+
+
+class RunFolder:
+    """Holds the lock on `folder` and keeps its `run_status.json`; only the process of rank 0 does either.
+
+    Raises:
+        UserError: another process writes there, and did not stop within 40 s.
+    """
+
+    def __init__(self, folder: Path, *, verb: str, max_train_steps: int, rank: int) -> None:
+        self.folder, self.main = folder, rank == 0
+        self.stop_requested = False
+        self._lock = FileLock(folder / ".lock")
+        self._handlers: dict[signal.Signals, Any] = {}
+        now = time.time()
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "exit_code": None,
+            "reason": None,
+            "verb": verb,
+            "step": 0,
+            "max_train_steps": max_train_steps,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": now,
+            "updated": now,
+        }
+
+    def __enter__(self) -> Self:
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=_LOCK_WAIT_S)
+            except Timeout:
+                raise UserError(
+                    f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
+                ) from None
+            self.update()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        state, code = _ending(error)
+        self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
+        if self.main:
+            self._lock.release()
+
+    def update(self, **changes: Any) -> None:
+        """Write the status with `changes`."""
+        self._status |= {**changes, "updated": time.time()}
+        if self.main:
+            atomic.write_json(self.folder / STATUS, self._status)
+
+    def _holder(self) -> str:
+        try:
+            status = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
+            return f"process {status['pid']} on {status['host']}"
+        except (OSError, ValueError, LookupError):
+            return "another process"
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            os._exit(128 + number)  # the second one: at once, without touching a file
+        self.stop_requested = True
+
+
+def _ending(error: BaseException | None) -> tuple[str, int]:
+    if error is None:
+        return "done", 0
+    endings: list[tuple[type[BaseException], tuple[str, int]]] = [
+        (Stopped, ("preempted", Stopped.exit_code)),
+        (UserError, ("refused", 2)),
+    ]
+    return next((ending for kind, ending in endings if isinstance(error, kind)), ("failed", 1))
