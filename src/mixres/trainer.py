@@ -34,6 +34,7 @@ from mixres.models.lora import save_lora
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
 from mixres.training.checkpoint import Checkpoint, Checkpoints
+from mixres.training.distributed import make_accelerator, spread_over_ranks
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer, schedule
 from mixres.training.progress import Progress, say
@@ -51,12 +52,11 @@ def train(config: Config) -> None:
         WorkError: loss or gradient is not finite, or a cache entry was damaged.
         Stopped: a signal came; the run has saved.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=None if config.logging.report_to == "none" else config.logging.report_to,
-        project_dir=config.logging.output_dir,
+    folder, last = Path(config.logging.output_dir), config.train.max_train_steps
+    accelerator = make_accelerator(
+        mixed_precision=config.train.mixed_precision, report_to=config.logging.report_to, folder=folder
     )
-    folder, rank, last = Path(config.logging.output_dir), accelerator.process_index, config.train.max_train_steps
+    rank = accelerator.process_index
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run:
         family = family_of(config)
         check_early(config, family)
@@ -77,8 +77,7 @@ def train(config: Config) -> None:
             _restore(trained, checkpoint)
         scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
         objective = objective_of(config, family)
-        many = accelerator.num_processes > 1
-        model = accelerator.prepare_model(trained.transformer) if many else trained.transformer
+        model = spread_over_ranks(trained.transformer, accelerator)
         sampling = run.main and config.sample.every > 0 and encoded.held_out
         sampler = HeldOutSampler(config, family, trained.transformer, encoded) if sampling else None
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)

@@ -92,11 +92,11 @@ class QwenDoubleStreamAttnProcessor2_0_MultiRes:
         query, key = (apply_rotary_emb_qwen_batched(x, rotary.freqs) for x in (query, key))
         half = self._varlen_dtype(query)
         if half is None:
-            parts = zip(*(torch.split(x, lengths.joint, dim=1) for x in (query, key, value)), strict=True)
+            parts = zip(*(torch.split(x, list(lengths.joint), dim=1) for x in (query, key, value)), strict=True)
             samples = [self._dispatch(q, k, v, None)[0] for q, k, v in parts]
         else:
             joined = _attend_varlen(query[0].to(half), key[0].to(half), value[0].to(half), lengths)
-            samples = list(torch.split(joined, lengths.joint))
+            samples = list(torch.split(joined, list(lengths.joint)))
         samples = [x.flatten(1).to(query.dtype) for x in samples]
         text_out = torch.cat([x[:t] for x, t in zip(samples, lengths.text, strict=True)])
         image_out = torch.cat([x[t:] for x, t in zip(samples, lengths.text, strict=True)])
@@ -168,8 +168,9 @@ def _call_mask(text_mask: Tensor | None, attention_mask: Tensor | None, text: Te
 
 def _interleave(text: Tensor, image: Tensor, lengths: PackedLengths) -> Tensor:
     """`(1, T_total, H, D)`, `(1, S_total, H, D)` -> `(1, L_total, H, D)`: each sample's text, then its image."""
-    pairs = zip(torch.split(text, lengths.text, dim=1), torch.split(image, lengths.image, dim=1), strict=True)
-    return torch.cat(list(chain.from_iterable(pairs)), dim=1)
+    texts = torch.split(text, list(lengths.text), dim=1)
+    images = torch.split(image, list(lengths.image), dim=1)
+    return torch.cat(list(chain.from_iterable(zip(texts, images, strict=True))), dim=1)
 
 
 def _project_out(to_out: nn.ModuleList, states: Tensor) -> Tensor:

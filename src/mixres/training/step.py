@@ -3,7 +3,7 @@
 Promise: the update depends on which samples make the step, not on how they are split over microbatches, ranks or
 layouts. Cost: nothing but forward, backward and the update; one host read of loss and norm at the end.
 
-DDP and FSDP average gradients over ranks, so each microbatch's sum is scaled by world size / divisor.
+Gradients of the ranks are summed, see `distributed.py`, so each microbatch's sum is divided by the step's divisor.
 """
 
 import math
@@ -99,7 +99,7 @@ def run_step(
         with nullcontext() if position == count - 1 else accelerator.no_sync(model):
             with accelerator.autocast():
                 total = objective.loss_sum(model, batch, step)
-            torch.autograd.backward(total * (accelerator.num_processes / divisor))
+            torch.autograd.backward(total / divisor)
         loss += total.detach().double() / divisor
         tokens += batch.tokens if any(batch.sample_weights) else 0
         tokens_computed += batch.tokens_computed
