@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,6 +23,7 @@ from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
 from mixres.models.lora import TargetMatch, add_lora, check_targets, train_all, trainable_parameters
 from mixres.precompute import Encoded
+from mixres.training.distributed import shard
 from mixres.training.optim import optimizer_class
 from mixres.training.step import Objective
 
@@ -57,11 +59,17 @@ def check_early(config: Config, family: ModuleType) -> None:
         raise UserError(faults)
 
 
-def load_trained(config: Config, family: ModuleType, device: torch.device) -> Trained:
-    """The transformer on `device`, its adapters (or all its weights) trainable, and the optimizer over them."""
+def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> Trained:
+    """The transformer on this rank's device, its adapters (or all its weights) trainable, the optimizer over them.
+
+    For `train.parallel: fsdp2` the weights are split over all ranks.
+    """
     model = config.model
     transformer = family.load_transformer(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
+        model.pretrained_model_name_or_path,
+        revision=model.revision,
+        dtype=getattr(torch, model.dtype),
+        device=accelerator.device,
     )
     untrained = family.untrained_modules(transformer)
     if model.lora:
@@ -70,6 +78,8 @@ def load_trained(config: Config, family: ModuleType, device: torch.device) -> Tr
         table = train_all(transformer, untrained=untrained)
     if config.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if config.train.parallel == "fsdp2":
+        shard(transformer, accelerator)
     parameters = trainable_parameters(transformer)
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     optimizer = kind(parameters.values(), **config.optimizer.init_args)

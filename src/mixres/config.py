@@ -160,6 +160,9 @@ class SchedulerConfig(Section):
 
 class TrainConfig(Section):
     max_train_steps: int = Field(1000, ge=1, le=10**9, description="Optimizer steps of the whole run.")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp", description="On several devices: the weights on each of them (ddp), or split over them (fsdp2)."
+    )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward: less memory, more time.")
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")

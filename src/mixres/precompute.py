@@ -138,8 +138,10 @@ def _settle(config: Config, faults: Sequence[Fault], speak: bool) -> None:
     """Stop for faults, all of them together, or list them in the run folder where the configuration says to go on."""
     if config.data.on_bad_item == "error" and any(not fault.skip for fault in faults):
         raise UserError([str(fault) for fault in faults])
+    folder = Path(config.logging.output_dir)
+    if speak and not faults:
+        (folder / BAD_ITEMS).unlink(missing_ok=True)  # an earlier run's
     if faults and speak:
-        folder = Path(config.logging.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replace(folder / BAD_ITEMS) as tmp, tmp.open("w", encoding="utf-8") as file:
             file.writelines(f"{_json_line(path=fault.path, reason=fault.reason)}\n" for fault in faults)

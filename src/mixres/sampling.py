@@ -51,9 +51,11 @@ class HeldOutSampler:
             device=parameter.device,
         )
 
-    def write(self, path: Path) -> None:
-        """Sample every item and save the sheet."""
+    def write(self, path: Path, *, keep: bool = True) -> None:
+        """Sample every item and save the sheet; a rank that only samples along does not `keep` it."""
         rows = [self._row(item) for item in self.items]
+        if not keep:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(contact_sheet(("control", "target", "prediction"), rows), path, [row.caption for row in rows])
 

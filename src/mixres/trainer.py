@@ -30,11 +30,11 @@ from mixres.assemble import (
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, UserError
-from mixres.models.lora import save_lora
+from mixres.models.lora import FILE_NAME, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
 from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.distributed import make_accelerator, spread_over_ranks
+from mixres.training.distributed import make_accelerator, replicate, sharded_like, whole
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer, schedule
 from mixres.training.progress import Progress, say
@@ -72,13 +72,14 @@ def train(config: Config) -> None:
             return
         if run.main:
             atomic.write_text(folder / "config.yaml", dump_config(config))
-        trained = load_trained(config, family, accelerator.device)
+        trained = load_trained(config, family, accelerator)
         if checkpoint:
             _restore(trained, checkpoint)
         scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
         objective = objective_of(config, family)
-        model = spread_over_ranks(trained.transformer, accelerator)
-        sampling = run.main and config.sample.every > 0 and encoded.held_out
+        model = replicate(trained.transformer, accelerator)
+        # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
+        sampling = (run.main or config.train.parallel == "fsdp2") and config.sample.every > 0 and encoded.held_out
         sampler = HeldOutSampler(config, family, trained.transformer, encoded) if sampling else None
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         _banner(config, accelerator, trained, plan, first, speak=run.main)
@@ -106,6 +107,7 @@ def train(config: Config) -> None:
                     step=step,
                     divisor=objective.divisor(planned.samples, planned.target_tokens),
                     max_grad_norm=config.train.max_grad_norm,
+                    stop_requested=run.stop_requested,
                 )
                 seconds.append(time.perf_counter() - start)
                 line = _metrics_line(planned, result, lr, seconds[-1])
@@ -113,19 +115,19 @@ def train(config: Config) -> None:
                 tracker.log(line)
                 progress.step(line)
                 done = step + 1
-                stopping = run.stop_requested and done < last
-                if run.main and (done == last or stopping or done % config.checkpoint.every == 0):
-                    _save(checkpoints, trained, done, frozen)
+                stopping = result.stopping and done < last
+                if done == last or stopping or done % config.checkpoint.every == 0:
+                    _save(checkpoints if run.main else None, trained, done, frozen)
                     run.update(step=done)
                 if stopping:
                     raise Stopped(
                         f"stopped by a signal after step {done}, which is saved: run the same command to go on"
                     )
                 if sampler and (done == last or done % config.sample.every == 0):
-                    sampler.write(folder / "samples" / f"step-{done:08d}.png")
+                    sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
+        result_path = _write_result(config, family, trained, folder, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
-            result_path = _write_result(config, family, trained, folder)
             _say_end(folder, result_path, sampler is not None)
             _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
 
@@ -162,14 +164,16 @@ def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints, frozen: Mapp
     return found
 
 
-def _save(checkpoints: Checkpoints, trained: Trained, step: int, frozen: Mapping[str, Any]) -> None:
+def _save(checkpoints: Checkpoints | None, trained: Trained, step: int, frozen: Mapping[str, Any]) -> None:
+    """On all ranks, since sharded tensors are put together; the rank that has `checkpoints` writes."""
     tensors: dict[str, dict[str, torch.Tensor]] = {
-        "trainable": dict(trained.parameters),
-        "optimizer": optimizer_tensors(trained.optimizer, trained.parameters),
+        "trainable": whole(trained.parameters),
+        "optimizer": whole(optimizer_tensors(trained.optimizer, trained.parameters)),
         "rng": {"cpu": torch.get_rng_state()},  # adapters' dropout draws from it
     }
     scalars = optimizer_scalars(trained.optimizer, trained.parameters)
-    checkpoints.save(step, tensors, {"frozen": dict(frozen), "optimizer": scalars})
+    if checkpoints:
+        checkpoints.save(step, tensors, {"frozen": dict(frozen), "optimizer": scalars})
 
 
 def _restore(trained: Trained, checkpoint: Checkpoint) -> None:
@@ -177,7 +181,7 @@ def _restore(trained: Trained, checkpoint: Checkpoint) -> None:
     assert saved.keys() == trained.parameters.keys(), "frozen fields agree, so the names do"
     with torch.no_grad():
         for name, parameter in trained.parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(sharded_like(saved[name], parameter))
     restore_optimizer(
         trained.optimizer, trained.parameters, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"]
     )
@@ -199,12 +203,22 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
     }
 
 
-def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path) -> Path:
-    """The LoRA file, or the whole transformer in the base's precision."""
+def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, keep: bool) -> Path:
+    """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
+    path = folder / (FILE_NAME if config.model.lora else "transformer")
     if config.model.lora:
-        return save_lora(trained.transformer, folder, recipe(config, family, config.train.max_train_steps))
-    path = folder / "transformer"
-    trained.transformer.to(getattr(torch, config.model.dtype)).save_pretrained(path)  # type: ignore[operator]
+        data = lora_file(
+            whole(trained.parameters), trained.transformer, recipe(config, family, config.train.max_train_steps)
+        )
+        if keep:
+            atomic.write_bytes(path, data)
+        return path
+    dtype = getattr(torch, config.model.dtype)
+    weights = {name: tensor.to(dtype) for name, tensor in whole(trained.transformer.state_dict()).items()}
+    if keep:  # through a model of the same shape: the trained one may be sharded
+        model = family.transformer_skeleton(config.model.pretrained_model_name_or_path, revision=config.model.revision)
+        model.load_state_dict(weights, assign=True)
+        model.save_pretrained(path)
     return path
 
 

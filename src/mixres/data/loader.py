@@ -17,18 +17,21 @@ from mixres.data.plan import Layout, Microbatch, Plan
 from mixres.errors import WorkError
 
 
-class MicrobatchDataset(Dataset[Batch]):
-    """Maps a `Microbatch` of the plan to the `Batch` of its samples."""
+class MicrobatchDataset(Dataset[Batch | WorkError]):
+    """Maps a `Microbatch` of the plan to the `Batch` of its samples.
+
+    A damaged or missing entry comes back as the error, not raised: a worker's exception would arrive as a traceback.
+    """
 
     def __init__(self, cache: Cache, keys: Sequence[str], names: Sequence[str], layout: Layout) -> None:
         self.cache, self.keys, self.names = cache, keys, names
         self.layout: Layout = layout
 
-    def __getitem__(self, microbatch: Microbatch) -> Batch:
+    def __getitem__(self, microbatch: Microbatch) -> Batch | WorkError:
         try:
             samples = [self.cache.read(self.keys[i], name=self.names[i]) for i in microbatch.indices]
         except (DamagedEntry, FileNotFoundError) as error:
-            raise WorkError(f"{error}: run the same command again") from error
+            return WorkError(f"{error}: run the same command again")
         return collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=self.layout)
 
 
@@ -46,8 +49,12 @@ class _RankMicrobatches:
 def microbatch_loader(
     dataset: MicrobatchDataset, plan: Plan, *, rank: int, first: int, last: int, workers: int
 ) -> Iterator[Batch]:
-    """Batches of `rank` for optimizer steps `first` to `last` - 1, one microbatch after the other."""
-    loader: DataLoader[Batch] = DataLoader(
+    """Batches of `rank` for optimizer steps `first` to `last` - 1, one microbatch after the other.
+
+    Raises:
+        WorkError: from the iterator, where a cache entry is damaged or missing.
+    """
+    loader: DataLoader[Batch | WorkError] = DataLoader(
         dataset,
         batch_size=None,
         sampler=_RankMicrobatches(plan, rank, first, last),
@@ -55,7 +62,14 @@ def microbatch_loader(
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
     )
-    return iter(loader)
+    return _raised(iter(loader))  # the workers start here, not at the first batch
+
+
+def _raised(results: Iterator[Batch | WorkError]) -> Iterator[Batch]:
+    for result in results:
+        if isinstance(result, WorkError):
+            raise result
+        yield result
 
 
 def _outlive_signals(worker: int) -> None:

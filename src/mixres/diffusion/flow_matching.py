@@ -23,6 +23,9 @@ from torch import Tensor
 
 from mixres.batch import Batch, FlowSample
 
+# The last of the 1000 noise levels that the stock schedulers train on: 1 / sigma^2 has no mean without a smallest one.
+SMALLEST_WEIGHTED_SIGMA = 1e-3
+
 
 @dataclass(frozen=True)
 class NoiseLevels:
@@ -71,7 +74,8 @@ def make_flow_sample(
         noises.append(torch.randn(tokens, batch.latents.shape[-1], generator=generator))
     device = batch.latents.device
     sigma = torch.cat(sigmas).to(dtype)
-    weights = compute_loss_weighting_for_sd3(levels.weighting, sigmas=sigma).to(device=device, dtype=dtype)
+    weighted = sigma.clamp(min=SMALLEST_WEIGHTED_SIGMA)
+    weights = compute_loss_weighting_for_sd3(levels.weighting, sigmas=weighted).to(device=device, dtype=dtype)
     noise = torch.cat(noises).to(device=device, dtype=dtype)
     lengths = torch.tensor(batch.target_lengths)
     sigma_per_token = torch.repeat_interleave(sigma, lengths)[:, None].to(device)

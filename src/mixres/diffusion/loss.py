@@ -41,26 +41,22 @@ def velocity_loss(
     out; a batch of nothing else gives a zero that still reaches every parameter.
     """
     predicted = velocity.flatten(0, 1)[batch.target_index].to(flow.velocity.dtype)
-    errors = (predicted - flow.velocity).square().mean(dim=-1)
-    if any(batch.has_mask):
-        errors = errors * _token_weights(batch, foreground, background).to(errors.dtype)
-    per_sample = torch.split(errors, list(batch.target_lengths))
+    lengths = list(batch.target_lengths)
+    outputs, targets = torch.split(predicted, lengths), torch.split(flow.velocity, lengths)
+    token_weights = torch.split(_token_weights(batch.edit_mask, foreground, background).to(predicted.dtype), lengths)
     total, count = predicted[:0].sum(), 0.0
     for b, weight in enumerate(batch.sample_weights):
-        if weight == 0:
+        if weight == 0:  # never computed: 0 x NaN would be NaN, in the gradient too
             continue
-        tokens = batch.target_lengths[b]
-        share = per_sample[b].mean() if normalization == "sample" else per_sample[b].sum()
+        errors = (outputs[b] - targets[b]).square().mean(dim=-1)
+        if batch.has_mask[b]:
+            errors = errors * token_weights[b]
+        share = errors.mean() if normalization == "sample" else errors.sum()
         total = total + weight * flow.weights[b] * share
-        count += weight * (1 if normalization == "sample" else tokens)
+        count += weight * (1 if normalization == "sample" else lengths[b])
     return LossSum(total, count)
 
 
-def _token_weights(batch: Batch, foreground: float, background: float) -> Tensor:
-    """`(V,)`: background + (foreground - background) x share, 1 for samples without a mask."""
-    weights = torch.lerp(
-        torch.full_like(batch.edit_mask, background), torch.full_like(batch.edit_mask, foreground), batch.edit_mask
-    )
-    masked = torch.tensor(batch.has_mask, device=weights.device)
-    lengths = torch.tensor(batch.target_lengths, device=weights.device)
-    return torch.where(torch.repeat_interleave(masked, lengths), weights, torch.ones_like(weights))
+def _token_weights(edit_mask: Tensor, foreground: float, background: float) -> Tensor:
+    """`(V,)`: background + (foreground - background) x share; exact where the share is 0 or 1."""
+    return torch.lerp(torch.full_like(edit_mask, background), torch.full_like(edit_mask, foreground), edit_mask)

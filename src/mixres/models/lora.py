@@ -11,7 +11,6 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mixres import atomic
 from mixres.errors import UserError
 
 RECIPE_KEY = "mixres"
@@ -114,12 +112,13 @@ def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
 
 
-def lora_file(transformer: nn.Module, recipe: Mapping[str, Any]) -> bytes:
+def lora_file(parameters: Mapping[str, Tensor], transformer: nn.Module, recipe: Mapping[str, Any]) -> bytes:
     """The adapters as a safetensors file that the stock pipeline's `load_lora_weights` takes.
 
-    `recipe` (base, rank, alpha, targets, control area, version) goes into the metadata as JSON under `mixres`.
+    `parameters` are the trainable ones by name, whole. `recipe` (base, rank, alpha, targets, control area, version)
+    goes into the metadata as JSON under `mixres`.
     """
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(transformer)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(transformer, state_dict=dict(parameters))
     config = transformer.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
     plain = {f"{_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     metadata = {
@@ -129,10 +128,3 @@ def lora_file(transformer: nn.Module, recipe: Mapping[str, Any]) -> bytes:
     }
     data: bytes = save({f"{_PREFIX}.{k}": v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
     return data
-
-
-def save_lora(transformer: nn.Module, folder: Path, recipe: Mapping[str, Any]) -> Path:
-    """Write `lora_file` to `folder` under the name that diffusers looks for."""
-    path = folder / FILE_NAME
-    atomic.write_bytes(path, lora_file(transformer, recipe))
-    return path

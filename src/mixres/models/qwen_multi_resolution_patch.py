@@ -88,6 +88,9 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         raise ValueError("img_shapes is missing: positions come from each sample's (1, rows, columns) grids")
     if shapes is not None and text_lengths is not None:
         _require_patched_processors(model, "a packed batch")
+        if explicit_mask is not None or rotary_pair is not None:
+            name = "attention_mask" if rotary_pair is None else "image_rotary_emb"
+            raise ValueError(f"packed batch: {name} must be None, the lengths and img_shapes say it all")
         call["img_shapes"] = plan_packed(model, call, shapes, [int(n) for n in text_lengths])
     else:
         call["img_shapes"] = _plan_padded(model, call, shapes, rotary_pair, explicit_mask)

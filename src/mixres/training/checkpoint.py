@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any instant, and a reader that never opens a pickle.
 
 Promise: a checkpoint directory is whole or it does not count; the newest valid one wins, and the ones before it stay
-until it is committed. Cost: one write, one fsync and one hash per file; nothing while training.
+until it is committed. Cost: one write, one fsync and one hash per file; the largest file once in memory.
 
 A checkpoint `step-00000100/` holds safetensors and JSON files and, written last, `manifest.json` with the size and
 xxh3-128 of each. It is written under a temporary name, renamed, and only then are older ones removed.
@@ -23,6 +23,7 @@ from mixres import atomic
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_BLOCK_BYTES = 1 << 24
 _NAME = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
 
@@ -59,15 +60,17 @@ class Checkpoints:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         final = self.root / f"step-{step:08d}"
+        for stale in self.root.glob(f"{atomic.TMP_PREFIX}*"):  # of a run that was killed: there is one writer
+            _remove(stale)
         partial = self.root / f"{atomic.TMP_PREFIX}{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            files = {f"{name}.safetensors": save(_plain(group)) for name, group in tensors.items()}
-            files[STATE] = json.dumps({**state, "step": step}, allow_nan=False, indent=2).encode()
-            for name, data in files.items():
-                atomic.write_bytes(partial / name, data)
-            manifest = {name: [len(data), xxhash.xxh3_128_hexdigest(data)] for name, data in files.items()}
+            manifest = {
+                name: _write(partial / name, save(_plain(group)))
+                for name, group in ((f"{name}.safetensors", group) for name, group in tensors.items())
+            }
+            text = json.dumps({**state, "step": step}, allow_nan=False, indent=2)
+            manifest[STATE] = _write(partial / STATE, text.encode())
             atomic.write_json(partial / MANIFEST, manifest)
             if final.exists():  # an earlier run saved this step and is being repeated
                 shutil.rmtree(final)
@@ -102,8 +105,7 @@ class Checkpoints:
             # Renamed first: a kill while files are being deleted must not leave half a checkpoint under its name.
             gone = path.with_name(f"{atomic.TMP_PREFIX}old-{path.name}")
             path.rename(gone)
-        for gone in self.root.glob(f"{atomic.TMP_PREFIX}old-*"):
-            shutil.rmtree(gone, ignore_errors=True)
+            _remove(gone)
 
     def _point_latest(self, final: Path) -> None:
         link = self.root / f"{atomic.TMP_PREFIX}latest"
@@ -116,15 +118,35 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _write(path: Path, data: bytes) -> list[int | str]:
+    atomic.write_bytes(path, data)
+    return [len(data), xxhash.xxh3_128_hexdigest(data)]
+
+
+def _digest(path: Path) -> list[int | str]:
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _fault(path: Path) -> str | None:
     """Why the files of a checkpoint are not what its manifest says; None where they are."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if STATE not in manifest:
             return "its manifest is incomplete"
-        for name, (size, digest) in manifest.items():
-            data = (path / name).read_bytes()
-            if len(data) != size or xxhash.xxh3_128_hexdigest(data) != digest:
+        for name, written in manifest.items():
+            if _digest(path / name) != written:
                 return f"{name} is not what was saved"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__

@@ -77,8 +77,12 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._accelerator is not None:
-            self._accelerator.end_training()
+        # Not `end_training`: that takes the process group down, too, which the run still needs.
+        for tracker in self._accelerator.trackers if self._accelerator else ():
+            try:
+                tracker.finish()
+            except Exception as failure:  # as in `log`
+                _log.warning("the tracker could not be closed: %s", failure)
 
     def _start_wandb(self, project: str, config: Mapping[str, Any]) -> None:
         import wandb
@@ -88,7 +92,9 @@ class Tracker:
         try:
             self._accelerator.init_trackers(project, dict(config), {"wandb": settings})
         except Exception as error:  # whatever the network does, metrics.jsonl is the record
-            _log.warning("wandb cannot be reached (%s): logging offline, `wandb sync` sends it later", error)
+            reason = str(error).partition("\n")[0]
+            _log.warning("wandb cannot be reached (%s): logging offline, `wandb sync` sends it later", reason)
+            self._accelerator.trackers.clear()  # the one that failed is in it, and would be started again
             self._accelerator.init_trackers(project, dict(config), {"wandb": {**settings, "mode": "offline"}})
 
     def log(self, values: Mapping[str, Any]) -> None:

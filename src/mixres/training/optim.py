@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.errors import UserError
+from mixres.training.distributed import sharded_like
 
 
 def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optimizer]:
@@ -32,16 +33,18 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
         ) from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise UserError(f"optimizer.class_path: {class_path} is no torch optimizer")
-    known = [n for n in inspect.signature(found).parameters if n not in ("params", "kwargs")]
+    _, *arguments = inspect.signature(found).parameters.values()  # the first takes the parameters
+    known = [a.name for a in arguments if a.kind is not inspect.Parameter.VAR_KEYWORD]
+    takes_any = len(known) < len(arguments)
     faults = [
         f"optimizer.init_args.{key}: {name} does not take it; it takes: {', '.join(known)}"
         for key in init_args
-        if key not in known
+        if key not in known and not takes_any
     ]
     if faults:
         raise UserError(faults)
     try:
-        found([torch.nn.Parameter(torch.zeros(1))], **init_args)
+        found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers take nothing else
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.init_args: {name} refuses them: {error}") from error
     return found
@@ -97,6 +100,6 @@ def restore_optimizer(
         entry, _, name = key.partition("|")
         parameter = by_name[name]
         if isinstance(value, torch.Tensor) and value.dim():
-            value = value.to(parameter.device)
+            value = sharded_like(value, parameter)
         optimizer.state[parameter][entry] = value
     group.update(scalars["group"])

@@ -32,6 +32,8 @@ class RunFolder:
     def __init__(self, folder: Path, *, verb: str, max_train_steps: int, rank: int) -> None:
         self.folder, self.main = folder, rank == 0
         self.stop_requested = False
+        self._stop_at_once = True
+        self._before: dict[str, Any] = {}
         self._lock = FileLock(folder / ".lock")
         self._handlers: dict[signal.Signals, Any] = {}
         now = time.time()
@@ -57,6 +59,7 @@ class RunFolder:
                 raise UserError(
                     f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
                 ) from None
+            self._before = self._read()
             self.update()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._on_signal)
@@ -78,17 +81,31 @@ class RunFolder:
         if self.main:
             atomic.write_json(self.folder / STATUS, self._status)
 
-    def _holder(self) -> str:
+    def was_done(self, step: int) -> bool:
+        """Whether the run before this one came to its end at `step`, its result written."""
+        return self._before.get("state") == "done" and self._before.get("step") == step
+
+    def stop_between_steps(self) -> None:
+        """From here on a signal sets `stop_requested`; up to here it ends the run at once, as nothing can be saved."""
+        self._stop_at_once = False
+
+    def _read(self) -> dict[str, Any]:
         try:
             status = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
-            return f"process {status['pid']} on {status['host']}"
-        except (OSError, ValueError, LookupError):
-            return "another process"
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def _holder(self) -> str:
+        status = self._read()
+        return f"process {status['pid']} on {status['host']}" if {"pid", "host"} <= status.keys() else "another process"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested:
             os._exit(128 + number)  # the second one: at once, without touching a file
         self.stop_requested = True
+        if self._stop_at_once:
+            raise Stopped("stopped by a signal before the first step: run the same command to go on")
 
 
 def _ending(error: BaseException | None) -> tuple[str, int]:

@@ -9,7 +9,6 @@ Gradients of the ranks are summed, see `distributed.py`, so each microbatch's su
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +22,7 @@ from mixres.batch import Batch
 from mixres.diffusion.flow_matching import NoiseLevels, make_flow_sample
 from mixres.diffusion.loss import velocity_loss
 from mixres.errors import WorkError
+from mixres.training.distributed import gradient_sync, whole
 
 PredictVelocity = Callable[[nn.Module, Batch, Tensor, Tensor], Tensor]
 
@@ -62,12 +62,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` over all ranks, `grad_norm` before the clip; tokens are those of all ranks."""
+    """`loss` and tokens are of all ranks, `grad_norm` is before the clip; `stopping`: some rank was asked to stop."""
 
     loss: float
     grad_norm: float
     tokens: int
     tokens_computed: int
+    stopping: bool
 
 
 def run_step(
@@ -82,10 +83,12 @@ def run_step(
     step: int,
     divisor: int,
     max_grad_norm: float,
+    stop_requested: bool = False,
 ) -> StepResult:
     """Forward and backward over this rank's `count` microbatches, then one clipped update.
 
-    `divisor` is the whole step's, over all ranks; `step` keys the noise.
+    `divisor` is the whole step's, over all ranks; `step` keys the noise. `stop_requested`
+    is this rank's word; all ranks learn of it in the same step.
 
     Raises:
         WorkError: loss or gradient is not finite; nothing has been updated.
@@ -96,7 +99,7 @@ def run_step(
     names: list[str] = []
     for position, batch in enumerate(microbatches):
         batch = batch.to(accelerator.device)
-        with nullcontext() if position == count - 1 else accelerator.no_sync(model):
+        with gradient_sync(model, last=position == count - 1):
             with accelerator.autocast():
                 total = objective.loss_sum(model, batch, step)
             torch.autograd.backward(total / divisor)
@@ -105,9 +108,9 @@ def run_step(
         tokens_computed += batch.tokens_computed
         names += batch.names
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    sums = torch.stack([loss, loss.new_tensor(tokens), loss.new_tensor(tokens_computed)])
-    total_loss, all_tokens, all_computed = accelerator.reduce(sums, "sum").tolist()
-    norm = float(grad_norm)
+    counts = loss.new_tensor([tokens, tokens_computed, stop_requested])
+    total_loss, *counted = accelerator.reduce(torch.cat([loss[None], counts]), "sum").tolist()
+    norm = float(whole({"norm": grad_norm})["norm"])
     if not (math.isfinite(total_loss) and math.isfinite(norm)):
         raise WorkError(
             f"step {step + 1}: loss {total_loss}, gradient norm {norm}: not finite; the last checkpoint is intact. "
@@ -116,7 +119,8 @@ def run_step(
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total_loss, norm, int(all_tokens), int(all_computed))
+    all_tokens, all_computed, stops = map(int, counted)
+    return StepResult(total_loss, norm, all_tokens, all_computed, stopping=stops > 0)
 
 
 def bare_step_seconds(

@@ -1,0 +1,130 @@
+"""A batch as a picture: which token of which sample lies where in both layouts, and who may attend to whom.
+
+Promise: filler and masked keys are drawn from the batch and the mask that the model ran on. Cost: a few milliseconds.
+"""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mixres.batch import Batch
+
+COLOURS = {
+    "text": "#4c78a8",
+    "target": "#54a24b",
+    "control": "#f58518",
+    "filler": "#dddddd",
+    "attended key": "#2f4b7c",
+    "masked key": "#f7c6c5",
+}
+_WIDTH, _LEFT, _MARGIN, _BAR, _GAP, _SQUARE = 1240, 210, 24, 26, 8, 320
+_BLOCKS = ("#4c78a8", "#e45756", "#72b7b2", "#b279a2")
+
+Segment = tuple[str, int]  # what, tokens
+
+
+def token_layout(padded: Batch, packed: Batch, mask: Tensor | None) -> Image.Image:
+    """Both layouts of the same samples, the joint mask `(B, L)` of the padded one, and the packed one's attention."""
+    rows = len(padded.names)
+    height = 250 + 2 * rows * (_BAR + _GAP) + _BAR + _SQUARE
+    sheet = _Sheet(height, padded.tokens_computed // rows)
+    sheet.legend()
+    sheet.heading(
+        f"layout padded: {rows} rows x {padded.tokens_computed // rows} tokens, "
+        f"{1 - padded.tokens / padded.tokens_computed:.1%} of them filler"
+    )
+    for b in range(rows):
+        sheet.bar(padded.names[b], padded_segments(padded, b))
+    if mask is None:
+        sheet.heading("joint mask: none, nothing is padded")
+    else:
+        sheet.heading(f"joint mask {(rows, 1, 1, mask.shape[1])}: the keys that each row's queries attend to")
+        for b in range(rows):
+            sheet.bar(padded.names[b], runs(mask[b].tolist()))
+    sheet.scale = sheet.room / packed.tokens_computed
+    sheet.heading(f"layout packed: {packed.tokens_computed} tokens, no filler; in the order in which attention sees them")
+    sheet.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
+    sheet.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
+    sheet.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
+    return sheet.image
+
+
+def sample_segments(batch: Batch, b: int) -> list[Segment]:
+    """Valid tokens of sample `b`: its text, its target, its controls."""
+    target, *controls = (frames * rows * columns for frames, rows, columns in batch.img_shapes[b])
+    return [("text", batch.text_lengths[b]), ("target", target), *(("control", tokens) for tokens in controls)]
+
+
+def padded_segments(batch: Batch, b: int) -> list[Segment]:
+    """Row `b` of a padded batch, filler included, in the order in which attention sees it."""
+    text, *images = sample_segments(batch, b)
+    text_filler = batch.prompt_embeds.shape[1] - text[1]
+    image_filler = batch.latents.shape[1] - sum(tokens for _, tokens in images)
+    return [text, ("filler", text_filler), *images, ("filler", image_filler)]
+
+
+def runs(valid: Sequence[bool]) -> list[Segment]:
+    """A row of the mask as stretches of equal values."""
+    stretches: list[Segment] = []
+    for value in valid:
+        what = "attended key" if value else "masked key"
+        if stretches and stretches[-1][0] == what:
+            stretches[-1] = (what, stretches[-1][1] + 1)
+        else:
+            stretches.append((what, 1))
+    return stretches
+
+
+class _Sheet:
+    """The picture as it is drawn from top to bottom."""
+
+    def __init__(self, height: int, tokens: int) -> None:
+        self.image = Image.new("RGB", (_WIDTH, height), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.font = ImageFont.load_default(15)
+        self.room = _WIDTH - _LEFT - _MARGIN
+        self.scale = self.room / tokens
+        self.top = 14
+
+    def legend(self) -> None:
+        left = _MARGIN
+        for name, colour in COLOURS.items():
+            self.draw.rectangle((left, self.top, left + 16, self.top + 16), fill=colour, outline="black")
+            self.draw.text((left + 23, self.top - 1), name, fill="black", font=self.font)
+            left += 45 + round(self.draw.textlength(name, font=self.font))
+        self.top += 30
+
+    def heading(self, text: str) -> None:
+        self.draw.text((_MARGIN, self.top + 8), text, fill="black", font=self.font)
+        self.top += 36
+
+    def bar(self, name: str, segments: Sequence[Segment]) -> None:
+        """One row; stretches wide enough say how many tokens they are."""
+        label = name.encode("ascii", "backslashreplace").decode()
+        label = label if len(label) <= 24 else f"...{label[-21:]}"
+        self.draw.text((_MARGIN, self.top + 4), label, fill="black", font=self.font)
+        first = 0
+        for what, tokens in segments:
+            if not tokens:
+                continue
+            left, right = (_LEFT + round(x * self.scale) for x in (first, first + tokens))
+            self.draw.rectangle((left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white")
+            ink = "black" if what in ("filler", "masked key", "control") else "white"
+            if self.draw.textlength(str(tokens), font=self.font) + 8 < right - left:
+                self.draw.text((left + 4, self.top + 4), str(tokens), fill=ink, font=self.font)
+            first += tokens
+        self.top += _BAR + _GAP
+
+    def blocks(self, lengths: Sequence[int]) -> None:
+        """The block-diagonal square of packed attention."""
+        scale, first = _SQUARE / sum(lengths), 0
+        corner = (_LEFT, self.top, _LEFT + _SQUARE, self.top + _SQUARE)
+        self.draw.rectangle(corner, fill=COLOURS["masked key"], outline="black")
+        for b, tokens in enumerate(lengths):
+            near, far = (round(x * scale) for x in (first, first + tokens))
+            box = (_LEFT + near, self.top + near, _LEFT + far, self.top + far)
+            self.draw.rectangle(box, fill=_BLOCKS[b % len(_BLOCKS)], outline="white")
+            self.draw.text((box[2] + 6, box[1]), f"sample {b + 1}: {tokens} tokens", fill="black", font=self.font)
+            first += tokens
+        self.top += _SQUARE + _GAP

@@ -1,0 +1,132 @@
+"""The same run on one, two and three ranks, replicated and sharded, padded and packed: real processes over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS = 4
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+class Runs:
+    """Short runs of the real command over one data set and cache, each made once."""
+
+    def __init__(self, demo: Path, folder: Path) -> None:
+        self.folder = folder
+        self.common = [
+            "--config",
+            str(REPOSITORY / "configs" / "quickstart.yaml"),
+            f"model.pretrained_model_name_or_path={demo / 'base'}",
+            f"data.train={demo / 'train'}",
+            f"data.held_out={demo / 'held_out'}",
+            "batch.samples_per_step=5",
+            f"train.max_train_steps={STEPS}",
+            "lr_scheduler.warmup_steps=2",
+            "checkpoint.every=2",
+            "sample.every=0",
+        ]
+
+    def __call__(self, name: str, ranks: int, *overrides: str, dtype: str = "float64") -> Path:
+        run = self.folder / name
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        words = [f"model.dtype={dtype}", f"cache.cache_dir={self.folder / dtype}", f"logging.output_dir={run}"]
+        command = [*launcher, "train.py", *self.common, *words, *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return run
+
+
+@pytest.fixture(scope="module")
+def runs(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(demo_root, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs) -> Path:
+    """One process, padded, everything of a step in one microbatch."""
+    return runs("alone", 1, "batch.layout=padded")
+
+
+def parameters(run: Path) -> torch.Tensor:
+    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def distance(run: Path, reference: Path) -> float:
+    a, b = parameters(run), parameters(reference)
+    return float((a - b).norm() / b.norm())
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ("batch.layout=packed", "batch.max_tokens=600")),
+        (2, ("batch.layout=packed",)),
+        (3, ("batch.layout=padded",)),
+        (2, ("batch.layout=packed", "train.parallel=fsdp2", "batch.max_tokens=600")),
+        (6, ("batch.layout=packed",)),  # more ranks than samples: fillers
+    ],
+    ids=["packed in small microbatches", "ddp 2", "ddp 3 padded", "fsdp2 2", "ddp 6, more than samples"],
+)
+def test_float64_parameters_do_not_depend_on_the_topology(
+    runs: Runs, alone: Path, ranks: int, overrides: tuple[str, ...]
+) -> None:
+    run = runs(f"ranks-{ranks}-{len(list(runs.folder.iterdir()))}", ranks, *overrides)
+    assert distance(run, alone) <= 1e-10
+    for here, there in zip(lines(run), lines(alone), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-10)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-10)
+        assert (here["samples"], here["tokens"]) == (there["samples"], there["tokens"])
+
+
+def test_the_bar_would_see_a_wrong_divisor(runs: Runs, alone: Path) -> None:
+    """Another divisor is a small change of each sample's weight; it moves the parameters far past the bar."""
+    assert distance(runs("token", 1, "loss.normalization=token"), alone) > 1e-4
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_all_weights_over_two_ranks_equal_one_process(runs: Runs, parallel: str) -> None:
+    reference = runs(f"full-alone-{parallel}", 1, "model.lora=null")
+    run = runs(f"full-{parallel}", 2, "model.lora=null", f"train.parallel={parallel}")
+    assert distance(run, reference) <= 1e-10
+    a, b = (load_file(next((r / "transformer").glob("*.safetensors"))) for r in (run, reference))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-12) for name in a)
+
+
+def test_a_run_resumes_on_another_number_of_ranks(runs: Runs, alone: Path) -> None:
+    for name, first, then in (("2-1", 2, 1), ("1-2", 1, 2)):
+        overrides = ("train.parallel=fsdp2",)
+        half = runs(name, first, "train.max_train_steps=2", *overrides)
+        assert len(lines(half)) == 2
+        assert distance(runs(name, then, *overrides), alone) <= 1e-10
+        assert [line["step"] for line in lines(half)] == [1, 2, 3, 4]
+
+
+def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
+    one, two = (runs(f"fp32-{ranks}", ranks, dtype="float32") for ranks in (1, 2))
+    for here, there in zip(lines(one), lines(two), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+
+
+def test_bf16_base_with_fp32_adapters_trains_sharded(runs: Runs) -> None:
+    run = runs("bf16", 2, "train.parallel=fsdp2", "train.mixed_precision=bf16", dtype="bfloat16")
+    reference = runs("bf16-alone", 1, "train.mixed_precision=bf16", dtype="bfloat16")
+    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    for here, there in zip(lines(run), lines(reference), strict=True):
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)
