@@ -39,3 +39,50 @@ def demo_data(demo_root: Path) -> Path:
 def copy_of_base(tiny_base: Path, tmp_path: Path) -> Path:
     """The tiny pipeline once more, to be damaged."""
     return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+@pytest.fixture(scope="session")
+def few_pairs(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train` with the first ten pairs of the demo and `held_out` with three, for runs of seconds. Read only."""
+    root = tmp_path_factory.mktemp("few")
+    for part, count in (("train", 10), ("held_out", 3)):
+        for target in sorted((demo_root / part / "training_images").glob("*.png"))[:count]:
+            for file in (target, target.with_suffix(".txt"), demo_root / part / "control_images" / target.name):
+                copy = root / part / file.parent.name / file.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_base: Path, few_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file of a run of seconds; a test adds `cache.cache_dir` and `logging.output_dir`."""
+    file = tmp_path_factory.mktemp("config") / "small.yaml"
+    file.write_text(
+        f"""
+model: {{pretrained_model_name_or_path: {tiny_base}, dtype: float32, lora: {{r: 4, lora_alpha: 4}}}}
+data:
+  train: {few_pairs / "train"}
+  held_out: {few_pairs / "held_out"}
+  num_workers: 0
+  resize: {{target: {{max_pixels: 16384}}, control: {{area: 4096}}}}
+batch: {{samples_per_step: 4, max_tokens: 512}}
+optimizer: {{init_args: {{lr: 3e-3}}}}
+train: {{max_train_steps: 5, gradient_checkpointing: false, mixed_precision: "no"}}
+checkpoint: {{every: 2}}
+sample: {{every: 3, steps: 2}}
+""",
+        encoding="utf-8",
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_cache(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of `small_run`, filled. Entries may be added, none taken away."""
+    from mixres.config import load_config
+    from mixres.precompute import run_cache
+
+    root = tmp_path_factory.mktemp("cache")
+    run_cache(load_config(small_run, [f"cache.cache_dir={root}", f"logging.output_dir={root / 'none'}"]))
+    return root

@@ -127,7 +127,8 @@ def test_missing_pixel_field_is_named(fields: dict[str, Any]) -> None:
 
 def test_batch_moves_every_tensor_and_keeps_the_rest() -> None:
     batch = Batch(
-        indices=(0,), names=("a",), latents=torch.zeros(1, 2, 4), target_index=torch.tensor([0]), target_lengths=(1,),
+        layout="padded", indices=(0,),
+        names=("a",), latents=torch.zeros(1, 2, 4), target_index=torch.tensor([0]), target_lengths=(1,),
         prompt_embeds=torch.zeros(1, 3, 5), prompt_mask=None, text_lengths=(3,), img_shapes=((Grid(1, 1, 2),),),
         edit_mask=torch.ones(1), has_mask=(False,), sample_weights=(1.0,),
     )  # fmt: skip

@@ -62,7 +62,7 @@ def test_wrong_config_is_told_in_full_before_torch_is_imported(config: Path) -> 
     done = train_py("--config", str(config), "train.max_grad_nrm=1", "train.seed=x", "batch.layout=packd")
     assert done.returncode == 2
     assert messages(done) == [
-        'mixres: error: batch.layout: given "packd", allowed: one of padded',
+        'mixres: error: batch.layout: given "packd", allowed: one of packed, padded',
         'mixres: error: train.seed: given "x", allowed: an integer >= 0 and < 9223372036854775808',
         "mixres: error: train.max_grad_nrm: unknown key; did you mean 'train.max_grad_norm'?",
     ]

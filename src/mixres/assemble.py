@@ -52,7 +52,8 @@ def check_early(config: Config, family: ModuleType) -> None:
     model = config.model
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
     try:
-        check_targets(skeleton, model.lora.target_modules if model.lora else ())
+        targets = model.lora.target_modules if model.lora else ()
+        check_targets(skeleton, targets, untrained=family.untrained_modules(skeleton))
     except UserError as error:
         faults += error.messages
     if faults:

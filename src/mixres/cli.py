@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 VERBS = {
     "train": "fill the cache where it is not full, then train (also where no verb is given)",
     "cache": "encode every sample of the configuration into the cache, then stop",
+    "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
+    "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
 }
-OPTIONS = ("--config", "--cache", "--help", "--version")
+OPTIONS = ("--config", "--cache", "--synthetic", "--help", "--version")
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
@@ -37,8 +39,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
     try:
-        verb, config = _parse(sys.argv[1:] if argv is None else argv)
-        {"train": _train, "cache": _cache}[verb](config)
+        verb, config, options = _parse(sys.argv[1:] if argv is None else argv)
+        {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
     except UserError as error:
         for message in error.messages:
             print(f"mixres: error: {message}", file=sys.stderr)
@@ -55,14 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> "tuple[str, Config]":
-    """The verb and its configuration, or a UserError with every fault of arguments, file and overrides."""
+def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
+    """The verb, its configuration and its own options, or a UserError with every fault of all that was given."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
     faults = [f"{option}: unknown option{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown]
     words: list[str] = given.words
     verb = words.pop(0) if words and "=" not in words[0] else "train"
     if verb not in VERBS:
         faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
+    elif given.synthetic and (given.cache or verb != "bench"):
+        faults.append(f"--synthetic: is for the verb bench, not for {'cache' if given.cache else verb}: leave it out")
     if not given.config:
         faults.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
         raise UserError(faults)
@@ -74,7 +78,7 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config]":
         faults += error.messages
     if faults:
         raise UserError(faults)
-    return "cache" if given.cache else verb, config
+    return "cache" if given.cache else verb, config, {"synthetic": True} if given.synthetic else {}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="VERB, key=value", help="a verb, then overrides of the file's keys")
     parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
     parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
+    parser.add_argument("--synthetic", action="store_true", help="for `bench`: no weights, no data, no download")
     parser.add_argument("--version", action="version", version=f"mixres {__version__}")
     return parser
 
@@ -112,3 +117,15 @@ def _cache(config: "Config") -> None:
     from mixres.precompute import run_cache
 
     run_cache(config)
+
+
+def _verify(config: "Config") -> None:
+    from mixres.verify import verify
+
+    verify(config)
+
+
+def _bench(config: "Config", *, synthetic: bool = False) -> None:
+    from mixres.bench import bench
+
+    bench(config, synthetic=synthetic)

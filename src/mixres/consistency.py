@@ -8,8 +8,9 @@ Measures: an output's error is ||d|| / ||reference|| over all image tokens of a 
 tensors whose gradient is all rounding from deciding.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,11 +65,10 @@ def run(bench: Workbench, samples: Sequence[Sample], ride: Ride, *, autocast: bo
     objective = replace(bench.objective, predict_velocity=predict)
     batches = batches_of(samples, ride)
     divisor = objective.divisor(len(samples), sum(sum(batch.target_lengths) for batch in batches))
-    context: AbstractContextManager[Any] = bench.accelerator.autocast() if autocast else nullcontext()
     try:
         with _recorded_masks(model) as masks:
             for batch in batches:
-                with context:
+                with bench.accelerator.autocast() if autocast else nullcontext():
                     loss = objective.loss_sum(model, batch.to(bench.accelerator.device), step=0)
                 torch.autograd.backward(loss / divisor)
         gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
@@ -116,7 +116,8 @@ def _per_sample(velocity: Tensor, batch: Batch) -> list[Tensor]:
 def _relative(got: Tensor, reference: Tensor, floor: float) -> float:
     difference = float((got.double() - reference.double()).norm())
     scale = max(float(reference.double().norm()), floor)
-    return difference / scale if scale else difference
+    error = difference / scale if scale else difference
+    return error if math.isfinite(error) else math.inf  # a NaN would be lost in the maximum
 
 
 def _kind(gradient: Tensor | None) -> str:

@@ -19,7 +19,6 @@ COLOURS = {
     "masked key": "#f7c6c5",
 }
 _WIDTH, _LEFT, _MARGIN, _BAR, _GAP, _SQUARE = 1240, 210, 24, 26, 8, 320
-_BLOCKS = ("#4c78a8", "#e45756", "#72b7b2", "#b279a2")
 
 Segment = tuple[str, int]  # what, tokens
 
@@ -43,7 +42,9 @@ def token_layout(padded: Batch, packed: Batch, mask: Tensor | None) -> Image.Ima
         for b in range(rows):
             sheet.bar(padded.names[b], runs(mask[b].tolist()))
     sheet.scale = sheet.room / packed.tokens_computed
-    sheet.heading(f"layout packed: {packed.tokens_computed} tokens, no filler; in the order in which attention sees them")
+    sheet.heading(
+        f"layout packed: {packed.tokens_computed} tokens, no filler; in the order in which attention sees them"
+    )
     sheet.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
     sheet.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
     sheet.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
@@ -109,7 +110,9 @@ class _Sheet:
             if not tokens:
                 continue
             left, right = (_LEFT + round(x * self.scale) for x in (first, first + tokens))
-            self.draw.rectangle((left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white")
+            self.draw.rectangle(
+                (left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white"
+            )
             ink = "black" if what in ("filler", "masked key", "control") else "white"
             if self.draw.textlength(str(tokens), font=self.font) + 8 < right - left:
                 self.draw.text((left + 4, self.top + 4), str(tokens), fill=ink, font=self.font)
@@ -118,13 +121,15 @@ class _Sheet:
 
     def blocks(self, lengths: Sequence[int]) -> None:
         """The block-diagonal square of packed attention."""
-        scale, first = _SQUARE / sum(lengths), 0
+        scale, first, line = _SQUARE / sum(lengths), 0, self.top
         corner = (_LEFT, self.top, _LEFT + _SQUARE, self.top + _SQUARE)
         self.draw.rectangle(corner, fill=COLOURS["masked key"], outline="black")
         for b, tokens in enumerate(lengths):
             near, far = (round(x * scale) for x in (first, first + tokens))
             box = (_LEFT + near, self.top + near, _LEFT + far, self.top + far)
-            self.draw.rectangle(box, fill=_BLOCKS[b % len(_BLOCKS)], outline="white")
-            self.draw.text((box[2] + 6, box[1]), f"sample {b + 1}: {tokens} tokens", fill="black", font=self.font)
+            self.draw.rectangle(box, fill=COLOURS["attended key"], outline="white")
+            line = max(line, (box[1] + box[3]) // 2 - 9)
+            self.draw.text((corner[2] + 12, line), f"sample {b + 1}: {tokens} tokens", fill="black", font=self.font)
+            line += 18
             first += tokens
         self.top += _SQUARE + _GAP

@@ -6,13 +6,16 @@ update is measured at the end of every run and printed.
 """
 
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -29,7 +32,7 @@ from mixres.assemble import (
 )
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
-from mixres.errors import Stopped, UserError
+from mixres.errors import Stopped, UserError, WorkError
 from mixres.models.lora import FILE_NAME, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
@@ -49,7 +52,7 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: configuration, base or data are wrong, or a checkpoint does not fit the run.
-        WorkError: loss or gradient is not finite, or a cache entry was damaged.
+        WorkError: loss or gradient is not finite, a cache entry was damaged, or a checkpoint could not be written.
         Stopped: a signal came; the run has saved.
     """
     folder, last = Path(config.logging.output_dir), config.train.max_train_steps
@@ -57,7 +60,7 @@ def train(config: Config) -> None:
         mixed_precision=config.train.mixed_precision, report_to=config.logging.report_to, folder=folder
     )
     rank = accelerator.process_index
-    with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run:
+    with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
         family = family_of(config)
         check_early(config, family)
         encoded = encode_all(config, family, device=accelerator.device, rank=rank)
@@ -67,7 +70,7 @@ def train(config: Config) -> None:
         checkpoint = _checkpoint_to_resume(config, checkpoints, frozen)
         first = checkpoint.step if checkpoint else 0
         run.update(step=first)
-        if first >= last:
+        if _has_ended(accelerator, run, first, last):
             say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
             return
         if run.main:
@@ -84,52 +87,63 @@ def train(config: Config) -> None:
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         _banner(config, accelerator, trained, plan, first, speak=run.main)
         seconds: list[float] = []
-        with (
-            MetricsLog(folder if run.main else None, step=first) as metrics,
-            Tracker(
-                accelerator, config.logging.report_to, config.logging.tracker_project_name, public_config(config)
-            ) as tracker,
-            Progress(first=first, last=last, enabled=run.main) as progress,
-        ):
-            for step in range(first, last):
-                start = time.perf_counter()
-                planned = plan.step(step)
-                count = len(planned.ranks[rank])
-                lr = float(scheduler.get_last_lr()[0])
-                result = run_step(
-                    accelerator,
-                    model,
-                    trained.optimizer,
-                    scheduler,
-                    objective,
-                    (next(loader) for _ in range(count)),
-                    count=count,
-                    step=step,
-                    divisor=objective.divisor(planned.samples, planned.target_tokens),
-                    max_grad_norm=config.train.max_grad_norm,
-                    stop_requested=run.stop_requested,
-                )
-                seconds.append(time.perf_counter() - start)
-                line = _metrics_line(planned, result, lr, seconds[-1])
-                metrics.write(line)
-                tracker.log(line)
-                progress.step(line)
-                done = step + 1
-                stopping = result.stopping and done < last
-                if done == last or stopping or done % config.checkpoint.every == 0:
-                    _save(checkpoints if run.main else None, trained, done, frozen)
-                    run.update(step=done)
-                if stopping:
-                    raise Stopped(
-                        f"stopped by a signal after step {done}, which is saved: run the same command to go on"
-                    )
-                if sampler and (done == last or done % config.sample.every == 0):
-                    sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
-        result_path = _write_result(config, family, trained, folder, keep=run.main)
+        metrics = stack.enter_context(MetricsLog(folder if run.main else None, step=first))
+        logging, public = config.logging, public_config(config)
+        tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
+        progress = stack.enter_context(Progress(first=first, last=last, enabled=run.main))
+        run.stop_between_steps()
+        for step in range(first, last):
+            start = time.perf_counter()
+            planned = plan.step(step)
+            count = len(planned.ranks[rank])
+            lr = float(scheduler.get_last_lr()[0])
+            torch.manual_seed(_step_seed(config.train.seed, step, rank))
+            result = run_step(
+                accelerator,
+                model,
+                trained.optimizer,
+                scheduler,
+                objective,
+                (next(loader) for _ in range(count)),
+                count=count,
+                step=step,
+                divisor=objective.divisor(planned.samples, planned.target_tokens),
+                max_grad_norm=config.train.max_grad_norm,
+                stop_requested=run.stop_requested,
+            )
+            seconds.append(time.perf_counter() - start)
+            line = _metrics_line(planned, result, lr, seconds[-1])
+            metrics.write(line)
+            tracker.log(line)
+            progress.step(line)
+            done = step + 1
+            stopping = result.stopping and done < last
+            if done == last or stopping or done % config.checkpoint.every == 0:
+                _save(checkpoints if run.main else None, trained, done, frozen)
+                run.update(step=done)
+            if stopping:
+                raise Stopped(f"stopped by a signal after step {done}, which is saved: run the same command to go on")
+            if sampler and done < last and done % config.sample.every == 0:
+                sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
+        done = max(first, last)
+        if sampler:
+            sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
+        result_path = _write_result(config, family, trained, folder, step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
             _say_end(folder, result_path, sampler is not None)
             _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """For the global generators, from which dropout draws: so that no state of theirs is needed to go on."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def _has_ended(accelerator: Accelerator, run: RunFolder, first: int, last: int) -> bool:
+    """Whether all steps are done and the result is written, by the word of the one process that writes."""
+    word = torch.tensor(float(run.was_done(first)), device=accelerator.device)
+    return first >= last and bool(accelerator.reduce(word, "sum"))
 
 
 def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints, frozen: Mapping[str, Any]) -> Checkpoint | None:
@@ -169,11 +183,18 @@ def _save(checkpoints: Checkpoints | None, trained: Trained, step: int, frozen: 
     tensors: dict[str, dict[str, torch.Tensor]] = {
         "trainable": whole(trained.parameters),
         "optimizer": whole(optimizer_tensors(trained.optimizer, trained.parameters)),
-        "rng": {"cpu": torch.get_rng_state()},  # adapters' dropout draws from it
     }
     scalars = optimizer_scalars(trained.optimizer, trained.parameters)
-    if checkpoints:
+    if not checkpoints:
+        return
+    try:
         checkpoints.save(step, tensors, {"frozen": dict(frozen), "optimizer": scalars})
+    except OSError as error:
+        needed = sum(tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values())
+        raise WorkError(
+            f"{checkpoints.root}: the checkpoint of step {step} needs {needed:,} bytes and could not be written "
+            f"({error.strerror or error}); those before it are intact: make room and run the same command again"
+        ) from error
 
 
 def _restore(trained: Trained, checkpoint: Checkpoint) -> None:
@@ -185,7 +206,6 @@ def _restore(trained: Trained, checkpoint: Checkpoint) -> None:
     restore_optimizer(
         trained.optimizer, trained.parameters, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"]
     )
-    torch.set_rng_state(checkpoint.tensors("rng")["cpu"])
 
 
 def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
@@ -203,13 +223,11 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
     }
 
 
-def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, keep: bool) -> Path:
+def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool) -> Path:
     """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
     path = folder / (FILE_NAME if config.model.lora else "transformer")
     if config.model.lora:
-        data = lora_file(
-            whole(trained.parameters), trained.transformer, recipe(config, family, config.train.max_train_steps)
-        )
+        data = lora_file(whole(trained.parameters), trained.transformer, recipe(config, family, step))
         if keep:
             atomic.write_bytes(path, data)
         return path
@@ -218,7 +236,11 @@ def _write_result(config: Config, family: ModuleType, trained: Trained, folder: 
     if keep:  # through a model of the same shape: the trained one may be sharded
         model = family.transformer_skeleton(config.model.pretrained_model_name_or_path, revision=config.model.revision)
         model.load_state_dict(weights, assign=True)
-        model.save_pretrained(path)
+        partial = folder / f"{atomic.TMP_PREFIX}transformer"
+        for old in (partial, path):
+            shutil.rmtree(old, ignore_errors=True)
+        model.save_pretrained(partial)
+        partial.rename(path)
     return path
 
 
@@ -259,8 +281,8 @@ def _say_overhead(
     seconds: list[float],
 ) -> None:
     """The last steps again without data, logging or clipping. The weights have been written; these are thrown away."""
-    if accelerator.num_processes > 1:
-        return  # the other ranks are done
+    if accelerator.num_processes > 1 or not seconds:
+        return  # the other ranks are done, or no step was left to do
     last = config.train.max_train_steps
     first = last - min(_BARE_STEPS, len(seconds))
     loader = loader_of(config, encoded, plan, rank=0, first=first, workers=0)

@@ -47,7 +47,9 @@ def one_process(config: Config, verb: str) -> Accelerator:
     folder = Path(config.logging.output_dir)
     accelerator = make_accelerator(mixed_precision=config.train.mixed_precision, report_to="none", folder=folder)
     if accelerator.num_processes > 1:
-        raise UserError(f"{verb}: works on one process, {accelerator.num_processes} were started: python train.py {verb}")
+        raise UserError(
+            f"{verb}: works on one process, {accelerator.num_processes} were started: python train.py {verb}"
+        )
     return accelerator
 
 

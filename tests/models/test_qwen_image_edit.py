@@ -12,6 +12,7 @@ from PIL import Image
 from skimage import data
 
 from mixres.batch import Batch, Sample
+from mixres.data.collate import collate
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size, control_size
 from mixres.models import qwen_image_edit as family
@@ -279,22 +280,7 @@ def test_sampling_pipeline_has_no_text_encoder(sampling: QwenImageEditPipeline) 
 
 
 def one_sample_batch(sample: Sample) -> Batch:
-    length = sample.target_latents.shape[0]
-    latents = torch.cat([sample.target_latents, *sample.control_latents]).unsqueeze(0)
-    return Batch(
-        indices=(0,),
-        names=(sample.name,),
-        latents=latents,
-        target_index=torch.arange(length),
-        target_lengths=(length,),
-        prompt_embeds=sample.prompt_embeds.unsqueeze(0),
-        prompt_mask=None,
-        text_lengths=(sample.prompt_embeds.shape[0],),
-        img_shapes=(sample.img_shapes,),
-        edit_mask=torch.ones(length),
-        has_mask=(False,),
-        sample_weights=(1.0,),
-    )
+    return collate([sample], indices=(0,), weights=(1.0,), layout="padded")
 
 
 def test_predicted_velocity_is_the_stock_call(encoders: QwenImageEditPipeline, stock: QwenImageEditPipeline) -> None:

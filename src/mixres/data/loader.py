@@ -4,8 +4,13 @@ Promise: the data position is the step number alone; workers change the time thi
 cache read per sample and step, in `workers` processes beside the training.
 """
 
+import atexit
+import functools
+import os
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing.sharedctypes import RawValue
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -54,25 +59,33 @@ def microbatch_loader(
     Raises:
         WorkError: from the iterator, where a cache entry is damaged or missing.
     """
+    closing = RawValue("b", 0)
     loader: DataLoader[Batch | WorkError] = DataLoader(
         dataset,
         batch_size=None,
         sampler=_RankMicrobatches(plan, rank, first, last),
         num_workers=workers,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=functools.partial(_outlive_signals, closing),
         generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
     )
-    return _raised(iter(loader))  # the workers start here, not at the first batch
+    return _raised(iter(loader), closing)  # the workers start here, not at the first batch
 
 
-def _raised(results: Iterator[Batch | WorkError]) -> Iterator[Batch]:
-    for result in results:
-        if isinstance(result, WorkError):
-            raise result
-        yield result
+def _raised(results: Iterator[Batch | WorkError], closing: Any) -> Iterator[Batch]:
+    close = functools.partial(setattr, closing, "value", 1)
+    atexit.register(close)  # runs before multiprocessing's own, which terminates the workers and waits for them
+    try:
+        for result in results:
+            if isinstance(result, WorkError):
+                raise result
+            yield result
+    finally:
+        del results  # ends the workers now: a traceback may hold this frame for long
+        close()
+        atexit.unregister(close)
 
 
-def _outlive_signals(worker: int) -> None:
-    """A launcher signals the whole process group; the workers must outlast the step that is being finished."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_signals(closing: Any, worker: int) -> None:
+    """A launcher signals every process; the workers must outlast the step that is being finished, and only that."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,7 +15,7 @@ How: `pos_embed` and the attention processors are swapped, and pre-hooks rewrite
 """
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformer2DModel
@@ -73,6 +73,24 @@ def patch_qwen_forward_for_multi_resolution(model: QwenImageTransformer2DModel) 
         model.register_forward_pre_hook(_plan_call, with_kwargs=True)
         install_packed_hooks(model)
     return model
+
+
+class PatchState(NamedTuple):
+    """How much of a model is patched."""
+
+    processors: int  # attention processors that are ours
+    blocks: int
+    positions: bool  # whether the position module is ours
+
+    @property
+    def whole(self) -> bool:
+        return self.positions and self.processors == self.blocks
+
+
+def patch_state(model: QwenImageTransformer2DModel) -> PatchState:
+    """What of the patch `model` carries: loading, adapters or an attention backend must have taken nothing away."""
+    ours = [isinstance(b.attn.processor, QwenDoubleStreamAttnProcessor2_0_MultiRes) for b in model.transformer_blocks]
+    return PatchState(sum(ours), len(ours), isinstance(model.pos_embed, MultiResolutionRope))
 
 
 def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

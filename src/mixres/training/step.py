@@ -94,6 +94,32 @@ def run_step(
         WorkError: loss or gradient is not finite; nothing has been updated.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sums, names = _accumulate(accelerator, model, objective, microbatches, count=count, step=step, divisor=divisor)
+    grad_norm = float(whole({"norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)})["norm"])
+    sums = torch.cat([sums, sums.new_tensor([stop_requested])])
+    loss, tokens, tokens_computed, stops = accelerator.reduce(sums, "sum").tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise WorkError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the last checkpoint is intact. "
+            f"Samples of this process: {', '.join(names)}"
+        )
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, grad_norm, int(tokens), int(tokens_computed), stopping=stops > 0)
+
+
+def _accumulate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    microbatches: Iterable[Batch],
+    *,
+    count: int,
+    step: int,
+    divisor: int,
+) -> tuple[Tensor, list[str]]:
+    """Gradients of this rank's microbatches, `(3,)` float64 loss, tokens, tokens computed, and the samples' names."""
     loss = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     tokens = tokens_computed = 0
     names: list[str] = []
@@ -107,20 +133,7 @@ def run_step(
         tokens += batch.tokens if any(batch.sample_weights) else 0
         tokens_computed += batch.tokens_computed
         names += batch.names
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    counts = loss.new_tensor([tokens, tokens_computed, stop_requested])
-    total_loss, *counted = accelerator.reduce(torch.cat([loss[None], counts]), "sum").tolist()
-    norm = float(whole({"norm": grad_norm})["norm"])
-    if not (math.isfinite(total_loss) and math.isfinite(norm)):
-        raise WorkError(
-            f"step {step + 1}: loss {total_loss}, gradient norm {norm}: not finite; the last checkpoint is intact. "
-            f"Samples of this process: {', '.join(names)}"
-        )
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
-    all_tokens, all_computed, stops = map(int, counted)
-    return StepResult(total_loss, norm, all_tokens, all_computed, stopping=stops > 0)
+    return torch.cat([loss[None], loss.new_tensor([tokens, tokens_computed])]), names
 
 
 def bare_step_seconds(

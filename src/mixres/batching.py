@@ -1,0 +1,99 @@
+"""The same optimizer steps, batched in every way that `bench` compares.
+
+Promise: each way holds exactly the samples of the configuration's own plan, step by step. Cost: one copy of each
+sample a way, on the CPU.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mixres.batch import Batch, Sample
+from mixres.config import Config
+from mixres.data.collate import collate
+from mixres.data.plan import Layout, Lengths, Plan, StepPlan, computed_tokens
+
+BASELINE = "one_by_one"
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples by index, however they are had."""
+
+    lengths: Sequence[Lengths]
+    names: Sequence[str]
+    read: Callable[[int], Sample]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Optimizer steps, and their microbatches by way, then by step."""
+
+    steps: list[StepPlan]
+    batches: dict[str, list[list[Batch]]]
+
+
+def plan_in(config: Config, source: Source, layout: Layout) -> Plan:
+    """The plan of the configuration's run on one process, in `layout`.
+
+    Raises:
+        UserError: a sample is over `batch.max_tokens` alone.
+    """
+    return Plan(
+        source.lengths,
+        names=source.names,
+        seed=config.train.seed,
+        samples_per_step=config.batch.samples_per_step,
+        max_tokens=config.batch.max_tokens,
+        layout=layout,
+    )
+
+
+def make_work(config: Config, source: Source, most_steps: int) -> Work:
+    """The run's first steps, at most `most_steps` of one epoch: one by one, padded, padded unsorted, packed.
+
+    Raises:
+        UserError: as `plan_in`.
+    """
+    plans = {layout: plan_in(config, source, layout) for layout in LAYOUTS}
+    steps = [plans["padded"].step(k) for k in range(min(most_steps, plans["padded"].steps_per_epoch))]
+
+    def planned(layout: Layout, step: StepPlan) -> list[Batch]:
+        return list(collated(source, planned_groups(plans[layout], step.step), layout))
+
+    return Work(
+        steps,
+        {
+            BASELINE: [list(collated(source, [(i,) for i in step.indices], "padded")) for step in steps],
+            "padded": [planned("padded", step) for step in steps],
+            "padded_random": [
+                list(collated(source, unsorted(step.indices, source.lengths, config.batch.max_tokens), "padded"))
+                for step in steps
+            ],
+            "packed": [planned("packed", step) for step in steps],
+        },
+    )
+
+
+def planned_groups(plan: Plan, step: int) -> list[tuple[int, ...]]:
+    """The samples of each microbatch of optimizer step `step`, of one process."""
+    return [microbatch.indices for microbatch in plan.step(step).ranks[0]]
+
+
+def unsorted(indices: Sequence[int], lengths: Sequence[Lengths], max_tokens: int) -> list[tuple[int, ...]]:
+    """Microbatches for `padded` filled in the order given, each as far as the budget goes."""
+    groups: list[tuple[int, ...]] = [()]
+    for i in indices:
+        longer = (*groups[-1], i)
+        if computed_tokens([lengths[j] for j in longer], "padded") <= max_tokens:
+            groups[-1] = longer
+        else:
+            groups.append((i,))
+    return groups
+
+
+def collated(source: Source, groups: Sequence[Sequence[int]], layout: Layout) -> Iterator[Batch]:
+    """A batch for each group, its samples read when it is asked for."""
+    for group in groups:
+        samples = [source.read(i) for i in group]
+        yield collate(samples, indices=group, weights=[1.0] * len(group), layout=layout)

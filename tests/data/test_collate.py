@@ -1,0 +1,144 @@
+"""Collate against the samples it was given: valid tokens bit for bit, zeros elsewhere, an index of the targets."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixres.batch import Batch, Sample
+from mixres.data.collate import collate
+from mixres.data.plan import Layout, Lengths, computed_tokens
+from mixres.geometry import Grid
+
+CHANNELS, WIDTH = 4, 3
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
+derandomized = settings(derandomize=True, deadline=None, database=None, max_examples=80)
+
+grids = st.builds(Grid, st.just(1), st.integers(1, 5), st.integers(1, 5))
+
+
+@st.composite
+def samples(draw: st.DrawFn, dtype: torch.dtype = torch.bfloat16) -> Sample:
+    shapes = tuple(draw(st.lists(grids, min_size=1, max_size=4)))
+    noise = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    latents = [torch.randn(grid.tokens, CHANNELS, generator=noise).to(dtype) for grid in shapes]
+    return Sample(
+        name=draw(st.text(max_size=3)),
+        target_latents=latents[0],
+        control_latents=tuple(latents[1:]),
+        prompt_embeds=torch.randn(draw(st.integers(1, 7)), WIDTH, generator=noise).to(dtype),
+        img_shapes=shapes,
+        edit_mask=torch.rand(shapes[0].tokens, generator=noise) if draw(st.booleans()) else None,
+    )
+
+
+def collated(chosen: list[Sample], layout: Layout) -> Batch:
+    indices = [7 * i + 2 for i in range(len(chosen))]
+    return collate(chosen, indices=indices, weights=[float(i % 2) for i in indices], layout=layout)
+
+
+def rows(tensor: Tensor, lengths: list[int], layout: str) -> tuple[list[Tensor], Tensor]:
+    """The valid tokens of each sample, and all others."""
+    if layout == "packed":
+        assert tensor.shape[1] == 1
+        return list(tensor[:, 0].split(lengths)), tensor[:0, 0]
+    assert tensor.shape[:2] == (len(lengths), max(lengths))
+    filler = [row[n:] for row, n in zip(tensor, lengths, strict=True)]
+    return [row[:n] for row, n in zip(tensor, lengths, strict=True)], torch.cat(filler)
+
+
+def image(sample: Sample) -> Tensor:
+    return torch.cat([sample.target_latents, *sample.control_latents])
+
+
+mixes = st.lists(samples(), min_size=1, max_size=5)
+
+
+@derandomized
+@given(mixes, st.sampled_from(LAYOUTS))
+def test_valid_tokens_are_copied_bit_for_bit_and_filler_is_zero(chosen: list[Sample], layout: Layout) -> None:
+    batch = collated(chosen, layout)
+    for tensor, wanted in (
+        (batch.latents, [image(sample) for sample in chosen]),
+        (batch.prompt_embeds, [sample.prompt_embeds for sample in chosen]),
+    ):
+        valid, filler = rows(tensor, [len(x) for x in wanted], layout)
+        assert tensor.dtype == torch.bfloat16
+        assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(valid, wanted, strict=True))
+        assert not filler.view(torch.int16).any()  # +0.0, no other bits
+
+
+@derandomized
+@given(mixes, st.sampled_from(LAYOUTS))
+def test_target_index_selects_exactly_the_target_tokens(chosen: list[Sample], layout: Layout) -> None:
+    batch = collated(chosen, layout)
+    targets = torch.cat([sample.target_latents for sample in chosen])
+    assert torch.equal(batch.latents.flatten(0, 1)[batch.target_index], targets)
+    assert batch.target_index.dtype == torch.int64
+    assert batch.target_lengths == tuple(len(sample.target_latents) for sample in chosen)
+
+
+@derandomized
+@given(mixes, st.sampled_from(LAYOUTS))
+def test_target_index_tells_samples_and_controls_apart(chosen: list[Sample], layout: Layout) -> None:
+    """By position, not by value: every target token holds its sample's number, every control token -1."""
+    numbered = [
+        dataclasses.replace(
+            sample,
+            target_latents=torch.full_like(sample.target_latents, i),
+            control_latents=tuple(torch.full_like(control, -1) for control in sample.control_latents),
+        )
+        for i, sample in enumerate(chosen)
+    ]
+    batch = collated(numbered, layout)
+    selected = batch.latents.flatten(0, 1)[batch.target_index]
+    assert torch.equal(selected, torch.cat([sample.target_latents for sample in numbered]))
+
+
+@derandomized
+@given(mixes, st.sampled_from(LAYOUTS))
+def test_text_mask_is_there_only_where_text_is_padded(chosen: list[Sample], layout: Layout) -> None:
+    batch = collated(chosen, layout)
+    lengths = [len(sample.prompt_embeds) for sample in chosen]
+    assert batch.text_lengths == tuple(lengths)
+    if layout == "packed" or len(set(lengths)) == 1:
+        assert batch.prompt_mask is None
+    else:
+        assert batch.prompt_mask is not None and batch.prompt_mask.dtype == torch.bool
+        assert batch.prompt_mask.tolist() == [[t < n for t in range(max(lengths))] for n in lengths]
+
+
+@derandomized
+@given(mixes, st.sampled_from(LAYOUTS))
+def test_edit_masks_lie_at_their_samples_target_tokens(chosen: list[Sample], layout: Layout) -> None:
+    batch = collated(chosen, layout)
+    assert batch.has_mask == tuple(sample.edit_mask is not None for sample in chosen)
+    for found, sample in zip(batch.edit_mask.split(list(batch.target_lengths)), chosen, strict=True):
+        assert torch.equal(found, torch.zeros(len(found)) if sample.edit_mask is None else sample.edit_mask)
+
+
+@derandomized
+@given(mixes, st.sampled_from(LAYOUTS))
+def test_names_weights_shapes_and_token_counts_go_with_their_samples(chosen: list[Sample], layout: Layout) -> None:
+    batch = collated(chosen, layout)
+    assert batch.layout == layout
+    assert batch.indices == tuple(7 * i + 2 for i in range(len(chosen)))
+    assert batch.sample_weights == tuple(float(i % 2) for i in batch.indices)
+    assert batch.names == tuple(sample.name for sample in chosen)
+    assert batch.img_shapes == tuple(sample.img_shapes for sample in chosen)
+    lengths = [Lengths(len(s.prompt_embeds), len(image(s)), len(s.target_latents)) for s in chosen]
+    assert batch.tokens == sum(length.total for length in lengths)
+    assert batch.tokens_computed == computed_tokens(lengths, layout)  # what the plan counted on
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_alone_has_no_filler_and_the_batch_is_a_copy(layout: Layout) -> None:
+    latents, text = torch.ones(6, CHANNELS), torch.ones(2, WIDTH)
+    batch = collated([Sample("a", latents, (), text, (Grid(1, 2, 3),))], layout)
+    assert batch.tokens == batch.tokens_computed == 8
+    batch.latents.zero_()
+    batch.prompt_embeds.zero_()
+    assert latents.all() and text.all()

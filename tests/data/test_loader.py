@@ -1,0 +1,151 @@
+"""Batches of the loader from real cache entries: the step number is the whole position, workers change nothing."""
+
+import multiprocessing
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mixres.batch import Batch, Sample
+from mixres.data.cache import Cache, entry_key
+from mixres.data.collate import collate
+from mixres.data.loader import MicrobatchDataset, microbatch_loader
+from mixres.data.plan import Layout, Lengths, Plan
+from mixres.errors import WorkError
+from mixres.geometry import Grid
+
+COUNT, STEPS = 7, 6
+NAMES = [f"training_images/{i}.png" for i in range(COUNT)]
+KEYS = [entry_key(sample=i) for i in range(COUNT)]
+
+
+def make_sample(i: int) -> Sample:
+    noise = torch.Generator().manual_seed(i)
+    shapes = (Grid(1, 2 + i % 3, 3), Grid(1, 2, 1 + i % 2))[: 1 + i % 2]
+    latents = [torch.randn(grid.tokens, 4, generator=noise).bfloat16() for grid in shapes]
+    mask = torch.rand(shapes[0].tokens, generator=noise) if i % 3 == 0 else None
+    text = torch.randn(2 + i, 3, generator=noise).bfloat16()
+    return Sample(NAMES[i], latents[0], tuple(latents[1:]), text, shapes, mask)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    cache = Cache(tmp_path)
+    for i, key in enumerate(KEYS):
+        cache.write(key, make_sample(i))
+    return cache
+
+
+def make_plan(layout: Layout = "padded", world_size: int = 1) -> Plan:
+    made = [make_sample(i) for i in range(COUNT)]
+    lengths = [Lengths(len(s.prompt_embeds), sum(g.tokens for g in s.img_shapes), len(s.target_latents)) for s in made]
+    return Plan(
+        lengths, names=NAMES, seed=3, samples_per_step=4, max_tokens=40, layout=layout, world_size=world_size
+    )  # fmt: skip
+
+
+def loader(
+    cache: Cache, *, layout: Layout = "padded", rank: int = 0, world_size: int = 1, first: int = 0, workers: int = 0
+) -> Iterator[Batch]:
+    dataset = MicrobatchDataset(cache, KEYS, NAMES, layout)
+    plan = make_plan(layout, world_size)
+    return microbatch_loader(dataset, plan, rank=rank, first=first, last=STEPS, workers=workers)
+
+
+def assert_equal(one: list[Batch], two: list[Batch]) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        for field in fields(Batch):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_batches_are_the_plans_microbatches_of_the_samples_written(cache: Cache, layout: Layout) -> None:
+    plan = make_plan(layout, world_size=2)
+    for rank in range(2):
+        planned = [microbatch for step in range(STEPS) for microbatch in plan.step(step).ranks[rank]]
+        wanted = [
+            collate([make_sample(i) for i in m.indices], indices=m.indices, weights=m.weights, layout=layout)
+            for m in planned
+        ]
+        assert_equal(list(loader(cache, layout=layout, rank=rank, world_size=2)), wanted)
+
+
+def test_workers_change_nothing(cache: Cache) -> None:
+    assert_equal(list(loader(cache, workers=2)), list(loader(cache, workers=0)))
+
+
+@pytest.mark.parametrize("first", range(STEPS + 1))
+def test_a_start_at_a_later_step_gives_the_tail(cache: Cache, first: int) -> None:
+    skipped = sum(len(make_plan().step(step).ranks[0]) for step in range(first))
+    assert_equal(list(loader(cache, first=first)), list(loader(cache))[skipped:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_generators_are_untouched(cache: Cache, workers: int) -> None:
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())]
+
+    before = states()
+    assert len(list(loader(cache, workers=workers))) >= STEPS
+    assert states() == before
+
+
+def corrupt(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", [corrupt, Path.unlink], ids=["bit_flip", "deleted"])
+def test_a_damaged_entry_ends_in_one_line_that_says_run_again(cache: Cache, damage: Any, workers: int) -> None:
+    hurt = make_plan().step(1).indices[0]
+    path = cache.path(KEYS[hurt])
+    damage(path)
+    whole = len(make_plan().step(0).ranks[0])
+    batches = loader(Cache(cache.root), workers=workers)
+    for _ in range(whole):
+        assert hurt not in next(batches).indices
+    with pytest.raises(WorkError) as caught:
+        list(batches)
+    assert not multiprocessing.active_children()  # though the traceback is still held
+    message = str(caught.value)
+    assert message.endswith("run the same command again")
+    assert str(path) in message
+    assert len(message) < 400 and "Traceback" not in message
+    assert not path.exists()  # so that the next caching pass makes it again
+    cache.write(KEYS[hurt], make_sample(hurt))
+    assert_equal(list(loader(Cache(cache.root))), list(loader(cache)))
+
+
+PROGRAM = """
+import os, signal, sys, multiprocessing
+sys.path.insert(0, {folder!r})
+from test_loader import Cache, Path, loader
+batches = loader(Cache(Path({root!r})), workers=2)
+next(batches), next(batches)  # one of each worker: both are up
+for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+print(2 + len(list(batches)) if {last} else "raising")
+if not {last}:
+    raise KeyError("a traceback keeps the workers alive until the process ends")
+"""
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["to_the_end", "left_by_an_exception"])
+def test_workers_outlive_signals_to_all_processes_but_not_the_run(cache: Cache, last: bool) -> None:
+    program = PROGRAM.format(folder=str(Path(__file__).parent), root=str(cache.root), last=last)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == (f"{len(list(loader(cache)))}\n" if last else "raising\n")
+    assert done.returncode == (0 if last else 1)
+    assert ("KeyError" in done.stderr) != last and "DataLoader" not in done.stderr

@@ -1,0 +1,284 @@
+"""Invariants of the plan over random data sets and machines: who is in a step, how a step is split, what it costs."""
+
+import itertools
+import json
+import math
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixres.data.plan import Layout, Lengths, Microbatch, Plan, StepPlan, computed_tokens
+from mixres.errors import UserError
+
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
+derandomized = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+
+
+@st.composite
+def lengths(draw: st.DrawFn) -> Lengths:
+    target = draw(st.integers(1, 60))
+    return Lengths(draw(st.integers(1, 40)), target + draw(st.integers(0, 60)), target)
+
+
+@st.composite
+def plans(draw: st.DrawFn, max_samples: int = 40) -> dict[str, Any]:
+    """Arguments of a `Plan`; budgets from the least that holds every sample to four times that."""
+    drawn = draw(st.lists(lengths(), min_size=1, max_size=max_samples))
+    longest = max(length.total for length in drawn)
+    return {
+        "lengths": drawn,
+        "seed": draw(st.integers(0, 2**63 - 1)),
+        "samples_per_step": draw(st.integers(1, 16)),
+        "max_tokens": draw(st.integers(longest, 4 * longest)),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "world_size": draw(st.integers(1, 6)),
+    }
+
+
+def make_plan(arguments: dict[str, Any], **changed: Any) -> Plan:
+    arguments = arguments | changed
+    return Plan(**arguments, names=[f"{i}.png" for i in range(len(arguments["lengths"]))])
+
+
+def epoch_of(plan: Plan, epoch: int = 0) -> list[StepPlan]:
+    return [plan.step(epoch * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]
+
+
+def microbatches_of(step: StepPlan) -> list[Microbatch]:
+    return [microbatch for rank in step.ranks for microbatch in rank]
+
+
+def trained_of(step: StepPlan) -> Counter[int]:
+    """How often each sample counts in the loss of `step`."""
+    pairs = [pair for m in microbatches_of(step) for pair in zip(m.indices, m.weights, strict=True)]
+    assert {weight for _, weight in pairs} <= {0.0, 1.0}
+    return Counter(index for index, weight in pairs if weight)
+
+
+@derandomized
+@given(plans(), st.integers(0, 2))
+def test_every_sample_counts_once_an_epoch_and_the_last_short_step_is_kept(
+    arguments: dict[str, Any], epoch: int
+) -> None:
+    count, per_step = len(arguments["lengths"]), arguments["samples_per_step"]
+    steps = epoch_of(make_plan(arguments), epoch)
+    assert sorted(i for step in steps for i in step.indices) == list(range(count))
+    assert [step.samples for step in steps] == [min(per_step, count - i) for i in range(0, count, per_step)]
+    for step in steps:
+        assert step.epoch == epoch
+        assert trained_of(step) == Counter(step.indices)
+        assert step.target_tokens == sum(arguments["lengths"][i].target for i in step.indices)
+
+
+@derandomized
+@given(plans())
+def test_no_microbatch_is_over_budget_and_all_ranks_have_as_many(arguments: dict[str, Any]) -> None:
+    for step in epoch_of(make_plan(arguments)):
+        assert len(step.ranks) == arguments["world_size"]
+        assert len({len(rank) for rank in step.ranks}) == 1
+        for microbatch in microbatches_of(step):
+            members = [arguments["lengths"][i] for i in microbatch.indices]
+            assert computed_tokens(members, arguments["layout"]) <= arguments["max_tokens"]
+
+
+@derandomized
+@given(plans())
+def test_fillers_stand_alone_and_only_where_samples_are_too_few(arguments: dict[str, Any]) -> None:
+    for step in epoch_of(make_plan(arguments)):
+        fillers = [m for m in microbatches_of(step) if not any(m.weights)]
+        assert all(len(m.indices) == 1 and m.indices[0] in step.indices for m in fillers)
+        assert all(all(m.weights) for m in microbatches_of(step) if m not in fillers)
+        if fillers:  # every sample has a microbatch of its own already, and less than one round of ranks is filled up
+            assert len(microbatches_of(step)) - len(fillers) == step.samples
+            assert len(fillers) < arguments["world_size"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_samples_than_ranks(layout: Layout) -> None:
+    made = [Lengths(5, 20, 10), Lengths(3, 9, 9)]
+    plan = Plan(made, names=["a", "b"], seed=0, samples_per_step=4, max_tokens=99, layout=layout, world_size=4)
+    filler = Microbatch((1,), (0.0,))  # the shortest sample
+    microbatches = Counter(microbatch for (microbatch,) in plan.step(0).ranks)
+    assert microbatches == {Microbatch((0,), (1.0,)): 1, Microbatch((1,), (1.0,)): 1, filler: 2}
+    assert plan.step(0).samples == 2
+
+
+@derandomized
+@given(plans(), plans())
+def test_what_a_step_holds_does_not_depend_on_the_machine(arguments: dict[str, Any], other: dict[str, Any]) -> None:
+    machine = {"layout": other["layout"], "world_size": other["world_size"]}
+    here, there = (
+        make_plan(arguments),
+        make_plan(arguments, **machine, max_tokens=arguments["max_tokens"] + other["max_tokens"]),
+    )
+    for one, two in zip(epoch_of(here, 1), epoch_of(there, 1), strict=True):
+        assert (one.indices, one.target_tokens, one.epoch) == (two.indices, two.target_tokens, two.epoch)
+
+
+@derandomized
+@given(plans(), st.randoms(use_true_random=False))
+def test_a_step_is_a_pure_function_of_its_index(arguments: dict[str, Any], shuffle: random.Random) -> None:
+    straight, resumed = make_plan(arguments), make_plan(arguments)
+    steps = [straight.step(i) for i in range(3 * straight.steps_per_epoch)]
+    asked = list(range(len(steps)))
+    shuffle.shuffle(asked)
+    assert all(resumed.step(i) == steps[i] for i in asked)
+
+
+def test_each_epoch_and_each_seed_has_its_own_uniform_order() -> None:
+    arguments = {"lengths": [Lengths(1, 1, 1)] * 3, "samples_per_step": 3, "max_tokens": 6, "layout": "packed"}
+    plan = make_plan(arguments, seed=0)
+    seen = Counter(plan.step(epoch).indices for epoch in range(6000))
+    assert len(seen) == 6  # all permutations, each 1000 times give or take 4 standard deviations
+    assert all(abs(count - 1000) < 4 * math.sqrt(6000 * 5 / 36) for count in seen.values())
+    assert [plan.step(e).indices for e in range(9)] != [make_plan(arguments, seed=1).step(e).indices for e in range(9)]
+
+
+@derandomized
+@given(st.lists(lengths(), min_size=1, max_size=7), st.integers(1, 3))
+def test_packed_loads_keep_the_bound_of_longest_first(made: list[Lengths], ranks: int) -> None:
+    """Graham 1969: at most 4/3 - 1/(3 m) of the best split over m ranks."""
+    arguments = {"lengths": made, "seed": 0, "samples_per_step": 7, "max_tokens": 10**6, "layout": "packed"}
+    step = make_plan(arguments, world_size=ranks).step(0)
+    loads = [sum(made[i].total for m in rank for i in m.indices if any(m.weights)) for rank in step.ranks]
+    best = min(
+        max(sum(made[i].total for i, r in enumerate(chosen) if r == rank) for rank in range(ranks))
+        for chosen in itertools.product(range(ranks), repeat=len(made))
+    )
+    assert max(loads) <= (4 / 3 - 1 / (3 * ranks)) * best
+
+
+@derandomized
+@given(st.lists(lengths(), min_size=2, max_size=9), st.integers(1, 4))
+def test_padded_microbatches_are_the_best_runs_of_neighbours(made: list[Lengths], ranks: int) -> None:
+    longest = max(length.total for length in made)
+    arguments = {"lengths": made, "seed": 0, "samples_per_step": 9, "max_tokens": 2 * longest, "layout": "padded"}
+    split = [m for m in microbatches_of(make_plan(arguments, world_size=ranks).step(0)) if any(m.weights)]
+    found = max(computed_tokens([made[i] for i in m.indices], "padded") for m in split)
+    order = sorted(made, key=lambda length: (length.image, length.text))
+    best = min(
+        max(computed_tokens(order[a:b], "padded") for a, b in itertools.pairwise((0, *cuts, len(order))))
+        for cuts in itertools.combinations(range(1, len(order)), len(split) - 1)
+    )
+    assert found == best
+
+
+@derandomized
+@given(plans(max_samples=60))
+def test_the_ranks_loads_differ_by_no_more_than_one_microbatch(arguments: dict[str, Any]) -> None:
+    for step in epoch_of(make_plan(arguments, samples_per_step=60)):
+        costs = [
+            [computed_tokens([arguments["lengths"][i] for i in m.indices], arguments["layout"]) for m in rank]
+            for rank in step.ranks
+        ]
+        loads = [sum(rank) for rank in costs]
+        assert max(loads) - min(loads) <= max(itertools.chain(*costs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_over_budget_are_refused_together_by_name_and_size(layout: Layout) -> None:
+    made = [Lengths(10, 90, 50), Lengths(11, 90, 50), Lengths(1, 1, 1), Lengths(50, 200, 150)]
+    names = ["fits.png", "one over.png", "small.png", "大.png"]
+    with pytest.raises(UserError) as caught:
+        Plan(made, names=names, seed=0, samples_per_step=2, max_tokens=100, layout=layout)
+    assert len(caught.value.messages) == 2
+    for message, name, size in zip(caught.value.messages, names[1::2], (101, 250), strict=True):
+        assert message.startswith(f"{name}: {size} tokens")
+        assert "batch.max_tokens = 100" in message
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.train"):
+        Plan([], names=[], seed=0, samples_per_step=2, max_tokens=100, layout="padded")
+
+
+BASE: dict[str, Any] = {
+    "lengths": [Lengths(3, 5, 4), Lengths(2, 7, 7), Lengths(4, 4, 4)],
+    "seed": 7, "samples_per_step": 2, "max_tokens": 40, "layout": "packed", "world_size": 2,
+}  # fmt: skip
+IDENTITIES = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "identities", "same_order", "same_plan"),
+    [
+        pytest.param({}, IDENTITIES, True, True, id="nothing"),
+        pytest.param({"seed": 8}, IDENTITIES, False, False, id="seed"),
+        pytest.param({"samples_per_step": 3}, IDENTITIES, False, False, id="samples_per_step"),
+        pytest.param({}, ["a", "b", "d"], False, False, id="sample"),
+        pytest.param({}, ["b", "a", "c"], False, False, id="order_of_samples"),
+        pytest.param({}, ["a", "bc", ""], False, False, id="where_a_name_ends"),
+        pytest.param({"layout": "padded"}, IDENTITIES, True, False, id="layout"),
+        pytest.param({"max_tokens": 41}, IDENTITIES, True, False, id="max_tokens"),
+        pytest.param({"world_size": 3}, IDENTITIES, True, False, id="world_size"),
+        pytest.param({"lengths": [Lengths(3, 5, 4), Lengths(2, 7, 7), Lengths(4, 4, 3)]}, IDENTITIES, True, False,
+                     id="lengths"),
+    ],
+)  # fmt: skip
+def test_hashes_change_with_what_they_must(
+    changed: dict[str, Any], identities: Sequence[str], same_order: bool, same_plan: bool
+) -> None:
+    plan, other = make_plan(BASE), make_plan(BASE, **changed)
+    assert (plan.order_hash(IDENTITIES) == other.order_hash(identities)) == same_order
+    assert (plan.plan_hash(IDENTITIES) == other.plan_hash(identities)) == same_plan
+
+
+def test_hashes_change_with_the_number_of_samples_and_take_any_name() -> None:
+    more = make_plan(BASE, lengths=[*BASE["lengths"], Lengths(1, 1, 1)])
+    assert more.order_hash([*IDENTITIES, "d"]) != make_plan(BASE).order_hash(IDENTITIES)
+    assert make_plan(BASE).order_hash(["a\n", "b", "\udc80"]) != make_plan(BASE).order_hash(["a", "\nb", "\udc80"])
+
+
+@pytest.mark.timeout(30)  # minutes, where the number of microbatches is searched one by one
+def test_a_large_step_of_samples_over_half_the_budget_is_planned_at_once() -> None:
+    made = [Lengths(1, 59, 59)] * 10_000
+    plan = Plan(made, names=["x"] * len(made), seed=0, samples_per_step=len(made), max_tokens=100, layout="packed")
+    assert [len(m.indices) for m in plan.step(0).ranks[0]] == [1] * len(made)
+
+
+def plan_a_million(layout: Layout) -> None:
+    """In a process of its own: prints the seconds, and the growth of its largest resident size."""
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+    before, start, draw = peak(), time.perf_counter(), random.Random(0)
+    targets = [draw.randrange(64, 4096) for _ in range(10**6)]
+    made = [Lengths(draw.randrange(50, 1500), n + draw.randrange(1024, 4096), n) for n in targets]
+    names = [f"training_images/{i}.png" for i in range(len(made))]
+    seconds = {"data": time.perf_counter() - start}
+    start = time.perf_counter()
+    plan = Plan(made, names=names, seed=0, samples_per_step=64, max_tokens=32768, layout=layout, world_size=8)
+    seconds["plan"] = time.perf_counter() - start
+    start = time.perf_counter()
+    plan.plan_hash(names)
+    seconds["hash"] = time.perf_counter() - start
+    start = time.perf_counter()
+    trained = sum(sum(sum(m.weights) for m in microbatches_of(step)) for step in map(plan.step, range(15_625)))
+    seconds["epoch"] = time.perf_counter() - start
+    assert trained == len(made) == 64 * plan.steps_per_epoch
+    print(json.dumps({"seconds": seconds, "gib": peak() - before}))  # noqa: T201 - what the parent reads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_million_samples_in_seconds_and_under_a_gigabyte(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, __file__, layout], check=True, capture_output=True, text=True, timeout=110)
+    figures = json.loads(done.stdout)
+    with capsys.disabled():
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in figures["seconds"].items())
+        sys.stdout.write(f"\n1,000,000 samples, {layout}, 8 ranks: {parts}; {figures['gib']:.2f} GiB\n")
+    assert figures["gib"] < 1e9 / 2**30
+
+
+if __name__ == "__main__":
+    plan_a_million(sys.argv[1])  # type: ignore[arg-type]

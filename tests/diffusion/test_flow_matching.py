@@ -1,0 +1,237 @@
+"""Noise levels, noise and interpolant against closed forms and the stock scheduler, in any batch and any layout."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shift
+from torch import Tensor
+
+from mixres.batch import Batch, FlowSample, Sample
+from mixres.data.collate import collate
+from mixres.data.plan import Layout
+from mixres.diffusion.flow_matching import (
+    SMALLEST_WEIGHTED_SIGMA,
+    NoiseLevels,
+    make_flow_sample,
+    resolution_shift,
+    sample_generator,
+    shifted,
+)
+from mixres.geometry import Grid
+
+CHANNELS = 8
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
+CONSTANTS = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
+GRIDS = [
+    (Grid(1, 4, 6), Grid(1, 3, 5)),
+    (Grid(1, 7, 3),),
+    (Grid(1, 2, 2), Grid(1, 5, 5), Grid(1, 1, 3)),
+    (Grid(1, 1, 1),),
+]
+
+
+def make_sample(index: int, dtype: torch.dtype = torch.float32) -> Sample:
+    draw = torch.Generator().manual_seed(index)
+    shapes = GRIDS[index % len(GRIDS)]
+    latents = [torch.randn(grid.tokens, CHANNELS, generator=draw).to(dtype) for grid in shapes]
+    return Sample(str(index), latents[0], tuple(latents[1:]), torch.randn(2 + index % 5, 3, generator=draw), shapes)
+
+
+def batch_of(indices: Sequence[int], layout: Layout = "padded", dtype: torch.dtype = torch.float32) -> Batch:
+    made = [make_sample(i, dtype) for i in indices]
+    return collate(made, indices=indices, weights=[1.0] * len(made), layout=layout)
+
+
+def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float32, **kw: Any) -> FlowSample:
+    return make_flow_sample(batch, seed=seed, step=step, levels=NoiseLevels(**kw), constants=CONSTANTS, dtype=dtype)
+
+
+def by_sample(batch: Batch, flow: FlowSample) -> dict[int, tuple[Tensor, ...]]:
+    """Of each sample: noise level, weight, noisy target tokens, velocity."""
+    lengths = list(batch.target_lengths)
+    noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index].split(lengths)
+    parts = zip(flow.sigmas, flow.weights, noisy, flow.velocity.split(lengths), strict=True)
+    return dict(zip(batch.indices, parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [{}, {"density": "uniform", "shift": "constant", "weighting": "cosmap"}])
+def test_a_samples_draws_do_not_depend_on_its_batch(levels: dict[str, Any], dtype: torch.dtype) -> None:
+    alone = {i: by_sample(b, flow_of(b, step=3, dtype=dtype, **levels))[i] for i in range(8) if (b := batch_of([i]))}
+    for indices in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 2, 5], [3, 0], [6, 4, 2, 1, 0]):
+        for layout in LAYOUTS:
+            batch = batch_of(indices, layout)
+            for i, parts in by_sample(batch, flow_of(batch, step=3, dtype=dtype, **levels)).items():
+                assert all(torch.equal(a, b) for a, b in zip(parts, alone[i], strict=True)), (i, indices, layout)
+
+
+def test_draws_change_with_seed_step_and_sample_and_with_nothing_else() -> None:
+    batch = batch_of([1, 5])  # of equal sizes
+    state = torch.get_rng_state()
+    sigmas = {(seed, step): flow_of(batch, seed=seed, step=step).sigmas for seed in (0, 1) for step in (0, 1, 2)}
+    assert torch.cat(list(sigmas.values())).unique().numel() == 2 * 6
+    torch.manual_seed(1)
+    assert torch.equal(flow_of(batch, seed=1, step=2).sigmas, sigmas[1, 2])
+    torch.set_rng_state(state)
+    flow_of(batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    noise = [torch.randn(3, generator=sample_generator(*key)) for key in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0))]
+    assert torch.stack(noise).unique().numel() == 12
+    sample_generator(2**63 - 1, 10**9, 10**9)
+
+
+def test_noise_is_standard_normal_and_independent_of_the_noise_level() -> None:
+    batch = batch_of(range(4000), "packed")
+    flow = flow_of(batch, dtype=torch.float64)
+    clean = batch.latents.flatten(0, 1)[batch.target_index].double()
+    noise = flow.velocity + clean
+    sigma = flow.sigmas.repeat_interleave(torch.tensor(batch.target_lengths))
+    assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
+    assert (noise.var() - 1).abs() < 4 * math.sqrt(2 / noise.numel())
+    for other in (sigma, clean[:, 0], noise[:, 1]):
+        assert torch.corrcoef(torch.stack([noise[:, 0], other]))[0, 1].abs() < 4 / math.sqrt(len(noise))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
+    """x_sigma = (1 - sigma) data + sigma noise, and its derivative."""
+    batch = batch_of([0, 1, 2, 3], layout, stored)
+    flow = flow_of(batch, dtype=torch.float64)
+    assert {t.dtype for t in (flow.noisy_latents, flow.sigmas, flow.velocity, flow.weights)} == {torch.float64}
+    clean = batch.latents.flatten(0, 1)[batch.target_index].double()
+    noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index]
+    sigma = flow.sigmas.repeat_interleave(torch.tensor(batch.target_lengths))[:, None]
+    noise = noisy + (1 - sigma) * flow.velocity
+    torch.testing.assert_close(noisy, (1 - sigma) * clean + sigma * noise, rtol=0, atol=1e-14)
+    torch.testing.assert_close(noisy - sigma * flow.velocity, clean, rtol=0, atol=1e-14)
+    assert (noisy - clean).abs().amax() > 0.1
+    for index, tokens in zip(batch.indices, noise.split(list(batch.target_lengths)), strict=True):
+        generator = sample_generator(0, 0, index)
+        torch.randn(1, generator=generator)  # the noise level
+        drawn = torch.randn(tokens.shape, generator=generator)
+        torch.testing.assert_close(tokens, drawn.double(), rtol=0, atol=1e-14)
+
+
+def test_the_stock_scheduler_walks_the_velocity_back_to_the_data() -> None:
+    batch = batch_of([1])
+    flow = flow_of(batch)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[float(flow.sigmas)])
+    end = scheduler.step(flow.velocity, scheduler.timesteps[0], flow.noisy_latents.flatten(0, 1)).prev_sample
+    torch.testing.assert_close(end, batch.latents.flatten(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_controls_and_filler_stay_as_they_are(layout: Layout) -> None:
+    batch = batch_of([0, 1, 2], layout)
+    flow = flow_of(batch)
+    others = torch.ones(batch.latents.shape[:2], dtype=torch.bool).flatten()
+    others[batch.target_index] = False
+    assert others.any()
+    assert flow.noisy_latents.shape == batch.latents.shape
+    noisy, clean = flow.noisy_latents.flatten(0, 1), batch.latents.flatten(0, 1)
+    assert torch.equal(noisy[others], clean[others])
+    assert (noisy[~others] != clean[~others]).any(dim=1).all()
+    assert torch.equal(clean, batch_of([0, 1, 2], layout).latents.flatten(0, 1))  # the batch itself is not written to
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 1000, 4096, 8192, 20_000])
+def test_resolution_shift_is_the_stock_schedulers(tokens: int) -> None:
+    mu = calculate_shift(tokens, *CONSTANTS.values())
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
+    sigma = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    ours = shifted(sigma, resolution_shift(tokens, CONSTANTS))
+    torch.testing.assert_close(ours, scheduler.time_shift(mu, 1.0, sigma), rtol=1e-13, atol=0)
+    assert shifted(torch.tensor(0.0), 3.0) == 0
+
+
+Quantile = Callable[[Tensor], Tensor]
+
+
+def logit_normal(mean: float, std: float) -> Quantile:
+    return lambda p: torch.sigmoid(mean + std * torch.special.ndtri(p))
+
+
+def mode(scale: float) -> Quantile:
+    """Esser et al. 2024, eq. 20; it falls with u."""
+    return lambda p: p - scale * (torch.sin(math.pi * p / 2) ** 2 - p)
+
+
+def with_shift(shift: float, quantile: Quantile) -> Quantile:
+    """In logits a shift is an addition."""
+    return lambda p: torch.sigmoid(torch.logit(quantile(p)) + math.log(shift))
+
+
+# Drawn for samples whose targets hold one token.
+ONE_TOKEN_SHIFT = math.exp(0.5 - 255 * 0.4 / 7936)
+DISTRIBUTIONS: dict[str, tuple[dict[str, Any], Quantile]] = {
+    "logit_normal": ({"shift": "none"}, logit_normal(0, 1)),
+    "logit_mean": ({"shift": "none", "logit_mean": -0.7}, logit_normal(-0.7, 1)),
+    "logit_std": ({"shift": "none", "logit_std": 0.5}, logit_normal(0, 0.5)),
+    "uniform": ({"shift": "none", "density": "uniform"}, lambda p: p),
+    "mode": ({"shift": "none", "density": "mode"}, mode(1.29)),
+    "mode_scale": ({"shift": "none", "density": "mode", "mode_scale": -0.9}, mode(-0.9)),
+    "constant": ({"shift": "constant"}, with_shift(3.0, logit_normal(0, 1))),
+    "shift_value": ({"shift": "constant", "shift_value": 0.3}, with_shift(0.3, logit_normal(0, 1))),
+    "uniform_constant": ({"shift": "constant", "density": "uniform"}, with_shift(3.0, lambda p: p)),
+    "mode_constant": ({"shift": "constant", "density": "mode"}, with_shift(3.0, mode(1.29))),
+    "resolution": ({"shift": "resolution"}, with_shift(ONE_TOKEN_SHIFT, logit_normal(0, 1))),
+    "uniform_resolution": (
+        {"shift": "resolution", "density": "uniform"},
+        with_shift(ONE_TOKEN_SHIFT, lambda p: p),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_token_each() -> Batch:
+    return batch_of(range(3, 3 + 4 * 8000, 4), "packed")
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_noise_levels_follow_their_own_closed_form_and_no_other(name: str, one_token_each: Batch) -> None:
+    """Kolmogorov-Smirnov: 1.95 / sqrt(n) is the 0.1 % level; the settings differ from each other by more than twice."""
+    sigmas = flow_of(one_token_each, **DISTRIBUTIONS[name][0]).sigmas.double().sort().values
+    assert sigmas[0] >= 0 and sigmas[-1] <= 1
+    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)[1:-1]
+    empirical = torch.searchsorted(sigmas, torch.stack([q(grid) for _, q in DISTRIBUTIONS.values()])) / len(sigmas)
+    distances = dict(zip(DISTRIBUTIONS, (empirical - grid).abs().amax(dim=1).tolist(), strict=True))
+    level = 1.95 / math.sqrt(len(sigmas))
+    assert distances.pop(name) < level
+    assert min(distances.values()) > 2 * level, distances
+
+
+def test_each_sample_is_shifted_by_its_own_target_and_not_by_its_controls() -> None:
+    batch = batch_of([0, 1, 2, 3])
+    plain, moved = flow_of(batch, shift="none").sigmas, flow_of(batch).sigmas
+    shifts = torch.tensor([resolution_shift(n, CONSTANTS) for n in batch.target_lengths])
+    torch.testing.assert_close(moved.logit(), plain.logit() + shifts.log(), rtol=0, atol=1e-5)
+    assert len(shifts.unique()) == 4
+
+
+def test_weights_of_noise_levels() -> None:
+    batch = batch_of(range(60))
+    levels = {"density": "uniform", "dtype": torch.float64}
+    sigma = flow_of(batch, **levels).sigmas
+    expected = {
+        "none": torch.ones_like(sigma),
+        "sigma_sqrt": sigma**-2,
+        "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
+    }
+    for weighting, weights in expected.items():
+        flow = flow_of(batch, weighting=weighting, **levels)
+        assert torch.equal(flow.sigmas, sigma)
+        torch.testing.assert_close(flow.weights, weights, rtol=1e-6, atol=0)
+
+
+def test_a_noise_level_of_zero_keeps_a_finite_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.rand gives 0 once in 2^24 draws: 1 / sigma^2 would end the run there, and again at each resume."""
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1))
+    flow = flow_of(batch_of([0]), density="uniform", weighting="sigma_sqrt")
+    assert flow.sigmas.tolist() == [0.0]
+    torch.testing.assert_close(flow.weights, torch.tensor([SMALLEST_WEIGHTED_SIGMA**-2]))

@@ -1,0 +1,32 @@
+"""Makes `mixes`, the builders of mixed batches, importable by the tests of this folder."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than they give where matrices are small and cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def size_warnings() -> Iterator[list[str]]:
+    """What diffusers logs about the transformer during the test; its loggers do not propagate to pytest's."""
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("diffusers.models.transformers.transformer_qwenimage")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)

@@ -1,0 +1,192 @@
+"""Adapters: what they attach to, how they start, and the file the stock pipeline loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+from safetensors import safe_open
+from torch import nn
+
+from mixres.config import ATTENTION
+from mixres.errors import UserError
+from mixres.models import qwen_image_edit as family
+from mixres.models.lora import (
+    FILE_NAME,
+    RECIPE_KEY,
+    add_lora,
+    check_targets,
+    lora_file,
+    train_all,
+    trainable_parameters,
+)
+
+RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
+LAST = "transformer_blocks.1."
+
+
+def transformer_of(base: Path, dtype: torch.dtype = torch.float32) -> QwenImageTransformer2DModel:
+    return family.load_transformer(str(base), dtype=dtype, device="cpu")
+
+
+def with_lora(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> QwenImageTransformer2DModel:
+    transformer = transformer_of(base, dtype)
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": ATTENTION, "seed": 0}
+    add_lora(transformer, **(options | changes), untrained=family.untrained_modules(transformer))
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
+    return family.transformer_skeleton(str(tiny_base))
+
+
+def test_the_default_targets_match(skeleton: nn.Module) -> None:
+    check_targets(skeleton, ATTENTION)
+    check_targets(skeleton, ["attn.to_out.0", "transformer_blocks.0.img_mlp.net.2", "proj_out", "img_mod.1"])
+
+
+def test_all_patterns_that_match_nothing_are_told_at_once_with_the_nearest(skeleton: nn.Module) -> None:
+    with pytest.raises(UserError) as caught:
+        check_targets(skeleton, ["to_q", "to_kk", "attn.to_vv", "add_q_prj", "norm_q", "o_q", "zzz"])
+    lines = caught.value.messages
+    assert [line.split("'")[1] for line in lines] == ["to_kk", "attn.to_vv", "add_q_prj", "norm_q", "o_q", "zzz"]
+    assert all(line.startswith("model.lora.target_modules: '") for line in lines)
+    nearest = [line.partition("did you mean '")[2].partition("'")[0] for line in lines]
+    assert nearest[:3] == ["to_k", "attn.to_v", "add_q_proj"]
+    assert nearest[-1] == ""
+
+
+def test_patterns_that_match_only_what_cannot_learn_are_told(skeleton: QwenImageTransformer2DModel) -> None:
+    untrained = family.untrained_modules(skeleton)
+    check_targets(skeleton, ["to_add_out", "txt_mlp.net.2"], untrained=untrained)
+    with pytest.raises(UserError) as caught:
+        check_targets(skeleton, [f"{LAST}attn.to_add_out", "to_q", f"{LAST}txt_mlp.net.2"], untrained=untrained)
+    assert [line.split("'")[1] for line in caught.value.messages] == [
+        f"{LAST}attn.to_add_out",
+        f"{LAST}txt_mlp.net.2",
+    ]
+    assert all("reaches no loss" in line for line in caught.value.messages)
+
+
+def test_the_table_counts_what_was_added(tiny_base: Path) -> None:
+    transformer = transformer_of(tiny_base)
+    table = add_lora(
+        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=[*ATTENTION, "img_mlp.net.2"], seed=0,
+        untrained=family.untrained_modules(transformer),
+    )  # fmt: skip
+    counts = {row.pattern: row.modules for row in table}
+    assert counts == dict.fromkeys([*ATTENTION, "img_mlp.net.2"], 2) | {"add_q_proj": 1, "to_add_out": 1}
+    trained = trainable_parameters(transformer)
+    assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
+    assert 2 * sum(counts.values()) == len(trained)
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+
+
+def test_what_reaches_no_loss_gets_no_adapter(tiny_base: Path) -> None:
+    trained = trainable_parameters(with_lora(tiny_base, target_modules=[*ATTENTION, "txt_mlp.net.2", "img_mlp.net.2"]))
+    in_last = {name.removeprefix(LAST).partition(".lora_")[0] for name in trained if name.startswith(LAST)}
+    attention = {f"attn.{name}" for name in ATTENTION} - {"attn.add_q_proj", "attn.to_add_out"}
+    assert in_last == attention | {"img_mlp.net.2"}
+
+
+def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = trainable_parameters(with_lora(tiny_base, seed=7))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is untouched"
+    torch.manual_seed(2)
+    again = trainable_parameters(with_lora(tiny_base, seed=7))
+    other = trainable_parameters(with_lora(tiny_base, seed=8))
+    for name, parameter in first.items():
+        assert torch.equal(parameter, again[name])
+        if ".lora_A." in name:
+            assert not torch.equal(parameter, other[name])
+        else:
+            assert not parameter.any()
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "adapter_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_adapters_are_float32_or_better(tiny_base: Path, base_dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    transformer = with_lora(tiny_base, base_dtype)
+    trained = trainable_parameters(transformer)
+    assert {p.dtype for p in trained.values()} == {adapter_dtype}
+    assert {p.dtype for name, p in transformer.named_parameters() if name not in trained} == {base_dtype}
+
+
+def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base: Path) -> None:
+    """One precision throughout: mixed ones cannot be multiplied where there is no autocast, in sampling for one."""
+    transformer = transformer_of(tiny_base, torch.bfloat16)
+    untrained = family.untrained_modules(transformer)
+    assert train_all(transformer, untrained=untrained) == []
+    assert {p.dtype for p in transformer.parameters()} == {torch.float32}
+    frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in transformer.state_dict() if name.startswith(tuple(f"{m}." for m in untrained))}
+    assert frozen
+
+
+@pytest.fixture(scope="module")
+def filled(tiny_base: Path) -> QwenImageTransformer2DModel:
+    """Adapters whose B is not zero any more."""
+    transformer = with_lora(tiny_base)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainable_parameters(transformer).values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def file(filled: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / FILE_NAME
+    path.write_bytes(lora_file(trainable_parameters(filled), filled, RECIPE))
+    return path
+
+
+def test_the_file_holds_the_recipe_and_only_the_adapters(file: Path, filled: QwenImageTransformer2DModel) -> None:
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+        names = set(opened.keys())
+    assert json.loads(metadata[RECIPE_KEY]) == RECIPE
+    trained = trainable_parameters(filled)
+    assert names == {f"transformer.{name.replace('.default', '')}" for name in trained}
+    assert file.stat().st_size < sum(4 * p.numel() for p in trained.values()) + 2**15
+
+
+def test_equal_adapters_make_equal_bytes(file: Path, filled: QwenImageTransformer2DModel) -> None:
+    assert lora_file(trainable_parameters(filled), filled, dict(reversed(RECIPE.items()))) == file.read_bytes()
+
+
+@pytest.fixture
+def stock(tiny_base: Path) -> QwenImageEditPipeline:
+    """The stock pipeline around a transformer that mixres never touched."""
+    return QwenImageEditPipeline.from_pretrained(tiny_base, text_encoder=None, tokenizer=None, processor=None)
+
+
+def test_the_stock_pipeline_loads_the_file(
+    stock: QwenImageEditPipeline, filled: QwenImageTransformer2DModel, file: Path
+) -> None:
+    """Same adapters, same scale: the same output as the model that was trained."""
+    generator = torch.Generator().manual_seed(3)
+    arguments = {
+        "hidden_states": torch.randn(1, 24, 64, generator=generator),
+        "timestep": torch.tensor([0.4]),
+        "encoder_hidden_states": torch.randn(1, 9, 64, generator=generator),
+        "img_shapes": [[(1, 4, 3), (1, 3, 4)]],
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        before = stock.transformer(**arguments)[0]
+        stock.load_lora_weights(file.parent)
+        loaded = stock.transformer(**arguments)[0]
+        trained = filled(**arguments)[0]
+    assert (loaded - before).abs().max() > 0.01
+    assert (loaded - trained).abs().max() <= 1e-5 * trained.abs().max()
+    saved = {name: p for name, p in stock.transformer.named_parameters() if ".lora_" in name}
+    assert len(saved) == len(trainable_parameters(filled))
+    config = stock.transformer.peft_config["default_0"]
+    assert (config.r, config.lora_alpha) == (4, 8.0)

@@ -1,0 +1,308 @@
+"""The caching pass: what is encoded anew and what is not, what it is made of, and what is told when data are wrong."""
+
+import gc
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mixres.batch import Sample
+from mixres.config import Config, load_config
+from mixres.data.images import read_image
+from mixres.errors import UserError
+from mixres.geometry import Size, target_size
+from mixres.models import qwen_image_edit as family
+from mixres.precompute import Encoded, encode_all, image_limits, run_cache, spread
+
+ALL, FEW = 13, 3
+
+
+@pytest.fixture
+def data(few_pairs: Path, tmp_path: Path) -> Path:
+    """The pairs once more, to be changed."""
+    return shutil.copytree(few_pairs, tmp_path / "data")
+
+
+class Caching:
+    """One caching pass after the other over `data`, in the cache that the session has filled."""
+
+    def __init__(self, file: Path, cache: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.file, self.cache, self.data, self.capsys = file, cache, data, capsys
+
+    def config(self, *overrides: str) -> Config:
+        common = [
+            f"data.train={self.data / 'train'}",
+            f"data.held_out={self.data / 'held_out'}",
+            f"cache.cache_dir={self.cache}",
+            f"logging.output_dir={self.data / 'run'}",
+        ]
+        return load_config(self.file, [*common, *overrides])
+
+    def __call__(self, *overrides: str) -> tuple[int, int]:
+        """How many entries were encoded and found, in the run's own words."""
+        run_cache(self.config(*overrides))
+        counts = re.search(r"(\d+) encoded, (\d+) found", self.capsys.readouterr().out)
+        assert counts
+        return int(counts[1]), int(counts[2])
+
+    def encoded(self, *overrides: str) -> Encoded:
+        return encode_all(self.config(*overrides), family, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def caching(small_run: Path, small_cache: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Caching:
+    return Caching(small_run, small_cache, data, capsys)
+
+
+def first(data: Path, kind: str, part: str = "train", suffix: str = ".png") -> Path:
+    return min((data / part / kind).glob(f"*{suffix}"))
+
+
+def keep_few(data: Path) -> None:
+    """Two training pairs and one held-out pair: encoding in bfloat16 takes a second each on a CPU."""
+    for part, count in (("train", 2), ("held_out", 1)):
+        for path in sorted((data / part / "training_images").glob("*.png"))[count:]:
+            for file in (path, path.with_suffix(".txt"), data / part / "control_images" / path.name):
+                file.unlink()
+
+
+def change_prompt(data: Path) -> None:
+    first(data, "training_images", suffix=".txt").write_text("make it greener", encoding="utf-8")
+
+
+def change_pixel(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+    red, *others = image.getpixel((0, 0))
+    image.putpixel((0, 0), (red ^ 1, *others))
+    image.save(path)
+
+
+def change_control(data: Path) -> None:
+    change_pixel(first(data, "control_images"))
+
+
+def change_held_out_target(data: Path) -> None:
+    change_pixel(first(data, "training_images", "held_out"))
+
+
+def add_mask(data: Path) -> None:
+    target = first(data, "training_images")
+    with Image.open(target) as image:
+        Image.new("L", image.size, 255).save(target.with_name(f"{target.stem}_mask.png"))
+
+
+@pytest.mark.parametrize("change", [change_prompt, change_control, change_held_out_target, add_mask])
+def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: Callable[[Path], None]) -> None:
+    assert caching() == (0, ALL)
+    change(caching.data)
+    assert caching() == (1, ALL - 1)
+    assert caching() == (0, ALL)
+
+
+def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
+    for path in list(caching.data.rglob("*.*")):
+        path.rename(path.with_name(f"renamed {path.name}"))
+    assert caching() == (0, ALL)
+
+
+def test_equal_examples_share_an_entry(caching: Caching) -> None:
+    for path in list(caching.data.rglob("*000_*")):
+        shutil.copyfile(path, path.with_name(f"copy{path.suffix}"))
+    assert caching() == (0, ALL)
+    items = caching.encoded().train
+    assert len(items) == 11
+    assert len({item.key for item in items}) == 10
+    assert len({item.record.name for item in items}) == 11
+
+
+def test_a_size_rule_makes_only_the_sizes_it_changes_miss(caching: Caching) -> None:
+    stock = caching.encoded()
+    before = {item.key for item in stock.train + stock.held_out}
+    other = caching.encoded("data.resize.target.max_pixels=10000")
+    changed = 0
+    for part in ("train", "held_out"):
+        for path in (caching.data / part / "training_images").glob("*.png"):
+            with Image.open(path) as image:
+                sizes = {
+                    target_size(Size(*image.size), max_pixels=limit, multiple_of=16, upscale=False)
+                    for limit in (16384, 10000)
+                }
+            changed += len(sizes) == 2
+    assert 0 < changed < ALL
+    assert len({item.key for item in other.train + other.held_out} - before) == changed
+    assert f"{changed} encoded, {ALL - changed} found" in caching.capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override", ["data.resize.control.area=2048", "model.dtype=bfloat16"])
+def test_what_all_entries_depend_on_makes_all_miss(caching: Caching, override: str) -> None:
+    keep_few(caching.data)
+    assert caching(override) == (FEW, 0)
+    assert caching(override) == (0, FEW)
+    assert caching() == (0, FEW), "the entries there were are still there"
+
+
+def test_other_encoder_weights_make_all_miss(caching: Caching, copy_of_base: Path) -> None:
+    keep_few(caching.data)
+    override = f"model.pretrained_model_name_or_path={copy_of_base}"
+    assert caching(override) == (0, FEW), "the contents count, not the folder"
+    weights = copy_of_base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["quant_conv.bias"][0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    assert caching(override) == (FEW, 0)
+
+
+def test_a_damaged_entry_is_made_again(caching: Caching) -> None:
+    change_prompt(caching.data)
+    item = caching.encoded().train[0]
+    path = caching.cache / item.key[:2] / f"{item.key}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    caching.capsys.readouterr()
+    assert caching() == (1, ALL - 1)
+    assert path.read_bytes() == whole
+
+
+def same(a: Sample, b: Sample) -> bool:
+    tensors = [
+        (a.target_latents, b.target_latents),
+        (a.prompt_embeds, b.prompt_embeds),
+        *zip(a.control_latents, b.control_latents, strict=True),
+    ]
+    masks = a.edit_mask is b.edit_mask is None or (
+        a.edit_mask is not None and b.edit_mask is not None and torch.equal(a.edit_mask, b.edit_mask)
+    )
+    equal = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in tensors)
+    return equal and masks and a.img_shapes == b.img_shapes and a.name == b.name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_read_back_is_what_the_family_encodes(caching: Caching, dtype: str) -> None:
+    keep_few(caching.data)
+    add_mask(caching.data)
+    config = caching.config(f"model.dtype={dtype}")
+    encoded = caching.encoded(f"model.dtype={dtype}")
+    encoders = family.load_encoders(
+        config.model.pretrained_model_name_or_path, dtype=getattr(torch, dtype), device="cpu"
+    )
+    limits = image_limits(config)
+    for item in [*encoded.train, *encoded.held_out]:
+        record = item.record
+        direct = family.encode(
+            encoders,
+            name=record.name,
+            target=read_image(record.target, limits),
+            target_size=item.target_size,
+            controls=[read_image(path, limits) for path in record.controls],
+            prompt=record.prompt,
+            mask=Image.new("L", read_image(record.target, limits).size, 255) if record.mask else None,
+            control_area=4096,
+        )
+        assert same(encoded.cache.read(item.key, name=record.name), direct)
+        assert item.lengths.target == len(direct.target_latents)
+        assert item.lengths.text == len(direct.prompt_embeds)
+        assert item.lengths.image == len(direct.target_latents) + len(direct.control_latents[0])
+    assert encoded.train[0].entry.has_mask
+
+
+def living_encoders() -> set[int]:
+    kinds = (AutoencoderKLQwenImage, Qwen2_5_VLForConditionalGeneration)
+    return {id(thing) for thing in gc.get_objects() if type(thing) in kinds}
+
+
+def test_the_encoders_are_gone_when_the_pass_returns(caching: Caching, tiny_base: Path) -> None:
+    gc.collect()
+    before = living_encoders()
+    change_prompt(caching.data)
+    change_control(caching.data)
+    caching.encoded()
+    assert "1 encoded" in caching.capsys.readouterr().out
+    assert living_encoders() <= before
+    held = family.load_encoders(str(tiny_base), dtype=torch.float32, device="cpu")
+    assert len(living_encoders() - before) == 2, "the check sees encoders that live"
+    del held
+
+
+def damage(data: Path) -> list[str]:
+    """Four faults in both parts; what each message must name."""
+    images, controls = data / "train" / "training_images", data / "train" / "control_images"
+    names = sorted(path.name for path in images.glob("*.png"))
+    (images / names[0]).write_bytes((images / names[0]).read_bytes()[:-200])
+    (controls / names[1]).unlink()
+    (images / names[2]).with_suffix(".txt").write_text(" \n", encoding="utf-8")
+    held = first(data, "training_images", "held_out")
+    Image.new("RGB", (8, 40)).save(held)
+    return [*names[:2], Path(names[2]).stem, held.name]
+
+
+def test_all_faults_are_told_at_once_before_anything_is_encoded(caching: Caching, tmp_path: Path) -> None:
+    expected = damage(caching.data)
+    caching.cache = tmp_path / "empty"
+    with pytest.raises(UserError) as caught:
+        caching()
+    messages = caught.value.messages
+    assert len(messages) == 4
+    for name in expected:
+        assert sum(name in message for message in messages) == 1, name
+    assert not list(tmp_path.glob("empty/??/*"))
+    assert not (caching.data / "run").exists()
+
+
+def test_skip_lists_the_faults_and_goes_on(caching: Caching) -> None:
+    expected = damage(caching.data)
+    assert caching("data.on_bad_item=skip") == (0, 9)
+    file = caching.data / "run" / "bad_items.jsonl"
+    listed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [set(line) for line in listed] == [{"path", "reason"}] * 4
+    for name in expected:
+        assert sum(name in line["path"] for line in listed) == 1, name
+    shutil.rmtree(caching.data / "train")
+    shutil.copytree(caching.data / "held_out", caching.data / "train")
+    for part in ("train", "held_out"):
+        for path in (caching.data / part).rglob(f"{Path(expected[3]).stem}.*"):
+            path.unlink()
+    caching("data.on_bad_item=skip")
+    assert not file.exists(), "a list that is out of date does not stay"
+
+
+def test_an_example_the_family_cannot_take_is_a_fault_like_others(caching: Caching) -> None:
+    control = first(caching.data, "control_images")
+    shutil.copyfile(control, control.with_name(f"{control.stem}_control_1.png"))
+    first(caching.data, "training_images", "held_out", ".txt").write_text("see <|image_pad|>", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        caching()
+    assert len(caught.value.messages) == 2
+    assert "exactly one control image, there are 2" in caught.value.messages[0]
+    assert "<|image_pad|>" in caught.value.messages[1]
+
+
+@pytest.mark.parametrize("multiple", [8, 24])
+def test_sides_must_be_whole_tokens(caching: Caching, multiple: int) -> None:
+    with pytest.raises(UserError, match=f"data.resize.target.multiple_of: {multiple} is not a multiple of 16"):
+        caching(f"data.resize.target.multiple_of={multiple}")
+
+
+def test_a_rank_that_does_not_encode_finds_what_rank_0_wrote(caching: Caching) -> None:
+    config = caching.config()
+    other = encode_all(config, family, device=torch.device("cpu"), rank=1)
+    assert caching.capsys.readouterr().out == "", "only one process speaks"
+    assert [item.key for item in other.train] == [item.key for item in caching.encoded().train]
+
+
+def test_spread_takes_all_sizes_evenly(caching: Caching) -> None:
+    items = caching.encoded().train
+    tokens = sorted(item.entry.target_tokens for item in items)
+    assert [item.entry.target_tokens for item in spread(items, 99)] == tokens
+    some = [item.entry.target_tokens for item in spread(items, 4)]
+    assert (some[0], some[-1], len(some)) == (tokens[0], tokens[-1], 4)
+    assert some == sorted(some)
+    assert spread(items, 4) == spread(reversed(items), 4)

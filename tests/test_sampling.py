@@ -1,0 +1,138 @@
+"""Contact sheets: their geometry, their captions, and that making one leaves the training as it was."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mixres import sampling
+from mixres.config import Config, load_config
+from mixres.data.images import read_image
+from mixres.models import qwen_image_edit as family
+from mixres.precompute import Encoded, encode_all, image_limits
+from mixres.sampling import HeldOutSampler, Row, contact_sheet, save_png
+
+HEADINGS = ("control", "target", "prediction")
+CELL, GAP = sampling._CELL, sampling._GAP
+
+
+def plain(width: int, height: int, colour: str) -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def bounds(sheet: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the pixels of that very colour."""
+    rows, columns = np.nonzero((np.asarray(sheet) == colour).all(-1))
+    return columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
+
+
+def test_pictures_stand_in_their_columns_with_their_own_aspect() -> None:
+    rows = [
+        Row((plain(400, 200, "red"), plain(100, 100, "lime"), plain(50, 200, "blue")), "first", "sizes"),
+        Row((plain(10, 10, "yellow"), plain(640, 320, "cyan"), plain(224, 112, "magenta")), "second", "sizes"),
+    ]
+    sheet = contact_sheet(HEADINGS, rows)
+    assert sheet.width == GAP + 3 * (CELL + GAP)
+    left = [GAP + column * (CELL + GAP) for column in range(3)]
+    top = bounds(sheet, (255, 0, 0))[1]
+    assert bounds(sheet, (255, 0, 0)) == (left[0], top, 224, 112)
+    assert bounds(sheet, (0, 255, 0)) == (left[1], top, 224, 224)
+    assert bounds(sheet, (0, 0, 255)) == (left[2], top, 56, 224)
+    second = bounds(sheet, (255, 255, 0))[1]
+    assert second > top + 224, "the caption stands between the rows"
+    assert bounds(sheet, (255, 255, 0)) == (left[0], second, 224, 224)
+    assert bounds(sheet, (0, 255, 255)) == (left[1], second, 224, 112)
+    assert bounds(sheet, (255, 0, 255)) == (left[2], second, 224, 112)
+    assert sheet.height > second + 224
+
+
+def test_headings_and_captions_are_drawn() -> None:
+    row = Row((plain(64, 64, "red"),) * 3, "swap red and blue", "control 64x64, target 64x64")
+    sheet = np.asarray(contact_sheet(HEADINGS, [row]).convert("L"))
+    top = bounds(contact_sheet(HEADINGS, [row]), (255, 0, 0))[1]
+    dark = sheet < 100
+    for column in range(3):
+        left = GAP + column * (CELL + GAP)
+        assert dark[:top, left : left + CELL].any(), "a heading above each column"
+    assert dark[top + CELL :].any()
+    other = np.asarray(contact_sheet(HEADINGS, [Row(row.pictures, "make it brighter", row.note)]).convert("L"))
+    assert not np.array_equal(sheet, other)
+
+
+def test_captions_in_any_script_are_in_the_files_metadata(tmp_path: Path) -> None:
+    captions = ["swap red and blue", "交换红色和蓝色", "line\nbreak"]
+    save_png(plain(8, 8, "red"), tmp_path / "a.png", captions)
+    with Image.open(tmp_path / "a.png") as image:
+        assert [image.text[f"caption-{number}"] for number in range(3)] == captions
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_what_a_font_cannot_draw_is_spelled_out() -> None:
+    font = sampling.ImageFont.load_default(14)
+    assert sampling._drawable("naïve café", font) == "naïve café"
+    assert sampling._drawable("交换", font) == "\\u4ea4\\u6362"
+
+
+@pytest.fixture(scope="module")
+def config(small_run: Path, small_cache: Path) -> Config:
+    return load_config(small_run, [f"cache.cache_dir={small_cache}", "logging.output_dir=/nowhere"])
+
+
+@pytest.fixture(scope="module")
+def encoded(config: Config) -> Encoded:
+    return encode_all(config, family, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def sampler(config: Config, encoded: Encoded) -> HeldOutSampler:
+    base = config.model.pretrained_model_name_or_path
+    transformer = family.load_transformer(base, dtype=torch.float32, device="cpu")
+    transformer.enable_gradient_checkpointing()
+    return HeldOutSampler(config, family, transformer.train(), encoded)
+
+
+def test_a_sheet_shows_every_held_out_size_and_leaves_the_training_alone(
+    sampler: HeldOutSampler, encoded: Encoded, tmp_path: Path
+) -> None:
+    transformer = sampler.pipeline.transformer
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    sampler.write(tmp_path / "samples" / "step-00000003.png")
+    assert transformer.training
+    assert all(module.training for module in transformer.modules())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in transformer.state_dict().items())
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+    with Image.open(tmp_path / "samples" / "step-00000003.png") as sheet:
+        captions = list(sheet.text.values())
+        assert sheet.width == GAP + 3 * (CELL + GAP)
+    assert sorted(captions) == sorted(item.record.prompt for item in encoded.held_out)
+
+
+def test_a_prediction_has_the_targets_size_and_is_always_the_same(sampler: HeldOutSampler) -> None:
+    for item in sampler.items:
+        picture = sampler.predict(item)
+        assert picture.size == item.target_size
+        torch.manual_seed(99)
+        assert picture.tobytes() == sampler.predict(item).tobytes()
+
+
+def test_a_rank_that_samples_along_writes_nothing(sampler: HeldOutSampler, tmp_path: Path) -> None:
+    sampler.write(tmp_path / "samples" / "a.png", keep=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, config: Config) -> None:
+    item = sampler.items[-1]
+    row = sampler._row(item)
+    control, target, _ = row.pictures
+    limits = image_limits(config)
+    assert control.tobytes() == read_image(item.record.controls[0], limits).tobytes()
+    assert target.tobytes() == read_image(item.record.target, limits).tobytes()
+    assert row.caption == item.record.prompt
+    assert row.note == f"control {control.width}x{control.height}, target {item.target_size}"

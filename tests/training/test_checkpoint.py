@@ -1,0 +1,229 @@
+"""Checkpoints: whole or not counted, the newest valid one wins, nothing is ever unpickled."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixres import atomic
+from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
+
+STATE_VALUES = {"frozen": {"train.seed": 0}, "optimizer": {"entries": {}, "group": {"k": 1}}}
+
+
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(4, 3, generator=generator)
+    return {
+        "trainable": {"a.weight": weight.requires_grad_(), "b": weight.detach().T},  # not contiguous
+        "optimizer": {"exp_avg|a.weight": torch.randn(4, 3, generator=generator).bfloat16(), "step|b": torch.tensor(7)},
+    }
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Checkpoints:
+    """Checkpoints of steps 10, 20 and 30."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step in (10, 20, 30):
+        checkpoints.save(step, tensors(step), STATE_VALUES)
+    return checkpoints
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.root.iterdir())
+
+
+def newest_step(checkpoints: Checkpoints) -> int:
+    found = checkpoints.newest_valid()
+    assert found is not None
+    return found.step
+
+
+def test_what_is_read_is_what_was_saved(three: Checkpoints) -> None:
+    found = three.newest_valid()
+    assert found is not None
+    assert found.step == 30
+    assert found.state == {**STATE_VALUES, "step": 30}
+    for name, group in tensors(30).items():
+        read = found.tensors(name)
+        assert read.keys() == group.keys()
+        assert all(torch.equal(read[key], value) and read[key].dtype == value.dtype for key, value in group.items())
+
+
+def test_latest_is_a_pointer_for_people(three: Checkpoints) -> None:
+    assert (three.root / "latest").readlink() == Path("step-00000030")
+    assert (three.root / "latest" / STATE).is_file()
+
+
+def test_the_manifest_names_every_other_file(three: Checkpoints) -> None:
+    path = three.root / "step-00000020"
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert {*manifest, MANIFEST} == {file.name for file in path.iterdir()}
+    assert all(manifest[name][0] == (path / name).stat().st_size for name in manifest)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])  # more than a line end
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+@pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(
+    three: Checkpoints, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], file: str
+) -> None:
+    damage(three.root / "step-00000030" / file)
+    with caplog.at_level(logging.WARNING):
+        assert newest_step(three) == 20
+    assert len(caplog.messages) == 1
+    assert "step-00000030 is damaged" in caplog.messages[0]
+    damage(three.root / "step-00000020" / file)
+    assert newest_step(three) == 10
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', "{", '"a"'])
+def test_a_manifest_of_another_form_is_damage(three: Checkpoints, text: str) -> None:
+    (three.root / "step-00000030" / MANIFEST).write_text(text)
+    assert newest_step(three) == 20
+
+
+def test_none_valid_is_none_and_still_any(three: Checkpoints) -> None:
+    for path in three.root.glob("step-*"):
+        empty(path / STATE)
+    assert three.newest_valid() is None
+    assert three.any()
+
+
+def test_nothing_there_is_none(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "none", keep=2)
+    assert checkpoints.newest_valid() is None
+    assert not checkpoints.any()
+
+
+def test_unfinished_and_foreign_names_do_not_count(three: Checkpoints) -> None:
+    source = three.root / "step-00000030"
+    for name in (
+        ".tmp-step-00000040",
+        ".tmp-old-step-00000040",
+        "step-00000040.bak",
+        "step-40",
+        "backup-step-00000040",
+    ):
+        shutil.copytree(source, three.root / name)
+    (three.root / "step-00000050").write_text("a file")
+    assert newest_step(three) == 30
+
+
+def test_the_newest_is_by_number_not_by_name(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (99_999_999, 100_000_000):
+        checkpoints.save(step, tensors(1), STATE_VALUES)
+    assert newest_step(checkpoints) == 100_000_000
+
+
+@pytest.mark.parametrize("keep", [2, 3])
+def test_rotation_keeps_the_newest(tmp_path: Path, keep: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step in range(1, 7):
+        checkpoints.save(step, tensors(step), STATE_VALUES)
+        assert newest_step(checkpoints) == step
+    assert names(checkpoints) == ["latest", *(f"step-{step:08d}" for step in range(7 - keep, 7))]
+
+
+def test_a_step_that_is_repeated_replaces_the_damaged_one(three: Checkpoints) -> None:
+    empty(three.root / "step-00000030" / STATE)
+    three.save(30, tensors(31), STATE_VALUES)
+    found = three.newest_valid()
+    assert found is not None
+    assert torch.equal(found.tensors("trainable")["b"], tensors(31)["trainable"]["b"])
+
+
+def test_what_killed_runs_left_goes_with_the_next_save(three: Checkpoints) -> None:
+    shutil.copytree(three.root / "step-00000030", three.root / ".tmp-step-00000035")
+    shutil.copytree(three.root / "step-00000030", three.root / ".tmp-old-step-00000005")
+    (three.root / ".tmp-latest").symlink_to("step-00000030")
+    three.save(40, tensors(40), STATE_VALUES)
+    assert names(three) == ["latest", "step-00000020", "step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_full_disk_leaves_the_older_ones_and_no_part_of_the_new(
+    three: Checkpoints, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The system call itself fails: at the first, second, ... file of the checkpoint."""
+    before = {path: path.read_bytes() for path in three.root.rglob("*") if path.is_file()}
+    syncs, fsync = iter(range(100)), os.fsync
+
+    def failing(descriptor: int) -> None:
+        if next(syncs) == 2 * at:  # a file and its directory each
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="No space left"):
+        three.save(40, tensors(40), STATE_VALUES)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in three.root.rglob("*") if path.is_file()} == before
+    assert newest_step(three) == 30
+    three.save(40, tensors(40), STATE_VALUES)
+    assert newest_step(three) == 40
+
+
+class Payload:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> None:
+    mark, path = tmp_path / "opened", three.root / "step-00000030"
+    pickled = pickle.dumps(Payload(mark))
+    for name in ("optimizer.pt", "custom_checkpoint_0.pkl", ".metadata", "random_states_0.pkl", "rng.bin"):
+        (path / name).write_bytes(pickled)
+    found = three.newest_valid()
+    assert found is not None
+    assert found.step == 30
+    found.tensors("trainable")
+    (path / "trainable.safetensors").write_bytes(pickled)
+    assert newest_step(three) == 20
+    assert not mark.exists()
+    pickle.loads(pickled)  # it would have left its mark
+    assert mark.exists()
+
+
+def test_saving_syncs_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the rename every file is on disk, and so is the manifest, which was written last."""
+    order: list[str] = []
+    write, rename = atomic.write_bytes, Path.rename
+
+    def written(path: Path | str, data: bytes) -> None:
+        write(path, data)
+        order.append(Path(path).name)
+
+    def renamed(self: Path, target: Path) -> Path:
+        order.append(f"-> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(atomic, "write_bytes", written)
+    monkeypatch.setattr(Path, "rename", renamed)
+    Checkpoints(tmp_path, keep=2).save(1, tensors(1), STATE_VALUES)
+    assert order == ["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST, "-> step-00000001"]

@@ -1,0 +1,148 @@
+"""`metrics.jsonl`: each step once, whatever was killed; a tracker that fails stops nothing."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from mixres.training.metrics import FILE_NAME, MetricsLog, Tracker
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()]
+
+
+def write(folder: Path, *, step: int, until: int) -> None:
+    with MetricsLog(folder, step=step) as log:
+        for done in range(step + 1, until + 1):
+            log.write({"step": done, "loss": done / 3})
+
+
+def test_lines_beyond_the_resumed_step_are_cut(tmp_path: Path) -> None:
+    write(tmp_path, step=0, until=7)
+    write(tmp_path, step=4, until=6)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_lines_kept_are_byte_for_byte_what_they_were(tmp_path: Path) -> None:
+    write(tmp_path, step=0, until=5)
+    before = (tmp_path / FILE_NAME).read_bytes().splitlines()
+    write(tmp_path, step=3, until=3)
+    assert (tmp_path / FILE_NAME).read_bytes().splitlines() == before[:3]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 6, "lo', '{"step": 3', "\x00\x00\x00", "[]", "null", '{"loss": 1}'])
+def test_a_line_that_a_kill_cut_short_goes(tmp_path: Path, torn: str) -> None:
+    write(tmp_path, step=0, until=5)
+    with (tmp_path / FILE_NAME).open("a", encoding="utf-8") as file:
+        file.write(torn)
+    write(tmp_path, step=5, until=6)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_start_afresh_begins_the_file_anew(tmp_path: Path) -> None:
+    write(tmp_path, step=0, until=5)
+    write(tmp_path, step=0, until=2)
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_evaluation_lines_are_cut_with_their_steps(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, step=0) as log:
+        for values in ({"step": 1}, {"step": 1, "eval/loss": 2.0}, {"step": 2}, {"step": 2, "eval/loss": 1.0}):
+            log.write(values)
+    write(tmp_path, step=1, until=2)
+    assert steps(tmp_path) == [1, 1, 2]
+
+
+def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, step=0) as log:
+        log.write({"step": 1})
+        assert steps(tmp_path) == [1]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with MetricsLog(None, step=0) as log:
+        log.write({"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def accelerator_with(tracker: Any, folder: Path) -> Accelerator:
+    AcceleratorState._reset_state(True)
+    return Accelerator(cpu=True, log_with=tracker, project_dir=str(folder))
+
+
+def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
+    accelerator = accelerator_with("tensorboard", tmp_path)
+    with Tracker(accelerator, "tensorboard", "project", {"a": {"b": [1]}}) as tracker:
+        for step in (1, 2):
+            tracker.log({"step": step, "loss": step / 2})
+    (file,) = (tmp_path / "project").glob("events.out.tfevents.*")
+    scalars = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+    assert [(event.step, event.summary.value[0].tag) for event in scalars] == [(1, "loss"), (2, "loss")]
+    assert accelerator.num_processes == 1  # still usable: closing a tracker must not take the processes down
+
+
+class Failing(GeneralTracker):
+    """A tracker whose network is gone."""
+
+    name = "failing"
+    requires_logging_directory = False
+    calls = 0
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.calls += 1
+        raise ConnectionError("no network")
+
+    def finish(self) -> None:
+        raise ConnectionError("no network")
+
+
+def test_a_tracker_that_fails_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failing = Failing()
+    accelerator = accelerator_with(failing, tmp_path)
+    with caplog.at_level(logging.WARNING), Tracker(accelerator, "custom", "project", {}) as tracker:
+        for step in (1, 2, 3):
+            tracker.log({"step": step, "loss": 0.0})
+    assert failing.calls == 1
+    assert caplog.messages == ["the tracker failed (no network): it is left alone from here on"]
+
+
+def test_a_tracker_that_cannot_be_closed_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), Tracker(accelerator_with(Failing(), tmp_path), "custom", "project", {}):
+        pass
+    assert caplog.messages == ["the tracker could not be closed: no network"]
+
+
+def test_none_does_nothing(tmp_path: Path) -> None:
+    with Tracker(accelerator_with(None, tmp_path), "none", "project", {}) as tracker:
+        tracker.log({"step": 1, "loss": 0.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_out_of_reach_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing answers at that address."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("mixres.training.metrics._WANDB_TIMEOUT_S", 1)
+    accelerator, config = accelerator_with("wandb", tmp_path), {"train": {"seed": 0}}
+    with caplog.at_level(logging.WARNING), Tracker(accelerator, "wandb", "project", config) as tracker:
+        tracker.log({"step": 1, "loss": 0.5})
+    assert any("logging offline" in message for message in caplog.messages)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,180 @@
+"""The run folder: one writer, a status that tells how the run ended, signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixres.errors import Stopped, UserError, WorkError
+from mixres.training import run
+from mixres.training.run import STATUS, RunFolder
+
+
+def open_run(folder: Path, *, rank: int = 0) -> RunFolder:
+    return RunFolder(folder, verb="train", max_train_steps=10, rank=rank)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / STATUS).read_text())
+    return values
+
+
+def test_the_status_tells_who_runs_and_how_far(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with open_run(folder) as held:
+        assert held.main
+        first = status(folder)
+        expected = {"state": "running", "exit_code": None, "reason": None, "verb": "train", "step": 0}
+        assert expected.items() <= first.items()
+        assert (first["host"], first["pid"], first["max_train_steps"]) == (socket.gethostname(), os.getpid(), 10)
+        held.update(step=7)
+        assert status(folder)["step"] == 7
+        assert status(folder)["updated"] > first["updated"]
+        assert status(folder)["started"] == first["started"]
+    assert {"state": "done", "exit_code": 0, "reason": None, "step": 7}.items() <= status(folder).items()
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (Stopped("saved"), "preempted", 75),
+        (UserError(["a: wrong", "b: wrong"]), "refused", 2),
+        (WorkError("not finite"), "failed", 1),
+        (RuntimeError("a bug"), "failed", 1),
+        (KeyError(), "failed", 1),
+    ],
+)
+def test_the_status_tells_how_a_run_ended(tmp_path: Path, error: Exception, state: str, code: int) -> None:
+    with pytest.raises(type(error)), open_run(tmp_path):
+        raise error
+    ended = status(tmp_path)
+    assert (ended["state"], ended["exit_code"], ended["reason"]) == (state, code, str(error) or repr(error))
+
+
+def fail_at(held: RunFolder, step: int) -> None:
+    held.update(step=step)
+    raise WorkError("no")
+
+
+def test_was_done_is_about_the_run_before(tmp_path: Path) -> None:
+    with open_run(tmp_path) as first:
+        assert not first.was_done(0)
+        first.update(step=10)
+    with open_run(tmp_path) as second:
+        assert second.was_done(10)
+        assert not second.was_done(9)
+        second.update(step=10)
+    with pytest.raises(WorkError), open_run(tmp_path) as third:
+        fail_at(third, 10)
+    with open_run(tmp_path) as fourth:
+        assert not fourth.was_done(10)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"state": "done"}'])
+def test_a_status_that_cannot_be_read_stops_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / STATUS).write_text(text)
+    with open_run(tmp_path) as held:
+        assert not held.was_done(0)
+
+
+def test_other_ranks_neither_lock_nor_write(tmp_path: Path) -> None:
+    with open_run(tmp_path, rank=1) as other:
+        other.update(step=3)
+    assert list(tmp_path.iterdir()) == []
+    with open_run(tmp_path), open_run(tmp_path, rank=1):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mixres.training.run import RunFolder
+with RunFolder(Path(sys.argv[1]), verb="train", max_train_steps=10, rank=0) as run:
+    if sys.argv[2] == "between":
+        run.stop_between_steps()
+    print("held", flush=True)
+    for _ in range(600):
+        time.sleep(0.05)
+        if run.stop_requested:
+            print("asked to stop", flush=True)
+"""
+
+
+def holder(folder: Path, mode: str = "between") -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_by_pid_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_LOCK_WAIT_S", 0.2)
+    with holder(tmp_path) as process:
+        before = (tmp_path / STATUS).read_bytes()
+        with pytest.raises(UserError) as caught, open_run(tmp_path):
+            pass
+        process.kill()
+    (message,) = caught.value.messages
+    assert f"in use by process {process.pid} on {socket.gethostname()}" in message
+    assert message.startswith(f"logging.output_dir: {tmp_path}")
+    assert (tmp_path / STATUS).read_bytes() == before, "a refused writer leaves the status alone"
+    with open_run(tmp_path):  # a killed holder holds nothing
+        assert status(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_writer_waits_for_one_that_is_stopping(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        threading.Timer(0.5, process.kill).start()
+        start = time.monotonic()
+        with open_run(tmp_path):
+            assert time.monotonic() - start > 0.3
+
+
+def test_the_wait_outlasts_what_a_stopping_run_may_take() -> None:
+    assert run._LOCK_WAIT_S == 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_steps_asks_and_the_old_handlers_come_back(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with open_run(tmp_path) as held:
+        held.stop_between_steps()
+        assert not held.stop_requested
+        os.kill(os.getpid(), number)
+        assert held.stop_requested
+    assert signal.getsignal(number) == before
+
+
+def signal_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    raise AssertionError("not reached")
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="before the first step"), open_run(tmp_path):
+        signal_this_process()
+    assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("preempted", 75)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once_and_touches_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asked to stop\n"
+        before = (tmp_path / STATUS).read_bytes()
+        process.send_signal(number)
+        assert process.wait(timeout=10) == code
+    assert (tmp_path / STATUS).read_bytes() == before
+    assert status(tmp_path)["state"] == "running"
