@@ -80,11 +80,20 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 ARGUMENTS = {
     "no_config": ([], ["--config: not given"]),
     "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
-    "unknown_verb_no_config": (["zzz"], ["zzz: unknown verb; the verbs are: train, cache", "--config: not given"]),
+    "unknown_verb_no_config": (
+        ["zzz"],
+        ["zzz: unknown verb; the verbs are: train, cache, verify, bench", "--config: not given"],
+    ),
     "unknown_option": (["--confg=a"], ["--confg=a: unknown option; did you mean '--config'?", "--config: not given"]),
     "abbreviation": (["--conf=a"], ["--conf=a: unknown option; did you mean '--config'?", "--config: not given"]),
     "config_without_file": (["--config"], ["argument --config: expected one argument"]),
     "second_word": (["train", "fast", "--config", "CONFIG"], ["'fast': not an override"]),
+    "synthetic_train": (["--synthetic", "--config", "CONFIG"], ["--synthetic: is for the verb bench, not for train"]),
+    "synthetic_cache": (
+        ["bench", "--cache", "--synthetic", "--config", "CONFIG"],
+        ["--synthetic: is for the verb bench, not for cache"],
+    ),
+    "synthetic_verify": (["verify", "--synthetic"], ["--synthetic: is for the verb bench, not for v", "--config: not"]),
     "all_at_once": (
         ["trian", "a.b=1", "--config", "CONFIG", "train.seed=-1", "--dry"],
         ["--dry: unknown option", "trian: unknown verb", "train.seed: given -1", "a: unknown key"],
@@ -108,6 +117,8 @@ CALLS = {
     "train": (["train", "--config", "CONFIG", "train.seed=3"], "train"),
     "cache": (["cache", "train.seed=3", "--config", "CONFIG"], "cache"),
     "cache_option": (["train.seed=3", "--cache", "--config", "CONFIG"], "cache"),
+    "verify": (["verify", "--config", "CONFIG", "train.seed=3"], "verify"),
+    "bench": (["bench", "--config", "CONFIG", "train.seed=3"], "bench"),
     "config_last": (["train.seed=3", "loss.weighting=none", "--config", "CONFIG"], "train"),
 }
 
@@ -117,10 +128,18 @@ def test_verbs_get_the_validated_config(
     arguments: list[str], verb: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[str, int]] = []
-    monkeypatch.setattr(cli, "_train", lambda given: ran.append(("train", given.train.seed)))
-    monkeypatch.setattr(cli, "_cache", lambda given: ran.append(("cache", given.train.seed)))
+    for name in cli.VERBS:
+        monkeypatch.setattr(cli, f"_{name}", lambda given, name=name: ran.append((name, given.train.seed)))
     assert cli.main([str(config) if word == "CONFIG" else word for word in arguments]) == 0
     assert ran == [(verb, 3)]
+
+
+def test_bench_is_told_that_it_is_to_be_synthetic(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[bool] = []
+    monkeypatch.setattr(cli, "_bench", lambda given, *, synthetic=False: ran.append(synthetic))
+    for option in ([], ["--synthetic"]):
+        assert cli.main(["bench", *option, "--config", str(config)]) == 0
+    assert ran == [False, True]
 
 
 ENDS = {

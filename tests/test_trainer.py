@@ -38,7 +38,7 @@ def found(small_run: Path, checkpoints: Checkpoints, resume: str, frozen: dict[s
 def test_a_start_goes_on_from_the_newest(small_run: Path, checkpoints: Checkpoints) -> None:
     assert found(small_run, checkpoints, "auto") == 2
     assert found(small_run, checkpoints, "required") == 2
-    with pytest.raises(UserError, match="resume: never, but .* holds checkpoints"):
+    with pytest.raises(UserError, match=r"resume: never, but .* holds checkpoints"):
         found(small_run, checkpoints, "never")
 
 
@@ -74,7 +74,7 @@ def test_every_frozen_field_that_changed_is_told_with_both_values(small_run: Pat
 
 
 def test_a_field_that_the_checkpoint_does_not_know_is_a_change(small_run: Path, checkpoints: Checkpoints) -> None:
-    with pytest.raises(UserError, match="model.dtype"):
+    with pytest.raises(UserError, match=r"model\.dtype"):
         found(small_run, checkpoints, "auto", FROZEN | {"model.dtype": "float32"})
 
 

@@ -65,12 +65,12 @@ def run(bench: Workbench, samples: Sequence[Sample], ride: Ride, *, autocast: bo
     objective = replace(bench.objective, predict_velocity=predict)
     batches = batches_of(samples, ride)
     divisor = objective.divisor(len(samples), sum(sum(batch.target_lengths) for batch in batches))
+    masks: list[Tensor | None] = []
     try:
-        with _recorded_masks(model) as masks:
-            for batch in batches:
-                with bench.accelerator.autocast() if autocast else nullcontext():
-                    loss = objective.loss_sum(model, batch.to(bench.accelerator.device), step=0)
-                torch.autograd.backward(loss / divisor)
+        for batch in batches:
+            with _recorded_mask(model, masks), bench.accelerator.autocast() if autocast else nullcontext():
+                loss = objective.loss_sum(model, batch.to(bench.accelerator.device), step=0)
+            torch.autograd.backward(loss / divisor)
         gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
     finally:
         for parameter in parameters.values():
@@ -125,9 +125,8 @@ def _kind(gradient: Tensor | None) -> str:
 
 
 @contextmanager
-def _recorded_masks(model: Any) -> Iterator[list[Tensor | None]]:
-    """The joint mask that the first block is handed in each forward call, as the patch made it."""
-    masks: list[Tensor | None] = []
+def _recorded_mask(model: Any, masks: list[Tensor | None]) -> Iterator[None]:
+    """Appends the joint mask that the first block is handed in a forward call, as the patch made it."""
 
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
@@ -136,6 +135,6 @@ def _recorded_masks(model: Any) -> Iterator[list[Tensor | None]]:
 
     handle = model.transformer_blocks[0].register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield masks
+        yield
     finally:
         handle.remove()

@@ -112,6 +112,22 @@ def test_fewer_samples_than_ranks(layout: Layout) -> None:
     assert plan.step(0).samples == 2
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("max_tokens", "members"), [(59, 1), (60, 2), (61, 2), (89, 2), (90, 3), (179, 3), (180, 6)])
+def test_budgets_are_filled_to_the_last_token_and_not_beyond(layout: Layout, max_tokens: int, members: int) -> None:
+    plan = Plan(
+        [Lengths(10, 20, 20)] * 6, names=["x"] * 6, seed=0, samples_per_step=6, max_tokens=max_tokens, layout=layout
+    )
+    assert [len(m.indices) for m in plan.step(0).ranks[0]] == [members] * (6 // members)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_with_a_heavy_microbatch_still_takes_as_many(layout: Layout) -> None:
+    made = [Lengths(10, 90, 90), *[Lengths(10, 30, 30)] * 3]
+    plan = Plan(made, names=["x"] * 4, seed=0, samples_per_step=4, max_tokens=100, layout=layout, world_size=2)
+    assert [sum(made[i].total for m in rank for i in m.indices) for rank in plan.step(0).ranks] == [140, 80]
+
+
 @derandomized
 @given(plans(), plans())
 def test_what_a_step_holds_does_not_depend_on_the_machine(arguments: dict[str, Any], other: dict[str, Any]) -> None:

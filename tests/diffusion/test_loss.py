@@ -92,7 +92,7 @@ def test_padded_and_packed_and_the_sum_over_samples_alone(
 
 def test_sample_counts_every_sample_the_same_and_token_every_token() -> None:
     """An error of 1 everywhere: each mean is 1, each sum is its number of tokens."""
-    batch = batch_of([0, 2, 3 + 1])
+    batch = batch_of([0, 2, 4])
     flow = flow_of(batch)
     outputs = torch.zeros(batch.latents.shape, dtype=torch.float64)
     outputs.flatten(0, 1)[batch.target_index] = flow.velocity + 1
@@ -172,7 +172,7 @@ def test_a_batch_of_fillers_gives_zero_and_zero_gradients(normalization: Literal
     batch = batch_of([0], weights=[0.0])
     layer = torch.nn.Linear(CHANNELS, CHANNELS, dtype=torch.float64)
     loss = loss_of(batch, layer(batch.latents.double()), normalization=normalization)
-    assert float(loss.total) == 0 and loss.count == 0
+    assert loss.total.item() == 0 and loss.count == 0
     loss.total.backward()
     gradients = [p.grad for p in layer.parameters()]
     assert all(g is not None and not g.any() for g in gradients)  # a rank without them would hold up all others
