@@ -20,16 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from mixres import atomic
-from mixres.assemble import (
-    Trained,
-    check_early,
-    frozen_fields,
-    load_trained,
-    loader_of,
-    objective_of,
-    plan_of,
-    recipe,
-)
+from mixres.assemble import Trained, check_early, frozen_fields, load_trained, loader_of, objective_of, plan_of, recipe
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, UserError, WorkError
@@ -37,7 +28,7 @@ from mixres.models.lora import FILE_NAME, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
 from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.distributed import make_accelerator, replicate, sharded_like, whole
+from mixres.training.distributed import make_accelerator, replicate, require_agreement, sharded_like, whole
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer, schedule
 from mixres.training.progress import Progress, say
@@ -65,13 +56,13 @@ def train(config: Config) -> None:
         check_early(config, family)
         encoded = encode_all(config, family, device=accelerator.device, rank=rank)
         plan = plan_of(config, encoded, world_size=accelerator.num_processes)
+        require_agreement(accelerator, plan.plan_hash([item.key for item in encoded.train]))
         frozen = frozen_fields(config, plan, encoded)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         checkpoint = _checkpoint_to_resume(config, checkpoints, frozen)
         first = checkpoint.step if checkpoint else 0
         run.update(step=first)
         if _has_ended(accelerator, run, first, last):
-            say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
             return
         if run.main:
             atomic.write_text(folder / "config.yaml", dump_config(config))
@@ -143,7 +134,10 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 def _has_ended(accelerator: Accelerator, run: RunFolder, first: int, last: int) -> bool:
     """Whether all steps are done and the result is written, by the word of the one process that writes."""
     word = torch.tensor(float(run.was_done(first)), device=accelerator.device)
-    return first >= last and bool(accelerator.reduce(word, "sum"))
+    ended = first >= last and bool(accelerator.reduce(word, "sum"))
+    if ended and run.main:
+        say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
+    return ended
 
 
 def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints, frozen: Mapping[str, Any]) -> Checkpoint | None:

@@ -14,6 +14,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are too small for two: on a busy machine threads that wait for each other take a hundred times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def models(tiny_base: Path) -> dict[torch.dtype, nn.Module]:
     from steps import make_model

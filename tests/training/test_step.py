@@ -1,7 +1,6 @@
 """One step of the tiny pipeline's transformer: however it is split, loss, gradients and update stay the same."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +34,6 @@ from mixres.errors import WorkError
 from mixres.models import qwen_image_edit as family
 from mixres.models.lora import trainable_parameters
 from mixres.training.step import Objective, run_step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are too small for two: on a busy machine threads that wait for each other take a hundred times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 BARS = [pytest.param(torch.float32, 1e-5, id="float32"), pytest.param(torch.float64, 1e-10, id="float64")]
 

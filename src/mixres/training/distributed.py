@@ -17,11 +17,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from mixres.errors import UserError
 
 Parallel = Literal["ddp", "fsdp2"]
 
@@ -34,6 +37,19 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
     )
+
+
+def require_agreement(accelerator: Accelerator, digest: str) -> None:
+    """All ranks stop, together and before the first step, where they would not follow one plan.
+
+    Raises:
+        UserError: `digest` is not the same on all ranks.
+    """
+    digests = gather_object([digest]) if accelerator.num_processes > 1 else [digest]
+    if differing := [rank for rank, other in enumerate(digests) if other != digests[0]]:
+        raise UserError(
+            f"ranks {differing} read other data or another configuration than rank 0: give all of them the same files"
+        )
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:

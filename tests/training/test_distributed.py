@@ -1,0 +1,41 @@
+"""Ranks that do not share one plan stop together: two real processes over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from mixres.errors import UserError
+from mixres.training.distributed import make_accelerator, require_agreement
+accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=Path("."))
+try:
+    require_agreement(accelerator, sys.argv[1 + accelerator.process_index])
+except UserError as error:
+    sys.stdout.write(f"{accelerator.process_index} refused: {error}" + chr(10))
+else:
+    sys.stdout.write(f"{accelerator.process_index} agreed" + chr(10))
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("digests", "word"), [(("a", "a"), "agreed"), (("a", "b"), "refused: ranks [1] read other")])
+def test_ranks_with_other_plans_stop_together(digests: tuple[str, str], word: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(program), *digests],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"{rank} {word}" in done.stdout for rank in (0, 1)), done.stdout
