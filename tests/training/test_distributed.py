@@ -1,4 +1,4 @@
-"""Ranks that do not share one plan stop together: two real processes over gloo."""
+"""Ranks that do not share one plan stop together (real processes over gloo); a missing tracker is told."""
 
 import os
 import subprocess
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from mixres.errors import UserError
+from mixres.training.distributed import make_accelerator
 
 PROGRAM = """
 import sys
@@ -39,3 +42,8 @@ def test_ranks_with_other_plans_stop_together(digests: tuple[str, str], word: st
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"{rank} {word}" in done.stdout for rank in (0, 1)), done.stdout
+
+
+def test_a_tracker_that_is_not_installed_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logging.report_to: no_such_tracker is not installed: pip install"):
+        make_accelerator(mixed_precision="no", report_to="no_such_tracker", folder=tmp_path)

@@ -8,6 +8,7 @@ factor of the world size there, to undo an average, would change roundings with 
 computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 ranks, 4e-15 without it).
 """
 
+import importlib.util
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +31,13 @@ Parallel = Literal["ddp", "fsdp2"]
 
 
 def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> Accelerator:
-    """The accelerator of this process. Without an accelerator device several processes talk over gloo."""
+    """The accelerator of this process. Without an accelerator device several processes talk over gloo.
+
+    Raises:
+        UserError: the tracker `report_to` is not installed; accelerate would leave it out without a word.
+    """
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
         mixed_precision=mixed_precision,
