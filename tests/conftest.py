@@ -78,11 +78,17 @@ sample: {{every: 3, steps: 2}}
 
 
 @pytest.fixture(scope="session")
-def small_cache(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of `small_run`, filled. Entries may be added, none taken away."""
+def filled_cache(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The entries of `small_run` and no others. Read only: copy it to count what a pass encodes."""
     from mixres.config import load_config
     from mixres.precompute import run_cache
 
     root = tmp_path_factory.mktemp("cache")
     run_cache(load_config(small_run, [f"cache.cache_dir={root}", f"logging.output_dir={root / 'none'}"]))
     return root
+
+
+@pytest.fixture(scope="session")
+def small_cache(filled_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of `small_run`, filled, for all tests. Entries may be added, none taken away."""
+    return shutil.copytree(filled_cache, tmp_path_factory.mktemp("shared") / "cache")

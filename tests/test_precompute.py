@@ -32,7 +32,7 @@ def data(few_pairs: Path, tmp_path: Path) -> Path:
 
 
 class Caching:
-    """One caching pass after the other over `data`, in the cache that the session has filled."""
+    """One caching pass after the other over `data`, in a copy of the cache that the session has filled."""
 
     def __init__(self, file: Path, cache: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.file, self.cache, self.data, self.capsys = file, cache, data, capsys
@@ -58,8 +58,10 @@ class Caching:
 
 
 @pytest.fixture
-def caching(small_run: Path, small_cache: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Caching:
-    return Caching(small_run, small_cache, data, capsys)
+def caching(
+    small_run: Path, filled_cache: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Caching:
+    return Caching(small_run, shutil.copytree(filled_cache, tmp_path / "cache"), data, capsys)
 
 
 def first(data: Path, kind: str, part: str = "train", suffix: str = ".png") -> Path:

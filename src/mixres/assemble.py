@@ -4,7 +4,7 @@ Promise: what trains, and what will verify and measure, is put together in one p
 run. Cost: loading the transformer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ from mixres import __version__
 from mixres.batch import Batch
 from mixres.config import Config
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
-from mixres.data.plan import Plan
+from mixres.data.plan import Layout, Lengths, Plan
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
 from mixres.models.lora import TargetMatch, add_lora, check_targets, train_all, trainable_parameters
@@ -36,6 +36,18 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     table: tuple[TargetMatch, ...]  # empty where all weights are trained
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Parameters that are trained, and all there are."""
+        trained = sum(p.numel() for p in self.parameters.values())
+        return trained, sum(p.numel() for p in self.transformer.parameters())
+
+    def lines(self) -> list[str]:
+        """What is trained, as runs and reports tell it: a row a target pattern, then the share."""
+        rows = [f"          {r.pattern:<16} {r.modules:>4} layers  {r.parameters:>12,} parameters" for r in self.table]
+        trained, total = self.counts
+        return [*rows, f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})"]
 
 
 def check_early(config: Config, family: ModuleType) -> None:
@@ -103,18 +115,26 @@ def objective_of(config: Config, family: ModuleType) -> Objective:
 
 
 def plan_of(config: Config, encoded: Encoded, *, world_size: int) -> Plan:
-    """The plan of all steps over `world_size` ranks.
+    """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
+    lengths, names = [item.lengths for item in encoded.train], [item.record.name for item in encoded.train]
+    return make_plan(config, lengths, names, layout=config.batch.layout, world_size=world_size)
+
+
+def make_plan(
+    config: Config, lengths: Sequence[Lengths], names: Sequence[str], *, layout: Layout, world_size: int
+) -> Plan:
+    """The configuration's steps over these samples.
 
     Raises:
         UserError: samples that are over `batch.max_tokens` alone, or no samples.
     """
     return Plan(
-        [item.lengths for item in encoded.train],
-        names=[item.record.name for item in encoded.train],
+        lengths,
+        names=names,
         seed=config.train.seed,
         samples_per_step=config.batch.samples_per_step,
         max_tokens=config.batch.max_tokens,
-        layout=config.batch.layout,
+        layout=layout,
         world_size=world_size,
     )
 

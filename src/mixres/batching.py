@@ -7,6 +7,7 @@ sample a way, on the CPU.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mixres.assemble import make_plan
 from mixres.batch import Batch, Sample
 from mixres.config import Config
 from mixres.data.collate import collate
@@ -39,14 +40,7 @@ def plan_in(config: Config, source: Source, layout: Layout) -> Plan:
     Raises:
         UserError: a sample is over `batch.max_tokens` alone.
     """
-    return Plan(
-        source.lengths,
-        names=source.names,
-        seed=config.train.seed,
-        samples_per_step=config.batch.samples_per_step,
-        max_tokens=config.batch.max_tokens,
-        layout=layout,
-    )
+    return make_plan(config, source.lengths, source.names, layout=layout, world_size=1)
 
 
 def make_work(config: Config, source: Source, most_steps: int) -> Work:

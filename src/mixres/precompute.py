@@ -139,17 +139,15 @@ def _settle(config: Config, faults: Sequence[Fault], speak: bool) -> None:
     if config.data.on_bad_item == "error" and any(not fault.skip for fault in faults):
         raise UserError([str(fault) for fault in faults])
     folder = Path(config.logging.output_dir)
-    if speak and not faults:
+    if not speak:
+        return
+    if not faults:
         (folder / BAD_ITEMS).unlink(missing_ok=True)  # an earlier run's
-    if faults and speak:
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replace(folder / BAD_ITEMS) as tmp, tmp.open("w", encoding="utf-8") as file:
-            file.writelines(f"{_json_line(path=fault.path, reason=fault.reason)}\n" for fault in faults)
+            file.writelines(f"{json.dumps({'path': fault.path, 'reason': fault.reason})}\n" for fault in faults)
         say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
-
-
-def _json_line(**values: str) -> str:
-    return json.dumps(values, ensure_ascii=True)
 
 
 def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) -> list[str]:

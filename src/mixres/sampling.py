@@ -61,9 +61,15 @@ class HeldOutSampler:
 
     def predict(self, item: Item) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""
+        return self._predict(item, self._read(item.record.controls[0]))
+
+    def _read(self, path: Path) -> Image.Image:
+        return read_image(path, image_limits(self.config))
+
+    def _predict(self, item: Item, control: Image.Image) -> Image.Image:
         picture: Image.Image = self.family.sample_image(
             self.pipeline,
-            control=read_image(item.record.controls[0], image_limits(self.config)),
+            control=control,
             prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
             size=item.target_size,
             steps=self.config.sample.steps,
@@ -73,10 +79,9 @@ class HeldOutSampler:
         return picture
 
     def _row(self, item: Item) -> Row:
-        control = read_image(item.record.controls[0], image_limits(self.config))
-        target = read_image(item.record.target, image_limits(self.config))
+        control, target = self._read(item.record.controls[0]), self._read(item.record.target)
         note = f"control {control.width}x{control.height}, target {item.target_size}"
-        return Row((control, target, self.predict(item)), item.record.prompt, note)
+        return Row((control, target, self._predict(item, control)), item.record.prompt, note)
 
 
 def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:

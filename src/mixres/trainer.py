@@ -242,13 +242,10 @@ def _banner(config: Config, accelerator: Accelerator, trained: Trained, plan: Pl
     if not speak:
         return
     model, train = config.model, config.train
-    all_weights = sum(p.numel() for p in trained.transformer.parameters())
-    count = sum(p.numel() for p in trained.parameters.values())
     name = model.pretrained_model_name_or_path
     say(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
-    for row in trained.table:
-        say(f"          {row.pattern:<16} {row.modules:>4} layers  {row.parameters:>12,} parameters")
-    say(f"trained   {count:,} of {all_weights:,} parameters ({count / all_weights:.2%})")
+    for line in trained.lines():
+        say(line)
     epochs = math.ceil(train.max_train_steps / plan.steps_per_epoch)
     say(
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "

@@ -197,8 +197,7 @@ class _Trial:
     def _exact_fault(self) -> str | None:
         """Why this model cannot be computed in float32 here."""
         device = self.bench.accelerator.device
-        count = sum(p.numel() for p in self.parameters)
-        trained = sum(p.numel() for p in self.bench.trained.parameters.values())
+        trained, count = self.bench.trained.counts
         needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
         if device.type == "cpu" and count >= _CPU_PARAMETERS:
             return f"does not fit: {count:,} parameters are too many for float32 on a CPU"
@@ -212,8 +211,6 @@ def _header(bench: Workbench) -> dict[str, Any]:
     """Versions, patch and adapters as they are, told and for the report; `whole` if they are what they should be."""
     trained, config = bench.trained, bench.config
     patch: PatchState = patch_state(trained.transformer)
-    total = sum(p.numel() for p in trained.transformer.parameters())
-    count = sum(p.numel() for p in trained.parameters.values())
     found = versions()
     say("versions  " + ", ".join(f"{name} {number}" for name, number in found.items()))
     say(
@@ -226,9 +223,9 @@ def _header(bench: Workbench) -> dict[str, Any]:
         whole = whole and lora["as_configured"]
         say(f"lora      r {lora['r']}, lora_alpha {lora['lora_alpha']}: "
             f"{'as configured' if lora['as_configured'] else 'NOT as configured'}")  # fmt: skip
-        for row in trained.table:
-            say(f"          {row.pattern:<16} {row.modules:>4} layers  {row.parameters:>12,} parameters")
-    say(f"trained   {count:,} of {total:,} parameters ({count / total:.2%})")
+    for line in trained.lines():
+        say(line)
+    count, total = trained.counts
     share = {"trained_parameters": count, "parameters": total}
     return {"versions": found, "patch": patch._asdict(), "lora": lora, **share, "whole": whole}
 
@@ -239,7 +236,7 @@ def _lora_state(bench: Workbench) -> dict[str, Any]:
     assert wanted is not None
     transformer: Any = bench.trained.transformer
     carried = transformer.peft_config["default"]
-    counted = sum(p.numel() for p in bench.trained.parameters.values())
+    counted, _ = bench.trained.counts
     agrees = (carried.r, float(carried.lora_alpha)) == (wanted.r, wanted.lora_alpha)
     agrees = agrees and all(row.modules for row in bench.trained.table)
     agrees = agrees and counted == sum(row.parameters for row in bench.trained.table)

@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from mixres.models.qwen_rope import JointRotary, PackedLengths, apply_rotary_emb_qwen_batched
+from mixres.models.qwen_rope import JointRotary, PackedLengths, apply_rotary_emb_qwen_batched, joint_frequencies
 
 
 def joint_mask(text_mask: Tensor | None, image_mask: Tensor | None, text_tokens: int, image: Tensor) -> Tensor | None:
@@ -150,11 +150,7 @@ def _heads(
 def _as_joint(rotary: JointRotary | tuple[Tensor, Tensor] | None) -> JointRotary | None:
     if rotary is None or isinstance(rotary, JointRotary):
         return rotary
-    image, text = rotary
-    if image.dim() != text.dim():  # one stream shared, the other per sample
-        batch = max(x.shape[0] for x in (image, text) if x.dim() == 3)
-        image, text = (x if x.dim() == 3 else x.expand(batch, -1, -1) for x in (image, text))
-    return JointRotary(torch.cat([text, image], dim=-2))
+    return JointRotary(joint_frequencies(*rotary))
 
 
 def _call_mask(text_mask: Tensor | None, attention_mask: Tensor | None, text: Tensor, image: Tensor) -> Tensor | None:

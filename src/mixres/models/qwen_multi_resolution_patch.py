@@ -21,6 +21,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformer2DModel
 from torch import Tensor
 
+from mixres.geometry import token_count
 from mixres.models.qwen_attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
 from mixres.models.qwen_packed import install_packed_hooks, plan_packed
 from mixres.models.qwen_rope import (
@@ -30,6 +31,7 @@ from mixres.models.qwen_rope import (
     Shape,
     apply_rotary_emb_qwen_batched,
     as_shape_lists,
+    joint_frequencies,
 )
 
 __all__ = [
@@ -147,7 +149,7 @@ def _plan_padded(
     if explicit_mask is not None:
         mask = _combined(mask, explicit_mask, hidden, text_tokens + image_tokens)
     call["encoder_hidden_states_mask"] = None  # it is part of the joint mask
-    freqs = torch.cat(_same_rank(text_freqs, image_freqs), dim=-2)
+    freqs = joint_frequencies(image_freqs, text_freqs)
     return PlannedShapes(_rectangular(shapes, image_tokens), JointRotary(freqs, mask))
 
 
@@ -158,7 +160,7 @@ def _one_per_sample(shapes: list[list[Shape]], hidden: Tensor) -> list[list[Shap
     if len(shapes) != batch:
         raise ValueError(f"img_shapes describes {len(shapes)} samples, hidden_states holds {batch}")
     for b, sample in enumerate(shapes):
-        tokens = sum(f * h * w for f, h, w in sample)
+        tokens = token_count(sample)
         if tokens > image_tokens:
             raise ValueError(
                 f"sample {b}: img_shapes {sample} make {tokens} tokens, hidden_states holds {image_tokens}"
@@ -168,7 +170,7 @@ def _one_per_sample(shapes: list[list[Shape]], hidden: Tensor) -> list[list[Shap
 
 def _image_mask(shapes: list[list[Shape]], hidden: Tensor) -> Tensor | None:
     """`(B, S)` bool, True at the tokens that `img_shapes` accounts for; None where that is all of them."""
-    lengths = [sum(f * h * w for f, h, w in sample) for sample in shapes]
+    lengths = [token_count(sample) for sample in shapes]
     if min(lengths) == hidden.shape[1]:
         return None
     slots = torch.arange(hidden.shape[1], device=hidden.device)
@@ -179,7 +181,7 @@ def _rectangular(shapes: list[list[Shape]] | None, image_tokens: int) -> list[li
     """Append a filler grid to each short sample: with `zero_cond_t` the stock forward counts tokens from the grids."""
     rows = []
     for sample in shapes or []:
-        missing = image_tokens - sum(f * h * w for f, h, w in sample)
+        missing = image_tokens - token_count(sample)
         rows.append([*sample, (1, 1, missing)] if missing else sample)
     return rows
 
@@ -196,14 +198,6 @@ def _checked_pair(pair: tuple[Tensor, Tensor], hidden: Tensor, text: Tensor) -> 
         freqs = freqs[0] if freqs.dim() == 3 and freqs.shape[0] == 1 else freqs
         checked.append(freqs.to(states.device))
     return checked[0], checked[1]
-
-
-def _same_rank(text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    if text.dim() == image.dim():
-        return text, image
-    batch = max(x.shape[0] for x in (text, image) if x.dim() == 3)
-    text, image = (x if x.dim() == 3 else x.expand(batch, -1, -1) for x in (text, image))
-    return text, image
 
 
 def _combined(mask: Tensor | None, explicit: Tensor, hidden: Tensor, tokens: int) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mixres.geometry import token_count
 from mixres.models.qwen_rope import (
     JointRotary,
     PackedLengths,
@@ -32,7 +33,7 @@ def plan_packed(model: Any, call: dict[str, Any], shapes: list[list[Shape]], tex
         ValueError: a tensor does not hold the tokens that `img_shapes` and `txt_seq_lens` account for.
     """
     hidden, text, timestep = call["hidden_states"], call["encoder_hidden_states"], call["timestep"]
-    image_lengths = [sum(f * h * w for f, h, w in sample) for sample in shapes]
+    image_lengths = [token_count(sample) for sample in shapes]
     expected = {
         "hidden_states": (tuple(hidden.shape[:2]), (sum(image_lengths), 1)),
         "encoder_hidden_states": (tuple(text.shape[:2]), (sum(text_lengths), 1)),
@@ -59,7 +60,7 @@ def _lengths(
 ) -> PackedLengths:
     runs = tuple(enumerate(image))
     if zero_cond_t:  # the second half of the modulation rows belongs to the controls, at timestep 0
-        targets = [f * h * w for (f, h, w), *_ in shapes]
+        targets = [token_count(sample[:1]) for sample in shapes]
         pairs = (((b, targets[b]), (len(image) + b, n - targets[b])) for b, n in runs)
         runs = tuple(run for run in chain.from_iterable(pairs) if run[1])
     joint = torch.tensor([0, *(t + s for t, s in zip(text, image, strict=True))], dtype=torch.int32)

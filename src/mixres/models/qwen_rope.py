@@ -19,6 +19,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mixres.geometry import token_count
+
 Shape = tuple[int, int, int]
 Runs = tuple[tuple[int, int], ...]  # (row, tokens): so many tokens in a row share that row of parameters
 
@@ -154,8 +156,16 @@ class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
         if max_txt_seq_len is None:
             raise ValueError("`max_txt_seq_len` must be provided.")
         shapes = as_shape_lists([video_fhw] if isinstance(video_fhw, tuple) else video_fhw)
-        longest = max(sum(f * h * w for f, h, w in sample) for sample in shapes)
+        longest = max(token_count(sample) for sample in shapes)
         return self.padded_frequencies(shapes, longest, int(max_txt_seq_len), device)
+
+
+def joint_frequencies(image: Tensor, text: Tensor) -> Tensor:
+    """`(S, D/2)` or `(B, S, D/2)` and `(T, D/2)` or `(B, T, D/2)` -> text before image, `(L, D/2)` or `(B, L, D/2)`."""
+    if image.dim() != text.dim():  # one stream shared, the other per sample
+        batch = max(x.shape[0] for x in (image, text) if x.dim() == 3)
+        image, text = (x if x.dim() == 3 else x.expand(batch, -1, -1) for x in (image, text))
+    return torch.cat([text, image], dim=-2)
 
 
 def apply_rotary_emb_qwen_batched(x: Tensor, freqs_cis: Tensor) -> Tensor:
