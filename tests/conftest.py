@@ -1,6 +1,7 @@
 """Fixtures that several rooms share: the tiny base pipeline and the demo's data, written once a session."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from mixres.demo import write_demo
 def two_threads() -> None:
     """As many threads as the smallest machine has cores, so that timings and roundings are those of CI."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tensors too small for two: on a busy machine threads that wait for each other take a hundred times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

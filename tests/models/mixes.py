@@ -6,7 +6,7 @@
 import copy
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,3 +234,9 @@ def assert_identical(measured: Result, reference: Result) -> None:
     for name, gradient in reference.gradients.items():
         other = measured.gradients[name]
         assert gradient is None or (other is not None and torch.equal(other, gradient)), name
+
+
+MIXES: dict[str, Callable[[], Mix]] = {
+    "main": main_mix,
+    **{f"random {seed}": functools.partial(random_mix, seed) for seed in range(12)},
+}

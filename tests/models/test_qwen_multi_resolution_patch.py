@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
 from mixes import (
     ATTENTION_AND_MLP,
     FORWARDS,
+    MIXES,
     Mix,
     Result,
     assert_identical,
@@ -38,10 +38,6 @@ from mixres.models.qwen_multi_resolution_patch import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MIXES: dict[str, Callable[[], Mix]] = {
-    "main": main_mix,
-    **{f"random {seed}": functools.partial(random_mix, seed) for seed in range(12)},
-}
 LORA = ATTENTION_AND_MLP
 EQUAL = make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
 

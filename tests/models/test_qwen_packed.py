@@ -1,7 +1,6 @@
 """A packed batch equals its samples alone, computes exactly the valid tokens and leaves nothing behind."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from mixes import (
     EVERY_LINEAR,
-    Mix,
+    MIXES,
     Result,
     assert_identical,
     assert_same,
@@ -21,7 +20,6 @@ from mixes import (
     packed_call,
     padded_call,
     patched_model,
-    random_mix,
     run,
     stock_model,
 )
@@ -29,10 +27,6 @@ from mixes import (
 from mixres.models.qwen_packed import PackedModulation, expand_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MIXES: dict[str, Callable[[], Mix]] = {
-    "main": main_mix,
-    **{f"random {seed}": functools.partial(random_mix, seed) for seed in range(12)},
-}
 
 
 @functools.cache
