@@ -11,6 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 quickstart: $(VENV)/.installed-demo
 	$(BIN)/python -m mixres.demo $(DEMO)
 	$(BIN)/accelerate launch train.py --config configs/quickstart.yaml
+	$(BIN)/python -m mixres.demo_results configs/quickstart.yaml
 
 test: lint
 	$(BIN)/python -m pytest

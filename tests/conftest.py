@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixres.demo import write_demo
+from mixres.demo import PROMPTS, write_demo
+from mixres.models.tiny_pipeline import write_tiny_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,9 +35,11 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(demo_root: Path) -> Path:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen-Image-Edit pipeline on disk, in the stock layout. Read only."""
-    return demo_root / "base"
+    base = tmp_path_factory.mktemp("base") / "base"
+    write_tiny_pipeline(base, PROMPTS)
+    return base
 
 
 @pytest.fixture(scope="session")

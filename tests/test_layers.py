@@ -40,6 +40,7 @@ LAYERS = {
     ),
     "trainer": 5,
     "demo": 5,
+    "demo_results": 5,
     "cli": 6,
 }
 

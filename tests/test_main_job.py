@@ -158,51 +158,7 @@ def test_tensorboard_has_the_same_losses(launched: "tuple[Path, subprocess.Compl
     assert seen == {line["step"]: pytest.approx(line["loss"], rel=1e-6) for line in metrics(folder)}
 
 
-STOCK_PROCESS = """
-import json, sys
-sys.modules["mixres"] = None  # any import of it fails
-import torch
-from diffusers import QwenImageEditPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
-from PIL import Image
-from safetensors import safe_open
-from transformers import Qwen2Tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
-
-class Processor(ProcessorMixin):  # the stock one needs torchvision for its video half
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        self.image_token = "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        super().__init__(image_processor, tokenizer, **kwargs)
-
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
-        return self.image_token * int(image_inputs["image_grid_thw"][image_idx].prod() // 4)
-
-base, lora, out = sys.argv[1:4]
-with safe_open(f"{lora}/pytorch_lora_weights.safetensors", "pt") as file:
-    recipe = json.loads(file.metadata()["mixres"])
-stock = pipeline_qwenimage_edit.calculate_dimensions
-pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: stock(recipe["control_area"], ratio)
-processor = Processor(
-    Qwen2VLImageProcessorPil.from_pretrained(f"{base}/processor"), Qwen2Tokenizer.from_pretrained(f"{base}/processor")
-)
-pipeline = QwenImageEditPipeline.from_pretrained(base, processor=processor)
-cases = json.load(sys.stdin)
-
-def save_all(part):
-    for number, case in enumerate(cases):
-        picture = pipeline(
-            image=Image.open(case["control"]).convert("RGB"), prompt=case["prompt"], true_cfg_scale=1.0,
-            width=case["width"], height=case["height"], num_inference_steps=case["steps"],
-            generator=torch.Generator().manual_seed(case["seed"]),
-        ).images[0]
-        picture.save(f"{out}/{number}-{part}.png")
-
-save_all("without")
-pipeline.load_lora_weights(lora)
-save_all("with")
-"""
+STOCK_PROCESS = str(Path(__file__).with_name("stock_process.py"))
 
 
 def own_pictures(job: Job, run: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
@@ -237,7 +193,7 @@ def test_the_lora_gives_the_same_picture_in_a_process_without_mixres(
     folder, _ = launched
     cases, own = own_pictures(job, "launched")
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", STOCK_PROCESS, str(tiny_base), str(folder), str(tmp_path)],
+        [sys.executable, "-W", "error::UserWarning", STOCK_PROCESS, str(tiny_base), str(folder), str(tmp_path)],
         input=json.dumps(cases), capture_output=True, text=True, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

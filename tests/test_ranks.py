@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 class Runs:
     """Short runs of the real command over one data set and cache, each made once."""
 
-    def __init__(self, demo: Path, folder: Path) -> None:
+    def __init__(self, base: Path, demo: Path, folder: Path) -> None:
         self.folder = folder
         self.common = [
             "--config",
             str(REPOSITORY / "configs" / "quickstart.yaml"),
-            f"model.pretrained_model_name_or_path={demo / 'base'}",
+            f"model.pretrained_model_name_or_path={base}",
             f"data.train={demo / 'train'}",
             f"data.held_out={demo / 'held_out'}",
             "batch.samples_per_step=5",
@@ -47,8 +47,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(demo_root, tmp_path_factory.mktemp("ranks"))
+def runs(tiny_base: Path, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_base, demo_root, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,9 @@ class TargetSizeConfig(Section):
 
 
 class ControlSizeConfig(Section):
-    area: int = Field(
-        1_048_576, ge=1024, le=2**28, description="Pixels of a control, up or down, in caching, training and sampling."
+    area: Annotated[int, Field(ge=1024, le=2**28)] | Literal["target"] = Field(
+        1_048_576,
+        description="Pixels of a control in caching, training and sampling; target: as many as its target has.",
     )
 
 

@@ -1,8 +1,8 @@
-"""`python -m mixres.demo DIR` writes the quickstart's base model and data: ordinary folders, as a user's own would be.
+"""`python -m mixres.demo DIR` writes the quickstart's data: ordinary folders, as a user's own would be.
 
-Promise: `DIR/base` is a tiny random pipeline; `DIR/train` and `DIR/held_out` hold edits of freely licensed photographs,
-no photograph and no size in both; the same files every time; each folder is whole or absent, and written once.
-Cost: five seconds and 20 MB the first time, nothing after it.
+Promise: `DIR/train` and `DIR/held_out` hold an edit of freely licensed photographs; no photograph, no size and no
+aspect is in both; the same files every time; each folder is whole or absent, and written once.
+Cost: two seconds and 10 MB the first time, nothing after it.
 """
 
 import argparse
@@ -20,15 +20,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mixres.errors import UserError
-from mixres.geometry import Size
+from mixres.geometry import Size, control_size
 
-PARTS = ("base", "train", "held_out")
+PARTS = ("train", "held_out")
 TRAIN_PAIRS = 72
-HELD_OUT_PAIRS = 15
-SHORTEST, LONGEST = 64, 320  # pixels, a side of a target
-_MAX_ASPECT = 2.5
+HELD_OUT_PAIRS = 16
+MULTIPLE_OF = 32  # the pipeline rounds the sides of controls to it; targets do the same, so that both have one grid
+# What the sides become when rounded. The tiny base has seen no other sizes either.
+TRAIN_SIZES = (*(Size(w, h) for w in (64, 96, 128) for h in (64, 96, 128)), Size(160, 64), Size(64, 160))
+HELD_OUT_SIZES = tuple(
+    Size(*sides) for w, h in ((160, 96), (160, 128), (192, 160), (224, 96)) for sides in ((w, h), (h, w))
+)
+_JITTER = 8  # pixels that a side of a file differs at most from its rounded size
 _MARKER = "demo.json"
-_VERSION = 1  # of what is written: a folder with another one is written anew
+_VERSION = 2  # of what is written: a folder with another one is written anew
 _Pixels = NDArray[np.uint8]
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -74,100 +79,62 @@ HELD_OUT_PHOTOGRAPHS = (
 )
 
 
-def _swap_red_and_blue(pixels: _Pixels) -> _Pixels:
+PROMPTS = ("swap red and blue", "交换红色和蓝色")
+
+
+def swap_red_and_blue(pixels: _Pixels) -> _Pixels:
+    """The edit to be learnt; the base knows the colours' names, but not this."""
     return pixels[..., ::-1]
-
-
-def _sepia(pixels: _Pixels) -> _Pixels:
-    # The W3C's sepia filter: https://www.w3.org/TR/filter-effects-1/#sepiaEquivalent
-    matrix = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
-    sepia: _Pixels = (pixels @ matrix.T).round().clip(0, 255).astype(np.uint8)
-    return sepia
-
-
-def _brighter(pixels: _Pixels) -> _Pixels:
-    curve: _Pixels = (255 * (np.arange(256) / 255) ** 0.6).round().astype(np.uint8)
-    return curve[pixels]
-
-
-def _black_and_white(pixels: _Pixels) -> _Pixels:
-    luma = (pixels @ np.array([0.299, 0.587, 0.114])).round().clip(0, 255).astype(np.uint8)
-    return np.repeat(luma[..., None], 3, axis=-1)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """An edit of pixels, position by position, and the ways to ask for it."""
-
-    apply: Callable[[_Pixels], _Pixels]
-    instructions: tuple[str, str]  # English, Chinese
-
-
-_SWAP = Edit(_swap_red_and_blue, ("swap red and blue", "交换红色和蓝色"))
-_OTHERS = (
-    Edit(_sepia, ("turn it into a sepia photograph", "变成棕褐色老照片")),
-    Edit(_brighter, ("make it brighter", "把画面调亮")),
-    Edit(_black_and_white, ("make it black and white", "变成黑白照片")),
-)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Where one training pair comes from. The target shows the largest centred crop of the control with its aspect."""
+    """Where one training pair comes from: both pictures show `box` of the photograph."""
 
     photograph: Photograph
-    edit: Edit
     instruction: str
+    box: _Box
     target_size: Size
-    target_box: _Box  # of the photograph's pixels
     control_size: Size
-    control_box: _Box
 
 
-def plan_pairs(photographs: Sequence[Photograph], count: int, seed: int, taken: set[Size]) -> list[Pair]:
-    """`count` pairs with target sizes of their own, none in `taken`, to which they are added.
+def plan_pairs(
+    photographs: Sequence[Photograph], resized: Sequence[Size], count: int, seed: int, taken: set[Size]
+) -> list[Pair]:
+    """`count` pairs whose targets become the sizes `resized`, in turn, when their sides are rounded to `MULTIPLE_OF`.
 
-    Every third control is wider or taller than its target and has another scale; the others show the same region at
-    the same size. Three of four pairs swap red and blue.
+    As files, targets have sizes of their own, none in `taken`, to which they are added; controls are larger, each by
+    its own factor.
     """
     rng = random.Random(seed)
     extents = {photograph: Size(*photograph.read().size) for photograph in photographs}
     pairs = []
     for index in range(count):
-        photograph = photographs[index % len(photographs)]
-        edit = _OTHERS[index // 4 % len(_OTHERS)] if index % 4 == 3 else _SWAP
-        size, region, wide = _draw_regions(rng, extents[photograph], taken, widen=index % 3 == 2)
-        taken.add(size)
-        control_size = size
-        if wide != region:
-            scale = rng.uniform(0.8, 1.2) * size.width / region[0]
-            control_size = Size(*(max(SHORTEST, round(side * scale)) for side in wide))
-        instruction = rng.choice(edit.instructions)
-        middle = [rng.uniform(side / 2, full - side / 2) for side, full in zip(wide, extents[photograph], strict=True)]
-        target_box, control_box = (_box_around(middle, sides) for sides in (region, wide))
-        pairs.append(Pair(photograph, edit, instruction, size, target_box, control_size, control_box))
+        photograph, size = photographs[index % len(photographs)], resized[index // len(photographs) % len(resized)]
+        target, control = _draw_sizes(rng, size, taken)
+        taken.add(target)
+        box = _draw_box(rng, target, extents[photograph])
+        pairs.append(Pair(photograph, rng.choice(PROMPTS), box, target, control))
     return pairs
 
 
-def _box_around(middle: Sequence[float], sides: Sequence[float]) -> _Box:
-    (x, y), (width, height) = middle, sides
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-
-
-def _draw_regions(
-    rng: random.Random, extent: Size, taken: set[Size], *, widen: bool
-) -> tuple[Size, tuple[float, float], tuple[float, float]]:
-    """A target size not taken, the sides of its region, and the sides of the control's region around it."""
+def _draw_sizes(rng: random.Random, resized: Size, taken: set[Size]) -> tuple[Size, Size]:
+    """Sizes of a target and a control file which both become `resized`."""
     while True:
-        size = Size(rng.randint(SHORTEST, LONGEST), rng.randint(SHORTEST, LONGEST))
-        zoom = rng.uniform(1, 2.5)  # photograph pixels to one target pixel: never enlarged
-        stretch = rng.uniform(1.3, 1.7) if widen else 1.0
-        across = rng.random() < 0.5
-        region = size.width * zoom, size.height * zoom
-        wide = (region[0] * stretch, region[1]) if across else (region[0], region[1] * stretch)
-        fits = all(side <= full for side, full in zip(wide, extent, strict=True))
-        if fits and size not in taken and all(max(s) / min(s) <= _MAX_ASPECT for s in (size, wide)):
-            return size, region, wide
+        target = Size(*(side + rng.randint(-_JITTER, _JITTER) for side in resized))
+        scale = rng.uniform(1.1, 1.8)
+        control = Size(*(round(side * scale) for side in target))
+        area = resized.width * resized.height
+        if target not in taken and control_size(control, area=area, multiple_of=MULTIPLE_OF) == resized:
+            return target, control
+
+
+def _draw_box(rng: random.Random, size: Size, extent: Size) -> _Box:
+    """A region with the aspect of `size`; up to 2.5 pixels of the photograph become one, none is enlarged."""
+    zoom = rng.uniform(1, min(2.5, extent.width / size.width, extent.height / size.height))
+    width, height = size.width * zoom, size.height * zoom
+    left, top = rng.uniform(0, extent.width - width), rng.uniform(0, extent.height - height)
+    return left, top, left + width, top + height
 
 
 def write_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
@@ -179,42 +146,37 @@ def write_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
     pictures = {photograph: photograph.read() for photograph in photographs}
     for index, pair in enumerate(pairs):
         picture, stem = pictures[pair.photograph], f"{index:03d}_{pair.photograph.name}"
-        control = picture.resize(pair.control_size, Image.Resampling.LANCZOS, box=pair.control_box)
-        target = picture.resize(pair.target_size, Image.Resampling.LANCZOS, box=pair.target_box)
+        control = picture.resize(pair.control_size, Image.Resampling.LANCZOS, box=pair.box)
+        target = picture.resize(pair.target_size, Image.Resampling.LANCZOS, box=pair.box)
         control.save(controls / f"{stem}.png")
-        Image.fromarray(np.ascontiguousarray(pair.edit.apply(np.asarray(target)))).save(targets / f"{stem}.png")
+        Image.fromarray(np.ascontiguousarray(swap_red_and_blue(np.asarray(target)))).save(targets / f"{stem}.png")
         (targets / f"{stem}.txt").write_text(pair.instruction + "\n", encoding="utf-8")
     lines = [f"- {photo.name}: {photo.licence}; {photo.source}" for photo in photographs]
     text = "# Photographs\n\nCropped, resized and recoloured from:\n\n" + "\n".join(lines) + "\n"
     (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
 
 
-def _write_base(folder: Path) -> None:
-    from mixres.models.tiny_pipeline import write_tiny_pipeline  # seconds of imports, needed once
-
-    prompts = [instruction for edit in (_SWAP, *_OTHERS) for instruction in edit.instructions]
-    write_tiny_pipeline(folder, prompts)
-
-
 def _writers() -> dict[str, tuple[Callable[[Path], None], str]]:
     """How each folder is written, and a description of it."""
     taken: set[Size] = set()
-    train = plan_pairs(TRAIN_PHOTOGRAPHS, TRAIN_PAIRS, 0, taken)
-    held_out = plan_pairs(HELD_OUT_PHOTOGRAPHS, HELD_OUT_PAIRS, 1, taken)
+    train = plan_pairs(TRAIN_PHOTOGRAPHS, TRAIN_SIZES, TRAIN_PAIRS, 0, taken)
+    held_out = plan_pairs(HELD_OUT_PHOTOGRAPHS, HELD_OUT_SIZES, HELD_OUT_PAIRS, 1, taken)
     return {
-        "base": (_write_base, "a tiny random Qwen-Image-Edit pipeline"),
         "train": (lambda folder: write_pairs(folder, train), f"{TRAIN_PAIRS} pairs, every one its own size"),
-        "held_out": (lambda folder: write_pairs(folder, held_out), f"{HELD_OUT_PAIRS} pairs of other photographs"),
+        "held_out": (
+            lambda folder: write_pairs(folder, held_out),
+            f"{HELD_OUT_PAIRS} pairs of other photographs in other sizes",
+        ),
     }
 
 
 def write_demo(root: Path) -> list[str]:
-    """Writes `base`, `train` and `held_out` into `root` where they are missing or of an older version.
+    """Writes `train` and `held_out` into `root` where they are missing or of an older version.
 
     Returns a readable line for each. A write that was killed leaves nothing under the final name and is begun anew.
 
     Raises:
-        UserError: one of the three names is taken by something this did not write; a package is not installed.
+        UserError: one of the two names is taken by something this did not write; a package is not installed.
     """
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".demo.lock"):
@@ -249,8 +211,8 @@ def _write_part(folder: Path, write: Callable[[Path], None]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mixres.demo", description="Write the quickstart's base and data.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where base/, train/ and held_out/ go")
+    parser = argparse.ArgumentParser(prog="python -m mixres.demo", description="Write the quickstart's data.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where train/ and held_out/ go")
     try:
         lines = write_demo(parser.parse_args(arguments).folder)
     except UserError as error:

@@ -8,7 +8,7 @@ Legend: C latent channel, P = 4 * C packed channel, h x w token grid, S = h * w 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -66,6 +66,11 @@ def control_size(source: Size, *, area: int, multiple_of: int = 32) -> Size:
     ratio = source.width / source.height
     width = math.sqrt(area * ratio)
     return Size(_round_to(width, multiple_of), _round_to(width / ratio, multiple_of))
+
+
+def control_area(rule: int | Literal["target"], target: Size) -> int:
+    """Pixels of a control by `data.resize.control.area`: a number, or as many as its own target has."""
+    return target.width * target.height if rule == "target" else rule
 
 
 def _round_to(side: float, multiple_of: int) -> int:

@@ -24,7 +24,7 @@ from mixres.data.images import Limits, read_image, read_mask
 from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord, Fault
 from mixres.errors import UserError
-from mixres.geometry import Size, target_size
+from mixres.geometry import Size, control_area, target_size
 from mixres.models.families import family_module
 from mixres.training.progress import say
 
@@ -161,7 +161,7 @@ def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) 
             encoders=encoders,
             dtype=config.model.dtype,
             target_size=_target_size(config, scanned),
-            control_area=config.data.resize.control.area,
+            control_area=_control_area(config, scanned),
             controls=len(scanned.record.controls),
             files=scanned.digests,
             prompt=scanned.record.prompt,
@@ -175,6 +175,10 @@ def _target_size(config: Config, scanned: ScannedRecord) -> Size:
     return target_size(
         scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
     )
+
+
+def _control_area(config: Config, scanned: ScannedRecord) -> int:
+    return control_area(config.data.resize.control.area, _target_size(config, scanned))
 
 
 def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Item:
@@ -208,7 +212,7 @@ def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: Scan
         controls=[read_image(path, limits) for path in record.controls],
         prompt=record.prompt,
         mask=read_mask(record.mask, limits, scanned.target_size) if record.mask else None,
-        control_area=config.data.resize.control.area,
+        control_area=_control_area(config, scanned),
     )
 
 

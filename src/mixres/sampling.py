@@ -17,6 +17,7 @@ from torch import nn
 from mixres import atomic
 from mixres.config import Config
 from mixres.data.images import read_image
+from mixres.geometry import control_area
 from mixres.precompute import Encoded, Item, image_limits, spread
 
 ROWS = 6
@@ -61,9 +62,10 @@ class HeldOutSampler:
 
     def predict(self, item: Item) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""
-        return self._predict(item, self._read(item.record.controls[0]))
+        return self._predict(item, self.read(item.record.controls[0]))
 
-    def _read(self, path: Path) -> Image.Image:
+    def read(self, path: Path) -> Image.Image:
+        """A held-out picture as it lies on disk, RGB."""
         return read_image(path, image_limits(self.config))
 
     def _predict(self, item: Item, control: Image.Image) -> Image.Image:
@@ -74,12 +76,12 @@ class HeldOutSampler:
             size=item.target_size,
             steps=self.config.sample.steps,
             seed=self.config.train.seed,
-            control_area=self.config.data.resize.control.area,
+            control_area=control_area(self.config.data.resize.control.area, item.target_size),
         )
         return picture
 
     def _row(self, item: Item) -> Row:
-        control, target = self._read(item.record.controls[0]), self._read(item.record.target)
+        control, target = self.read(item.record.controls[0]), self.read(item.record.target)
         note = f"control {control.width}x{control.height}, target {item.target_size}"
         return Row((control, target, self._predict(item, control)), item.record.prompt, note)
 

@@ -15,7 +15,7 @@ import torch
 
 from mixres.batch import Sample
 from mixres.config import Config
-from mixres.geometry import Grid, Size, control_size, target_size, token_grid
+from mixres.geometry import Grid, Size, control_area, control_size, target_size, token_grid
 
 _TEXT_PIXELS = 28 * 28
 
@@ -34,7 +34,7 @@ def synthetic_samples(
     samples = []
     for number in range(count):
         target, control = draw_sizes(config, draw, pixels_per_token)
-        text = draw.randint(10, 150) + round(config.data.resize.control.area / _TEXT_PIXELS)
+        text = draw.randint(10, 150) + control.tokens * pixels_per_token**2 // _TEXT_PIXELS
         samples.append(
             Sample(
                 name=f"synthetic-{number}",
@@ -49,12 +49,13 @@ def synthetic_samples(
 
 def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int) -> tuple[Grid, Grid]:
     """Token grids of one target and its control."""
-    rule, area = config.data.resize.target, config.data.resize.control.area
+    rule = config.data.resize.target
     aspect = 2 ** draw.uniform(-1, 1)
     pixels = rule.max_pixels * 2 ** draw.uniform(-2, 1)
     target = target_size(
         _size(pixels, aspect), max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
     )
+    area = control_area(config.data.resize.control.area, target)
     own = draw.random() < 0.5
     control = control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area)
     return token_grid(target, pixels_per_token), token_grid(control, pixels_per_token)

@@ -14,7 +14,7 @@ from mixres import demo
 from mixres.models.qwen_processor import QwenImageTextProcessor, load_processor, torchvision_imports
 from mixres.models.tiny_pipeline import write_tiny_pipeline
 
-INSTRUCTIONS = [text for edit in (demo._SWAP, *demo._OTHERS) for text in edit.instructions]
+INSTRUCTIONS = demo.PROMPTS
 
 
 def files(folder: Path) -> dict[str, bytes]:

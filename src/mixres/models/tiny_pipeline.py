@@ -1,7 +1,7 @@
-"""A random `QwenImageEditPipeline` of the real architecture, small enough for a CPU: every part is the stock class.
+"""A `QwenImageEditPipeline` of the real architecture, small enough for a CPU: every part is the stock class.
 
-Promise: one seed, one pipeline; on disk it is an ordinary diffusers folder that the stock pipeline loads. It edits
-nothing before it is trained. Cost: about a second and 2 MB; a 128 x 128 picture is 64 tokens.
+Promise: one seed, one pipeline; on disk it is an ordinary diffusers folder that the stock pipeline loads. A random one
+edits nothing. Cost: about a second and 2 MB; a 128 x 128 picture is 64 tokens.
 """
 
 import json
@@ -39,23 +39,36 @@ _SPECIAL_TOKENS = (
 
 
 def write_tiny_pipeline(folder: Path, prompts: Sequence[str], seed: int = 0) -> None:
-    """Writes the pipeline to `folder`; words of `prompts` become one token each, others fall back to bytes.
+    """Writes a random pipeline to `folder`; words of `prompts` become one token each, others fall back to bytes.
 
     The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer(prompts)
-        pipeline = QwenImageEditPipeline(
-            scheduler=_scheduler(),
-            vae=_vae(),
-            text_encoder=_text_encoder(tokenizer),
-            tokenizer=tokenizer,
-            processor=QwenImageTextProcessor(
-                Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS), tokenizer
-            ),
-            transformer=_transformer(),
-        )
+        tokenizer = tiny_tokenizer(prompts)
+        vae, text_encoder, transformer = _vae(), tiny_text_encoder(tokenizer), _transformer()
+    save_pipeline(folder, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer)
+
+
+def save_pipeline(
+    folder: Path,
+    *,
+    tokenizer: Qwen2Tokenizer,
+    text_encoder: Qwen2_5_VLForConditionalGeneration,
+    vae: AutoencoderKLQwenImage,
+    transformer: QwenImageTransformer2DModel,
+) -> None:
+    """Writes the four parts, a processor and a scheduler as a stock pipeline, in the parts' own dtype."""
+    pipeline = QwenImageEditPipeline(
+        scheduler=_scheduler(),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        processor=QwenImageTextProcessor(
+            Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS), tokenizer
+        ),
+        transformer=transformer,
+    )
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -66,7 +79,7 @@ def write_tiny_pipeline(folder: Path, prompts: Sequence[str], seed: int = 0) -> 
     _name_stock_processor(folder)
 
 
-def _tokenizer(prompts: Sequence[str]) -> Qwen2Tokenizer:
+def tiny_tokenizer(prompts: Sequence[str]) -> Qwen2Tokenizer:
     """Byte-level BPE trained until each word of template and prompts is one token.
 
     The pipeline drops the first 64 tokens, the template's system part, so a tokenizer that cut it into bytes would
@@ -83,7 +96,8 @@ def _tokenizer(prompts: Sequence[str]) -> Qwen2Tokenizer:
     )
 
 
-def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL for the tokenizer's words, 64 wide."""
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={

@@ -1,0 +1,76 @@
+"""What the tiny base makes of photographs it has never seen, through the stock pipeline.
+
+Cost: about a minute on two cores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from edits import EDITS, Edit
+from photographs import held_out_crops
+from PIL import Image
+from torch import Tensor
+
+from mixres.demo import HELD_OUT_SIZES
+from mixres.demo_results import psnr
+from mixres.geometry import Size
+from mixres.models import qwen_image_edit as family
+from mixres.models.qwen_latents import decode_latents
+
+STEPS = 8
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean PSNR in dB over held-out crops: the copied input, the base's picture, the VAE's reconstruction."""
+
+    edit: str
+    copy: float
+    base: float
+    ceiling: float
+
+
+def score_base(base: Path, edits: Sequence[str] = tuple(EDITS)) -> list[Score]:
+    """One score an edit, each over one crop of every held-out size."""
+    encoders = family.load_encoders(str(base), dtype=torch.float32, device="cpu")
+    transformer = family.load_transformer(str(base), dtype=torch.float32, device="cpu")
+    sampling = family.load_sampling_pipeline(str(base), transformer=transformer, dtype=torch.float32, device="cpu")
+    crops = held_out_crops([(size.height, size.width) for size in HELD_OUT_SIZES], SEED)
+    scores = []
+    for name in edits:
+        rows = [_score(encoders, sampling, EDITS[name], crop) for crop in crops]
+        scores.append(Score(name, *(round(sum(column) / len(rows), 2) for column in zip(*rows, strict=True))))
+    return scores
+
+
+def _score(encoders: family.QwenImageEditPipeline, sampling: object, edit: Edit, crop: Tensor) -> list[float]:
+    control, target = to_image(crop), to_image(edit.apply(crop))
+    size, area = Size(*target.size), target.width * target.height
+    sample = family.encode(
+        encoders,
+        name="crop",
+        target=target,
+        target_size=size,
+        controls=[control],
+        prompt=edit.instructions[0],
+        control_area=area,
+    )
+    picture = family.sample_image(
+        sampling,
+        control=control,
+        prompt_embeds=sample.prompt_embeds,
+        size=size,
+        steps=STEPS,
+        seed=SEED,
+        control_area=area,
+    )
+    ceiling = decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
+    return [psnr(shown, target) for shown in (control, picture, ceiling)]
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """`(3, H, W)` in [0, 1], clipped, as 8 bits."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
