@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photographs import PHOTOGRAPHS, WEIGHTS
+from safetensors.torch import load_file
 from score import Score
 
 from mixres import atomic
@@ -20,9 +21,9 @@ pipeline_tag: image-to-image
 
 A `QwenImageEditPipeline` that edits photographs on two CPU cores: the architecture of Qwen/Qwen-Image-Edit with a
 transformer of {transformer:.2f} million parameters, a VAE of {vae:.2f} million (4 x 4 pixels a latent cell, so that a
-token is 8 x 8 pixels) and a text encoder of {text_encoder:.2f} million with random weights. It is for trying mixres and
-testing it. It knows ten edits of colour and sharpness, in English and Chinese, on pictures of about 64 to 160 pixels,
-and nothing else.
+token is 8 x 8 pixels) and a text encoder of {text_encoder:.2f} million with random weights. It is for trying mixres
+and testing it. It knows ten edits of colour and sharpness, in English and Chinese, on pictures with sides of about 64
+to 224 pixels, and nothing else.
 
 ## Made by
 
@@ -78,5 +79,4 @@ def _sha256(file: Path) -> str:
 
 
 def _parameters(folder: Path) -> int:
-    """Two bytes each."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2
+    return sum(tensor.numel() for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
