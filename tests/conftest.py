@@ -1,14 +1,18 @@
-"""Fixtures that several rooms share: the tiny base pipeline and the demo's data, written once a session."""
+"""Fixtures that several rooms share: the tiny base pipelines and the demo's data, written once a session."""
 
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mixres.demo import PROMPTS, write_demo
 from mixres.models.tiny_pipeline import write_tiny_pipeline
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `family_cases`
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +47,23 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """The tiny random base of a row of `family_cases.CASES`, written when it is first asked for. Read only."""
+    from family_cases import CASES, PROMPTS
+
+    folders = {CASES["qwen_image_edit"].pipeline_class: {False: tiny_base}}
+
+    def base(case: Any) -> Path:
+        written = folders.setdefault(case.pipeline_class, {})
+        if case.zero_cond_t not in written:
+            folder = written[case.zero_cond_t] = tmp_path_factory.mktemp("family") / "base"
+            write_tiny_pipeline(folder, PROMPTS, pipeline_class=case.pipeline_class, zero_cond_t=case.zero_cond_t)
+        return written[case.zero_cond_t]
+
+    return base
+
+
+@pytest.fixture(scope="session")
 def demo_data(demo_root: Path) -> Path:
     """The demo's training folder: `training_images/` with captions, `control_images/`. Read only."""
     return demo_root / "train"
@@ -65,6 +86,26 @@ def few_pairs(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
     return root
+
+
+@pytest.fixture(scope="session")
+def pairs_of(few_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """`few_pairs` with as many control images as the samples of a row of `family_cases.CASES` have, in turn."""
+
+    def pairs(case: Any) -> Path:
+        root = tmp_path_factory.mktemp("pairs")
+        for part in ("train", "held_out"):
+            shutil.copytree(few_pairs / part / "training_images", root / part / "training_images")
+            controls = sorted((few_pairs / part / "control_images").glob("*.png")) if max(case.controls) else []
+            for number, control in enumerate(controls):
+                for slot in range(case.controls[number % len(case.controls)]):
+                    name = f"{control.stem}_control_{slot}.png" if slot else control.name
+                    copy = root / part / "control_images" / name
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(controls[(number + slot) % len(controls)], copy)
+        return root
+
+    return pairs
 
 
 @pytest.fixture(scope="session")

@@ -294,7 +294,7 @@ def test_every_key_has_a_meaning_and_says_what_it_takes() -> None:
         assert len(allowed(field)) > 3, name
 
 
-@pytest.mark.parametrize("name", ["quickstart", "qwen_image_edit_lora"])
+@pytest.mark.parametrize("name", ["quickstart", "qwen_image_lora", "qwen_image_edit_lora", "qwen_image_edit_plus_lora"])
 def test_shipped_configs_are_valid(name: str) -> None:
     load_config(ROOT / f"configs/{name}.yaml")
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from family_cases import CASES
 from mixres.batch import Sample
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
@@ -285,6 +287,36 @@ def test_an_example_the_family_cannot_take_is_a_fault_like_others(caching: Cachi
     assert len(caught.value.messages) == 2
     assert "exactly one control image, there are 2" in caught.value.messages[0]
     assert "<|image_pad|>" in caught.value.messages[1]
+
+
+def test_an_area_that_the_family_does_not_have_is_refused_in_one_line(caching: Caching) -> None:
+    with pytest.raises(UserError) as caught:
+        caching("data.resize.control.text_area=2048", "data.resize.target.multiple_of=8")
+    assert [message.partition(":")[0] for message in caught.value.messages] == [
+        "data.resize.target.multiple_of",
+        "data.resize.control.text_area",
+    ]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_both_areas_of_edit_plus_are_part_of_an_entry(
+    caching: Caching, base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path]
+) -> None:
+    case = CASES["qwen_image_edit_plus"]
+    caching.data = shutil.copytree(pairs_of(case), caching.data.with_name("plus"))
+    for part, count in (("train", 2), ("held_out", 1)):
+        for path in sorted((caching.data / part / "training_images").glob("*.png"))[count:]:
+            for file in (path, path.with_suffix(".txt")):
+                file.unlink()
+            for file in (caching.data / part / "control_images").glob(f"{path.stem}*"):
+                file.unlink()
+    words = [f"model.pretrained_model_name_or_path={base_of(case)}", *case.overrides()]
+    assert caching(*words) == (FEW, 0)
+    assert caching(*words) == (0, FEW)
+    assert caching(*words, "data.resize.control.text_area=6401") == (FEW, 0)
+    assert caching(*words, "data.resize.control.area=12545") == (FEW, 0)
+    items = caching.encoded(*words).train
+    assert [len(item.entry.img_shapes) - 1 for item in items] == [1, 3]
 
 
 @pytest.mark.parametrize("multiple", [8, 24])

@@ -49,6 +49,18 @@ def test_pictures_stand_in_their_columns_with_their_own_aspect() -> None:
     assert sheet.height > second + 224
 
 
+def test_an_empty_cell_stays_white() -> None:
+    rows = [
+        Row((plain(10, 10, "red"), None, plain(10, 10, "lime")), "one control", "sizes"),
+        Row((plain(10, 10, "blue"), plain(10, 10, "cyan"), plain(10, 10, "yellow")), "two", "sizes"),
+    ]
+    sheet = contact_sheet(("control 1", "control 2", "target"), rows)
+    left, top, _, height = bounds(sheet, (255, 0, 0))
+    cell = sheet.crop((left + CELL + GAP, top, left + 2 * CELL + GAP, top + height))
+    assert (np.asarray(cell) == 255).all()
+    assert bounds(sheet, (0, 255, 0))[0] == GAP + 2 * (CELL + GAP)
+
+
 def test_headings_and_captions_are_drawn() -> None:
     row = Row((plain(64, 64, "red"),) * 3, "swap red and blue", "control 64x64, target 64x64")
     sheet = np.asarray(contact_sheet(HEADINGS, [row]).convert("L"))

@@ -60,7 +60,7 @@ def _score(encoders: family.QwenImageEditPipeline, sampling: object, edit: Edit,
     )
     picture = family.sample_image(
         sampling,
-        control=control,
+        controls=[control],
         prompt_embeds=sample.prompt_embeds,
         size=size,
         steps=STEPS,

@@ -22,7 +22,7 @@ from mixres.data.plan import Layout, Lengths, Plan
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
 from mixres.models.lora import TargetMatch, add_lora, check_targets, train_all, trainable_parameters
-from mixres.precompute import Encoded
+from mixres.precompute import Encoded, stated_areas
 from mixres.training.distributed import shard
 from mixres.training.optim import optimizer_class
 from mixres.training.step import Objective
@@ -171,6 +171,6 @@ def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
         "r": config.model.lora.r,
         "lora_alpha": config.model.lora.lora_alpha,
         "target_modules": list(config.model.lora.target_modules),
-        "control_area": config.data.resize.control.area,
+        **stated_areas(config, family),
         "step": step,
     }

@@ -120,6 +120,8 @@ def _synthetic_source(config: Config, family: ModuleType) -> Source:
         channels=shape.in_channels,
         text_width=shape.joint_attention_dim,
         pixels_per_token=family.pixels_per_token(path, revision=revision),
+        controls=family.CONTROLS,
+        text_area=family.control_areas(**config.data.resize.control.model_dump()).get("text_area"),
     )
     lengths = [Lengths(len(s.prompt_embeds), token_count(s.img_shapes), len(s.target_latents)) for s in samples]
     return Source(lengths, [s.name for s in samples], samples.__getitem__)

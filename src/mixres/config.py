@@ -52,7 +52,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     pretrained_model_name_or_path: Text = Field(description="Hub name or local folder of the base pipeline.")
     revision: Text | None = Field(None, description="Hub branch, tag or commit; null takes the default branch.")
-    family: Literal["qwen_image_edit"] | None = Field(
+    family: Literal["qwen_image", "qwen_image_edit", "qwen_image_edit_plus"] | None = Field(
         None, description="Model family; null reads it from the base's model_index.json."
     )
     dtype: Literal["bfloat16", "float32", "float64"] = Field(
@@ -76,6 +76,12 @@ class ControlSizeConfig(Section):
     area: Annotated[int, Field(ge=1024, le=2**28)] | Literal["target"] = Field(
         1_048_576,
         description="Pixels of a control in caching, training and sampling; target: as many as its target has.",
+    )
+    text_area: int | None = Field(
+        None,
+        ge=1024,
+        le=2**28,
+        description="Pixels of a control for Edit-Plus's text encoder; null takes the stock 384 x 384.",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -74,6 +74,21 @@ def family_of(config: Config) -> ModuleType:
     return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
 
 
+def stated_areas(config: Config, family: ModuleType) -> dict[str, int | Literal["target"]]:
+    """The size rules of control images under the names that the family's functions give them.
+
+    Raises:
+        UserError: the family does not have a size that the configuration gives.
+    """
+    rules: dict[str, int | Literal["target"]] = family.control_areas(**config.data.resize.control.model_dump())
+    return rules
+
+
+def control_areas(config: Config, family: ModuleType, target: Size) -> dict[str, int]:
+    """The sizes of the controls of one target, as keyword arguments of the family's functions."""
+    return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
+
+
 def encode_all(config: Config, family: ModuleType, *, device: torch.device, rank: int = 0) -> Encoded:
     """Scan training and held-out data and make sure that every example is in the cache; rank 0 encodes, others wait.
 
@@ -103,11 +118,18 @@ def _scan_all(config: Config, family: ModuleType, *, speak: bool) -> tuple[list[
     data = config.data
     base = {"path": config.model.pretrained_model_name_or_path, "revision": config.model.revision}
     token = family.pixels_per_token(base["path"], revision=base["revision"])
+    wrong_sizes: list[str] = []
     if data.resize.target.multiple_of % token:
-        raise UserError(
+        wrong_sizes.append(
             f"data.resize.target.multiple_of: {data.resize.target.multiple_of} is not a multiple of {token}, the "
             "pixels of one token of this base"
         )
+    try:
+        stated_areas(config, family)
+    except UserError as error:
+        wrong_sizes += error.messages
+    if wrong_sizes:
+        raise UserError(wrong_sizes)
     limits = image_limits(config)
     found: list[list[ScannedRecord]] = []
     faults: list[Fault] = []
@@ -161,7 +183,7 @@ def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) 
             encoders=encoders,
             dtype=config.model.dtype,
             target_size=_target_size(config, scanned),
-            control_area=_control_area(config, scanned),
+            **control_areas(config, family, _target_size(config, scanned)),
             controls=len(scanned.record.controls),
             files=scanned.digests,
             prompt=scanned.record.prompt,
@@ -175,10 +197,6 @@ def _target_size(config: Config, scanned: ScannedRecord) -> Size:
     return target_size(
         scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
     )
-
-
-def _control_area(config: Config, scanned: ScannedRecord) -> int:
-    return control_area(config.data.resize.control.area, _target_size(config, scanned))
 
 
 def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Item:
@@ -212,7 +230,7 @@ def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: Scan
         controls=[read_image(path, limits) for path in record.controls],
         prompt=record.prompt,
         mask=read_mask(record.mask, limits, scanned.target_size) if record.mask else None,
-        control_area=_control_area(config, scanned),
+        **control_areas(config, family, _target_size(config, scanned)),
     )
 
 

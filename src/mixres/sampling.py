@@ -17,8 +17,7 @@ from torch import nn
 from mixres import atomic
 from mixres.config import Config
 from mixres.data.images import read_image
-from mixres.geometry import control_area
-from mixres.precompute import Encoded, Item, image_limits, spread
+from mixres.precompute import Encoded, Item, control_areas, image_limits, spread
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -29,9 +28,9 @@ _FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.t
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a contact sheet."""
+    """One line of a contact sheet; None is an empty cell."""
 
-    pictures: tuple[Image.Image, ...]
+    pictures: tuple[Image.Image | None, ...]
     caption: str
     note: str
 
@@ -43,6 +42,7 @@ class HeldOutSampler:
         model = config.model
         self.config, self.family, self.cache = config, family, encoded.cache
         self.items = spread(encoded.held_out, ROWS)
+        self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
         self.pipeline = family.load_sampling_pipeline(
             model.pretrained_model_name_or_path,
@@ -58,32 +58,36 @@ class HeldOutSampler:
         if not keep:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(contact_sheet(("control", "target", "prediction"), rows), path, [row.caption for row in rows])
+        controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
+        headings = (*controls[: self.controls], "target", "prediction")
+        save_png(contact_sheet(headings, rows), path, [row.caption for row in rows])
 
     def predict(self, item: Item) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""
-        return self._predict(item, self.read(item.record.controls[0]))
+        return self._predict(item, [self.read(path) for path in item.record.controls])
 
     def read(self, path: Path) -> Image.Image:
         """A held-out picture as it lies on disk, RGB."""
         return read_image(path, image_limits(self.config))
 
-    def _predict(self, item: Item, control: Image.Image) -> Image.Image:
+    def _predict(self, item: Item, controls: Sequence[Image.Image]) -> Image.Image:
         picture: Image.Image = self.family.sample_image(
             self.pipeline,
-            control=control,
+            controls=controls,
             prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
             size=item.target_size,
             steps=self.config.sample.steps,
             seed=self.config.train.seed,
-            control_area=control_area(self.config.data.resize.control.area, item.target_size),
+            **control_areas(self.config, self.family, item.target_size),
         )
         return picture
 
     def _row(self, item: Item) -> Row:
-        control, target = self.read(item.record.controls[0]), self.read(item.record.target)
-        note = f"control {control.width}x{control.height}, target {item.target_size}"
-        return Row((control, target, self._predict(item, control)), item.record.prompt, note)
+        controls = [self.read(path) for path in item.record.controls]
+        empty = [None] * (self.controls - len(controls))
+        sizes = [f"control {control.width}x{control.height}" for control in controls]
+        pictures = (*controls, *empty, self.read(item.record.target), self._predict(item, controls))
+        return Row(pictures, item.record.prompt, ", ".join([*sizes, f"target {item.target_size}"]))
 
 
 def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
@@ -98,7 +102,8 @@ def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
     top = _HEAD
     for row, height in zip(rows, heights, strict=True):
         for column, picture in enumerate(row.pictures):
-            sheet.paste(_fitted(picture), (_left(column), top))
+            if picture:
+                sheet.paste(_fitted(picture), (_left(column), top))
         base = top + height - _CAPTION
         draw.text((_GAP, base), _drawable(row.caption, font), fill="black", font=font)
         draw.text((_GAP, base + 17), row.note, fill="gray", font=font)
@@ -120,7 +125,7 @@ def _left(column: int) -> int:
 
 
 def _row_height(row: Row) -> int:
-    return max(_fitted(picture).height for picture in row.pictures) + _CAPTION + 6
+    return max(_fitted(picture).height for picture in row.pictures if picture) + _CAPTION + 6
 
 
 def _fitted(picture: Image.Image) -> Image.Image:

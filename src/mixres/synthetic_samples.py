@@ -4,8 +4,8 @@ Promise: a function of (configuration, count, seed). Sizes are drawn, then go th
 the configuration's limits hold. Cost: one Gaussian draw a sample.
 
 Drawn are: the source's aspect, log-uniform in [1/2, 2]; its area, log-uniform in [1/4, 2] x `max_pixels` (what is over
-is scaled down to it); the control's aspect, the target's own for half of the samples; the words, 10 to 150 tokens,
-behind the control's tokens in the text encoder (28 x 28 pixels each).
+is scaled down to it); a control's aspect, the target's own for half of them; the words, 10 to 150 tokens, behind the
+controls' tokens in the text encoder (28 x 28 pixels each). The numbers of controls that the family takes go round.
 """
 
 import math
@@ -21,44 +21,57 @@ _TEXT_PIXELS = 28 * 28
 
 
 def synthetic_samples(
-    config: Config, count: int, *, channels: int, text_width: int, pixels_per_token: int
+    config: Config,
+    count: int,
+    *,
+    channels: int,
+    text_width: int,
+    pixels_per_token: int,
+    controls: tuple[int, int] = (1, 1),
+    text_area: int | None = None,
 ) -> list[Sample]:
-    """`count` samples in `model.dtype`: latents `(S, channels)`, prompt embeddings `(T, text_width)`."""
+    """`count` samples in `model.dtype`: latents `(S, channels)`, prompt embeddings `(T, text_width)`.
+
+    `controls`: fewest and most of a sample; `text_area`: pixels of each for the text encoder, None: as for the VAE.
+    """
     draw = random.Random(config.train.seed)
     noise = torch.Generator().manual_seed(config.train.seed)
     dtype = getattr(torch, config.model.dtype)
+    fewest, most = controls
 
     def gaussian(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=noise).to(dtype)
 
     samples = []
     for number in range(count):
-        target, control = draw_sizes(config, draw, pixels_per_token)
-        text = draw.randint(10, 150) + control.tokens * pixels_per_token**2 // _TEXT_PIXELS
+        grids = draw_sizes(config, draw, pixels_per_token, controls=fewest + number % (most - fewest + 1))
+        seen = [text_area or grid.tokens * pixels_per_token**2 for grid in grids[1:]]
+        text = draw.randint(10, 150) + sum(pixels // _TEXT_PIXELS for pixels in seen)
         samples.append(
             Sample(
                 name=f"synthetic-{number}",
-                target_latents=gaussian(target.tokens, channels),
-                control_latents=(gaussian(control.tokens, channels),),
+                target_latents=gaussian(grids[0].tokens, channels),
+                control_latents=tuple(gaussian(grid.tokens, channels) for grid in grids[1:]),
                 prompt_embeds=gaussian(text, text_width),
-                img_shapes=(target, control),
+                img_shapes=grids,
             )
         )
     return samples
 
 
-def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int) -> tuple[Grid, Grid]:
-    """Token grids of one target and its control."""
+def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int, *, controls: int) -> tuple[Grid, ...]:
+    """Token grids of one target and its controls."""
     rule = config.data.resize.target
     aspect = 2 ** draw.uniform(-1, 1)
     pixels = rule.max_pixels * 2 ** draw.uniform(-2, 1)
     target = target_size(
         _size(pixels, aspect), max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
     )
-    area = control_area(config.data.resize.control.area, target)
-    own = draw.random() < 0.5
-    control = control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area)
-    return token_grid(target, pixels_per_token), token_grid(control, pixels_per_token)
+    area, sizes = control_area(config.data.resize.control.area, target), [target]
+    for _ in range(controls):
+        own = draw.random() < 0.5
+        sizes.append(control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area))
+    return tuple(token_grid(size, pixels_per_token) for size in sizes)
 
 
 def _size(pixels: float, aspect: float) -> Size:

@@ -76,10 +76,9 @@ def verify(config: Config) -> None:
     header = _header(bench)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in chosen]
     for sample in samples:
-        controls = ", ".join(f"{g.rows}x{g.columns}" for g in sample.img_shapes[1:])
-        grid = sample.img_shapes[0]
-        say(f"sample    {sample.name}: target {grid.rows}x{grid.columns}, control {controls} tokens, "
-            f"text {len(sample.prompt_embeds)}")  # fmt: skip
+        target, *controls = (f"{grid.rows}x{grid.columns}" for grid in sample.img_shapes)
+        say(f"sample    {sample.name}: target {target}, control {', '.join(controls) or 'none'}, "
+            f"text {len(sample.prompt_embeds)} tokens")  # fmt: skip
     trial = _Trial(bench, samples)
     cases = trial.cases()
     passed = _passed(cases) and bool(header["whole"])

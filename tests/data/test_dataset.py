@@ -324,11 +324,25 @@ def test_empty_caption_policy(tmp_path: Path, policy: str, prompts: list[str], s
     assert [fault.skip for fault in faults] == skips
 
 
+def test_examples_without_controls(tmp_path: Path) -> None:
+    """Text to image: neither the folder `control_images` nor a path of a control is there."""
+    pair(tmp_path, "a", "a cat")
+    for file in (tmp_path / "control_images").iterdir():
+        file.unlink()
+    (tmp_path / "control_images").rmdir()
+    file = manifest(tmp_path, {"path_target": "pictures/t.png", "path_control": None, "prompt": "a dog"})
+    for source, prompt in ((tmp_path, "a cat"), (file, "a dog")):
+        (record,), faults = find_records(str(source))
+        assert (record.controls, record.prompt, faults) == ((), prompt, [])
+    scanned, faults = scan([str(tmp_path)], limits=Limits())
+    assert (len(scanned), scanned[0].control_sizes, faults) == (1, (), [])
+
+
 def test_source_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "empty/training_images").mkdir(parents=True)
     (tmp_path / "empty/control_images").mkdir()
     pair(tmp_path / "one", "a")
-    (tmp_path / "half/training_images").mkdir(parents=True)
+    (tmp_path / "half/control_images").mkdir(parents=True)
     (tmp_path / "linked").mkdir()
     for name in ("training_images", "control_images"):
         (tmp_path / "linked" / name).symlink_to(tmp_path / "one" / name)
@@ -339,7 +353,8 @@ def test_source_that_is_none(tmp_path: Path) -> None:
     assert [message.replace(str(tmp_path), "ROOT") for message in caught.value.messages] == [
         "ROOT/none: no such folder or manifest",
         "ROOT/data.txt: is neither a folder nor a .jsonl manifest",
-        "ROOT/half/control_images: no such folder; a data folder holds training_images/ and control_images/",
+        "ROOT/half/training_images: no such folder; a data folder holds training_images/ and, for edits, "
+        "control_images/",
         "ROOT/empty/training_images: holds no picture (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)",
         "ROOT/linked/training_images: is a link out of its data folder; set data.follow_symlinks=true",
         "ROOT/linked/control_images: is a link out of its data folder; set data.follow_symlinks=true",
@@ -398,7 +413,11 @@ def test_manifest_rows_in_their_order(tmp_path: Path) -> None:
         pytest.param(b"x" * (2**22 + 10), "the line is over 4194304 bytes long", id="long_line"),
         pytest.param(b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice", id="duplicate_key"),
         pytest.param(GOOD | {"path_target": None}, "has no 'path_target'", id="no_target"),
-        pytest.param({"path_target": "pictures/t.png", "prompt": "x"}, "has no 'path_control'", id="no_control"),
+        pytest.param(
+            {"path_target": "pictures/t.png", "path_control_1": "pictures/c1.png", "prompt": "x"},
+            "has no 'path_control'",
+            id="no_first_control",
+        ),
         pytest.param(GOOD | {"path_target": 3}, "'path_target' is not a path", id="number"),
         pytest.param(GOOD | {"path_target": " "}, "'path_target' is not a path", id="blank"),
         pytest.param(

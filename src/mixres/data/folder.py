@@ -4,8 +4,9 @@ Promise: each target is paired with its own files or is named with every reason 
 caption that belongs to no target; the order is that of the names. Cost: one listing of the folders, one read a caption.
 
 Names under `training_images/` and `control_images/`, sub-folders included: control `a` first, then `a_control_1`,
-`a_control_2`, ...; mask `a_mask` beside its target. Stems are matched exactly, else in Unicode form NFC. Hidden files
-and files of `SIDE_SUFFIXES` are no part of the data set.
+`a_control_2`, ...; mask `a_mask` beside its target. Without the folder `control_images/` no example has controls.
+Stems are matched exactly, else in Unicode form NFC. Hidden files and files of `SIDE_SUFFIXES` are no part of the data
+set.
 """
 
 import os
@@ -84,11 +85,12 @@ def records_from_folder(
     """All examples under `root`, sorted by name, and all faults.
 
     Raises:
-        UserError: `training_images` or `control_images` is missing, or leads out of `root`, or holds no picture.
+        UserError: `training_images` is missing or holds no picture, or one of the two folders leads out of `root`.
     """
     _check_folders(root, follow_symlinks)
     targets = _list_files(root, TARGETS, follow_symlinks)
-    controls = _list_files(root, CONTROLS, follow_symlinks)
+    controlled = (root / CONTROLS).is_dir()
+    controls = _list_files(root, CONTROLS, follow_symlinks) if controlled else _Files()
     if not targets.images:
         raise UserError([f"{printable(root / TARGETS)}: holds no picture ({', '.join(sorted(SUFFIXES))})"])
     items, stems = _pair_masks(targets.images)
@@ -97,7 +99,7 @@ def records_from_folder(
     faults += _pair_controls(root, controls.images, items, stems)
     records = []
     for stem in sorted(items):
-        record, found = _record(root, stem, items[stem], stems, empty_caption)
+        record, found = _record(root, stem, items[stem], stems, empty_caption, controlled=controlled)
         faults += found
         if record and not found:
             records.append(record)
@@ -107,8 +109,10 @@ def records_from_folder(
 def _check_folders(root: Path, follow_symlinks: bool) -> None:
     messages = []
     for folder in (root / TARGETS, root / CONTROLS):
-        if not folder.is_dir():
-            messages.append(f"{printable(folder)}: no such folder; a data folder holds {TARGETS}/ and {CONTROLS}/")
+        if folder.name == TARGETS and not folder.is_dir():
+            messages.append(
+                f"{printable(folder)}: no such folder; a data folder holds {TARGETS}/ and, for edits, {CONTROLS}/"
+            )
         elif not follow_symlinks and not folder.resolve().is_relative_to(root.resolve()):
             messages.append(f"{printable(folder)}: is a link out of its data folder; set data.follow_symlinks=true")
     if messages:
@@ -215,11 +219,11 @@ def _orphans(folder: Path, names: Iterable[str], reason: str, stems: _Stems, ste
 
 
 def _record(
-    root: Path, stem: str, item: _Item, stems: _Stems, empty_caption: EmptyCaption
+    root: Path, stem: str, item: _Item, stems: _Stems, empty_caption: EmptyCaption, *, controlled: bool
 ) -> tuple[EditRecord | None, list[Fault]]:
     target = root / TARGETS / item.targets[0]
     shown = printable(target)
-    faults = [Fault(shown, reason) for reason in _pairing_faults(stem, item, stems)]
+    faults = [Fault(shown, reason) for reason in _pairing_faults(stem, item, stems, controlled)]
     prompt = ""
     if not item.captions:
         fault = empty_caption_fault(shown, f"has no caption file {printable(Path(stem).name)}.txt", empty_caption)
@@ -240,7 +244,7 @@ def _record(
     return EditRecord(name=name, target=target, controls=controls, prompt=prompt, mask=mask), []
 
 
-def _pairing_faults(stem: str, item: _Item, stems: _Stems) -> Iterator[str]:
+def _pairing_faults(stem: str, item: _Item, stems: _Stems, controlled: bool) -> Iterator[str]:
     twins = stems.case_twins(stem)
     if twins:
         yield f"the name differs only in case from that of '{', '.join(map(printable, twins))}'; rename one"
@@ -251,7 +255,7 @@ def _pairing_faults(stem: str, item: _Item, stems: _Stems) -> Iterator[str]:
         if len(names) > 1:
             yield f"has several {what}: {', '.join(map(printable, names))}; keep one"
     shown = printable(stem)
-    if not item.controls:
+    if controlled and not item.controls:
         yield f"has no control image {CONTROLS}/{shown}.*"
     for slot in range(max(item.controls, default=-1)):
         if slot not in item.controls:

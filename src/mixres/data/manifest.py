@@ -109,7 +109,9 @@ def _record(
 
     reasons += _key_faults(row)
     target = path_of("path_target")
-    controls = tuple(path_of(key) for key in ["path_control", *_numbered_controls(row)])
+    numbered = _numbered_controls(row)
+    has_controls = bool(numbered) or row.get("path_control") is not None  # text to image has none
+    controls = tuple(path_of(key) for key in ["path_control", *numbered]) if has_controls else ()
     mask = path_of("path_mask") if row.get("path_mask") is not None else None
     faults = [Fault(where, reason) for reason in reasons]
     prompt, fault = _prompt(row.get("prompt"), where, empty_caption)

@@ -10,7 +10,11 @@ from types import ModuleType
 from mixres.errors import UserError
 from mixres.models.pretrained import KEY, pipeline_json
 
-_FAMILIES = {"QwenImageEditPipeline": "qwen_image_edit"}
+_FAMILIES = {
+    "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image_edit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
+}
 
 
 def family_module(name: str | None, path: str, *, revision: str | None = None) -> ModuleType:

@@ -17,8 +17,12 @@ from torch import nn
 from mixres.models.families import family_module
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 
-# Bases whose shape needs no file: `QwenImageTransformer2DModel`'s defaults are that of Qwen-Image-Edit.
-STOCK_SHAPES = {"Qwen/Qwen-Image-Edit": "qwen_image_edit"}
+# Bases whose shape needs no file: `QwenImageTransformer2DModel`'s defaults are theirs.
+STOCK_SHAPES = {
+    "Qwen/Qwen-Image": "qwen_image",
+    "Qwen/Qwen-Image-Edit": "qwen_image_edit",
+    "Qwen/Qwen-Image-Edit-2509": "qwen_image_edit_plus",
+}
 _PIXELS_PER_TOKEN = 16
 _FLOW_SHIFT = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
 

@@ -1,9 +1,10 @@
-"""A `QwenImageEditPipeline` of the real architecture, small enough for a CPU: every part is the stock class.
+"""A random Qwen-Image pipeline of the real architecture, small enough for a CPU: every part is the stock class.
 
 Promise: one seed, one pipeline; on disk it is an ordinary diffusers folder that the stock pipeline loads. A random one
 edits nothing. Cost: about a second and 2 MB; a 128 x 128 picture is 64 tokens.
 """
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
     QwenImageTransformer2DModel,
@@ -38,16 +40,30 @@ _SPECIAL_TOKENS = (
 )
 
 
-def write_tiny_pipeline(folder: Path, prompts: Sequence[str], seed: int = 0) -> None:
+def write_tiny_pipeline(
+    folder: Path,
+    prompts: Sequence[str],
+    seed: int = 0,
+    *,
+    pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
+    zero_cond_t: bool = False,
+) -> None:
     """Writes a random pipeline to `folder`; words of `prompts` become one token each, others fall back to bytes.
 
-    The global random state is left as it was.
+    `zero_cond_t` is as in Qwen-Image-Edit-2511. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = tiny_tokenizer(prompts)
-        vae, text_encoder, transformer = _vae(), tiny_text_encoder(tokenizer), _transformer()
-    save_pipeline(folder, tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer)
+        tokenizer = tiny_tokenizer(prompts, pipeline_class)
+        vae, text_encoder, transformer = _vae(), tiny_text_encoder(tokenizer), _transformer(zero_cond_t)
+    save_pipeline(
+        folder,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        pipeline_class=pipeline_class,
+    )
 
 
 def save_pipeline(
@@ -57,18 +73,17 @@ def save_pipeline(
     text_encoder: Qwen2_5_VLForConditionalGeneration,
     vae: AutoencoderKLQwenImage,
     transformer: QwenImageTransformer2DModel,
+    pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
 ) -> None:
-    """Writes the four parts, a processor and a scheduler as a stock pipeline, in the parts' own dtype."""
-    pipeline = QwenImageEditPipeline(
-        scheduler=_scheduler(),
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        processor=QwenImageTextProcessor(
-            Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS), tokenizer
-        ),
-        transformer=transformer,
-    )
+    """Writes the four parts, a scheduler and, where it sees pictures, a processor as a stock pipeline.
+
+    Each part keeps its own dtype.
+    """
+    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer}
+    if _sees_pictures(pipeline_class):
+        image_processor = Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS)
+        parts["processor"] = QwenImageTextProcessor(image_processor, tokenizer)
+    pipeline = pipeline_class(scheduler=_scheduler(), **parts)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -76,18 +91,25 @@ def save_pipeline(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    _name_stock_processor(folder)
+    if "processor" in parts:
+        _name_stock_processor(folder)
 
 
-def tiny_tokenizer(prompts: Sequence[str]) -> Qwen2Tokenizer:
+def _sees_pictures(pipeline_class: type[DiffusionPipeline]) -> bool:
+    return "processor" in inspect.signature(pipeline_class.__init__).parameters
+
+
+def tiny_tokenizer(
+    prompts: Sequence[str], pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline
+) -> Qwen2Tokenizer:
     """Byte-level BPE trained until each word of template and prompts is one token.
 
-    The pipeline drops the first 64 tokens, the template's system part, so a tokenizer that cut it into bytes would
-    leave hundreds of template tokens in every prompt.
+    The pipeline drops the first tokens, the template's system part (64 where it edits), so a tokenizer that cut it into
+    bytes would leave hundreds of template tokens in every prompt.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = Qwen2Tokenizer(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
-    empty = QwenImageEditPipeline(None, None, None, None, None, None)
+    empty = pipeline_class(*[None] * (6 if _sees_pictures(pipeline_class) else 5))
     words = [empty.prompt_template_encode.format(""), *prompts]
     for token in _SPECIAL_TOKENS:
         words = [text.replace(token, "\n") for text in words]
@@ -170,7 +192,7 @@ def _latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[list[float], list[f
     return [round(x, 4) for x in latents.mean(1).tolist()], [round(x, 4) for x in latents.std(1).tolist()]
 
 
-def _transformer() -> QwenImageTransformer2DModel:
+def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=64,
@@ -180,6 +202,7 @@ def _transformer() -> QwenImageTransformer2DModel:
         num_attention_heads=4,
         joint_attention_dim=_TEXT_WIDTH,
         axes_dims_rope=(8, 12, 12),
+        zero_cond_t=zero_cond_t,
     ).eval()
     for block in transformer.transformer_blocks:
         _open(block)

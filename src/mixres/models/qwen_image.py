@@ -1,0 +1,134 @@
+"""The family Qwen-Image: text to image, no control images.
+
+Promise: what `encode` returns is what the stock `QwenImagePipeline` hands to its transformer for the same words, bit
+for bit; no prompt is cut. Cost: VAE and Qwen2.5-VL once a sample in `encode`; the stock loop in `sample_image`.
+
+Legend: T text token, D text width.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from diffusers import QwenImagePipeline
+from PIL import Image
+from torch import Tensor
+
+from mixres.batch import Sample
+from mixres.errors import UserError
+from mixres.geometry import Size
+from mixres.models import qwen_family as shared
+from mixres.models.qwen_family import (
+    STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
+)
+from mixres.models.qwen_family import (
+    flow_shift as flow_shift,
+)
+from mixres.models.qwen_family import (
+    load_transformer as load_transformer,
+)
+from mixres.models.qwen_family import (
+    pixels_per_token as pixels_per_token,
+)
+from mixres.models.qwen_family import (
+    predict_velocity as predict_velocity,
+)
+from mixres.models.qwen_family import (
+    transformer_skeleton as transformer_skeleton,
+)
+from mixres.models.qwen_family import (
+    untrained_modules as untrained_modules,
+)
+
+CONTROLS = (0, 0)  # fewest and most control images of a sample
+MOST_TEXT_TOKENS = 1024  # the pipeline cuts what is over; its call cuts at 512 unless `max_sequence_length` says more
+_ENCODERS = ("vae", "text_encoder", "tokenizer")
+
+encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
+load_encoders = partial(shared.load_encoders, QwenImagePipeline, _ENCODERS)
+load_sampling_pipeline = partial(shared.load_sampling_pipeline, QwenImagePipeline, _ENCODERS)
+
+
+def control_areas(area: int | Literal["target"], text_area: int | None) -> dict[str, int | Literal["target"]]:
+    """What `encode`, `encode_prompt` and `sample_image` are to be told of the controls' sizes: nothing.
+
+    Raises:
+        UserError: a size of controls is given.
+    """
+    given = {"area": area != STOCK_CONTROL_AREA, "text_area": text_area is not None}
+    faults = [
+        f"data.resize.control.{name}: Qwen-Image takes no control images: leave it out"
+        for name, is_given in given.items()
+        if is_given
+    ]
+    if faults:
+        raise UserError(faults)
+    return {}
+
+
+def example_fault(*, controls: int, prompt: str) -> str | None:
+    """Why this family cannot take an example with so many controls and this prompt; None where it can."""
+    if controls:
+        return f"Qwen-Image takes no control images, there are {controls}: train an edit model, or take them out"
+    return shared.prompt_fault(prompt)
+
+
+def encode(
+    pipeline: QwenImagePipeline,
+    *,
+    name: str,
+    target: Image.Image,
+    target_size: Size,
+    controls: Sequence[Image.Image],
+    prompt: str,
+    mask: Image.Image | None = None,
+) -> Sample:
+    """One training example from an RGB picture of any size, on the CPU and in the encoders' dtype.
+
+    The target is resized to `target_size` pixels. `mask` is as large as the target.
+
+    Raises:
+        UserError: there are controls, or the prompt is over `MOST_TEXT_TOKENS` or has the text encoder's own image
+            markers in it.
+    """
+    if fault := example_fault(controls=len(controls), prompt=prompt):
+        raise UserError(f"{name}: {fault}")
+    tokens = len(pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt)).input_ids)
+    if (kept := tokens - pipeline.prompt_template_encode_start_idx) > MOST_TEXT_TOKENS:
+        raise UserError(f"{name}: the prompt makes {kept} tokens, Qwen-Image reads {MOST_TEXT_TOKENS}: shorten it")
+    return shared.assembled(
+        pipeline,
+        name=name,
+        target=target,
+        target_size=target_size,
+        controls=(),
+        prompt_embeds=encode_prompt(pipeline, controls=controls, prompt=prompt),
+        mask=mask,
+    )
+
+
+def encode_prompt(pipeline: QwenImagePipeline, *, controls: Sequence[Image.Image], prompt: str) -> Tensor:
+    """`(T, D)` on the CPU: the prompt as the text encoder reads it. There are no controls."""
+    assert not controls
+    return shared.prompt_embeds(pipeline, prompt, max_sequence_length=MOST_TEXT_TOKENS)
+
+
+def sample_image(
+    pipeline: QwenImagePipeline,
+    *,
+    controls: Sequence[Image.Image],
+    prompt_embeds: Tensor,
+    size: Size,
+    steps: int,
+    seed: int,
+) -> Image.Image:
+    """One picture of `size` pixels, see `denoise`; there are no controls, `prompt_embeds` are `(T, D)`."""
+    assert not controls
+    return shared.denoise(
+        pipeline,
+        prompt_embeds=prompt_embeds,
+        size=size,
+        steps=steps,
+        seed=seed,
+        max_sequence_length=MOST_TEXT_TOKENS,
+    )

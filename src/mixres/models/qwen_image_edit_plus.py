@@ -1,0 +1,161 @@
+"""The family Qwen-Image-Edit-Plus (2509, 2511): one to three control images a sample, each at its own aspect.
+
+Promise: what `encode` returns is what the stock `QwenImageEditPlusPipeline` hands to its transformer for the same
+pictures and words, bit for bit. A base with `zero_cond_t` (2511) needs nothing here: its transformer gives control
+tokens the modulation of t = 0. Cost: VAE once a picture, Qwen2.5-VL once a sample; the stock loop in `sample_image`.
+
+Legend: T text token, D text width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from PIL import Image
+from torch import Tensor
+
+from mixres.batch import Sample
+from mixres.errors import UserError
+from mixres.geometry import Size, control_size
+from mixres.models import qwen_family as shared
+from mixres.models.qwen_family import (
+    STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
+)
+from mixres.models.qwen_family import (
+    flow_shift as flow_shift,
+)
+from mixres.models.qwen_family import (
+    load_transformer as load_transformer,
+)
+from mixres.models.qwen_family import (
+    pixels_per_token as pixels_per_token,
+)
+from mixres.models.qwen_family import (
+    predict_velocity as predict_velocity,
+)
+from mixres.models.qwen_family import (
+    transformer_skeleton as transformer_skeleton,
+)
+from mixres.models.qwen_family import (
+    untrained_modules as untrained_modules,
+)
+
+CONTROLS = (1, 3)  # fewest and most control images of a sample; the model's authors name three as the most
+STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
+_ENCODERS = ("vae", "text_encoder", "tokenizer", "processor")
+_MULTIPLE_OF = 32
+
+encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
+load_encoders = partial(shared.load_encoders, QwenImageEditPlusPipeline, _ENCODERS)
+load_sampling_pipeline = partial(shared.load_sampling_pipeline, QwenImageEditPlusPipeline, _ENCODERS)
+
+
+def control_areas(area: int | Literal["target"], text_area: int | None) -> dict[str, int | Literal["target"]]:
+    """What `encode`, `encode_prompt` and `sample_image` are to be told of the controls' sizes, by keyword."""
+    return {"control_area": area, "text_area": STOCK_TEXT_AREA if text_area is None else text_area}
+
+
+def example_fault(*, controls: int, prompt: str) -> str | None:
+    """Why this family cannot take an example with so many controls and this prompt; None where it can."""
+    fewest, most = CONTROLS
+    if not fewest <= controls <= most:
+        return f"Qwen-Image-Edit-Plus takes {fewest} to {most} control images, there are {controls}"
+    return shared.prompt_fault(prompt)
+
+
+def encode(
+    pipeline: QwenImageEditPlusPipeline,
+    *,
+    name: str,
+    target: Image.Image,
+    target_size: Size,
+    controls: Sequence[Image.Image],
+    prompt: str,
+    mask: Image.Image | None = None,
+    control_area: int = STOCK_CONTROL_AREA,
+    text_area: int = STOCK_TEXT_AREA,
+) -> Sample:
+    """One training example from RGB pictures of any size, on the CPU and in the encoders' dtype.
+
+    The target is resized to `target_size` pixels; each control at its own aspect to `control_area` pixels for the VAE
+    and to `text_area` for the text encoder. `mask` is as large as the target.
+
+    Raises:
+        UserError: too few or too many controls, or a prompt with the text encoder's own image markers in it.
+    """
+    if fault := example_fault(controls=len(controls), prompt=prompt):
+        raise UserError(f"{name}: {fault}")
+    return shared.assembled(
+        pipeline,
+        name=name,
+        target=target,
+        target_size=target_size,
+        controls=[(control, _size(control, control_area)) for control in controls],
+        prompt_embeds=encode_prompt(pipeline, controls=controls, prompt=prompt, text_area=text_area),
+        mask=mask,
+    )
+
+
+def encode_prompt(
+    pipeline: QwenImageEditPlusPipeline,
+    *,
+    controls: Sequence[Image.Image],
+    prompt: str,
+    control_area: int = STOCK_CONTROL_AREA,
+    text_area: int = STOCK_TEXT_AREA,
+) -> Tensor:
+    """`(T, D)` on the CPU: the prompt as the text encoder reads it behind "Picture 1: ...", "Picture 2: ..." and so on.
+
+    Does not depend on `control_area`.
+    """
+    sizes = [_size(control, text_area) for control in controls]
+    pictures = [
+        pipeline.image_processor.resize(control, size.height, size.width)
+        for control, size in zip(controls, sizes, strict=True)
+    ]
+    return shared.prompt_embeds(pipeline, prompt, image=pictures)
+
+
+def _size(control: Image.Image, area: int) -> Size:
+    return control_size(Size(*control.size), area=area, multiple_of=_MULTIPLE_OF)
+
+
+def sample_image(
+    pipeline: QwenImageEditPlusPipeline,
+    *,
+    controls: Sequence[Image.Image],
+    prompt_embeds: Tensor,
+    size: Size,
+    steps: int,
+    seed: int,
+    control_area: int = STOCK_CONTROL_AREA,
+    text_area: int = STOCK_TEXT_AREA,
+) -> Image.Image:
+    """One picture of `size` pixels, see `denoise`; `prompt_embeds` `(T, D)` are of these very controls."""
+    with control_areas_set(control_area=control_area, text_area=text_area):
+        return shared.denoise(
+            pipeline, prompt_embeds=prompt_embeds, size=size, steps=steps, seed=seed, image=list(controls)
+        )
+
+
+@contextmanager
+def control_areas_set(*, control_area: int, text_area: int) -> Iterator[None]:
+    """Within it every stock Edit-Plus pipeline resizes its controls to these areas, no side under 32 pixels."""
+    module = pipeline_qwenimage_edit_plus
+    names = ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE", "calculate_dimensions")
+    before = {name: getattr(module, name) for name in names}
+
+    def calculate_dimensions(target_area: int, ratio: float) -> tuple[int, int]:
+        width, height = before["calculate_dimensions"](target_area, ratio)
+        return max(width, _MULTIPLE_OF), max(height, _MULTIPLE_OF)
+
+    try:
+        for name, value in zip(names, (control_area, text_area, calculate_dimensions), strict=True):
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)

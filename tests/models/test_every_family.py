@@ -1,0 +1,279 @@
+"""Every family against its stock pipeline: the same tensors, the same velocity, the same picture; a batch and alone.
+
+A family comes into these tests by its row in `family_cases.CASES`.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline
+from PIL import Image
+from skimage import data
+from torch import nn
+
+from family_cases import CASES, INTERFACE, PROMPTS, FamilyCase
+from mixres.batch import Batch, Sample
+from mixres.config import ATTENTION
+from mixres.data.collate import collate
+from mixres.geometry import Size, token_count
+from mixres.models import qwen_image_edit
+from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+
+TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
+CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))
+FLOAT32 = torch.float32
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def photograph(size: Size, turned: int = 0) -> Image.Image:
+    return Image.fromarray(data.astronaut()).rotate(90 * turned).resize(size, Image.Resampling.LANCZOS)
+
+
+def pictures(count: int, first: int = 0) -> list[Image.Image]:
+    """So many controls, each of another size; `first` says which size comes first."""
+    return [photograph(CONTROLS[(first + k) % 3], k) for k in range(count)]
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> FamilyCase:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(case: FamilyCase, base_of: Callable[[FamilyCase], Path]) -> Path:
+    return base_of(case)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def encoders(case: FamilyCase, base: Path, dtype: torch.dtype) -> Any:
+    return case.module.load_encoders(str(base), dtype=dtype, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stock(case: FamilyCase, base: Path, dtype: torch.dtype) -> Any:
+    return case.load_stock(base, dtype)
+
+
+def encode(
+    case: FamilyCase,
+    encoders: Any,
+    controls: list[Image.Image],
+    prompt: str,
+    size: Size = TARGETS[1],
+    areas: Any = None,
+) -> Sample:
+    areas = case.areas if areas is None else areas
+    return case.module.encode(
+        encoders, name="a", target=photograph(Size(170, 90), 2), target_size=size, controls=controls, prompt=prompt,
+        **areas,
+    )  # fmt: skip
+
+
+class _CapturedError(Exception):
+    """Ends the stock pipeline once its transformer has been called."""
+
+
+def transformer_arguments(
+    case: FamilyCase, pipeline: Any, areas: dict[str, int], controls: list[Image.Image], **call: Any
+) -> dict[str, Any]:
+    """What the stock pipeline hands to its transformer at step 0."""
+    captured: dict[str, Any] = {}
+
+    def keep(_module: torch.nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.update(kwargs)
+        raise _CapturedError
+
+    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    images = case.call(controls)
+    try:
+        with case.stock_areas(areas), pytest.raises(_CapturedError):
+            pipeline(
+                **images, num_inference_steps=2, true_cfg_scale=1.0, generator=torch.Generator().manual_seed(0), **call
+            )
+    finally:
+        handle.remove()
+    return captured
+
+
+def test_the_interface_is_the_same_for_all(case: FamilyCase) -> None:
+    """The parameters of Qwen-Image-Edit's functions, but that those that see controls take the family's own areas."""
+    fewest, most = case.module.CONTROLS
+    assert 0 <= fewest <= min(case.controls) and max(case.controls) <= most
+    stated = case.module.control_areas(1024 * 1024, None)
+    assert stated.keys() == case.areas.keys()
+    assert list(inspect.signature(case.module.control_areas).parameters) == ["area", "text_area"]
+    for name in set(INTERFACE) - {"control_areas"}:
+        own = set(inspect.signature(getattr(case.module, name)).parameters)
+        theirs = set(inspect.signature(getattr(qwen_image_edit, name)).parameters) - {"control_area"}
+        assert own - stated.keys() == theirs, name
+        sees_controls = name in ("encode", "encode_prompt", "sample_image")
+        assert own & {"control_area", "text_area"} == (stated.keys() if sees_controls else set()), name
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, "a word {that} was never seen: zebra", ""])
+def test_a_sample_is_what_the_stock_transformer_is_handed(
+    case: FamilyCase, encoders: Any, stock: Any, prompt: str
+) -> None:
+    larger = {name: 2 * area for name, area in case.areas.items()}
+    for count in sorted(set(case.controls)):
+        for first, (areas, size) in enumerate(((case.areas, TARGETS[1]), (larger, TARGETS[2]))):
+            controls = pictures(count, first)
+            sample = encode(case, encoders, controls, prompt, size, areas)
+            width, height = size
+            seen = transformer_arguments(case, stock, areas, controls, prompt=prompt, width=width, height=height)
+            assert seen["encoder_hidden_states_mask"] is None
+            assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
+            assert [list(sample.img_shapes)] == seen["img_shapes"]
+            assert len(sample.control_latents) == count
+            behind = seen["hidden_states"][0, sample.img_shapes[0].tokens :]
+            assert torch.equal(torch.cat([*sample.control_latents, behind[:0]]), behind)
+
+
+def test_prompts_depend_on_what_the_text_encoder_sees(case: FamilyCase, encoders: Any) -> None:
+    def prompt_of(count: int, **areas: int) -> torch.Tensor:
+        areas = {**case.areas, **areas}
+        return case.module.encode_prompt(encoders, controls=pictures(count), prompt=PROMPTS[0], **areas)
+
+    most = max(case.controls)
+    reference = prompt_of(most)
+    assert torch.equal(reference, encode(case, encoders, pictures(most), PROMPTS[0]).prompt_embeds)
+    if "text_area" in case.areas:
+        assert torch.equal(reference, prompt_of(most, control_area=4096)), "the VAE's size is none of its business"
+        assert not torch.equal(reference, prompt_of(most, text_area=4096))
+    elif most:
+        assert not torch.equal(reference, prompt_of(most, control_area=4096))
+    if len(set(case.controls)) > 1:
+        assert len(prompt_of(1)) < len(prompt_of(2)) < len(reference)
+
+
+def test_target_latents_are_those_of_the_stock_pipelines(case: FamilyCase, encoders: Any, stock: Any) -> None:
+    """The text-to-image pipeline has no encoding of its own: the edit pipeline's, on the same VAE."""
+    pipeline = QwenImageEditPipeline(None, stock.vae, None, None, None, None)
+    for size in TARGETS:
+        sample = encode(case, encoders, pictures(case.controls[0]), PROMPTS[0], size)
+        pixels = pipeline.image_processor.preprocess(photograph(Size(170, 90), 2), size.height, size.width)
+        with torch.no_grad():
+            latents = pipeline._encode_vae_image(pixels.unsqueeze(2).to(stock.vae.dtype), generator=None)
+        assert torch.equal(sample.target_latents, pipeline._pack_latents(latents, 1, 16, *latents.shape[3:])[0])
+        assert sample.target_latents.dtype == stock.vae.dtype
+
+
+def test_encoders_are_frozen_and_alone(encoders: Any) -> None:
+    assert encoders.transformer is None
+    for encoder in (encoders.vae, encoders.text_encoder):
+        assert not encoder.training
+        assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_a_predicted_velocity_is_that_of_the_stock_call(
+    case: FamilyCase, base: Path, encoders: Any, stock: Any
+) -> None:
+    """At step 0 the stock pipeline's sigma is 1; the transformer here is the patched one."""
+    controls = pictures(max(case.controls))
+    sample = encode(case, encoders, controls, PROMPTS[0], Size(64, 48))
+    seen = transformer_arguments(case, stock, case.areas, controls, prompt=PROMPTS[0], width=64, height=48)
+    transformer = case.module.load_transformer(str(base), dtype=stock.vae.dtype, device="cpu")
+    assert transformer.zero_cond_t is case.zero_cond_t
+    with torch.no_grad():
+        expected = stock.transformer(**seen)[0]
+        velocity = case.module.predict_velocity(
+            transformer, batch_of([sample], "padded"), seen["hidden_states"].float(), torch.ones(1)
+        )
+    assert velocity.dtype == stock.vae.dtype
+    assert (velocity - expected).norm() <= 1e-6 * expected.norm()
+
+
+def largest_difference(image: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+def test_a_picture_from_cached_embeddings_is_the_stock_picture(case: FamilyCase, base: Path) -> None:
+    encoders, stock = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu"), case.load_stock(base, FLOAT32)
+    transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
+    sampling = case.module.load_sampling_pipeline(str(base), transformer=transformer, dtype=FLOAT32, device="cpu")
+    assert sampling.text_encoder is None and sampling.tokenizer is None
+    size = Size(64, 48)
+    for count in sorted(set(case.controls)):
+        embeds = encode(case, encoders, pictures(count), PROMPTS[0]).prompt_embeds
+        call = {"controls": pictures(count), "prompt_embeds": embeds, "size": size, "steps": 3, "seed": 7, **case.areas}
+        image = case.module.sample_image(sampling, **call)
+        with case.stock_areas(case.areas):
+            expected = stock(
+                **case.call(pictures(count)), prompt=PROMPTS[0], true_cfg_scale=1.0, width=size.width,
+                height=size.height, num_inference_steps=3, generator=torch.Generator().manual_seed(7),
+            ).images[0]  # fmt: skip
+        assert image.size == tuple(size)
+        assert largest_difference(image, expected) <= 1
+        # The bound means something: another prompt, seed, control or area is a picture farther away.
+        changes: list[dict[str, Any]] = [{"prompt_embeds": -embeds}, {"seed": 8}]
+        if count:
+            changes += [{"controls": [*pictures(count)[:-1], photograph(CONTROLS[0], 3)]}, {"control_area": 64 * 64}]
+        for change in changes:
+            assert largest_difference(case.module.sample_image(sampling, **(call | change)), expected) > 2, change
+
+
+# --- A batch and alone ---------------------------------------------------------------------------------------------
+
+
+def batch_of(samples: list[Sample], layout: Any) -> Batch:
+    return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=layout)
+
+
+def trained_on(
+    case: FamilyCase, transformer: nn.Module, batches: list[Batch], sigmas: torch.Tensor
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None]]:
+    """Each sample's velocities at its image tokens, and the adapters' gradients of a loss over its target tokens."""
+    outputs, position = [], 0
+    for batch in batches:
+        count = len(batch.names)
+        velocity = case.module.predict_velocity(
+            transformer, batch, batch.latents, sigmas[position : position + count]
+        )  # fmt: skip
+        position += count
+        lengths = [token_count(grids) for grids in batch.img_shapes]
+        rows = velocity[:, 0].split(lengths) if batch.layout == "packed" else list(velocity)
+        outputs += [row[:length].detach() for row, length in zip(rows, lengths, strict=True)]
+        valid = velocity.flatten(0, 1)[batch.target_index].split(batch.target_lengths)
+        torch.stack([tokens.square().mean() for tokens in valid]).sum().backward()
+    trained = trainable_parameters(transformer)
+    gradients = {name: p.grad for name, p in trained.items()}
+    for parameter in trained.values():
+        parameter.grad = None
+    return outputs, gradients
+
+
+def test_a_batch_of_all_control_counts_is_its_samples_alone(case: FamilyCase, base: Path) -> None:
+    encoders = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu")
+    samples = [
+        encode(case, encoders, pictures(count), prompt, size)
+        for count, prompt, size in zip(case.controls, PROMPTS, TARGETS, strict=True)
+    ]
+    assert [len(s.control_latents) for s in samples] == list(case.controls)
+    transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
+    add_lora(
+        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=ATTENTION, seed=0,
+        untrained=case.module.untrained_modules(transformer),
+    )  # fmt: skip
+    fill_adapters(trainable_parameters(transformer), seed=1)
+    sigmas = torch.tensor([0.9, 0.2, 0.5])
+    alone, reference = trained_on(case, transformer, [batch_of([s], "padded") for s in samples], sigmas)
+    total = torch.cat([g.flatten() for g in reference.values() if g is not None]).norm()
+    for layout in ("padded", "packed"):
+        outputs, gradients = trained_on(case, transformer, [batch_of(samples, layout)], sigmas)
+        for got, expected in zip(outputs, alone, strict=True):
+            assert (got - expected).norm() <= 1e-6 * expected.norm()
+        for name, expected_gradient in reference.items():
+            gradient = gradients[name]
+            assert gradient is not None and expected_gradient is not None
+            floor = max(float(expected_gradient.norm()), 1e-6 * float(total))
+            assert (gradient - expected_gradient).norm() <= 1e-5 * floor, (layout, name)

@@ -1,0 +1,55 @@
+"""What is Qwen-Image's own: no controls, prompts that are never cut; `test_every_family.py` holds the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from family_cases import CASES
+from mixres.errors import UserError
+from mixres.geometry import Size
+from mixres.models import qwen_image as family
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SQUARE = Size(64, 64)
+
+
+@pytest.fixture(scope="module")
+def encoders(base_of: Callable[[Any], Path]) -> Any:
+    return family.load_encoders(str(base_of(CASES["qwen_image"])), dtype=torch.float32, device="cpu")
+
+
+def encode(encoders: Any, controls: int, prompt: str) -> torch.Tensor:
+    image = Image.new("RGB", SQUARE)
+    return family.encode(
+        encoders, name="b.png", target=image, target_size=SQUARE, controls=[image] * controls, prompt=prompt
+    ).prompt_embeds
+
+
+def test_a_long_prompt_is_whole_or_refused(encoders: Any) -> None:
+    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always."""
+    embeds = encode(encoders, 0, "z" * 700)
+    assert 700 <= len(embeds) <= 710
+    stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
+    assert mask is None
+    assert torch.equal(embeds, stock[0])
+    with pytest.raises(UserError, match=r"^b.png: the prompt makes 12\d\d tokens, Qwen-Image reads 1024: shorten it$"):
+        encode(encoders, 0, "z" * 1200)
+
+
+def test_controls_are_refused_by_name(encoders: Any) -> None:
+    with pytest.raises(UserError, match=r"^b.png: Qwen-Image takes no control images, there are 1"):
+        encode(encoders, 1, "x")
+
+
+def test_sizes_of_controls_are_refused() -> None:
+    assert family.control_areas(1024 * 1024, None) == {}
+    with pytest.raises(UserError) as caught:
+        family.control_areas(4096, 2048)
+    assert [message.partition(":")[0] for message in caught.value.messages] == [
+        "data.resize.control.area",
+        "data.resize.control.text_area",
+    ]

@@ -1,0 +1,192 @@
+"""Every family through the real command line: trained, stopped half-way, resumed; its LoRA in a process without mixres.
+
+A family comes into these tests by its row in `family_cases.CASES`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from family_cases import CASES, FamilyCase
+from mixres.config import Config, load_config
+from mixres.precompute import encode_all
+from mixres.sampling import HeldOutSampler
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS = 6
+LORA = "pytorch_lora_weights.safetensors"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one family on pairs with as many controls as it takes, all with one cache."""
+
+    case: FamilyCase
+    file: Path
+    base: Path
+    pairs: Path
+    root: Path
+
+    def words(self, name: str, *overrides: str) -> list[str]:
+        return [
+            f"model.pretrained_model_name_or_path={self.base}", f"data.train={self.pairs / 'train'}",
+            f"data.held_out={self.pairs / 'held_out'}", *self.case.overrides(),
+            f"cache.cache_dir={self.root / 'cache'}", f"logging.output_dir={self.root / name}",
+            "optimizer.init_args.lr=2e-2", f"train.max_train_steps={STEPS}", "checkpoint.every=2",
+            "sample.every=4", *overrides,
+        ]  # fmt: skip
+
+    def config(self, name: str) -> Config:
+        return load_config(self.file, self.words(name))
+
+    def __call__(self, name: str, *overrides: str) -> Path:
+        done = process([sys.executable, "train.py", "--config", str(self.file), *self.words(name, *overrides)])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return self.root / name
+
+
+def process(command: list[str], text: str | None = None) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, input=text, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def runs(
+    request: pytest.FixtureRequest,
+    small_run: Path,
+    base_of: Callable[[FamilyCase], Path],
+    pairs_of: Callable[[FamilyCase], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:
+    case = request.param
+    return Runs(case, small_run, base_of(case), pairs_of(case), tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs: Runs) -> Path:
+    return runs("unbroken")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines without what a clock put in."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_run_of_all_control_counts_leaves_what_is_promised(runs: Runs, unbroken: Path) -> None:
+    assert [line["step"] for line in metrics(unbroken)] == list(range(1, STEPS + 1))
+    assert sorted(path.name for path in (unbroken / "samples").iterdir()) == ["step-00000004.png", "step-00000006.png"]
+    with Image.open(unbroken / "samples" / "step-00000006.png") as sheet:
+        columns = max(runs.case.controls) + 2
+        assert sheet.width == 12 + columns * (224 + 12), "each control has a column"
+    with safe_open(unbroken / LORA, "pt") as file:
+        recipe = json.loads(file.metadata()["mixres"])
+    assert (recipe["family"], recipe["base"]) == (runs.case.family, str(runs.base))
+    assert {name: recipe[name] for name in ("control_area", "text_area") if name in recipe} == runs.case.areas
+
+
+def test_a_resumed_run_is_an_unbroken_one(runs: Runs, unbroken: Path) -> None:
+    runs("halves", "train.max_train_steps=4")
+    folder = runs("halves")
+    assert metrics(folder) == metrics(unbroken)
+    last = f"step-{STEPS:08d}"
+    for name in (LORA, f"samples/{last}.png", f"checkpoints/{last}/trainable.safetensors"):
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+STOCK_PROCESS = """
+import json, os, sys
+sys.modules["mixres"] = None  # any import of it fails
+import diffusers, torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
+from PIL import Image
+from safetensors import safe_open
+from transformers import Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+class Processor(ProcessorMixin):  # the stock one needs torchvision for its video half
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        self.image_token = "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        return self.image_token * int(image_inputs["image_grid_thw"][image_idx].prod() // 4)
+
+base, lora, out = sys.argv[1:4]
+with safe_open(f"{lora}/pytorch_lora_weights.safetensors", "pt") as file:
+    recipe = json.loads(file.metadata()["mixres"])
+if "text_area" in recipe:
+    plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE = recipe["control_area"], recipe["text_area"]
+elif "control_area" in recipe:
+    stock = edit.calculate_dimensions
+    edit.calculate_dimensions = lambda area, ratio: stock(recipe["control_area"], ratio)
+parts = {}
+if os.path.isdir(f"{base}/processor"):
+    parts["processor"] = Processor(
+        Qwen2VLImageProcessorPil.from_pretrained(f"{base}/processor"),
+        Qwen2Tokenizer.from_pretrained(f"{base}/processor"),
+    )
+with open(f"{base}/model_index.json") as file:
+    pipeline = getattr(diffusers, json.load(file)["_class_name"]).from_pretrained(base, **parts)
+cases = json.load(sys.stdin)
+
+def save_all(part):
+    for number, case in enumerate(cases):
+        pictures = [Image.open(path).convert("RGB") for path in case["controls"]]
+        call = {"image": pictures if "text_area" in recipe else pictures[0]} if pictures else {}
+        picture = pipeline(
+            **call, prompt=case["prompt"], true_cfg_scale=1.0, width=case["width"], height=case["height"],
+            num_inference_steps=case["steps"], generator=torch.Generator().manual_seed(case["seed"]),
+        ).images[0]
+        picture.save(f"{out}/{number}-{part}.png")
+
+save_all("without")
+pipeline.load_lora_weights(lora)
+save_all("with")
+"""
+
+
+def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
+    runs: Runs, unbroken: Path, tmp_path: Path
+) -> None:
+    config, family = runs.config("unbroken"), runs.case.module
+    transformer = family.load_transformer(str(runs.base), dtype=torch.float32, device="cpu")
+    sampler = HeldOutSampler(config, family, transformer, encode_all(config, family, device=torch.device("cpu")))
+    sampler.pipeline.load_lora_weights(unbroken)
+    cases = [
+        {
+            "controls": [str(path) for path in item.record.controls],
+            "prompt": item.record.prompt,
+            "width": item.target_size.width,
+            "height": item.target_size.height,
+            "steps": config.sample.steps,
+            "seed": config.train.seed,
+        }
+        for item in sampler.items
+    ]
+    done = process(
+        [sys.executable, "-c", STOCK_PROCESS, str(runs.base), str(unbroken), str(tmp_path)], json.dumps(cases)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, item in enumerate(sampler.items):
+        with_lora, without = (
+            np.asarray(Image.open(tmp_path / f"{number}-{part}.png")).astype(int) for part in ("with", "without")
+        )
+        assert np.abs(with_lora - np.asarray(sampler.predict(item)).astype(int)).max() <= 1
+        assert np.abs(with_lora - without).max() > 8, "the LoRA changes the picture"
