@@ -1,60 +1,80 @@
-"""The stock pipeline with a LoRA file of mixres, in a process without mixres: BASE LORA OUT, cases as JSON on stdin."""
+"""Pictures of a LoRA through its base's stock pipeline, in a process that cannot import mixres.
 
-import functools
+`python stock_process.py BASE FOLDER_OF_THE_LORA OUT` reads calls as JSON from its input and writes each picture
+without the LoRA and with it.
+"""
+
 import json
 import sys
+from pathlib import Path
 
-sys.modules["mixres"] = None  # any import of it fails
-
+import diffusers
 import torch
-from diffusers import QwenImageEditPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from safetensors import safe_open
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+assert "mixres" not in sys.modules
+sys.modules["mixres"] = None  # type: ignore[assignment] # any import of it fails from here on
 
-class Processor(ProcessorMixin):  # the stock one needs torchvision for its video half
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+
+class Processor(ProcessorMixin):
+    """The stock one needs torchvision for its video half."""
+
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs) -> None:
         self.image_token = "<|image_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+    def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
         return self.image_token * int(image_inputs["image_grid_thw"][image_idx].prod() // 4)
 
 
-base, lora, out = sys.argv[1:4]
-with safe_open(f"{lora}/pytorch_lora_weights.safetensors", "pt") as file:
+base, lora, out = map(Path, sys.argv[1:4])
+with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as file:
     recipe = json.loads(file.metadata()["mixres"])
-stock = pipeline_qwenimage_edit.calculate_dimensions
-processor = Processor(
-    Qwen2VLImageProcessorPil.from_pretrained(f"{base}/processor"), Qwen2Tokenizer.from_pretrained(f"{base}/processor")
-)
-pipeline = QwenImageEditPipeline.from_pretrained(base, processor=processor, dtype=torch.float32)
-cases = json.load(sys.stdin)
+parts = {}
+if (base / "processor").is_dir():
+    folder = base / "processor"
+    parts["processor"] = Processor(
+        Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
+    )
+pipeline_class = getattr(diffusers, json.loads((base / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+pipeline = pipeline_class.from_pretrained(base, **parts, dtype=torch.float32)
+calls = json.load(sys.stdin)
 
 
-def control_dimensions(area, _, ratio):
-    return stock(area, ratio)
+stock_dimensions = edit.calculate_dimensions
 
 
-def save_all(part):
-    for number, case in enumerate(cases):
-        area = case["width"] * case["height"] if recipe["control_area"] == "target" else recipe["control_area"]
-        pipeline_qwenimage_edit.calculate_dimensions = functools.partial(control_dimensions, area)
-        picture = pipeline(
-            image=Image.open(case["control"]).convert("RGB"),
-            prompt=case["prompt"],
+def set_control_areas(target_area: int) -> None:
+    """The sizes that the LoRA was trained with; the text-to-image pipeline has none."""
+    area = recipe.get("control_area")
+    area = target_area if area == "target" else area
+    if "text_area" in recipe:
+        plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE = area, recipe["text_area"]
+    elif area:
+        edit.calculate_dimensions = lambda _, ratio: stock_dimensions(area, ratio)
+
+
+def save_all(part: str) -> None:
+    for number, call in enumerate(calls):
+        set_control_areas(call["width"] * call["height"])
+        pictures = [Image.open(path).convert("RGB") for path in call["controls"]]
+        images = {"image": pictures if "text_area" in recipe else pictures[0]} if pictures else {}
+        pipeline(
+            **images,
+            prompt=call["prompt"],
             true_cfg_scale=1.0,
-            width=case["width"],
-            height=case["height"],
-            num_inference_steps=case["steps"],
-            generator=torch.Generator().manual_seed(case["seed"]),
-        ).images[0]
-        picture.save(f"{out}/{number}-{part}.png")
+            width=call["width"],
+            height=call["height"],
+            num_inference_steps=call["steps"],
+            generator=torch.Generator().manual_seed(call["seed"]),
+        ).images[0].save(out / f"{number}-{part}.png")
 
 
 save_all("without")

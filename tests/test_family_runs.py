@@ -24,6 +24,7 @@ from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
 
 REPOSITORY = Path(__file__).parents[1]
+STOCK_PROCESS = Path(__file__).with_name("stock_process.py")
 STEPS = 6
 LORA = "pytorch_lora_weights.safetensors"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -108,60 +109,6 @@ def test_a_resumed_run_is_an_unbroken_one(runs: Runs, unbroken: Path) -> None:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
-STOCK_PROCESS = """
-import json, os, sys
-sys.modules["mixres"] = None  # any import of it fails
-import diffusers, torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
-from PIL import Image
-from safetensors import safe_open
-from transformers import Qwen2Tokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
-
-class Processor(ProcessorMixin):  # the stock one needs torchvision for its video half
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        self.image_token = "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        super().__init__(image_processor, tokenizer, **kwargs)
-
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
-        return self.image_token * int(image_inputs["image_grid_thw"][image_idx].prod() // 4)
-
-base, lora, out = sys.argv[1:4]
-with safe_open(f"{lora}/pytorch_lora_weights.safetensors", "pt") as file:
-    recipe = json.loads(file.metadata()["mixres"])
-if "text_area" in recipe:
-    plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE = recipe["control_area"], recipe["text_area"]
-elif "control_area" in recipe:
-    stock = edit.calculate_dimensions
-    edit.calculate_dimensions = lambda area, ratio: stock(recipe["control_area"], ratio)
-parts = {}
-if os.path.isdir(f"{base}/processor"):
-    parts["processor"] = Processor(
-        Qwen2VLImageProcessorPil.from_pretrained(f"{base}/processor"),
-        Qwen2Tokenizer.from_pretrained(f"{base}/processor"),
-    )
-with open(f"{base}/model_index.json") as file:
-    pipeline = getattr(diffusers, json.load(file)["_class_name"]).from_pretrained(base, **parts)
-cases = json.load(sys.stdin)
-
-def save_all(part):
-    for number, case in enumerate(cases):
-        pictures = [Image.open(path).convert("RGB") for path in case["controls"]]
-        call = {"image": pictures if "text_area" in recipe else pictures[0]} if pictures else {}
-        picture = pipeline(
-            **call, prompt=case["prompt"], true_cfg_scale=1.0, width=case["width"], height=case["height"],
-            num_inference_steps=case["steps"], generator=torch.Generator().manual_seed(case["seed"]),
-        ).images[0]
-        picture.save(f"{out}/{number}-{part}.png")
-
-save_all("without")
-pipeline.load_lora_weights(lora)
-save_all("with")
-"""
-
-
 def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
     runs: Runs, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -181,7 +128,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
         for item in sampler.items
     ]
     done = process(
-        [sys.executable, "-c", STOCK_PROCESS, str(runs.base), str(unbroken), str(tmp_path)], json.dumps(cases)
+        [sys.executable, str(STOCK_PROCESS), str(runs.base), str(unbroken), str(tmp_path)], json.dumps(cases)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for number, item in enumerate(sampler.items):

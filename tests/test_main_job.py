@@ -31,6 +31,7 @@ from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 
 REPOSITORY = Path(__file__).parents[1]
+STOCK_PROCESS = Path(__file__).with_name("stock_process.py")
 BIN = Path(sys.executable).parent
 STEPS = 20
 LORA = "pytorch_lora_weights.safetensors"
@@ -158,9 +159,6 @@ def test_tensorboard_has_the_same_losses(launched: "tuple[Path, subprocess.Compl
     assert seen == {line["step"]: pytest.approx(line["loss"], rel=1e-6) for line in metrics(folder)}
 
 
-STOCK_PROCESS = str(Path(__file__).with_name("stock_process.py"))
-
-
 def own_pictures(job: Job, run: str) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """What mixres's sampler makes of the run's last checkpoint, and the calls that make the same elsewhere."""
     config = job.config(run)
@@ -175,7 +173,7 @@ def own_pictures(job: Job, run: str) -> tuple[list[dict[str, Any]], list[Image.I
     sampler = HeldOutSampler(config, family, trained.transformer, encode_all(config, family, device=accelerator.device))
     cases = [
         {
-            "control": str(item.record.controls[0]),
+            "controls": [str(path) for path in item.record.controls],
             "prompt": item.record.prompt,
             "width": item.target_size.width,
             "height": item.target_size.height,
@@ -193,7 +191,7 @@ def test_the_lora_gives_the_same_picture_in_a_process_without_mixres(
     folder, _ = launched
     cases, own = own_pictures(job, "launched")
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", STOCK_PROCESS, str(tiny_base), str(folder), str(tmp_path)],
+        [sys.executable, "-W", "error::UserWarning", str(STOCK_PROCESS), str(tiny_base), str(folder), str(tmp_path)],
         input=json.dumps(cases), capture_output=True, text=True, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

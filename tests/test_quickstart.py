@@ -167,7 +167,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
     sampler = HeldOutSampler(config, family, transformer, encoded)
     cases = [
         {
-            "control": str(item.record.controls[0]),
+            "controls": [str(path) for path in item.record.controls],
             "prompt": item.record.prompt,
             "width": item.target_size.width,
             "height": item.target_size.height,
