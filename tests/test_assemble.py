@@ -60,6 +60,10 @@ def test_what_is_wrong_with_optimizer_and_targets_is_told_together(setup: Setup)
     assert starts == expected
     check_early(setup(), family)
     check_early(setup("model.lora=null"), family)
+    with pytest.raises(UserError) as caught:
+        check_early(setup("model.lora.pretrained_weight=/nowhere", "optimizer.init_args={speed: 2}"), family)
+    starts = [message.partition(" ")[0] for message in caught.value.messages]
+    assert starts == ["optimizer.init_args.speed:", "model.lora.pretrained_weight:"]
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -124,6 +128,9 @@ def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]
         ("batch.samples_per_step=3", {"batch.samples_per_step", "data (order hash)"}),
         ("model.lora.r=8", {"model.lora"}),
         ("model.lora=null", {"model.lora"}),
+        ("model.lora.use_dora=true", {"model.lora"}),
+        ("train.ema_decay=0.9", {"train.ema_decay"}),
+        ("sample.steps=3", set()),
         ("model.dtype=bfloat16", {"model.dtype"}),
         ("optimizer.init_args.lr=1", set()),
         ("train.max_train_steps=99", set()),
@@ -166,6 +173,7 @@ def test_the_recipe_is_what_sampling_needs(setup: Setup, tiny_base: Path) -> Non
         "revision": None,
         "r": 4,
         "lora_alpha": 4.0,
+        "use_dora": False,
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
         "control_area": 4096,
         "step": 5,

@@ -26,6 +26,7 @@ from mixres.sampling import HeldOutSampler
 REPOSITORY = Path(__file__).parents[1]
 STOCK_PROCESS = Path(__file__).with_name("stock_process.py")
 STEPS = 6
+EXTRAS = {"zero_cond_t": ("model.lora.use_dora=true", "train.ema_decay=0.5", "sample.use_ema=true")}
 LORA = "pytorch_lora_weights.safetensors"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -35,6 +36,7 @@ class Runs:
     """Runs of one family on pairs with as many controls as it takes, all with one cache."""
 
     case: FamilyCase
+    extras: tuple[str, ...]
     file: Path
     base: Path
     pairs: Path
@@ -43,7 +45,7 @@ class Runs:
     def words(self, name: str, *overrides: str) -> list[str]:
         return [
             f"model.pretrained_model_name_or_path={self.base}", f"data.train={self.pairs / 'train'}",
-            f"data.held_out={self.pairs / 'held_out'}", *self.case.overrides(),
+            f"data.held_out={self.pairs / 'held_out'}", *self.case.overrides(), *self.extras,
             f"cache.cache_dir={self.root / 'cache'}", f"logging.output_dir={self.root / name}",
             "optimizer.init_args.lr=2e-2", f"train.max_train_steps={STEPS}", "checkpoint.every=2",
             "sample.every=4", *overrides,
@@ -65,7 +67,7 @@ def process(command: list[str], text: str | None = None) -> "subprocess.Complete
     )
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+@pytest.fixture(scope="module", params=CASES)
 def runs(
     request: pytest.FixtureRequest,
     small_run: Path,
@@ -73,8 +75,10 @@ def runs(
     pairs_of: Callable[[FamilyCase], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
-    case = request.param
-    return Runs(case, small_run, base_of(case), pairs_of(case), tmp_path_factory.mktemp("runs"))
+    case = CASES[request.param]
+    return Runs(
+        case, EXTRAS.get(request.param, ()), small_run, base_of(case), pairs_of(case), tmp_path_factory.mktemp("runs")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,13 @@ def test_a_resumed_run_is_an_unbroken_one(runs: Runs, unbroken: Path) -> None:
     folder = runs("halves")
     assert metrics(folder) == metrics(unbroken)
     last = f"step-{STEPS:08d}"
-    for name in (LORA, f"samples/{last}.png", f"checkpoints/{last}/trainable.safetensors"):
+    names = [LORA, f"samples/{last}.png", f"checkpoints/{last}/trainable.safetensors"]
+    averaged = f"ema/{LORA}"
+    assert (unbroken / averaged).exists() is bool(runs.extras)
+    if runs.extras:
+        names.append(averaged)
+        assert (unbroken / averaged).read_bytes() != (unbroken / LORA).read_bytes()
+    for name in names:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 

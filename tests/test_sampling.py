@@ -14,6 +14,7 @@ from mixres.data.images import read_image
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import Encoded, encode_all, image_limits
 from mixres.sampling import HeldOutSampler, Row, contact_sheet, save_png
+from mixres.training.ema import Ema
 
 HEADINGS = ("control", "target", "prediction")
 CELL, GAP = sampling._CELL, sampling._GAP
@@ -132,6 +133,27 @@ def test_a_prediction_has_the_targets_size_and_is_always_the_same(sampler: HeldO
         assert picture.size == item.target_size
         torch.manual_seed(99)
         assert picture.tobytes() == sampler.predict(item).tobytes()
+
+
+def test_samples_are_made_with_the_average_on_request(config: Config, encoded: Encoded, tmp_path: Path) -> None:
+    base = config.model.pretrained_model_name_or_path
+    transformer = family.load_transformer(base, dtype=torch.float32, device="cpu")
+    optimizer = torch.optim.SGD([transformer.proj_out.weight], lr=1.0)
+    ema = Ema(optimizer, 0.9)
+    for step in range(3):
+        noise = torch.randn(transformer.proj_out.weight.shape, generator=torch.Generator().manual_seed(step))
+        transformer.proj_out.weight.grad = 0.1 * noise
+        optimizer.step()
+    asked = config.model_copy(update={"sample": config.sample.model_copy(update={"use_ema": True})})
+
+    def sheet(name: str, config: Config) -> bytes:
+        HeldOutSampler(config, family, transformer, encoded, ema).write(tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    plain, averaged = sheet("plain.png", config), sheet("averaged.png", asked)
+    with ema.averaged():
+        assert sheet("inside.png", config) == averaged
+    assert sheet("again.png", config) == plain != averaged
 
 
 def test_a_rank_that_samples_along_writes_nothing(sampler: HeldOutSampler, tmp_path: Path) -> None:

@@ -16,14 +16,22 @@ from torch.optim import Optimizer
 
 from mixres import __version__
 from mixres.batch import Batch
-from mixres.config import Config
+from mixres.config import Config, LoraConfig
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
-from mixres.models.lora import TargetMatch, add_lora, check_targets, train_all, trainable_parameters
+from mixres.models.lora import (
+    TargetMatch,
+    add_lora,
+    check_pretrained,
+    check_targets,
+    train_all,
+    trainable_parameters,
+)
 from mixres.precompute import Encoded, stated_areas
 from mixres.training.distributed import shard
+from mixres.training.ema import Ema
 from mixres.training.optim import optimizer_class
 from mixres.training.step import Objective
 
@@ -36,6 +44,7 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     table: tuple[TargetMatch, ...]  # empty where all weights are trained
+    ema: Ema | None = None
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -54,7 +63,8 @@ def check_early(config: Config, family: ModuleType) -> None:
     """What needs torch to be told and can be told before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, or LoRA targets that match nothing; all at once.
+        UserError: the optimizer or its arguments, LoRA targets that match nothing, or a LoRA to go on from that does
+            not fit; all at once.
     """
     faults: list[str] = []
     try:
@@ -64,12 +74,19 @@ def check_early(config: Config, family: ModuleType) -> None:
     model = config.model
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
     try:
-        targets = model.lora.target_modules if model.lora else ()
-        check_targets(skeleton, targets, untrained=family.untrained_modules(skeleton))
+        if model.lora:
+            _check_lora(model.lora, skeleton, family.untrained_modules(skeleton))
     except UserError as error:
         faults += error.messages
     if faults:
         raise UserError(faults)
+
+
+def _check_lora(lora: LoraConfig, skeleton: nn.Module, untrained: Sequence[str]) -> None:
+    check_targets(skeleton, lora.target_modules, untrained=untrained)
+    if lora.pretrained_weight is not None:
+        settings = lora.model_dump(exclude={"lora_dropout", "pretrained_weight"})
+        check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained)
 
 
 def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> Trained:
@@ -96,7 +113,8 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
     parameters = trainable_parameters(transformer)
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     optimizer = kind(parameters.values(), **config.optimizer.init_args)
-    return Trained(transformer.train(), parameters, optimizer, tuple(table))
+    ema = Ema(optimizer, config.train.ema_decay) if config.train.ema_decay else None
+    return Trained(transformer.train(), parameters, optimizer, tuple(table), ema)
 
 
 def objective_of(config: Config, family: ModuleType) -> Objective:
@@ -154,6 +172,7 @@ def frozen_fields(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any
         "model.dtype": config.model.dtype,
         "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train.seed": config.train.seed,
+        "train.ema_decay": config.train.ema_decay,
         "batch.samples_per_step": config.batch.samples_per_step,
         "data (order hash)": plan.order_hash([item.key for item in encoded.train]),
     }
@@ -170,6 +189,7 @@ def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
         "revision": config.model.revision,
         "r": config.model.lora.r,
         "lora_alpha": config.model.lora.lora_alpha,
+        "use_dora": config.model.lora.use_dora,
         "target_modules": list(config.model.lora.target_modules),
         **stated_areas(config, family),
         "step": step,

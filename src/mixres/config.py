@@ -45,7 +45,12 @@ class LoraConfig(Section):
         0.0, ge=0, lt=1, description="Dropout before the adapters; above 0 a resume is exact on the same topology only."
     )
     target_modules: Texts = Field(
-        ATTENTION, description="Name endings of the layers that get adapters; every one must match at least one layer."
+        ATTENTION,
+        description="Layers that get adapters: attention, attention+mlp, all, or name endings that each match a layer.",
+    )
+    use_dora: bool = Field(False, description="DoRA: learn the length of each output's weights besides (Liu 2024).")
+    pretrained_weight: Text | None = Field(
+        None, description="A LoRA file, or the folder of one, that training goes on from."
     )
 
 
@@ -172,6 +177,9 @@ class TrainConfig(Section):
     )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward: less memory, more time.")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Decay of a moving average of what is trained, saved beside it; null keeps none."
+    )
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, noise levels and adapter initialisation.")
 
@@ -188,6 +196,7 @@ class CheckpointConfig(Section):
 class SampleConfig(Section):
     every: int = Field(500, ge=0, le=10**9, description="Steps between samples of data.held_out; 0 makes none.")
     steps: int = Field(20, ge=2, le=1000, description="Denoising steps of a sample.")
+    use_ema: bool = Field(False, description="Sample with the moving average instead of the weights of the step.")
 
 
 class LoggingConfig(Section):
@@ -228,6 +237,11 @@ _RULES: tuple[Rule, ...] = (
         ("model.dtype", "train.mixed_precision"),
         lambda dtype, precision: dtype == "float64" and precision != "no",
         "float64 needs train.mixed_precision: no",
+    ),
+    (
+        ("sample.use_ema", "train.ema_decay"),
+        lambda use_ema, decay: use_ema and decay is None,
+        "there is no average without a decay, such as train.ema_decay: 0.999",
     ),
     (
         ("lr_scheduler.warmup_steps", "train.max_train_steps"),

@@ -14,7 +14,8 @@ A multiply and an add are two operations; R rows, L joint tokens of a sample (or
   checkpointing  the blocks' forward once more.
 
 `needed` leaves out filler, scores computed again and checkpointing: the numerator of model FLOPs utilisation (MFU,
-Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Norms, activations and rotations are left out everywhere.
+Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Norms, activations, rotations and the
+lengths of DoRA are left out everywhere.
 """
 
 import re

@@ -5,6 +5,7 @@ the training untouched: its own random generators, no mode left over. Cost: `sam
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from mixres import atomic
 from mixres.config import Config
 from mixres.data.images import read_image
 from mixres.precompute import Encoded, Item, control_areas, image_limits, spread
+from mixres.training.ema import Ema
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -38,8 +40,10 @@ class Row:
 class HeldOutSampler:
     """Predicts a few held-out pairs of several sizes, always the same ones and from the same noise."""
 
-    def __init__(self, config: Config, family: ModuleType, transformer: nn.Module, encoded: Encoded) -> None:
-        model = config.model
+    def __init__(
+        self, config: Config, family: ModuleType, transformer: nn.Module, encoded: Encoded, ema: Ema | None = None
+    ) -> None:
+        model, self.ema = config.model, ema if config.sample.use_ema else None
         self.config, self.family, self.cache = config, family, encoded.cache
         self.items = spread(encoded.held_out, ROWS)
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
@@ -54,7 +58,8 @@ class HeldOutSampler:
 
     def write(self, path: Path, *, keep: bool = True) -> None:
         """Sample every item and save the sheet; a rank that only samples along does not `keep` it."""
-        rows = [self._row(item) for item in self.items]
+        with self.ema.averaged() if self.ema else nullcontext():
+            rows = [self._row(item) for item in self.items]
         if not keep:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from mixres.assemble import Trained, check_early, frozen_fields, load_trained, l
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, UserError, WorkError
-from mixres.models.lora import FILE_NAME, lora_file
+from mixres.models.lora_file import FILE_NAME, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
 from mixres.training.checkpoint import Checkpoint, Checkpoints
@@ -74,7 +74,7 @@ def train(config: Config) -> None:
         model = replicate(trained.transformer, accelerator)
         # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
         sampling = (run.main or config.train.parallel == "fsdp2") and config.sample.every > 0 and encoded.held_out
-        sampler = HeldOutSampler(config, family, trained.transformer, encoded) if sampling else None
+        sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema) if sampling else None
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         _banner(config, accelerator, trained, plan, first, speak=run.main)
         seconds: list[float] = []
@@ -120,6 +120,9 @@ def train(config: Config) -> None:
         if sampler:
             sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
         result_path = _write_result(config, family, trained, folder, step=done, keep=run.main)
+        if trained.ema:
+            with trained.ema.averaged():
+                _write_result(config, family, trained, folder / "ema", step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
             _say_end(folder, result_path, sampler is not None)
@@ -220,6 +223,7 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
 def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool) -> Path:
     """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
     path = folder / (FILE_NAME if config.model.lora else "transformer")
+    folder.mkdir(exist_ok=True)
     if config.model.lora:
         data = lora_file(whole(trained.parameters), trained.transformer, recipe(config, family, step))
         if keep:

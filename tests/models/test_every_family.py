@@ -18,7 +18,6 @@ from torch import nn
 
 from family_cases import CASES, INTERFACE, PROMPTS, FamilyCase
 from mixres.batch import Batch, Sample
-from mixres.config import ATTENTION
 from mixres.data.collate import collate
 from mixres.geometry import Size, token_count
 from mixres.models import qwen_image_edit
@@ -252,7 +251,8 @@ def trained_on(
     return outputs, gradients
 
 
-def test_a_batch_of_all_control_counts_is_its_samples_alone(case: FamilyCase, base: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_batch_of_all_control_counts_is_its_samples_alone(case: FamilyCase, base: Path, use_dora: bool) -> None:
     encoders = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu")
     samples = [
         encode(case, encoders, pictures(count), prompt, size)
@@ -261,7 +261,7 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(case: FamilyCase, ba
     assert [len(s.control_latents) for s in samples] == list(case.controls)
     transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
     add_lora(
-        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=ATTENTION, seed=0,
+        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=["attention"], seed=0, use_dora=use_dora,
         untrained=case.module.untrained_modules(transformer),
     )  # fmt: skip
     fill_adapters(trainable_parameters(transformer), seed=1)

@@ -14,14 +14,15 @@ from mixres.config import ATTENTION
 from mixres.errors import UserError
 from mixres.models import qwen_image_edit as family
 from mixres.models.lora import (
-    FILE_NAME,
-    RECIPE_KEY,
+    PRESETS,
     add_lora,
+    check_pretrained,
     check_targets,
-    lora_file,
+    expanded,
     train_all,
     trainable_parameters,
 )
+from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
@@ -59,6 +60,26 @@ def test_all_patterns_that_match_nothing_are_told_at_once_with_the_nearest(skele
     assert nearest[-1] == ""
 
 
+def test_a_preset_stands_for_its_layers(skeleton: nn.Module) -> None:
+    assert expanded(["attention"]) == list(ATTENTION)
+    assert expanded(["to_q", "attention+mlp", "x"])[0] == "to_q"
+    assert len(expanded(["to_q", "attention+mlp", "x"])) == len(set(PRESETS["attention+mlp"])) + 1
+    matched = {
+        preset: {
+            name
+            for name, module in skeleton.named_modules()
+            if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in PRESETS[preset])
+        }
+        for preset in PRESETS
+    }
+    every = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    assert matched["attention"] < matched["attention+mlp"] < matched["all"] == every
+    for preset in PRESETS:
+        check_targets(skeleton, [preset])
+    with pytest.raises(UserError, match=r"'atention' matches no linear layer .* did you mean 'attention'\?$"):
+        check_targets(skeleton, ["atention"])
+
+
 def test_patterns_that_match_only_what_cannot_learn_are_told(skeleton: QwenImageTransformer2DModel) -> None:
     untrained = family.untrained_modules(skeleton)
     check_targets(skeleton, ["to_add_out", "txt_mlp.net.2"], untrained=untrained)
@@ -90,6 +111,19 @@ def test_what_reaches_no_loss_gets_no_adapter(tiny_base: Path) -> None:
     in_last = {name.removeprefix(LAST).partition(".lora_")[0] for name in trained if name.startswith(LAST)}
     attention = {f"attn.{name}" for name in ATTENTION} - {"attn.add_q_proj", "attn.to_add_out"}
     assert in_last == attention | {"img_mlp.net.2"}
+
+
+def test_dora_trains_the_lengths_too(tiny_base: Path) -> None:
+    transformer = transformer_of(tiny_base, torch.bfloat16)
+    table = add_lora(
+        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=["all"], seed=0, use_dora=True,
+        untrained=family.untrained_modules(transformer),
+    )  # fmt: skip
+    trained = trainable_parameters(transformer)
+    lengths = [name for name in trained if "lora_magnitude_vector" in name]
+    assert 3 * len(lengths) == len(trained)
+    assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
+    assert {p.dtype for p in trained.values()} == {torch.float32}
 
 
 def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
@@ -130,13 +164,14 @@ def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base
     assert frozen
 
 
-@pytest.fixture(scope="module")
-def filled(tiny_base: Path) -> QwenImageTransformer2DModel:
-    """Adapters whose B is not zero any more."""
-    transformer = with_lora(tiny_base)
+@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+def filled(tiny_base: Path, request: pytest.FixtureRequest) -> QwenImageTransformer2DModel:
+    """Adapters whose B is not zero any more, and lengths that are not the base's."""
+    transformer = with_lora(tiny_base, use_dora=request.param)
     generator = torch.Generator().manual_seed(0)
-    for parameter in trainable_parameters(transformer).values():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    for name, parameter in trainable_parameters(transformer).items():
+        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data * noise.exp() if "magnitude" in name else noise
     return transformer
 
 
@@ -153,7 +188,8 @@ def test_the_file_holds_the_recipe_and_only_the_adapters(file: Path, filled: Qwe
         names = set(opened.keys())
     assert json.loads(metadata[RECIPE_KEY]) == RECIPE
     trained = trainable_parameters(filled)
-    assert names == {f"transformer.{name.replace('.default', '')}" for name in trained}
+    stored = {name.replace("_vector.default.weight", "_vector").replace(".default", "") for name in trained}
+    assert names == {f"transformer.{name}" for name in stored}
     assert file.stat().st_size < sum(4 * p.numel() for p in trained.values()) + 2**15
 
 
@@ -192,3 +228,74 @@ def test_the_stock_pipeline_loads_the_file(
     assert len(saved) == len(trainable_parameters(filled))
     config = stock.transformer.peft_config["default_0"]
     assert (config.r, config.lora_alpha) == (4, 8.0)
+
+
+# --- Going on from a LoRA ------------------------------------------------------------------------------------------
+
+
+def settings(transformer: QwenImageTransformer2DModel, **changes: Any) -> dict[str, Any]:
+    own = {"r": 4, "lora_alpha": 8.0, "use_dora": transformer.peft_config["default"].use_dora}
+    return own | {"target_modules": ["attention"]} | changes
+
+
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_training_goes_on_from_a_file(
+    tiny_base: Path, filled: QwenImageTransformer2DModel, file: Path, whole_folder: bool
+) -> None:
+    given = str(file.parent if whole_folder else file)
+    skeleton = family.transformer_skeleton(str(tiny_base))
+    check_pretrained(skeleton, given, **settings(filled), untrained=family.untrained_modules(skeleton))
+    gone_on = with_lora(tiny_base, seed=5, pretrained_weight=given, **settings(filled))
+    own, theirs = trainable_parameters(gone_on), trainable_parameters(filled)
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(own[name], theirs[name]) for name in own)
+
+
+def test_every_setting_that_does_not_fit_a_file_is_told_with_the_one_that_does(
+    tiny_base: Path, filled: QwenImageTransformer2DModel, file: Path
+) -> None:
+    skeleton = family.transformer_skeleton(str(tiny_base))
+    dora = settings(filled)["use_dora"]
+    wrong = {"r": 8, "lora_alpha": 4.0, "use_dora": not dora, "target_modules": ["to_q", "img_mlp.net.2"]}
+    with pytest.raises(UserError) as caught:
+        check_pretrained(skeleton, str(file), **wrong, untrained=family.untrained_modules(skeleton))
+    lines = [message.replace(str(file), "FILE") for message in caught.value.messages]
+    assert lines[:3] == [
+        "model.lora.r: 8 does not fit FILE, which has 4: write 4",
+        "model.lora.lora_alpha: 4.0 does not fit FILE, which has 8.0: write 8.0",
+        f"model.lora.use_dora: {not dora} does not fit FILE, which has {dora}: write {dora}",
+    ]
+    assert lines[3].startswith("model.lora.target_modules: the adapters of FILE are for others: ")
+    assert "it has none for transformer_blocks.0.img_mlp.net.2 and 1 more" in lines[3]
+    assert "it has one for transformer_blocks.0.attn.add_k_proj and 11 more" in lines[3]
+
+
+def test_a_lora_of_a_base_of_another_size_is_refused(file: Path) -> None:
+    other = QwenImageTransformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64
+    )
+    header = read_header(str(file))
+    wanted = {"r": header.r, "lora_alpha": header.lora_alpha, "use_dora": header.use_dora}
+    with pytest.raises(
+        UserError, match=r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs"
+    ):
+        check_pretrained(
+            other, str(file), **wanted, target_modules=["attention"], untrained=family.untrained_modules(other)
+        )
+
+
+def test_what_is_no_lora_is_told(tmp_path: Path, file: Path, tiny_base: Path) -> None:
+    truncated, pickled = tmp_path / "half.safetensors", tmp_path / "lora.bin"
+    truncated.write_bytes(file.read_bytes()[:-8])
+    pickled.write_bytes(b"never opened")
+    weights = tiny_base / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path, reason in (
+        (tmp_path / "none", "there is no file"),
+        (tmp_path, "there is no file"),
+        (pickled, "is not a .safetensors file"),
+        (truncated, "cannot be read"),
+        (weights, "is no LoRA of one rank in diffusers' format for a transformer"),
+    ):
+        with pytest.raises(UserError, match=r"^model\.lora\.pretrained_weight: ") as caught:
+            read_header(str(path))
+        assert reason in caught.value.messages[0]

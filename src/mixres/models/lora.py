@@ -1,31 +1,32 @@
-"""Adapters into the transformer, trainable parameters out, and the file the stock pipelines load.
+"""Adapters into the transformer, trainable parameters out.
 
 Promise: every target pattern matches at least one layer and is told with what it matched; layers whose output
 reaches no loss get no adapter. Adapters are float32 (float64 over a float64 base) whatever the base is.
 Cost: none after set-up.
 
-Source: LoRA, Hu et al. 2021 (arXiv 2106.09685), by peft through diffusers' `add_adapter`.
+Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); DoRA, Liu et al. 2024 (arXiv 2402.09353); by peft through diffusers'
+`add_adapter`.
 """
 
 import difflib
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
+from mixres.config import ATTENTION
 from mixres.errors import UserError
+from mixres.models.lora_file import check_fit, load_adapters, read_header
 
-RECIPE_KEY = "mixres"
-FILE_NAME = "pytorch_lora_weights.safetensors"
-_PREFIX = "transformer"
-_DIFFUSERS_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
+_MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+_ENDS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "img_in", "txt_in", "norm_out.linear", "proj_out")
+PRESETS = {  # what one word stands for in `target_modules`
+    "attention": ATTENTION,
+    "attention+mlp": (*ATTENTION, *_MLP),
+    "all": (*ATTENTION, *_MLP, "img_mod.1", "txt_mod.1", *_ENDS),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class TargetMatch:
     parameters: int
 
 
+def expanded(targets: Sequence[str]) -> list[str]:
+    """The patterns that `targets` stand for, each once."""
+    return list(dict.fromkeys(pattern for target in targets for pattern in PRESETS.get(target, (target,))))
+
+
 def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained: Sequence[str] = ()) -> None:
     """All patterns that give no linear layer of `transformer` (a meta-device model will do) an adapter, at once.
 
@@ -46,10 +52,10 @@ def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained:
     names = _linear_layers(transformer)
     endings = sorted({".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 3)})
     faults = []
-    for pattern in patterns:
+    for pattern in expanded(patterns):
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
-            close = difflib.get_close_matches(pattern, endings, n=1)
+            close = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             faults.append(f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer{hint}")
         elif all(_within(name, untrained) for name in matched):
@@ -67,23 +73,62 @@ def add_lora(
     target_modules: Sequence[str],
     untrained: Sequence[str],
     seed: int,
+    use_dora: bool = False,
+    pretrained_weight: str | None = None,
 ) -> list[TargetMatch]:
     """Freeze `transformer` and give its target layers adapters; the first draw of A is a function of `seed`.
 
-    `untrained` names modules whose output reaches no loss: nothing below them gets an adapter.
+    `untrained` names modules whose output reaches no loss: nothing below them gets an adapter. With
+    `pretrained_weight`, a LoRA file or its folder, the adapters are those of the file.
+
+    Raises:
+        UserError: the file is none, or does not fit.
     """
     transformer.requires_grad_(False)
-    linears = {name: m for name, m in _linear_layers(transformer).items() if not _within(name, untrained)}
-    table = [_match(pattern, linears, r) for pattern in target_modules]
+    patterns = expanded(target_modules)
+    chosen = _chosen(transformer, patterns, untrained)
+    table = [_match(pattern, chosen, r, use_dora) for pattern in patterns]
     # By their full names: peft's `exclude_modules`, kept in the file, makes a warning wherever the file is loaded.
-    targets = [name for name in linears if any(_matches(name, pattern) for pattern in target_modules)]
-    config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=targets)
+    config = LoraConfig(
+        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(chosen), use_dora=use_dora
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer.add_adapter(config)  # type: ignore[operator]
-    for parameter in trainable_parameters(transformer).values():
+    parameters = trainable_parameters(transformer)
+    for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if pretrained_weight is not None:
+        load_adapters(read_header(pretrained_weight), parameters)
     return table
+
+
+def check_pretrained(
+    transformer: nn.Module,
+    pretrained_weight: str,
+    *,
+    r: int,
+    lora_alpha: float,
+    use_dora: bool,
+    target_modules: Sequence[str],
+    untrained: Sequence[str],
+) -> None:
+    """That adapters of these settings on `transformer` (a meta-device model will do) can start from the file.
+
+    Raises:
+        UserError: the file is none, or every setting that does not fit.
+    """
+    chosen = _chosen(transformer, expanded(target_modules), untrained)
+    layers = {name: (linear.in_features, linear.out_features) for name, linear in chosen.items()}
+    check_fit(read_header(pretrained_weight), layers, r=r, lora_alpha=lora_alpha, use_dora=use_dora)
+
+
+def _chosen(transformer: nn.Module, patterns: Sequence[str], untrained: Sequence[str]) -> dict[str, nn.Linear]:
+    return {
+        name: linear
+        for name, linear in _linear_layers(transformer).items()
+        if any(_matches(name, pattern) for pattern in patterns) and not _within(name, untrained)
+    }
 
 
 def _linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
@@ -94,9 +139,10 @@ def _within(name: str, modules: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
-def _match(pattern: str, linears: Mapping[str, nn.Linear], r: int) -> TargetMatch:
+def _match(pattern: str, linears: Mapping[str, nn.Linear], r: int, use_dora: bool) -> TargetMatch:
     matched = [m for name, m in linears.items() if _matches(name, pattern)]
-    return TargetMatch(pattern, len(matched), sum(r * (m.in_features + m.out_features) for m in matched))
+    parameters = sum(r * (m.in_features + m.out_features) + use_dora * m.out_features for m in matched)
+    return TargetMatch(pattern, len(matched), parameters)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -126,28 +172,3 @@ def fill_adapters(parameters: Mapping[str, nn.Parameter], *, seed: int) -> None:
         for name, parameter in parameters.items():
             if ".lora_B." in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-
-
-def lora_file(parameters: Mapping[str, Tensor], transformer: nn.Module, recipe: Mapping[str, Any]) -> bytes:
-    """The adapters as a safetensors file that the stock pipeline's `load_lora_weights` takes.
-
-    `parameters` are the trainable ones by name, whole. `recipe` (base, rank, alpha, targets, control area, version)
-    goes into the metadata as JSON under `mixres`.
-    """
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(transformer, state_dict=dict(parameters))
-    config = transformer.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
-    plain = {f"{_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    metadata = {
-        "format": "pt",
-        _DIFFUSERS_KEY: json.dumps(plain, sort_keys=True),
-        RECIPE_KEY: json.dumps(dict(recipe), sort_keys=True),
-    }
-    return _ordered(save({f"{_PREFIX}.{k}": v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
-
-
-def _ordered(file: bytes) -> bytes:
-    """The same safetensors file with its header sorted: the library writes metadata in an order of chance."""
-    (length,) = struct.unpack("<Q", file[:8])
-    header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + file[8 + length :]

@@ -1,0 +1,142 @@
+"""A LoRA as a file: written so that the stock pipelines load it, read so that training goes on from it.
+
+Promise: equal adapters make equal bytes; a file that does not fit a run is refused with the setting that would make it
+fit, before anything is computed. Only safetensors are opened. Cost: the file once; its header alone for the check.
+
+The format is that of diffusers' `save_lora_adapter`, with the recipe of the run in the metadata under `mixres`.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mixres.errors import UserError
+
+RECIPE_KEY = "mixres"
+FILE_NAME = "pytorch_lora_weights.safetensors"
+KEY = "model.lora.pretrained_weight"
+_PREFIX = "transformer"
+_DIFFUSERS_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+def lora_file(parameters: Mapping[str, Tensor], transformer: nn.Module, recipe: Mapping[str, Any]) -> bytes:
+    """The adapters as a safetensors file that the stock pipeline's `load_lora_weights` takes.
+
+    `parameters` are the trainable ones by name, whole. `recipe` (base, rank, alpha, targets, control area, version)
+    goes into the metadata as JSON under `mixres`.
+    """
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(transformer, state_dict=dict(parameters))
+    config = transformer.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
+    plain = {f"{_PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    metadata = {
+        "format": "pt",
+        _DIFFUSERS_KEY: json.dumps(plain, sort_keys=True),
+        RECIPE_KEY: json.dumps(dict(recipe), sort_keys=True),
+    }
+    return _ordered(save({f"{_PREFIX}.{k}": v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+
+
+def _ordered(file: bytes) -> bytes:
+    """The same safetensors file with its header sorted: the library writes metadata in an order of chance."""
+    (length,) = struct.unpack("<Q", file[:8])
+    header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + file[8 + length :]
+
+
+@dataclass(frozen=True)
+class LoraHeader:
+    """What a LoRA file says of its adapters without its weights."""
+
+    path: Path
+    r: int
+    lora_alpha: float
+    use_dora: bool
+    layers: Mapping[str, tuple[int, int]]  # inputs and outputs of each layer with an adapter, by its name in the model
+
+
+def read_header(given: str) -> LoraHeader:
+    """The header of the LoRA at `given`, a file or the folder that holds one.
+
+    Raises:
+        UserError: there is none, or it is no LoRA for a transformer in diffusers' format.
+    """
+    path = _path(given)
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stated = json.loads((file.metadata() or {}).get(_DIFFUSERS_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{KEY}: {path} cannot be read: {str(error).splitlines()[0]}") from error
+    layers: dict[str, tuple[int, int]] = {}
+    ranks = set()
+    for name, shape in shapes.items():
+        layer, is_a, rest = name.removeprefix(f"{_PREFIX}.").partition(".lora_A.weight")
+        up = shapes.get(f"{_PREFIX}.{layer}.lora_B.weight", ())
+        if is_a and not rest and len(shape) == len(up) == 2:
+            layers[layer] = shape[1], up[0]
+            ranks |= {shape[0], up[1]}
+    magnitudes = sum(name.endswith(f".{_MAGNITUDE}") for name in shapes)
+    if len(ranks) != 1 or len(shapes) != 2 * len(layers) + magnitudes or magnitudes not in (0, len(layers)):
+        raise UserError(f"{KEY}: {path} is no LoRA of one rank in diffusers' format for a transformer")
+    (r,) = ranks
+    # Where nothing is stated diffusers takes the rank for lora_alpha.
+    return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers)
+
+
+def check_fit(
+    header: LoraHeader, layers: Mapping[str, tuple[int, int]], *, r: int, lora_alpha: float, use_dora: bool
+) -> None:
+    """That a run whose adapters have these settings can go on from the file; `layers` as in the header.
+
+    Raises:
+        UserError: every setting that differs, with the value that fits.
+    """
+    faults = []
+    for name, own, theirs in (
+        ("r", r, header.r),
+        ("lora_alpha", lora_alpha, header.lora_alpha),
+        ("use_dora", use_dora, header.use_dora),
+    ):
+        if own != theirs:
+            faults.append(f"model.lora.{name}: {own} does not fit {header.path}, which has {theirs}: write {theirs}")
+    missing, extra = sorted(layers.keys() - header.layers.keys()), sorted(header.layers.keys() - layers.keys())
+    if missing or extra:
+        told = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
+        told += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
+        faults.append(f"model.lora.target_modules: the adapters of {header.path} are for others: {'; '.join(told)}")
+    other = [name for name in layers.keys() & header.layers.keys() if layers[name] != header.layers[name]]
+    if other:
+        faults.append(f"{KEY}: {header.path} is of a base of another size: {min(other)} differs")
+    if faults:
+        raise UserError(faults)
+
+
+def load_adapters(header: LoraHeader, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy the file's weights into the adapters; that it fits has been checked."""
+    tensors = load_file(header.path)
+    for name, parameter in parameters.items():
+        stored = name.replace(".default", "")
+        if _MAGNITUDE in stored:
+            stored = stored.removesuffix(".weight")
+        parameter.data.copy_(tensors.pop(f"{_PREFIX}.{stored}"))
+    assert not tensors, sorted(tensors)
+
+
+def _path(given: str) -> Path:
+    path = Path(given).expanduser()
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{KEY}: there is no file {str(path)!r}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{KEY}: {path} is not a .safetensors file, and others are never opened")
+    return path
