@@ -13,7 +13,7 @@ from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models import qwen_image as family
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("tiny_base", "one_thread")  # the base first: its bytes depend on threads
 SQUARE = Size(64, 64)
 
 
