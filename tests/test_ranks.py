@@ -117,6 +117,19 @@ def test_a_run_resumes_on_another_number_of_ranks(runs: Runs, alone: Path) -> No
         assert [line["step"] for line in lines(half)] == [1, 2, 3, 4]
 
 
+def test_dropped_captions_do_not_depend_on_the_topology_or_a_resume(runs: Runs, alone: Path) -> None:
+    """One whole run against one of two ranks that is stopped after two steps and goes on in one process."""
+    dropout = ("data.caption_dropout=0.5", "batch.layout=padded")
+    reference = runs("dropout", 1, *dropout)
+    assert distance(reference, alone) > 1e-4
+    assert all(here["tokens"] < there["tokens"] for here, there in zip(lines(reference), lines(alone), strict=True))
+    dropout = ("data.caption_dropout=0.5", "batch.layout=packed", "batch.max_tokens=600", "train.parallel=fsdp2")
+    runs("dropout-2", 2, *dropout, "train.max_train_steps=2")
+    resumed = runs("dropout-2", 1, *dropout)
+    assert distance(resumed, reference) <= 1e-10
+    assert [line["tokens"] for line in lines(resumed)] == [line["tokens"] for line in lines(reference)]
+
+
 def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
     one, two = (runs(f"fp32-{ranks}", ranks, dtype="float32") for ranks in (1, 2))
     for here, there in zip(lines(one), lines(two), strict=True):

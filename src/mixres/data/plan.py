@@ -1,8 +1,9 @@
 """Who goes with whom: the samples of every optimizer step, split over ranks and microbatches.
 
-Promise: a pure function of (lengths, seed, samples_per_step, max_tokens, layout, world size). Which samples make a
-step depends on the first three alone; each epoch holds every sample exactly once, its last step may be short. No
-microbatch is over `max_tokens`, and every rank has the same number of them. Cost: 12 bytes a sample and one permutation
+Promise: a pure function of (lengths, seed, samples_per_step, caption_dropout, max_tokens, layout, world size). Which
+samples make a step, and which of them train on the empty prompt, depends on the first four alone; each epoch holds
+every sample exactly once, its last step may be short. No
+microbatch is over `max_tokens`, and every rank has the same number of them. Cost: 16 bytes a sample and one permutation
 an epoch; a step is planned when it is asked for, in O(n log n) of its own samples (`padded`: times the few numbers of
 microbatches that it tries).
 
@@ -21,6 +22,7 @@ import heapq
 import itertools
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -37,15 +39,20 @@ MICROBATCH_TOKENS = 256
 
 
 class Lengths(NamedTuple):
-    """Tokens of one sample: its text, all its images, and of those the target."""
+    """Tokens of one sample: its text, all its images, of those the target; its text where the caption is dropped."""
 
     text: int
     image: int
     target: int
+    empty_text: int = 0
 
     @property
     def total(self) -> int:
         return self.text + self.image
+
+    def without_caption(self) -> "Lengths":
+        """The same sample with the empty prompt."""
+        return self._replace(text=self.empty_text)
 
 
 class Microbatch(NamedTuple):
@@ -53,6 +60,7 @@ class Microbatch(NamedTuple):
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
+    dropped: frozenset[int] = frozenset()  # those of `indices` that take the empty prompt in place of their caption
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class StepPlan:
     indices: tuple[int, ...]  # in the order of the shuffle
     ranks: tuple[tuple[Microbatch, ...], ...]
     target_tokens: int
+    dropped: frozenset[int] = frozenset()  # see `Microbatch`
 
     @property
     def samples(self) -> int:
@@ -75,6 +84,12 @@ def computed_tokens(lengths: Sequence[Lengths], layout: Layout) -> int:
     if layout == "packed":
         return sum(length.total for length in lengths)
     return len(lengths) * (max(length.text for length in lengths) + max(length.image for length in lengths))
+
+
+def caption_dropped(seed: int, step: int, index: int, probability: float) -> bool:
+    """Whether sample `index` goes without its caption in optimizer step `step`: of these three alone, no state."""
+    drawn = xxhash.xxh3_64_intdigest(b"caption" + struct.pack("<QQQ", seed, step, index))
+    return drawn < probability * 2**64
 
 
 class Plan:
@@ -94,21 +109,23 @@ class Plan:
         max_tokens: int,
         layout: Layout,
         world_size: int = 1,
+        caption_dropout: float = 0.0,
     ) -> None:
         if not lengths:
             raise UserError("data.train: there is no usable sample")
+        assert not caption_dropout or all(length.empty_text for length in lengths), "encoded without the empty prompt"
         over = [
             f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
             "data.resize.target.max_pixels"
             for name, length in zip(names, lengths, strict=True)
-            if length.total > max_tokens
+            if max(length.total, length.without_caption().total) > max_tokens
         ]
         if over:
             raise UserError(over)
-        self.lengths = np.array(lengths, dtype=np.int32)  # (n, 3), columns as the fields of `Lengths`
+        self.lengths = np.array(lengths, dtype=np.int32)  # (n, 4), columns as the fields of `Lengths`
         self.seed, self.samples_per_step, self.max_tokens = seed, samples_per_step, max_tokens
         self.layout: Layout = layout
-        self.world_size = world_size
+        self.world_size, self.caption_dropout = world_size, caption_dropout
         self.steps_per_epoch = -(-len(self.lengths) // samples_per_step)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -118,14 +135,18 @@ class Plan:
         first = within * self.samples_per_step
         order = self._epoch_order(epoch)[first : first + self.samples_per_step]
         indices = tuple(order.tolist())
+        p = self.caption_dropout
+        dropped = frozenset(i for i in indices if p and caption_dropped(self.seed, step, i, p))
         lengths = dict(zip(indices, map(Lengths._make, self.lengths[order].tolist()), strict=True))
-        split = _Split(lengths, self.layout, self.max_tokens, self.world_size)
+        lengths |= {i: lengths[i].without_caption() for i in dropped}
+        split = _Split(lengths, dropped, self.layout, self.max_tokens, self.world_size)
         return StepPlan(
             step=step,
             epoch=epoch,
             indices=indices,
             ranks=split.over_ranks(split.microbatches()),
             target_tokens=sum(length.target for length in lengths.values()),
+            dropped=dropped,
         )
 
     def order_hash(self, identities: Sequence[str]) -> str:
@@ -138,8 +159,8 @@ class Plan:
         return digest.hexdigest()
 
     def plan_hash(self, identities: Sequence[str]) -> str:
-        """Changes with `order_hash` and with all that decides the split: lengths, layout, max_tokens, world size."""
-        split = [self.order_hash(identities), self.layout, self.max_tokens, self.world_size]
+        """Changes with `order_hash` and with all that decides the split: lengths, drops, layout, budget, world size."""
+        split = [self.order_hash(identities), self.layout, self.max_tokens, self.world_size, self.caption_dropout]
         digest = xxhash.xxh3_128(json.dumps(split).encode())
         digest.update(self.lengths.astype("<i4").tobytes())
         return digest.hexdigest()
@@ -152,7 +173,8 @@ class Plan:
 class _Split:
     """The samples of one step, to be split over microbatches and ranks."""
 
-    lengths: Mapping[int, Lengths]  # by index
+    lengths: Mapping[int, Lengths]  # by index, of what each trains on in this step
+    dropped: frozenset[int]
     layout: Layout
     max_tokens: int
     world_size: int
@@ -221,9 +243,9 @@ class _Split:
     def over_ranks(self, batches: list[tuple[int, ...]]) -> tuple[tuple[Microbatch, ...], ...]:
         """Balanced; fillers make the counts equal."""
         per_rank = -(-len(batches) // self.world_size)
-        microbatches = [Microbatch(batch, (1.0,) * len(batch)) for batch in batches]
+        microbatches = [Microbatch(b, (1.0,) * len(b), self.dropped.intersection(b)) for b in batches]
         shortest = min((i for batch in batches for i in batch), key=lambda i: (self.lengths[i].total, i))
-        filler = Microbatch((shortest,), (0.0,))
+        filler = Microbatch((shortest,), (0.0,), self.dropped.intersection((shortest,)))
         microbatches += [filler] * (per_rank * self.world_size - len(microbatches))
         ranks = self._balanced([self._cost(m.indices) for m in microbatches])
         return tuple(tuple(microbatches[b] for b in rank) for rank in ranks)
