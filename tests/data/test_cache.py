@@ -338,7 +338,8 @@ def test_damaged_index_costs_time_and_nothing_else(tmp_path: Path, damage: bytes
 
 
 BAD_ROWS: list[Any] = [
-    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]]], ["SIZE", "x", True, [[1, 2, 3]]], ["SIZE", 1, True, []],
+    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]], 0], ["SIZE", "x", True, [[1, 2, 3]], 0], ["SIZE", 1, True, [], 0],
+    ["SIZE", 5, False, [[1, 3, 2], [1, 2, 2]]], ["SIZE", 5, False, [[1, 3, 2], [1, 2, 2]], None],
 ]  # fmt: skip
 
 

@@ -118,7 +118,7 @@ class Plan:
             f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
             "data.resize.target.max_pixels"
             for name, length in zip(names, lengths, strict=True)
-            if max(length.total, length.without_caption().total) > max_tokens
+            if length.image + max(length.text, length.empty_text) > max_tokens
         ]
         if over:
             raise UserError(over)
