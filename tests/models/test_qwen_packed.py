@@ -97,7 +97,8 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
     """Lengths are Python integers from the call on; what is read is read once a call, not once a layer."""
-    mix, model, found = main_mix(), patched_model(zero_cond_t, EVERY_LINEAR), {}
+    mix, model = main_mix(), patched_model(zero_cond_t, EVERY_LINEAR)
+    found: dict[str, int] = {}
     model.enable_gradient_checkpointing()
     for layout in ("packed", "padded"):
         with HostReads() as reads:
