@@ -1,6 +1,7 @@
 """The parts of a run, put together from a configuration."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,13 @@ def test_frozen_fields_are_those_that_make_it_another_run(
 ) -> None:
     before, after = frozen(setup, encoded), frozen(setup, encoded, override)
     assert {key for key in before if before[key] != after[key]} == changed
+
+
+def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded: Encoded) -> None:
+    items = [replace(item, entry=item.entry._replace(empty_tokens=3)) for item in encoded.train]
+    with_empty = Encoded(encoded.cache, items, encoded.held_out)
+    before, after = (frozen(setup, with_empty, f"data.caption_dropout={p}") for p in (0.0, 0.1))
+    assert {key for key in before if before[key] != after[key]} == {"data.caption_dropout"}
 
 
 def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:

@@ -110,6 +110,36 @@ def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: Calla
     assert caching() == (0, ALL)
 
 
+def test_caption_dropout_encodes_the_training_entries_anew_and_no_others(caching: Caching) -> None:
+    assert caching("data.caption_dropout=0.1") == (ALL - FEW, FEW)
+    assert caching("data.caption_dropout=0.9") == (0, ALL)
+    assert caching() == (0, ALL)  # the entries without the empty prompt are still there
+    plain, dropped = caching.encoded(), caching.encoded("data.caption_dropout=0.5")
+    assert all(item.lengths.empty_text == 0 for item in (*plain.train, *dropped.held_out))
+    texts = set()
+    for one, two in zip(plain.train, dropped.train, strict=True):
+        here, there = plain.cache.read(one.key), dropped.cache.read(two.key)
+        assert there.empty_embeds is not None and here.empty_embeds is None
+        assert torch.equal(here.prompt_embeds, there.prompt_embeds)
+        assert torch.equal(here.target_latents, there.target_latents)
+        assert two.lengths == one.lengths._replace(empty_text=len(there.empty_embeds))
+        assert 0 < two.lengths.empty_text < two.lengths.text
+        texts.add(there.empty_embeds[-8:].sum().item())
+    assert len(texts) > 1  # it sees the sample's own control image
+
+
+def test_the_empty_prompt_is_what_encoding_an_empty_caption_gives(caching: Caching) -> None:
+    """And that is bit for bit what the stock pipeline makes of it, see the tests of the family."""
+    keep_few(caching.data)
+    stored = caching.encoded("data.caption_dropout=0.1")
+    for caption in (caching.data / "train" / "training_images").glob("*.txt"):
+        caption.write_text("", encoding="utf-8")
+    empty = caching.encoded("data.empty_caption=use_empty")
+    for one, two in zip(stored.train, empty.train, strict=True):
+        found = stored.cache.read(one.key).empty_embeds
+        assert found is not None and torch.equal(found, empty.cache.read(two.key).prompt_embeds)
+
+
 def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
     for path in list(caching.data.rglob("*.*")):
         path.rename(path.with_name(f"renamed {path.name}"))

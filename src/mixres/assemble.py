@@ -136,6 +136,7 @@ def make_plan(
         max_tokens=config.batch.max_tokens,
         layout=layout,
         world_size=world_size,
+        caption_dropout=config.data.caption_dropout,
     )
 
 
@@ -155,6 +156,7 @@ def frozen_fields(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any
         "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train.seed": config.train.seed,
         "batch.samples_per_step": config.batch.samples_per_step,
+        "data.caption_dropout": config.data.caption_dropout,
         "data (order hash)": plan.order_hash([item.key for item in encoded.train]),
     }
 

@@ -99,6 +99,9 @@ class DataConfig(Section):
     empty_caption: Literal["error", "use_empty", "skip"] = Field(
         "error", description="Items without instruction: a fault, trained with the empty instruction, or left out."
     )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of samples that a step trains on the empty instruction in place of theirs."
+    )
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
     mask_weight: MaskWeightConfig = Field(MaskWeightConfig(), description="Loss weights of samples with an edit mask.")

@@ -1,14 +1,15 @@
 """Data on disk -> encoded samples in the cache: scan everything, encode what is missing, let the encoders go.
 
 Promise: all that is wrong with the data is told before anything is encoded; a second run encodes nothing; the
-encoders are released before anything else is loaded. Cost: VAE and text encoder once per sample that is new.
+encoders are released before anything else is loaded. Cost: VAE and text encoder once per sample that is new, twice
+where caption dropout needs its empty prompt.
 """
 
 import gc
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mixres import atomic
+from mixres.batch import Sample
 from mixres.config import Config
 from mixres.data.cache import Cache, CacheEntry, entry_key
 from mixres.data.dataset import ScannedRecord, scan
@@ -43,7 +45,8 @@ class Item:
 
     @property
     def lengths(self) -> Lengths:
-        return Lengths(self.entry.text_tokens, self.entry.image_tokens, self.entry.target_tokens)
+        entry = self.entry
+        return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,15 @@ def encode_all(config: Config, family: ModuleType, *, device: torch.device, rank
     """
     cache = Cache(Path(config.cache.cache_dir))
     train, held_out = _scan_all(config, family, speak=rank == 0)
-    keys = _keys(config, family, [*train, *held_out])
+    with_empty = config.data.caption_dropout > 0
+    train_keys = _keys(config, family, train, with_empty=with_empty)
+    keys = [*train_keys, *_keys(config, family, held_out, with_empty=False)]
     wanted = dict(zip(keys, [*train, *held_out], strict=True))
     if rank == 0:
         cache.sweep()
         missing = {key: item for key, item in wanted.items() if cache.lookup(key) is None}
         if missing:
-            _encode(config, family, cache, missing, device)
+            _encode(config, family, cache, missing, set(train_keys) if with_empty else set(), device)
         cache.save_index()
         found = len(wanted) - len(missing)
         say(f"cache     {len(wanted)} entries in {cache.root}: {len(missing)} encoded, {found} found")
@@ -150,8 +155,8 @@ def _settle(config: Config, faults: Sequence[Fault], speak: bool) -> None:
         say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
 
 
-def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) -> list[str]:
-    """Everything that an entry depends on, for each record."""
+def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord], *, with_empty: bool) -> list[str]:
+    """Everything that an entry depends on, for each record; `with_empty`: it holds the empty prompt too."""
     memo = Path(config.cache.cache_dir) / "fingerprints.json"
     encoders = family.encoder_fingerprint(
         config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
@@ -165,6 +170,7 @@ def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) 
             controls=len(scanned.record.controls),
             files=scanned.digests,
             prompt=scanned.record.prompt,
+            **({"empty_prompt": True} if with_empty else {}),
         )
         for scanned in records
     ]
@@ -188,32 +194,42 @@ def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Ite
 
 
 def _encode(
-    config: Config, family: ModuleType, cache: Cache, missing: dict[str, ScannedRecord], device: torch.device
+    config: Config,
+    family: ModuleType,
+    cache: Cache,
+    missing: dict[str, ScannedRecord],
+    with_empty: set[str],
+    device: torch.device,
 ) -> None:
     model = config.model
     encoders = family.load_encoders(
         model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
     )
     for key, scanned in tqdm(missing.items(), desc="encode", unit="sample", disable=None):
-        cache.write(key, _encode_one(config, family, encoders, scanned))
+        sample = _encode_one(config, family, encoders, scanned, scanned.record.prompt)
+        if key in with_empty:  # it sees the sample's own control image, so it is another one for each sample
+            empty = _encode_one(config, family, encoders, scanned, "")
+            sample = replace(sample, empty_embeds=empty.prompt_embeds)
+        cache.write(key, sample)
     del encoders
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: ScannedRecord) -> Any:
+def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: ScannedRecord, prompt: str) -> Sample:
     limits, record = image_limits(config), scanned.record
-    return family.encode(
+    sample: Sample = family.encode(
         encoders,
         name=record.name,
         target=read_image(record.target, limits),
         target_size=_target_size(config, scanned),
         controls=[read_image(path, limits) for path in record.controls],
-        prompt=record.prompt,
+        prompt=prompt,
         mask=read_mask(record.mask, limits, scanned.target_size) if record.mask else None,
         control_area=_control_area(config, scanned),
     )
+    return sample
 
 
 def image_limits(config: Config) -> Limits:

@@ -34,7 +34,8 @@ def synthetic_samples(
     samples = []
     for number in range(count):
         target, control = draw_sizes(config, draw, pixels_per_token)
-        text = draw.randint(10, 150) + control.tokens * pixels_per_token**2 // _TEXT_PIXELS
+        empty = control.tokens * pixels_per_token**2 // _TEXT_PIXELS
+        text = draw.randint(10, 150) + empty
         samples.append(
             Sample(
                 name=f"synthetic-{number}",
@@ -42,6 +43,7 @@ def synthetic_samples(
                 control_latents=(gaussian(control.tokens, channels),),
                 prompt_embeds=gaussian(text, text_width),
                 img_shapes=(target, control),
+                empty_embeds=gaussian(max(1, empty), text_width) if config.data.caption_dropout else None,
             )
         )
     return samples

@@ -251,6 +251,10 @@ def _banner(config: Config, accelerator: Accelerator, trained: Trained, plan: Pl
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
+    if plan.caption_dropout:
+        say(
+            f"          each sample trains on the empty instruction in {plan.caption_dropout:.1%} of the steps it is in"
+        )
     if model.lora and model.lora.lora_dropout > 0:
         say("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
 

@@ -54,6 +54,7 @@ def assert_same(a: Sample, b: Sample) -> None:
     assert same_bits(a.target_latents, b.target_latents)
     assert same_bits(a.prompt_embeds, b.prompt_embeds)
     assert same_bits(a.edit_mask, b.edit_mask)
+    assert same_bits(a.empty_embeds, b.empty_embeds)
     assert len(a.control_latents) == len(b.control_latents)
     assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
 
@@ -79,6 +80,16 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: i
     assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [
         Path(KEY[:2]) / f"{KEY}.safetensors"
     ]
+
+
+def test_the_empty_prompt_rides_along_and_its_length_is_known(tmp_path: Path) -> None:
+    sample = replace(make_sample(), empty_embeds=torch.full((3, 6), 0.5, dtype=torch.bfloat16))
+    writer = Cache(tmp_path)
+    assert writer.write(KEY, sample) == CacheEntry(KEY, sample.img_shapes, 5, False, empty_tokens=3)
+    assert Cache(tmp_path).lookup(KEY) == writer.lookup(KEY)  # by the header
+    writer.save_index()
+    assert Cache(tmp_path).lookup(KEY) == writer.lookup(KEY)  # by the index
+    assert_same(Cache(tmp_path).read(KEY), sample)
 
 
 def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
@@ -327,7 +338,8 @@ def test_damaged_index_costs_time_and_nothing_else(tmp_path: Path, damage: bytes
 
 
 BAD_ROWS: list[Any] = [
-    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]]], ["SIZE", "x", True, [[1, 2, 3]]], ["SIZE", 1, True, []],
+    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]], 0], ["SIZE", "x", True, [[1, 2, 3]], 0], ["SIZE", 1, True, [], 0],
+    ["SIZE", 5, False, [[1, 3, 2], [1, 2, 2]]], ["SIZE", 5, False, [[1, 3, 2], [1, 2, 2]], None],
 ]  # fmt: skip
 
 

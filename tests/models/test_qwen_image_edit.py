@@ -76,7 +76,7 @@ def transformer_arguments(pipeline: QwenImageEditPipeline, area: int, **call: An
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("prompt", [PROMPT, "交换红色和蓝色", "a word {that} was never seen: zebra"])
+@pytest.mark.parametrize("prompt", [PROMPT, "", "交换红色和蓝色", "a word {that} was never seen: zebra"])
 def test_sample_equals_the_stock_transformer_arguments(
     encoders: QwenImageEditPipeline, stock: QwenImageEditPipeline, case: str, prompt: str
 ) -> None:

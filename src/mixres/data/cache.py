@@ -6,8 +6,9 @@ safetensors and JSON are opened. Cost: a write is two fsyncs; a lookup is one `s
 process hashes it once (xxh3, several GB/s).
 
 File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
-there is a mask, `edit_mask` (S_target,), in their own dtypes. Metadata: one string `mixres`, "<hash of the rest>
-<JSON>", the JSON with format, key, img_shapes, text_tokens, has_mask and `payload`, the hash over all tensors.
+there is a mask, `edit_mask` (S_target,), in their own dtypes; for caption dropout `empty_embeds` (T_empty, D) too.
+Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
+has_mask, empty_tokens and `payload`, the hash over all tensors.
 """
 
 import json
@@ -50,6 +51,7 @@ class CacheEntry(NamedTuple):
     img_shapes: tuple[Grid, ...]
     text_tokens: int
     has_mask: bool
+    empty_tokens: int = 0  # of the empty prompt; 0 where it is not stored
 
     @property
     def target_tokens(self) -> int:
@@ -119,7 +121,8 @@ class Cache:
             OSError: the disk is full or the folder cannot be written; no part of the entry is left.
         """
         path, tensors = self.path(key), _tensors(sample)
-        entry = CacheEntry(key, sample.img_shapes, sample.prompt_embeds.shape[0], sample.edit_mask is not None)
+        empty = 0 if sample.empty_embeds is None else len(sample.empty_embeds)
+        entry = CacheEntry(key, sample.img_shapes, len(sample.prompt_embeds), sample.edit_mask is not None, empty)
         data = save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))})
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,11 +183,12 @@ class Cache:
             prompt_embeds=tensors["prompt_embeds"],
             img_shapes=entry.img_shapes,
             edit_mask=tensors["edit_mask"] if entry.has_mask else None,
+            empty_embeds=tensors["empty_embeds"] if entry.empty_tokens else None,
         )
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)
-        self._index[entry.key] = [size, entry.text_tokens, entry.has_mask, entry.img_shapes]
+        self._index[entry.key] = [size, entry.text_tokens, entry.has_mask, entry.img_shapes, entry.empty_tokens]
 
     def _forget(self, key: str) -> None:
         self._index.pop(key, None)
@@ -201,6 +205,8 @@ def _tensors(sample: Sample) -> dict[str, Tensor]:
     if sample.edit_mask is not None:
         assert sample.edit_mask.shape == (len(sample.target_latents),), sample.edit_mask.shape
         tensors["edit_mask"] = sample.edit_mask
+    if sample.empty_embeds is not None:
+        tensors["empty_embeds"] = sample.empty_embeds
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -261,11 +267,11 @@ def _read_header(path: Path, key: str) -> CacheEntry | None:
 
 def _entry(key: str, stated: Mapping[str, Any]) -> CacheEntry:
     grids = tuple(Grid(*grid) for grid in stated["img_shapes"])
-    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"])
+    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"], stated.get("empty_tokens", 0))
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """Rows `[size, text_tokens, has_mask, img_shapes]` by key; empty where the index is absent or not readable."""
+    """Rows `[size, text_tokens, has_mask, img_shapes, empty_tokens]` by key; none where the index cannot be read."""
     try:
         index = json.loads(path.read_bytes())
         return dict(index["entries"]) if index["format"] == FORMAT else {}
@@ -275,8 +281,9 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:
     try:
-        indexed_size, text_tokens, has_mask, grids = row
-        entry = CacheEntry(key, tuple(Grid(*map(int, grid)) for grid in grids), int(text_tokens), bool(has_mask))
+        indexed_size, text_tokens, has_mask, shapes, empty_tokens = row
+        grids = tuple(Grid(*map(int, grid)) for grid in shapes)
+        entry = CacheEntry(key, grids, int(text_tokens), bool(has_mask), int(empty_tokens))
         return entry if indexed_size == size and entry.img_shapes else None
     except (TypeError, ValueError):
         return None
