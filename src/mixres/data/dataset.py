@@ -6,6 +6,7 @@ in full, with its upright sizes and the digests of its bytes. Cost: the scan rea
 A later scan with the same memo looks at the state of each file and decodes those that have changed.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,8 @@ from mixres.data.saved_dataset import is_saved_dataset, records_from_saved_datas
 from mixres.data.scan_memo import ScanMemo
 from mixres.errors import UserError
 from mixres.geometry import Size
+
+_CHUNK = 256  # files that one thread looks up at a time
 
 
 class ScannedRecord(NamedTuple):
@@ -147,29 +150,31 @@ def _inspect(
 ) -> tuple[dict[_Job, ImageFacts | BadImageError], int]:
     """Facts or reason for each job, and how many were decoded."""
 
-    def inspect(job: _Job) -> tuple[ImageFacts | BadImageError, bool]:
+    def look(some: list[_Job]) -> list[ImageFacts | None]:
+        return [memo.find(job.path, job.is_mask, limits) for job in some]
+
+    def inspect(job: _Job) -> ImageFacts | BadImageError:
         try:
             status = job.path.stat()  # before the bytes are read: what is changed meanwhile is read again next time
-            if known := memo.find(job.path, job.is_mask, status, limits):
-                return known, False
             facts = (inspect_mask if job.is_mask else inspect_image)(job.path, limits)
             memo.add(job.path, job.is_mask, status, facts)
-            return facts, True
+            return facts
         except OSError as error:
-            return BadImageError(f"cannot be read: {error.strerror or error}"), True
+            return BadImageError(f"cannot be read: {error.strerror or error}")
         except BadImageError as error:
-            return BadImageError(str(error)), True  # the one raised holds frames, and they the bytes of the file
+            return BadImageError(str(error))  # the one raised holds frames, and they the bytes of the file
 
     pool = ThreadPoolExecutor(workers)
     try:
-        found: dict[_Job, ImageFacts | BadImageError] = {}
-        decoded = 0
-        with _bar(len(jobs), progress) as bar:
-            for job, (facts, fresh) in zip(jobs, pool.map(inspect, jobs), strict=True):
+        chunks = pool.map(look, (jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)))
+        known = zip(jobs, itertools.chain.from_iterable(chunks), strict=True)
+        found: dict[_Job, ImageFacts | BadImageError] = {job: facts for job, facts in known if facts}
+        changed = [job for job in jobs if job not in found]
+        with _bar(len(changed), progress) as bar:
+            for job, facts in zip(changed, pool.map(inspect, changed), strict=True):
                 found[job] = facts
-                decoded += fresh
                 bar.update()
-        return found, decoded
+        return found, len(changed)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
 

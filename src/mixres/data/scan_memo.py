@@ -32,15 +32,18 @@ class ScanMemo:
         self._new: dict[str, list[Any]] = {}
         self._started_ns = time.time_ns()
 
-    def find(self, picture: Picture, is_mask: bool, status: Status, limits: Limits) -> ImageFacts | None:
+    def find(self, picture: Picture, is_mask: bool, limits: Limits) -> ImageFacts | None:
         """The facts of an unchanged picture that is still within `limits`."""
-        row = self._rows.get(_key(picture, is_mask))
+        row = self._rows.get(_key(picture, is_mask)) if self._rows else None
+        if row is None:
+            return None
         try:
-            if row is None or row[:4] != _state(status) or status.st_size > limits.max_bytes:
+            status = picture.stat()
+            if row[:4] != _state(status) or status.st_size > limits.max_bytes:
                 return None
             facts = ImageFacts(Size(int(row[4]), int(row[5])), str(row[6]), bool(row[7]))
             check_size(facts.size, limits)
-        except (BadImageError, TypeError, ValueError, LookupError):
+        except (BadImageError, OSError, TypeError, ValueError, LookupError):
             return None
         return facts
 
@@ -58,7 +61,7 @@ class ScanMemo:
             rows = _read(self.path)
             if self._new.items() <= rows.items():  # another rank of the same run was first
                 return
-            text = json.dumps({"version": VERSION, "rows": rows | self._new})
+            text = json.dumps({"version": VERSION, "rows": dict(sorted((rows | self._new).items()))})
             atomic.write_text(self.path, f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}")
 
 
