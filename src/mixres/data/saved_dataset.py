@@ -84,7 +84,7 @@ def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tu
 
 
 def _arrow_files(root: Path) -> list[Path]:
-    """The files that the data set says it has: all in its folder, whatever their names say."""
+    """The files that the data set says it has, checked to lie in its folder."""
     if not (root / STATE).is_file():
         splits = ", ".join(sorted(printable(path.parent) for path in root.glob(f"*/{STATE}")))
         raise UserError(f"{printable(root)}: holds several data sets; name one or a list of them: {splits}")
@@ -93,7 +93,7 @@ def _arrow_files(root: Path) -> list[Path]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{printable(root / STATE)}: cannot be read; save the data set again") from error
     for name in names:
-        if Path(name).name != name or not (root / name).resolve().is_relative_to(root.resolve()):
+        if not (root / name).resolve().is_relative_to(root.resolve()):
             raise UserError(f"{printable(root / STATE)}: names a file outside its folder: {printable(name)}")
     return [root / name for name in names]
 
