@@ -28,6 +28,7 @@ LAYERS = {
             "batching",
             "bench",
             "consistency",
+            "examples",
             "flops",
             "precompute",
             "sampling",
@@ -57,6 +58,7 @@ LIBRARIES = {
     "pydantic": {"config", "config_faults"},
     "omegaconf": {"config", "config_source"},
     "yaml": {"config_source"},
+    "datasets": {"data"},
 }
 
 FOLDERS = {"data", "models", "diffusion", "training"}  # rooms that never import each other within a layer

@@ -91,8 +91,12 @@ class LimitsConfig(Section):
 
 
 class DataConfig(Section):
-    train: Texts = Field(description="Training data: a folder or a .jsonl manifest, or a list of them.")
-    held_out: Texts | None = Field(None, description="Pairs for samples while training, given as data.train.")
+    train: Texts = Field(description="Training data: a folder, a manifest, a saved data set, or a list of them.")
+    held_out: Texts | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Examples that are never trained, for samples: given as data.train, or a share of it.",
+        json_schema_extra={"allowed": "text or a list of texts, not empty, or a number > 0 and < 1, or null"},
+    )
     on_bad_item: Literal["error", "skip"] = Field(
         "error", description="Unusable items: stop with the list of all of them, or list them and train on the others."
     )
@@ -101,6 +105,9 @@ class DataConfig(Section):
     )
     caption_dropout: float = Field(
         0.0, ge=0, le=1, description="Share of samples that a step trains on the empty instruction in place of theirs."
+    )
+    long_caption: Literal["error", "truncate"] = Field(
+        "error", description="Items whose instruction is over 1024 tokens: a fault, or trained with its beginning."
     )
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")

@@ -6,7 +6,6 @@ where caption dropout needs its empty prompt.
 """
 
 import gc
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +16,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mixres import atomic
 from mixres.batch import Sample
 from mixres.config import Config
 from mixres.data.cache import Cache, CacheEntry, entry_key
-from mixres.data.dataset import ScannedRecord, scan
-from mixres.data.images import Limits, read_image, read_mask
+from mixres.data.dataset import ScannedRecord
+from mixres.data.images import read_image, read_mask
 from mixres.data.plan import Lengths
-from mixres.data.records import EditRecord, Fault
-from mixres.errors import UserError
+from mixres.data.records import EditRecord
+from mixres.examples import find_examples, image_limits
 from mixres.geometry import Size, control_area, target_size
 from mixres.models.families import family_module
 from mixres.training.progress import say
 
-BAD_ITEMS = "bad_items.jsonl"
 _POLL_S = 1.0
 
 
@@ -84,7 +81,7 @@ def encode_all(config: Config, family: ModuleType, *, device: torch.device, rank
         UserError: as `run_cache`.
     """
     cache = Cache(Path(config.cache.cache_dir))
-    train, held_out = _scan_all(config, family, speak=rank == 0)
+    train, held_out = find_examples(config, family, speak=rank == 0)
     with_empty = config.data.caption_dropout > 0
     train_keys = _keys(config, family, train, with_empty=with_empty)
     keys = [*train_keys, *_keys(config, family, held_out, with_empty=False)]
@@ -102,57 +99,6 @@ def encode_all(config: Config, family: ModuleType, *, device: torch.device, rank
             time.sleep(_POLL_S)
     items = [_item(config, record, key, cache) for key, record in zip(keys, [*train, *held_out], strict=True)]
     return Encoded(cache, items[: len(train)], items[len(train) :])
-
-
-def _scan_all(config: Config, family: ModuleType, *, speak: bool) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
-    data = config.data
-    base = {"path": config.model.pretrained_model_name_or_path, "revision": config.model.revision}
-    token = family.pixels_per_token(base["path"], revision=base["revision"])
-    if data.resize.target.multiple_of % token:
-        raise UserError(
-            f"data.resize.target.multiple_of: {data.resize.target.multiple_of} is not a multiple of {token}, the "
-            "pixels of one token of this base"
-        )
-    limits = image_limits(config)
-    found: list[list[ScannedRecord]] = []
-    faults: list[Fault] = []
-    for sources in (data.train, data.held_out or ()):
-        records, wrong = scan(sources, limits=limits, empty_caption=data.empty_caption, min_side=token, progress=speak)
-        usable, unfit = _fitting(family, records)
-        found.append(usable)
-        faults += wrong + unfit
-    _settle(config, faults, speak)
-    if speak:
-        controls = sum(len(r.record.controls) for records in found for r in records)
-        say(f"data      {len(found[0])} training and {len(found[1])} held-out examples with {controls} controls")
-    return found[0], found[1]
-
-
-def _fitting(family: ModuleType, records: Sequence[ScannedRecord]) -> tuple[list[ScannedRecord], list[Fault]]:
-    usable, faults = [], []
-    for scanned in records:
-        reason = family.example_fault(controls=len(scanned.record.controls), prompt=scanned.record.prompt)
-        if reason is None:
-            usable.append(scanned)
-        else:
-            faults.append(Fault(scanned.record.name, reason))
-    return usable, faults
-
-
-def _settle(config: Config, faults: Sequence[Fault], speak: bool) -> None:
-    """Stop for faults, all of them together, or list them in the run folder where the configuration says to go on."""
-    if config.data.on_bad_item == "error" and any(not fault.skip for fault in faults):
-        raise UserError([str(fault) for fault in faults])
-    folder = Path(config.logging.output_dir)
-    if not speak:
-        return
-    if not faults:
-        (folder / BAD_ITEMS).unlink(missing_ok=True)  # an earlier run's
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic.replace(folder / BAD_ITEMS) as tmp, tmp.open("w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps({'path': fault.path, 'reason': fault.reason})}\n" for fault in faults)
-        say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
 
 
 def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord], *, with_empty: bool) -> list[str]:
@@ -230,11 +176,6 @@ def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: Scan
         control_area=_control_area(config, scanned),
     )
     return sample
-
-
-def image_limits(config: Config) -> Limits:
-    """What a source image may be, for the reading room."""
-    return Limits(follow_symlinks=config.data.follow_symlinks, **config.data.limits.model_dump())
 
 
 def _device() -> torch.device:

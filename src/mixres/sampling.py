@@ -17,8 +17,10 @@ from torch import nn
 from mixres import atomic
 from mixres.config import Config
 from mixres.data.images import read_image
+from mixres.data.records import Picture
+from mixres.examples import image_limits
 from mixres.geometry import control_area
-from mixres.precompute import Encoded, Item, image_limits, spread
+from mixres.precompute import Encoded, Item, spread
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -64,7 +66,7 @@ class HeldOutSampler:
         """The pipeline's picture for one held-out item, at the size of its target."""
         return self._predict(item, self.read(item.record.controls[0]))
 
-    def read(self, path: Path) -> Image.Image:
+    def read(self, path: Picture) -> Image.Image:
         """A held-out picture as it lies on disk, RGB."""
         return read_image(path, image_limits(self.config))
 

@@ -41,7 +41,7 @@ def found(source: Path, **options: object) -> tuple[list[EditRecord], list[str]]
 
 
 def scanned(source: Path, min_side: int = 16) -> tuple[list[ScannedRecord], list[str]]:
-    records, faults = scan([str(source)], limits=Limits(), min_side=min_side)
+    records, faults, _, _ = scan([str(source)], limits=Limits(), min_side=min_side)
     return records, [str(fault).replace(f"{source}", "ROOT") for fault in faults]
 
 
@@ -338,7 +338,7 @@ def test_source_that_is_none(tmp_path: Path) -> None:
         scan(sources, limits=Limits())
     assert [message.replace(str(tmp_path), "ROOT") for message in caught.value.messages] == [
         "ROOT/none: no such folder or manifest",
-        "ROOT/data.txt: is neither a folder nor a .jsonl manifest",
+        "ROOT/data.txt: is neither a folder nor a .jsonl or .csv manifest",
         "ROOT/half/control_images: no such folder; a data folder holds training_images/ and control_images/",
         "ROOT/empty/training_images: holds no picture (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)",
         "ROOT/linked/training_images: is a link out of its data folder; set data.follow_symlinks=true",
@@ -553,7 +553,7 @@ def test_scan_keeps_the_order_of_sources_and_decodes_a_shared_control_once(tmp_p
     path = manifest(tmp_path / "three", *[GOOD] * 5)
     sources = [str(tmp_path / "one"), str(path), str(tmp_path / "two")]
     for workers in (1, 4):
-        records, faults = scan(sources, limits=Limits(), workers=workers)
+        records, faults, _, _ = scan(sources, limits=Limits(), workers=workers)
         assert faults == []
         assert [r.record.target.name for r in records] == ["b.png", *["t.png"] * 5, "a.png"]
 
