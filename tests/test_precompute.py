@@ -17,10 +17,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mixres.batch import Sample
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
+from mixres.encoding import image_limits
 from mixres.errors import UserError
 from mixres.geometry import Size, target_size
 from mixres.models import qwen_image_edit as family
-from mixres.precompute import Encoded, encode_all, image_limits, run_cache, spread
+from mixres.precompute import Encoded, encode_all, run_cache, spread
 
 ALL, FEW = 13, 3
 

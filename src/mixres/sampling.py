@@ -17,8 +17,9 @@ from torch import nn
 from mixres import atomic
 from mixres.config import Config
 from mixres.data.images import read_image
+from mixres.encoding import image_limits
 from mixres.geometry import control_area
-from mixres.precompute import Encoded, Item, image_limits, spread
+from mixres.precompute import Encoded, Item, spread
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44

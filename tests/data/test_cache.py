@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key, file_digest
+from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry
+from mixres.data.keys import entry_key, file_digest
 from mixres.geometry import Grid
 
 KEY, OTHER = entry_key(name="one"), entry_key(name="other")
@@ -367,7 +368,8 @@ def test_sweep_takes_old_temporary_files_only(tmp_path: Path) -> None:
 WRITER = """
 import sys, torch
 from mixres.batch import Sample
-from mixres.data.cache import Cache, entry_key
+from mixres.data.cache import Cache
+from mixres.data.keys import entry_key
 from mixres.geometry import Grid
 cache = Cache(sys.argv[1])
 print("ready", flush=True)

@@ -12,9 +12,9 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from mixres.data.cache import file_digest
 from mixres.data.dataset import ScannedRecord, find_records, scan
 from mixres.data.images import Limits
+from mixres.data.keys import file_digest
 from mixres.data.records import EditRecord, Fault
 from mixres.errors import UserError
 

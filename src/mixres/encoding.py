@@ -1,0 +1,146 @@
+"""A scanned example under a configuration: its key, its size on disk, and the encoded sample.
+
+Promise: whatever the encoding of an example depends on is in its key, here, side by side; what is stored under a key
+was made of the very bytes that the key names. Cost: VAE and text encoder once an example, one more read of its files.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mixres.batch import Sample
+from mixres.caching import check_space, fill
+from mixres.config import Config
+from mixres.data.cache import Cache
+from mixres.data.dataset import ScannedRecord
+from mixres.data.images import BadImageError, Limits, read_image, read_mask
+from mixres.data.keys import entry_key, file_digest
+from mixres.errors import WorkError
+from mixres.geometry import Size, control_area, control_size, target_size
+
+# Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
+# resized differently, and when a new release line of diffusers brings another prompt template.
+ENCODING = 1
+
+
+def entry_keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) -> list[str]:
+    """For each record the hash over everything that its entry depends on.
+
+    Raises:
+        UserError: the base's encoders cannot be had.
+    """
+    memo = Path(config.cache.cache_dir) / "fingerprints.json"
+    encoders = family.encoder_fingerprint(
+        config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
+    )
+    return [
+        entry_key(
+            encoding=ENCODING,
+            encoders=encoders,
+            dtype=config.model.dtype,
+            target_size=target_size_of(config, scanned),
+            control_area=control_area_of(config, scanned),
+            controls=len(scanned.record.controls),
+            files=scanned.digests,
+            prompt=scanned.record.prompt,
+        )
+        for scanned in records
+    ]
+
+
+def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
+    """The size that the example is trained at."""
+    rule = config.data.resize.target
+    return target_size(
+        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
+    )
+
+
+def control_area_of(config: Config, scanned: ScannedRecord) -> int:
+    """Pixels of the example's controls."""
+    return control_area(config.data.resize.control.area, target_size_of(config, scanned))
+
+
+def image_limits(config: Config) -> Limits:
+    """What a source image may be, for the reading room."""
+    return Limits(follow_symlinks=config.data.follow_symlinks, **config.data.limits.model_dump())
+
+
+def encode_missing(
+    config: Config,
+    family: ModuleType,
+    cache: Cache,
+    missing: Mapping[str, ScannedRecord],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> int:
+    """Fill the cache together with the other ranks; how many entries this process encoded. Its encoders are gone then.
+
+    Raises:
+        UserError: the encoders cannot be loaded, or the disk has no room for all entries.
+        WorkError: the disk is full, or a file has changed since the scan.
+    """
+    model, dtype = config.model, getattr(torch, config.model.dtype)
+
+    def load() -> Callable[[ScannedRecord], Sample]:
+        path = model.pretrained_model_name_or_path
+        encoders = family.load_encoders(path, revision=model.revision, dtype=dtype, device=device)
+        return lambda scanned: _encode_one(config, family, encoders, scanned)
+
+    sizes = _entry_sizes(config, family, missing)
+    check_space(cache.root, sizes.values())
+    encoded = fill(cache, missing, sizes, load, rank=rank, world_size=world_size)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return encoded
+
+
+def _entry_sizes(config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord]) -> dict[str, int]:
+    """The bytes that each entry will take, estimated."""
+    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    size_of = family.EntrySize(
+        path,
+        revision=revision,
+        dtype=getattr(torch, config.model.dtype),
+        pixels_per_token=family.pixels_per_token(path, revision=revision),
+    )
+    return {
+        key: size_of(
+            target=target_size_of(config, scanned),
+            controls=[control_size(size, area=control_area_of(config, scanned)) for size in scanned.control_sizes],
+            prompt=scanned.record.prompt,
+            mask=scanned.record.mask is not None,
+        )
+        for key, scanned in missing.items()
+    }
+
+
+def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: ScannedRecord) -> Sample:
+    limits, record = image_limits(config), scanned.record
+    files = (record.target, *record.controls, *([record.mask] if record.mask else []))
+    try:
+        target = read_image(record.target, limits)
+        controls = [read_image(path, limits) for path in record.controls]
+        mask = read_mask(record.mask, limits, scanned.target_size) if record.mask else None
+        changed = [path for path, digest in zip(files, scanned.digests, strict=True) if file_digest(path) != digest]
+    except (BadImageError, OSError) as error:
+        raise WorkError(f"{record.name}: a file has changed since the scan ({error}): run the same command") from error
+    if changed:  # the key is of the bytes that the scan saw
+        raise WorkError(f"{record.name}: {changed[0]} has changed since the scan: run the same command again")
+    sample: Sample = family.encode(
+        encoders,
+        name=record.name,
+        target=target,
+        target_size=target_size_of(config, scanned),
+        controls=controls,
+        prompt=record.prompt,
+        mask=mask,
+        control_area=control_area_of(config, scanned),
+    )
+    return sample
