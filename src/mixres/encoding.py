@@ -92,7 +92,7 @@ def encode_missing(
         encoders = family.load_encoders(path, revision=model.revision, dtype=dtype, device=device)
         return lambda scanned: _encode_one(config, family, encoders, scanned)
 
-    sizes = _entry_sizes(config, family, missing)
+    sizes = entry_sizes(config, family, missing)
     check_space(cache.root, sizes.values())
     encoded = fill(cache, missing, sizes, load, rank=rank, world_size=world_size)
     gc.collect()
@@ -101,7 +101,7 @@ def encode_missing(
     return encoded
 
 
-def _entry_sizes(config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord]) -> dict[str, int]:
+def entry_sizes(config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord]) -> dict[str, int]:
     """The bytes that each entry will take, estimated."""
     path, revision = config.model.pretrained_model_name_or_path, config.model.revision
     size_of = family.EntrySize(

@@ -89,9 +89,11 @@ def encode_all(
     encoded = encode_missing(config, family, cache, missing, device, rank, world_size) if missing else 0
     if rank == 0:
         save_index(cache)
+        others = f", {len(missing) - encoded} by other processes" if encoded < len(missing) else ""
         found = len(wanted) - len(missing)
-        say(f"cache     {len(wanted)} entries in {cache.root}: {encoded} encoded, {found} found"
-            + (f", {len(missing) - encoded} by other processes" if encoded < len(missing) else ""))  # fmt: skip
+        say(f"cache     {len(wanted)} entries in {cache.root}: {encoded} encoded, {found} found{others}")
+    elif encoded:
+        say(f"cache     rank {rank}: {encoded} encoded")
     items = [_item(config, record, key, cache) for key, record in zip(keys, [*train, *held_out], strict=True)]
     return Encoded(cache, items[: len(train)], items[len(train) :])
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mixres import atomic
@@ -263,6 +267,85 @@ def test_pickle_is_never_opened(tmp_path: Path, stored: tuple[Path, bytes, Sampl
     with pytest.raises(DamagedEntry):
         Cache(tmp_path).read(KEY)
     assert not witness.exists()
+
+
+FOREIGN = {
+    "an archive": b"PK\x03\x04" + bytes(400),
+    "a page": b"<!DOCTYPE html><html>" + b"x" * 400,
+    "a header that is a list": struct.pack("<Q", 2) + b"[]",
+    "a header of brackets": struct.pack("<Q", 10**5) + b"[" * 10**5,
+    "metadata that is a number": struct.pack("<Q", 29) + b'{"__metadata__":{"mixres":5}}',
+    "tensors of somebody else": save({"target_latents": torch.zeros(4, 4)}),
+    "tensors with metadata of somebody else": save({"a": torch.zeros(4, 4)}, {"format": "pt", "mixres": "x"}),
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_is_no_entry(tmp_path: Path, stored: tuple[Path, bytes, Sample], data: bytes) -> None:
+    path, whole, sample = stored
+    path.write_bytes(data)
+    assert Cache(tmp_path).lookup(KEY) is None
+    with pytest.raises(DamagedEntry):
+        Cache(tmp_path).read(KEY)
+    assert not path.exists()
+    Cache(tmp_path).write(KEY, sample)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_in_the_place_of_an_entry_is_none(tmp_path: Path) -> None:
+    Cache(tmp_path).path(KEY).mkdir(parents=True)
+    assert Cache(tmp_path).lookup(KEY) is None
+
+
+# --- Format 1
+
+
+def write_format_1(cache: Cache, sample: Sample, **pixels: Any) -> None:
+    """What the module's docstring says of format 1, written down once more."""
+    cache.write(KEY, sample)
+    path = cache.path(KEY)
+    with safe_open(path, "pt") as file:
+        stated = json.loads(file.metadata()["mixres"].split(" ", 1)[1])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del stated["img_shapes"]
+    text = json.dumps({**stated, "format": 1, **pixels})
+    path.write_bytes(save(tensors, {"mixres": f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"}))
+
+
+TWO_CONTROLS = (Grid(1, 3, 2), Grid(1, 2, 2), Grid(1, 1, 4))
+FIRST = {"height": 48, "width": 32}
+PIXELS = {
+    "no control": (TWO_CONTROLS[:1], FIRST),
+    "one": (TWO_CONTROLS[:2], FIRST | {"height_control": 32, "width_control": 32}),
+    "two": (
+        TWO_CONTROLS,
+        FIRST | {"height_control": 32, "width_control": 32, "height_control_1": 16, "width_control_1": 64},
+    ),
+    "absent ones": (
+        TWO_CONTROLS[:1],
+        FIRST | {"height_control": None, "width_control": None, "height_control_1": 0, "width_control_1": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("grids", "pixels"), PIXELS.values(), ids=PIXELS)
+def test_an_entry_of_format_1_is_the_sample_of_format_2(
+    tmp_path: Path, grids: tuple[Grid, ...], pixels: dict[str, Any]
+) -> None:
+    sample = make_sample(grids, mask=True)
+    write_format_1(Cache(tmp_path), sample, **pixels)
+    cache = Cache(tmp_path)
+    assert cache.lookup(KEY) == CacheEntry(KEY, grids, text_tokens=5, has_mask=True)
+    assert_same(cache.read(KEY), sample)
+    cache.save_index()
+    assert Cache(tmp_path).lookup(KEY) == cache.lookup(KEY)
+
+
+@pytest.mark.parametrize("pixels", [{}, {"height": 48, "width": 49}, FIRST, {**FIRST, "height": None}], ids=str)
+def test_sizes_of_format_1_that_are_not_those_of_the_latents_are_damage(tmp_path: Path, pixels: dict[str, int]) -> None:
+    write_format_1(Cache(tmp_path), make_sample((Grid(1, 3, 3),)), **pixels)
+    with pytest.raises(DamagedEntry):
+        Cache(tmp_path).read(KEY)
 
 
 # --- Index
