@@ -368,7 +368,8 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
         image.load()
     image.putpixel((0, 0), 7 if image.mode == "L" else (1, 2, 3))
     image.save(changed)
-    for reason in (f"{changed} has changed since the scan", "a file has changed since the scan (is empty (0 bytes))"):
+    again = "has changed since the scan: run the same command again"
+    for reason in (f"{changed} {again}", f"a file {again} (is empty (0 bytes))"):
         with pytest.raises(WorkError, match=re.escape(f"{item.record.name}: {reason}")):
             encode_missing(config, family, cache, missing, torch.device("cpu"), 0, 1)
         changed.write_bytes(b"")

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import xxhash
 
 from mixres.batch import Sample
 from mixres.caching import check_space, fill
@@ -18,9 +19,10 @@ from mixres.config import Config
 from mixres.data.cache import Cache
 from mixres.data.dataset import ScannedRecord
 from mixres.data.images import BadImageError, Limits, read_image, read_mask
-from mixres.data.keys import entry_key, file_digest
+from mixres.data.keys import entry_key
 from mixres.errors import WorkError
-from mixres.geometry import Size, control_area, control_size, target_size
+from mixres.geometry import Size, control_area, target_size
+from mixres.models.qwen_entry_size import EntrySize
 
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
 # resized differently, and when a new release line of diffusers brings another prompt template.
@@ -90,7 +92,7 @@ def encode_missing(
     def load() -> Callable[[ScannedRecord], Sample]:
         path = model.pretrained_model_name_or_path
         encoders = family.load_encoders(path, revision=model.revision, dtype=dtype, device=device)
-        return lambda scanned: _encode_one(config, family, encoders, scanned)
+        return lambda scanned: family.encode(encoders, **example_inputs(config, scanned))
 
     sizes = entry_sizes(config, family, missing)
     check_space(cache.root, sizes.values())
@@ -104,7 +106,7 @@ def encode_missing(
 def entry_sizes(config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord]) -> dict[str, int]:
     """The bytes that each entry will take, estimated."""
     path, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    size_of = family.EntrySize(
+    size_of = EntrySize(
         path,
         revision=revision,
         dtype=getattr(torch, config.model.dtype),
@@ -113,34 +115,40 @@ def entry_sizes(config: Config, family: ModuleType, missing: Mapping[str, Scanne
     return {
         key: size_of(
             target=target_size_of(config, scanned),
-            controls=[control_size(size, area=control_area_of(config, scanned)) for size in scanned.control_sizes],
+            controls=scanned.control_sizes,
             prompt=scanned.record.prompt,
             mask=scanned.record.mask is not None,
+            control_area=control_area_of(config, scanned),
         )
         for key, scanned in missing.items()
     }
 
 
-def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: ScannedRecord) -> Sample:
+def example_inputs(config: Config, scanned: ScannedRecord) -> dict[str, Any]:
+    """What the family's `encode` takes of an example, its pictures decoded.
+
+    Raises:
+        WorkError: a file is not the one that the scan saw, whose bytes the key is of.
+    """
     limits, record = image_limits(config), scanned.record
     files = (record.target, *record.controls, *([record.mask] if record.mask else []))
+    again = "has changed since the scan: run the same command again"
     try:
         target = read_image(record.target, limits)
         controls = [read_image(path, limits) for path in record.controls]
         mask = read_mask(record.mask, limits, scanned.target_size) if record.mask else None
-        changed = [path for path, digest in zip(files, scanned.digests, strict=True) if file_digest(path) != digest]
+        digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
     except (BadImageError, OSError) as error:
-        raise WorkError(f"{record.name}: a file has changed since the scan ({error}): run the same command") from error
-    if changed:  # the key is of the bytes that the scan saw
-        raise WorkError(f"{record.name}: {changed[0]} has changed since the scan: run the same command again")
-    sample: Sample = family.encode(
-        encoders,
-        name=record.name,
-        target=target,
-        target_size=target_size_of(config, scanned),
-        controls=controls,
-        prompt=record.prompt,
-        mask=mask,
-        control_area=control_area_of(config, scanned),
-    )
-    return sample
+        raise WorkError(f"{record.name}: a file {again} ({error})") from error
+    for path, digest, scanned_digest in zip(files, digests, scanned.digests, strict=True):
+        if digest != scanned_digest:
+            raise WorkError(f"{record.name}: {path} {again}")
+    return {
+        "name": record.name,
+        "target": target,
+        "target_size": target_size_of(config, scanned),
+        "controls": controls,
+        "prompt": record.prompt,
+        "mask": mask,
+        "control_area": control_area_of(config, scanned),
+    }

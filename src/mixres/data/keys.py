@@ -1,11 +1,10 @@
 """What an entry of the cache is called: a hash over everything that made it.
 
 Promise: a change of anything that went into the key makes another key, in every process and release the same. Cost:
-one hash; `file_digest` reads a file once, at several GB/s.
+one hash.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -21,12 +20,3 @@ def entry_key(**parts: Any) -> str:
     """
     text = json.dumps({"format": FORMAT, "parts": parts}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of the bytes of a file, 32 hex characters; the digest that the scan returns."""
-    digest = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mixres.geometry import PATCH, Size
+from mixres.geometry import PATCH, Size, control_size
 from mixres.models import pretrained
 from mixres.models.qwen_processor import load_processor
 
@@ -18,7 +18,7 @@ _FILE_BYTES = 5 * 1024  # the header, the rest of the last block of the disk, a 
 
 
 class EntrySize:
-    """Call it with an example; see `pixels_per_token` of the family for that argument.
+    """Call it with an example. `pixels_per_token` is the side of an image token, as the family tells it.
 
     Raises:
         UserError: the pipeline, or its VAE, text encoder or processor, cannot be had.
@@ -29,16 +29,30 @@ class EntrySize:
         self._processor = load_processor(folder / "processor")
         self._pixels_per_token = pixels_per_token
         self._itemsize = dtype.itemsize
-        self._latent_width = PATCH**2 * pretrained.pipeline_json(path, "vae/config.json", revision=revision)["z_dim"]
+        vae = pretrained.pipeline_json(path, "vae/config.json", revision=revision)
         text = pretrained.pipeline_json(path, "text_encoder/config.json", revision=revision)
-        self._text_width: int = text.get("text_config", text)["hidden_size"]
+        self._latent_width: int = PATCH**2 * vae.get("z_dim", 16)
+        self._text_width: int = text.get("text_config", text).get("hidden_size", 3584)
 
-    def __call__(self, *, target: Size, controls: Sequence[Size], prompt: str, mask: bool) -> int:
-        """Bytes on disk. `target` and `controls` are the sizes that VAE and text encoder see."""
-        tokens = [math.prod(size) // self._pixels_per_token**2 for size in (target, *controls)]
-        merged = self._processor.image_processor.merge_size**2
-        seen = [self._processor.image_processor.get_number_of_image_patches(s.height, s.width) for s in controls]
-        words = len(self._processor.tokenizer(prompt)["input_ids"])
-        text = sum(patches // merged for patches in seen) + words + _TEMPLATE_TOKENS
+    def __call__(
+        self,
+        *,
+        target: Size,
+        controls: Sequence[Size],
+        prompt: str,
+        mask: bool,
+        control_area: int = 0,
+        text_area: int | None = None,
+    ) -> int:
+        """Bytes on disk. `target` is the size that is trained, `controls` are the sizes of the files.
+
+        The areas are the pixels of each control for the VAE and, where that is another, for the text encoder.
+        """
+        latents = [target, *(control_size(size, area=control_area) for size in controls)]
+        tokens = [math.prod(size) // self._pixels_per_token**2 for size in latents]
+        shown = [control_size(size, area=text_area or control_area) for size in controls]
+        images = self._processor.image_processor
+        text = len(self._processor.tokenizer(prompt)["input_ids"]) + _TEMPLATE_TOKENS
+        text += sum(images.get_number_of_image_patches(s.height, s.width) // images.merge_size**2 for s in shown)
         values: int = sum(tokens) * self._latent_width + text * self._text_width
         return values * self._itemsize + (4 * tokens[0] if mask else 0) + _FILE_BYTES

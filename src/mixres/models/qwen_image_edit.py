@@ -25,7 +25,6 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Size, control_size, pack_latents, token_grid
 from mixres.models import pretrained
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.qwen_entry_size import EntrySize as EntrySize
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.qwen_processor import load_processor, torchvision_imports
 
@@ -42,7 +41,8 @@ def pixels_per_token(path: str, *, revision: str | None = None) -> int:
         UserError: the pipeline or its `vae/config.json` cannot be had.
     """
     stages = pretrained.pipeline_json(path, "vae/config.json", revision=revision).get("temperal_downsample")
-    return PATCH << (3 if stages is None else len(stages))  # the class's default has three stages
+    halvings: int = 3 if stages is None else len(stages)  # the class's default has three stages
+    return PATCH << halvings
 
 
 def flow_shift(path: str, *, revision: str | None = None) -> dict[str, float]:
@@ -247,8 +247,8 @@ def sample_image(
     """One picture of `size` pixels through the stock pipeline's `__call__`, without classifier-free guidance.
 
     `prompt_embeds` is `(T, D)`, of this very control. `steps` is at least 2: the stock scheduler's terminal shift
-    divides by zero on one step. The noise comes from a CPU generator, so that a seed means the same picture on every
-    device. The transformer's training mode is put back as it was.
+    divides by zero on one step. The noise comes from a CPU generator, so that a seed means the
+    same picture on every device. The transformer's training mode is put back as it was.
     """
     assert steps >= 2, steps
     transformer = pipeline.transformer
