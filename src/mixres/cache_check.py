@@ -4,7 +4,7 @@ Promise: nothing is encoded and no weight is loaded; what is damaged is named an
 pass makes it again. Cost: the scan, and one read of every entry.
 """
 
-from mixres.caching import gigabytes
+from mixres.caching import readable_size
 from mixres.config import Config
 from mixres.data.cache import DamagedEntry
 from mixres.errors import UserError, WorkError
@@ -40,7 +40,7 @@ def verify_cache(config: Config) -> None:
     others = [path for path in present if path.stem not in names]
     say(f"cache     {len(names)} entries in {cache.root}: {counts}")
     if others:
-        size = gigabytes(sum(path.stat().st_size for path in others))
+        size = readable_size(sum(path.stat().st_size for path in others))
         say(f"cache     {len(others)} more entries there ({size}) are of other data or configurations")
     if damaged or missing:
         raise WorkError(f"cache.cache_dir: {cache.root}: {counts}: run `cache` without --verify to encode them")

@@ -42,12 +42,12 @@ def check_space(root: Path, sizes: Collection[int]) -> None:
     needed, free = sum(sizes), shutil.disk_usage(root).free
     if needed > free:
         raise UserError(
-            f"cache.cache_dir: {root} needs about {gigabytes(needed)} for {len(sizes)} entries, {gigabytes(free)} are "
-            "free: make room, or name a folder on a larger disk"
+            f"cache.cache_dir: {root} needs about {readable_size(needed)} for {len(sizes)} entries, "
+            f"{readable_size(free)} are free: make room, or name a folder on a larger disk"
         )
 
 
-def gigabytes(count: int) -> str:
+def readable_size(count: int) -> str:
     """Bytes for a reader; small caches in MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
@@ -126,6 +126,6 @@ class _Worker(Generic[T]):
             left = [size for key, size in self.sizes.items() if self.cache.lookup(key) is None]
             raise WorkError(
                 f"cache.cache_dir: {self.cache.root} cannot be written ({error.strerror or error}): make room, about "
-                f"{gigabytes(sum(left))} for the {len(left)} entries to come, and run the same command again; those "
-                "that are there stay"
+                f"{readable_size(sum(left))} for the {len(left)} entries to come, and run the same command again; "
+                "those that are there stay"
             ) from error

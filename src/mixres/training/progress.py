@@ -39,7 +39,7 @@ def counted(
         elif lines and done < len(items) and now - spoken >= every_s:
             spoken = now
             rate = (done - 1) / (now - started)
-            say(f"{verb:<9} {done}/{len(items)}, {rate:.2g} {unit}/s, left {_clock((len(items) - done) / rate)}")
+            say(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {_clock((len(items) - done) / rate)}")
 
 
 class Progress:
