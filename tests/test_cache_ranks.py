@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from mixres.demo import HELD_OUT_PAIRS, TRAIN_PAIRS
+
 REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ALL, KILLS = 87, 20
+ALL, KILLS = TRAIN_PAIRS + HELD_OUT_PAIRS, 20
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Forks a process that has imported everything already: twenty restarts in seconds. Each is `main` with the arguments of
@@ -42,15 +44,15 @@ def environment(**more: str) -> dict[str, str]:
 class Command:
     """`train.py cache` over the demo's data."""
 
-    def __init__(self, demo: Path, folder: Path) -> None:
-        self.demo, self.folder = demo, folder
+    def __init__(self, base: Path, demo: Path, folder: Path) -> None:
+        self.base, self.demo, self.folder = base, demo, folder
 
     def words(self, cache: Path) -> list[str]:
         return [
             "cache",
             "--config",
             str(REPOSITORY / "configs" / "quickstart.yaml"),
-            f"model.pretrained_model_name_or_path={self.demo / 'base'}",
+            f"model.pretrained_model_name_or_path={self.base}",
             f"data.train={self.demo / 'train'}",
             f"data.held_out={self.demo / 'held_out'}",
             "data.resize.control.area=4096",
@@ -93,8 +95,8 @@ def counts(text: str) -> tuple[int, int, int]:
 
 
 @pytest.fixture(scope="module")
-def command(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    return Command(demo_root, tmp_path_factory.mktemp("ranks"))
+def command(tiny_base: Path, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return Command(tiny_base, demo_root, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
