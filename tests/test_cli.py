@@ -94,6 +94,11 @@ ARGUMENTS = {
         ["--synthetic: is for the verb bench, not for cache"],
     ),
     "synthetic_verify": (["verify", "--synthetic"], ["--synthetic: is for the verb bench, not for v", "--config: not"]),
+    "verify_train": (["--verify", "--config", "CONFIG"], ["--verify: is for the verb cache, not for train"]),
+    "both_options": (
+        ["cache", "--verify", "--synthetic", "--config", "CONFIG"],
+        ["--synthetic: is for the verb bench, not for cache: leave it out"],
+    ),
     "all_at_once": (
         ["trian", "a.b=1", "--config", "CONFIG", "train.seed=-1", "--dry"],
         ["--dry: unknown option", "trian: unknown verb", "train.seed: given -1", "a: unknown key"],
@@ -139,6 +144,15 @@ def test_bench_is_told_that_it_is_to_be_synthetic(config: Path, monkeypatch: pyt
     monkeypatch.setattr(cli, "_bench", lambda given, *, synthetic=False: ran.append(synthetic))
     for option in ([], ["--synthetic"]):
         assert cli.main(["bench", *option, "--config", str(config)]) == 0
+    assert ran == [False, True]
+
+
+@pytest.mark.parametrize("verb", ["cache", "--cache"])
+def test_cache_is_told_that_it_is_to_verify(verb: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[bool] = []
+    monkeypatch.setattr(cli, "_cache", lambda given, *, verify=False: ran.append(verify))
+    for option in ([], ["--verify"]):
+        assert cli.main([verb, *option, "--config", str(config)]) == 0
     assert ran == [False, True]
 
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 VERBS = {
     "train": "fill the cache where it is not full, then train (also where no verb is given)",
-    "cache": "encode every sample of the configuration into the cache, then stop",
+    "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
     "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
     "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
 }
-OPTIONS = ("--config", "--cache", "--synthetic", "--help", "--version")
+OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
+OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
@@ -65,8 +66,13 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     verb = words.pop(0) if words and "=" not in words[0] else "train"
     if verb not in VERBS:
         faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
-    elif given.synthetic and (given.cache or verb != "bench"):
-        faults.append(f"--synthetic: is for the verb bench, not for {'cache' if given.cache else verb}: leave it out")
+    verb = "cache" if given.cache else verb
+    options = [option for option in OPTIONS_OF.values() if getattr(given, option)]
+    faults += [
+        f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
+        for owner, option in OPTIONS_OF.items()
+        if option in options and verb != owner and verb in VERBS
+    ]
     if not given.config:
         faults.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
         raise UserError(faults)
@@ -78,7 +84,7 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
         faults += error.messages
     if faults:
         raise UserError(faults)
-    return "cache" if given.cache else verb, config, {"synthetic": True} if given.synthetic else {}
+    return verb, config, dict.fromkeys(options, True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="VERB, key=value", help="a verb, then overrides of the file's keys")
     parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
     parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
+    parser.add_argument("--verify", action="store_true", help="for `cache`: read and check every entry, encode nothing")
     parser.add_argument("--synthetic", action="store_true", help="for `bench`: no weights, no data, no download")
     parser.add_argument("--version", action="version", version=f"mixres {__version__}")
     return parser
@@ -113,10 +120,15 @@ def _train(config: "Config") -> None:
     train(config)
 
 
-def _cache(config: "Config") -> None:
-    from mixres.precompute import run_cache
+def _cache(config: "Config", *, verify: bool = False) -> None:
+    if verify:
+        from mixres.cache_check import verify_cache
 
-    run_cache(config)
+        verify_cache(config)
+    else:
+        from mixres.precompute import run_cache
+
+        run_cache(config)
 
 
 def _verify(config: "Config") -> None:

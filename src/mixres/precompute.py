@@ -5,30 +5,25 @@ encoders are released before anything else is loaded. Cost: VAE and text encoder
 where caption dropout needs its empty prompt.
 """
 
-import gc
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from mixres.batch import Sample
+from mixres.caching import make_folder
 from mixres.config import Config
-from mixres.data.cache import Cache, CacheEntry, entry_key
+from mixres.data.cache import Cache, CacheEntry
 from mixres.data.dataset import ScannedRecord
-from mixres.data.images import read_image, read_mask
 from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord
-from mixres.examples import find_examples, image_limits
-from mixres.geometry import Size, control_area, target_size
+from mixres.encoding import encode_missing, entry_keys, target_size_of
+from mixres.examples import find_examples
+from mixres.geometry import Size
 from mixres.models.families import family_module
+from mixres.training.distributed import launched
 from mixres.training.progress import say
-
-_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,14 @@ class Encoded:
 
 
 def run_cache(config: Config) -> None:
-    """The verb `cache`: fill it, say what was done.
+    """The verb `cache`: fill it, say what was done. Several processes share the work.
 
     Raises:
-        UserError: data, base or sizes are wrong; every fault there is.
+        UserError: data, base or sizes are wrong; every fault there is. There is no room for the entries.
+        WorkError: the disk is full, or a file has changed meanwhile.
     """
-    encode_all(config, family_of(config), device=_device())
+    rank, world_size, device = launched()
+    encode_all(config, family_of(config), device=device, rank=rank, world_size=world_size)
 
 
 def family_of(config: Config) -> ModuleType:
@@ -74,112 +71,59 @@ def family_of(config: Config) -> ModuleType:
     return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
 
 
-def encode_all(config: Config, family: ModuleType, *, device: torch.device, rank: int = 0) -> Encoded:
-    """Scan training and held-out data and make sure that every example is in the cache; rank 0 encodes, others wait.
+def encode_all(
+    config: Config, family: ModuleType, *, device: torch.device, rank: int = 0, world_size: int = 1
+) -> Encoded:
+    """Scan training and held-out data, and return when every example is in the cache; the ranks share the encoding.
 
     Raises:
-        UserError: as `run_cache`.
+        UserError, WorkError: as `run_cache`.
     """
-    cache = Cache(Path(config.cache.cache_dir))
-    train, held_out = find_examples(config, family, speak=rank == 0)
-    with_empty = config.data.caption_dropout > 0
-    train_keys = _keys(config, family, train, with_empty=with_empty)
-    keys = [*train_keys, *_keys(config, family, held_out, with_empty=False)]
+    cache, train, held_out, keys = examples(config, family, speak=rank == 0)
     wanted = dict(zip(keys, [*train, *held_out], strict=True))
     if rank == 0:
         cache.sweep()
-        missing = {key: item for key, item in wanted.items() if cache.lookup(key) is None}
-        if missing:
-            _encode(config, family, cache, missing, set(train_keys) if with_empty else set(), device)
-        cache.save_index()
+    missing = {key: item for key, item in wanted.items() if cache.lookup(key) is None}
+    with_empty = set(keys[: len(train)]) if config.data.caption_dropout > 0 else set[str]()
+    encoded = encode_missing(config, family, cache, missing, with_empty, device, rank, world_size) if missing else 0
+    if rank == 0:
+        save_index(cache)
+        others = f", {len(missing) - encoded} by other processes" if encoded < len(missing) else ""
         found = len(wanted) - len(missing)
-        say(f"cache     {len(wanted)} entries in {cache.root}: {len(missing)} encoded, {found} found")
-    else:
-        while any(cache.lookup(key) is None for key in wanted):
-            time.sleep(_POLL_S)
+        say(f"cache     {len(wanted)} entries in {cache.root}: {encoded} encoded, {found} found{others}")
+    elif encoded:
+        say(f"cache     rank {rank}: {encoded} encoded")
     items = [_item(config, record, key, cache) for key, record in zip(keys, [*train, *held_out], strict=True)]
     return Encoded(cache, items[: len(train)], items[len(train) :])
 
 
-def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord], *, with_empty: bool) -> list[str]:
-    """Everything that an entry depends on, for each record; `with_empty`: it holds the empty prompt too."""
-    memo = Path(config.cache.cache_dir) / "fingerprints.json"
-    encoders = family.encoder_fingerprint(
-        config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
-    )
-    return [
-        entry_key(
-            encoders=encoders,
-            dtype=config.model.dtype,
-            target_size=_target_size(config, scanned),
-            control_area=_control_area(config, scanned),
-            controls=len(scanned.record.controls),
-            files=scanned.digests,
-            prompt=scanned.record.prompt,
-            **({"empty_prompt": True} if with_empty else {}),
-        )
-        for scanned in records
-    ]
+def examples(
+    config: Config, family: ModuleType, *, speak: bool
+) -> tuple[Cache, list[ScannedRecord], list[ScannedRecord], list[str]]:
+    """The cache, the usable examples (training, held-out) and the keys of both, in this order.
+
+    Raises:
+        UserError: data, base or sizes are wrong, or there can be no cache where it should be.
+    """
+    root = Path(config.cache.cache_dir)
+    make_folder(root)
+    train, held_out = find_examples(config, family, speak=speak)
+    keys = entry_keys(config, family, train, empty_prompt=config.data.caption_dropout > 0)
+    return Cache(root), train, held_out, keys + entry_keys(config, family, held_out)
 
 
-def _target_size(config: Config, scanned: ScannedRecord) -> Size:
-    rule = config.data.resize.target
-    return target_size(
-        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
-    )
-
-
-def _control_area(config: Config, scanned: ScannedRecord) -> int:
-    return control_area(config.data.resize.control.area, _target_size(config, scanned))
+def save_index(cache: Cache) -> None:
+    """Save the index of lengths; where that cannot be done, say so and go on."""
+    try:
+        cache.save_index()
+    except OSError as error:  # every entry is found without it
+        say(f"cache     the index could not be written ({error.strerror}): the next start takes longer")
 
 
 def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Item:
     entry = cache.lookup(key)
     assert entry is not None, key
-    return Item(scanned.record, _target_size(config, scanned), key, entry)
-
-
-def _encode(
-    config: Config,
-    family: ModuleType,
-    cache: Cache,
-    missing: dict[str, ScannedRecord],
-    with_empty: set[str],
-    device: torch.device,
-) -> None:
-    model = config.model
-    encoders = family.load_encoders(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
-    )
-    for key, scanned in tqdm(missing.items(), desc="encode", unit="sample", disable=None):
-        sample = _encode_one(config, family, encoders, scanned, scanned.record.prompt)
-        if key in with_empty:  # it sees the sample's own control image, so it is another one for each sample
-            empty = _encode_one(config, family, encoders, scanned, "")
-            sample = replace(sample, empty_embeds=empty.prompt_embeds)
-        cache.write(key, sample)
-    del encoders
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: ScannedRecord, prompt: str) -> Sample:
-    limits, record = image_limits(config), scanned.record
-    sample: Sample = family.encode(
-        encoders,
-        name=record.name,
-        target=read_image(record.target, limits),
-        target_size=_target_size(config, scanned),
-        controls=[read_image(path, limits) for path in record.controls],
-        prompt=prompt,
-        mask=read_mask(record.mask, limits, scanned.target_size) if record.mask else None,
-        control_area=_control_area(config, scanned),
-    )
-    return sample
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Item(scanned.record, target_size_of(config, scanned), key, entry)
 
 
 def spread(items: Iterable[Item], count: int) -> list[Item]:

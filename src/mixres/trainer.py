@@ -54,8 +54,9 @@ def train(config: Config) -> None:
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
         family = family_of(config)
         check_early(config, family)
-        encoded = encode_all(config, family, device=accelerator.device, rank=rank)
-        plan = plan_of(config, encoded, world_size=accelerator.num_processes)
+        world_size = accelerator.num_processes
+        encoded = encode_all(config, family, device=accelerator.device, rank=rank, world_size=world_size)
+        plan = plan_of(config, encoded, world_size=world_size)
         require_agreement(accelerator, plan.plan_hash([item.key for item in encoded.train]))
         frozen = frozen_fields(config, plan, encoded)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)

@@ -10,9 +10,9 @@ from unicodedata import normalize
 
 import pytest
 import skimage.data
+import xxhash
 from PIL import Image
 
-from mixres.data.cache import file_digest
 from mixres.data.dataset import ScannedRecord, find_records, scan
 from mixres.data.images import Limits
 from mixres.data.records import EditRecord, Fault
@@ -507,7 +507,9 @@ def test_scan_returns_upright_sizes_and_digests(tmp_path: Path) -> None:
     assert item.control_sizes == ((48, 64), (70, 33))
     record = item.record
     assert record.mask is not None
-    assert item.digests == tuple(file_digest(p) for p in (record.target, *record.controls, record.mask))
+    assert item.digests == tuple(
+        xxhash.xxh3_128_hexdigest(p.read_bytes()) for p in (record.target, *record.controls, record.mask)
+    )
     assert not item.flattened
 
 

@@ -9,11 +9,12 @@ computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 
 """
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,21 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
     )
+
+
+class Launched(NamedTuple):
+    """Which of how many processes a launcher made this one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def launched() -> Launched:
+    """What torchrun and accelerate tell their processes; no connection between them is opened."""
+    said = os.environ.get
+    device = torch.device("cuda", int(said("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return Launched(int(said("RANK", 0)), int(said("WORLD_SIZE", 1)), device)
 
 
 def require_agreement(accelerator: Accelerator, digest: str) -> None:

@@ -5,19 +5,41 @@ Cost: a few microseconds a step.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
+T = TypeVar("T")
 
 
 def say(line: str) -> None:
     """One line of the run's own output, past a bar if there is one."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+def counted(
+    items: Collection[T], verb: str, unit: str, *, enabled: bool, every_s: float = _LINE_EVERY_S
+) -> Iterator[T]:
+    """The items as they are worked through: a bar on a terminal, a line every `every_s` seconds elsewhere.
+
+    Rate and time left are those since the first item was done: what it had to load is no part of them.
+    """
+    lines = enabled and not sys.stderr.isatty()
+    started = spoken = time.perf_counter()
+    bar = tqdm(items, desc=verb, unit=unit, disable=lines or not enabled)
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if done == 1:
+            started = now
+        elif lines and done < len(items) and now - spoken >= every_s:
+            spoken = now
+            rate = (done - 1) / (now - started)
+            say(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {_clock((len(items) - done) / rate)}")
 
 
 class Progress:
