@@ -7,6 +7,7 @@ was made of the very bytes that the key names. Cost: VAE and text encoder once a
 import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,30 +92,33 @@ def encode_missing(
         UserError: the encoders cannot be loaded, or the disk has no room for all entries.
         WorkError: the disk is full, or a file has changed since the scan.
     """
-    model, dtype = config.model, getattr(torch, config.model.dtype)
-
-    def load() -> Callable[[tuple[ScannedRecord, bool]], Sample]:
-        path = model.pretrained_model_name_or_path
-        encoders = family.load_encoders(path, revision=model.revision, dtype=dtype, device=device)
-
-        def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
-            scanned, empty = wanted
-            inputs = example_inputs(config, scanned)
-            sample: Sample = family.encode(encoders, **inputs)
-            if not empty:
-                return sample
-            return replace(sample, empty_embeds=family.encode(encoders, **inputs | {"prompt": ""}).prompt_embeds)
-
-        return encode
-
     sizes = entry_sizes(config, family, missing, with_empty)
     check_space(cache.root, sizes.values())
     wanted = {key: (scanned, key in with_empty) for key, scanned in missing.items()}
+    load = partial(_load, config, family, device)
     encoded = fill(cache, wanted, sizes, load, rank=rank, world_size=world_size)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return encoded
+
+
+def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:
+    """Loads the encoders; the function encodes an example, with its empty prompt where that is wanted."""
+    model, dtype = config.model, getattr(torch, config.model.dtype)
+    encoders = family.load_encoders(
+        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device=device
+    )
+
+    def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
+        scanned, empty = wanted
+        inputs = example_inputs(config, scanned)
+        sample: Sample = family.encode(encoders, **inputs)
+        if not empty:
+            return sample
+        return replace(sample, empty_embeds=family.encode(encoders, **inputs | {"prompt": ""}).prompt_embeds)
+
+    return encode
 
 
 def entry_sizes(
