@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixres.training.checkpoint import Checkpoints
+
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 4
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -57,8 +59,14 @@ def alone(runs: Runs) -> Path:
     return runs("alone", 1, "batch.layout=padded")
 
 
+def trained_tensors(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoints(run / "checkpoints", keep=2).newest_valid()
+    assert checkpoint is not None and checkpoint.step == STEPS
+    return checkpoint.tensors("trainable")
+
+
 def parameters(run: Path) -> torch.Tensor:
-    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    tensors = trained_tensors(run)
     return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
@@ -126,7 +134,7 @@ def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
 def test_bf16_base_with_fp32_adapters_trains_sharded(runs: Runs) -> None:
     run = runs("bf16", 2, "train.parallel=fsdp2", "train.mixed_precision=bf16", dtype="bfloat16")
     reference = runs("bf16-alone", 1, "train.mixed_precision=bf16", dtype="bfloat16")
-    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    tensors = trained_tensors(run)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     for here, there in zip(lines(run), lines(reference), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)

@@ -6,6 +6,7 @@ imported. Cost: a few milliseconds until a verb runs.
 
 import argparse
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except WorkError as error:
         print(f"mixres: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"mixres: error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     except Stopped as stop:
         print(f"mixres: {stop}", file=sys.stderr)

@@ -1,10 +1,13 @@
 """The run folder: one writer at a time, a status others can read, and a polite end when a signal comes.
 
 Promise: `run_status.json` says how a run ended even where a launcher hides its exit code; a second writer never
-touches it. Cost: one lock and a few small writes a run.
+touches it. SIGTERM, SIGINT, SIGUSR1 and the death of the launcher ask for the same: finish the step, save, end.
+Cost: one lock and a few small writes a run.
 """
 
+import ctypes
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,6 +23,10 @@ from mixres.errors import Stopped, UserError
 
 STATUS = "run_status.json"
 _LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
+_ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on what a process group has already got
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
+_log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
 
 
 class RunFolder:
@@ -33,6 +40,7 @@ class RunFolder:
         self.folder, self.main = folder, rank == 0
         self.stop_requested = False
         self._stop_at_once = True
+        self._asked_at = 0.0
         self._before: dict[str, Any] = {}
         self._lock = FileLock(folder / ".lock")
         self._handlers: dict[signal.Signals, Any] = {}
@@ -51,35 +59,57 @@ class RunFolder:
         }
 
     def __enter__(self) -> Self:
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=_LOCK_WAIT_S)
-            except Timeout:
-                raise UserError(
-                    f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
-                ) from None
-            self._before = self._read()
-            self.update()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._on_signal)
+        if any(name in os.environ for name in _LAUNCHERS):
+            _ask_when_parent_dies(signal.SIGUSR1)
+            self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
+        try:
+            if self.main:
+                self._take_folder()
+        except BaseException:
+            self._let_go()
+            raise
         return self
+
+    def _take_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=_LOCK_WAIT_S)
+            self._before = self._read()
+            self._write()
+        except Timeout:
+            raise UserError(
+                f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"logging.output_dir: {self.folder} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def _let_go(self) -> None:
+        self._lock.release()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         state, code = _ending(error)
         self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
-        if self.main:
-            self._lock.release()
+        self._let_go()
 
     def update(self, **changes: Any) -> None:
-        """Write the status with `changes`."""
+        """Write the status with `changes`; where it cannot be written the run goes on without."""
         self._status |= {**changes, "updated": time.time()}
-        if self.main:
-            atomic.write_json(self.folder / STATUS, self._status)
+        try:
+            if self.main:
+                self._write()
+        except OSError as error:
+            _log.warning("%s could not be written: %s", self.folder / STATUS, error.strerror or error)
+
+    def _write(self) -> None:
+        atomic.write_json(self.folder / STATUS, self._status)
 
     def was_done(self, step: int) -> bool:
         """Whether the run before this one came to its end at `step`, its result written."""
@@ -102,10 +132,19 @@ class RunFolder:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested:
-            os._exit(128 + number)  # the second one: at once, without touching a file
-        self.stop_requested = True
+            if number != signal.SIGUSR1 and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
+                os._exit(128 + number)  # the second one: at once, without touching a file
+            return
+        self.stop_requested, self._asked_at = True, time.monotonic()
         if self._stop_at_once:
             raise Stopped("stopped by a signal before the first step: run the same command to go on")
+
+
+def _ask_when_parent_dies(number: signal.Signals) -> None:
+    """A killed launcher leaves its processes behind: they get signal `number` then. A no-op where there is no prctl."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def _ending(error: BaseException | None) -> tuple[str, int]:
