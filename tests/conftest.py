@@ -1,6 +1,7 @@
 """Fixtures that several rooms share: the tiny base pipeline and the demo's data, written once a session."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 from mixres.demo import PROMPTS, write_demo
 from mixres.models.tiny_pipeline import write_tiny_pipeline
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `jobs`, the real runs that several files start
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"mixres: error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).partition("\n")[0]
+        print(f"mixres: error: {reason} Where memory is short: lower data.num_workers", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(f"mixres: {stop}", file=sys.stderr)
         return Stopped.exit_code

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from mixres.errors import UserError
 from mixres.training.distributed import make_accelerator
@@ -56,3 +57,12 @@ def test_plugins_of_the_launcher_and_a_tracker_that_is_not_installed_are_told_to
     assert "turns on DeepSpeed" in deepspeed
     assert "train.parallel=ddp or fsdp2" in fsdp
     assert tracker.startswith("logging.report_to: no_such_tracker is not installed: pip install")
+
+
+@pytest.mark.parametrize(("name", "processes"), [("single", 1), ("multi_gpu", 2), ("multi_node", 16)])
+def test_the_shipped_launcher_files_are_read_by_accelerate(name: str, processes: int) -> None:
+    file = Path(__file__).parents[2] / "configs" / "accelerate" / f"{name}.yaml"
+    read = load_config_from_file(str(file))
+    assert read.num_processes == processes
+    assert read.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
+    assert not (read.fsdp_config or read.deepspeed_config)
