@@ -142,7 +142,7 @@ def test_a_plugin_of_the_launcher_is_refused_with_a_sentence(jobs: Jobs, tmp_pat
     file = tmp_path / "fsdp.yaml"
     file.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 1\n"
-        "use_cpu: true\nmixed_precision: 'no'\nfsdp_config: {fsdp_version: 2}\n"
+        "mixed_precision: 'no'\nfsdp_config: {fsdp_version: 2}\n"
     )
     launcher = [ACCELERATE[0], "launch", "--config_file", str(file)]
     done = jobs("plugin", launcher=launcher, code=1)

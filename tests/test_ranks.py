@@ -2,14 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixres.assemble import plan_of
+from mixres.config import load_config
+from mixres.data.cache import Cache
+from mixres.models import qwen_image_edit as family
+from mixres.precompute import encode_all
 from mixres.training.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).parents[1]
@@ -75,7 +83,7 @@ def distance(run: Path, reference: Path) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def lines(run: Path) -> list[dict[str, float]]:
+def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -123,6 +131,24 @@ def test_a_run_resumes_on_another_number_of_ranks(runs: Runs, alone: Path) -> No
         assert len(lines(half)) == 2
         assert distance(runs(name, then, *overrides), alone) <= 1e-10
         assert [line["step"] for line in lines(half)] == [1, 2, 3, 4]
+
+
+def test_a_sample_that_is_not_finite_is_left_out_by_all_ranks(runs: Runs, alone: Path) -> None:
+    config = load_config(Path(runs.common[1]), [*runs.common[2:], f"cache.cache_dir={runs.folder / 'float64'}",
+                         "model.dtype=float64", f"logging.output_dir={runs.folder / 'none'}"])  # fmt: skip
+    encoded = encode_all(config, family, device=torch.device("cpu"))
+    item = encoded.train[plan_of(config, encoded, world_size=1).step(1).indices[0]]
+    poisoned = Cache(shutil.copytree(runs.folder / "float64", runs.folder / "poisoned"))
+    sample = poisoned.read(item.key)
+    poisoned.write(item.key, replace(sample, target_latents=sample.target_latents * torch.nan))
+    words = (f"cache.cache_dir={poisoned.root}", "batch.max_tokens=900")
+    one, two = (runs(f"poisoned-{ranks}", ranks, *words) for ranks in (1, 2))
+    for run in (one, two):
+        assert [line["loss"] is None for line in lines(run)] == [False, True, False, False]
+        assert item.record.name in lines(run)[1]["skipped"]
+        assert len(lines(run)[1]["skipped"]) < 5, "not those of other microbatches"
+    assert distance(two, one) <= 1e-10
+    assert distance(one, alone) > 1e-6, "a step is missing"
 
 
 def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:

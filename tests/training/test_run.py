@@ -221,7 +221,7 @@ def test_the_death_of_a_launcher_asks_its_processes_to_stop(tmp_path: Path, laun
     said = tmp_path / "said"
     program = tmp_path / "holder.py"
     program.write_text(f"import sys\nsys.stdout = open({str(said)!r}, 'w', buffering=1)\n{HOLDER}")
-    environment = {key: value for key, value in os.environ.items() if key not in run._LAUNCHERS}
+    environment = {key: value for key, value in os.environ.items() if key not in run.LAUNCHERS}
     with subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, str(program), str(tmp_path / "run"), "between"],
         env=environment | ({"TORCHELASTIC_RUN_ID": "none"} if launched else {}),

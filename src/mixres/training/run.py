@@ -24,7 +24,7 @@ from mixres.errors import Stopped, UserError
 STATUS = "run_status.json"
 _LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
 _ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on what a process group has already got
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
 
@@ -33,11 +33,14 @@ class RunFolder:
     """Holds the lock on `folder` and keeps its `run_status.json`; only the process of rank 0 does either.
 
     Raises:
-        UserError: another process writes there, and did not stop within 40 s.
+        UserError: another process writes there, and did not stop within `wait_s` seconds (40 by default).
     """
 
-    def __init__(self, folder: Path, *, verb: str, max_train_steps: int, rank: int) -> None:
+    def __init__(
+        self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float | None = None
+    ) -> None:
         self.folder, self.main = folder, rank == 0
+        self._wait_s = _LOCK_WAIT_S if wait_s is None else wait_s
         self.stop_requested = False
         self._stop_at_once = True
         self._asked_at = 0.0
@@ -61,7 +64,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._on_signal)
-        if any(name in os.environ for name in _LAUNCHERS):
+        if any(name in os.environ for name in LAUNCHERS):
             _ask_when_parent_dies(signal.SIGUSR1)
             self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
         try:
@@ -75,7 +78,7 @@ class RunFolder:
     def _take_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=_LOCK_WAIT_S)
+            self._lock.acquire(timeout=self._wait_s)
             self._before = self._read()
             self._write()
         except Timeout:
