@@ -269,3 +269,10 @@ def test_a_checkpoint_of_adapters_is_small(jobs: Jobs) -> None:
     assert newest is not None
     trained = sum(tensor.nbytes for tensor in newest.tensors("trainable").values())
     assert sum(file.stat().st_size for file in path.iterdir()) <= 3 * trained + 65536
+
+
+def test_a_step_larger_than_the_data_takes_them_all_and_saves_from_the_first_on(jobs: Jobs) -> None:
+    jobs("few", "batch.samples_per_step=16", "train.max_train_steps=2", "checkpoint.every=1")
+    assert [line["samples"] for line in metrics(jobs.root / "few")] == [10, 10]
+    saved = sorted(path.name for path in (jobs.root / "few" / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000001", "step-00000002"]

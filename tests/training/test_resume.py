@@ -142,6 +142,7 @@ def test_what_is_saved_is_restored(tmp_path: Path) -> None:
         ours, theirs = one.optimizer.state[parameter], other.optimizer.state[other.parameters[name]]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(), "a file in use keeps its space when it is deleted"
 
 
 def test_the_state_of_another_class_of_optimizer_is_left_out(tmp_path: Path) -> None:

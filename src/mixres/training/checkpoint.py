@@ -78,6 +78,10 @@ class Checkpoint:
         """The tensors of `group`, whole."""
         return {key: self.tensor(group, key) for key in self.shapes(group)}
 
+    def close(self) -> None:
+        """Let the files go; only the state can be read from here on. One that is open keeps its space on the disk."""
+        self._files = {}
+
     def _parts(self, group: str) -> list[Any]:
         """The open files of a group, in the order of the rows they hold."""
         name = re.compile(rf"{group}(-\d+-of-\d+)?\.safetensors")

@@ -174,14 +174,19 @@ def rows_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def placed_like(parameter: Tensor, shape: Sequence[int], read: Callable[[range | None], Tensor]) -> Tensor:
-    """A tensor of `shape` on the device of `parameter` and split as it is; `read` gives the rows asked for, or all."""
-    if not shape or not isinstance(parameter, DTensor):
-        return read(None).to(parameter.device) if shape else read(None)
+    """A tensor of `shape` on the device of `parameter` and split as it is; `read` gives the rows asked for, or all.
+
+    A number, of no shape, stays on the CPU. Always a copy: what was read may be a view of a file.
+    """
+    if not shape:
+        return read(None).clone()
+    if not isinstance(parameter, DTensor):
+        return read(None).to(parameter.device, copy=True)
     assert parameter.placements == (Shard(0),), parameter.placements
     mesh = parameter.device_mesh
     chunk = -(-shape[0] // mesh.size())  # as torch.chunk splits
     first = min(mesh.get_local_rank() * chunk, shape[0])
-    local = read(range(first, min(first + chunk, shape[0]))).to(parameter.device)
+    local = read(range(first, min(first + chunk, shape[0]))).to(parameter.device, copy=True)
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(local, mesh, parameter.placements, shape=torch.Size(shape), stride=stride)
 

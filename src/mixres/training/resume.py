@@ -140,7 +140,7 @@ def save_run(
 def restore_run(
     checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, *, kind: str
 ) -> None:
-    """Weights and optimizer state; only the rows that this rank holds are read.
+    """Weights and optimizer state; only the rows that this rank holds are read. The checkpoint is closed then.
 
     The state of an optimizer of another class than `kind` is left out: it would mean something else.
 
@@ -158,13 +158,13 @@ def restore_run(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_read(checkpoint, "trainable", name, parameter, saved[name]))
-    if checkpoint.state["frozen"].get(OPTIMIZER) != kind:
-        return
-    tensors = {
-        key: _read(checkpoint, "optimizer", key, parameters[key.partition("|")[2]], shape)
-        for key, shape in checkpoint.shapes("optimizer").items()
-    }
-    restore_optimizer(optimizer, parameters, tensors, checkpoint.state["optimizer"])
+    if checkpoint.state["frozen"].get(OPTIMIZER) == kind:
+        tensors = {
+            key: _read(checkpoint, "optimizer", key, parameters[key.partition("|")[2]], shape)
+            for key, shape in checkpoint.shapes("optimizer").items()
+        }
+        restore_optimizer(optimizer, parameters, tensors, checkpoint.state["optimizer"])
+    checkpoint.close()
 
 
 def _read(checkpoint: Checkpoint, group: str, key: str, parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
