@@ -29,7 +29,7 @@ from mixres.training.checkpoint import Checkpoints
 ENDLESS = "train.max_train_steps=100000"
 WORKERS = "data.num_workers=2"
 STOP_S = 25  # torchrun kills after 30
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
