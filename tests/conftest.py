@@ -13,6 +13,8 @@ import torch
 from mixres.demo import PROMPTS, write_demo
 from mixres.models.tiny_pipeline import write_tiny_pipeline
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `jobs`, the real runs that several files start
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:

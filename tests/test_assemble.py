@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mixres import __version__
 from mixres.assemble import (
     check_early,
-    frozen_fields,
+    identity_of,
     load_trained,
     loader_of,
     objective_of,
@@ -115,16 +115,21 @@ def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:
 
 def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]:
     config = setup(*overrides)
-    return frozen_fields(config, plan_of(config, encoded, world_size=1), encoded)
+    identity = identity_of(config, plan_of(config, encoded, world_size=1), encoded)
+    return {**identity["frozen"], "order": identity["order"]}
 
 
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("train.seed=1", {"train.seed", "data (order hash)"}),
-        ("batch.samples_per_step=3", {"batch.samples_per_step", "data (order hash)"}),
-        ("model.lora.r=8", {"model.lora"}),
-        ("model.lora=null", {"model.lora"}),
+        ("train.seed=1", {"train.seed", "order"}),
+        ("batch.samples_per_step=3", {"batch.samples_per_step", "order"}),
+        ("model.lora.r=8", {"model.lora.r"}),
+        ("model.lora.lora_alpha=8", {"model.lora.lora_alpha"}),
+        ("model.lora.target_modules=to_q", {"model.lora.target_modules"}),
+        ("model.lora.lora_dropout=0.5", set()),
+        ("optimizer.class_path=torch.optim.SGD", {"optimizer.class_path"}),
+        ("model.lora=null", {"model.lora.r", "model.lora.lora_alpha", "model.lora.target_modules"}),
         ("model.dtype=bfloat16", {"model.dtype"}),
         ("optimizer.init_args.lr=1", set()),
         ("train.max_train_steps=99", set()),
@@ -134,7 +139,7 @@ def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]
         ("checkpoint.keep=5", set()),
     ],
 )
-def test_frozen_fields_are_those_that_make_it_another_run(
+def test_identity_of_are_those_that_make_it_another_run(
     setup: Setup, encoded: Encoded, override: str, changed: set[str]
 ) -> None:
     before, after = frozen(setup, encoded), frozen(setup, encoded, override)
@@ -152,7 +157,8 @@ def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:
     fewer = Encoded(encoded.cache, encoded.train[1:], encoded.held_out)
     without_held_out = Encoded(encoded.cache, encoded.train, [])
     before = frozen(setup, encoded)
-    assert frozen(setup, fewer)["data (order hash)"] != before["data (order hash)"]
+    after = frozen(setup, fewer)
+    assert {key for key in before if before[key] != after[key]} == {"data.train", "order"}
     assert frozen(setup, without_held_out) == before
 
 

@@ -2,13 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from mixres.assemble import plan_of
+from mixres.config import load_config
+from mixres.data.cache import Cache
+from mixres.models import qwen_image_edit as family
+from mixres.precompute import encode_all
+from mixres.training.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 4
@@ -59,8 +69,14 @@ def alone(runs: Runs) -> Path:
     return runs("alone", 1, "batch.layout=padded")
 
 
+def trained_tensors(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoints(run / "checkpoints", keep=2).newest_valid()
+    assert checkpoint is not None and checkpoint.step == STEPS
+    return checkpoint.tensors("trainable")
+
+
 def parameters(run: Path) -> torch.Tensor:
-    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    tensors = trained_tensors(run)
     return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
@@ -69,7 +85,7 @@ def distance(run: Path, reference: Path) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def lines(run: Path) -> list[dict[str, float]]:
+def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -133,6 +149,24 @@ def test_dropped_captions_do_not_depend_on_the_topology_or_a_resume(runs: Runs, 
     assert [line["tokens"] for line in lines(resumed)] == [line["tokens"] for line in lines(reference)]
 
 
+def test_a_sample_that_is_not_finite_is_left_out_by_all_ranks(runs: Runs, alone: Path) -> None:
+    config = load_config(Path(runs.common[1]), [*runs.common[2:], f"cache.cache_dir={runs.folder / 'float64'}",
+                         "model.dtype=float64", f"logging.output_dir={runs.folder / 'none'}"])  # fmt: skip
+    encoded = encode_all(config, family, device=torch.device("cpu"))
+    item = encoded.train[plan_of(config, encoded, world_size=1).step(1).indices[0]]
+    poisoned = Cache(shutil.copytree(runs.folder / "float64", runs.folder / "poisoned"))
+    sample = poisoned.read(item.key)
+    poisoned.write(item.key, replace(sample, target_latents=sample.target_latents * torch.nan))
+    words = (f"cache.cache_dir={poisoned.root}", "batch.max_tokens=900")
+    one, two = (runs(f"poisoned-{ranks}", ranks, *words) for ranks in (1, 2))
+    for run in (one, two):
+        assert [line["loss"] is None for line in lines(run)] == [False, True, False, False]
+        assert item.record.name in lines(run)[1]["skipped"]
+        assert len(lines(run)[1]["skipped"]) < 5, "not those of other microbatches"
+    assert distance(two, one) <= 1e-10
+    assert distance(one, alone) > 1e-6, "a step is missing"
+
+
 def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
     one, two = (runs(f"fp32-{ranks}", ranks, dtype="float32") for ranks in (1, 2))
     for here, there in zip(lines(one), lines(two), strict=True):
@@ -142,7 +176,7 @@ def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
 def test_bf16_base_with_fp32_adapters_trains_sharded(runs: Runs) -> None:
     run = runs("bf16", 2, "train.parallel=fsdp2", "train.mixed_precision=bf16", dtype="bfloat16")
     reference = runs("bf16-alone", 1, "train.mixed_precision=bf16", dtype="bfloat16")
-    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    tensors = trained_tensors(run)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     for here, there in zip(lines(run), lines(reference), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)

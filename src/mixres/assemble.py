@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
@@ -147,18 +148,22 @@ def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first:
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
-def frozen_fields(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from: otherwise it would be neither."""
-    return {
+def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: `frozen` values by key, the `order` of samples."""
+    keys = [item.key for item in encoded.train]
+    lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
+    frozen = {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
-        "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        **{f"model.lora.{name}": lora.get(name) for name in ("r", "lora_alpha", "target_modules")},
+        "optimizer.class_path": config.optimizer.class_path,
         "train.seed": config.train.seed,
         "batch.samples_per_step": config.batch.samples_per_step,
         "data.caption_dropout": config.data.caption_dropout,
-        "data (order hash)": plan.order_hash([item.key for item in encoded.train]),
+        "data.train": f"{len(keys)} samples of fingerprint {xxhash.xxh3_64_hexdigest(' '.join(keys).encode())}",
     }
+    return {"frozen": frozen, "order": plan.order_hash(keys)}
 
 
 def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:

@@ -5,7 +5,10 @@ imported. Cost: a few milliseconds until a verb runs.
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,6 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkError as error:
         print(f"mixres: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"mixres: error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).partition("\n")[0].strip()
+        print(f"mixres: error: {reason} Where memory is short: lower data.num_workers", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(f"mixres: {stop}", file=sys.stderr)
         return Stopped.exit_code
@@ -83,8 +97,24 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     except UserError as error:
         faults += error.messages
     if faults:
+        _record_refusal(UserError(faults), verb, Path(given.config), words)
         raise UserError(faults)
     return verb, config, dict.fromkeys(options, True)
+
+
+def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
+    """Launchers hide exit codes: under one `run_status.json` says it too, where it can be told whose."""
+    from mixres.config import Config
+    from mixres.config_faults import defaults
+    from mixres.config_source import read_source
+    from mixres.training.run import LAUNCHERS, RunFolder
+
+    logging = read_source(file, words, defaults(Config)).resolved.get("logging")
+    folder = logging.get("output_dir") if isinstance(logging, dict) else None
+    launched = any(name in os.environ for name in LAUNCHERS) and os.environ.get("RANK", "0") == "0"
+    if launched and isinstance(folder, str):
+        with contextlib.suppress(UserError), RunFolder(Path(folder), verb=verb, max_train_steps=0, rank=0, wait_s=0):
+            raise error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ Cost: about 0.2 s, most of it the import of pydantic.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
@@ -23,6 +23,18 @@ MEBIBYTE = 2**20
 _BARE_REFERENCE = re.compile(r"\$\{[^,{}]*\}")
 
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+
+# What a checkpoint fixes and a resumed run may change all the same; the adapters' shape it cannot.
+Changeable = Literal[
+    "model.pretrained_model_name_or_path",
+    "model.revision",
+    "model.dtype",
+    "model.lora.lora_alpha",
+    "optimizer.class_path",
+    "train.seed",
+    "batch.samples_per_step",
+    "data.train",
+]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -175,6 +187,9 @@ class TrainConfig(Section):
         "ddp", description="On several devices: the weights on each of them (ddp), or split over them (fsdp2)."
     )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
+    max_skips: int = Field(
+        5, ge=0, le=10**9, description="Steps in a row that may be left out since loss or gradient is not finite."
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward: less memory, more time.")
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, noise levels and adapter initialisation.")
@@ -217,6 +232,11 @@ class Config(Section):
     logging: LoggingConfig = Field(LoggingConfig(), description="Where the run writes and reports.")
     resume: Literal["auto", "required", "never"] = Field(
         "auto", description="Go on from the newest checkpoint: if there is one, or fail, or start afresh."
+    )
+    resume_allow_changes: Annotated[tuple[Changeable, ...], BeforeValidator(_as_tuple)] = Field(
+        (),
+        description="Keys that may differ from the checkpoint's; without this such a change is refused.",
+        json_schema_extra={"allowed": f"a list of: {', '.join(get_args(Changeable))}"},
     )
     _references: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
 

@@ -4,7 +4,7 @@ Promise: the sheet shows what the stock pipeline makes of the weights as they ar
 the training untouched: its own random generators, no mode left over. Cost: `sample.steps` forward calls a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,9 +54,16 @@ class HeldOutSampler:
             device=parameter.device,
         )
 
-    def write(self, path: Path, *, keep: bool = True) -> None:
-        """Sample every item and save the sheet; a rank that only samples along does not `keep` it."""
-        rows = [self._row(item) for item in self.items]
+    def write(self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Sample every item and save the sheet; a rank that only samples along does not `keep` it.
+
+        `stopping` is asked before each picture; once it says yes there is no sheet.
+        """
+        rows = []
+        for item in self.items:
+            if stopping():
+                return
+            rows.append(self._row(item))
         if not keep:
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,16 +63,17 @@ class Progress:
 
     def step(self, line: Mapping[str, Any]) -> None:
         """A step is done; `line` is what `metrics.jsonl` got of it."""
-        step, loss, samples, seconds = line["step"], line["loss"], line["samples"], line["seconds"]
+        step, samples, seconds = line["step"], line["samples"], line["seconds"]
         tokens, padding = line["tokens"], 1 - line["tokens"] / line["tokens_computed"]
         rates = f"{samples / seconds:.1f} samples/s, {tokens / seconds:.0f} tokens/s, padding {padding:.0%}"
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rates}", refresh=False)
+        loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
+        self._bar.set_postfix_str(f"loss {loss}, {rates}", refresh=False)
         self._bar.update()
         now = time.perf_counter()
         if self._lines and (now - self._spoken >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
             self._spoken = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
-            say(f"step {step}/{self._last}  loss {loss:.4f}  {rates}, left {_clock(left)}")
+            say(f"step {step}/{self._last}  loss {loss}  {rates}, left {_clock(left)}")
 
 
 def _clock(seconds: float) -> str:
