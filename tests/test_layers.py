@@ -17,6 +17,7 @@ LAYERS = {
     "config": 0,
     "config_source": 0,
     "config_faults": 0,
+    "config_rules": 0,
     "batch": 1,
     "data": 2,
     "models": 2,

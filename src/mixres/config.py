@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
 
-from mixres.config_faults import Rule, conflicts, defaults, known_keys, schema_faults, validate
+from mixres.config_faults import conflicts, defaults, known_keys, schema_faults, validate
+from mixres.config_rules import RULES
 from mixres.config_source import KeyPath, leaves, read_source, replaced, value_at
 from mixres.errors import UserError
 
@@ -33,6 +34,7 @@ Changeable = Literal[
     "optimizer.class_path",
     "train.seed",
     "batch.samples_per_step",
+    "data.caption_dropout",
     "data.train",
 ]
 
@@ -241,36 +243,6 @@ class Config(Section):
     _references: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
 
 
-# What no single key can tell: the keys, when they clash, and what mends it.
-_RULES: tuple[Rule, ...] = (
-    (
-        ("optimizer.init_args.lr",),
-        lambda lr: isinstance(lr, bool | str | list | dict) or lr is None or lr < 0,
-        "allowed: a number >= 0",
-    ),
-    (
-        ("model.dtype", "train.mixed_precision"),
-        lambda dtype, precision: dtype == "float64" and precision != "no",
-        "float64 needs train.mixed_precision: no",
-    ),
-    (
-        ("lr_scheduler.warmup_steps", "train.max_train_steps"),
-        lambda warmup, steps: warmup > steps,
-        "the warm-up must not be longer than the run",
-    ),
-    (
-        ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps"),
-        lambda scheduler, warmup: scheduler == "constant" and warmup > 0,
-        "constant has no warm-up, write constant_with_warmup",
-    ),
-    (
-        ("data.mask_weight.foreground", "data.mask_weight.background"),
-        lambda foreground, background: foreground == background == 0,
-        "at least one must be above 0",
-    ),
-)
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Defaults < the YAML file < `section.key=value` overrides, validated.
 
@@ -279,7 +251,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     source = read_source(path, overrides, defaults(Config))
     source.faults += schema_faults(Config, source)
-    source.faults += conflicts(source, _RULES)
+    source.faults += conflicts(source, RULES)
     if source.faults:
         raise UserError(list(dict.fromkeys(message for _, message in source.faults)))
     config = validate(Config, source.resolved)
