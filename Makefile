@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := build/quickstart
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow chaos lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-demo
@@ -18,6 +18,10 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Forty kills at random instants, half of them in the middle of a save; many minutes.
+chaos: $(VENV)/.installed-test
+	MIXRES_KILLS=40 $(BIN)/python -m pytest -m slow tests/test_chaos.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

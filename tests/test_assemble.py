@@ -1,6 +1,7 @@
 """The parts of a run, put together from a configuration."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mixres import __version__
 from mixres.assemble import (
     check_early,
-    frozen_fields,
+    identity_of,
     load_trained,
     loader_of,
     objective_of,
@@ -118,17 +119,23 @@ def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:
 
 def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]:
     config = setup(*overrides)
-    return frozen_fields(config, plan_of(config, encoded, world_size=1), encoded)
+    identity = identity_of(config, plan_of(config, encoded, world_size=1), encoded)
+    return {**identity["frozen"], "order": identity["order"]}
 
 
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("train.seed=1", {"train.seed", "data (order hash)"}),
-        ("batch.samples_per_step=3", {"batch.samples_per_step", "data (order hash)"}),
-        ("model.lora.r=8", {"model.lora"}),
-        ("model.lora=null", {"model.lora"}),
-        ("model.lora.use_dora=true", {"model.lora"}),
+        ("train.seed=1", {"train.seed", "order"}),
+        ("batch.samples_per_step=3", {"batch.samples_per_step", "order"}),
+        ("model.lora.r=8", {"model.lora.r"}),
+        ("model.lora.lora_alpha=8", {"model.lora.lora_alpha"}),
+        ("model.lora.target_modules=to_q", {"model.lora.target_modules"}),
+        ("model.lora.use_dora=true", {"model.lora.use_dora"}),
+        ("model.lora.pretrained_weight=earlier", {"model.lora.pretrained_weight"}),
+        ("model.lora.lora_dropout=0.5", set()),
+        ("optimizer.class_path=torch.optim.SGD", {"optimizer.class_path"}),
+        ("model.lora=null", {f"model.lora.{name}" for name in ("r", "lora_alpha", "target_modules", "use_dora")}),
         ("train.ema_decay=0.9", {"train.ema_decay"}),
         ("sample.steps=3", set()),
         ("model.dtype=bfloat16", {"model.dtype"}),
@@ -140,18 +147,26 @@ def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]
         ("checkpoint.keep=5", set()),
     ],
 )
-def test_frozen_fields_are_those_that_make_it_another_run(
+def test_identity_of_are_those_that_make_it_another_run(
     setup: Setup, encoded: Encoded, override: str, changed: set[str]
 ) -> None:
     before, after = frozen(setup, encoded), frozen(setup, encoded, override)
     assert {key for key in before if before[key] != after[key]} == changed
 
 
+def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded: Encoded) -> None:
+    items = [replace(item, entry=item.entry._replace(empty_tokens=3)) for item in encoded.train]
+    with_empty = Encoded(encoded.cache, items, encoded.held_out)
+    before, after = (frozen(setup, with_empty, f"data.caption_dropout={p}") for p in (0.0, 0.1))
+    assert {key for key in before if before[key] != after[key]} == {"data.caption_dropout"}
+
+
 def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:
     fewer = Encoded(encoded.cache, encoded.train[1:], encoded.held_out)
     without_held_out = Encoded(encoded.cache, encoded.train, [])
     before = frozen(setup, encoded)
-    assert frozen(setup, fewer)["data (order hash)"] != before["data (order hash)"]
+    after = frozen(setup, fewer)
+    assert {key for key in before if before[key] != after[key]} == {"data.train", "order"}
     assert frozen(setup, without_held_out) == before
 
 

@@ -157,11 +157,16 @@ def test_synthetic_samples_keep_the_configurations_limits(config: Config) -> Non
 
 
 def source_of(samples: list[Any]) -> Source:
-    lengths = [Lengths(len(s.prompt_embeds), token_count(s.img_shapes), len(s.target_latents)) for s in samples]
+    empty = [0 if s.empty_embeds is None else len(s.empty_embeds) for s in samples]
+    pairs = zip(samples, empty, strict=True)
+    lengths = [Lengths(len(s.prompt_embeds), token_count(s.img_shapes), len(s.target_latents), n) for s, n in pairs]
     return Source(lengths, [s.name for s in samples], samples.__getitem__)
 
 
-def test_every_way_holds_the_plans_samples_within_the_budget(config: Config) -> None:
+@pytest.mark.parametrize("caption_dropout", [0.0, 0.5])
+def test_every_way_holds_the_plans_samples_within_the_budget(config: Config, caption_dropout: float) -> None:
+    data = config.data.model_copy(update={"caption_dropout": caption_dropout})
+    config = config.model_copy(update={"data": data})
     source = source_of(synthetic_samples(config, 14, channels=8, text_width=6, pixels_per_token=16))
     work = make_work(config, source, 9)
     assert [step.samples for step in work.steps] == [4, 4, 4, 2]
@@ -169,12 +174,15 @@ def test_every_way_holds_the_plans_samples_within_the_budget(config: Config) -> 
         for step, batches in zip(work.steps, work.batches[name], strict=True):
             assert sorted(i for batch in batches for i in batch.indices) == sorted(step.indices)
             assert max(batch.tokens_computed for batch in batches) <= config.batch.max_tokens
+            texts = {i: n for batch in batches for i, n in zip(batch.indices, batch.text_lengths, strict=True)}
+            lengths = {i: source.lengths[i] for i in step.indices}
+            assert texts == {i: n.empty_text if i in step.dropped else n.text for i, n in lengths.items()}
     order = [i for batch in work.batches["padded_random"][0] for i in batch.indices]
     assert order == list(work.steps[0].indices)
 
 
 def test_unsorted_microbatches_are_filled_in_order() -> None:
-    lengths = [Lengths(2, n, n) for n in (8, 8, 18, 3, 3, 3)]
+    lengths = dict(enumerate(Lengths(2, n, n) for n in (8, 8, 18, 3, 3, 3)))
     groups = unsorted([0, 1, 2, 3, 4, 5], lengths, 20)
     assert groups == [(0, 1), (2,), (3, 4, 5)]
     assert all(computed_tokens([lengths[i] for i in group], "padded") <= 20 for group in groups)

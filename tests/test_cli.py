@@ -1,9 +1,12 @@
+import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mixres import __version__, cli
 from mixres.errors import WorkError
@@ -70,6 +73,26 @@ def test_wrong_config_is_told_in_full_before_torch_is_imported(config: Path) -> 
     assert "pydantic" in imported(done)  # the reading of import times does see what is imported
 
 
+def under_a_launcher(*arguments: str, rank: str = "0") -> int:
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no", "RANK": rank}
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=environment, check=False).returncode
+
+
+def test_under_a_launcher_the_run_folder_says_what_was_wrong_too(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("--config", str(config), f"logging.output_dir={folder}", "train.sed=1", "train.seed=-1")
+    assert train_py(*words).returncode == under_a_launcher(*words, rank="1") == 2
+    assert not folder.exists(), "the exit code has said it; other ranks write nothing"
+    assert under_a_launcher(*words) == 2
+    status = json.loads((folder / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"], status["verb"]) == ("refused", 2, "train")
+    assert [line.partition(":")[0] for line in status["reason"].splitlines()] == ["train.seed", "train.sed"]
+    (folder / "run_status.json").write_text("of the run that holds the folder")
+    with FileLock(folder / ".lock"):
+        assert under_a_launcher(*words) == 2
+    assert (folder / "run_status.json").read_text() == "of the run that holds the folder"
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     done = train_py("--config", str(tmp_path / "absent.yaml"))
     assert done.returncode == 2
@@ -94,6 +117,11 @@ ARGUMENTS = {
         ["--synthetic: is for the verb bench, not for cache"],
     ),
     "synthetic_verify": (["verify", "--synthetic"], ["--synthetic: is for the verb bench, not for v", "--config: not"]),
+    "verify_train": (["--verify", "--config", "CONFIG"], ["--verify: is for the verb cache, not for train"]),
+    "both_options": (
+        ["cache", "--verify", "--synthetic", "--config", "CONFIG"],
+        ["--synthetic: is for the verb bench, not for cache: leave it out"],
+    ),
     "all_at_once": (
         ["trian", "a.b=1", "--config", "CONFIG", "train.seed=-1", "--dry"],
         ["--dry: unknown option", "trian: unknown verb", "train.seed: given -1", "a: unknown key"],
@@ -142,8 +170,28 @@ def test_bench_is_told_that_it_is_to_be_synthetic(config: Path, monkeypatch: pyt
     assert ran == [False, True]
 
 
+@pytest.mark.parametrize("verb", ["cache", "--cache"])
+def test_cache_is_told_that_it_is_to_verify(verb: str, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[bool] = []
+    monkeypatch.setattr(cli, "_cache", lambda given, *, verify=False: ran.append(verify))
+    for option in ([], ["--verify"]):
+        assert cli.main([verb, *option, "--config", str(config)]) == 0
+    assert ran == [False, True]
+
+
 ENDS = {
     "work": (WorkError("disk full"), 1, "mixres: error: disk full\n"),
+    "full disk": (
+        OSError(28, "No space left on device", "cache/index.json"),
+        1,
+        "mixres: error: cache/index.json cannot be written: No space left on device\n",
+    ),
+    "loader": (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        1,
+        "mixres: error: DataLoader worker (pid 7) is killed by signal: Killed. Where memory is short: lower "
+        "data.num_workers\n",
+    ),
     "interrupt": (KeyboardInterrupt(), 130, "mixres: interrupted\n"),
 }
 

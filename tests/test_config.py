@@ -265,6 +265,23 @@ TEXTS = st.sampled_from(
 )
 
 
+@pytest.mark.parametrize(("value", "expected"), [("0.1", 0.1), ("1e-3", 0.001), ("pairs", ("pairs",)), ("null", None)])
+def test_held_out_is_a_source_or_a_share(value: str, expected: object) -> None:
+    overrides = ["data.train=x", f"data.held_out={value}"]
+    assert load_config(ROOT / "configs/quickstart.yaml", overrides).data.held_out == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "where"), [("0", ""), ("1", ""), ("1.5", ""), ("-0.1", ""), ("true", ""), ("[]", ""), ("[a, 3]", "[1]")]
+)
+def test_what_held_out_cannot_be_is_told_in_one_line(value: str, where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(ROOT / "configs/quickstart.yaml", [f"data.held_out={value}"])
+    given = "3" if where else value
+    allowed = "text or a list of texts, not empty, or a number > 0 and < 1, or null"
+    assert caught.value.messages == (f"data.held_out{where}: given {given}, allowed: {allowed}",)
+
+
 @settings(deadline=None, max_examples=50)
 @given(text=st.text(min_size=1, max_size=12) | TEXTS, number=st.floats(1e-300, 1e8), names=st.lists(TEXTS, min_size=1))
 def test_any_dump_loads_as_the_same_config(

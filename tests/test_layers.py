@@ -17,6 +17,7 @@ LAYERS = {
     "config": 0,
     "config_source": 0,
     "config_faults": 0,
+    "config_rules": 0,
     "batch": 1,
     "data": 2,
     "models": 2,
@@ -27,7 +28,11 @@ LAYERS = {
             "assemble",
             "batching",
             "bench",
+            "cache_check",
+            "caching",
             "consistency",
+            "encoding",
+            "examples",
             "flops",
             "precompute",
             "sampling",
@@ -57,6 +62,7 @@ LIBRARIES = {
     "pydantic": {"config", "config_faults"},
     "omegaconf": {"config", "config_source"},
     "yaml": {"config_source"},
+    "datasets": {"data"},
 }
 
 FOLDERS = {"data", "models", "diffusion", "training"}  # rooms that never import each other within a layer

@@ -325,12 +325,14 @@ def test_all_weights_become_a_transformer_that_loads(job: Job, tiny_base: Path) 
     assert changed == {name for name in weights if not name.startswith(untrained)}
 
 
-def test_numbers_that_are_not_finite_end_the_run_and_leave_the_checkpoints(job: Job) -> None:
-    words = ("optimizer.class_path=torch.optim.SGD", "sample.every=0", "checkpoint.every=1")
+def test_numbers_that_stay_not_finite_end_the_run_and_leave_the_checkpoints(job: Job) -> None:
+    words = ("optimizer.class_path=torch.optim.SGD", "sample.every=0", "checkpoint.every=1", "train.max_skips=2")
     done = job("wild", *words, "optimizer.init_args={lr: 1e38}", code=1)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mixres: error: ")]
-    assert "not finite" in line
+    assert "not finite, and 3 steps in a row are more than train.max_skips = 2" in line
     assert "Traceback" not in done.stderr
+    assert done.stdout.count("skipped   step ") == 2
+    assert ["skipped" in line for line in metrics(job.root / "wild")][-2:] == [True, True]
     ended = status(job.root / "wild")
     assert (ended["state"], ended["exit_code"]) == ("failed", 1)
     kept = Checkpoints(job.root / "wild" / "checkpoints", keep=2).newest_valid()

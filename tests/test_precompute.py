@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -12,17 +14,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from family_cases import CASES
 from mixres.batch import Sample
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
-from mixres.errors import UserError
+from mixres.encoding import encode_missing, entry_sizes
+from mixres.errors import UserError, WorkError
+from mixres.examples import image_limits
 from mixres.geometry import Size, target_size
 from mixres.models import qwen_image_edit as family
-from mixres.precompute import Encoded, encode_all, image_limits, run_cache, spread
+from mixres.precompute import Encoded, encode_all, examples, run_cache, spread
 
 ALL, FEW = 13, 3
 
@@ -94,6 +97,12 @@ def change_control(data: Path) -> None:
     change_pixel(first(data, "control_images"))
 
 
+def change_byte_of_control(data: Path) -> None:
+    """A byte behind the picture: the file has changed, no pixel has."""
+    with first(data, "control_images").open("ab") as file:
+        file.write(b"x")
+
+
 def change_held_out_target(data: Path) -> None:
     change_pixel(first(data, "training_images", "held_out"))
 
@@ -104,12 +113,44 @@ def add_mask(data: Path) -> None:
         Image.new("L", image.size, 255).save(target.with_name(f"{target.stem}_mask.png"))
 
 
-@pytest.mark.parametrize("change", [change_prompt, change_control, change_held_out_target, add_mask])
+@pytest.mark.parametrize(
+    "change", [change_prompt, change_control, change_byte_of_control, change_held_out_target, add_mask]
+)
 def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: Callable[[Path], None]) -> None:
     assert caching() == (0, ALL)
     change(caching.data)
     assert caching() == (1, ALL - 1)
     assert caching() == (0, ALL)
+
+
+def test_caption_dropout_encodes_the_training_entries_anew_and_no_others(caching: Caching) -> None:
+    assert caching("data.caption_dropout=0.1") == (ALL - FEW, FEW)
+    assert caching("data.caption_dropout=0.9") == (0, ALL)
+    assert caching() == (0, ALL)  # the entries without the empty prompt are still there
+    plain, dropped = caching.encoded(), caching.encoded("data.caption_dropout=0.5")
+    assert all(item.lengths.empty_text == 0 for item in (*plain.train, *dropped.held_out))
+    texts = set()
+    for one, two in zip(plain.train, dropped.train, strict=True):
+        here, there = plain.cache.read(one.key), dropped.cache.read(two.key)
+        assert there.empty_embeds is not None and here.empty_embeds is None
+        assert torch.equal(here.prompt_embeds, there.prompt_embeds)
+        assert torch.equal(here.target_latents, there.target_latents)
+        assert two.lengths == one.lengths._replace(empty_text=len(there.empty_embeds))
+        assert 0 < two.lengths.empty_text < two.lengths.text
+        texts.add(there.empty_embeds[-8:].sum().item())
+    assert len(texts) > 1  # it sees the sample's own control image
+
+
+def test_the_empty_prompt_is_what_encoding_an_empty_caption_gives(caching: Caching) -> None:
+    """And that is bit for bit what the stock pipeline makes of it, see the tests of the family."""
+    keep_few(caching.data)
+    stored = caching.encoded("data.caption_dropout=0.1")
+    for caption in (caching.data / "train" / "training_images").glob("*.txt"):
+        caption.write_text("", encoding="utf-8")
+    empty = caching.encoded("data.empty_caption=use_empty")
+    for one, two in zip(stored.train, empty.train, strict=True):
+        found = stored.cache.read(one.key).empty_embeds
+        assert found is not None and torch.equal(found, empty.cache.read(two.key).prompt_embeds)
 
 
 def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
@@ -146,6 +187,25 @@ def test_a_size_rule_makes_only_the_sizes_it_changes_miss(caching: Caching) -> N
     assert f"{changed} encoded, {ALL - changed} found" in caching.capsys.readouterr().out
 
 
+def test_one_prompt_and_two_controls_are_two_embeddings(caching: Caching) -> None:
+    """The text encoder sees the control: a cache keyed by words would hand one embedding to both."""
+    keep_few(caching.data)
+    target = first(caching.data, "training_images")
+    other = sorted((caching.data / "train" / "control_images").glob("*.png"))[1]
+    for path, copy in ((target, "training_images"), (other, "control_images")):
+        shutil.copyfile(path, caching.data / "train" / copy / "copy.png")
+    shutil.copyfile(target.with_suffix(".txt"), caching.data / "train" / "training_images" / "copy.txt")
+    encoded = caching.encoded()
+    by_name = {Path(item.record.name).stem: item for item in encoded.train}
+    one, two = (encoded.cache.read(by_name[stem].key) for stem in (target.stem, "copy"))
+    assert by_name[target.stem].record.prompt == by_name["copy"].record.prompt
+    assert torch.equal(one.target_latents, two.target_latents)
+    assert one.prompt_embeds.shape == two.prompt_embeds.shape
+    relative = (one.prompt_embeds - two.prompt_embeds).norm() / one.prompt_embeds.norm()
+    assert relative > 0.05, "not by rounding"
+    assert "1 encoded, 3 found" in caching.capsys.readouterr().out
+
+
 @pytest.mark.parametrize("override", ["data.resize.control.area=2048", "model.dtype=bfloat16"])
 def test_what_all_entries_depend_on_makes_all_miss(caching: Caching, override: str) -> None:
     keep_few(caching.data)
@@ -159,10 +219,21 @@ def test_other_encoder_weights_make_all_miss(caching: Caching, copy_of_base: Pat
     override = f"model.pretrained_model_name_or_path={copy_of_base}"
     assert caching(override) == (0, FEW), "the contents count, not the folder"
     weights = copy_of_base / "vae" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    tensors["quant_conv.bias"][0] += 1
-    save_file(tensors, weights, {"format": "pt"})
+    before = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size, "only the content tells, as after a copy that keeps times"
     assert caching(override) == (FEW, 0)
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer_config.json", "text_encoder/config.json"])
+def test_every_file_of_the_encoders_counts(caching: Caching, copy_of_base: Path, file: str) -> None:
+    keep_few(caching.data)
+    with (copy_of_base / file).open("a", encoding="utf-8") as opened:
+        opened.write("\n")
+    assert caching(f"model.pretrained_model_name_or_path={copy_of_base}") == (FEW, 0)
 
 
 def test_a_damaged_entry_is_made_again(caching: Caching) -> None:
@@ -253,15 +324,17 @@ def test_all_faults_are_told_at_once_before_anything_is_encoded(caching: Caching
     caching.cache = tmp_path / "empty"
     with pytest.raises(UserError) as caught:
         caching()
-    messages = caught.value.messages
+    *messages, summary = caught.value.messages
     assert len(messages) == 4
+    mend = "mend them, or set data.on_bad_item=skip to go on without their examples"
+    assert summary == f"data: 4 faults with 22 pictures; {mend}"
     for name in expected:
         assert sum(name in message for message in messages) == 1, name
     assert not list(tmp_path.glob("empty/??/*"))
     assert not (caching.data / "run").exists()
 
 
-def test_skip_lists_the_faults_and_goes_on(caching: Caching) -> None:
+def test_skip_lists_the_faults_and_goes_on(caching: Caching, few_pairs: Path) -> None:
     expected = damage(caching.data)
     assert caching("data.on_bad_item=skip") == (0, 9)
     file = caching.data / "run" / "bad_items.jsonl"
@@ -269,12 +342,11 @@ def test_skip_lists_the_faults_and_goes_on(caching: Caching) -> None:
     assert [set(line) for line in listed] == [{"path", "reason"}] * 4
     for name in expected:
         assert sum(name in line["path"] for line in listed) == 1, name
-    shutil.rmtree(caching.data / "train")
-    shutil.copytree(caching.data / "held_out", caching.data / "train")
-    for part in ("train", "held_out"):
-        for path in (caching.data / part).rglob(f"{Path(expected[3]).stem}.*"):
-            path.unlink()
-    caching("data.on_bad_item=skip")
+    shutil.rmtree(caching.data)
+    shutil.copytree(few_pairs, caching.data)
+    file.parent.mkdir()
+    file.write_text("of an earlier run")
+    assert caching("data.on_bad_item=skip") == (0, ALL)
     assert not file.exists(), "a list that is out of date does not stay"
 
 
@@ -284,7 +356,7 @@ def test_an_example_the_family_cannot_take_is_a_fault_like_others(caching: Cachi
     first(caching.data, "training_images", "held_out", ".txt").write_text("see <|image_pad|>", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         caching()
-    assert len(caught.value.messages) == 2
+    assert len(caught.value.messages) == 3
     assert "exactly one control image, there are 2" in caught.value.messages[0]
     assert "<|image_pad|>" in caught.value.messages[1]
 
@@ -325,11 +397,87 @@ def test_sides_must_be_whole_tokens(caching: Caching, multiple: int) -> None:
         caching(f"data.resize.target.multiple_of={multiple}")
 
 
-def test_a_rank_that_does_not_encode_finds_what_rank_0_wrote(caching: Caching) -> None:
+def test_a_rank_that_finds_everything_says_nothing(caching: Caching) -> None:
     config = caching.config()
-    other = encode_all(config, family, device=torch.device("cpu"), rank=1)
-    assert caching.capsys.readouterr().out == "", "only one process speaks"
+    other = encode_all(config, family, device=torch.device("cpu"), rank=1, world_size=2)
+    assert caching.capsys.readouterr().out == "", "one process speaks"
     assert [item.key for item in other.train] == [item.key for item in caching.encoded().train]
+
+
+def test_a_rank_whose_rank_0_has_failed_fills_the_cache_alone(caching: Caching, tmp_path: Path) -> None:
+    keep_few(caching.data)
+    caching.cache = tmp_path / "empty"
+    encode_all(caching.config(), family, device=torch.device("cpu"), rank=1, world_size=2)
+    assert caching.capsys.readouterr().out == f"cache     rank 1: {FEW} encoded\n"
+    assert caching() == (0, FEW)
+
+
+# --- What changes or goes wrong between the scan and the encoding
+
+
+@pytest.mark.parametrize("kind", ["training_images", "control_images", "masks"])
+def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(caching: Caching, kind: str) -> None:
+    add_mask(caching.data)
+    change_prompt(caching.data)
+    config = caching.config()
+    cache, train, _, keys = examples(config, family, speak=False)
+    missing = {key: item for key, item in zip(keys, train, strict=False) if cache.lookup(key) is None}
+    assert len(missing) == 1
+    [item] = missing.values()
+    path = {"training_images": item.record.target, "control_images": item.record.controls[0], "masks": item.record.mask}
+    changed = path[kind]
+    assert changed is not None
+    with Image.open(changed) as image:
+        image.load()
+    image.putpixel((0, 0), 7 if image.mode == "L" else (1, 2, 3))
+    image.save(changed)
+    again = "has changed since the scan: run the same command again"
+    for reason in (f"{changed} {again}", f"a file {again} (is empty (0 bytes))"):
+        with pytest.raises(WorkError, match=re.escape(f"{item.record.name}: {reason}")):
+            encode_missing(config, family, cache, missing, (), torch.device("cpu"), 0, 1)
+        changed.write_bytes(b"")
+    assert all(cache.lookup(key) is None for key in missing)
+
+
+def test_a_cache_that_cannot_be_made_is_the_users_error(caching: Caching) -> None:
+    caching.cache = first(caching.data, "training_images")
+    with pytest.raises(UserError, match=r"cache.cache_dir: .* cannot be made \(File exists\): name another folder"):
+        caching()
+
+
+def test_the_space_that_entries_take_is_known_before(caching: Caching) -> None:
+    keep_few(caching.data)
+    add_mask(caching.data)
+    for override in ("model.dtype=float32", "model.dtype=bfloat16", "data.resize.control.area=65536"):
+        config = caching.config(override)
+        _, train, held_out, keys = examples(config, family, speak=False)
+        estimated = entry_sizes(config, family, dict(zip(keys, [*train, *held_out], strict=True)))
+        encoded = caching.encoded(override)
+        for key, size in estimated.items():
+            real = encoded.cache.path(key).stat().st_size
+            assert real < size < 1.1 * real + 12_000, override
+
+
+def test_pickles_in_the_cache_and_the_base_run_nothing(caching: Caching, copy_of_base: Path, tmp_path: Path) -> None:
+    keep_few(caching.data)
+    witness = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(witness),)
+
+    items = caching.encoded().train
+    entry = caching.cache / items[0].key[:2] / f"{items[0].key}.safetensors"
+    planted = [entry, *(caching.cache / name for name in ("index.json", "fingerprints.json", "cache.pt", "index.pkl"))]
+    planted += [copy_of_base / "vae" / "diffusion_pytorch_model.bin", copy_of_base / "tokenizer" / "tokens.pkl"]
+    for path in planted:
+        path.write_bytes(pickle.dumps(Payload()))
+    caching.capsys.readouterr()
+    assert caching(f"model.pretrained_model_name_or_path={copy_of_base}") == (1, FEW - 1)
+    assert caching() == (0, FEW)
+    assert not witness.exists()
+    pickle.loads(planted[3].read_bytes())
+    assert witness.exists(), "the planted ones are not blanks"
 
 
 def test_spread_takes_all_sizes_evenly(caching: Caching) -> None:

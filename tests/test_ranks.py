@@ -2,16 +2,27 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixres.assemble import plan_of
+from mixres.config import load_config
+from mixres.data.cache import Cache
+from mixres.models import qwen_image_edit as family
+from mixres.precompute import encode_all
+from mixres.training.checkpoint import Checkpoints
+
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 4
+CLIP = 0.002  # well below the gradients of these runs, so that every step is clipped
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -29,6 +40,7 @@ class Runs:
             "batch.samples_per_step=5",
             f"train.max_train_steps={STEPS}",
             "lr_scheduler.warmup_steps=2",
+            f"train.max_grad_norm={CLIP}",
             "checkpoint.every=2",
             "sample.every=0",
         ]
@@ -57,8 +69,14 @@ def alone(runs: Runs) -> Path:
     return runs("alone", 1, "batch.layout=padded")
 
 
+def trained_tensors(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoints(run / "checkpoints", keep=2).newest_valid()
+    assert checkpoint is not None and checkpoint.step == STEPS
+    return checkpoint.tensors("trainable")
+
+
 def parameters(run: Path) -> torch.Tensor:
-    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    tensors = trained_tensors(run)
     return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
@@ -67,7 +85,7 @@ def distance(run: Path, reference: Path) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def lines(run: Path) -> list[dict[str, float]]:
+def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -87,6 +105,7 @@ def test_float64_parameters_do_not_depend_on_the_topology(
 ) -> None:
     run = runs(f"ranks-{ranks}-{len(list(runs.folder.iterdir()))}", ranks, *overrides)
     assert distance(run, alone) <= 1e-10
+    assert all(line["grad_norm"] > CLIP for line in lines(run))
     for here, there in zip(lines(run), lines(alone), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-10)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-10)
@@ -117,6 +136,37 @@ def test_a_run_resumes_on_another_number_of_ranks(runs: Runs, alone: Path) -> No
         assert [line["step"] for line in lines(half)] == [1, 2, 3, 4]
 
 
+def test_dropped_captions_do_not_depend_on_the_topology_or_a_resume(runs: Runs, alone: Path) -> None:
+    """One whole run against one of two ranks that is stopped after two steps and goes on in one process."""
+    dropout = ("data.caption_dropout=0.5", "batch.layout=padded")
+    reference = runs("dropout", 1, *dropout)
+    assert distance(reference, alone) > 1e-4
+    assert all(here["tokens"] < there["tokens"] for here, there in zip(lines(reference), lines(alone), strict=True))
+    dropout = ("data.caption_dropout=0.5", "batch.layout=packed", "batch.max_tokens=600", "train.parallel=fsdp2")
+    runs("dropout-2", 2, *dropout, "train.max_train_steps=2")
+    resumed = runs("dropout-2", 1, *dropout)
+    assert distance(resumed, reference) <= 1e-10
+    assert [line["tokens"] for line in lines(resumed)] == [line["tokens"] for line in lines(reference)]
+
+
+def test_a_sample_that_is_not_finite_is_left_out_by_all_ranks(runs: Runs, alone: Path) -> None:
+    config = load_config(Path(runs.common[1]), [*runs.common[2:], f"cache.cache_dir={runs.folder / 'float64'}",
+                         "model.dtype=float64", f"logging.output_dir={runs.folder / 'none'}"])  # fmt: skip
+    encoded = encode_all(config, family, device=torch.device("cpu"))
+    item = encoded.train[plan_of(config, encoded, world_size=1).step(1).indices[0]]
+    poisoned = Cache(shutil.copytree(runs.folder / "float64", runs.folder / "poisoned"))
+    sample = poisoned.read(item.key)
+    poisoned.write(item.key, replace(sample, target_latents=sample.target_latents * torch.nan))
+    words = (f"cache.cache_dir={poisoned.root}", "batch.max_tokens=900")
+    one, two = (runs(f"poisoned-{ranks}", ranks, *words) for ranks in (1, 2))
+    for run in (one, two):
+        assert [line["loss"] is None for line in lines(run)] == [False, True, False, False]
+        assert item.record.name in lines(run)[1]["skipped"]
+        assert len(lines(run)[1]["skipped"]) < 5, "not those of other microbatches"
+    assert distance(two, one) <= 1e-10
+    assert distance(one, alone) > 1e-6, "a step is missing"
+
+
 def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
     one, two = (runs(f"fp32-{ranks}", ranks, dtype="float32") for ranks in (1, 2))
     for here, there in zip(lines(one), lines(two), strict=True):
@@ -126,7 +176,7 @@ def test_fp32_losses_of_one_and_two_ranks_agree(runs: Runs) -> None:
 def test_bf16_base_with_fp32_adapters_trains_sharded(runs: Runs) -> None:
     run = runs("bf16", 2, "train.parallel=fsdp2", "train.mixed_precision=bf16", dtype="bfloat16")
     reference = runs("bf16-alone", 1, "train.mixed_precision=bf16", dtype="bfloat16")
-    tensors = load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "trainable.safetensors")
+    tensors = trained_tensors(run)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     for here, there in zip(lines(run), lines(reference), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)

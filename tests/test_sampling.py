@@ -11,8 +11,9 @@ from PIL import Image
 from mixres import sampling
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
+from mixres.examples import image_limits
 from mixres.models import qwen_image_edit as family
-from mixres.precompute import Encoded, encode_all, image_limits
+from mixres.precompute import Encoded, encode_all
 from mixres.sampling import HeldOutSampler, Row, contact_sheet, save_png
 from mixres.training.ema import Ema
 

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
+from mixres.examples import stated_areas
 from mixres.models.lora import (
     TargetMatch,
     add_lora,
@@ -29,11 +31,14 @@ from mixres.models.lora import (
     train_all,
     trainable_parameters,
 )
-from mixres.precompute import Encoded, stated_areas
+from mixres.precompute import Encoded
 from mixres.training.distributed import shard
 from mixres.training.ema import Ema
 from mixres.training.optim import optimizer_class
 from mixres.training.step import Objective
+
+# Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
+_LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ def make_plan(
         max_tokens=config.batch.max_tokens,
         layout=layout,
         world_size=world_size,
+        caption_dropout=config.data.caption_dropout,
     )
 
 
@@ -164,18 +170,23 @@ def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first:
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
-def frozen_fields(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from: otherwise it would be neither."""
-    return {
+def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from: `frozen` values by key, the `order` of samples."""
+    keys = [item.key for item in encoded.train]
+    lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
+    frozen = {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": config.model.revision,
         "model.dtype": config.model.dtype,
-        "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
+        "optimizer.class_path": config.optimizer.class_path,
         "train.seed": config.train.seed,
         "train.ema_decay": config.train.ema_decay,
         "batch.samples_per_step": config.batch.samples_per_step,
-        "data (order hash)": plan.order_hash([item.key for item in encoded.train]),
+        "data.caption_dropout": config.data.caption_dropout,
+        "data.train": f"{len(keys)} samples of fingerprint {xxhash.xxh3_64_hexdigest(' '.join(keys).encode())}",
     }
+    return {"frozen": frozen, "order": plan.order_hash(keys)}
 
 
 def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:

@@ -27,6 +27,12 @@ class Sample:
     prompt_embeds: Tensor  # (T, D)
     img_shapes: tuple[Grid, ...]  # target first, then each control
     edit_mask: Tensor | None = None  # (S_target,) float32, foreground share of each target token in [0, 1]
+    empty_embeds: Tensor | None = None  # (T_empty, D) of the empty prompt with the same controls, for caption dropout
+
+    def without_caption(self) -> "Sample":
+        """The same example with the empty prompt."""
+        assert self.empty_embeds is not None, self.name
+        return replace(self, prompt_embeds=self.empty_embeds)
 
 
 @dataclass(frozen=True)

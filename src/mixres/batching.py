@@ -4,14 +4,15 @@ Promise: each way holds exactly the samples of the configuration's own plan, ste
 sample a way, on the CPU.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mixres.assemble import make_plan
 from mixres.batch import Batch, Sample
 from mixres.config import Config
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Lengths, Plan, StepPlan, computed_tokens
+from mixres.data.loader import samples_of
+from mixres.data.plan import Layout, Lengths, Microbatch, Plan, StepPlan, computed_tokens
 
 BASELINE = "one_by_one"
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
@@ -53,28 +54,29 @@ def make_work(config: Config, source: Source, most_steps: int) -> Work:
     steps = [plans["padded"].step(k) for k in range(min(most_steps, plans["padded"].steps_per_epoch))]
 
     def planned(layout: Layout, step: StepPlan) -> list[Batch]:
-        return list(collated(source, planned_groups(plans[layout], step.step), layout))
+        return list(collated(source, plans[layout].step(step.step).ranks[0], layout))
+
+    def grouped(step: StepPlan, groups: Sequence[tuple[int, ...]]) -> list[Batch]:
+        made = [Microbatch(group, (1.0,) * len(group), step.dropped.intersection(group)) for group in groups]
+        return list(collated(source, made, "padded"))
+
+    def random_groups(step: StepPlan) -> list[tuple[int, ...]]:
+        lengths = {i: source.lengths[i] for i in step.indices}
+        lengths |= {i: lengths[i].without_caption() for i in step.dropped}
+        return unsorted(step.indices, lengths, config.batch.max_tokens)
 
     return Work(
         steps,
         {
-            BASELINE: [list(collated(source, [(i,) for i in step.indices], "padded")) for step in steps],
+            BASELINE: [grouped(step, [(i,) for i in step.indices]) for step in steps],
             "padded": [planned("padded", step) for step in steps],
-            "padded_random": [
-                list(collated(source, unsorted(step.indices, source.lengths, config.batch.max_tokens), "padded"))
-                for step in steps
-            ],
+            "padded_random": [grouped(step, random_groups(step)) for step in steps],
             "packed": [planned("packed", step) for step in steps],
         },
     )
 
 
-def planned_groups(plan: Plan, step: int) -> list[tuple[int, ...]]:
-    """The samples of each microbatch of optimizer step `step`, of one process."""
-    return [microbatch.indices for microbatch in plan.step(step).ranks[0]]
-
-
-def unsorted(indices: Sequence[int], lengths: Sequence[Lengths], max_tokens: int) -> list[tuple[int, ...]]:
+def unsorted(indices: Sequence[int], lengths: Mapping[int, Lengths], max_tokens: int) -> list[tuple[int, ...]]:
     """Microbatches for `padded` filled in the order given, each as far as the budget goes."""
     groups: list[tuple[int, ...]] = [()]
     for i in indices:
@@ -86,8 +88,8 @@ def unsorted(indices: Sequence[int], lengths: Sequence[Lengths], max_tokens: int
     return groups
 
 
-def collated(source: Source, groups: Sequence[Sequence[int]], layout: Layout) -> Iterator[Batch]:
-    """A batch for each group, its samples read when it is asked for."""
-    for group in groups:
-        samples = [source.read(i) for i in group]
-        yield collate(samples, indices=group, weights=[1.0] * len(group), layout=layout)
+def collated(source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
+    """A batch for each microbatch, its samples read when it is asked for."""
+    for microbatch in microbatches:
+        samples = samples_of(microbatch, source.read)
+        yield collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=layout)

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.batching import BASELINE, Source, Work, collated, make_work, plan_in, planned_groups
+from mixres.batching import BASELINE, Source, Work, collated, make_work, plan_in
 from mixres.config import Config
 from mixres.data.plan import Lengths
 from mixres.flops import TrainingFlops
@@ -123,7 +123,15 @@ def _synthetic_source(config: Config, family: ModuleType) -> Source:
         controls=family.CONTROLS,
         text_area=family.control_areas(**config.data.resize.control.model_dump()).get("text_area"),
     )
-    lengths = [Lengths(len(s.prompt_embeds), token_count(s.img_shapes), len(s.target_latents)) for s in samples]
+    lengths = [
+        Lengths(
+            len(s.prompt_embeds),
+            token_count(s.img_shapes),
+            len(s.target_latents),
+            0 if s.empty_embeds is None else len(s.empty_embeds),
+        )
+        for s in samples
+    ]
     return Source(lengths, [s.name for s in samples], samples.__getitem__)
 
 
@@ -202,14 +210,14 @@ def _trainer_over_bare(setting: Workbench, source: Source, work: Work, still: La
     layout, trained, objective = setting.config.batch.layout, setting.trained, setting.objective
     plan, ratios = plan_in(setting.config, source, layout), []
     for planned in work.steps * _LEAST_ROUNDS:
-        groups = planned_groups(plan, planned.step)
+        (microbatches,) = plan.step(planned.step).ranks
         divisor = objective.divisor(planned.samples, planned.target_tokens)
         bare = bare_step_seconds(
             setting.accelerator,
             trained.transformer,
             trained.optimizer,
             objective,
-            list(collated(source, groups, layout)),
+            list(collated(source, microbatches, layout)),
             step=planned.step,
             divisor=divisor,
         )
@@ -220,8 +228,8 @@ def _trainer_over_bare(setting: Workbench, source: Source, work: Work, still: La
             trained.optimizer,
             still,
             objective,
-            collated(source, groups, layout),
-            count=len(groups),
+            collated(source, microbatches, layout),
+            count=len(microbatches),
             step=planned.step,
             divisor=divisor,
             max_grad_norm=setting.config.train.max_grad_norm,

@@ -5,7 +5,10 @@ imported. Cost: a few milliseconds until a verb runs.
 """
 
 import argparse
+import contextlib
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,11 +22,12 @@ if TYPE_CHECKING:
 
 VERBS = {
     "train": "fill the cache where it is not full, then train (also where no verb is given)",
-    "cache": "encode every sample of the configuration into the cache, then stop",
+    "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
     "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
     "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
 }
-OPTIONS = ("--config", "--cache", "--synthetic", "--help", "--version")
+OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
+OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
@@ -48,6 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkError as error:
         print(f"mixres: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"mixres: error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).partition("\n")[0].strip()
+        print(f"mixres: error: {reason} Where memory is short: lower data.num_workers", file=sys.stderr)
+        return 1
     except Stopped as stop:
         print(f"mixres: {stop}", file=sys.stderr)
         return Stopped.exit_code
@@ -65,8 +80,13 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     verb = words.pop(0) if words and "=" not in words[0] else "train"
     if verb not in VERBS:
         faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
-    elif given.synthetic and (given.cache or verb != "bench"):
-        faults.append(f"--synthetic: is for the verb bench, not for {'cache' if given.cache else verb}: leave it out")
+    verb = "cache" if given.cache else verb
+    options = [option for option in OPTIONS_OF.values() if getattr(given, option)]
+    faults += [
+        f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
+        for owner, option in OPTIONS_OF.items()
+        if option in options and verb != owner and verb in VERBS
+    ]
     if not given.config:
         faults.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
         raise UserError(faults)
@@ -77,8 +97,24 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     except UserError as error:
         faults += error.messages
     if faults:
+        _record_refusal(UserError(faults), verb, Path(given.config), words)
         raise UserError(faults)
-    return "cache" if given.cache else verb, config, {"synthetic": True} if given.synthetic else {}
+    return verb, config, dict.fromkeys(options, True)
+
+
+def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
+    """Launchers hide exit codes: under one `run_status.json` says it too, where it can be told whose."""
+    from mixres.config import Config
+    from mixres.config_faults import defaults
+    from mixres.config_source import read_source
+    from mixres.training.run import LAUNCHERS, RunFolder
+
+    logging = read_source(file, words, defaults(Config)).resolved.get("logging")
+    folder = logging.get("output_dir") if isinstance(logging, dict) else None
+    launched = any(name in os.environ for name in LAUNCHERS) and os.environ.get("RANK", "0") == "0"
+    if launched and isinstance(folder, str):
+        with contextlib.suppress(UserError), RunFolder(Path(folder), verb=verb, max_train_steps=0, rank=0, wait_s=0):
+            raise error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="VERB, key=value", help="a verb, then overrides of the file's keys")
     parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
     parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
+    parser.add_argument("--verify", action="store_true", help="for `cache`: read and check every entry, encode nothing")
     parser.add_argument("--synthetic", action="store_true", help="for `bench`: no weights, no data, no download")
     parser.add_argument("--version", action="version", version=f"mixres {__version__}")
     return parser
@@ -113,10 +150,15 @@ def _train(config: "Config") -> None:
     train(config)
 
 
-def _cache(config: "Config") -> None:
-    from mixres.precompute import run_cache
+def _cache(config: "Config", *, verify: bool = False) -> None:
+    if verify:
+        from mixres.cache_check import verify_cache
 
-    run_cache(config)
+        verify_cache(config)
+    else:
+        from mixres.precompute import run_cache
+
+        run_cache(config)
 
 
 def _verify(config: "Config") -> None:

@@ -8,12 +8,13 @@ Cost: about 0.2 s, most of it the import of pydantic.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
 
-from mixres.config_faults import Rule, conflicts, defaults, known_keys, schema_faults, validate
+from mixres.config_faults import conflicts, defaults, known_keys, schema_faults, validate
+from mixres.config_rules import RULES
 from mixres.config_source import KeyPath, leaves, read_source, replaced, value_at
 from mixres.errors import UserError
 
@@ -23,6 +24,19 @@ MEBIBYTE = 2**20
 _BARE_REFERENCE = re.compile(r"\$\{[^,{}]*\}")
 
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+
+# What a checkpoint fixes and a resumed run may change all the same; the adapters' shape it cannot.
+Changeable = Literal[
+    "model.pretrained_model_name_or_path",
+    "model.revision",
+    "model.dtype",
+    "model.lora.lora_alpha",
+    "optimizer.class_path",
+    "train.seed",
+    "batch.samples_per_step",
+    "data.caption_dropout",
+    "data.train",
+]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -102,13 +116,23 @@ class LimitsConfig(Section):
 
 
 class DataConfig(Section):
-    train: Texts = Field(description="Training data: a folder or a .jsonl manifest, or a list of them.")
-    held_out: Texts | None = Field(None, description="Pairs for samples while training, given as data.train.")
+    train: Texts = Field(description="Training data: a folder, a manifest, a saved data set, or a list of them.")
+    held_out: Texts | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Examples that are never trained, for samples: given as data.train, or a share of it.",
+        json_schema_extra={"allowed": "text or a list of texts, not empty, or a number > 0 and < 1, or null"},
+    )
     on_bad_item: Literal["error", "skip"] = Field(
         "error", description="Unusable items: stop with the list of all of them, or list them and train on the others."
     )
     empty_caption: Literal["error", "use_empty", "skip"] = Field(
         "error", description="Items without instruction: a fault, trained with the empty instruction, or left out."
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of samples that a step trains on the empty instruction in place of theirs."
+    )
+    long_caption: Literal["error", "truncate"] = Field(
+        "error", description="Items whose instruction is over 1024 tokens: a fault, or trained with its beginning."
     )
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
@@ -176,6 +200,9 @@ class TrainConfig(Section):
         "ddp", description="On several devices: the weights on each of them (ddp), or split over them (fsdp2)."
     )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
+    max_skips: int = Field(
+        5, ge=0, le=10**9, description="Steps in a row that may be left out since loss or gradient is not finite."
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations in backward: less memory, more time.")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Decay of a moving average of what is trained, saved beside it; null keeps none."
@@ -223,42 +250,12 @@ class Config(Section):
     resume: Literal["auto", "required", "never"] = Field(
         "auto", description="Go on from the newest checkpoint: if there is one, or fail, or start afresh."
     )
+    resume_allow_changes: Annotated[tuple[Changeable, ...], BeforeValidator(_as_tuple)] = Field(
+        (),
+        description="Keys that may differ from the checkpoint's; without this such a change is refused.",
+        json_schema_extra={"allowed": f"a list of: {', '.join(get_args(Changeable))}"},
+    )
     _references: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
-
-
-# What no single key can tell: the keys, when they clash, and what mends it.
-_RULES: tuple[Rule, ...] = (
-    (
-        ("optimizer.init_args.lr",),
-        lambda lr: isinstance(lr, bool | str | list | dict) or lr is None or lr < 0,
-        "allowed: a number >= 0",
-    ),
-    (
-        ("model.dtype", "train.mixed_precision"),
-        lambda dtype, precision: dtype == "float64" and precision != "no",
-        "float64 needs train.mixed_precision: no",
-    ),
-    (
-        ("sample.use_ema", "train.ema_decay"),
-        lambda use_ema, decay: use_ema and decay is None,
-        "there is no average without a decay, such as train.ema_decay: 0.999",
-    ),
-    (
-        ("lr_scheduler.warmup_steps", "train.max_train_steps"),
-        lambda warmup, steps: warmup > steps,
-        "the warm-up must not be longer than the run",
-    ),
-    (
-        ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps"),
-        lambda scheduler, warmup: scheduler == "constant" and warmup > 0,
-        "constant has no warm-up, write constant_with_warmup",
-    ),
-    (
-        ("data.mask_weight.foreground", "data.mask_weight.background"),
-        lambda foreground, background: foreground == background == 0,
-        "at least one must be above 0",
-    ),
-)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -269,7 +266,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     source = read_source(path, overrides, defaults(Config))
     source.faults += schema_faults(Config, source)
-    source.faults += conflicts(source, _RULES)
+    source.faults += conflicts(source, RULES)
     if source.faults:
         raise UserError(list(dict.fromkeys(message for _, message in source.faults)))
     config = validate(Config, source.resolved)

@@ -104,16 +104,21 @@ def schema_faults(model: type[BaseModel], source: Source) -> list[tuple[KeyPath,
     keys = dict(known_keys(model))
     reported = [path for path, _ in source.faults if path]
     faults: list[tuple[KeyPath, str]] = []
-    for error in _validation_errors(model, source.resolved):
-        path = error["loc"]
-        if any(nested(path, other) for other in reported) or (error["type"] == "missing" and not source.file_is_read):
+    errors = [
+        (_given_part(source.resolved, error), error["type"]) for error in _validation_errors(model, source.resolved)
+    ]
+    for path, kind in errors:
+        if any(nested(path, other) for other in reported) or (kind == "missing" and not source.file_is_read):
             continue
-        if error["type"] == "extra_forbidden":
+        if any(len(path) < len(other) and nested(path, other) for other, _ in errors):
+            continue  # another choice of a union: the item inside says more
+        if kind == "extra_forbidden":
             faults.append((path, unknown_key(path, keys)))
             continue
         name, field = _field_at(path, keys)
-        given = "not given" if error["type"] == "missing" else f"given {shown(source, path)}"
+        given = "not given" if kind == "missing" else f"given {shown(source, path)}"
         faults.append((path, f"{name}: {given}, allowed: {allowed(field)}"))
+    faults = list(dict.fromkeys(faults))
     seen = [*reported, *(path for path, _ in faults)]
     for path, value in leaves(source.resolved):  # free sections hold any value, but never NaN or infinity
         if isinstance(value, float) and not math.isfinite(value) and not any(nested(path, other) for other in seen):
@@ -158,6 +163,18 @@ def _validation_errors(model: type[BaseModel], values: dict[str, Any]) -> list[A
     except ValidationError as error:
         return error.errors(include_url=False, include_input=False)
     return []
+
+
+def _given_part(values: Any, error: Any) -> KeyPath:
+    """Where in `values` the error is: pydantic names the choices of a union between the keys."""
+    if error["type"] == "missing":
+        return tuple(error["loc"])
+    path: list[str | int] = []
+    for part in error["loc"]:
+        if isinstance(values, dict | list) and part in (values if isinstance(values, dict) else range(len(values))):
+            values = values[part]
+            path.append(part)
+    return tuple(path)
 
 
 def validate(model: type[Model], values: dict[str, Any]) -> Model:

@@ -24,7 +24,6 @@ from mixres.models.qwen_latents import decode_latents
 from mixres.precompute import Item, encode_all, family_of
 from mixres.sampling import HeldOutSampler, Row, contact_sheet, save_png
 
-_ROWS = 8
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line
 _NEXT = (
     "next      your own pairs on this base:  accelerate launch train.py --config configs/quickstart.yaml "
@@ -82,11 +81,9 @@ def show_results(config: Config) -> list[str]:
         result, row = _compare(sampler, item, base, lora)
         results.append(result)
         rows.append(row)
-    save_png(
-        contact_sheet(("input", "target", "base", "base + LoRA"), rows[:_ROWS]),
-        run / "results.png",
-        [row.caption for row in rows[:_ROWS]],
-    )
+    shown = [row for index, row in enumerate(rows) if index % 4 in (0, 3)]  # each size once, the photographs in turn
+    sheet = contact_sheet(("input", "target", "base", "base + LoRA"), shown)
+    save_png(sheet, run / "results.png", [row.caption for row in shown])
     atomic.write_json(run / "results.json", [asdict(result) for result in results])
     _draw_loss(run / "metrics.jsonl", run / "loss.png")
     return [*_table(results), f"pictures  {run / 'results.png'}", f"loss      {run / 'loss.png'}", *_NEXT]

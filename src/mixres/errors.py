@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 def one_line(text: str) -> str:
     """`text` with every unprintable character (line ends, escape codes, lone surrogates) written as its escape."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

@@ -1,35 +1,29 @@
 """Data on disk -> encoded samples in the cache: scan everything, encode what is missing, let the encoders go.
 
 Promise: all that is wrong with the data is told before anything is encoded; a second run encodes nothing; the
-encoders are released before anything else is loaded. Cost: VAE and text encoder once per sample that is new.
+encoders are released before anything else is loaded. Cost: VAE and text encoder once per sample that is new, twice
+where caption dropout needs its empty prompt.
 """
 
-import gc
-import json
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
-from mixres import atomic
+from mixres.caching import make_folder
 from mixres.config import Config
-from mixres.data.cache import Cache, CacheEntry, entry_key
-from mixres.data.dataset import ScannedRecord, scan
-from mixres.data.images import Limits, read_image, read_mask
+from mixres.data.cache import Cache, CacheEntry
+from mixres.data.dataset import ScannedRecord
 from mixres.data.plan import Lengths
-from mixres.data.records import EditRecord, Fault
-from mixres.errors import UserError
-from mixres.geometry import Size, control_area, target_size
+from mixres.data.records import EditRecord
+from mixres.encoding import encode_missing, entry_keys, target_size_of
+from mixres.examples import find_examples
+from mixres.geometry import Size
 from mixres.models.families import family_module
+from mixres.training.distributed import launched
 from mixres.training.progress import say
-
-BAD_ITEMS = "bad_items.jsonl"
-_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,8 @@ class Item:
 
     @property
     def lengths(self) -> Lengths:
-        return Lengths(self.entry.text_tokens, self.entry.image_tokens, self.entry.target_tokens)
+        entry = self.entry
+        return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,14 @@ class Encoded:
 
 
 def run_cache(config: Config) -> None:
-    """The verb `cache`: fill it, say what was done.
+    """The verb `cache`: fill it, say what was done. Several processes share the work.
 
     Raises:
-        UserError: data, base or sizes are wrong; every fault there is.
+        UserError: data, base or sizes are wrong; every fault there is. There is no room for the entries.
+        WorkError: the disk is full, or a file has changed meanwhile.
     """
-    encode_all(config, family_of(config), device=_device())
+    rank, world_size, device = launched()
+    encode_all(config, family_of(config), device=device, rank=rank, world_size=world_size)
 
 
 def family_of(config: Config) -> ModuleType:
@@ -74,173 +71,59 @@ def family_of(config: Config) -> ModuleType:
     return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
 
 
-def stated_areas(config: Config, family: ModuleType) -> dict[str, int | Literal["target"]]:
-    """The size rules of control images under the names that the family's functions give them.
+def encode_all(
+    config: Config, family: ModuleType, *, device: torch.device, rank: int = 0, world_size: int = 1
+) -> Encoded:
+    """Scan training and held-out data, and return when every example is in the cache; the ranks share the encoding.
 
     Raises:
-        UserError: the family does not have a size that the configuration gives.
+        UserError, WorkError: as `run_cache`.
     """
-    rules: dict[str, int | Literal["target"]] = family.control_areas(**config.data.resize.control.model_dump())
-    return rules
-
-
-def control_areas(config: Config, family: ModuleType, target: Size) -> dict[str, int]:
-    """The sizes of the controls of one target, as keyword arguments of the family's functions."""
-    return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
-
-
-def encode_all(config: Config, family: ModuleType, *, device: torch.device, rank: int = 0) -> Encoded:
-    """Scan training and held-out data and make sure that every example is in the cache; rank 0 encodes, others wait.
-
-    Raises:
-        UserError: as `run_cache`.
-    """
-    cache = Cache(Path(config.cache.cache_dir))
-    train, held_out = _scan_all(config, family, speak=rank == 0)
-    keys = _keys(config, family, [*train, *held_out])
+    cache, train, held_out, keys = examples(config, family, speak=rank == 0)
     wanted = dict(zip(keys, [*train, *held_out], strict=True))
     if rank == 0:
         cache.sweep()
-        missing = {key: item for key, item in wanted.items() if cache.lookup(key) is None}
-        if missing:
-            _encode(config, family, cache, missing, device)
-        cache.save_index()
+    missing = {key: item for key, item in wanted.items() if cache.lookup(key) is None}
+    with_empty = set(keys[: len(train)]) if config.data.caption_dropout > 0 else set[str]()
+    encoded = encode_missing(config, family, cache, missing, with_empty, device, rank, world_size) if missing else 0
+    if rank == 0:
+        save_index(cache)
+        others = f", {len(missing) - encoded} by other processes" if encoded < len(missing) else ""
         found = len(wanted) - len(missing)
-        say(f"cache     {len(wanted)} entries in {cache.root}: {len(missing)} encoded, {found} found")
-    else:
-        while any(cache.lookup(key) is None for key in wanted):
-            time.sleep(_POLL_S)
+        say(f"cache     {len(wanted)} entries in {cache.root}: {encoded} encoded, {found} found{others}")
+    elif encoded:
+        say(f"cache     rank {rank}: {encoded} encoded")
     items = [_item(config, record, key, cache) for key, record in zip(keys, [*train, *held_out], strict=True)]
     return Encoded(cache, items[: len(train)], items[len(train) :])
 
 
-def _scan_all(config: Config, family: ModuleType, *, speak: bool) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
-    data = config.data
-    base = {"path": config.model.pretrained_model_name_or_path, "revision": config.model.revision}
-    token = family.pixels_per_token(base["path"], revision=base["revision"])
-    wrong_sizes: list[str] = []
-    if data.resize.target.multiple_of % token:
-        wrong_sizes.append(
-            f"data.resize.target.multiple_of: {data.resize.target.multiple_of} is not a multiple of {token}, the "
-            "pixels of one token of this base"
-        )
+def examples(
+    config: Config, family: ModuleType, *, speak: bool
+) -> tuple[Cache, list[ScannedRecord], list[ScannedRecord], list[str]]:
+    """The cache, the usable examples (training, held-out) and the keys of both, in this order.
+
+    Raises:
+        UserError: data, base or sizes are wrong, or there can be no cache where it should be.
+    """
+    root = Path(config.cache.cache_dir)
+    make_folder(root)
+    train, held_out = find_examples(config, family, speak=speak)
+    keys = entry_keys(config, family, train, empty_prompt=config.data.caption_dropout > 0)
+    return Cache(root), train, held_out, keys + entry_keys(config, family, held_out)
+
+
+def save_index(cache: Cache) -> None:
+    """Save the index of lengths; where that cannot be done, say so and go on."""
     try:
-        stated_areas(config, family)
-    except UserError as error:
-        wrong_sizes += error.messages
-    if wrong_sizes:
-        raise UserError(wrong_sizes)
-    limits = image_limits(config)
-    found: list[list[ScannedRecord]] = []
-    faults: list[Fault] = []
-    for sources in (data.train, data.held_out or ()):
-        records, wrong = scan(sources, limits=limits, empty_caption=data.empty_caption, min_side=token, progress=speak)
-        usable, unfit = _fitting(family, records)
-        found.append(usable)
-        faults += wrong + unfit
-    _settle(config, faults, speak)
-    if speak:
-        controls = sum(len(r.record.controls) for records in found for r in records)
-        say(f"data      {len(found[0])} training and {len(found[1])} held-out examples with {controls} controls")
-    return found[0], found[1]
-
-
-def _fitting(family: ModuleType, records: Sequence[ScannedRecord]) -> tuple[list[ScannedRecord], list[Fault]]:
-    usable, faults = [], []
-    for scanned in records:
-        reason = family.example_fault(controls=len(scanned.record.controls), prompt=scanned.record.prompt)
-        if reason is None:
-            usable.append(scanned)
-        else:
-            faults.append(Fault(scanned.record.name, reason))
-    return usable, faults
-
-
-def _settle(config: Config, faults: Sequence[Fault], speak: bool) -> None:
-    """Stop for faults, all of them together, or list them in the run folder where the configuration says to go on."""
-    if config.data.on_bad_item == "error" and any(not fault.skip for fault in faults):
-        raise UserError([str(fault) for fault in faults])
-    folder = Path(config.logging.output_dir)
-    if not speak:
-        return
-    if not faults:
-        (folder / BAD_ITEMS).unlink(missing_ok=True)  # an earlier run's
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic.replace(folder / BAD_ITEMS) as tmp, tmp.open("w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps({'path': fault.path, 'reason': fault.reason})}\n" for fault in faults)
-        say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
-
-
-def _keys(config: Config, family: ModuleType, records: Sequence[ScannedRecord]) -> list[str]:
-    """Everything that an entry depends on, for each record."""
-    memo = Path(config.cache.cache_dir) / "fingerprints.json"
-    encoders = family.encoder_fingerprint(
-        config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
-    )
-    return [
-        entry_key(
-            encoders=encoders,
-            dtype=config.model.dtype,
-            target_size=_target_size(config, scanned),
-            **control_areas(config, family, _target_size(config, scanned)),
-            controls=len(scanned.record.controls),
-            files=scanned.digests,
-            prompt=scanned.record.prompt,
-        )
-        for scanned in records
-    ]
-
-
-def _target_size(config: Config, scanned: ScannedRecord) -> Size:
-    rule = config.data.resize.target
-    return target_size(
-        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
-    )
+        cache.save_index()
+    except OSError as error:  # every entry is found without it
+        say(f"cache     the index could not be written ({error.strerror}): the next start takes longer")
 
 
 def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Item:
     entry = cache.lookup(key)
     assert entry is not None, key
-    return Item(scanned.record, _target_size(config, scanned), key, entry)
-
-
-def _encode(
-    config: Config, family: ModuleType, cache: Cache, missing: dict[str, ScannedRecord], device: torch.device
-) -> None:
-    model = config.model
-    encoders = family.load_encoders(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
-    )
-    for key, scanned in tqdm(missing.items(), desc="encode", unit="sample", disable=None):
-        cache.write(key, _encode_one(config, family, encoders, scanned))
-    del encoders
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _encode_one(config: Config, family: ModuleType, encoders: Any, scanned: ScannedRecord) -> Any:
-    limits, record = image_limits(config), scanned.record
-    return family.encode(
-        encoders,
-        name=record.name,
-        target=read_image(record.target, limits),
-        target_size=_target_size(config, scanned),
-        controls=[read_image(path, limits) for path in record.controls],
-        prompt=record.prompt,
-        mask=read_mask(record.mask, limits, scanned.target_size) if record.mask else None,
-        **control_areas(config, family, _target_size(config, scanned)),
-    )
-
-
-def image_limits(config: Config) -> Limits:
-    """What a source image may be, for the reading room."""
-    return Limits(follow_symlinks=config.data.follow_symlinks, **config.data.limits.model_dump())
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Item(scanned.record, target_size_of(config, scanned), key, entry)
 
 
 def spread(items: Iterable[Item], count: int) -> list[Item]:

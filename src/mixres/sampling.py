@@ -4,7 +4,7 @@ Promise: the sheet shows what the stock pipeline makes of the weights as they ar
 the training untouched: its own random generators, no mode left over. Cost: `sample.steps` forward calls a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from torch import nn
 from mixres import atomic
 from mixres.config import Config
 from mixres.data.images import read_image
-from mixres.precompute import Encoded, Item, control_areas, image_limits, spread
+from mixres.data.records import Picture
+from mixres.examples import control_areas, image_limits
+from mixres.precompute import Encoded, Item, spread
 from mixres.training.ema import Ema
 
 ROWS = 6
@@ -56,10 +58,17 @@ class HeldOutSampler:
             device=parameter.device,
         )
 
-    def write(self, path: Path, *, keep: bool = True) -> None:
-        """Sample every item and save the sheet; a rank that only samples along does not `keep` it."""
+    def write(self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Sample every item and save the sheet; a rank that only samples along does not `keep` it.
+
+        `stopping` is asked before each picture; once it says yes there is no sheet.
+        """
+        rows = []
         with self.ema.averaged() if self.ema else nullcontext():
-            rows = [self._row(item) for item in self.items]
+            for item in self.items:
+                if stopping():
+                    return
+                rows.append(self._row(item))
         if not keep:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +80,7 @@ class HeldOutSampler:
         """The pipeline's picture for one held-out item, at the size of its target."""
         return self._predict(item, [self.read(path) for path in item.record.controls])
 
-    def read(self, path: Path) -> Image.Image:
+    def read(self, path: Picture) -> Image.Image:
         """A held-out picture as it lies on disk, RGB."""
         return read_image(path, image_limits(self.config))
 

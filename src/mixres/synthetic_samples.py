@@ -46,7 +46,8 @@ def synthetic_samples(
     for number in range(count):
         grids = draw_sizes(config, draw, pixels_per_token, controls=fewest + number % (most - fewest + 1))
         seen = [text_area or grid.tokens * pixels_per_token**2 for grid in grids[1:]]
-        text = draw.randint(10, 150) + sum(pixels // _TEXT_PIXELS for pixels in seen)
+        empty = sum(pixels // _TEXT_PIXELS for pixels in seen)
+        text = draw.randint(10, 150) + empty
         samples.append(
             Sample(
                 name=f"synthetic-{number}",
@@ -54,6 +55,7 @@ def synthetic_samples(
                 control_latents=tuple(gaussian(grid.tokens, channels) for grid in grids[1:]),
                 prompt_embeds=gaussian(text, text_width),
                 img_shapes=grids,
+                empty_embeds=gaussian(max(1, empty), text_width) if config.data.caption_dropout else None,
             )
         )
     return samples

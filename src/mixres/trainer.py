@@ -5,12 +5,13 @@ where it stopped, and a step is the same whatever the machine. Cost: what a step
 update is measured at the end of every run and printed.
 """
 
+import json
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,22 +21,32 @@ import torch
 from accelerate import Accelerator
 
 from mixres import atomic
-from mixres.assemble import Trained, check_early, frozen_fields, load_trained, loader_of, objective_of, plan_of, recipe
+from mixres.assemble import Trained, check_early, identity_of, load_trained, loader_of, objective_of, plan_of, recipe
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
-from mixres.errors import Stopped, UserError, WorkError
+from mixres.errors import Stopped, WorkError
 from mixres.models.lora_file import FILE_NAME, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
-from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.distributed import make_accelerator, replicate, require_agreement, sharded_like, whole
+from mixres.training.checkpoint import Checkpoints
+from mixres.training.distributed import (
+    any_rank,
+    gather,
+    launched,
+    make_accelerator,
+    replicate,
+    require_agreement,
+    whole,
+)
 from mixres.training.metrics import MetricsLog, Tracker
-from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer, schedule
+from mixres.training.optim import schedule
 from mixres.training.progress import Progress, say
+from mixres.training.resume import Skips, changes, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run import RunFolder
 from mixres.training.step import Objective, StepResult, bare_step_seconds, run_step
 
 _BARE_STEPS = 3
+_SHOWN_NAMES = 20
 
 
 def train(config: Config) -> None:
@@ -43,45 +54,55 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: configuration, base or data are wrong, or a checkpoint does not fit the run.
-        WorkError: loss or gradient is not finite, a cache entry was damaged, or a checkpoint could not be written.
+        WorkError: numbers that are not finite too often, a damaged cache entry, or a checkpoint that cannot be written.
         Stopped: a signal came; the run has saved.
     """
-    folder, last = Path(config.logging.output_dir), config.train.max_train_steps
-    accelerator = make_accelerator(
-        mixed_precision=config.train.mixed_precision, report_to=config.logging.report_to, folder=folder
-    )
-    rank = accelerator.process_index
+    logging, last = config.logging, config.train.max_train_steps
+    folder, rank, public = Path(logging.output_dir), launched().rank, public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
+        accelerator = make_accelerator(
+            mixed_precision=config.train.mixed_precision, report_to=logging.report_to, folder=folder
+        )
+        ranks = accelerator.num_processes
         family = family_of(config)
         check_early(config, family)
-        encoded = encode_all(config, family, device=accelerator.device, rank=rank)
-        plan = plan_of(config, encoded, world_size=accelerator.num_processes)
-        require_agreement(accelerator, plan.plan_hash([item.key for item in encoded.train]))
-        frozen = frozen_fields(config, plan, encoded)
-        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
-        checkpoint = _checkpoint_to_resume(config, checkpoints, frozen)
-        first = checkpoint.step if checkpoint else 0
+        encoded = encode_all(config, family, device=accelerator.device, rank=rank, world_size=ranks)
+        plan = plan_of(config, encoded, world_size=ranks)
+        require_agreement(f"{plan.plan_hash([item.key for item in encoded.train])} {json.dumps(public)}")
+        identity = identity_of(config, plan, encoded)
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
+        )
+        checkpoint = checkpoint_to_resume(checkpoints, config.resume, identity, config.resume_allow_changes)
+        first, skips = checkpoint.step if checkpoint else 0, Skips()
         run.update(step=first)
-        if _has_ended(accelerator, run, first, last):
+        if first >= last and any_rank(accelerator, run.was_done(first)):
+            if run.main:
+                say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
             return
         if run.main:
             atomic.write_text(folder / "config.yaml", dump_config(config))
         trained = load_trained(config, family, accelerator)
         if checkpoint:
-            _restore(trained, checkpoint)
+            restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
+            skips = Skips(**checkpoint.state["skips"])
         scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
         objective = objective_of(config, family)
         model = replicate(trained.transformer, accelerator)
         # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
-        sampling = (run.main or config.train.parallel == "fsdp2") and config.sample.every > 0 and encoded.held_out
-        sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema) if sampling else None
+        together = config.train.parallel == "fsdp2"
+        sampler = _sampler_of(config, family, trained, encoded) if run.main or together else None
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
-        _banner(config, accelerator, trained, plan, first, speak=run.main)
+        if run.main:
+            _banner(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
         seconds: list[float] = []
         metrics = stack.enter_context(MetricsLog(folder if run.main else None, step=first))
-        logging, public = config.logging, public_config(config)
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.main))
+
+        def stopping() -> bool:
+            return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
+
         run.stop_between_steps()
         for step in range(first, last):
             start = time.perf_counter()
@@ -103,29 +124,30 @@ def train(config: Config) -> None:
                 stop_requested=run.stop_requested,
             )
             seconds.append(time.perf_counter() - start)
+            done = step + 1
+            skips.count(bool(result.skipped))
+            _tell_skip(result, done, skips, config.train.max_skips, speak=run.main)
             line = _metrics_line(planned, result, lr, seconds[-1])
             metrics.write(line)
             tracker.log(line)
             progress.step(line)
-            done = step + 1
-            stopping = result.stopping and done < last
-            if done == last or stopping or done % config.checkpoint.every == 0:
-                _save(checkpoints if run.main else None, trained, done, frozen)
+            if done == last or result.stopping or done % config.checkpoint.every == 0:
+                state = {**identity, "config": public, "skips": asdict(skips)}
+                save_run(checkpoints, trained.parameters, trained.optimizer, step=done, state=state)
                 run.update(step=done)
-            if stopping:
+            if result.stopping and done < last:
                 raise Stopped(f"stopped by a signal after step {done}, which is saved: run the same command to go on")
             if sampler and done < last and done % config.sample.every == 0:
-                sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
+                sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main, stopping=stopping)
         done = max(first, last)
         if sampler:
-            sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main)
-        result_path = _write_result(config, family, trained, folder, step=done, keep=run.main)
-        if trained.ema:
-            with trained.ema.averaged():
-                _write_result(config, family, trained, folder / "ema", step=done, keep=run.main)
+            sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main, stopping=stopping)
+        if any_rank(accelerator, run.stop_requested):
+            raise Stopped("stopped by a signal after the last step, which is saved: run the same command to go on")
+        result_path = _write_results(config, family, trained, folder, step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
-            _say_end(folder, result_path, sampler is not None)
+            _say_end(folder, result_path, sampler is not None, skips)
             _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
 
 
@@ -134,90 +156,59 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def _has_ended(accelerator: Accelerator, run: RunFolder, first: int, last: int) -> bool:
-    """Whether all steps are done and the result is written, by the word of the one process that writes."""
-    word = torch.tensor(float(run.was_done(first)), device=accelerator.device)
-    ended = first >= last and bool(accelerator.reduce(word, "sum"))
-    if ended and run.main:
-        say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
-    return ended
+def _sampler_of(config: Config, family: ModuleType, trained: Trained, encoded: Encoded) -> HeldOutSampler | None:
+    if not (config.sample.every and encoded.held_out):
+        return None
+    return HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
 
 
-def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints, frozen: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint to go on from, None to start afresh.
+def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, speak: bool) -> None:
+    """A line about a step that was left out.
 
     Raises:
-        UserError: one is required and there is none, none of those there is valid, or it is of another run.
+        WorkError: it is one too many in a row.
     """
-    if config.resume == "never":
-        if checkpoints.any():
-            raise UserError(
-                f"resume: never, but {checkpoints.root} holds checkpoints: remove them, or choose another "
-                "logging.output_dir"
-            )
-        return None
-    found = checkpoints.newest_valid()
-    if found is None:
-        if checkpoints.any():
-            raise UserError(f"resume: no checkpoint in {checkpoints.root} is whole: remove them to start afresh")
-        if config.resume == "required":
-            raise UserError(f"resume: required, but there is no checkpoint in {checkpoints.root}")
-        return None
-    saved = found.state["frozen"]
-    changed = [
-        f"{key}: checkpoint {found.path.name} was made with {saved.get(key)}, this run has {value}: change it back, or "
-        "choose another logging.output_dir"
-        for key, value in frozen.items()
-        if saved.get(key) != value
-    ]
-    if changed:
-        raise UserError(changed)
-    return found
-
-
-def _save(checkpoints: Checkpoints | None, trained: Trained, step: int, frozen: Mapping[str, Any]) -> None:
-    """On all ranks, since sharded tensors are put together; the rank that has `checkpoints` writes."""
-    tensors: dict[str, dict[str, torch.Tensor]] = {
-        "trainable": whole(trained.parameters),
-        "optimizer": whole(optimizer_tensors(trained.optimizer, trained.parameters)),
-    }
-    scalars = optimizer_scalars(trained.optimizer, trained.parameters)
-    if not checkpoints:
+    if not result.skipped:
         return
-    try:
-        checkpoints.save(step, tensors, {"frozen": dict(frozen), "optimizer": scalars})
-    except OSError as error:
-        needed = sum(tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values())
+    shown = ", ".join(result.skipped[:_SHOWN_NAMES])
+    if (more := len(result.skipped) - _SHOWN_NAMES) > 0:
+        shown += f" and {more} more"
+    what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
+    if skips.consecutive > most:
         raise WorkError(
-            f"{checkpoints.root}: the checkpoint of step {step} needs {needed:,} bytes and could not be written "
-            f"({error.strerror or error}); those before it are intact: make room and run the same command again"
-        ) from error
-
-
-def _restore(trained: Trained, checkpoint: Checkpoint) -> None:
-    saved = checkpoint.tensors("trainable")
-    assert saved.keys() == trained.parameters.keys(), "frozen fields agree, so the names do"
-    with torch.no_grad():
-        for name, parameter in trained.parameters.items():
-            parameter.copy_(sharded_like(saved[name], parameter))
-    restore_optimizer(
-        trained.optimizer, trained.parameters, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"]
-    )
+            f"{what}, and {skips.consecutive} steps in a row are more than train.max_skips = {most}; the last "
+            f"checkpoint is intact. Samples: {shown}"
+        )
+    if speak:
+        say(f"skipped   {what}: nothing is updated ({skips.consecutive} in a row, at most {most}). Samples: {shown}")
 
 
 def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
+    skipped = bool(result.skipped)  # JSON has no form for what is not finite
     return {
         "step": planned.step + 1,
         "epoch": planned.epoch,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
+        "loss": None if skipped else result.loss,
+        "grad_norm": None if skipped else result.grad_norm,
         "lr": lr,
         "samples": planned.samples,
         "tokens": result.tokens,
         "tokens_computed": result.tokens_computed,
         "microbatches": sum(len(rank) for rank in planned.ranks),
         "seconds": seconds,
+        **({"skipped": list(result.skipped)} if skipped else {}),
     }
+
+
+def _write_results(
+    config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool
+) -> Path:
+    """What was trained and, where one is kept, its average in `ema/`; the path of the first."""
+    path = _write_result(config, family, trained, folder, step=step, keep=keep)
+    if trained.ema:
+        with trained.ema.averaged():
+            _write_result(config, family, trained, folder / "ema", step=step, keep=keep)
+    return path
 
 
 def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool) -> Path:
@@ -225,12 +216,11 @@ def _write_result(config: Config, family: ModuleType, trained: Trained, folder: 
     path = folder / (FILE_NAME if config.model.lora else "transformer")
     folder.mkdir(exist_ok=True)
     if config.model.lora:
-        data = lora_file(whole(trained.parameters), trained.transformer, recipe(config, family, step))
+        weights = whole(trained.parameters, keep=keep)
         if keep:
-            atomic.write_bytes(path, data)
+            atomic.write_bytes(path, lora_file(weights, trained.transformer, recipe(config, family, step)))
         return path
-    dtype = getattr(torch, config.model.dtype)
-    weights = {name: tensor.to(dtype) for name, tensor in whole(trained.transformer.state_dict()).items()}
+    weights = whole(trained.transformer.state_dict(), keep=keep, dtype=getattr(torch, config.model.dtype))
     if keep:  # through a model of the same shape: the trained one may be sharded
         model = family.transformer_skeleton(config.model.pretrained_model_name_or_path, revision=config.model.revision)
         model.load_state_dict(weights, assign=True)
@@ -242,9 +232,9 @@ def _write_result(config: Config, family: ModuleType, trained: Trained, folder: 
     return path
 
 
-def _banner(config: Config, accelerator: Accelerator, trained: Trained, plan: Plan, first: int, *, speak: bool) -> None:
-    if not speak:
-        return
+def _banner(
+    config: Config, accelerator: Accelerator, trained: Trained, plan: Plan, first: int, changed: list[str]
+) -> None:
     model, train = config.model, config.train
     name = model.pretrained_model_name_or_path
     say(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
@@ -255,11 +245,19 @@ def _banner(config: Config, accelerator: Accelerator, trained: Trained, plan: Pl
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
+    if plan.caption_dropout:
+        say(
+            f"          each sample trains on the empty instruction in {plan.caption_dropout:.1%} of the steps it is in"
+        )
     if model.lora and model.lora.lora_dropout > 0:
         say("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
+    for change in changed:
+        say(f"changed   since the checkpoint: {change}")
 
 
-def _say_end(folder: Path, result: Path, sampled: bool) -> None:
+def _say_end(folder: Path, result: Path, sampled: bool, skips: Skips) -> None:
+    if skips.total:
+        say(f"skipped   {skips.total} steps whose numbers were not finite, see {folder / 'metrics.jsonl'}")
     say(f"result    {result}")
     if sampled:
         say(f"samples   {folder / 'samples'}")

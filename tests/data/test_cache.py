@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -13,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key, file_digest
+from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry
+from mixres.data.keys import entry_key
 from mixres.geometry import Grid
 
 KEY, OTHER = entry_key(name="one"), entry_key(name="other")
@@ -54,6 +59,7 @@ def assert_same(a: Sample, b: Sample) -> None:
     assert same_bits(a.target_latents, b.target_latents)
     assert same_bits(a.prompt_embeds, b.prompt_embeds)
     assert same_bits(a.edit_mask, b.edit_mask)
+    assert same_bits(a.empty_embeds, b.empty_embeds)
     assert len(a.control_latents) == len(b.control_latents)
     assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
 
@@ -79,6 +85,16 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: i
     assert [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()] == [
         Path(KEY[:2]) / f"{KEY}.safetensors"
     ]
+
+
+def test_the_empty_prompt_rides_along_and_its_length_is_known(tmp_path: Path) -> None:
+    sample = replace(make_sample(), empty_embeds=torch.full((3, 6), 0.5, dtype=torch.bfloat16))
+    writer = Cache(tmp_path)
+    assert writer.write(KEY, sample) == CacheEntry(KEY, sample.img_shapes, 5, False, empty_tokens=3)
+    assert Cache(tmp_path).lookup(KEY) == writer.lookup(KEY)  # by the header
+    writer.save_index()
+    assert Cache(tmp_path).lookup(KEY) == writer.lookup(KEY)  # by the index
+    assert_same(Cache(tmp_path).read(KEY), sample)
 
 
 def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
@@ -146,18 +162,6 @@ def test_any_change_of_a_part_changes_the_key() -> None:
 def test_a_part_without_an_exact_form_is_refused(part: object) -> None:
     with pytest.raises((TypeError, ValueError)):
         entry_key(part=part)
-
-
-def test_file_digest_follows_every_byte(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    data = bytearray(random.Random(0).randbytes(2**20 + 17))
-    digests = set()
-    for place in (0, 2**20 - 1, 2**20, len(data) - 1):
-        data[place] ^= 1
-        path.write_bytes(data)
-        digests.add(file_digest(path))
-    path.write_bytes(data[:-1])
-    assert len(digests | {file_digest(path)}) == 5
 
 
 # --- Damage
@@ -264,6 +268,85 @@ def test_pickle_is_never_opened(tmp_path: Path, stored: tuple[Path, bytes, Sampl
     assert not witness.exists()
 
 
+FOREIGN = {
+    "an archive": b"PK\x03\x04" + bytes(400),
+    "a page": b"<!DOCTYPE html><html>" + b"x" * 400,
+    "a header that is a list": struct.pack("<Q", 2) + b"[]",
+    "a header of brackets": struct.pack("<Q", 10**5) + b"[" * 10**5,
+    "metadata that is a number": struct.pack("<Q", 29) + b'{"__metadata__":{"mixres":5}}',
+    "tensors of somebody else": save({"target_latents": torch.zeros(4, 4)}),
+    "tensors with metadata of somebody else": save({"a": torch.zeros(4, 4)}, {"format": "pt", "mixres": "x"}),
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_is_no_entry(tmp_path: Path, stored: tuple[Path, bytes, Sample], data: bytes) -> None:
+    path, whole, sample = stored
+    path.write_bytes(data)
+    assert Cache(tmp_path).lookup(KEY) is None
+    with pytest.raises(DamagedEntry):
+        Cache(tmp_path).read(KEY)
+    assert not path.exists()
+    Cache(tmp_path).write(KEY, sample)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_in_the_place_of_an_entry_is_none(tmp_path: Path) -> None:
+    Cache(tmp_path).path(KEY).mkdir(parents=True)
+    assert Cache(tmp_path).lookup(KEY) is None
+
+
+# --- Format 1
+
+
+def write_format_1(cache: Cache, sample: Sample, **pixels: Any) -> None:
+    """What the module's docstring says of format 1, written down once more."""
+    cache.write(KEY, sample)
+    path = cache.path(KEY)
+    with safe_open(path, "pt") as file:
+        stated = json.loads(file.metadata()["mixres"].split(" ", 1)[1])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del stated["img_shapes"]
+    text = json.dumps({**stated, "format": 1, **pixels})
+    path.write_bytes(save(tensors, {"mixres": f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"}))
+
+
+TWO_CONTROLS = (Grid(1, 3, 2), Grid(1, 2, 2), Grid(1, 1, 4))
+FIRST = {"height": 48, "width": 32}
+PIXELS = {
+    "no control": (TWO_CONTROLS[:1], FIRST),
+    "one": (TWO_CONTROLS[:2], FIRST | {"height_control": 32, "width_control": 32}),
+    "two": (
+        TWO_CONTROLS,
+        FIRST | {"height_control": 32, "width_control": 32, "height_control_1": 16, "width_control_1": 64},
+    ),
+    "absent ones": (
+        TWO_CONTROLS[:1],
+        FIRST | {"height_control": None, "width_control": None, "height_control_1": 0, "width_control_1": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("grids", "pixels"), PIXELS.values(), ids=PIXELS)
+def test_an_entry_of_format_1_is_the_sample_of_format_2(
+    tmp_path: Path, grids: tuple[Grid, ...], pixels: dict[str, Any]
+) -> None:
+    sample = make_sample(grids, mask=True)
+    write_format_1(Cache(tmp_path), sample, **pixels)
+    cache = Cache(tmp_path)
+    assert cache.lookup(KEY) == CacheEntry(KEY, grids, text_tokens=5, has_mask=True)
+    assert_same(cache.read(KEY), sample)
+    cache.save_index()
+    assert Cache(tmp_path).lookup(KEY) == cache.lookup(KEY)
+
+
+@pytest.mark.parametrize("pixels", [{}, {"height": 48, "width": 49}, FIRST, {**FIRST, "height": None}], ids=str)
+def test_sizes_of_format_1_that_are_not_those_of_the_latents_are_damage(tmp_path: Path, pixels: dict[str, int]) -> None:
+    write_format_1(Cache(tmp_path), make_sample((Grid(1, 3, 3),)), **pixels)
+    with pytest.raises(DamagedEntry):
+        Cache(tmp_path).read(KEY)
+
+
 # --- Index
 
 
@@ -327,7 +410,8 @@ def test_damaged_index_costs_time_and_nothing_else(tmp_path: Path, damage: bytes
 
 
 BAD_ROWS: list[Any] = [
-    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]]], ["SIZE", "x", True, [[1, 2, 3]]], ["SIZE", 1, True, []],
+    None, 3, [], [1], {}, ["SIZE", 1, True, [[1, 2]], 0], ["SIZE", "x", True, [[1, 2, 3]], 0], ["SIZE", 1, True, [], 0],
+    ["SIZE", 5, False, [[1, 3, 2], [1, 2, 2]]], ["SIZE", 5, False, [[1, 3, 2], [1, 2, 2]], None],
 ]  # fmt: skip
 
 
@@ -367,7 +451,8 @@ def test_sweep_takes_old_temporary_files_only(tmp_path: Path) -> None:
 WRITER = """
 import sys, torch
 from mixres.batch import Sample
-from mixres.data.cache import Cache, entry_key
+from mixres.data.cache import Cache
+from mixres.data.keys import entry_key
 from mixres.geometry import Grid
 cache = Cache(sys.argv[1])
 print("ready", flush=True)

@@ -10,9 +10,9 @@ from unicodedata import normalize
 
 import pytest
 import skimage.data
+import xxhash
 from PIL import Image
 
-from mixres.data.cache import file_digest
 from mixres.data.dataset import ScannedRecord, find_records, scan
 from mixres.data.images import Limits
 from mixres.data.records import EditRecord, Fault
@@ -41,7 +41,7 @@ def found(source: Path, **options: object) -> tuple[list[EditRecord], list[str]]
 
 
 def scanned(source: Path, min_side: int = 16) -> tuple[list[ScannedRecord], list[str]]:
-    records, faults = scan([str(source)], limits=Limits(), min_side=min_side)
+    records, faults, _, _ = scan([str(source)], limits=Limits(), min_side=min_side)
     return records, [str(fault).replace(f"{source}", "ROOT") for fault in faults]
 
 
@@ -334,8 +334,8 @@ def test_examples_without_controls(tmp_path: Path) -> None:
     for source, prompt in ((tmp_path, "a cat"), (file, "a dog")):
         (record,), faults = find_records(str(source))
         assert (record.controls, record.prompt, faults) == ((), prompt, [])
-    scanned, faults = scan([str(tmp_path)], limits=Limits())
-    assert (len(scanned), scanned[0].control_sizes, faults) == (1, (), [])
+    found = scan([str(tmp_path)], limits=Limits())
+    assert ([item.control_sizes for item in found.records], found.faults) == ([()], [])
 
 
 def test_source_that_is_none(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_source_that_is_none(tmp_path: Path) -> None:
         scan(sources, limits=Limits())
     assert [message.replace(str(tmp_path), "ROOT") for message in caught.value.messages] == [
         "ROOT/none: no such folder or manifest",
-        "ROOT/data.txt: is neither a folder nor a .jsonl manifest",
+        "ROOT/data.txt: is neither a folder nor a .jsonl or .csv manifest",
         "ROOT/half/training_images: no such folder; a data folder holds training_images/ and, for edits, "
         "control_images/",
         "ROOT/empty/training_images: holds no picture (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)",
@@ -526,7 +526,9 @@ def test_scan_returns_upright_sizes_and_digests(tmp_path: Path) -> None:
     assert item.control_sizes == ((48, 64), (70, 33))
     record = item.record
     assert record.mask is not None
-    assert item.digests == tuple(file_digest(p) for p in (record.target, *record.controls, record.mask))
+    assert item.digests == tuple(
+        xxhash.xxh3_128_hexdigest(p.read_bytes()) for p in (record.target, *record.controls, record.mask)
+    )
     assert not item.flattened
 
 
@@ -572,7 +574,7 @@ def test_scan_keeps_the_order_of_sources_and_decodes_a_shared_control_once(tmp_p
     path = manifest(tmp_path / "three", *[GOOD] * 5)
     sources = [str(tmp_path / "one"), str(path), str(tmp_path / "two")]
     for workers in (1, 4):
-        records, faults = scan(sources, limits=Limits(), workers=workers)
+        records, faults, _, _ = scan(sources, limits=Limits(), workers=workers)
         assert faults == []
         assert [r.record.target.name for r in records] == ["b.png", *["t.png"] * 5, "a.png"]
 

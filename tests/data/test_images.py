@@ -195,8 +195,8 @@ SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01
 GAMMA = 563 / 256
 
 
-def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """A version 2 display profile (ICC.1:2001-04) of the given tags."""
+def icc_profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntrXYZ ") -> bytes:
+    """A version 2 profile (ICC.1:2001-04) of the given tags; `kind` is its class and connection space."""
     tags = tags | {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
         b"cprt": b"text\0\0\0\0none\0",
@@ -208,7 +208,7 @@ def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
         data += bytes(-len(data) % 4)
         table += name + struct.pack(">II", start + len(body), len(data))
         body += data
-    head = struct.pack(">I4sI4s4s4s", 0, b"\0" * 4, 0x02400000, b"mntr", space, b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", 0, b"\0" * 4, 0x02400000, kind[:4], space, kind[4:])
     head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
     profile = head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
     return struct.pack(">I", len(profile)) + profile[4:]
@@ -253,6 +253,32 @@ def test_embedded_gray_profile_is_converted_to_srgb(tmp_path: Path) -> None:
     found = read(tmp_path, encode(Image.fromarray(ramp), "PNG", icc_profile=profile))
     assert np.abs(found - srgb_encode((ramp[:, :, None] / 255) ** (461 / 256))).max() <= 2.5
     assert np.abs(found.astype(int) - ramp[:, :, None]).max() > 10, "the profile makes a visible difference"
+
+
+def test_embedded_cmyk_profile_is_converted_to_srgb(tmp_path: Path) -> None:
+    """Inks of a press that is none: each mixes with paper along a line in CIELAB, and black covers all of them."""
+    inks = {(1, 0, 0, 0): (60, -20, -30), (0, 1, 0, 0): (55, 50, -5), (0, 0, 1, 0): (85, -5, 60)}
+    corners = [tuple(map(int, f"{i:04b}")) for i in range(16)]
+    lab = [(0, 0, 0) if k else inks.get((c, m, y, k), (100, 0, 0)) for c, m, y, k in corners]
+    clut = bytes(round(v * 2.55) if i == 0 else v + 128 for colour in lab for i, v in enumerate(colour))
+    identity = struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + clut + bytes(range(256)) * 3
+    profile = icc_profile(b"CMYK", {b"A2B0": table}, kind=b"prtrLab ")
+    patches = np.array([[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]], np.uint8)
+    image = Image.fromarray(np.kron(patches, np.ones((16, 1), np.uint8)).reshape(5, 16, 4).repeat(2, 0), "CMYK")
+    found = read(tmp_path, encode(image, "TIFF", icc_profile=profile))[::2, 0]
+    expected = [lab_to_srgb(*colour) for colour in ((100, 0, 0), *inks.values(), (0, 0, 0))]
+    assert np.abs(found - np.array(expected)).max() <= 2.5
+    plain = read(tmp_path, encode(image, "TIFF"))[::2, 0]
+    assert np.abs(found[1:4].astype(int) - plain[1:4]).max(axis=1).min() > 30, "the profile makes a visible difference"
+
+
+def lab_to_srgb(lightness: float, a: float, b: float) -> NDArray[np.float64]:
+    """CIE 15:2004, D50 white."""
+    y = (lightness + 16) / 116
+    f = np.array([y + a / 500, y, y - b / 200])
+    cube = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    return srgb_encode(np.linalg.inv(SRGB) @ (cube * [0.9642, 1.0, 0.8249]))
 
 
 def test_srgb_profile_changes_no_pixel(tmp_path: Path, photo: Image.Image) -> None:

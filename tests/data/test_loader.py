@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from mixres.batch import Batch, Sample
-from mixres.data.cache import Cache, entry_key
+from mixres.data.cache import Cache
 from mixres.data.collate import collate
+from mixres.data.keys import entry_key
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.errors import WorkError
@@ -31,8 +32,8 @@ def make_sample(i: int) -> Sample:
     shapes = (Grid(1, 2 + i % 3, 3), Grid(1, 2, 1 + i % 2))[: 1 + i % 2]
     latents = [torch.randn(grid.tokens, 4, generator=noise).bfloat16() for grid in shapes]
     mask = torch.rand(shapes[0].tokens, generator=noise) if i % 3 == 0 else None
-    text = torch.randn(2 + i, 3, generator=noise).bfloat16()
-    return Sample(NAMES[i], latents[0], tuple(latents[1:]), text, shapes, mask)
+    text, empty = (torch.randn(n, 3, generator=noise).bfloat16() for n in (2 + i, 1 + i % 2))
+    return Sample(NAMES[i], latents[0], tuple(latents[1:]), text, shapes, mask, empty)
 
 
 @pytest.fixture
@@ -43,11 +44,15 @@ def cache(tmp_path: Path) -> Cache:
     return cache
 
 
-def make_plan(layout: Layout = "padded", world_size: int = 1) -> Plan:
-    made = [make_sample(i) for i in range(COUNT)]
-    lengths = [Lengths(len(s.prompt_embeds), sum(g.tokens for g in s.img_shapes), len(s.target_latents)) for s in made]
+def make_plan(layout: Layout = "padded", world_size: int = 1, caption_dropout: float = 0.0) -> Plan:
+    lengths = []
+    for sample in map(make_sample, range(COUNT)):
+        assert sample.empty_embeds is not None
+        image = sum(grid.tokens for grid in sample.img_shapes)
+        lengths.append(Lengths(len(sample.prompt_embeds), image, len(sample.target_latents), len(sample.empty_embeds)))
     return Plan(
-        lengths, names=NAMES, seed=3, samples_per_step=4, max_tokens=40, layout=layout, world_size=world_size
+        lengths, names=NAMES, seed=3, samples_per_step=4, max_tokens=40, layout=layout, world_size=world_size,
+        caption_dropout=caption_dropout,
     )  # fmt: skip
 
 
@@ -77,6 +82,30 @@ def test_batches_are_the_plans_microbatches_of_the_samples_written(cache: Cache,
             for m in planned
         ]
         assert_equal(list(loader(cache, layout=layout, rank=rank, world_size=2)), wanted)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_dropped_caption_is_the_samples_own_empty_prompt(cache: Cache, layout: Layout) -> None:
+    plan = make_plan(layout, world_size=2, caption_dropout=0.5)
+    dataset, dropped, kept = MicrobatchDataset(cache, KEYS, NAMES, layout), 0, 0
+    for rank in range(2):
+        batches = microbatch_loader(dataset, plan, rank=rank, first=0, last=STEPS, workers=0)
+        for step in range(STEPS):
+            for planned in plan.step(step).ranks[rank]:
+                samples = [make_sample(i) for i in planned.indices]
+                texts = [
+                    s.empty_embeds if i in plan.step(step).dropped else s.prompt_embeds
+                    for i, s in zip(planned.indices, samples, strict=True)
+                ]
+                wanted = [replace(s, prompt_embeds=text) for s, text in zip(samples, texts, strict=True)]
+                batch = next(batches)
+                assert_equal(
+                    [batch], [collate(wanted, indices=planned.indices, weights=planned.weights, layout=layout)]
+                )
+                assert batch.tokens_computed <= plan.max_tokens
+                dropped += len(planned.dropped)
+                kept += len(planned.indices) - len(planned.dropped)
+    assert dropped > 3 and kept > 3
 
 
 def test_workers_change_nothing(cache: Cache) -> None:

@@ -135,6 +135,30 @@ def test_patching_keeps_the_attention_backend() -> None:
     assert kept == {AttentionBackendName._NATIVE_MATH}
 
 
+def test_every_backend_that_a_cpu_reaches_is_right_or_refuses() -> None:
+    """Some take no mask and say so; none may answer with other values."""
+    mix, right = main_mix(), set()
+    expected = run(stock_model(False, ATTENTION_AND_MLP), mix, "alone")
+    reached = []
+    for backend in AttentionBackendName:
+        model = patched_model(False, ATTENTION_AND_MLP)
+        if "hub" in backend.value:  # these are fetched when they are chosen
+            continue
+        try:
+            model.set_attention_backend(backend.value)
+        except (ImportError, RuntimeError):  # a package or a device that is not here
+            continue
+        reached.append(backend.value)
+        for layout in ("padded", "packed"):
+            try:
+                found = run(model, mix, layout)
+            except (AttributeError, NotImplementedError, RuntimeError, UserWarning, ValueError):
+                continue
+            assert_same(found, expected)
+            right.add((backend.value, layout))
+    assert {("native", "padded"), ("native", "packed"), ("_native_math", "padded")} <= right, (reached, right)
+
+
 VARLEN = [name for name in AttentionBackendName if "varlen" in name.value]
 
 

@@ -12,6 +12,7 @@ from family_cases import CASES
 from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models import qwen_image as family
+from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 
 pytestmark = pytest.mark.usefixtures("tiny_base", "one_thread")  # the base first: its bytes depend on threads
 SQUARE = Size(64, 64)
@@ -29,15 +30,25 @@ def encode(encoders: Any, controls: int, prompt: str) -> torch.Tensor:
     ).prompt_embeds
 
 
-def test_a_long_prompt_is_whole_or_refused(encoders: Any) -> None:
-    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always."""
+def test_a_long_prompt_is_whole(encoders: Any) -> None:
+    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always; see `MOST_PROMPT_TOKENS`."""
     embeds = encode(encoders, 0, "z" * 700)
     assert 700 <= len(embeds) <= 710
     stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
     assert mask is None
     assert torch.equal(embeds, stock[0])
-    with pytest.raises(UserError, match=r"^b.png: the prompt makes 12\d\d tokens, Qwen-Image reads 1024: shorten it$"):
-        encode(encoders, 0, "z" * 1200)
+
+
+def test_the_longest_prompt_is_the_longest_that_the_stock_pipeline_leaves_whole(encoders: Any) -> None:
+    """It counts what its template has behind the prompt too."""
+    most = family.MOST_PROMPT_TOKENS
+    assert len(encode(encoders, 0, "z" * most)) == MAX_PROMPT_TOKENS
+    whole, longer = ("z" * count + "y" for count in (most - 1, most))
+    end = encode(encoders, 0, "z" * (most - 8) + "y")
+    assert len(end) == MAX_PROMPT_TOKENS - 7
+    ids = [encoders.tokenizer(encoders.prompt_template_encode.format(text)).input_ids for text in (whole, longer)]
+    kept = [len(tokens) - encoders.prompt_template_encode_start_idx for tokens in ids]
+    assert kept == [MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS + 1]
 
 
 def test_controls_are_refused_by_name(encoders: Any) -> None:

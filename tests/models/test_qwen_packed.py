@@ -8,6 +8,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from mixes import (
     EVERY_LINEAR,
+    FORWARDS,
     MIXES,
     Result,
     assert_identical,
@@ -15,6 +16,7 @@ from mixes import (
     forward_error,
     forward_packed,
     gradient_error,
+    loss,
     main_mix,
     make_mix,
     packed_call,
@@ -23,6 +25,7 @@ from mixes import (
     run,
     stock_model,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixres.models.qwen_packed import PackedModulation, expand_rows
 
@@ -77,6 +80,35 @@ def test_exactly_the_valid_tokens_are_computed(zero_cond_t: bool) -> None:
             expected = text if any(part in name for part in ("txt_", "add_")) else image
         assert found == expected, name
     assert len(rows) == 2 * 14 + 6
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host; on a GPU each of them waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
+    """Lengths are Python integers from the call on; what is read is read once a call, not once a layer."""
+    mix, model = main_mix(), patched_model(zero_cond_t, EVERY_LINEAR)
+    found: dict[str, int] = {}
+    model.enable_gradient_checkpointing()
+    for layout in ("packed", "padded"):
+        with HostReads() as reads:
+            outputs = FORWARDS[layout](model, mix)
+            loss(outputs, mix).backward()
+        found[layout] = reads.count
+    with HostReads() as reads:
+        assert torch.ones(1).sum().item() == 1
+    assert reads.count == 1
+    assert found["packed"] == 0 and found["padded"] <= 1  # padded asks once whether the text mask hides anything
 
 
 def test_wrong_lengths_are_refused() -> None:

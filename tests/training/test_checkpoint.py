@@ -5,13 +5,18 @@ import logging
 import os
 import pickle
 import shutil
+import stat
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import xxhash
 
-from mixres import atomic
 from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
 
 STATE_VALUES = {"frozen": {"train.seed": 0}, "optimizer": {"entries": {}, "group": {"k": 1}}}
@@ -213,17 +218,148 @@ def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> N
 def test_saving_syncs_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the rename every file is on disk, and so is the manifest, which was written last."""
     order: list[str] = []
-    write, rename = atomic.write_bytes, Path.rename
+    sync, rename = os.fsync, Path.rename
 
-    def written(path: Path | str, data: bytes) -> None:
-        write(path, data)
-        order.append(Path(path).name)
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            order.append("sync")
 
     def renamed(self: Path, target: Path) -> Path:
-        order.append(f"-> {target.name}")
+        order.append(f"{sorted(file.name for file in self.iterdir())} -> {target.name}")
         return rename(self, target)
 
-    monkeypatch.setattr(atomic, "write_bytes", written)
+    monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     Checkpoints(tmp_path, keep=2).save(1, tensors(1), STATE_VALUES)
-    assert order == ["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST, "-> step-00000001"]
+    files = sorted(["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST])
+    assert order == [*["sync"] * 4, f"{files} -> step-00000001"]
+
+
+def test_without_room_nothing_is_begun(three: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=150))
+    with pytest.raises(OSError, match="150 bytes are free, 153 are asked for"):  # 1.2 x 128
+        three.save(40, tensors(40), STATE_VALUES)
+    assert newest_step(three) == 30
+    assert not list(three.root.glob(".tmp*"))
+
+
+def test_a_damaged_one_of_a_later_step_does_not_push_out_valid_ones(three: Checkpoints) -> None:
+    empty(three.root / "step-00000030" / STATE)
+    three.keep = 2
+    three.save(25, tensors(25), STATE_VALUES)
+    assert names(three) == ["latest", "step-00000020", "step-00000025"]
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_read(three: Checkpoints, tmp_path: Path) -> None:
+    path = three.root / "step-00000030"
+    shutil.copyfile(path / "trainable.safetensors", path / "trainable-00002-of-00002.safetensors")
+    found = three.newest_valid()
+    assert found is not None
+    assert found.shapes("trainable") == {"a.weight": (4, 3), "b": (3, 4)}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_manifest_that_leads_out_of_its_folder_is_damage(three: Checkpoints, absolute: bool) -> None:
+    path, other = three.root / "step-00000030", three.root / "step-00000020" / "trainable.safetensors"
+    manifest = json.loads((path / MANIFEST).read_text())
+    data = other.read_bytes()
+    manifest[str(other) if absolute else f"../{other.parent.name}/{other.name}"] = [
+        len(data), xxhash.xxh3_128_hexdigest(data),
+    ]  # fmt: skip
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert newest_step(three) == 20
+
+
+def test_pickles_under_a_right_hash_are_damage(three: Checkpoints, tmp_path: Path) -> None:
+    path, mark = three.root / "step-00000030", tmp_path / "opened"
+    manifest = json.loads((path / MANIFEST).read_text())
+    data = pickle.dumps(Payload(mark))
+    (path / "trainable.safetensors").write_bytes(data)
+    manifest["trainable.safetensors"] = [len(data), xxhash.xxh3_128_hexdigest(data)]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert newest_step(three) == 20
+    assert not mark.exists()
+
+
+class Ranks:
+    """So many threads that gather from each other, as ranks do."""
+
+    def __init__(self, root: Path, count: int) -> None:
+        self.root, self.count = root, count
+        self.barrier, self.values = threading.Barrier(count), [None] * count
+
+    def checkpoints(self, rank: int) -> Checkpoints:
+        def gather(value: Any) -> list[Any]:
+            self.values[rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+            return values
+
+        return Checkpoints(self.root, keep=2, rank=rank, ranks=self.count, gather=gather)
+
+    def __call__(self, act: Callable[[int, Checkpoints], Any]) -> list[Any]:
+        with ThreadPoolExecutor(self.count) as pool:
+            return [f.result() for f in [pool.submit(act, r, self.checkpoints(r)) for r in range(self.count)]]
+
+
+WHOLE = {"norm": torch.tensor(3.0), "scale": torch.arange(5.0)}
+SPLIT = {"w": torch.arange(21.0).reshape(7, 3), "short": torch.arange(2).reshape(2, 1), "none": torch.zeros(0, 4)}
+
+
+def rows_for(rank: int, count: int) -> dict[str, torch.Tensor]:
+    """As FSDP2 splits: `torch.chunk` over the first dimension, later ranks may get fewer rows or none."""
+    chunks = {name: [*tensor.chunk(count), *[tensor[:0]] * count] for name, tensor in SPLIT.items()}
+    return {name: parts[rank] for name, parts in chunks.items()}
+
+
+def save_split(ranks: Ranks, step: int = 1) -> None:
+    ranks(
+        lambda rank, checkpoints: checkpoints.save(
+            step, {"trainable": WHOLE}, STATE_VALUES, rows={"trainable": rows_for(rank, ranks.count)}
+        )
+    )
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3])
+@pytest.mark.parametrize("read_by", [1, 2, 4])
+def test_rows_written_by_some_ranks_are_read_by_others(tmp_path: Path, saved_by: int, read_by: int) -> None:
+    save_split(Ranks(tmp_path, saved_by))
+    files = {path.name for path in (tmp_path / "step-00000001").glob("*.safetensors")}
+    assert files == {f"trainable-{rank + 1:05d}-of-{saved_by:05d}.safetensors" for rank in range(saved_by)}
+    readers = Ranks(tmp_path, read_by)
+    for rank, found in enumerate(readers(lambda _, checkpoints: checkpoints.newest_valid())):
+        whole = SPLIT | WHOLE
+        assert found.shapes("trainable") == {name: tuple(tensor.shape) for name, tensor in whole.items()}
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in found.tensors("trainable").items())
+        first = 0
+        for name, tensor in SPLIT.items():
+            first = min(rank * -(-len(tensor) // read_by), len(tensor))
+            last = min((rank + 1) * -(-len(tensor) // read_by), len(tensor))
+            assert torch.equal(found.tensor("trainable", name, range(first, last)), tensor[first:last])
+
+
+def test_all_ranks_take_the_same_one_though_one_of_them_sees_the_damage(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2)
+    for step in (1, 2):
+        save_split(ranks, step)
+    file = tmp_path / "step-00000002" / "trainable-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")  # a value, not the header, which all ranks read
+    assert [found.step for found in ranks(lambda _, checkpoints: checkpoints.newest_valid())] == [1, 1]
+
+
+def test_one_ranks_full_disk_is_told_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, 2)
+    save_split(ranks)
+
+    def fails(rank: int, checkpoints: Checkpoints) -> str:
+        rows = {"w": SPLIT["w"], "x": torch.zeros(1)} if rank else {"w": SPLIT["w"]}
+        group = "no/such/folder" if rank else "trainable"  # where rank 1 cannot write
+        with pytest.raises(OSError, match="No such file") as caught:
+            checkpoints.save(2, {group: WHOLE}, STATE_VALUES, rows={group: rows})
+        return str(caught.value)
+
+    one, other = ranks(fails)
+    assert one == other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,25 @@ def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, step=0) as log:
         log.write({"step": 1})
         assert steps(tmp_path) == [1]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from mixres.training.metrics import MetricsLog
+with MetricsLog(Path(sys.argv[1]), step=0) as log:
+    log.write({"step": 1})
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for step, room in ((2, 17), (3, 17), (4, hard), (5, hard)):  # the second line fits in part, the third not at all
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        log.write({"step": step})
+"""
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert done.stderr.count("cannot be written (File too large)") == 1
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -174,7 +174,81 @@ def test_a_second_signal_ends_at_once_and_touches_nothing(tmp_path: Path, number
         assert process.stdout is not None
         assert process.stdout.readline() == "asked to stop\n"
         before = (tmp_path / STATUS).read_bytes()
+        time.sleep(run._ONE_REQUEST_S)
         process.send_signal(number)
         assert process.wait(timeout=10) == code
     assert (tmp_path / STATUS).read_bytes() == before
     assert status(tmp_path)["state"] == "running"
+
+
+def test_a_signal_that_a_launcher_sends_on_is_no_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ONE_REQUEST_S", 3600)
+    with open_run(tmp_path) as held:
+        held.stop_between_steps()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert held.stop_requested
+
+
+def test_sigusr1_asks_and_is_never_a_second_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ONE_REQUEST_S", 0)
+    with open_run(tmp_path) as held:
+        held.stop_between_steps()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert held.stop_requested
+
+
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, *sys.argv[1:]])
+time.sleep(600)
+"""
+
+
+def read_line(path: Path, line: str) -> None:
+    """Wait until the file has the line."""
+    for _ in range(1000):
+        if path.exists() and line in path.read_text().splitlines():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} never said {line!r}")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_death_of_a_launcher_asks_its_processes_to_stop(tmp_path: Path, launched: bool) -> None:
+    """And that of a shell does not: `nohup python train.py &` outlives its terminal."""
+    said = tmp_path / "said"
+    program = tmp_path / "holder.py"
+    program.write_text(f"import sys\nsys.stdout = open({str(said)!r}, 'w', buffering=1)\n{HOLDER}")
+    environment = {key: value for key, value in os.environ.items() if key not in run.LAUNCHERS}
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(program), str(tmp_path / "run"), "between"],
+        env=environment | ({"TORCHELASTIC_RUN_ID": "none"} if launched else {}),
+    ) as launcher:
+        read_line(said, "held")
+        launcher.kill()
+    pid = status(tmp_path / "run")["pid"]
+    if launched:
+        read_line(said, "asked to stop")
+    else:
+        time.sleep(0.5)
+        assert said.read_text().splitlines() == ["held"]
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_run(tmp_path / "run") as held:
+        (tmp_path / "run").rename(tmp_path / "gone")
+        held.update(step=3)
+        (tmp_path / "gone").rename(tmp_path / "run")
+    assert len(caplog.messages) == 1
+    assert "run_status.json could not be written: No such file or directory" in caplog.messages[0]
+    assert status(tmp_path / "run")["step"] == 3
+
+
+def test_a_folder_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"logging.output_dir: .*/file/run cannot be written: Not a directory"):
+        open_run(tmp_path / "file" / "run").__enter__()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

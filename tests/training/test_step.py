@@ -204,11 +204,48 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_updates_nothing(
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    with pytest.raises(WorkError, match="not finite") as caught:
-        run_step(
-            accelerator, model, optimizer, scheduler, objective, batches, count=2, step=5, divisor=4, max_grad_norm=1.0
-        )
-    assert str(caught.value).startswith("step 6: ")
-    assert all(make_sample(i).name in str(caught.value) for i in range(4))
+    result = run_step(
+        accelerator, model, optimizer, scheduler, objective, batches, count=2, step=5, divisor=4, max_grad_norm=1.0
+    )
+    assert result.skipped == tuple(make_sample(i).name for i in (0, 1)), "those beside it in the microbatch, no others"
+    assert not math.isfinite(result.loss)
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
-    assert not optimizer.state and scheduler.get_last_lr() == [1e-2]
+    assert all(parameter.grad is None for parameter in parameters.values())
+    assert not optimizer.state
+    assert scheduler.get_last_lr() == [5e-3], "the schedule is a function of the step"
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_a_step_left_out(
+    accelerator: Accelerator, tiny_base: Path
+) -> None:
+    model, objective = make_model(tiny_base, torch.float32), objective_of("sample", torch.float32)
+    parameters = trainable_parameters(model)
+    hurt = next(iter(parameters.values()))
+    hurt.register_hook(lambda gradient: gradient * math.inf)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    before = hurt.detach().clone()
+    result = run_step(
+        accelerator, model, optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,
+        microbatches(SPLITS["uneven"], "packed"), count=3, step=5, divisor=6, max_grad_norm=1.0,
+    )  # fmt: skip
+    assert math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+    assert sorted(result.skipped) == sorted(make_sample(i).name for i in range(6)), "any of them may be to blame"
+    assert torch.equal(hurt, before)
+
+
+def test_a_device_without_room_names_the_microbatch(accelerator: Accelerator, tiny_base: Path) -> None:
+    def no_room(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model = make_model(tiny_base, torch.float32)
+    objective = replace(objective_of("sample", torch.float32), predict_velocity=no_room)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
+    with pytest.raises(WorkError) as caught:
+        run_step(
+            accelerator, model, optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,
+            microbatches([[0, 1]], "packed"), count=1, step=5, divisor=6, max_grad_norm=1.0,
+        )  # fmt: skip
+    message = str(caught.value)
+    assert message.startswith("step 6: cpu is out of memory with 123 tokens in one microbatch (in tokens: ")
+    assert f"{make_sample(0).name} 6x9 + 4x4; {make_sample(1).name} 8x5)" in message
+    assert "batch.max_tokens" in message

@@ -6,8 +6,12 @@ safetensors and JSON are opened. Cost: a write is two fsyncs; a lookup is one `s
 process hashes it once (xxh3, several GB/s).
 
 File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
-there is a mask, `edit_mask` (S_target,), in their own dtypes. Metadata: one string `mixres`, "<hash of the rest>
-<JSON>", the JSON with format, key, img_shapes, text_tokens, has_mask and `payload`, the hash over all tensors.
+there is a mask, `edit_mask` (S_target,), in their own dtypes; for caption dropout `empty_embeds` (T_empty, D) too.
+Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
+has_mask, empty_tokens and `payload`, the hash over all tensors.
+
+Format 1 is still read, never written. Instead of img_shapes it has the sizes in pixels: `height`, `width`,
+`height_control`, `width_control`, `height_control_1`, `width_control_1`, ...; 16 pixels are a token.
 """
 
 import json
@@ -27,12 +31,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mixres import atomic
-from mixres.batch import Sample
+from mixres.batch import Sample, image_shapes_from_embeddings
 from mixres.geometry import Grid, token_count
 
 FORMAT = 2
 INDEX = "index.json"
 _MAX_HEADER_BYTES = 2**20
+# What reading a file raises that is not what `Cache.write` made. Only the message of a plain ValueError is ours.
+_UNFIT = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class DamagedEntry(Exception):  # noqa: N818 - the state, not a mistake of the caller
@@ -50,6 +56,7 @@ class CacheEntry(NamedTuple):
     img_shapes: tuple[Grid, ...]
     text_tokens: int
     has_mask: bool
+    empty_tokens: int = 0  # of the empty prompt; 0 where it is not stored
 
     @property
     def target_tokens(self) -> int:
@@ -59,25 +66,6 @@ class CacheEntry(NamedTuple):
     def image_tokens(self) -> int:
         """Tokens of the target and all controls."""
         return token_count(self.img_shapes)
-
-
-def entry_key(**parts: Any) -> str:
-    """32 hex characters over named JSON values and the cache format; a change of any value changes the key.
-
-    Raises:
-        TypeError, ValueError: a part has no exact JSON form (a path, a dtype, NaN); hand in its string or digest.
-    """
-    text = json.dumps({"format": FORMAT, "parts": parts}, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
-
-
-def file_digest(path: Path | str) -> str:
-    """xxh3_128 of the bytes of a file, 32 hex characters; the digest that the scan returns."""
-    digest = xxhash.xxh3_128()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Cache:
@@ -90,6 +78,7 @@ class Cache:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self._index = _read_index(self.root / INDEX)
+        self._changed = False
         self._removed: set[str] = set()
         self._verified: set[str] = set()
 
@@ -119,7 +108,8 @@ class Cache:
             OSError: the disk is full or the folder cannot be written; no part of the entry is left.
         """
         path, tensors = self.path(key), _tensors(sample)
-        entry = CacheEntry(key, sample.img_shapes, sample.prompt_embeds.shape[0], sample.edit_mask is not None)
+        empty = 0 if sample.empty_embeds is None else len(sample.empty_embeds)
+        entry = CacheEntry(key, sample.img_shapes, len(sample.prompt_embeds), sample.edit_mask is not None, empty)
         data = save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))})
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,19 +128,28 @@ class Cache:
         path = self.path(key)
         try:
             return self._read(path, key, name or key)
-        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        except _UNFIT as error:
             self._forget(key)
             path.unlink(missing_ok=True)
-            raise DamagedEntry(path, str(error) or type(error).__name__) from error
+            raise DamagedEntry(path, str(error) if type(error) is ValueError else "it is no cache entry") from error
 
     def save_index(self) -> None:
-        """Put the lengths of all entries seen by this object, and those other processes saved, into the index file."""
+        """Put the lengths of all entries seen by this object, and those other processes saved, into the index file.
+
+        Nothing is written where the file already says what this object knows, so a full cache may be read-only.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written. All entries are found without an index too.
+        """
+        if not self._changed:
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / ".index.lock"):
             rows = _read_index(self.root / INDEX)
             self._index = {key: row for key, row in rows.items() if key not in self._removed} | self._index
             index = {"format": FORMAT, "entries": dict(sorted(self._index.items()))}
             atomic.write_json(self.root / INDEX, index, indent=None)
+        self._changed = False
 
     def sweep(self, max_age: float = 3600.0) -> int:
         """Delete the temporary files that killed writers left more than `max_age` seconds ago; returns how many."""
@@ -173,21 +172,26 @@ class Cache:
                 raise ValueError("the checksum of its tensors is wrong")
             self._verified.add(key)
         entry = _entry(key, stated)
+        controls = tuple(tensors[f"control_latents_{i}"] for i in range(len(entry.img_shapes) - 1))
+        if [grid.tokens for grid in entry.img_shapes] != [len(x) for x in (tensors["target_latents"], *controls)]:
+            raise ValueError("its latents are not of the sizes it states")
         return Sample(
             name=name,
             target_latents=tensors["target_latents"],
-            control_latents=tuple(tensors[f"control_latents_{i}"] for i in range(len(entry.img_shapes) - 1)),
+            control_latents=controls,
             prompt_embeds=tensors["prompt_embeds"],
             img_shapes=entry.img_shapes,
             edit_mask=tensors["edit_mask"] if entry.has_mask else None,
+            empty_embeds=tensors["empty_embeds"] if entry.empty_tokens else None,
         )
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)
-        self._index[entry.key] = [size, entry.text_tokens, entry.has_mask, entry.img_shapes]
+        self._index[entry.key] = [size, entry.text_tokens, entry.has_mask, entry.img_shapes, entry.empty_tokens]
+        self._changed = True
 
     def _forget(self, key: str) -> None:
-        self._index.pop(key, None)
+        self._changed |= self._index.pop(key, None) is not None
         self._verified.discard(key)
         self._removed.add(key)
 
@@ -201,6 +205,8 @@ def _tensors(sample: Sample) -> dict[str, Tensor]:
     if sample.edit_mask is not None:
         assert sample.edit_mask.shape == (len(sample.target_latents),), sample.edit_mask.shape
         tensors["edit_mask"] = sample.edit_mask
+    if sample.empty_embeds is not None:
+        tensors["empty_embeds"] = sample.empty_embeds
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -241,7 +247,7 @@ def _parse_header(data: bytes, size: int, key: str) -> dict[str, Any]:
     if xxhash.xxh3_64_hexdigest(text.encode()) != digest:
         raise ValueError("the checksum of its header is wrong")
     stated: dict[str, Any] = json.loads(text)
-    if stated["format"] != FORMAT or stated["key"] != key:
+    if stated["format"] not in (1, FORMAT) or stated["key"] != key:
         raise ValueError(f"it is entry {stated['key']} of format {stated['format']}")
     if 8 + length + max(tensor["data_offsets"][1] for tensor in header.values()) != size:
         raise ValueError(f"it is {size} bytes long, not what its header says")
@@ -255,17 +261,17 @@ def _read_header(path: Path, key: str) -> CacheEntry | None:
             if len(data) == 8:
                 data += file.read(min(struct.unpack("<Q", data)[0], _MAX_HEADER_BYTES))
         return _entry(key, _parse_header(data, path.stat().st_size, key))
-    except (FileNotFoundError, AttributeError, ValueError, LookupError, TypeError):
+    except (OSError, *_UNFIT):
         return None
 
 
 def _entry(key: str, stated: Mapping[str, Any]) -> CacheEntry:
-    grids = tuple(Grid(*grid) for grid in stated["img_shapes"])
-    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"])
+    grids = tuple(Grid(*grid) for grid in image_shapes_from_embeddings({k: [v] for k, v in stated.items()}, 1)[0])
+    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"], stated.get("empty_tokens", 0))
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """Rows `[size, text_tokens, has_mask, img_shapes]` by key; empty where the index is absent or not readable."""
+    """Rows `[size, text_tokens, has_mask, img_shapes, empty_tokens]` by key; none where the index cannot be read."""
     try:
         index = json.loads(path.read_bytes())
         return dict(index["entries"]) if index["format"] == FORMAT else {}
@@ -275,8 +281,9 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:
     try:
-        indexed_size, text_tokens, has_mask, grids = row
-        entry = CacheEntry(key, tuple(Grid(*map(int, grid)) for grid in grids), int(text_tokens), bool(has_mask))
+        indexed_size, text_tokens, has_mask, shapes, empty_tokens = row
+        grids = tuple(Grid(*map(int, grid)) for grid in shapes)
+        entry = CacheEntry(key, grids, int(text_tokens), bool(has_mask), int(empty_tokens))
         return entry if indexed_size == size and entry.img_shapes else None
     except (TypeError, ValueError):
         return None

@@ -1,24 +1,32 @@
-"""Folders and manifests -> records, and the scan that decodes every picture once before anything is trained.
+"""Folders, manifests and saved data sets -> records, and the scan that decodes every picture before any training.
 
 Promise: all faults of all sources are found in one pass and returned together; what the scan returns has been decoded
 in full, with its upright sizes and the digests of its bytes. Cost: the scan reads and decodes every file once, 5 ms
 (JPEG) to 25 ms (PNG) a megapixel, on threads: Pillow releases the GIL while it decodes, two threads take 0.55 the time.
+A later scan with the same memo looks at the state of each file and decodes those that have changed.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Never
 
+import xxhash
 from tqdm import tqdm
 
 from mixres.data.folder import records_from_folder
 from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image, inspect_mask
-from mixres.data.manifest import records_from_manifest
-from mixres.data.records import EditRecord, EmptyCaption, Fault, printable
+from mixres.data.manifest import SUFFIXES, records_from_manifest
+from mixres.data.records import EditRecord, EmptyCaption, Fault, Picture, printable
+from mixres.data.saved_dataset import is_saved_dataset, records_from_saved_dataset
+from mixres.data.scan_memo import ScanMemo
 from mixres.errors import UserError
 from mixres.geometry import Size
+
+_CHUNK = 256  # files that one thread looks up at a time
 
 
 class ScannedRecord(NamedTuple):
@@ -31,25 +39,36 @@ class ScannedRecord(NamedTuple):
     flattened: bool  # a picture had transparency, which was laid on white
 
 
+class Scan(NamedTuple):
+    """What a scan has found."""
+
+    records: list[ScannedRecord]
+    faults: list[Fault]
+    decoded: int  # files that were decoded,
+    unchanged: int  # and those that an earlier scan had decoded
+
+
 class _Job(NamedTuple):
-    path: Path
+    path: Picture
     is_mask: bool
 
 
 def find_records(
     source: str, *, follow_symlinks: bool = False, empty_caption: EmptyCaption = "error"
 ) -> tuple[list[EditRecord], list[Fault]]:
-    """All examples of a data folder (sorted by name) or a `.jsonl` manifest (in its order), and all faults.
+    """All examples of a folder (sorted by name), a manifest or a saved data set (in their order), and all faults.
 
     Raises:
         UserError: `source` itself is no data source.
     """
     path = Path(source)
+    if path.is_dir() and is_saved_dataset(path):
+        return records_from_saved_dataset(path, empty_caption=empty_caption)
     if path.is_dir():
         return records_from_folder(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
-    if path.is_file() and path.suffix.lower() == ".jsonl":
+    if path.is_file() and path.suffix.lower() in SUFFIXES:
         return records_from_manifest(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
-    reason = "is neither a folder nor a .jsonl manifest" if path.exists() else "no such folder or manifest"
+    reason = "is neither a folder nor a .jsonl or .csv manifest" if path.exists() else "no such folder or manifest"
     raise UserError([f"{printable(source)}: {reason}"])
 
 
@@ -61,11 +80,13 @@ def scan(
     min_side: int = 16,
     workers: int | None = None,
     progress: bool = True,
-) -> tuple[list[ScannedRecord], list[Fault]]:
+    memo: Path | None = None,
+) -> Scan:
     """All usable examples of all sources in their order, and every fault.
 
     `min_side`: pixels along the shorter side that still make one token. `workers`: threads, by default one a core and
-    at most 8. `progress`: a bar on stderr, only where that is a terminal.
+    at most 8. `progress`: a bar on stderr with rate and time left; where that is no terminal, a line every 10 s.
+    `memo`: a file that keeps what the scan found for the next one.
 
     Raises:
         UserError: one message for each source that is no data source.
@@ -73,14 +94,31 @@ def scan(
     assert not isinstance(sources, str), "a sequence of sources"
     records, faults = _find_all(sources, limits.follow_symlinks, empty_caption)
     jobs = dict.fromkeys(job for record in records for job in _jobs(record))
-    found = _inspect(list(jobs), limits, workers or min(8, os.cpu_count() or 1), progress)
+    known = ScanMemo(memo)
+    found, decoded = _inspect(list(jobs), limits, known, workers or min(8, os.cpu_count() or 1), progress)
+    known.save()
     scanned = []
     for record in records:
         reasons = _record_faults(record, found, min_side)
         faults += reasons
         if not reasons:
             scanned.append(_scanned(record, found))
-    return scanned, faults
+    return Scan(scanned, faults, decoded, len(jobs) - decoded)
+
+
+def split_held_out(
+    records: Iterable[ScannedRecord], share: float, seed: int
+) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
+    """Training and held-out examples; about `share` (0 to 1) of the target pictures are held out.
+
+    Each target's bytes and the seed decide alone, so that no picture is on both sides under two names or prompts, and
+    none changes sides when others come or go.
+    """
+    parts: tuple[list[ScannedRecord], list[ScannedRecord]] = [], []
+    for scanned in records:
+        draw = xxhash.xxh3_64_intdigest(f"{seed} {scanned.digests[0]}".encode())
+        parts[draw < share * 2**64].append(scanned)
+    return parts
 
 
 def _find_all(
@@ -107,24 +145,44 @@ def _jobs(record: EditRecord) -> list[_Job]:
     return [*jobs, _Job(record.mask, True)] if record.mask else jobs
 
 
-def _inspect(jobs: list[_Job], limits: Limits, workers: int, progress: bool) -> dict[_Job, ImageFacts | BadImageError]:
+def _inspect(
+    jobs: list[_Job], limits: Limits, memo: ScanMemo, workers: int, progress: bool
+) -> tuple[dict[_Job, ImageFacts | BadImageError], int]:
+    """Facts or reason for each job, and how many were decoded."""
+
+    def look(some: list[_Job]) -> list[ImageFacts | None]:
+        return [memo.find(job.path, job.is_mask, limits) for job in some]
+
     def inspect(job: _Job) -> ImageFacts | BadImageError:
         try:
-            return inspect_mask(job.path, limits) if job.is_mask else inspect_image(job.path, limits)
+            status = job.path.stat()  # before the bytes are read: what is changed meanwhile is read again next time
+            facts = (inspect_mask if job.is_mask else inspect_image)(job.path, limits)
+            memo.add(job.path, job.is_mask, status, facts)
+            return facts
+        except OSError as error:
+            return BadImageError(f"cannot be read: {error.strerror or error}")
         except BadImageError as error:
             return BadImageError(str(error))  # the one raised holds frames, and they the bytes of the file
 
     pool = ThreadPoolExecutor(workers)
     try:
-        bar = tqdm(total=len(jobs), desc="scan", unit="file", disable=None if progress else True)
-        with bar:
-            found = {}
-            for job, facts in zip(jobs, pool.map(inspect, jobs), strict=True):
+        chunks = pool.map(look, (jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)))
+        known = zip(jobs, itertools.chain.from_iterable(chunks), strict=True)
+        found: dict[_Job, ImageFacts | BadImageError] = {job: facts for job, facts in known if facts}
+        changed = [job for job in jobs if job not in found]
+        with _bar(len(changed), progress) as bar:
+            for job, facts in zip(changed, pool.map(inspect, changed), strict=True):
                 found[job] = facts
                 bar.update()
-            return found
+        return found, len(changed)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
+
+
+def _bar(total: int, progress: bool) -> "tqdm[Never]":
+    """In a log, not on a terminal, nothing for 10 s and a line every 10 s after that."""
+    pause = 0.0 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc="scan", unit="file", disable=not progress, delay=pause, mininterval=pause or 0.1)
 
 
 def _record_faults(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError], min_side: int) -> list[Fault]:

@@ -15,13 +15,13 @@ import struct
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from mixres.data.records import Picture
 from mixres.geometry import Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no other decoder is ever tried
@@ -62,7 +62,7 @@ class ImageFacts(NamedTuple):
     flattened: bool
 
 
-def read_image(path: Path, limits: Limits) -> Image.Image:
+def read_image(path: Picture, limits: Limits) -> Image.Image:
     """The picture as upright sRGB, mode "RGB".
 
     Raises:
@@ -71,7 +71,7 @@ def read_image(path: Path, limits: Limits) -> Image.Image:
     return _read_rgb(_read_bytes(path, limits), limits)[0]
 
 
-def read_mask(path: Path, limits: Limits, size: Size) -> Image.Image:
+def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
     """The edit mask as mode "L", 255 = foreground, of exactly its target's upright `size`. Its ICC profile is ignored.
 
     Raises:
@@ -83,14 +83,14 @@ def read_mask(path: Path, limits: Limits, size: Size) -> Image.Image:
     return mask
 
 
-def inspect_image(path: Path, limits: Limits) -> ImageFacts:
+def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one picture; see `read_image`."""
     data = _read_bytes(path, limits)
     picture, flattened = _read_rgb(data, limits)
     return ImageFacts(Size(*picture.size), xxhash.xxh3_128_hexdigest(data), flattened)
 
 
-def inspect_mask(path: Path, limits: Limits) -> ImageFacts:
+def inspect_mask(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one mask; see `read_mask`. The caller compares its size with the target's."""
     data = _read_bytes(path, limits)
     return ImageFacts(Size(*_read_mask(data, limits).size), xxhash.xxh3_128_hexdigest(data), False)
@@ -113,7 +113,7 @@ def check_size(size: Size, limits: Limits) -> None:
         )
 
 
-def _read_bytes(path: Path, limits: Limits) -> bytes:
+def _read_bytes(path: Picture, limits: Limits) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a named pipe would block for ever

@@ -8,18 +8,24 @@ import atexit
 import functools
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mixres.batch import Batch
+from mixres.batch import Batch, Sample
 from mixres.data.cache import Cache, DamagedEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Microbatch, Plan
 from mixres.errors import WorkError
+
+
+def samples_of(microbatch: Microbatch, read: Callable[[int], Sample]) -> list[Sample]:
+    """The samples as this microbatch trains them: with the empty prompt where the plan drops the caption."""
+    samples = zip(microbatch.indices, map(read, microbatch.indices), strict=True)
+    return [sample.without_caption() if i in microbatch.dropped else sample for i, sample in samples]
 
 
 class MicrobatchDataset(Dataset[Batch | WorkError]):
@@ -34,7 +40,7 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
 
     def __getitem__(self, microbatch: Microbatch) -> Batch | WorkError:
         try:
-            samples = [self.cache.read(self.keys[i], name=self.names[i]) for i in microbatch.indices]
+            samples = samples_of(microbatch, lambda i: self.cache.read(self.keys[i], name=self.names[i]))
         except (DamagedEntry, FileNotFoundError) as error:
             return WorkError(f"{error}: run the same command again")
         return collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=self.layout)

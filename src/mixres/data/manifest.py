@@ -1,89 +1,154 @@
-"""A JSONL manifest -> records: one object a line with `path_target`, `path_control`, `path_control_1`, ..., `prompt`.
+"""A manifest -> records: JSON lines or CSV with `path_target`, `path_control`, `path_control_1`, ..., `prompt`.
 
-Promise: no line makes mixres open a file outside the manifest's folder, or anything that is not a file; every line is
-a record or is named with every reason why not; records keep the order of the lines. Cost: one pass, one `stat` a path.
+Promise: no row makes mixres open a file outside the manifest's folder, or anything that is not a file; every row is
+a record or is named with every reason why not; records keep the order of the rows. Cost: one pass, one `stat` a path.
 
 Paths are relative to the manifest. `path_mask` is optional. Other keys are left alone, except ones that look like a
-path.
+path. A CSV file is UTF-8 with commas, names its columns in the first line and may quote as RFC 4180 does; an empty
+field is no value.
 """
 
+import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self, TypeVar
 from unicodedata import normalize
 
 from mixres.data.records import (
+    BYTE_ORDER_MARKS,
     BadCaptionError,
     EditRecord,
     EmptyCaption,
     Fault,
+    Picture,
     check_caption,
     empty_caption_fault,
     printable,
 )
 
+SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
+_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes long"
+_NO_BOM = "the file starts with a byte order mark; save it as UTF-8 without one"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
 
 
-class _BadRowError(ValueError):
-    """One reason why a line cannot be used."""
+class BadRowError(ValueError):
+    """One reason why a row cannot be used."""
+
+
+Row = Mapping[str, Any] | BadRowError
+T = TypeVar("T")
 
 
 def records_from_manifest(
     manifest: Path, *, follow_symlinks: bool, empty_caption: EmptyCaption
 ) -> tuple[list[EditRecord], list[Fault]]:
-    """All examples of `manifest` in the order of its lines, and all faults (`path` is `manifest:line`)."""
-    records, faults = [], []
-    allowed = None if follow_symlinks else manifest.parent.resolve()
-    for number, line in _lines(manifest):
+    """All examples of `manifest` in the order of its rows, and all faults (`path` is `manifest:line`)."""
+    records: list[EditRecord] = []
+    faults: list[Fault] = []
+    root = manifest.parent
+    allowed = None if follow_symlinks else root.resolve()
+
+    def file(key: str, value: Any) -> Path:
+        return _resolve(root, allowed, key, value)
+
+    for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else _json_rows)(manifest):
         where = f"{printable(manifest)}:{number}"
-        try:
-            row = _parse(line)
-        except _BadRowError as error:
-            faults.append(Fault(where, str(error)))
+        if isinstance(row, BadRowError):
+            faults.append(Fault(where, str(row)))
             continue
-        record, found = _record(manifest.parent, allowed, row, where, empty_caption)
+        record, found = record_from_row(row, where, picture=file, empty_caption=empty_caption)
         faults += found
         if record:
             records.append(record)
     return records, faults
 
 
-def _lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; of a line over the limit only its first bytes are kept."""
+def record_from_row(
+    row: Mapping[str, Any], where: str, *, picture: Callable[[str, Any], Picture], empty_caption: EmptyCaption
+) -> tuple[EditRecord | None, list[Fault]]:
+    """The example in `row`, or every reason why there is none; `picture` makes one of a key and its value.
+
+    The record's name is the text of `path_target` where that is text, else `where`.
+    """
+    reasons = list(key_faults(row))
+    pictures = {}
+    for key in ["path_target", *control_keys(row), *(["path_mask"] if row.get("path_mask") is not None else [])]:
+        try:
+            if row.get(key) is None:
+                raise BadRowError(f"has no '{key}'")
+            pictures[key] = picture(key, row[key])
+        except BadRowError as error:
+            reasons.append(str(error))
+    faults = [Fault(where, reason) for reason in reasons]
+    prompt, fault = _prompt(row.get("prompt"), where, empty_caption)
+    faults += [fault] if fault else []
+    if faults:
+        return None, faults
+    target, mask = pictures.pop("path_target"), pictures.pop("path_mask", None)
+    name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
+    return EditRecord(name=name, target=target, controls=tuple(pictures.values()), prompt=prompt, mask=mask), []
+
+
+def key_faults(row: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the keys of a row: a path that nothing knows, a gap in the controls."""
+    known = {"path_target", "path_control", "path_mask"}
+    for key in row:
+        if key.startswith("path") and key not in known and not _CONTROL_KEY.fullmatch(key):
+            yield f"unknown key '{printable(key)}'; paths are path_target, path_control, path_control_1, ..., path_mask"
+    for number, key in enumerate(_numbered_controls(row), start=1):
+        if key != f"path_control_{number}":
+            yield f"its control images have a gap: '{key}' without 'path_control_{number}'"
+            return
+
+
+def _tried(make: Callable[..., T], *arguments: Any) -> T | BadRowError:
+    """What `make` returns, or why not."""
+    try:
+        return make(*arguments)
+    except csv.Error as error:
+        return BadRowError(f"the row is not CSV: {error}")
+    except BadRowError as error:
+        return error
+
+
+def _json_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
     with manifest.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            rest = line
-            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                rest = file.readline(MAX_LINE_BYTES + 1)
+        for number, line in enumerate(iter(lambda: _read_line(file), b""), start=1):
             if line.strip():
-                yield number, line
+                yield number, _tried(_parse, line)
+
+
+def _read_line(file: BinaryIO) -> bytes:
+    """The next line; of one that is over the limit only the first bytes are kept."""
+    line = rest = file.readline(MAX_LINE_BYTES + 1)
+    while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+        rest = file.readline(MAX_LINE_BYTES + 1)
+    return line
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
-        raise _BadRowError(f"the line is over {MAX_LINE_BYTES} bytes long")
-    if line.startswith(b"\xef\xbb\xbf"):
-        raise _BadRowError("the file starts with a byte order mark; save it as UTF-8 without one")
+        raise BadRowError(_TOO_LONG)
+    if line.startswith(BYTE_ORDER_MARKS):
+        raise BadRowError(_NO_BOM)
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise _BadRowError(f"the line is not UTF-8 (byte {error.start})") from error
-    except _BadRowError:
+        raise BadRowError(f"the line is not UTF-8 (byte {error.start})") from error
+    except BadRowError:
         raise
     except json.JSONDecodeError as error:
-        raise _BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1})") from error
+        raise BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1})") from error
     except (ValueError, RecursionError) as error:
-        raise _BadRowError(f"the line is not JSON: {error}") from error
+        raise BadRowError(f"the line is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise _BadRowError("the line is not a JSON object")
+        raise BadRowError("the line is not a JSON object")
     return row
 
 
@@ -91,35 +156,71 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _BadRowError(f"the key '{printable(next(k for k in keys if keys.count(k) > 1))}' stands twice")
+        raise BadRowError(f"the key '{printable(next(k for k in keys if keys.count(k) > 1))}' stands twice")
     return row
 
 
-def _record(
-    root: Path, allowed: Path | None, row: Mapping[str, Any], where: str, empty_caption: EmptyCaption
-) -> tuple[EditRecord | None, list[Fault]]:
-    reasons: list[str] = []
+class _CsvLines:
+    """Lines of a file as text; one that cannot be had raises, and the next call goes on behind it."""
 
-    def path_of(key: str) -> Path:
-        try:
-            return _resolve(root, allowed, key, row.get(key))
-        except _BadRowError as error:
-            reasons.append(str(error))
-            return root
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.count = file, 0
 
-    reasons += _key_faults(row)
-    target = path_of("path_target")
-    numbered = _numbered_controls(row)
-    has_controls = bool(numbered) or row.get("path_control") is not None  # text to image has none
-    controls = tuple(path_of(key) for key in ["path_control", *numbered]) if has_controls else ()
-    mask = path_of("path_mask") if row.get("path_mask") is not None else None
-    faults = [Fault(where, reason) for reason in reasons]
-    prompt, fault = _prompt(row.get("prompt"), where, empty_caption)
-    faults += [fault] if fault else []
-    if faults:
-        return None, faults
-    name = printable(os.path.relpath(target, root))
-    return EditRecord(name=name, target=target, controls=controls, prompt=prompt, mask=mask), []
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = _read_line(self.file)
+        if not line:
+            raise StopIteration
+        self.count += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise BadRowError(_TOO_LONG)
+        if self.count == 1 and line.startswith(BYTE_ORDER_MARKS):
+            raise BadRowError(_NO_BOM)
+        return line.decode("utf-8", "surrogateescape")  # quotes may hide an end of line: `_csv_row` finds bad bytes
+
+
+def _csv_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
+    """Numbered by their first line; where the first row is no list of known columns nothing else is read."""
+    with manifest.open("rb") as file:
+        lines = _CsvLines(file)
+        reader = csv.reader(lines, strict=True)
+        columns = _tried(next, reader, [])
+        reasons = [columns] if isinstance(columns, BadRowError) else list(map(BadRowError, _column_faults(columns)))
+        yield from ((1, reason) for reason in reasons)
+        while not reasons:
+            number = lines.count + 1
+            fields = _tried(next, reader, None)
+            if fields is None:
+                return
+            if isinstance(fields, BadRowError):
+                yield number, fields
+            elif fields:
+                yield number, _tried(_csv_row, fields, columns)
+
+
+def _csv_row(fields: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
+    if any(_has_surrogate(field) for field in fields):
+        raise BadRowError("the row is not UTF-8")
+    if len(fields) != len(columns):
+        raise BadRowError(f"the row has {len(fields)} fields, the first line names {len(columns)} columns")
+    return {key: value or None for key, value in zip(columns, fields, strict=True)}
+
+
+def _column_faults(columns: Sequence[str]) -> Iterator[str]:
+    if any(_has_surrogate(column) for column in columns):
+        yield "the row is not UTF-8"
+    for key in sorted({key for key in columns if columns.count(key) > 1}):
+        yield f"the column '{printable(key)}' stands twice"
+    for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))):
+        if key not in columns:
+            yield f"the first line names no column '{key}'; it names: {', '.join(map(printable, columns))}"
+    yield from key_faults(dict.fromkeys(columns, ""))
+
+
+def _has_surrogate(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _prompt(value: Any, where: str, empty_caption: EmptyCaption) -> tuple[str, Fault | None]:
@@ -134,21 +235,15 @@ def _prompt(value: Any, where: str, empty_caption: EmptyCaption) -> tuple[str, F
     return prompt, None if prompt else empty_caption_fault(where, "the prompt is empty", empty_caption)
 
 
+def control_keys(row: Mapping[str, Any]) -> list[str]:
+    """The keys of a row's controls, in order: none for text to image, else the first one always."""
+    numbered = _numbered_controls(row)
+    return ["path_control", *numbered] if numbered or row.get("path_control") is not None else []
+
+
 def _numbered_controls(row: Mapping[str, Any]) -> list[str]:
     numbers = [int(match[1]) for key in row if (match := _CONTROL_KEY.fullmatch(key)) and row[key] is not None]
     return [f"path_control_{number}" for number in sorted(numbers)]
-
-
-def _key_faults(row: Mapping[str, Any]) -> Iterator[str]:
-    known = {"path_target", "path_control", "path_mask"}
-    for key in row:
-        if key.startswith("path") and key not in known and not _CONTROL_KEY.fullmatch(key):
-            yield f"unknown key '{printable(key)}'; paths are path_target, path_control, path_control_1, ..., path_mask"
-    present = _numbered_controls(row)
-    for number, key in enumerate(present, start=1):
-        if key != f"path_control_{number}":
-            yield f"its control images have a gap: '{key}' without 'path_control_{number}'"
-            return
 
 
 def _resolve(root: Path, allowed: Path | None, key: str, value: Any) -> Path:
@@ -156,27 +251,25 @@ def _resolve(root: Path, allowed: Path | None, key: str, value: Any) -> Path:
 
     A link may not lead out of `allowed` (None: it may); the text of the path never leads out of `root`.
     """
-    if value is None:
-        raise _BadRowError(f"has no '{key}'")
     if not isinstance(value, str) or not value.strip():
-        raise _BadRowError(f"'{key}' is not a path")
+        raise BadRowError(f"'{key}' is not a path")
     shown = f"'{key}': {printable(value)}"
     if _URL.match(value):
-        raise _BadRowError(f"{shown} is a URL; mixres reads local files only")
-    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-        raise _BadRowError(f"{shown} holds characters that no path has")
+        raise BadRowError(f"{shown} is a URL; mixres reads local files only")
+    if "\0" in value or _has_surrogate(value):
+        raise BadRowError(f"{shown} holds characters that no path has")
     if Path(value).is_absolute() or Path(os.path.normpath(value)).parts[:1] == ("..",):
-        raise _BadRowError(f"{shown} is not below the manifest's folder")
+        raise BadRowError(f"{shown} is not below the manifest's folder")
     try:
         path = _existing(root, value)
         if allowed is not None and not path.resolve().is_relative_to(allowed):
-            raise _BadRowError(f"{shown} is a link out of the manifest's folder; set data.follow_symlinks=true")
+            raise BadRowError(f"{shown} is a link out of the manifest's folder; set data.follow_symlinks=true")
         if not path.exists():
-            raise _BadRowError(f"{shown} does not exist")
+            raise BadRowError(f"{shown} does not exist")
         if not path.is_file():
-            raise _BadRowError(f"{shown} is not a file")
+            raise BadRowError(f"{shown} is not a file")
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links, no permission
-        raise _BadRowError(f"{shown} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+        raise BadRowError(f"{shown} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     return path
 
 

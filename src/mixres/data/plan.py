@@ -1,16 +1,28 @@
 """Who goes with whom: the samples of every optimizer step, split over ranks and microbatches.
 
-Promise: a pure function of (lengths, seed, samples_per_step, max_tokens, layout, world size). Which samples make a
-step depends on the first three alone; each epoch holds every sample exactly once, its last step may be short. No
-microbatch is over `max_tokens`, and every rank has the same number of them. Cost: 12 bytes a sample and one permutation
-an epoch; a step is planned when it is asked for, in O(n log n) of its own samples.
+Promise: a pure function of (lengths, seed, samples_per_step, caption_dropout, max_tokens, layout, world size). Which
+samples make a step, and which of them train on the empty prompt, depends on the first four alone; each epoch holds
+every sample exactly once, its last step may be short. No
+microbatch is over `max_tokens`, and every rank has the same number of them. Cost: 16 bytes a sample and one permutation
+an epoch; a step is planned when it is asked for, in O(n log n) of its own samples (`padded`: times the few numbers of
+microbatches that it tries).
 
 Legend: a microbatch of the layout `padded` computes rows x (longest text + longest image) tokens, `packed` the sum.
+
+The rule of the split: a step takes as long as its heaviest rank, which computes its microbatches' tokens and pays
+`MICROBATCH_TOKENS` more for each. `packed` has no filler, so it takes as few microbatches as the budget and the ranks
+allow. `padded` sorts by length and cuts the row into runs, as even as can be; of the numbers of runs it takes the one
+with which the heaviest rank has the least to do. So it splits a microbatch that would fit where that saves more filler
+than a microbatch costs, and nowhere else.
 """
 
+import bisect
 import functools
 import heapq
+import itertools
 import json
+import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -21,18 +33,26 @@ import xxhash
 from mixres.errors import UserError
 
 Layout = Literal["padded", "packed"]
+# What a forward and backward call costs beyond its tokens (launches, hooks, gathering shards), in tokens' worth. A tiny
+# model on a CPU pays about 50, see docs/benchmarks.md; a device that waits for launches or weights pays more.
+MICROBATCH_TOKENS = 256
 
 
 class Lengths(NamedTuple):
-    """Tokens of one sample: its text, all its images, and of those the target."""
+    """Tokens of one sample: its text, all its images, of those the target; its text where the caption is dropped."""
 
     text: int
     image: int
     target: int
+    empty_text: int = 0
 
     @property
     def total(self) -> int:
         return self.text + self.image
+
+    def without_caption(self) -> "Lengths":
+        """The same sample with the empty prompt."""
+        return self._replace(text=self.empty_text)
 
 
 class Microbatch(NamedTuple):
@@ -40,6 +60,7 @@ class Microbatch(NamedTuple):
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
+    dropped: frozenset[int] = frozenset()  # those of `indices` that take the empty prompt in place of their caption
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class StepPlan:
     indices: tuple[int, ...]  # in the order of the shuffle
     ranks: tuple[tuple[Microbatch, ...], ...]
     target_tokens: int
+    dropped: frozenset[int] = frozenset()  # see `Microbatch`
 
     @property
     def samples(self) -> int:
@@ -62,6 +84,12 @@ def computed_tokens(lengths: Sequence[Lengths], layout: Layout) -> int:
     if layout == "packed":
         return sum(length.total for length in lengths)
     return len(lengths) * (max(length.text for length in lengths) + max(length.image for length in lengths))
+
+
+def caption_dropped(seed: int, step: int, index: int, probability: float) -> bool:
+    """Whether sample `index` goes without its caption in optimizer step `step`: of these three alone, no state."""
+    drawn = xxhash.xxh3_64_intdigest(b"caption" + struct.pack("<QQQ", seed, step, index))
+    return drawn < probability * 2**64
 
 
 class Plan:
@@ -81,21 +109,23 @@ class Plan:
         max_tokens: int,
         layout: Layout,
         world_size: int = 1,
+        caption_dropout: float = 0.0,
     ) -> None:
         if not lengths:
             raise UserError("data.train: there is no usable sample")
+        assert not caption_dropout or all(length.empty_text for length in lengths), "encoded without the empty prompt"
         over = [
             f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
             "data.resize.target.max_pixels"
             for name, length in zip(names, lengths, strict=True)
-            if length.total > max_tokens
+            if length.image + max(length.text, length.empty_text) > max_tokens
         ]
         if over:
             raise UserError(over)
-        self.lengths = np.array(lengths, dtype=np.int32)  # (n, 3), columns as the fields of `Lengths`
+        self.lengths = np.array(lengths, dtype=np.int32)  # (n, 4), columns as the fields of `Lengths`
         self.seed, self.samples_per_step, self.max_tokens = seed, samples_per_step, max_tokens
         self.layout: Layout = layout
-        self.world_size = world_size
+        self.world_size, self.caption_dropout = world_size, caption_dropout
         self.steps_per_epoch = -(-len(self.lengths) // samples_per_step)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -105,14 +135,18 @@ class Plan:
         first = within * self.samples_per_step
         order = self._epoch_order(epoch)[first : first + self.samples_per_step]
         indices = tuple(order.tolist())
+        p = self.caption_dropout
+        dropped = frozenset(i for i in indices if p and caption_dropped(self.seed, step, i, p))
         lengths = dict(zip(indices, map(Lengths._make, self.lengths[order].tolist()), strict=True))
-        split = _Split(lengths, self.layout, self.max_tokens, self.world_size)
+        lengths |= {i: lengths[i].without_caption() for i in dropped}
+        split = _Split(lengths, dropped, self.layout, self.max_tokens, self.world_size)
         return StepPlan(
             step=step,
             epoch=epoch,
             indices=indices,
             ranks=split.over_ranks(split.microbatches()),
             target_tokens=sum(length.target for length in lengths.values()),
+            dropped=dropped,
         )
 
     def order_hash(self, identities: Sequence[str]) -> str:
@@ -125,8 +159,8 @@ class Plan:
         return digest.hexdigest()
 
     def plan_hash(self, identities: Sequence[str]) -> str:
-        """Changes with `order_hash` and with all that decides the split: lengths, layout, max_tokens, world size."""
-        split = [self.order_hash(identities), self.layout, self.max_tokens, self.world_size]
+        """Changes with `order_hash` and with all that decides the split: lengths, drops, layout, budget, world size."""
+        split = [self.order_hash(identities), self.layout, self.max_tokens, self.world_size, self.caption_dropout]
         digest = xxhash.xxh3_128(json.dumps(split).encode())
         digest.update(self.lengths.astype("<i4").tobytes())
         return digest.hexdigest()
@@ -139,17 +173,17 @@ class Plan:
 class _Split:
     """The samples of one step, to be split over microbatches and ranks."""
 
-    lengths: Mapping[int, Lengths]  # by index
+    lengths: Mapping[int, Lengths]  # by index, of what each trains on in this step
+    dropped: frozenset[int]
     layout: Layout
     max_tokens: int
     world_size: int
 
     def microbatches(self) -> list[tuple[int, ...]]:
-        """Few microbatches within budget, their number a multiple of the ranks where there are samples enough."""
+        """Microbatches within budget, their number a multiple of the ranks where there are samples enough."""
         by_length = sorted(self.lengths, key=lambda i: (self.lengths[i].image, self.lengths[i].text, i), reverse=True)
         if self.layout == "padded":
-            count = len(self._fill(by_length, self.max_tokens))
-            return self._split_padded(by_length, self._rounded(count, len(by_length)))
+            return self._split_padded(by_length)
         count = -(-sum(self.lengths[i].total for i in by_length) // self.max_tokens)
         while True:
             count = self._rounded(count, len(by_length))
@@ -171,50 +205,80 @@ class _Split:
             heapq.heappush(heap, (tokens + self.lengths[i].total, b))
         return [tuple(batch) for batch in batches]
 
-    def _fill(self, by_length: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-        """Neighbours in length side by side, each microbatch filled up to `budget` before the next is begun."""
-        batches: list[list[int]] = []
-        text = image = 0
-        for i in by_length:
-            length = self.lengths[i]
-            text, image = max(text, length.text), max(image, length.image)
-            if not batches or (len(batches[-1]) + 1) * (text + image) > budget:
-                batches.append([])
-                text, image = length.text, length.image
-            batches[-1].append(i)
-        return [tuple(batch) for batch in batches]
+    def _split_padded(self, by_length: Sequence[int]) -> list[tuple[int, ...]]:
+        """Runs of neighbours in length, as many as leave the heaviest rank the least: see the module's docstring."""
+        row, samples = [self.lengths[i] for i in by_length], len(by_length)
+        share = sum(length.total for length in row) / self.world_size  # no rank can have less
+        count = self._rounded(len(_filled(row, self.max_tokens, samples)), samples)
+        best: list[tuple[int, ...]] = []
+        least = math.inf
+        while True:
+            cuts = itertools.pairwise([*_even_cuts(row, self.max_tokens, count), samples])
+            batches = [tuple(by_length[first:last]) for first, last in cuts]
+            per_rank = -(-count // self.world_size)
+            costs = [self._cost(batch) for batch in batches]
+            work = max(sum(costs[b] for b in rank) for rank in self._balanced(costs)) + per_rank * MICROBATCH_TOKENS
+            if work < least:
+                best, least = batches, work
+            more = per_rank + 1 + per_rank // 8  # in steps that grow: a large step stays O(n log n)
+            if count == samples or share + more * MICROBATCH_TOKENS >= least:
+                return best
+            count = self._rounded(more * self.world_size, samples)
 
-    def _split_padded(self, by_length: Sequence[int], count: int) -> list[tuple[int, ...]]:
-        """`count` runs of neighbours with the smallest largest cost, by bisection on the budget."""
-        totals = [self.lengths[i].total for i in by_length]
-        low = max(*totals, -(-sum(totals) // count))
-        high = self.max_tokens  # holds `count` or fewer at any time
-        while low < high:
-            middle = (low + high) // 2
-            if len(self._fill(by_length, middle)) <= count:
-                high = middle
-            else:
-                low = middle + 1
-        batches = self._fill(by_length, high)
-        while len(batches) < count:  # samples of equal lengths fill fewer: halve the one with the most of them
-            largest = max(range(len(batches)), key=lambda b: len(batches[b]))
-            batch = batches.pop(largest)
-            batches += [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        return batches
+    def _cost(self, batch: Sequence[int]) -> int:
+        return computed_tokens([self.lengths[i] for i in batch], self.layout)
+
+    def _balanced(self, costs: Sequence[int]) -> list[list[int]]:
+        """Positions in `costs` by rank: heaviest first to the lightest rank that still has room for an equal count."""
+        per_rank = -(-len(costs) // self.world_size)
+        ranks: list[list[int]] = [[] for _ in range(self.world_size)]
+        heap = [(0, r) for r in range(self.world_size)]
+        for b in sorted(range(len(costs)), key=lambda b: (-costs[b], b)):
+            load, r = heapq.heappop(heap)
+            ranks[r].append(b)
+            if len(ranks[r]) < per_rank:
+                heapq.heappush(heap, (load + costs[b], r))
+        return ranks
 
     def over_ranks(self, batches: list[tuple[int, ...]]) -> tuple[tuple[Microbatch, ...], ...]:
-        """Heaviest first to the lightest rank that still has room; fillers make the counts equal."""
+        """Balanced; fillers make the counts equal."""
         per_rank = -(-len(batches) // self.world_size)
-        microbatches = [Microbatch(batch, (1.0,) * len(batch)) for batch in batches]
+        microbatches = [Microbatch(b, (1.0,) * len(b), self.dropped.intersection(b)) for b in batches]
         shortest = min((i for batch in batches for i in batch), key=lambda i: (self.lengths[i].total, i))
-        filler = Microbatch((shortest,), (0.0,))
+        filler = Microbatch((shortest,), (0.0,), self.dropped.intersection((shortest,)))
         microbatches += [filler] * (per_rank * self.world_size - len(microbatches))
-        cost = {m: computed_tokens([self.lengths[i] for i in m.indices], self.layout) for m in microbatches}
-        ranks: list[list[Microbatch]] = [[] for _ in range(self.world_size)]
-        heap = [(0, r) for r in range(self.world_size)]
-        for microbatch in sorted(microbatches, key=lambda m: (-cost[m], m)):
-            load, r = heapq.heappop(heap)
-            ranks[r].append(microbatch)
-            if len(ranks[r]) < per_rank:
-                heapq.heappush(heap, (load + cost[microbatch], r))
-        return tuple(tuple(rank) for rank in ranks)
+        ranks = self._balanced([self._cost(m.indices) for m in microbatches])
+        return tuple(tuple(microbatches[b] for b in rank) for rank in ranks)
+
+
+def _even_cuts(row: Sequence[Lengths], max_tokens: int, count: int) -> list[int]:
+    """Where `count` runs begin, so that the largest costs as little as can be, within 1/32; bisection on a budget."""
+    totals = [length.total for length in row]
+    low, high = max(*totals, -(-sum(totals) // count)), max_tokens  # `high` holds `count` runs or fewer at any time
+    while high - low > low // 32:
+        middle = (low + high) // 2
+        if len(_filled(row, middle, count)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    cuts = _filled(row, high, count)
+    while len(cuts) < count:  # samples of equal lengths fill fewer: halve the run with the most of them
+        first, last = max(itertools.pairwise([*cuts, len(row)]), key=lambda run: run[1] - run[0])
+        bisect.insort(cuts, (first + last) // 2)
+    return cuts
+
+
+def _filled(row: Sequence[Lengths], budget: int, most: int) -> list[int]:
+    """Where runs begin that are filled up to `budget` one by one, longest image first; gives up beyond `most`."""
+    cuts: list[int] = []
+    rows = text = image = 0
+    for position, length in enumerate(row):
+        if length.text > text:
+            text = length.text
+        rows += 1
+        if not cuts or rows * (text + image) > budget:
+            cuts.append(position)
+            if len(cuts) > most:
+                return cuts
+            rows, text, image = 1, length.text, length.image
+    return cuts

@@ -5,24 +5,46 @@ Cost: one small read a caption.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from mixres.errors import one_line
 
 EmptyCaption = Literal["error", "use_empty", "skip"]
 MAX_CAPTION_BYTES = 2**20
+BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+
+
+class Status(Protocol):
+    """What of a file's state tells that its bytes are those of an earlier look; `os.stat_result` is one."""
+
+    @property
+    def st_mode(self) -> int: ...
+    @property
+    def st_size(self) -> int: ...
+    @property
+    def st_mtime_ns(self) -> int: ...
+    @property
+    def st_ctime_ns(self) -> int: ...
+    @property
+    def st_ino(self) -> int: ...
+
+
+class Picture(Protocol):
+    """An encoded picture: a `Path`, or one that lies in a larger file and is read like a path."""
+
+    def stat(self) -> Status: ...
+    def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class EditRecord:
-    """Files of one example. Paths are as found on disk, their Unicode form untouched."""
+    """Pictures of one example. Paths are as found on disk, their Unicode form untouched."""
 
     name: str  # of the target, relative to its source; printable, for messages
-    target: Path
-    controls: tuple[Path, ...]
+    target: Picture
+    controls: tuple[Picture, ...]
     prompt: str
-    mask: Path | None = None
+    mask: Picture | None = None
 
 
 class Fault(NamedTuple):
@@ -40,7 +62,7 @@ class BadCaptionError(ValueError):
     """This caption cannot be used; the message is the reason."""
 
 
-def printable(path: Path | str) -> str:
+def printable(path: Picture | str) -> str:
     """`path` on one line: a newline, a control character or a byte that is not UTF-8 shows as its escape."""
     return one_line(str(path))
 
@@ -53,7 +75,7 @@ def parse_caption(data: bytes) -> str:
     """
     if len(data) > MAX_CAPTION_BYTES:
         raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long")
-    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+    if data.startswith(BYTE_ORDER_MARKS):
         raise BadCaptionError("the caption starts with a byte order mark; save it as UTF-8 without one")
     try:
         return check_caption(data.decode("utf-8"))

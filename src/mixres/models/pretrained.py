@@ -8,6 +8,7 @@ base that is not a folder, a listing of a few folders otherwise; `fingerprint` r
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def fingerprint(
 ) -> str:
     """xxh3-128 over the names and bytes of all files of `components` and `salt`, 32 hex characters.
 
-    `memo` is a JSON file that keeps digests by path, size and modification time, so that gigabytes of weights are read
+    `memo` is a JSON file that keeps digests by path, size and times of change, so that gigabytes of weights are read
     once and not at every start. A memo that cannot be read is made anew.
 
     Raises:
@@ -78,12 +79,14 @@ def fingerprint(
         if file.suffix not in _OPENED or not file.is_file():
             continue
         stat = file.stat()
-        entry = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        # The time of change too: programs that copy files set the time of modification back, nobody sets this one.
+        entry = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
         digests[entry] = known.get(entry) or _file_digest(file)
         parts.append(f"{file.relative_to(folder).as_posix()} {digests[entry]}")
     if memo is not None and not digests.items() <= known.items():
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(memo, known | digests)
+        with suppress(OSError):  # a full or read-only disk: the memo only saves time
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_json(memo, known | digests)
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
 

@@ -1,7 +1,8 @@
 """The family Qwen-Image: text to image, no control images.
 
 Promise: what `encode` returns is what the stock `QwenImagePipeline` hands to its transformer for the same words, bit
-for bit; no prompt is cut. Cost: VAE and Qwen2.5-VL once a sample in `encode`; the stock loop in `sample_image`.
+for bit; no prompt of up to `MOST_PROMPT_TOKENS` is cut. Cost: VAE and Qwen2.5-VL once a sample in `encode`; the stock
+loop in `sample_image`.
 
 Legend: T text token, D text width.
 """
@@ -18,6 +19,7 @@ from mixres.batch import Sample
 from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models import qwen_family as shared
+from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 from mixres.models.qwen_family import (
     STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
 )
@@ -41,7 +43,10 @@ from mixres.models.qwen_family import (
 )
 
 CONTROLS = (0, 0)  # fewest and most control images of a sample
-MOST_TEXT_TOKENS = 1024  # the pipeline cuts what is over; its call cuts at 512 unless `max_sequence_length` says more
+# The pipeline cuts what is over; its call cuts at 512 unless `max_sequence_length` says more. The five tokens of the
+# template behind the prompt count too.
+_MOST_TEXT_TOKENS = MAX_PROMPT_TOKENS
+MOST_PROMPT_TOKENS = _MOST_TEXT_TOKENS - 5
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
@@ -88,14 +93,10 @@ def encode(
     The target is resized to `target_size` pixels. `mask` is as large as the target.
 
     Raises:
-        UserError: there are controls, or the prompt is over `MOST_TEXT_TOKENS` or has the text encoder's own image
-            markers in it.
+        UserError: there are controls, or the prompt has the text encoder's own image markers in it.
     """
     if fault := example_fault(controls=len(controls), prompt=prompt):
         raise UserError(f"{name}: {fault}")
-    tokens = len(pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt)).input_ids)
-    if (kept := tokens - pipeline.prompt_template_encode_start_idx) > MOST_TEXT_TOKENS:
-        raise UserError(f"{name}: the prompt makes {kept} tokens, Qwen-Image reads {MOST_TEXT_TOKENS}: shorten it")
     return shared.assembled(
         pipeline,
         name=name,
@@ -110,7 +111,7 @@ def encode(
 def encode_prompt(pipeline: QwenImagePipeline, *, controls: Sequence[Image.Image], prompt: str) -> Tensor:
     """`(T, D)` on the CPU: the prompt as the text encoder reads it. There are no controls."""
     assert not controls
-    return shared.prompt_embeds(pipeline, prompt, max_sequence_length=MOST_TEXT_TOKENS)
+    return shared.prompt_embeds(pipeline, prompt, max_sequence_length=_MOST_TEXT_TOKENS)
 
 
 def sample_image(
@@ -130,5 +131,5 @@ def sample_image(
         size=size,
         steps=steps,
         seed=seed,
-        max_sequence_length=MOST_TEXT_TOKENS,
+        max_sequence_length=_MOST_TEXT_TOKENS,
     )

@@ -21,6 +21,7 @@ from mixres.batch import Sample
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
 from mixres.models import qwen_family as shared
+from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 from mixres.models.qwen_family import (
     STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
 )
@@ -45,6 +46,7 @@ from mixres.models.qwen_family import (
 
 CONTROLS = (1, 3)  # fewest and most control images of a sample; the model's authors name three as the most
 STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
+MOST_PROMPT_TOKENS = MAX_PROMPT_TOKENS  # the pipeline does not hold to it
 _ENCODERS = ("vae", "text_encoder", "tokenizer", "processor")
 _MULTIPLE_OF = 32
 

@@ -1,22 +1,27 @@
 """Checkpoints that survive a kill at any instant, and a reader that never opens a pickle.
 
-Promise: a checkpoint directory is whole or it does not count; the newest valid one wins, and the ones before it stay
-until it is committed. Cost: one write, one fsync and one hash per file; the largest file once in memory.
+Promise: a checkpoint directory is whole or it does not count; the newest valid one wins, all ranks agree on which, and
+the ones before it stay until it is committed. Cost: one write, one read (for the hash) and one fsync per file; no file
+is held in memory beside the tensors themselves.
 
 A checkpoint `step-00000100/` holds safetensors and JSON files and, written last, `manifest.json` with the size and
-xxh3-128 of each. It is written under a temporary name, renamed, and only then are older ones removed.
+xxh3-128 of each. It is written under a temporary name, renamed, and only then are older ones removed. Where weights are
+split over ranks, each rank writes its rows into a file of its own; any number of ranks reads them back by rows.
 """
 
+import errno
 import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import xxhash
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mixres import atomic
@@ -24,8 +29,11 @@ from mixres import atomic
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _BLOCK_BYTES = 1 << 24
+_HEADROOM = 1.2  # free space asked for, as a multiple of the tensors
 _NAME = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+Gather = Callable[[Any], list[Any]]  # one rank's value -> all ranks' values, on every rank
 
 
 class Checkpoint:
@@ -34,74 +42,172 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        self._files = {name: safe_open(path / name, "pt") for name in sorted(_manifest(path)) if name != STATE}
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.state["step"])
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved as `name`."""
-        loaded: dict[str, Tensor] = load_file(self.path / f"{name}.safetensors")
-        return loaded
+    def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
+        """The whole tensors saved in `group`, by name: their shapes."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._parts(group):
+            for key in file.keys():  # noqa: SIM118 - no dict
+                shape = tuple(file.get_slice(key).get_shape())
+                shapes[key] = (shapes[key][0] + shape[0], *shape[1:]) if key in shapes else shape
+        return shapes
+
+    def tensor(self, group: str, key: str, rows: range | None = None) -> Tensor:
+        """Tensor `key` of `group`, whole or only `rows` of it; other rows are not read."""
+        pieces, first = [], 0
+        for file in self._parts(group):
+            if key not in file.keys():  # noqa: SIM118
+                continue
+            if rows is None:
+                pieces.append(file.get_tensor(key))
+                continue
+            saved = file.get_slice(key)
+            count = saved.get_shape()[0]
+            low, high = (min(max(edge - first, 0), count) for edge in (rows.start, rows.stop))
+            pieces.append(saved[low:high])
+            first += count
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of `group`, whole."""
+        return {key: self.tensor(group, key) for key in self.shapes(group)}
+
+    def close(self) -> None:
+        """Let the files go; only the state can be read from here on. One that is open keeps its space on the disk."""
+        self._files = {}
+
+    def _parts(self, group: str) -> list[Any]:
+        """The open files of a group, in the order of the rows they hold."""
+        name = re.compile(rf"{group}(-\d+-of-\d+)?\.safetensors")
+        return [file for file_name, file in self._files.items() if name.fullmatch(file_name)]
 
 
 class Checkpoints:
-    """The checkpoints under `root`, of which the newest `keep` stay."""
+    """The checkpoints under `root`, of which the newest `keep` stay. On several ranks all of them call each method.
 
-    def __init__(self, root: Path, *, keep: int) -> None:
-        self.root, self.keep = root, keep
+    `gather` gives every rank's value to every rank; with one process there is nothing to gather.
+    """
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Commit a checkpoint after optimizer step `step`: one safetensors file per entry of `tensors`.
+    def __init__(
+        self, root: Path, *, keep: int, rank: int = 0, ranks: int = 1, gather: Gather = lambda value: [value]
+    ) -> None:
+        self.root, self.keep, self.rank, self.ranks, self.gather = root, keep, rank, ranks, gather
+
+    def save(
+        self,
+        step: int,
+        whole: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        rows: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> Path:
+        """Commit a checkpoint after optimizer step `step`.
+
+        `whole` are groups of tensors that are the same on all ranks: rank 0 writes them. `rows` are this rank's rows
+        (the first dimension) of tensors that are split over the ranks in their order: every rank writes its own.
 
         Raises:
-            OSError: the disk is full or not writable; older checkpoints are untouched and no part of this one is left.
+            OSError: on all ranks, where one finds the disk full or not writable; older checkpoints are untouched and
+                no part of this one is left.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         final = self.root / f"step-{step:08d}"
-        for stale in self.root.glob(f"{atomic.TMP_PREFIX}*"):  # of a run that was killed: there is one writer
-            _remove(stale)
         partial = self.root / f"{atomic.TMP_PREFIX}{final.name}"
-        partial.mkdir()
+        files = self._files(whole, rows)
         try:
-            manifest = {
-                name: _write(partial / name, save(_plain(group)))
-                for name, group in ((f"{name}.safetensors", group) for name, group in tensors.items())
-            }
-            text = json.dumps({**state, "step": step}, allow_nan=False, indent=2)
-            manifest[STATE] = _write(partial / STATE, text.encode())
-            atomic.write_json(partial / MANIFEST, manifest)
-            if final.exists():  # an earlier run saved this step and is being repeated
-                shutil.rmtree(final)
-            partial.rename(final)
+            self._together(lambda: self._begin(partial, files))
+            written = self._together(lambda: {name: _write(partial / name, group) for name, group in files.items()})
+            manifest = {name: entry for part in written for name, entry in part.items()}
+            self._together(lambda: self._commit(partial, final, manifest, {**state, "step": step}))
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-        atomic.sync_directory(self.root)
-        self._point_latest(final)
-        self._rotate()
         return final
 
     def newest_valid(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its manifest says; damaged ones are told in a warning each."""
-        for path in reversed(self._all()):
-            fault = _fault(path)
-            if fault is None:
+        """The newest checkpoint whose files are what its manifest says; damaged ones are told in a warning each.
+
+        All ranks get the same one: they share the hashing, and what one of them cannot read does not count.
+        """
+        for name in reversed(self.gather([path.name for path in self._all()])[0]):
+            path = self.root / name
+            faults = [fault for fault in self.gather(self._fault(path)) if fault]
+            if not faults:
                 return Checkpoint(path)
-            _log.warning("%s is damaged (%s): trying the checkpoint before it", path, fault)
+            if self.rank == 0:
+                _log.warning("%s is damaged (%s): trying the checkpoint before it", path, faults[0])
         return None
 
     def any(self) -> bool:
         """Whether there is a checkpoint at all, valid or not."""
-        return bool(self._all())
+        return bool(self.gather(self._all())[0])
+
+    def _files(
+        self, whole: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """What this rank writes, by file name."""
+        if rows is None:
+            return {f"{group}.safetensors": dict(tensors) for group, tensors in whole.items() if self.rank == 0}
+        own = whole if self.rank == 0 else {}
+        return {
+            f"{group}-{self.rank + 1:05d}-of-{self.ranks:05d}.safetensors": {**own.get(group, {}), **tensors}
+            for group, tensors in rows.items()
+        }
+
+    def _together(self, act: Callable[[], T]) -> list[T]:
+        """What `act` gives on each rank; the first rank's failure is raised on all of them."""
+        result, failure = None, None
+        try:
+            result = act()
+        except OSError as error:
+            failure = error
+        results: list[Any] = self.gather((result, failure))
+        for _, other in results:
+            if other is not None:
+                raise other
+        return [result for result, _ in results]
+
+    def _begin(self, partial: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        needed = sum(self.gather(sum(t.nbytes for group in files.values() for t in group.values())))
+        if self.rank != 0:
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(f"{atomic.TMP_PREFIX}*"):  # of a run that was killed: there is one writer
+            _remove(stale)
+        free = shutil.disk_usage(self.root).free
+        if free < _HEADROOM * needed:
+            raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {int(_HEADROOM * needed):,} are asked for")
+        partial.mkdir()
+
+    def _commit(
+        self, partial: Path, final: Path, manifest: dict[str, list[int | str]], state: Mapping[str, Any]
+    ) -> None:
+        if self.rank != 0:
+            return
+        atomic.write_bytes(partial / STATE, json.dumps(state, allow_nan=False, indent=2).encode())
+        atomic.write_json(partial / MANIFEST, {**manifest, STATE: _digest(partial / STATE)})
+        if final.exists():  # an earlier run saved this step and is being repeated
+            shutil.rmtree(final)
+        partial.rename(final)
+        atomic.sync_directory(self.root)
+        self._point_latest(final)
+        self._rotate(final)
 
     def _all(self) -> list[Path]:
         found = [p for p in self.root.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
-    def _rotate(self) -> None:
-        for path in self._all()[: -self.keep]:
+    def _rotate(self, newest: Path) -> None:
+        """Those beyond `newest` are damaged, or the run had gone on from them: they must not push out valid ones."""
+        paths = self._all()
+        last = paths.index(newest) + 1
+        for path in [*paths[: max(0, last - self.keep)], *paths[last:]]:
             # Renamed first: a kill while files are being deleted must not leave half a checkpoint under its name.
             gone = path.with_name(f"{atomic.TMP_PREFIX}old-{path.name}")
             path.rename(gone)
@@ -113,14 +219,33 @@ class Checkpoints:
         link.symlink_to(final.name)
         link.replace(self.root / "latest")
 
+    def _fault(self, path: Path) -> str | None:
+        """Why files of a checkpoint are not what its manifest says, by this rank's share of them; None if they are."""
+        try:
+            manifest = _manifest(path)
+            if STATE not in manifest:
+                return "its manifest is incomplete"
+            for name in sorted(manifest)[self.rank :: self.ranks]:
+                if Path(name).name != name or _digest(path / name) != manifest[name]:
+                    return f"{name} is not what was saved"
+            Checkpoint(path)
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            return str(error) or type(error).__name__
+        return None
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
 
 
-def _write(path: Path, data: bytes) -> list[int | str]:
-    atomic.write_bytes(path, data)
-    return [len(data), xxhash.xxh3_128_hexdigest(data)]
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> list[int | str]:
+    with atomic.replace(path) as tmp:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, tmp)
+        except SafetensorError as error:  # how it tells that the disk is full
+            raise OSError(str(error)) from error
+    return _digest(path)
 
 
 def _digest(path: Path) -> list[int | str]:
@@ -137,17 +262,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _fault(path: Path) -> str | None:
-    """Why the files of a checkpoint are not what its manifest says; None where they are."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if STATE not in manifest:
-            return "its manifest is incomplete"
-        for name, written in manifest.items():
-            if _digest(path / name) != written:
-                return f"{name} is not what was saved"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return str(error) or type(error).__name__
-    return None

@@ -9,35 +9,65 @@ computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 
 """
 
 import importlib.util
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mixres.errors import UserError
 
-Parallel = Literal["ddp", "fsdp2"]
+# What a launcher's own configuration file can ask for, by the variable in which accelerate hands it on.
+_PLUGINS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+class Launched(NamedTuple):
+    """Which of how many processes a launcher made this one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def launched() -> Launched:
+    """What torchrun and accelerate tell their processes; no connection between them is opened."""
+    said = os.environ.get
+    device = torch.device("cuda", int(said("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return Launched(int(said("RANK", 0)), int(said("WORLD_SIZE", 1)), device)
 
 
 def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> Accelerator:
     """The accelerator of this process. Without an accelerator device several processes talk over gloo.
 
     Raises:
-        UserError: the tracker `report_to` is not installed; accelerate would leave it out without a word.
+        UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
+            (accelerate would leave it out without a word).
     """
+    faults = [
+        f"accelerate launch: its configuration turns on {name}, which mixres does not use: turn it off there (or take "
+        "one of configs/accelerate/), and choose train.parallel=ddp or fsdp2 here"
+        for variable, name in _PLUGINS.items()
+        if os.environ.get(variable, "false").lower() == "true"
+    ]
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise UserError(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
+        faults.append(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
+    if faults:
+        raise UserError(faults)
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
         mixed_precision=mixed_precision,
@@ -46,13 +76,27 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
     )
 
 
-def require_agreement(accelerator: Accelerator, digest: str) -> None:
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank. All must call it; it waits for the last of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(accelerator: Accelerator, word: bool) -> bool:
+    """Whether one rank says so. All must call it; it waits for the last of them."""
+    return bool(accelerator.reduce(torch.tensor(float(word), device=accelerator.device), "sum"))
+
+
+def require_agreement(digest: str) -> None:
     """All ranks stop, together and before the first step, where they would not follow one plan.
 
     Raises:
         UserError: `digest` is not the same on all ranks.
     """
-    digests = gather_object([digest]) if accelerator.num_processes > 1 else [digest]
+    digests = gather(digest)
     if differing := [rank for rank, other in enumerate(digests) if other != digests[0]]:
         raise UserError(
             f"ranks {differing} read other data or another configuration than rank 0: give all of them the same files"
@@ -104,16 +148,47 @@ def gradient_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with sharded ones put together, on every rank: all ranks must call it, in the same order."""
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], *, keep: bool = True, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors with sharded ones put together: all ranks must call it, in the same order.
+
+    One that is not to `keep` them only sends its part and gets none, so that one copy is made and not one a rank.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        cast = tensor if dtype is None else tensor.to(dtype)
+        full = cast.full_tensor() if isinstance(cast, DTensor) else cast
+        if keep:
+            found[name] = full.cpu() if isinstance(cast, DTensor) else full
+    return found
 
 
-def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, equal on all ranks, cut as `parameter` is; as it is where the parameter is whole."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)
+def rows_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors that are the same on all ranks, and this rank's rows of those that are split over them by rows."""
+    alike, rows = {}, {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and tensor.placements == (Shard(0),):
+            rows[name] = tensor.to_local()
+        else:
+            alike[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return alike, rows
+
+
+def placed_like(parameter: Tensor, shape: Sequence[int], read: Callable[[range | None], Tensor]) -> Tensor:
+    """A tensor of `shape` on the device of `parameter` and split as it is; `read` gives the rows asked for, or all.
+
+    A number, of no shape, stays on the CPU. Always a copy: what was read may be a view of a file.
+    """
+    if not shape:
+        return read(None).clone()
+    if not isinstance(parameter, DTensor):
+        return read(None).to(parameter.device, copy=True)
+    assert parameter.placements == (Shard(0),), parameter.placements
+    mesh = parameter.device_mesh
+    chunk = -(-shape[0] // mesh.size())  # as torch.chunk splits
+    first = min(mesh.get_local_rank() * chunk, shape[0])
+    local = read(range(first, min(first + chunk, shape[0]))).to(parameter.device, copy=True)
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local, mesh, parameter.placements, shape=torch.Size(shape), stride=stride)
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

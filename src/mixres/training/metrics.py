@@ -1,9 +1,10 @@
 """`metrics.jsonl`, the record of a run that everything else is derived from, and an optional tracker beside it.
 
 Promise: one line a step, each step once, also after a kill and a resume. A tracker that fails never stops training.
-Cost: one write and flush a step.
+Cost: one write a step.
 """
 
+import io
 import json
 import logging
 from collections.abc import Mapping
@@ -23,18 +24,20 @@ _log = logging.getLogger(__name__)
 class MetricsLog:
     """Appends to `metrics.jsonl` in `folder`; None, for all processes but the first, writes nothing.
 
-    Lines beyond `step` are cut when it is opened: they will be written again.
+    Lines beyond `step` are cut when it is opened: they will be written again. Where the disk is full, lines are kept
+    until it is not.
     """
 
     def __init__(self, folder: Path | None, *, step: int) -> None:
-        self._file = None
+        self._file: io.FileIO | None = None
+        self._pending, self._told = b"", False
         if folder is None:
             return
         path = folder / FILE_NAME
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             atomic.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) in range(1, step + 1)))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = io.FileIO(path, "a")
 
     def __enter__(self) -> Self:
         return self
@@ -47,9 +50,16 @@ class MetricsLog:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """One line."""
-        if self._file:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self._pending += json.dumps(values, allow_nan=False).encode() + b"\n"
+        try:
+            self._pending = self._pending[self._file.write(self._pending) or 0 :]  # a full disk may take a part
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                _log.warning("%s cannot be written (%s): its lines wait in memory", self._file.name, error.strerror)
+            self._told = True
 
 
 def _step_of(line: str) -> int:
@@ -102,7 +112,8 @@ class Tracker:
         if self._accelerator is None:
             return
         try:
-            self._accelerator.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+            scalars = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
+            self._accelerator.log(scalars, step=values["step"])
         except Exception as error:  # a tracker's failure is not the run's
             _log.warning("the tracker failed (%s): it is left alone from here on", error)
             self._accelerator = None

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.errors import UserError
-from mixres.training.distributed import sharded_like
 
 
 def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optimizer]:
@@ -93,13 +92,14 @@ def optimizer_scalars(optimizer: Optimizer, names: Iterable[str]) -> dict[str, A
 def restore_optimizer(
     optimizer: Optimizer, names: Iterable[str], tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Put saved state back by parameter name, on each parameter's device."""
+    """Put saved state back by parameter name; tensors are already where and as large as each parameter needs them."""
     group = optimizer.param_groups[0]
     by_name = dict(zip(names, group["params"], strict=True))
+    counts_on_device = bool(group.get("fused") or group.get("capturable"))  # else torch keeps step counts on the CPU
     for key, value in [*tensors.items(), *scalars["entries"].items()]:
         entry, _, name = key.partition("|")
         parameter = by_name[name]
-        if isinstance(value, torch.Tensor) and value.dim():
-            value = sharded_like(value, parameter)
+        if isinstance(value, torch.Tensor) and not value.dim() and counts_on_device:
+            value = value.to(parameter.device)
         optimizer.state[parameter][entry] = value
     group.update(scalars["group"])

@@ -5,19 +5,41 @@ Cost: a few microseconds a step.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
+T = TypeVar("T")
 
 
 def say(line: str) -> None:
     """One line of the run's own output, past a bar if there is one."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+def counted(
+    items: Collection[T], verb: str, unit: str, *, enabled: bool, every_s: float = _LINE_EVERY_S
+) -> Iterator[T]:
+    """The items as they are worked through: a bar on a terminal, a line every `every_s` seconds elsewhere.
+
+    Rate and time left are those since the first item was done: what it had to load is no part of them.
+    """
+    lines = enabled and not sys.stderr.isatty()
+    started = spoken = time.perf_counter()
+    bar = tqdm(items, desc=verb, unit=unit, disable=lines or not enabled)
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if done == 1:
+            started = now
+        elif lines and done < len(items) and now - spoken >= every_s:
+            spoken = now
+            rate = (done - 1) / (now - started)
+            say(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {_clock((len(items) - done) / rate)}")
 
 
 class Progress:
@@ -41,16 +63,17 @@ class Progress:
 
     def step(self, line: Mapping[str, Any]) -> None:
         """A step is done; `line` is what `metrics.jsonl` got of it."""
-        step, loss, samples, seconds = line["step"], line["loss"], line["samples"], line["seconds"]
+        step, samples, seconds = line["step"], line["samples"], line["seconds"]
         tokens, padding = line["tokens"], 1 - line["tokens"] / line["tokens_computed"]
         rates = f"{samples / seconds:.1f} samples/s, {tokens / seconds:.0f} tokens/s, padding {padding:.0%}"
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rates}", refresh=False)
+        loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
+        self._bar.set_postfix_str(f"loss {loss}, {rates}", refresh=False)
         self._bar.update()
         now = time.perf_counter()
         if self._lines and (now - self._spoken >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
             self._spoken = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
-            say(f"step {step}/{self._last}  loss {loss:.4f}  {rates}, left {_clock(left)}")
+            say(f"step {step}/{self._last}  loss {loss}  {rates}, left {_clock(left)}")
 
 
 def _clock(seconds: float) -> str:

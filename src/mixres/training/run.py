@@ -1,10 +1,13 @@
 """The run folder: one writer at a time, a status others can read, and a polite end when a signal comes.
 
 Promise: `run_status.json` says how a run ended even where a launcher hides its exit code; a second writer never
-touches it. Cost: one lock and a few small writes a run.
+touches it. SIGTERM, SIGINT, SIGUSR1 and the death of the launcher ask for the same: finish the step, save, end.
+Cost: one lock and a few small writes a run.
 """
 
+import ctypes
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,19 +23,27 @@ from mixres.errors import Stopped, UserError
 
 STATUS = "run_status.json"
 _LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
+_ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on what a process group has already got
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
+_log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
 
 
 class RunFolder:
     """Holds the lock on `folder` and keeps its `run_status.json`; only the process of rank 0 does either.
 
     Raises:
-        UserError: another process writes there, and did not stop within 40 s.
+        UserError: another process writes there, and did not stop within `wait_s` seconds (40 by default).
     """
 
-    def __init__(self, folder: Path, *, verb: str, max_train_steps: int, rank: int) -> None:
+    def __init__(
+        self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float | None = None
+    ) -> None:
         self.folder, self.main = folder, rank == 0
+        self._wait_s = _LOCK_WAIT_S if wait_s is None else wait_s
         self.stop_requested = False
         self._stop_at_once = True
+        self._asked_at = 0.0
         self._before: dict[str, Any] = {}
         self._lock = FileLock(folder / ".lock")
         self._handlers: dict[signal.Signals, Any] = {}
@@ -51,35 +62,57 @@ class RunFolder:
         }
 
     def __enter__(self) -> Self:
-        if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=_LOCK_WAIT_S)
-            except Timeout:
-                raise UserError(
-                    f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
-                ) from None
-            self._before = self._read()
-            self.update()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._on_signal)
+        if any(name in os.environ for name in LAUNCHERS):
+            _ask_when_parent_dies(signal.SIGUSR1)
+            self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
+        try:
+            if self.main:
+                self._take_folder()
+        except BaseException:
+            self._let_go()
+            raise
         return self
+
+    def _take_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=self._wait_s)
+            self._before = self._read()
+            self._write()
+        except Timeout:
+            raise UserError(
+                f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"logging.output_dir: {self.folder} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def _let_go(self) -> None:
+        self._lock.release()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         state, code = _ending(error)
         self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
-        if self.main:
-            self._lock.release()
+        self._let_go()
 
     def update(self, **changes: Any) -> None:
-        """Write the status with `changes`."""
+        """Write the status with `changes`; where it cannot be written the run goes on without."""
         self._status |= {**changes, "updated": time.time()}
-        if self.main:
-            atomic.write_json(self.folder / STATUS, self._status)
+        try:
+            if self.main:
+                self._write()
+        except OSError as error:
+            _log.warning("%s could not be written: %s", self.folder / STATUS, error.strerror or error)
+
+    def _write(self) -> None:
+        atomic.write_json(self.folder / STATUS, self._status)
 
     def was_done(self, step: int) -> bool:
         """Whether the run before this one came to its end at `step`, its result written."""
@@ -102,10 +135,19 @@ class RunFolder:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested:
-            os._exit(128 + number)  # the second one: at once, without touching a file
-        self.stop_requested = True
+            if number != signal.SIGUSR1 and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
+                os._exit(128 + number)  # the second one: at once, without touching a file
+            return
+        self.stop_requested, self._asked_at = True, time.monotonic()
         if self._stop_at_once:
             raise Stopped("stopped by a signal before the first step: run the same command to go on")
+
+
+def _ask_when_parent_dies(number: signal.Signals) -> None:
+    """A killed launcher leaves its processes behind: they get signal `number` then. A no-op where there is no prctl."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def _ending(error: BaseException | None) -> tuple[str, int]:

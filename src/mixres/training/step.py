@@ -22,7 +22,7 @@ from mixres.batch import Batch
 from mixres.diffusion.flow_matching import NoiseLevels, make_flow_sample
 from mixres.diffusion.loss import velocity_loss
 from mixres.errors import WorkError
-from mixres.training.distributed import gradient_sync, whole
+from mixres.training.distributed import gather, gradient_sync, whole
 
 PredictVelocity = Callable[[nn.Module, Batch, Tensor, Tensor], Tensor]
 
@@ -62,13 +62,18 @@ class Objective:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` and tokens are of all ranks, `grad_norm` is before the clip; `stopping`: some rank was asked to stop."""
+    """`loss` and tokens are of all ranks, `grad_norm` is before the clip; `stopping`: some rank was asked to stop.
+
+    `skipped` names samples of a step that was left out on all ranks, as its numbers are not finite: those of the
+    microbatches whose loss is not, or all where only the gradient is not. It is empty after an update.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     tokens_computed: int
     stopping: bool
+    skipped: tuple[str, ...] = ()
 
 
 def run_step(
@@ -87,26 +92,38 @@ def run_step(
 ) -> StepResult:
     """Forward and backward over this rank's `count` microbatches, then one clipped update.
 
-    `divisor` is the whole step's, over all ranks; `step` keys the noise. `stop_requested`
-    is this rank's word; all ranks learn of it in the same step.
+    `divisor` is the whole step's, over all ranks; `step` keys the noise. `stop_requested` is this rank's word; all
+    ranks learn of it in the same step. Where loss or gradient is not finite on any rank, no rank updates: only the
+    schedule goes on, since it is a function of the step.
 
     Raises:
-        WorkError: loss or gradient is not finite; nothing has been updated.
+        WorkError: the device has not enough memory for a microbatch.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums, names = _accumulate(accelerator, model, objective, microbatches, count=count, step=step, divisor=divisor)
+    done = _accumulate(accelerator, model, objective, microbatches, count=count, step=step, divisor=divisor)
     grad_norm = float(whole({"norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)})["norm"])
-    sums = torch.cat([sums, sums.new_tensor([stop_requested])])
-    loss, tokens, tokens_computed, stops = accelerator.reduce(sums, "sum").tolist()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise WorkError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: not finite; the last checkpoint is intact. "
-            f"Samples of this process: {', '.join(names)}"
-        )
-    optimizer.step()
+    flags = done.sums.new_tensor([stop_requested, not math.isfinite(grad_norm)])
+    loss, tokens, tokens_computed, stops, bad = accelerator.reduce(torch.cat([done.sums, flags]), "sum").tolist()
+    skipped: tuple[str, ...] = ()
+    if bad or not math.isfinite(loss):
+        suspects = gather(done.suspects)
+        skipped = tuple(name for names in (suspects if any(suspects) else gather(done.names)) for name in names)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # else a first step that is skipped makes a warning
+    else:
+        optimizer.step()
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm, int(tokens), int(tokens_computed), stopping=stops > 0)
+    return StepResult(loss, grad_norm, int(tokens), int(tokens_computed), stopping=stops > 0, skipped=skipped)
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    """What a rank's microbatches gave beside gradients: `(3,)` float64 loss, tokens, tokens computed; the samples, and
+    those in microbatches whose loss is not finite."""
+
+    sums: Tensor
+    names: list[str]
+    suspects: list[str]
 
 
 def _accumulate(
@@ -118,22 +135,47 @@ def _accumulate(
     count: int,
     step: int,
     divisor: int,
-) -> tuple[Tensor, list[str]]:
-    """Gradients of this rank's microbatches, `(3,)` float64 loss, tokens, tokens computed, and the samples' names."""
-    loss = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+) -> _Accumulated:
+    losses: list[Tensor] = []
+    names: list[tuple[str, ...]] = []
     tokens = tokens_computed = 0
-    names: list[str] = []
     for position, batch in enumerate(microbatches):
-        batch = batch.to(accelerator.device)
-        with gradient_sync(model, last=position == count - 1):
-            with accelerator.autocast():
-                total = objective.loss_sum(model, batch, step)
-            torch.autograd.backward(total / divisor)
-        loss += total.detach().double() / divisor
+        try:
+            with gradient_sync(model, last=position == count - 1):
+                losses.append(_backward(accelerator, model, objective, batch, step=step, divisor=divisor))
+        except torch.OutOfMemoryError as error:
+            raise WorkError(_out_of_memory(batch, step, accelerator.device)) from error
         tokens += batch.tokens if any(batch.sample_weights) else 0
         tokens_computed += batch.tokens_computed
-        names += batch.names
-    return torch.cat([loss[None], loss.new_tensor([tokens, tokens_computed])]), names
+        names.append(batch.names)
+    loss = torch.stack(losses).sum()
+    suspects = []
+    if not loss.isfinite():
+        suspects = [name for one, samples in zip(losses, names, strict=True) if not one.isfinite() for name in samples]
+    sums = torch.cat([loss[None], loss.new_tensor([tokens, tokens_computed])])
+    return _Accumulated(sums, [name for samples in names for name in samples], suspects)
+
+
+def _backward(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch, *, step: int, divisor: int
+) -> Tensor:
+    """The microbatch's part of the loss, float64; its gradients are added to those there are."""
+    with accelerator.autocast():
+        total = objective.loss_sum(model, batch.to(accelerator.device), step)
+    torch.autograd.backward(total / divisor)
+    return total.detach().double() / divisor
+
+
+def _out_of_memory(batch: Batch, step: int, device: torch.device) -> str:
+    shapes = "; ".join(
+        f"{name} {' + '.join(f'{grid.rows}x{grid.columns}' for grid in grids)}"
+        for name, grids in zip(batch.names, batch.img_shapes, strict=True)
+    )
+    return (
+        f"step {step + 1}: {device} is out of memory with {batch.tokens_computed} tokens in one microbatch (in tokens: "
+        f"{shapes}); the last checkpoint is intact: lower batch.max_tokens, set train.gradient_checkpointing=true, or "
+        "lower data.resize.target.max_pixels, and run the same command again"
+    )
 
 
 def bare_step_seconds(

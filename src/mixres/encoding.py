@@ -1,0 +1,170 @@
+"""A scanned example under a configuration: its key, its size on disk, and the encoded sample.
+
+Promise: whatever the encoding of an example depends on is in its key, here, side by side; what is stored under a key
+was made of the very bytes that the key names. Cost: VAE and text encoder once an example, one more read of its files.
+"""
+
+import gc
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import xxhash
+
+from mixres.batch import Sample
+from mixres.caching import check_space, fill
+from mixres.config import Config
+from mixres.data.cache import Cache
+from mixres.data.dataset import ScannedRecord
+from mixres.data.images import BadImageError, read_image, read_mask
+from mixres.data.keys import entry_key
+from mixres.errors import WorkError
+from mixres.examples import control_areas, image_limits
+from mixres.geometry import Size, target_size
+from mixres.models.qwen_entry_size import EntrySize
+
+# Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
+# resized differently, and when a new release line of diffusers brings another prompt template.
+ENCODING = 1
+
+
+def entry_keys(
+    config: Config, family: ModuleType, records: Sequence[ScannedRecord], *, empty_prompt: bool = False
+) -> list[str]:
+    """For each record the hash over everything that its entry depends on; `empty_prompt`: it holds that one too.
+
+    Raises:
+        UserError: the base's encoders cannot be had.
+    """
+    memo = Path(config.cache.cache_dir) / "fingerprints.json"
+    encoders = family.encoder_fingerprint(
+        config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
+    )
+    return [
+        entry_key(
+            encoding=ENCODING,
+            encoders=encoders,
+            dtype=config.model.dtype,
+            target_size=target_size_of(config, scanned),
+            **control_areas(config, family, target_size_of(config, scanned)),
+            controls=len(scanned.record.controls),
+            files=scanned.digests,
+            prompt=scanned.record.prompt,
+            **({"empty_prompt": True} if empty_prompt else {}),
+        )
+        for scanned in records
+    ]
+
+
+def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
+    """The size that the example is trained at."""
+    rule = config.data.resize.target
+    return target_size(
+        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
+    )
+
+
+def encode_missing(
+    config: Config,
+    family: ModuleType,
+    cache: Cache,
+    missing: Mapping[str, ScannedRecord],
+    with_empty: Collection[str],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> int:
+    """Fill the cache together with the other ranks; how many entries this process encoded. Its encoders are gone then.
+
+    The keys `with_empty` get the embeddings of the empty prompt too. They see the example's own control image, so they
+    are others for each example.
+
+    Raises:
+        UserError: the encoders cannot be loaded, or the disk has no room for all entries.
+        WorkError: the disk is full, or a file has changed since the scan.
+    """
+    sizes = entry_sizes(config, family, missing, with_empty)
+    check_space(cache.root, sizes.values())
+    wanted = {key: (scanned, key in with_empty) for key, scanned in missing.items()}
+    load = partial(_load, config, family, device)
+    encoded = fill(cache, wanted, sizes, load, rank=rank, world_size=world_size)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return encoded
+
+
+def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:
+    """Loads the encoders; the function encodes an example, with its empty prompt where that is wanted."""
+    model, dtype = config.model, getattr(torch, config.model.dtype)
+    encoders = family.load_encoders(
+        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device=device
+    )
+
+    def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
+        scanned, empty = wanted
+        inputs = example_inputs(config, family, scanned)
+        sample: Sample = family.encode(encoders, **inputs)
+        if not empty:
+            return sample
+        return replace(sample, empty_embeds=family.encode(encoders, **inputs | {"prompt": ""}).prompt_embeds)
+
+    return encode
+
+
+def entry_sizes(
+    config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
+) -> dict[str, int]:
+    """The bytes that each entry will take, estimated; the keys `with_empty` hold the empty prompt too."""
+    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    size_of = EntrySize(
+        path,
+        revision=revision,
+        dtype=getattr(torch, config.model.dtype),
+        pixels_per_token=family.pixels_per_token(path, revision=revision),
+        shows_controls=family.CONTROLS[1] > 0,
+    )
+    return {
+        key: size_of(
+            target=target_size_of(config, scanned),
+            controls=scanned.control_sizes,
+            prompts=(scanned.record.prompt, "") if key in with_empty else (scanned.record.prompt,),
+            mask=scanned.record.mask is not None,
+            **control_areas(config, family, target_size_of(config, scanned)),
+        )
+        for key, scanned in missing.items()
+    }
+
+
+def example_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) -> dict[str, Any]:
+    """What the family's `encode` takes of an example, its pictures decoded.
+
+    Raises:
+        WorkError: a file is not the one that the scan saw, whose bytes the key is of.
+    """
+    limits, record = image_limits(config), scanned.record
+    files = (record.target, *record.controls, *([record.mask] if record.mask else []))
+    again = "has changed since the scan: run the same command again"
+    try:
+        target = read_image(record.target, limits)
+        controls = [read_image(path, limits) for path in record.controls]
+        mask = read_mask(record.mask, limits, scanned.target_size) if record.mask else None
+        digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
+    except (BadImageError, OSError) as error:
+        raise WorkError(f"{record.name}: a file {again} ({error})") from error
+    for path, digest, scanned_digest in zip(files, digests, scanned.digests, strict=True):
+        if digest != scanned_digest:
+            raise WorkError(f"{record.name}: {path} {again}")
+    return {
+        "name": record.name,
+        "target": target,
+        "target_size": target_size_of(config, scanned),
+        "controls": controls,
+        "prompt": record.prompt,
+        "mask": mask,
+        **control_areas(config, family, target_size_of(config, scanned)),
+    }

@@ -1,0 +1,199 @@
+"""A configuration's data -> usable examples, or everything that is wrong with them.
+
+Promise: every fault of files, captions, sizes and prompts, in training and held-out data, is told in one list before
+anything is encoded; what is held out is never trained. Cost: the scan; see `mixres.data.dataset`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+from mixres import atomic
+from mixres.config import Config
+from mixres.data.dataset import ScannedRecord, scan, split_held_out
+from mixres.data.images import Limits
+from mixres.data.records import Fault, printable
+from mixres.errors import UserError
+from mixres.geometry import Size, control_area
+from mixres.models.prompt_length import over_long
+from mixres.training.progress import say
+
+BAD_ITEMS = "bad_items.jsonl"
+SCAN_MEMO = "scan.json"
+
+
+class _Part(NamedTuple):
+    """What is usable of some sources, and what is not."""
+
+    records: list[ScannedRecord]
+    faults: list[Fault]
+    decoded: int
+    unchanged: int
+    cut: int  # prompts
+
+
+def find_examples(
+    config: Config, family: ModuleType, *, speak: bool
+) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
+    """Training and held-out examples. `speak`: this process tells what was found and writes `bad_items.jsonl`.
+
+    Raises:
+        UserError: sources, sizes or examples are wrong, all of them together; or a share holds out none or all.
+    """
+    data, model = config.data, config.model
+    token = family.pixels_per_token(model.pretrained_model_name_or_path, revision=model.revision)
+    _check_sizes(config, family, token)
+    found, missing = [], list[str]()
+    for sources in (data.train, data.held_out if isinstance(data.held_out, tuple) else ()):
+        try:
+            found.append(_usable(config, family, sources, token, speak))
+        except UserError as error:
+            missing += error.messages
+    if missing:
+        raise UserError([*missing, *(str(fault) for part in found for fault in part.faults)])
+    train, held_out = (part.records for part in found)
+    if isinstance(data.held_out, float):
+        train, held_out = split_held_out(train, data.held_out, config.train.seed)
+    held_out, trained = _never_trained(train, held_out)
+    _settle(config, [fault for part in found for fault in part.faults] + trained, found, speak)
+    if isinstance(data.held_out, float) and not (train and held_out):
+        what = "all" if held_out else "none"
+        mend = "give another share, or a folder"
+        raise UserError(f"data.held_out: {data.held_out:g} of {len(train + held_out)} examples is {what}; {mend}")
+    if speak:
+        _tell(train, held_out, found, family.MOST_PROMPT_TOKENS)
+    return train, held_out
+
+
+def _check_sizes(config: Config, family: ModuleType, token: int) -> None:
+    faults: list[str] = []
+    multiple_of = config.data.resize.target.multiple_of
+    if multiple_of % token:
+        faults.append(
+            f"data.resize.target.multiple_of: {multiple_of} is not a multiple of {token}, the pixels of one token of "
+            "this base"
+        )
+    try:
+        stated_areas(config, family)
+    except UserError as error:
+        faults += error.messages
+    if faults:
+        raise UserError(faults)
+
+
+def stated_areas(config: Config, family: ModuleType) -> dict[str, int | Literal["target"]]:
+    """The size rules of control images under the names that the family's functions give them.
+
+    Raises:
+        UserError: the family does not have a size that the configuration gives.
+    """
+    rules: dict[str, int | Literal["target"]] = family.control_areas(**config.data.resize.control.model_dump())
+    return rules
+
+
+def control_areas(config: Config, family: ModuleType, target: Size) -> dict[str, int]:
+    """The sizes of the controls of one target, as keyword arguments of the family's functions."""
+    return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
+
+
+def _usable(config: Config, family: ModuleType, sources: Sequence[str], token: int, speak: bool) -> _Part:
+    scanned = scan(
+        sources,
+        limits=image_limits(config),
+        empty_caption=config.data.empty_caption,
+        min_side=token,
+        progress=speak,
+        memo=Path(config.cache.cache_dir) / SCAN_MEMO,
+    )
+    fitting, unfit = _fitting(family, scanned.records)
+    usable, too_long, cut = _short_enough(config, family, fitting)
+    return _Part(usable, [*scanned.faults, *unfit, *too_long], scanned.decoded, scanned.unchanged, cut)
+
+
+def image_limits(config: Config) -> Limits:
+    """What a source image may be, for the reading room."""
+    return Limits(follow_symlinks=config.data.follow_symlinks, **config.data.limits.model_dump())
+
+
+def _fitting(family: ModuleType, records: Sequence[ScannedRecord]) -> tuple[list[ScannedRecord], list[Fault]]:
+    usable, faults = [], []
+    for scanned in records:
+        reason = family.example_fault(controls=len(scanned.record.controls), prompt=scanned.record.prompt)
+        if reason is None:
+            usable.append(scanned)
+        else:
+            faults.append(Fault(printable(scanned.record.target), reason))
+    return usable, faults
+
+
+def _short_enough(
+    config: Config, family: ModuleType, records: Sequence[ScannedRecord]
+) -> tuple[list[ScannedRecord], list[Fault], int]:
+    """Examples whose prompts fit the text encoder, faults of the others, and how many were cut instead."""
+    model = config.model
+    prompts = (scanned.record.prompt for scanned in records)
+    most: int = family.MOST_PROMPT_TOKENS
+    long = over_long(prompts, model.pretrained_model_name_or_path, most=most, revision=model.revision)
+    usable, faults, cut = [], [], 0
+    for scanned in records:
+        record = scanned.record
+        tokens, beginning = long.get(record.prompt, (0, record.prompt))
+        if tokens and config.data.long_caption == "error":
+            mend = "shorten it, or set data.long_caption=truncate"
+            reason = f"the prompt is {tokens} tokens long, more than {most}; {mend}"
+            faults.append(Fault(printable(record.target), reason))
+            continue
+        usable.append(scanned._replace(record=replace(record, prompt=beginning)) if tokens else scanned)
+        cut += bool(tokens)
+    return usable, faults, cut
+
+
+def _never_trained(
+    train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord]
+) -> tuple[list[ScannedRecord], list[Fault]]:
+    """Held-out examples whose target is not trained on under any name, and the faults of the others."""
+    trained = {scanned.digests[0]: scanned.record for scanned in train}
+    kept, faults = [], []
+    for scanned in held_out:
+        twin = trained.get(scanned.digests[0])
+        if twin is None:
+            kept.append(scanned)
+        else:
+            reason = f"is held out and trained on, as {printable(twin.target)}; take one of the two out"
+            faults.append(Fault(printable(scanned.record.target), reason))
+    return kept, faults
+
+
+def _settle(config: Config, faults: Sequence[Fault], parts: Sequence[_Part], speak: bool) -> None:
+    """Stop for faults, all of them together, or list them in the run folder where the configuration says to go on."""
+    if config.data.on_bad_item == "error" and any(not fault.skip for fault in faults):
+        files = sum(part.decoded + part.unchanged for part in parts)
+        mend = "mend them, or set data.on_bad_item=skip to go on without their examples"
+        raise UserError([*map(str, faults), f"data: {len(faults)} faults with {files} pictures; {mend}"])
+    folder = Path(config.logging.output_dir)
+    if not speak:
+        return
+    if not faults:
+        (folder / BAD_ITEMS).unlink(missing_ok=True)  # an earlier run's
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic.replace(folder / BAD_ITEMS) as tmp, tmp.open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps({'path': fault.path, 'reason': fault.reason})}\n" for fault in faults)
+        say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
+
+
+def _tell(
+    train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord], parts: Sequence[_Part], most_tokens: int
+) -> None:
+    decoded, unchanged = sum(part.decoded for part in parts), sum(part.unchanged for part in parts)
+    say(f"scan      {decoded + unchanged} pictures: {decoded} decoded, {unchanged} unchanged since the last scan")
+    examples = [*train, *held_out]
+    controls = sum(len(scanned.record.controls) for scanned in examples)
+    say(f"data      {len(train)} training and {len(held_out)} held-out examples with {controls} controls")
+    if flattened := sum(scanned.flattened for scanned in examples):
+        say(f"data      {flattened} examples have transparency, which is laid on white")
+    if cut := sum(part.cut for part in parts):
+        say(f"data      {cut} prompts are cut to {most_tokens} tokens")

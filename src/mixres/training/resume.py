@@ -1,0 +1,171 @@
+"""What a checkpoint holds of a run, and whether this run may go on from it.
+
+Promise: a run goes on from the newest valid checkpoint or is told why not; what would make it another run is refused
+with both values, what may change is applied and told. All ranks come to the same answer. Cost: hashing one checkpoint
+at a start; reading each rank's own part of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mixres.config_source import dotted, leaves
+from mixres.errors import UserError, WorkError
+from mixres.training.checkpoint import Checkpoint, Checkpoints
+from mixres.training.distributed import placed_like, rows_of
+from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer
+
+OPTIMIZER = "optimizer.class_path"
+
+
+@dataclass
+class Skips:
+    """Steps left out because their numbers were not finite: all of them, and those since the last one that was not."""
+
+    total: int = 0
+    consecutive: int = 0
+
+    def count(self, skipped: bool) -> None:
+        """One more step."""
+        self.total += skipped
+        self.consecutive = self.consecutive + 1 if skipped else 0
+
+
+def checkpoint_to_resume(
+    checkpoints: Checkpoints, resume: str, identity: Mapping[str, Any], allowed: Sequence[str]
+) -> Checkpoint | None:
+    """The checkpoint to go on from, None to start afresh.
+
+    `identity` is what a run must share with the one it goes on from: `frozen` values by key, and `order`, a hash over
+    what each step holds. Changes of the keys in `allowed` are let through.
+
+    Raises:
+        UserError: one is required and there is none, none of those there is valid, or it is of another run.
+    """
+    root = checkpoints.root
+    if resume == "never":
+        if checkpoints.any():
+            raise UserError(
+                f"resume: never, but {root} holds checkpoints: remove them, or choose another logging.output_dir"
+            )
+        return None
+    found = checkpoints.newest_valid()
+    if found is None:
+        if checkpoints.any():
+            raise UserError(f"resume: no checkpoint in {root} is whole: remove them to start afresh")
+        if resume == "required":
+            raise UserError(f"resume: required, but there is no checkpoint in {root}")
+        return None
+    changed = _changed(found, identity["frozen"])
+    refused = [line for key, line in changed.items() if key not in allowed]
+    if not changed and found.state["order"] != identity["order"]:
+        refused = [f"{found.path}: was made by a version that orders the samples otherwise: finish it with that one"]
+    if refused:
+        raise UserError(refused)
+    return found
+
+
+def _changed(found: Checkpoint, frozen: Mapping[str, Any]) -> dict[str, str]:
+    """A line for every frozen key whose value is not the checkpoint's."""
+    saved = found.state["frozen"]
+    return {
+        key: f"{key}: checkpoint {found.path.name} was made with {saved.get(key)}, this run has {frozen.get(key)}: "
+        "change it back, choose another logging.output_dir, or name it in resume_allow_changes where that takes it"
+        for key in {**saved, **frozen}
+        if saved.get(key) != frozen.get(key)
+    }
+
+
+def changes(found: Checkpoint | None, identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """What this run has otherwise than the checkpoint's, `key: old -> new`: frozen keys that were let through first."""
+    if found is None:
+        return []
+    saved: Mapping[str, Any] = found.state
+    lines: list[str] = []
+    for before, now in ((saved["frozen"], identity["frozen"]), (_flat(saved["config"]), _flat(config))):
+        told = {line.partition(":")[0] for line in lines}
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in told]
+        lines += [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
+    return lines
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {dotted(path): value for path, value in leaves(dict(config))}
+
+
+def save_run(
+    checkpoints: Checkpoints,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    *,
+    step: int,
+    state: Mapping[str, Any],
+) -> None:
+    """On all ranks: each writes the rows it holds, the first also what is whole.
+
+    Raises:
+        WorkError: on all ranks; the weights are not finite, or the checkpoint could not be written.
+    """
+    finite = all(bool(part.detach().isfinite().all()) for group in rows_of(parameters) for part in group.values())
+    if not all(checkpoints.gather(finite)):
+        raise WorkError(
+            f"step {step}: the weights are not finite, so this step is not saved; the last checkpoint is intact: "
+            "lower optimizer.init_args.lr and run the same command again"
+        )
+    groups = {"trainable": parameters, "optimizer": optimizer_tensors(optimizer, parameters)}
+    parts = {name: rows_of(tensors) for name, tensors in groups.items()}
+    split = any(rows for _, rows in parts.values())
+    scalars = optimizer_scalars(optimizer, parameters)
+    try:
+        checkpoints.save(
+            step,
+            {name: alike for name, (alike, _) in parts.items()},
+            {**state, "optimizer": scalars},
+            rows={name: rows for name, (_, rows) in parts.items()} if split else None,
+        )
+    except OSError as error:
+        needed = sum(
+            tensor.numel() * tensor.element_size() for tensors in groups.values() for tensor in tensors.values()
+        )
+        raise WorkError(
+            f"{checkpoints.root}: the checkpoint of step {step} needs {needed:,} bytes and could not be written "
+            f"({error.strerror or error}); those before it are intact: make room and run the same command again"
+        ) from error
+
+
+def restore_run(
+    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, *, kind: str
+) -> None:
+    """Weights and optimizer state; only the rows that this rank holds are read. The checkpoint is closed then.
+
+    The state of an optimizer of another class than `kind` is left out: it would mean something else.
+
+    Raises:
+        UserError: the checkpoint's weights are of other names or shapes.
+    """
+    saved = checkpoint.shapes("trainable")
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if differing := [name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name)]:
+        name = differing[0]
+        raise UserError(
+            f"resume: {len(differing)} weights of {checkpoint.path} do not fit this run, the first {name}: "
+            f"{saved.get(name)} there, {shapes.get(name)} here: choose another logging.output_dir"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(_read(checkpoint, "trainable", name, parameter, saved[name]))
+    if checkpoint.state["frozen"].get(OPTIMIZER) == kind:
+        tensors = {
+            key: _read(checkpoint, "optimizer", key, parameters[key.partition("|")[2]], shape)
+            for key, shape in checkpoint.shapes("optimizer").items()
+        }
+        restore_optimizer(optimizer, parameters, tensors, checkpoint.state["optimizer"])
+    checkpoint.close()
+
+
+def _read(checkpoint: Checkpoint, group: str, key: str, parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return placed_like(parameter, shape, lambda rows: checkpoint.tensor(group, key, rows))

@@ -1,0 +1,114 @@
+"""A patched model that trains and samples by turns gives each call what a fresh model gives it, bit for bit."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from mixres.batch import Sample
+from mixres.data.collate import collate
+from mixres.geometry import Grid, Size
+from mixres.models import qwen_image_edit as family
+from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+AREA = 64 * 64
+SAMPLES = [  # grids of target and control, text tokens
+    ((Grid(1, 6, 4), Grid(1, 4, 4)), 9),
+    ((Grid(1, 3, 8), Grid(1, 2, 6)), 3),
+    ((Grid(1, 5, 5), Grid(1, 4, 4)), 14),
+]
+Values = list[Tensor]
+
+
+def make_sample(number: int) -> Sample:
+    shapes, text = SAMPLES[number]
+    draw = torch.Generator().manual_seed(number)
+    latents = [torch.randn(grid.tokens, 64, generator=draw) for grid in shapes]
+    return Sample(str(number), latents[0], tuple(latents[1:]), torch.randn(text, 64, generator=draw), shapes)
+
+
+def make_pipeline(base: Path) -> QwenImageEditPipeline:
+    """The stock pipeline around a patched transformer with adapters on attention and modulation, set to train."""
+    model = family.load_transformer(str(base), dtype=torch.float32, device="cpu")
+    targets = ["to_q", "to_v", "img_mod.1", "norm_out.linear", "proj_out"]
+    add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=targets, untrained=(), seed=0)
+    fill_adapters(trainable_parameters(model), seed=0)
+    return family.load_sampling_pipeline(str(base), transformer=model.train(), dtype=torch.float32, device="cpu")
+
+
+def train(
+    pipeline: QwenImageEditPipeline, numbers: tuple[int, ...], layout: str, checkpointing: bool = False
+) -> Values:
+    """Velocity and gradients of one microbatch."""
+    model: nn.Module = pipeline.transformer
+    batch = collate(
+        [make_sample(n) for n in numbers], indices=numbers, weights=[1.0] * len(numbers), layout=layout  # type: ignore[arg-type]
+    )  # fmt: skip
+    if checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    try:
+        sigmas = torch.tensor([0.2, 0.5, 0.9])[list(numbers)]
+        velocity = family.predict_velocity(model, batch, batch.latents, sigmas)
+        velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
+    finally:
+        pipeline.transformer.disable_gradient_checkpointing()
+    gradients = [p.grad.clone() for p in trainable_parameters(model).values() if p.grad is not None]
+    assert gradients and all(gradient.any() for gradient in gradients)
+    model.zero_grad(set_to_none=True)
+    return [velocity.detach(), *gradients]
+
+
+def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
+    """What the stock pipeline's transformer predicts in each denoising step, and the picture."""
+    seen: Values = []
+    handle = pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    draw = torch.Generator().manual_seed(7)
+    control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
+    try:
+        picture = family.sample_image(
+            pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
+            control_area=AREA,
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    assert len(seen) == 2 and pipeline.transformer.training
+    return [*seen, torch.from_numpy(np.array(picture))]
+
+
+CALLS: dict[str, Callable[[QwenImageEditPipeline], Values]] = {
+    "padded": lambda p: train(p, (0, 1, 2), "padded"),
+    "padded, checkpointed": lambda p: train(p, (2, 0), "padded", checkpointing=True),
+    "packed": lambda p: train(p, (0, 1, 2), "packed"),
+    "packed, checkpointed": lambda p: train(p, (1, 2), "packed", checkpointing=True),
+    "single": lambda p: train(p, (1,), "padded"),
+    "single, packed": lambda p: train(p, (1,), "packed"),
+    "sampling, wide": lambda p: sample(p, Size(112, 48)),
+    "sampling, tall": lambda p: sample(p, Size(48, 80)),
+}
+
+
+@pytest.fixture(scope="module")
+def fresh(tiny_base: Path) -> dict[str, Values]:
+    """Each call on a model that has done nothing else."""
+    return {name: call(make_pipeline(tiny_base)) for name, call in CALLS.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_training_and_sampling_in_any_order_give_the_values_of_a_fresh_model(
+    tiny_base: Path, fresh: dict[str, Values], seed: int
+) -> None:
+    pipeline = make_pipeline(tiny_base)
+    order = [*CALLS, *CALLS]
+    random.Random(seed).shuffle(order)
+    for name in order:
+        found = CALLS[name](pipeline)
+        assert len(found) == len(fresh[name])
+        for place, (here, there) in enumerate(zip(found, fresh[name], strict=True)):
+            assert torch.equal(here, there), (order, name, place)

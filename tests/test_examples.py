@@ -1,0 +1,191 @@
+"""A configuration's data as a run sees them: what is held out, what is told, and what stops it before any encoding."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mixres.config import Config, load_config
+from mixres.data.dataset import ScannedRecord, scan, split_held_out
+from mixres.data.images import Limits
+from mixres.errors import UserError
+from mixres.examples import find_examples
+from mixres.models import qwen_image_edit as family
+
+Setup = Callable[..., Config]
+
+
+@pytest.fixture
+def data(few_pairs: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(few_pairs, tmp_path / "data")
+
+
+@pytest.fixture
+def setup(small_run: Path, data: Path, tmp_path: Path) -> Setup:
+    def config(*overrides: str) -> Config:
+        common = [
+            f"data.train={data / 'train'}",
+            f"data.held_out={data / 'held_out'}",
+            f"cache.cache_dir={tmp_path / 'cache'}",
+            f"logging.output_dir={tmp_path / 'run'}",
+        ]
+        return load_config(small_run, [*common, *overrides])
+
+    return config
+
+
+def names(records: list[ScannedRecord]) -> set[str]:
+    return {scanned.record.name for scanned in records}
+
+
+def first(data: Path, kind: str, part: str = "train", suffix: str = ".png") -> Path:
+    return min((data / part / kind).glob(f"*{suffix}"))
+
+
+def messages(config: Config) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        find_examples(config, family, speak=True)
+    return list(caught.value.messages)
+
+
+# --- Held out
+
+
+def test_a_share_holds_out_examples_that_are_not_trained(setup: Setup) -> None:
+    every = find_examples(setup("data.held_out=null"), family, speak=False)[0]
+    train, held_out = find_examples(setup("data.held_out=0.4"), family, speak=False)
+    assert len(every) == 10
+    assert names(train) | names(held_out) == names(every)
+    assert not names(train) & names(held_out)
+    assert 0 < len(held_out) < 10
+    assert find_examples(setup("data.held_out=0.4"), family, speak=False) == (train, held_out)
+
+
+def test_a_share_follows_the_seed_and_is_about_its_size(demo_data: Path) -> None:
+    records = scan([str(demo_data)], limits=Limits()).records
+    assert len(records) == 72
+    parts = [names(split_held_out(records, 0.25, seed)[1]) for seed in range(20)]
+    assert len({frozenset(part) for part in parts}) == 20
+    assert 72 * 0.2 < sum(map(len, parts)) / 20 < 72 * 0.3
+    nested = [names(split_held_out(records, share, 0)[1]) for share in (0.1, 0.25, 0.5, 0.9)]
+    assert nested[0] <= nested[1] <= nested[2] <= nested[3], (
+        "a larger share holds out what a smaller one does, and more"
+    )
+
+
+def test_no_example_changes_sides_when_others_come_go_or_are_renamed(demo_data: Path, tmp_path: Path) -> None:
+    records = scan([str(demo_data)], limits=Limits()).records
+    train, held_out = split_held_out(records, 0.3, 7)
+    some = records[::2]
+    assert names(split_held_out(some, 0.3, 7)[1]) == names(held_out) & names(some)
+    assert split_held_out(reversed(records), 0.3, 7) == (train[::-1], held_out[::-1])
+    moved = shutil.copytree(demo_data, tmp_path / "moved")
+    for path in list(moved.rglob("*.*")):
+        path.rename(path.with_name(f"new {path.name}"))
+    renamed = split_held_out(scan([str(moved)], limits=Limits()).records, 0.3, 7)[1]
+    assert {name.replace("new ", "") for name in names(renamed)} == names(held_out)
+
+
+def test_one_target_under_several_names_and_prompts_is_on_one_side(demo_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(demo_data, tmp_path / "data")
+    for path in list(data.rglob("*.*")):
+        shutil.copyfile(path, path.with_name(f"copy_{path.name}"))
+    for path in (data / "training_images").glob("copy_*.txt"):
+        path.write_text("another instruction")
+    for part in split_held_out(scan([str(data)], limits=Limits()).records, 0.3, 0):
+        copies = {name for name in names(part) if "copy_" in name}
+        assert len(part) == 2 * len(copies) > 0
+        assert {name.replace("copy_", "") for name in copies} == names(part) - copies
+
+
+def test_a_held_out_example_that_is_also_trained_is_a_fault(setup: Setup, data: Path) -> None:
+    target = first(data, "training_images")
+    for file in (target, target.with_suffix(".txt"), data / "train" / "control_images" / target.name):
+        shutil.copyfile(file, data / "held_out" / file.parent.name / f"twin{file.suffix}")
+    config = setup()
+    twin = data / "held_out/training_images/twin.png"
+    assert messages(config)[:-1] == [f"{twin}: is held out and trained on, as {target}; take one of the two out"]
+    train, held_out = find_examples(setup("data.on_bad_item=skip"), family, speak=True)
+    assert (len(train), len(held_out)) == (10, 3)
+
+
+@pytest.mark.parametrize(("share", "what"), [("0.0001", "none"), ("0.9999", "all")])
+def test_a_share_that_leaves_a_side_empty_is_told(setup: Setup, share: str, what: str) -> None:
+    mend = "give another share, or a folder"
+    assert messages(setup(f"data.held_out={share}")) == [f"data.held_out: {share} of 10 examples is {what}; {mend}"]
+
+
+# --- What is told
+
+
+def test_the_summary_counts(setup: Setup, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, path in enumerate(sorted((data / "train" / "control_images").glob("*.png"))[:2]):
+        with Image.open(path) as image:
+            image.load()
+        image.putalpha(number * 255)  # one of the two is opaque
+        image.save(path)
+    find_examples(setup(), family, speak=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "scan      26 pictures: 26 decoded, 0 unchanged since the last scan",
+        "data      10 training and 3 held-out examples with 13 controls",
+        "data      1 examples have transparency, which is laid on white",
+    ]
+    find_examples(setup(), family, speak=False)
+    assert capsys.readouterr().out == "", "the other ranks say nothing"
+
+
+def test_faults_of_all_kinds_and_parts_come_in_one_list(setup: Setup, data: Path) -> None:
+    images = sorted((data / "train/training_images").glob("*.png"))
+    images[0].write_bytes(b"")
+    images[1].with_suffix(".txt").write_text("long " * 300)
+    images[2].with_suffix(".txt").write_text("see <|image_pad|>")
+    first(data, "training_images", "held_out", ".txt").write_text(" ")
+    *faults, summary = messages(setup())
+    assert [fault.replace(f"{data}/", "").partition(": ")[2] for fault in sorted(faults)] == [
+        "the caption is empty; write one, or set data.empty_caption to use_empty or skip",
+        "is empty (0 bytes)",
+        "the prompt is 1199 tokens long, more than 1024; shorten it, or set data.long_caption=truncate",
+        "the prompt contains <|image_pad|>, a marker of the text encoder: take it out",
+    ]
+    assert summary.startswith("data: 4 faults with 24 pictures; mend them, or set data.on_bad_item=skip")
+
+
+def test_a_source_that_is_missing_is_told_with_the_faults_of_the_other(setup: Setup, data: Path) -> None:
+    first(data, "training_images").write_bytes(b"")
+    found = messages(setup(f"data.held_out={data / 'nowhere'}"))
+    assert [line.replace(f"{data}/", "").rpartition("/")[2].partition(": ")[2] for line in found] == [
+        "no such folder or manifest",
+        "is empty (0 bytes)",
+    ]
+
+
+def test_long_captions_are_cut_where_that_is_asked_for(
+    setup: Setup, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = first(data, "training_images", suffix=".txt")
+    text.write_text("图片 " * 1000, encoding="utf-8")
+    (fault, _) = messages(setup())
+    assert re.search(r"the prompt is \d{4} tokens long, more than 1024", fault)
+    train, _ = find_examples(setup("data.long_caption=truncate"), family, speak=True)
+    assert len(train) == 10
+    assert capsys.readouterr().out.endswith("data      1 prompts are cut to 1024 tokens\n")
+    prompt = train[0].record.prompt
+    assert ("图片 " * 1000).startswith(prompt)
+    assert 0 < len(prompt) < 1000
+
+
+def test_what_is_skipped_is_listed_with_names_of_any_kind(setup: Setup, data: Path, tmp_path: Path) -> None:
+    bad = ["line\nbreak", "-dash", "图片", "n" * 251]
+    for stem in bad:
+        (data / f"train/training_images/{stem}.png").write_bytes(b"GIF89a")
+        (data / f"train/training_images/{stem}.txt").write_text("x")
+        shutil.copyfile(first(data, "control_images"), data / f"train/control_images/{stem}.png")
+    train, _ = find_examples(setup("data.on_bad_item=skip"), family, speak=True)
+    assert len(train) == 10
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
+    shown = [line["path"].rpartition("/")[2] for line in listed]
+    assert sorted(shown) == sorted(f"{stem.replace(chr(10), chr(92) + 'n')}.png" for stem in bad)

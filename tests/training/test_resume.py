@@ -1,0 +1,212 @@
+"""What a start finds: which checkpoint it goes on from, when it must not, what of a run is saved and put back."""
+
+import logging
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixres.errors import UserError, WorkError
+from mixres.training.checkpoint import Checkpoint, Checkpoints
+from mixres.training.resume import Skips, changes, checkpoint_to_resume, restore_run, save_run
+
+ADAM = "torch.optim.AdamW"
+FROZEN: dict[str, Any] = {"train.seed": 0, "model.lora.r": 4, "model.revision": None, "optimizer.class_path": ADAM}
+IDENTITY: dict[str, Any] = {"frozen": FROZEN, "order": "abc"}
+CONFIG: dict[str, Any] = {"train": {"seed": 0, "max_train_steps": 5}, "optimizer": {"init_args": {"lr": 1e-3}}}
+STATE: dict[str, Any] = {**IDENTITY, "config": CONFIG, "skips": {"total": 0, "consecutive": 0}}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    made = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2):
+        made.save(step, {"trainable": {"a": torch.full((2,), step)}}, STATE)
+    return made
+
+
+def found(
+    checkpoints: Checkpoints,
+    resume: str,
+    frozen: dict[str, Any] | None = None,
+    *,
+    order: str = "abc",
+    allowed: Sequence[str] = (),
+) -> Checkpoint | None:
+    identity = {"frozen": FROZEN | (frozen or {}), "order": order}
+    return checkpoint_to_resume(checkpoints, resume, identity, allowed)
+
+
+def step_of(checkpoint: Checkpoint | None) -> int | None:
+    return checkpoint.step if checkpoint else None
+
+
+def test_a_start_goes_on_from_the_newest(checkpoints: Checkpoints) -> None:
+    assert step_of(found(checkpoints, "auto")) == 2
+    assert step_of(found(checkpoints, "required")) == 2
+    with pytest.raises(UserError, match=r"resume: never, but .* holds checkpoints"):
+        found(checkpoints, "never")
+
+
+def test_without_checkpoints_a_start_is_afresh_unless_one_is_required(tmp_path: Path) -> None:
+    none = Checkpoints(tmp_path / "none", keep=2)
+    assert found(none, "auto") is None
+    assert found(none, "never") is None
+    with pytest.raises(UserError, match="resume: required, but there is no checkpoint"):
+        found(none, "required")
+
+
+@pytest.mark.parametrize("resume", ["auto", "required"])
+def test_when_none_is_whole_a_run_never_begins_anew(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, resume: str
+) -> None:
+    for path in checkpoints.root.glob("step-*/manifest.json"):
+        path.unlink()
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught:
+        found(checkpoints, resume)
+    assert caught.value.messages == (
+        f"resume: no checkpoint in {checkpoints.root} is whole: remove them to start afresh",
+    )
+    assert len(caplog.messages) == 2
+
+
+def test_every_frozen_key_that_changed_is_told_with_both_values(checkpoints: Checkpoints) -> None:
+    with pytest.raises(UserError) as caught:
+        found(checkpoints, "auto", {"train.seed": 7, "model.revision": "main"}, order="other")
+    first, second = caught.value.messages
+    assert first.startswith("train.seed: checkpoint step-00000002 was made with 0, this run has 7: ")
+    assert second.startswith("model.revision: checkpoint step-00000002 was made with None, this run has main: ")
+    assert "resume_allow_changes" in first
+
+
+def test_a_key_that_the_checkpoint_does_not_know_is_a_change(checkpoints: Checkpoints) -> None:
+    with pytest.raises(UserError, match=r"model\.dtype"):
+        found(checkpoints, "auto", {"model.dtype": "float32"})
+
+
+def test_changes_are_let_through_by_name_only(checkpoints: Checkpoints) -> None:
+    changed = {"train.seed": 7, "model.revision": "main"}
+    assert step_of(found(checkpoints, "auto", changed, order="other", allowed=("train.seed", "model.revision"))) == 2
+    with pytest.raises(UserError) as caught:
+        found(checkpoints, "auto", changed, order="other", allowed=("train.seed",))
+    assert [message.partition(":")[0] for message in caught.value.messages] == ["model.revision"]
+
+
+def test_another_order_of_the_same_samples_is_another_run(checkpoints: Checkpoints) -> None:
+    with pytest.raises(UserError, match="orders the samples otherwise"):
+        found(checkpoints, "auto", order="other")
+
+
+def test_what_changed_is_told_once_frozen_keys_first(checkpoints: Checkpoints) -> None:
+    now = {"train": {"seed": 7, "max_train_steps": 9}, "optimizer": {"init_args": {"lr": 1e-3, "eps": 1e-6}}}
+    identity = {**IDENTITY, "frozen": FROZEN | {"train.seed": 7}}
+    assert changes(checkpoints.newest_valid(), identity, now) == [
+        "train.seed: 0 -> 7",
+        "train.max_train_steps: 5 -> 9",
+        "optimizer.init_args.eps: None -> 1e-06",
+    ]
+    assert changes(checkpoints.newest_valid(), IDENTITY, CONFIG) == []
+    assert changes(None, IDENTITY, now) == []
+
+
+class Run:
+    """Something that trains: two layers, one step taken."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, width: int = 3) -> None:
+        module = torch.nn.Linear(width, 2)
+        self.parameters = dict(module.named_parameters())
+        self.optimizer = kind(module.parameters(), lr=1e-3)  # type: ignore[call-arg]
+        torch.autograd.backward(module(torch.ones(1, width)).sum())
+        self.optimizer.step()
+
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        save_run(checkpoints, self.parameters, self.optimizer, step=step, state=STATE)
+
+    def restore(self, checkpoint: Checkpoint | None, kind: str = ADAM) -> None:
+        assert checkpoint is not None
+        restore_run(checkpoint, self.parameters, self.optimizer, kind=kind)
+
+
+def test_what_is_saved_is_restored(tmp_path: Path) -> None:
+    one, other = Run(), Run()
+    saved = Checkpoints(tmp_path, keep=2)
+    one.save(saved, 5)
+    other.restore(saved.newest_valid())
+    for name, parameter in one.parameters.items():
+        assert torch.equal(parameter, other.parameters[name])
+        ours, theirs = one.optimizer.state[parameter], other.optimizer.state[other.parameters[name]]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(), "a file in use keeps its space when it is deleted"
+
+
+def test_the_state_of_another_class_of_optimizer_is_left_out(tmp_path: Path) -> None:
+    one, other = Run(), Run(torch.optim.SGD)
+    one.save(Checkpoints(tmp_path, keep=2), 5)
+    other.restore(Checkpoints(tmp_path, keep=2).newest_valid(), kind="torch.optim.SGD")
+    assert all(torch.equal(parameter, other.parameters[name]) for name, parameter in one.parameters.items())
+    assert not any("exp_avg" in state for state in other.optimizer.state.values())
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path, keep=2)
+    Run().save(saved, 5)
+    with pytest.raises(UserError, match=r"1 weights of .* do not fit .* weight: \(2, 3\) there, \(2, 4\) here"):
+        Run(width=4).restore(saved.newest_valid())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, value: float) -> None:
+    run, saved = Run(), Checkpoints(tmp_path, keep=2)
+    run.save(saved, 5)
+    with torch.no_grad():
+        run.parameters["bias"][1] = value
+    with pytest.raises(WorkError, match=r"step 6: the weights are not finite"):
+        run.save(saved, 6)
+    assert step_of(saved.newest_valid()) == 5
+    assert not list(tmp_path.glob("*6"))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from mixres.errors import WorkError
+from mixres.training.checkpoint import Checkpoints
+from mixres.training.resume import save_run
+weight = {"w": torch.nn.Parameter(torch.ones(200, 100))}
+optimizer = torch.optim.SGD(weight.values(), lr=1.0)
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
+save_run(checkpoints, weight, optimizer, step=2, state={})
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))  # the system refuses longer files
+try:
+    save_run(checkpoints, weight, optimizer, step=3, state={})
+except WorkError as error:
+    sys.stdout.write(str(error))
+"""
+
+
+@pytest.mark.parametrize("size", [50_000, 10])
+def test_a_file_that_the_system_refuses_is_one_line_with_path_and_bytes(tmp_path: Path, size: int) -> None:
+    """Too large for the weights, too large for anything."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(size)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"{tmp_path}: the checkpoint of step 3 needs 80,000 bytes and could not be written (")
+    assert "File too large" in done.stdout
+    assert "\n" not in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+    assert step_of(Checkpoints(tmp_path, keep=2).newest_valid()) == 2
+
+
+def test_skips_count_those_in_a_row_and_all() -> None:
+    skips = Skips()
+    for skipped in (True, True, False, True):
+        skips.count(skipped)
+    assert (skips.total, skips.consecutive) == (3, 1)
