@@ -16,13 +16,13 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from family_cases import CASES
+from family_cases import CASES, FamilyCase
 from mixres.batch import Sample
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
 from mixres.encoding import encode_missing, entry_sizes
 from mixres.errors import UserError, WorkError
-from mixres.examples import image_limits
+from mixres.examples import control_areas, image_limits
 from mixres.geometry import Size, target_size
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import Encoded, encode_all, examples, run_cache, spread
@@ -456,6 +456,38 @@ def test_the_space_that_entries_take_is_known_before(caching: Caching) -> None:
         for key, size in estimated.items():
             real = encoded.cache.path(key).stat().st_size
             assert real < size < 1.1 * real + 12_000, override
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_caches_the_empty_prompt_in_the_space_that_was_told(
+    name: str,
+    small_run: Path,
+    base_of: Callable[[FamilyCase], Path],
+    pairs_of: Callable[[FamilyCase], Path],
+    tmp_path: Path,
+) -> None:
+    case = CASES[name]
+    base, pairs, module = base_of(case), pairs_of(case), case.module
+    common = [f"model.pretrained_model_name_or_path={base}", "data.caption_dropout=0.5"]
+    folders = [f"data.{part}={pairs / part}" for part in ("train", "held_out")]
+    places = [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}"]
+    config = load_config(small_run, [*common, *folders, *places, *case.overrides()])
+    _, train, held_out, keys = examples(config, module, speak=False)
+    missing = dict(zip(keys, [*train, *held_out], strict=True))
+    estimated = entry_sizes(config, module, missing, keys[: len(train)])
+    encoded = encode_all(config, module, device=torch.device("cpu"))
+    for key, size in estimated.items():
+        real = encoded.cache.path(key).stat().st_size
+        assert real < size < 1.1 * real + 25_000
+    encoders = module.load_encoders(str(base), dtype=torch.float32, device="cpu")
+    for item in encoded.train[:3]:
+        controls = [read_image(path, image_limits(config)) for path in item.record.controls]
+        areas = control_areas(config, module, item.target_size)
+        empty = module.encode_prompt(encoders, controls=controls, prompt="", **areas)
+        cached = encoded.cache.read(item.key).empty_embeds
+        assert cached is not None
+        assert torch.equal(cached, empty)
+    assert all(encoded.cache.read(item.key).empty_embeds is None for item in encoded.held_out)
 
 
 def test_pickles_in_the_cache_and_the_base_run_nothing(caching: Caching, copy_of_base: Path, tmp_path: Path) -> None:
