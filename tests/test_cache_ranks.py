@@ -314,7 +314,7 @@ def test_an_index_of_100000_entries_opens_and_plans_under_a_gigabyte(
         path = tmp_path / key[:2] / f"{key}.safetensors"
         path.parent.mkdir(exist_ok=True)
         grids = [[1, rng.randint(8, 64), rng.randint(8, 64)] for _ in range(2)]
-        rows[key] = [1000 + rng.randrange(10**7), rng.randint(20, 1500), False, grids]
+        rows[key] = [1000 + rng.randrange(10**7), rng.randint(20, 1500), False, grids, 0]
         with path.open("wb") as file:
             file.truncate(rows[key][0])
     (tmp_path / "index.json").write_text(json.dumps({"format": 2, "entries": rows}))
