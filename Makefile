@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 quickstart: $(VENV)/.installed-demo
 	$(BIN)/python -m mixres.demo $(DEMO)
-	$(BIN)/accelerate launch train.py --config configs/quickstart.yaml
+	$(BIN)/accelerate launch --num_cpu_threads_per_process 2 train.py --config configs/quickstart.yaml
 	$(BIN)/python -m mixres.demo_results configs/quickstart.yaml
 
 test: lint

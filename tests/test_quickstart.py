@@ -32,6 +32,7 @@ from mixres.training.step import run_step
 
 REPOSITORY = Path(__file__).parents[1]
 STOCK_PROCESS = str(Path(__file__).with_name("stock_process.py"))
+CURVE_STEPS = 60
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -197,12 +198,12 @@ def losses(
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=clone.folder)
     model = load_trained(config, family, accelerator)
-    last = config.train.max_train_steps
+    last = config.train.max_train_steps  # of the schedule
     scheduler = schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=0)
     objective, plan = objective_of(config, family), plan_of(config, encoded, world_size=1)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.train]
     curve = []
-    for number in range(last):
+    for number in range(CURVE_STEPS):
         step = plan.step(number)
         batches = [
             collate([samples[i] for i in group], indices=group, weights=[1.0] * len(group), layout="padded")
@@ -219,11 +220,11 @@ def losses(
 def test_padded_and_one_by_one_training_have_one_loss_curve(
     clone: Clone, quickstart: Quickstart, tmp_path: Path
 ) -> None:
-    """All steps of this very run, in float32; both equal what the run itself logged."""
+    """The first steps of this very run, in float32; both equal what the run itself logged."""
     config, encoded, _ = trained(clone, quickstart[0], tmp_path)
     assert config.train.mixed_precision == "no"
     padded = losses(clone, config, encoded, lambda step: [tuple(step.indices)])
     alone = losses(clone, config, encoded, lambda step: [(i,) for i in step.indices])
     assert alone == pytest.approx(padded, rel=1e-4)
     logged = [json.loads(line)["loss"] for line in (quickstart[0] / "metrics.jsonl").read_text().splitlines()]
-    assert padded == pytest.approx(logged, rel=1e-4)
+    assert padded == pytest.approx(logged[:CURVE_STEPS], rel=1e-4)

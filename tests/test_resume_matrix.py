@@ -46,7 +46,8 @@ class Matrix(Jobs):
         """The reference's folder as it was after `step`."""
         folder = self.root / run
         shutil.copytree(self.root / reference, folder, symlinks=True)
-        (folder / LORA).unlink()
+        shutil.rmtree(folder / "transformer", ignore_errors=True)
+        (folder / LORA).unlink(missing_ok=True)
         (folder / "run_status.json").unlink()
         for path in (folder / "checkpoints").glob("step-*"):
             if path.name != f"step-{step:08d}":

@@ -94,7 +94,7 @@ def test_one_seed_makes_one_base() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_it_edits_as_the_card_says() -> None:
-    edits = ("unchanged", "darker", "red", "blur")
+    edits = ("unchanged", "brighter", "darker", "red")
     scores = score_base(BASE, edits)
     for score in scores:
         assert score.base >= score.ceiling - 6, score

@@ -136,12 +136,14 @@ def test_what_is_saved_is_restored(tmp_path: Path) -> None:
     one, other = Run(), Run()
     saved = Checkpoints(tmp_path, keep=2)
     one.save(saved, 5)
-    other.restore(saved.newest_valid())
+    checkpoint = saved.newest_valid()
+    other.restore(checkpoint)
     for name, parameter in one.parameters.items():
         assert torch.equal(parameter, other.parameters[name])
         ours, theirs = one.optimizer.state[parameter], other.optimizer.state[other.parameters[name]]
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert step_of(checkpoint) == 5
     assert str(tmp_path) not in Path("/proc/self/maps").read_text(), "a file in use keeps its space when it is deleted"
 
 

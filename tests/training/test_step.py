@@ -249,3 +249,23 @@ def test_a_device_without_room_names_the_microbatch(accelerator: Accelerator, ti
     assert message.startswith("step 6: cpu is out of memory with 123 tokens in one microbatch (in tokens: ")
     assert f"{make_sample(0).name} 6x9 + 4x4; {make_sample(1).name} 8x5)" in message
     assert "batch.max_tokens" in message
+
+
+class Endless(Objective):
+    """Its loss is not finite, its gradients are."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        return super().loss_sum(model, batch, step) + math.inf
+
+
+def test_a_loss_that_is_not_finite_over_finite_gradients_is_a_step_left_out(
+    accelerator: Accelerator, models: dict[torch.dtype, nn.Module]
+) -> None:
+    objective = objective_of("sample", torch.float32, Endless)
+    optimizer = torch.optim.SGD(trainable_parameters(models[torch.float32]).values(), lr=0.0)
+    result = run_step(
+        accelerator, models[torch.float32], optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,
+        microbatches([[0, 1]], "packed"), count=1, step=5, divisor=2, max_grad_norm=1.0,
+    )  # fmt: skip
+    assert math.isfinite(result.grad_norm)
+    assert result.skipped == (make_sample(0).name, make_sample(1).name)
