@@ -39,6 +39,7 @@ from mixres.training.step import Objective
 
 # Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
 _LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
+_LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its file says
 
 
 @dataclass(frozen=True)
@@ -190,18 +191,15 @@ def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
 
 
 def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
-    """What a LoRA file says of itself, so that sampling needs no configuration."""
-    assert config.model.lora is not None
+    """What a LoRA file or a trained transformer says of itself, so that sampling needs no configuration."""
+    lora = config.model.lora
     return {
         "format": 1,
         "mixres": __version__,
         "family": family.__name__.rpartition(".")[2],
         "base": config.model.pretrained_model_name_or_path,
         "revision": config.model.revision,
-        "r": config.model.lora.r,
-        "lora_alpha": config.model.lora.lora_alpha,
-        "use_dora": config.model.lora.use_dora,
-        "target_modules": list(config.model.lora.target_modules),
+        **(lora.model_dump(mode="json", include=_LORA_STATED) if lora else {}),
         **stated_areas(config, family),
         "step": step,
     }

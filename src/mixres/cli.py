@@ -1,4 +1,5 @@
-"""The command line: `train.py [VERB] --config FILE [key=value ...]`, and what each way of ending means.
+"""The command line: `train.py [VERB] --config FILE [key=value ...]`, verbs with options of their own, and what each way
+of ending means.
 
 Promise: `--help` needs no library beside Python's own; wrong input is told in full, one line a fault, before torch is
 imported. Cost: a few milliseconds until a verb runs.
@@ -10,9 +11,10 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
 from mixres.errors import Stopped, UserError, WorkError
@@ -25,6 +27,28 @@ VERBS = {
     "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
     "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
     "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
+}
+# Verbs with options of their own, which come behind them: name, its value (None: a switch), meaning. All are text here;
+# the verb checks them, together with what they name.
+OWN_VERBS = {"sample": "make pictures with what a run has trained (its options: sample --help)"}
+REPEATED = ("--image",)
+OWN_OPTIONS = {
+    "sample": (
+        ("--lora", "RUN|FILE", "what was trained: a run folder, its ema/, or a .safetensors file"),
+        ("--image", "FILE", "an image to be edited; once for each, in their order"),
+        ("--prompt", "TEXT", "what is to be made"),
+        ("--prompts", "FILE", "instead of both: JSON lines with prompt, path_control, ..., also seed and size"),
+        ("--out", "DIR", "the folder for the pictures; none that is there is written over"),
+        ("--size", "WxH", "pixels of the pictures (the stock pipeline's: 1024 x 1024 in area, as the last image)"),
+        ("--steps", "N", "denoising steps (20)"),
+        ("--seed", "N", "seed of the noise (0)"),
+        ("--guidance", "G", "strength of guidance, the stock pipelines' true_cfg_scale (1: none)"),
+        ("--negative-prompt", "TEXT", "what guidance leads away from (' ')"),
+        ("--compare", None, "also without what was trained, and sheets of both side by side"),
+        ("--base", "PATH", "the base, where it is no longer where the run had it"),
+        ("--device", "NAME", "cuda, cuda:1, cpu (cuda where there is one)"),
+        ("--dtype", "NAME", "bfloat16 or float32 (float32 on a CPU)"),
+    ),
 }
 OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
 OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
@@ -40,11 +64,22 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, given: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        if getattr(given, self.dest) is not None:
+            raise UserError(f"{option}: given twice: leave one of the two out")
+        setattr(given, self.dest, value)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
     try:
-        verb, config, options = _parse(sys.argv[1:] if argv is None else argv)
-        {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
+        words = sys.argv[1:] if argv is None else argv
+        if words and words[0] in OWN_VERBS:
+            _run_own_verb(words[0], words[1:])
+        else:
+            verb, config, options = _parse(words)
+            {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
     except UserError as error:
         for message in error.messages:
             print(f"mixres: error: {message}", file=sys.stderr)
@@ -78,8 +113,12 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     faults = [f"{option}: unknown option{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown]
     words: list[str] = given.words
     verb = words.pop(0) if words and "=" not in words[0] else "train"
+    if verb in OWN_VERBS:
+        faults.append(f"{verb}: takes no configuration: write it first, then its options, see {verb} --help")
+        raise UserError(faults)
     if verb not in VERBS:
-        faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
+        verbs = (*VERBS, *OWN_VERBS)
+        faults.append(f"{verb}: unknown verb{_nearest(verb, verbs)}; the verbs are: {', '.join(verbs)}")
     verb = "cache" if given.cache else verb
     options = [option for option in OPTIONS_OF.values() if getattr(given, option)]
     faults += [
@@ -117,11 +156,42 @@ def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str
             raise error
 
 
+def _run_own_verb(verb: str, argv: Sequence[str]) -> None:
+    """Check everything that was given, then do it."""
+    given, unknown = _own_parser(verb).parse_known_args(argv)
+    names = [name for name, _, _ in OWN_OPTIONS[verb]]
+    faults = [f"{word}: unknown option of {verb}{_nearest(word.partition('=')[0], names)}" for word in unknown]
+    work = None
+    try:
+        work = {"sample": _sample}[verb](**vars(given))
+    except UserError as error:
+        faults += error.messages
+    if faults or work is None:
+        raise UserError(faults)
+    work()
+
+
+def _own_parser(verb: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"{Path(sys.argv[0]).name} {verb}",
+        description=OWN_VERBS[verb].partition(" (")[0],
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    for name, value, meaning in OWN_OPTIONS[verb]:
+        if value is None:
+            parser.add_argument(name, action="store_true", help=meaning)
+        else:
+            action = "append" if name in REPEATED else _Once
+            parser.add_argument(name, metavar=value, action=action, help=meaning)
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<8}{meaning}" for verb, meaning in VERBS.items())
+    verbs = "\n".join(f"  {verb:<8}{meaning}" for verb, meaning in {**VERBS, **OWN_VERBS}.items())
     parser = _Parser(
         prog=Path(sys.argv[0]).name,
-        usage="%(prog)s [VERB] --config FILE [key=value ...]",
+        usage="%(prog)s [VERB] --config FILE [key=value ...]\n       %(prog)s sample --lora RUN --out DIR [options]",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=f"verbs:\n{verbs}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -171,3 +241,10 @@ def _bench(config: "Config", *, synthetic: bool = False) -> None:
     from mixres.bench import bench
 
     bench(config, synthetic=synthetic)
+
+
+def _sample(**options: Any) -> Callable[[], None]:
+    from mixres.sample import sample
+    from mixres.sample_request import make_request
+
+    return partial(sample, make_request(**options))

@@ -92,10 +92,15 @@ def encode_missing(
     wanted = {key: (scanned, key in with_empty) for key, scanned in missing.items()}
     load = partial(_load, config, family, device)
     encoded = fill(cache, wanted, sizes, load, rank=rank, world_size=world_size)
+    release(device)
+    return encoded
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return encoded
 
 
 def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:

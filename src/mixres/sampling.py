@@ -125,11 +125,11 @@ def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: Path, captions: Sequence[str]) -> None:
-    """Write `image` in one rename; the captions, in any script, go into its metadata too."""
+def save_png(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
+    """Write `image` in one rename; captions and texts, in any script, go into its metadata too."""
     info = PngInfo()
-    for number, caption in enumerate(captions):
-        info.add_itxt(f"caption-{number}", caption)
+    for name, text in {**{f"caption-{number}": caption for number, caption in enumerate(captions)}, **texts}.items():
+        info.add_itxt(name, text)
     with atomic.replace(path) as tmp:
         image.save(tmp, format="PNG", pnginfo=info)
 

@@ -25,7 +25,7 @@ from mixres.assemble import Trained, check_early, identity_of, load_trained, loa
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
-from mixres.models.lora_file import FILE_NAME, lora_file
+from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
 from mixres.sampling import HeldOutSampler
 from mixres.training.checkpoint import Checkpoints
@@ -228,6 +228,7 @@ def _write_result(config: Config, family: ModuleType, trained: Trained, folder: 
         for old in (partial, path):
             shutil.rmtree(old, ignore_errors=True)
         model.save_pretrained(partial)
+        atomic.write_json(partial / RECIPE_FILE, recipe(config, family, step))
         partial.rename(path)
     return path
 

@@ -128,5 +128,5 @@ def test_fingerprint_reads_weights_once(copy_of_base: Path, tmp_path: Path, monk
     def refuse(file: Path) -> str:
         raise AssertionError(f"{file} read again")
 
-    monkeypatch.setattr("mixres.models.pretrained._file_digest", refuse)
+    monkeypatch.setattr("mixres.models.pretrained.file_digest", refuse)
     assert family.encoder_fingerprint(str(copy_of_base), memo=memo) == first

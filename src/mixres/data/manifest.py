@@ -34,6 +34,7 @@ MAX_LINE_BYTES = 2**22
 _TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes long"
 _NO_BOM = "the file starts with a byte order mark; save it as UTF-8 without one"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
+FOLLOW_LINKS = "set data.follow_symlinks=true"
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
 
 
@@ -55,9 +56,9 @@ def records_from_manifest(
     allowed = None if follow_symlinks else root.resolve()
 
     def file(key: str, value: Any) -> Path:
-        return _resolve(root, allowed, key, value)
+        return file_below(root, allowed, key, value)
 
-    for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else _json_rows)(manifest):
+    for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest):
         where = f"{printable(manifest)}:{number}"
         if isinstance(row, BadRowError):
             faults.append(Fault(where, str(row)))
@@ -117,7 +118,8 @@ def _tried(make: Callable[..., T], *arguments: Any) -> T | BadRowError:
         return error
 
 
-def _json_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
+def json_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
+    """Line numbers, and the object on each line that is not blank or why there is none."""
     with manifest.open("rb") as file:
         for number, line in enumerate(iter(lambda: _read_line(file), b""), start=1):
             if line.strip():
@@ -246,10 +248,14 @@ def _numbered_controls(row: Mapping[str, Any]) -> list[str]:
     return [f"path_control_{number}" for number in sorted(numbers)]
 
 
-def _resolve(root: Path, allowed: Path | None, key: str, value: Any) -> Path:
+def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, mend: str = FOLLOW_LINKS) -> Path:
     """The file that `value` names, checked to lie below `root`.
 
-    A link may not lead out of `allowed` (None: it may); the text of the path never leads out of `root`.
+    A link may not lead out of `allowed` (None: it may), `mend` says what then; the text of the path never leads out of
+    `root`.
+
+    Raises:
+        BadRowError: it does not, or is no file that can be had.
     """
     if not isinstance(value, str) or not value.strip():
         raise BadRowError(f"'{key}' is not a path")
@@ -263,7 +269,7 @@ def _resolve(root: Path, allowed: Path | None, key: str, value: Any) -> Path:
     try:
         path = _existing(root, value)
         if allowed is not None and not path.resolve().is_relative_to(allowed):
-            raise BadRowError(f"{shown} is a link out of the manifest's folder; set data.follow_symlinks=true")
+            raise BadRowError(f"{shown} is a link out of the manifest's folder; {mend}")
         if not path.exists():
             raise BadRowError(f"{shown} does not exist")
         if not path.is_file():

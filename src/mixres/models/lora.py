@@ -18,7 +18,7 @@ from torch import nn
 
 from mixres.config import ATTENTION
 from mixres.errors import UserError
-from mixres.models.lora_file import check_fit, load_adapters, read_header
+from mixres.models.lora_file import LoraHeader, check_fit, load_adapters, read_header
 
 _MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 _ENDS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "img_in", "txt_in", "norm_out.linear", "proj_out")
@@ -121,6 +121,18 @@ def check_pretrained(
     chosen = _chosen(transformer, expanded(target_modules), untrained)
     layers = {name: (linear.in_features, linear.out_features) for name, linear in chosen.items()}
     check_fit(read_header(pretrained_weight), layers, r=r, lora_alpha=lora_alpha, use_dora=use_dora)
+
+
+def base_fault(transformer: nn.Module, header: LoraHeader) -> str | None:
+    """Why `transformer` (a meta-device model will do) cannot carry the adapters of a file; None where it can."""
+    linears = _linear_layers(transformer)
+    for name, (inputs, outputs) in sorted(header.layers.items()):
+        linear = linears.get(name)
+        if linear is None:
+            return f"it has no layer {name}"
+        if (linear.in_features, linear.out_features) != (inputs, outputs):
+            return f"its {name} is {linear.in_features} x {linear.out_features}, the adapter's {inputs} x {outputs}"
+    return None
 
 
 def _chosen(transformer: nn.Module, patterns: Sequence[str], untrained: Sequence[str]) -> dict[str, nn.Linear]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mixres.errors import UserError
 
 RECIPE_KEY = "mixres"
+RECIPE_FILE = "mixres.json"  # the same of a transformer trained as a whole, in its folder
 FILE_NAME = "pytorch_lora_weights.safetensors"
 KEY = "model.lora.pretrained_weight"
 _PREFIX = "transformer"
@@ -62,21 +63,24 @@ class LoraHeader:
     lora_alpha: float
     use_dora: bool
     layers: Mapping[str, tuple[int, int]]  # inputs and outputs of each layer with an adapter, by its name in the model
+    recipe: Any  # what mixres wrote of the run, as it stands there; None in a file of another program
 
 
-def read_header(given: str) -> LoraHeader:
-    """The header of the LoRA at `given`, a file or the folder that holds one.
+def read_header(given: str, *, key: str = KEY) -> LoraHeader:
+    """The header of the LoRA at `given`, a file or the folder that holds one; `key` names it in messages.
 
     Raises:
         UserError: there is none, or it is no LoRA for a transformer in diffusers' format.
     """
-    path = _path(given)
+    path = _path(given, key)
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            stated = json.loads((file.metadata() or {}).get(_DIFFUSERS_KEY, "{}"))
+            metadata = file.metadata() or {}
+        stated = json.loads(metadata.get(_DIFFUSERS_KEY, "{}"))
+        recipe = json.loads(metadata.get(RECIPE_KEY, "null"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{KEY}: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key}: {path} cannot be read: {str(error).splitlines()[0]}") from error
     layers: dict[str, tuple[int, int]] = {}
     ranks = set()
     for name, shape in shapes.items():
@@ -87,10 +91,10 @@ def read_header(given: str) -> LoraHeader:
             ranks |= {shape[0], up[1]}
     magnitudes = sum(name.endswith(f".{_MAGNITUDE}") for name in shapes)
     if len(ranks) != 1 or len(shapes) != 2 * len(layers) + magnitudes or magnitudes not in (0, len(layers)):
-        raise UserError(f"{KEY}: {path} is no LoRA of one rank in diffusers' format for a transformer")
+        raise UserError(f"{key}: {path} is no LoRA of one rank in diffusers' format for a transformer")
     (r,) = ranks
     # Where nothing is stated diffusers takes the rank for lora_alpha.
-    return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers)
+    return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers, recipe)
 
 
 def check_fit(
@@ -132,11 +136,11 @@ def load_adapters(header: LoraHeader, parameters: Mapping[str, nn.Parameter]) ->
     assert not tensors, sorted(tensors)
 
 
-def _path(given: str) -> Path:
+def _path(given: str, key: str) -> Path:
     path = Path(given).expanduser()
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{KEY}: there is no file {str(path)!r}")
+        raise UserError(f"{key}: there is no file {str(path)!r}")
     if path.suffix != ".safetensors":
-        raise UserError(f"{KEY}: {path} is not a .safetensors file, and others are never opened")
+        raise UserError(f"{key}: {path} is not a .safetensors file, and others are never opened")
     return path

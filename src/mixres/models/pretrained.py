@@ -81,7 +81,7 @@ def fingerprint(
         stat = file.stat()
         # The time of change too: programs that copy files set the time of modification back, nobody sets this one.
         entry = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
-        digests[entry] = known.get(entry) or _file_digest(file)
+        digests[entry] = known.get(entry) or file_digest(file)
         parts.append(f"{file.relative_to(folder).as_posix()} {digests[entry]}")
     if memo is not None and not digests.items() <= known.items():
         with suppress(OSError):  # a full or read-only disk: the memo only saves time
@@ -149,7 +149,8 @@ def _read_memo(memo: Path | None) -> dict[str, str]:
     return value if isinstance(value, dict) else {}
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """xxh3-128 over the file's bytes, 32 hex characters."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):

@@ -157,18 +157,23 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
 
 
 def load_transformer(
-    path: str, *, revision: str | None = None, dtype: torch.dtype, device: torch.device | str
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trained: Path | None = None,
 ) -> QwenImageTransformer2DModel:
     """The stock transformer, patched to take samples of different sizes in one batch.
+
+    `trained` is the folder of another transformer that takes the place of the pipeline's own.
 
     Raises:
         UserError: weights cannot be found or read, or are pickled.
     """
-    folder = pretrained.pipeline_folder(path, ("transformer",), revision=revision)
+    folder = trained or pretrained.pipeline_folder(path, ("transformer",), revision=revision) / "transformer"
     with _reading(folder):
-        transformer = QwenImageTransformer2DModel.from_pretrained(
-            folder, subfolder="transformer", dtype=dtype, use_safetensors=True
-        )
+        transformer = QwenImageTransformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return patch_qwen_model_for_multi_resolution(transformer.to(device))
 
 
@@ -240,23 +245,36 @@ def load_sampling_pipeline(
     return pipeline.to(device)
 
 
-def denoise(pipeline: Any, *, prompt_embeds: Tensor, size: Size, steps: int, seed: int, **call: Any) -> Image.Image:
-    """One picture of `size` pixels through the stock pipeline's `__call__`, without classifier-free guidance.
+def denoise(
+    pipeline: Any,
+    *,
+    prompt_embeds: Tensor,
+    size: Size,
+    steps: int,
+    seed: int,
+    negative_embeds: Tensor | None = None,
+    guidance: float = 1.0,
+    **call: Any,
+) -> Image.Image:
+    """One picture of `size` pixels through the stock pipeline's `__call__`.
 
-    `prompt_embeds` is `(T, D)`; `call` is what the family's pipeline takes besides. `steps` is at least 2: the stock
-    scheduler's terminal shift divides by zero on one step. The noise comes from a CPU generator, so that a seed means
-    the same picture on every device. The transformer's training mode is put back as it was.
+    `prompt_embeds` is `(T, D)`; `call` is what the family's pipeline takes besides. `guidance` above 1 is the
+    pipeline's `true_cfg_scale`, away from `negative_embeds` `(T', D)`: two forward calls a step. `steps` is at least 2:
+    the stock scheduler's terminal shift divides by zero on one step. The noise comes from a CPU generator, so that a
+    seed means the same picture on every device. The transformer's training mode is put back as it was.
     """
     assert steps >= 2, steps
+    assert (guidance > 1) == (negative_embeds is not None), guidance
     transformer = pipeline.transformer
-    embeds = prompt_embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
+    texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
+    for name, embeds in texts.items():
+        call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
+        call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
     was_training = transformer.training
     transformer.eval()
     try:
         images = pipeline(
-            prompt_embeds=embeds,
-            prompt_embeds_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            true_cfg_scale=1.0,
+            true_cfg_scale=guidance,
             width=size.width,
             height=size.height,
             num_inference_steps=steps,

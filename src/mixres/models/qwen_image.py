@@ -122,6 +122,8 @@ def sample_image(
     size: Size,
     steps: int,
     seed: int,
+    negative_embeds: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Image.Image:
     """One picture of `size` pixels, see `denoise`; there are no controls, `prompt_embeds` are `(T, D)`."""
     assert not controls
@@ -131,5 +133,7 @@ def sample_image(
         size=size,
         steps=steps,
         seed=seed,
+        negative_embeds=negative_embeds,
+        guidance=guidance,
         max_sequence_length=_MOST_TEXT_TOKENS,
     )

@@ -133,12 +133,23 @@ def sample_image(
     size: Size,
     steps: int,
     seed: int,
+    negative_embeds: Tensor | None = None,
+    guidance: float = 1.0,
     control_area: int = STOCK_CONTROL_AREA,
 ) -> Image.Image:
-    """One picture of `size` pixels, see `denoise`; `prompt_embeds` `(T, D)` are of this very control."""
+    """One picture of `size` pixels, see `denoise`; the embeddings `(T, D)` are of this very control."""
     (control,) = controls
     with control_area_set(control_area):
-        return shared.denoise(pipeline, prompt_embeds=prompt_embeds, size=size, steps=steps, seed=seed, image=control)
+        return shared.denoise(
+            pipeline,
+            prompt_embeds=prompt_embeds,
+            size=size,
+            steps=steps,
+            seed=seed,
+            negative_embeds=negative_embeds,
+            guidance=guidance,
+            image=control,
+        )
 
 
 @contextmanager

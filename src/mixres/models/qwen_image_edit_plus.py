@@ -133,13 +133,22 @@ def sample_image(
     size: Size,
     steps: int,
     seed: int,
+    negative_embeds: Tensor | None = None,
+    guidance: float = 1.0,
     control_area: int = STOCK_CONTROL_AREA,
     text_area: int = STOCK_TEXT_AREA,
 ) -> Image.Image:
-    """One picture of `size` pixels, see `denoise`; `prompt_embeds` `(T, D)` are of these very controls."""
+    """One picture of `size` pixels, see `denoise`; the embeddings `(T, D)` are of these very controls."""
     with control_areas_set(control_area=control_area, text_area=text_area):
         return shared.denoise(
-            pipeline, prompt_embeds=prompt_embeds, size=size, steps=steps, seed=seed, image=list(controls)
+            pipeline,
+            prompt_embeds=prompt_embeds,
+            size=size,
+            steps=steps,
+            seed=seed,
+            negative_embeds=negative_embeds,
+            guidance=guidance,
+            image=list(controls),
         )
 
 
