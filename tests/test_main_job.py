@@ -232,6 +232,14 @@ def test_a_run_killed_before_its_result_was_written_writes_it(
     (folder / LORA).unlink()
     (folder / "samples" / f"step-{STEPS:08d}.png").unlink()
     (folder / "run_status.json").write_text(json.dumps(status(folder) | {"state": "running", "exit_code": None}))
+    full = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", sys.executable]  # KiB: no room for sheet or weights
+    done = job("killed", launcher=full, code=1)
+    assert f"step-{STEPS:08d}.png could not be written (File too large): the run goes on without it" in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("mixres: error: ")]
+    what = f"{folder}: the result could not be written (File too large); step {STEPS} is saved"
+    assert line == f"mixres: error: {what}: make room and run the same command again"
+    assert "Traceback" not in done.stderr
+    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
     job("killed")
     after = fingerprints(folder)
     assert after.pop("config.yaml") != before.pop("config.yaml")  # another output_dir
@@ -284,6 +292,15 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_leads_to_the_same_en
     assert f"step-{STEPS:08d} is damaged" in done.stderr
     assert metrics(folder) == metrics(unbroken)
     assert fingerprints(folder)[LORA] == before[LORA]
+
+    for newest in (folder / "checkpoints").glob("step-*/trainable.safetensors"):
+        newest.write_bytes(newest.read_bytes()[:-1])
+    before = fingerprints(folder)
+    done = job("damaged", *RESUMED, code=2)
+    line = f"resume: no checkpoint in {folder / 'checkpoints'} is whole: remove them to start afresh"
+    assert f"mixres: error: {line}" in done.stderr.splitlines()
+    assert [status(folder)[key] for key in ("state", "exit_code", "reason")] == ["refused", 2, line]
+    assert fingerprints(folder) == before, "nothing is begun anew"
 
 
 def test_padded_and_packed_runs_have_the_same_losses(
