@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
     try:
         verb, config, options = _parse(sys.argv[1:] if argv is None else argv)
+        _end_with_launcher()
         {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
     except UserError as error:
         for message in error.messages:
@@ -115,6 +116,13 @@ def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str
     if launched and isinstance(folder, str):
         with contextlib.suppress(UserError), RunFolder(Path(folder), verb=verb, max_train_steps=0, rank=0, wait_s=0):
             raise error
+
+
+def _end_with_launcher() -> None:
+    """Before the seconds that torch takes to be imported: a launcher may be killed in them."""
+    from mixres.training.run import end_with_launcher
+
+    end_with_launcher()
 
 
 def _parser() -> argparse.ArgumentParser:
