@@ -22,7 +22,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 # Only these two references are read: another key of the configuration, or an environment variable (with a default).
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.env\s*:\s*(?P<env>\w+)\s*(?:,[^${}]*)?|\.*[A-Za-z_][\w.\[\]]*\s*)\}", re.ASCII)
 _ALLOWED_REFERENCES = "${section.key}, ${oc.env:NAME} or ${oc.env:NAME,default}"
-_MOST_REFERENCES = 24  # each may name others, and so many stand for 3 ** 8 at most; without an end they fill the memory
+_MOST_REFERENCES = 16  # each may name others: so many stand for some hundreds at most, without an end they fill memory
 
 
 @dataclass

@@ -229,6 +229,7 @@ class Answer(BaseHTTPRequestHandler):
         assert isinstance(self.server, Service)
         if self.server.lost.is_set():
             self.server.over.wait()
+            return
         body = json.dumps({"data": ANSWERS} if self.path == "/graphql" else {}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))

@@ -107,7 +107,8 @@ class Tracker:
         settings = {"settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, finish_timeout=_WANDB_FINISH_S)}
         try:
             # Without a key wandb would ask at a terminal and wait, where one may have gone home.
-            if self._accelerator.is_main_process and "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            asked = self._accelerator.is_main_process and "WANDB_MODE" not in os.environ
+            if asked and not wandb.login(prompt=False, verify=False):
                 raise PermissionError("no API key, `wandb login` keeps one")
             self._accelerator.init_trackers(project, dict(config), {"wandb": settings})
         except Exception as error:  # whatever the network does, metrics.jsonl is the record
