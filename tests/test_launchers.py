@@ -283,9 +283,16 @@ def test_planted_pickles_run_nothing(jobs: Jobs, tiny_base: Path, tmp_path: Path
     assert mark.exists()
 
 
-def test_a_checkpoint_of_adapters_is_small(jobs: Jobs) -> None:
-    """Weights and two moments of each, no frozen weight."""
-    jobs("size", "train.max_train_steps=2")
+def test_a_checkpoint_of_adapters_is_small_and_no_file_tells_a_secret(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and two moments of each, no frozen weight; references as they were written."""
+    monkeypatch.setenv("MIXRES_TEST", "s3cret")
+    done = jobs("size", "train.max_train_steps=2", "logging.tracker_project_name=${oc.env:MIXRES_TEST}")
+    assert "s3cret" not in done.stdout + done.stderr
+    written = [path.read_bytes() for path in (jobs.root / "size").rglob("*") if path.is_file()]
+    assert not any(b"s3cret" in data for data in written)
+    assert sum(b"${oc.env:MIXRES_TEST}" in data for data in written) == 2, "config.yaml and the checkpoint"
     path = jobs.root / "size" / "checkpoints" / "step-00000002"
     newest = Checkpoints(path.parent, keep=2).newest_valid()
     assert newest is not None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from mixres.assemble import load_trained
-from mixres.config import Config, load_config
+from mixres.config import ATTENTION, Config, load_config
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
@@ -133,6 +134,8 @@ def test_the_literal_command_leaves_the_run_folder_that_is_promised(
     assert (expected | {"max_train_steps": STEPS}).items() <= ended.items()
     assert {"host", "pid", "started", "updated"} <= ended.keys()
     assert "overhead  a step took" in done.stdout
+    rows = re.findall(r"^ {10}([a-z_.0]+) +(\d+) layers +[\d,]+ parameters$", done.stdout, re.MULTILINE)
+    assert rows == [(pattern, "1" if "add_q" in pattern or "to_add" in pattern else "2") for pattern in ATTENTION]
 
 
 def test_metrics_have_one_line_a_step(launched: "tuple[Path, subprocess.CompletedProcess[str]]") -> None:
