@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from mixres.assemble import load_trained
-from mixres.config import ATTENTION, Config, load_config
+from mixres.config import Config, load_config
+from mixres.config_sections import ATTENTION
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
