@@ -161,6 +161,23 @@ def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded:
     assert {key for key in before if before[key] != after[key]} == {"data.caption_dropout"}
 
 
+def test_a_base_on_the_hub_is_known_by_its_commit(
+    setup: Setup, encoded: Encoded, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its branch may be at another one when the run goes on, or when the LoRA is sampled."""
+    commit, repository = "fedcba9876543210fedcba9876543210fedcba98", tmp_path / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(tiny_base)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in ("null", "main", commit):
+        config = setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}")
+        identity = identity_of(config, plan_of(config, encoded, world_size=1), encoded)
+        assert identity["frozen"]["model.revision"] == recipe(config, family, 5)["revision"] == commit
+
+
 def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:
     fewer = Encoded(encoded.cache, encoded.train[1:], encoded.held_out)
     without_held_out = Encoded(encoded.cache, encoded.train, [])

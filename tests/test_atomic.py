@@ -51,10 +51,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     atomic.write_bytes({str(path)!r}, bytes(5000))
 except OSError as error:
-    print(type(error).__name__, error.errno)
+    print(type(error).__name__, error.errno, error.filename, error.strerror)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["OSError", "27"]
+    assert done.stdout == f"OSError 27 {path} File too large\n", "and it is told which file"
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from jobs import children
 from mixres import __version__, cli
 from mixres.errors import WorkError
 
@@ -100,6 +101,32 @@ def test_under_a_launcher_the_run_folder_says_what_was_wrong_too(config: Path, t
     with FileLock(folder / ".lock"):
         assert under_a_launcher(*words) == 2
     assert (folder / "run_status.json").read_text() == "of the run that holds the folder"
+
+
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+def maps(pid: int) -> str:
+    """What the process has of files in its memory; nothing once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+def test_a_launcher_killed_while_its_process_starts_takes_it_along(config: Path, tmp_path: Path) -> None:
+    """Else it would train on, unseen, and hold the folder."""
+    words = ("--config", str(config), f"logging.output_dir={tmp_path / 'run'}")
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LAUNCHER, str(ROOT / "train.py"), *words]
+    with subprocess.Popen(command, env=environment) as launcher:
+        while not (started := children(launcher.pid)) or "libtorch" not in maps(started[0]):
+            assert launcher.poll() is None
+            time.sleep(0.001)
+        launcher.kill()
+    while maps(started[0]):
+        time.sleep(0.01)
+    assert not (tmp_path / "run").exists(), "it had not come to its folder"
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_refused_references(tmp_path: Path, text: str) -> None:
     assert source.resolved == {"a": 1, "x": None}
 
 
+def test_references_that_multiply_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    doubled = "".join(f"x{i}: ${{x{i - 1}}}${{x{i - 1}}}\n" for i in range(1, 61))
+    source = read(tmp_path, f"x0: aaaaaaaa\n{doubled}")
+    assert [path for path, _ in source.faults] == [(f"x{i}",) for i in range(9, 61)]
+    assert source.faults[0][1] == "x9: given ${x8}${x8}, allowed: 16 references in all: write some out"
+    assert source.resolved["x8"] == "aaaaaaaa" * 2**8
+
+
 def test_key_paths_read_like_overrides() -> None:
     assert dotted(("a", "b", 0, "c")) == "a.b[0].c"
     assert dict(leaves({"a": [1, {"b": 2}], "c": {}})) == {("a", 0): 1, ("a", 1, "b"): 2}

@@ -22,6 +22,7 @@ from family_cases import CASES, FamilyCase
 from mixres.config import Config, load_config
 from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
+from mixres.training.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).parents[1]
 STOCK_PROCESS = Path(__file__).with_name("stock_process.py")
@@ -102,6 +103,17 @@ def test_a_run_of_all_control_counts_leaves_what_is_promised(runs: Runs, unbroke
         recipe = json.loads(file.metadata()["mixres"])
     assert (recipe["family"], recipe["base"]) == (runs.case.family, str(runs.base))
     assert {name: recipe[name] for name in ("control_area", "text_area") if name in recipe} == runs.case.areas
+
+
+def test_a_checkpoint_of_adapters_is_small(runs: Runs, unbroken: Path) -> None:
+    """Weights and two moments of each, their average where one is kept, and no frozen weight."""
+    newest = Checkpoints(unbroken / "checkpoints", keep=2).newest_valid()
+    assert newest is not None
+    averages = [key for key in newest.shapes("optimizer") if key.startswith("ema|")]
+    assert len(averages) == (len(newest.shapes("trainable")) if runs.extras else 0)
+    trained = sum(tensor.nbytes for tensor in newest.tensors("trainable").values())
+    size = sum(file.stat().st_size for file in newest.path.iterdir())
+    assert size <= (4 if runs.extras else 3) * trained + 65536
 
 
 def test_a_resumed_run_is_an_unbroken_one(runs: Runs, unbroken: Path) -> None:

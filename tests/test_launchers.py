@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs import (
     ACCELERATE,
@@ -24,6 +25,10 @@ from jobs import (
     wait_for_steps,
     wait_until_ended,
 )
+from mixres.assemble import plan_of
+from mixres.config import load_config
+from mixres.models import qwen_image_edit as family
+from mixres.precompute import encode_all
 from mixres.training.checkpoint import Checkpoints
 
 ENDLESS = "train.max_train_steps=100000"
@@ -123,6 +128,23 @@ def test_one_killed_rank_ends_the_job_and_is_named(jobs: Jobs, victim: int) -> N
     jobs(run, f"train.max_train_steps={kept + 2}", launcher=torchrun(2))
     assert (status(folder)["state"], status(folder)["step"]) == ("done", kept + 2)
     assert len(metrics(folder)) == kept + 2
+
+
+def test_an_error_in_one_rank_ends_the_job_and_is_told(jobs: Jobs, tmp_path: Path) -> None:
+    """A damaged entry that the second rank alone reads, in the third step."""
+    cache = shutil.copytree(jobs.cache, tmp_path / "cache")
+    words = ("train.max_train_steps=4", f"cache.cache_dir={cache}")
+    config = load_config(jobs.file, jobs.words("error", *words)[2:])
+    encoded = encode_all(config, family, device=torch.device("cpu"))
+    hurt = plan_of(config, encoded, world_size=2).step(2).ranks[1][0].indices[0]
+    path = encoded.cache.path(encoded.train[hurt].key)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    done = jobs("error", *words, launcher=torchrun(2), code=1)
+    assert f"mixres: error: {path}: the checksum of its tensors is wrong; the entry has been removed" in done.stderr
+    assert "rank      : 1 (local_rank: 1)\n  exitcode  : 1 (pid: " in done.stderr
+    folder = jobs.root / "error"
+    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
+    assert last_step(folder) == 2
 
 
 def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
@@ -261,9 +283,16 @@ def test_planted_pickles_run_nothing(jobs: Jobs, tiny_base: Path, tmp_path: Path
     assert mark.exists()
 
 
-def test_a_checkpoint_of_adapters_is_small(jobs: Jobs) -> None:
-    """Weights and two moments of each, no frozen weight."""
-    jobs("size", "train.max_train_steps=2")
+def test_a_checkpoint_of_adapters_is_small_and_no_file_tells_a_secret(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and two moments of each, no frozen weight; references as they were written."""
+    monkeypatch.setenv("MIXRES_TEST", "s3cret")
+    done = jobs("size", "train.max_train_steps=2", "logging.tracker_project_name=${oc.env:MIXRES_TEST}")
+    assert "s3cret" not in done.stdout + done.stderr
+    written = [path.read_bytes() for path in (jobs.root / "size").rglob("*") if path.is_file()]
+    assert not any(b"s3cret" in data for data in written)
+    assert sum(b"${oc.env:MIXRES_TEST}" in data for data in written) == 2, "config.yaml and the checkpoint"
     path = jobs.root / "size" / "checkpoints" / "step-00000002"
     newest = Checkpoints(path.parent, keep=2).newest_valid()
     assert newest is not None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from mixres.assemble import load_trained
 from mixres.config import Config, load_config
+from mixres.config_sections import ATTENTION
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
@@ -133,6 +135,8 @@ def test_the_literal_command_leaves_the_run_folder_that_is_promised(
     assert (expected | {"max_train_steps": STEPS}).items() <= ended.items()
     assert {"host", "pid", "started", "updated"} <= ended.keys()
     assert "overhead  a step took" in done.stdout
+    rows = re.findall(r"^ {10}([a-z_.0]+) +(\d+) layers +[\d,]+ parameters$", done.stdout, re.MULTILINE)
+    assert rows == [(pattern, "1" if "add_q" in pattern or "to_add" in pattern else "2") for pattern in ATTENTION]
 
 
 def test_metrics_have_one_line_a_step(launched: "tuple[Path, subprocess.CompletedProcess[str]]") -> None:
@@ -232,6 +236,14 @@ def test_a_run_killed_before_its_result_was_written_writes_it(
     (folder / LORA).unlink()
     (folder / "samples" / f"step-{STEPS:08d}.png").unlink()
     (folder / "run_status.json").write_text(json.dumps(status(folder) | {"state": "running", "exit_code": None}))
+    full = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", sys.executable]  # KiB: no room for sheet or weights
+    done = job("killed", launcher=full, code=1)
+    assert f"step-{STEPS:08d}.png could not be written (File too large): the run goes on without it" in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("mixres: error: ")]
+    what = f"{folder}: the result could not be written (File too large); step {STEPS} is saved"
+    assert line == f"mixres: error: {what}: make room and run the same command again"
+    assert "Traceback" not in done.stderr
+    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
     job("killed")
     after = fingerprints(folder)
     assert after.pop("config.yaml") != before.pop("config.yaml")  # another output_dir
@@ -284,6 +296,15 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_leads_to_the_same_en
     assert f"step-{STEPS:08d} is damaged" in done.stderr
     assert metrics(folder) == metrics(unbroken)
     assert fingerprints(folder)[LORA] == before[LORA]
+
+    for newest in (folder / "checkpoints").glob("step-*/trainable.safetensors"):
+        newest.write_bytes(newest.read_bytes()[:-1])
+    before = fingerprints(folder)
+    done = job("damaged", *RESUMED, code=2)
+    line = f"resume: no checkpoint in {folder / 'checkpoints'} is whole: remove them to start afresh"
+    assert f"mixres: error: {line}" in done.stderr.splitlines()
+    assert [status(folder)[key] for key in ("state", "exit_code", "reason")] == ["refused", 2, line]
+    assert fingerprints(folder) == before, "nothing is begun anew"
 
 
 def test_padded_and_packed_runs_have_the_same_losses(

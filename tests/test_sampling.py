@@ -171,3 +171,13 @@ def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, con
     assert target.tobytes() == read_image(item.record.target, limits).tobytes()
     assert row.caption == item.record.prompt
     assert row.note == f"control {control.width}x{control.height}, target {item.target_size}"
+
+
+def test_a_sheet_that_cannot_be_written_is_a_line_and_no_more(
+    sampler: HeldOutSampler, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    path = tmp_path / "samples" / "a.png"
+    sampler.write(path)
+    said = f"samples   {path} could not be written (File exists): the run goes on without it\n"
+    assert capsys.readouterr().out == said

@@ -24,6 +24,7 @@ from mixres.data.plan import Layout, Lengths, Plan
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
 from mixres.examples import stated_areas
+from mixres.models import pretrained
 from mixres.models.lora import (
     TargetMatch,
     add_lora,
@@ -178,7 +179,7 @@ def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
     lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
     frozen = {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
-        "model.revision": config.model.revision,
+        "model.revision": _revision(config),
         "model.dtype": config.model.dtype,
         **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
         "optimizer.class_path": config.optimizer.class_path,
@@ -191,6 +192,12 @@ def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
     return {"frozen": frozen, "order": plan.order_hash(keys)}
 
 
+def _revision(config: Config) -> str | None:
+    """The commit where the base is on the Hub: a branch may be another one tomorrow."""
+    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    return pretrained.commit(path, revision=revision) or revision
+
+
 def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
     """What a LoRA file or a trained transformer says of itself, so that sampling needs no configuration."""
     lora = config.model.lora
@@ -199,7 +206,7 @@ def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
         "mixres": __version__,
         "family": family.__name__.rpartition(".")[2],
         "base": config.model.pretrained_model_name_or_path,
-        "revision": config.model.revision,
+        "revision": _revision(config),
         **(lora.model_dump(mode="json", include=_LORA_STATED) if lora else {}),
         **stated_areas(config, family),
         "step": step,

@@ -22,7 +22,8 @@ def replace(path: Path | str) -> Iterator[Path]:
     The directory must exist. The temporary name has a fixed length, so a name of 255 bytes can be replaced too.
 
     Raises:
-        OSError: the disk is full, or the directory cannot be written; the temporary file is removed first.
+        OSError: the disk is full, or the directory cannot be written; it names `path` where the system names no file.
+            The temporary file is removed first.
     """
     path = Path(path)
     digest = hashlib.blake2s(os.fsencode(path.name), digest_size=4).hexdigest()
@@ -32,6 +33,10 @@ def replace(path: Path | str) -> Iterator[Path]:
         with tmp.open("rb+") as file:
             os.fsync(file.fileno())
         tmp.replace(path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a write knows its descriptor only
+            error.filename = str(path)
+        raise
     finally:
         tmp.unlink(missing_ok=True)
     sync_directory(path.parent)

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_own_verb(words[0], words[1:])
         else:
             verb, config, options = _parse(words)
+            _end_with_launcher()
             {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
     except UserError as error:
         for message in error.messages:
@@ -185,6 +186,13 @@ def _own_parser(verb: str) -> argparse.ArgumentParser:
             action = "append" if name in REPEATED else _Once
             parser.add_argument(name, metavar=value, action=action, help=meaning)
     return parser
+
+
+def _end_with_launcher() -> None:
+    """Before the seconds that torch takes to be imported: a launcher may be killed in them."""
+    from mixres.training.run import end_with_launcher
+
+    end_with_launcher()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 # Only these two references are read: another key of the configuration, or an environment variable (with a default).
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.env\s*:\s*(?P<env>\w+)\s*(?:,[^${}]*)?|\.*[A-Za-z_][\w.\[\]]*\s*)\}", re.ASCII)
 _ALLOWED_REFERENCES = "${section.key}, ${oc.env:NAME} or ${oc.env:NAME,default}"
+_MOST_REFERENCES = 16  # each may name others: so many stand for some hundreds at most, without an end they fill memory
 
 
 @dataclass
@@ -166,11 +167,18 @@ def _plain_section(loader: _Loader, node: yaml.MappingNode, path: KeyPath, sourc
 
 def _resolve(source: Source) -> None:
     faulty: set[KeyPath] = set()
+    count = 0
     for path, value in leaves(source.written):
-        if isinstance(value, str) and (reason := _text_fault(value)):
+        if not isinstance(value, str):
+            continue
+        count += value.count("${")
+        reason = _text_fault(value)
+        if not reason and "${" in value and count > _MOST_REFERENCES:
+            reason = f"given {value}, allowed: {_MOST_REFERENCES} references in all: write some out"
+        if reason:
             source.faults.append((path, f"{dotted(path)}: {reason}"))
             faulty.add(path)
-        elif isinstance(value, str) and "${" in value:
+        elif "${" in value:
             source.references.add(path)
     clean = replaced(source.written, dict.fromkeys(faulty))
     config = OmegaConf.create(clean)

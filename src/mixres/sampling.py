@@ -22,6 +22,7 @@ from mixres.data.records import Picture
 from mixres.examples import control_areas, image_limits
 from mixres.precompute import Encoded, Item, spread
 from mixres.training.ema import Ema
+from mixres.training.progress import say
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -61,7 +62,8 @@ class HeldOutSampler:
     def write(self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False) -> None:
         """Sample every item and save the sheet; a rank that only samples along does not `keep` it.
 
-        `stopping` is asked before each picture; once it says yes there is no sheet.
+        `stopping` is asked before each picture; once it says yes there is no sheet. Where it cannot be written, a line
+        says so.
         """
         rows = []
         with self.ema.averaged() if self.ema else nullcontext():
@@ -71,10 +73,13 @@ class HeldOutSampler:
                 rows.append(self._row(item))
         if not keep:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
-        save_png(contact_sheet(headings, rows), path, [row.caption for row in rows])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(contact_sheet(headings, rows), path, [row.caption for row in rows])
+        except OSError as error:
+            say(f"samples   {path} could not be written ({error.strerror or error}): the run goes on without it")
 
     def predict(self, item: Item) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""

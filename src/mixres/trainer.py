@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from mixres import atomic
 from mixres.assemble import Trained, check_early, identity_of, load_trained, loader_of, objective_of, plan_of, recipe
@@ -204,10 +205,14 @@ def _write_results(
     config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool
 ) -> Path:
     """What was trained and, where one is kept, its average in `ema/`; the path of the first."""
-    path = _write_result(config, family, trained, folder, step=step, keep=keep)
-    if trained.ema:
-        with trained.ema.averaged():
-            _write_result(config, family, trained, folder / "ema", step=step, keep=keep)
+    try:
+        path = _write_result(config, family, trained, folder, step=step, keep=keep)
+        if trained.ema:
+            with trained.ema.averaged():
+                _write_result(config, family, trained, folder / "ema", step=step, keep=keep)
+    except (OSError, SafetensorError) as error:
+        what = f"{folder}: the result could not be written ({getattr(error, 'strerror', None) or error})"
+        raise WorkError(f"{what}; step {step} is saved: make room and run the same command again") from error
     return path
 
 
@@ -227,9 +232,12 @@ def _write_result(config: Config, family: ModuleType, trained: Trained, folder: 
         partial = folder / f"{atomic.TMP_PREFIX}transformer"
         for old in (partial, path):
             shutil.rmtree(old, ignore_errors=True)
-        model.save_pretrained(partial)
-        atomic.write_json(partial / RECIPE_FILE, recipe(config, family, step))
-        partial.rename(path)
+        try:
+            model.save_pretrained(partial)
+            atomic.write_json(partial / RECIPE_FILE, recipe(config, family, step))
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

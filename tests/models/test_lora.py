@@ -1,6 +1,8 @@
 """Adapters: what they attach to, how they start, and the file the stock pipeline loads."""
 
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +301,30 @@ def test_what_is_no_lora_is_told(tmp_path: Path, file: Path, tiny_base: Path) ->
         with pytest.raises(UserError, match=r"^model\.lora\.pretrained_weight: ") as caught:
             read_header(str(path))
         assert reason in caught.value.messages[0]
+
+
+class Payload:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_planted_pickles_in_the_folder_of_a_lora_run_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    folder, mark = tmp_path / "lora", tmp_path / "opened"
+    folder.mkdir()
+    transformer, payload = with_lora(tiny_base), pickle.dumps(Payload(mark))
+    (folder / FILE_NAME).write_bytes(lora_file(trainable_parameters(transformer), transformer, RECIPE))
+    for name in ("pytorch_lora_weights.bin", "adapter_model.bin", "optimizer.pt", "x.pkl", ".metadata"):
+        (folder / name).write_bytes(payload)
+    with_lora(tiny_base, pretrained_weight=str(folder))
+    for name in ("pytorch_lora_weights.bin", FILE_NAME):  # named itself, and in the place of the weights
+        (folder / name).write_bytes(payload)
+        with pytest.raises(UserError, match=r"is not a \.safetensors file|cannot be read"):
+            with_lora(tiny_base, pretrained_weight=str(folder / name))
+    assert not mark.exists()
+    pickle.loads(payload)  # it would have left its mark
+    assert mark.exists()

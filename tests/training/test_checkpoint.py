@@ -251,6 +251,26 @@ def test_a_damaged_one_of_a_later_step_does_not_push_out_valid_ones(three: Check
     assert names(three) == ["latest", "step-00000020", "step-00000025"]
 
 
+def test_a_damaged_one_before_the_newest_does_not_push_out_valid_ones(three: Checkpoints) -> None:
+    """The run goes on from the step before the damaged one, and saves the next one behind it."""
+    empty(three.root / "step-00000030" / STATE)
+    three.keep = 2
+    assert newest_step(three) == 20
+    three.save(40, tensors(40), STATE_VALUES)
+    assert names(three) == ["latest", "step-00000020", "step-00000040"]
+    three.save(50, tensors(50), STATE_VALUES)
+    assert names(three) == ["latest", "step-00000040", "step-00000050"]
+
+
+def test_one_that_was_damaged_and_is_saved_again_counts(three: Checkpoints) -> None:
+    empty(three.root / "step-00000030" / STATE)
+    three.keep = 2
+    assert newest_step(three) == 20
+    three.save(30, tensors(30), STATE_VALUES)
+    three.save(40, tensors(40), STATE_VALUES)
+    assert names(three) == ["latest", "step-00000030", "step-00000040"]
+
+
 def test_a_file_that_the_manifest_does_not_name_is_not_read(three: Checkpoints, tmp_path: Path) -> None:
     path = three.root / "step-00000030"
     shutil.copyfile(path / "trainable.safetensors", path / "trainable-00002-of-00002.safetensors")

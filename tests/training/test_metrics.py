@@ -2,8 +2,13 @@
 
 import json
 import logging
+import os
+import pty
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +152,15 @@ def test_a_tracker_that_cannot_be_closed_stops_nothing(tmp_path: Path, caplog: p
     assert caplog.messages == ["the tracker could not be closed: no network"]
 
 
+def test_a_tracker_that_cannot_be_started_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "project").write_text("a file where the tracker wants a folder")
+    accelerator = accelerator_with("tensorboard", tmp_path)
+    with caplog.at_level(logging.WARNING), Tracker(accelerator, "tensorboard", "project", {}) as tracker:
+        tracker.log({"step": 1, "loss": 0.0})
+    (message,) = caplog.messages
+    assert message.startswith("the tracker could not be started (")
+
+
 def test_none_does_nothing(tmp_path: Path) -> None:
     with Tracker(accelerator_with(None, tmp_path), "none", "project", {}) as tracker:
         tracker.log({"step": 1, "loss": 0.0})
@@ -166,4 +180,120 @@ def test_wandb_out_of_reach_goes_on_offline(
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "wandb", "project", config) as tracker:
         tracker.log({"step": 1, "loss": 0.5})
     assert any("logging offline" in message for message in caplog.messages)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+TRACKS = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from mixres.training import metrics
+metrics._WANDB_TIMEOUT_S, metrics._WANDB_FINISH_S = 60, 1
+accelerator = Accelerator(cpu=True, log_with="wandb", project_dir=sys.argv[1])
+with metrics.Tracker(accelerator, "wandb", "project", {"train": {"seed": 0}}) as tracker:
+    tracker.log({"step": 1, "loss": 0.5})
+    print("begun", flush=True)
+    sys.stdin.readline()
+    for step in range(2, 100):
+        tracker.log({"step": step, "loss": 0.5})
+print("ended", flush=True)
+"""
+
+
+def wandb_environment(folder: Path, **values: str) -> dict[str, str]:
+    """Of somebody who has no key, no settings and no proxy."""
+    kept = {key: value for key, value in os.environ.items() if "WANDB" not in key and "proxy" not in key.lower()}
+    folders = {name: str(folder) for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR")}
+    return {**kept, **folders, "NETRC": str(folder / "none"), "TERM": "xterm", **values}
+
+
+BUCKET = {"id": "1", "name": "run", "displayName": "run", "project": {"name": "project", "entity": {"name": "me"}}}
+ANSWERS = {"upsertBucket": {"bucket": BUCKET, "inserted": True}, "serverInfo": {"features": []}, "entity": None}
+
+
+class Service(ThreadingHTTPServer):
+    """What wandb needs of its server; once `lost` is set nothing is answered any more."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.lost, self.over = threading.Event(), threading.Event()
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        assert isinstance(self.server, Service)
+        if self.server.lost.is_set():
+            self.server.over.wait()
+            return
+        body = json.dumps({"data": ANSWERS} if self.path == "/graphql" else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        yield service
+        service.over.set()
+        service.shutdown()
+
+
+def test_a_network_that_goes_away_holds_up_neither_steps_nor_the_end(service: Service, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{service.server_address[1]}"
+    environment = wandb_environment(tmp_path, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, "-c", TRACKS, str(tmp_path)], env=environment, text=True, **pipes
+    ) as process:
+        try:
+            while (line := process.stdout.readline()) and line != "begun\n":
+                pass
+            service.lost.set()
+            said, _ = process.communicate("\n")
+        finally:
+            process.kill()
+    assert said.startswith("ended\n")
+    assert process.returncode == 0
+    assert list(tmp_path.glob("wandb/run-*/*.wandb")), "what could not be sent is kept"
+
+
+def test_without_a_key_wandb_goes_on_offline_and_asks_nobody(tmp_path: Path) -> None:
+    """At a terminal, where it would ask and wait for an answer."""
+    hand, terminal = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                shown.append(os.read(hand, 4096))
+            except OSError:  # nobody has the terminal open any more
+                return
+
+    reader = threading.Thread(target=read)
+    with subprocess.Popen(
+        [sys.executable, "-c", TRACKS, str(tmp_path)], env=wandb_environment(tmp_path), text=True,
+        stdin=terminal, stdout=subprocess.PIPE, stderr=terminal,
+    ) as process:  # fmt: skip
+        try:
+            os.close(terminal)
+            reader.start()
+            assert process.stdout.readline() == "begun\n"
+            os.write(hand, b"\n")
+            assert (process.stdout.read(), process.wait()) == ("ended\n", 0)
+        finally:
+            process.kill()
+    reader.join()
+    os.close(hand)
+    assert b"wandb cannot be used (no API key, `wandb login` keeps one): logging offline" in b"".join(shown)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

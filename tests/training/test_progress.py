@@ -2,7 +2,9 @@
 
 import io
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,31 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "encode: 100%" in terminal.getvalue()
     assert "sample/s" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+SAYS = """
+import sys
+from mixres.training.progress import say
+sys.stdin.readline()
+for step in range(5000):
+    say(f"step {step}")
+sys.stderr.write("to the end")
+"""
+
+
+def test_a_log_on_a_full_disk_stops_nothing() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", SAYS], input="\n", stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "to the end")
+
+
+def test_a_reader_that_goes_away_stops_nothing() -> None:
+    """As `| head` does."""
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SAYS], text=True, **pipe) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == ("to the end", 0)

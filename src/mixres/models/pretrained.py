@@ -59,6 +59,16 @@ def pipeline_json(path: str, name: str, *, revision: str | None = None) -> dict[
     return value
 
 
+def commit(path: str, *, revision: str | None = None) -> str | None:
+    """The commit of the Hub's repository `path` that this process reads; None for a folder.
+
+    Raises:
+        UserError: the pipeline cannot be had.
+    """
+    folder = _locate(path, revision, _CONFIGS)
+    return None if Path(path).expanduser().is_dir() else folder.name
+
+
 def fingerprint(
     path: str, components: Sequence[str], *, revision: str | None = None, memo: Path | None = None, salt: str = ""
 ) -> str:

@@ -98,6 +98,7 @@ class Checkpoints:
         self, root: Path, *, keep: int, rank: int = 0, ranks: int = 1, gather: Gather = lambda value: [value]
     ) -> None:
         self.root, self.keep, self.rank, self.ranks, self.gather = root, keep, rank, ranks, gather
+        self._damaged: set[str] = set()  # names
 
     def save(
         self,
@@ -140,6 +141,7 @@ class Checkpoints:
             faults = [fault for fault in self.gather(self._fault(path)) if fault]
             if not faults:
                 return Checkpoint(path)
+            self._damaged.add(name)
             if self.rank == 0:
                 _log.warning("%s is damaged (%s): trying the checkpoint before it", path, faults[0])
         return None
@@ -196,6 +198,7 @@ class Checkpoints:
             shutil.rmtree(final)
         partial.rename(final)
         atomic.sync_directory(self.root)
+        self._damaged.discard(final.name)
         self._point_latest(final)
         self._rotate(final)
 
@@ -204,10 +207,10 @@ class Checkpoints:
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     def _rotate(self, newest: Path) -> None:
-        """Those beyond `newest` are damaged, or the run had gone on from them: they must not push out valid ones."""
+        """Those found damaged, and those beyond `newest`, of a life before, must not push out valid ones."""
         paths = self._all()
-        last = paths.index(newest) + 1
-        for path in [*paths[: max(0, last - self.keep)], *paths[last:]]:
+        whole = [path for path in paths[: paths.index(newest) + 1] if path.name not in self._damaged]
+        for path in [path for path in paths if path not in whole[-self.keep :]]:
             # Renamed first: a kill while files are being deleted must not leave half a checkpoint under its name.
             gone = path.with_name(f"{atomic.TMP_PREFIX}old-{path.name}")
             path.rename(gone)

@@ -1,12 +1,13 @@
 """`metrics.jsonl`, the record of a run that everything else is derived from, and an optional tracker beside it.
 
-Promise: one line a step, each step once, also after a kill and a resume. A tracker that fails never stops training.
-Cost: one write a step.
+Promise: one line a step, each step once, also after a kill and a resume. A tracker that fails never stops training,
+and one whose network has gone holds up no step. Cost: one write a step.
 """
 
 import io
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,8 @@ from accelerate import Accelerator
 from mixres import atomic
 
 FILE_NAME = "metrics.jsonl"
-_WANDB_TIMEOUT_S = 20  # wandb's own default blocks for 90 s where there is no network
+# wandb's own defaults block for 90 s where there is no network, and at the end for as long as there is none.
+_WANDB_TIMEOUT_S, _WANDB_FINISH_S = 20, 10
 _log = logging.getLogger(__name__)
 
 
@@ -76,10 +78,14 @@ class Tracker:
         self._accelerator = accelerator if kind != "none" else None
         if self._accelerator is None:
             return
-        if kind == "wandb":
-            self._start_wandb(project, config)
-        else:
-            accelerator.init_trackers(project)
+        try:
+            if kind == "wandb":
+                self._start_wandb(project, config)
+            else:
+                accelerator.init_trackers(project)
+        except Exception as error:  # as in `log`
+            _log.warning("the tracker could not be started (%s): the run goes on without it", error)
+            self._accelerator = None
 
     def __enter__(self) -> Self:
         return self
@@ -98,12 +104,16 @@ class Tracker:
         import wandb
 
         assert self._accelerator is not None
-        settings = {"settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S)}
+        settings = {"settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, finish_timeout=_WANDB_FINISH_S)}
         try:
+            # Without a key wandb would ask at a terminal and wait, where one may have gone home.
+            asked = self._accelerator.is_main_process and "WANDB_MODE" not in os.environ
+            if asked and not wandb.login(prompt=False, verify=False):
+                raise PermissionError("no API key, `wandb login` keeps one")
             self._accelerator.init_trackers(project, dict(config), {"wandb": settings})
         except Exception as error:  # whatever the network does, metrics.jsonl is the record
             reason = str(error).partition("\n")[0]
-            _log.warning("wandb cannot be reached (%s): logging offline, `wandb sync` sends it later", reason)
+            _log.warning("wandb cannot be used (%s): logging offline, `wandb sync` sends it later", reason)
             self._accelerator.trackers.clear()  # the one that failed is in it, and would be started again
             self._accelerator.init_trackers(project, dict(config), {"wandb": {**settings, "mode": "offline"}})
 

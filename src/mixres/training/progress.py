@@ -3,6 +3,7 @@
 Cost: a few microseconds a step.
 """
 
+import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -16,9 +17,16 @@ T = TypeVar("T")
 
 
 def say(line: str) -> None:
-    """One line of the run's own output, past a bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """One line of the run's own output, past a bar if there is one.
+
+    Where it cannot be written (a log on a full disk, a pipe that nobody reads any more) it goes nowhere, and so do all
+    that follow: the run is worth more than its lines.
+    """
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def counted(

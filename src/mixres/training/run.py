@@ -64,8 +64,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._on_signal)
-        if any(name in os.environ for name in LAUNCHERS):
-            _ask_when_parent_dies(signal.SIGUSR1)
+        if end_with_launcher():
             self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
         try:
             if self.main:
@@ -143,11 +142,17 @@ class RunFolder:
             raise Stopped("stopped by a signal before the first step: run the same command to go on")
 
 
-def _ask_when_parent_dies(number: signal.Signals) -> None:
-    """A killed launcher leaves its processes behind: they get signal `number` then. A no-op where there is no prctl."""
+def end_with_launcher() -> bool:
+    """Whether a launcher started this process. One that is killed leaves its processes behind: they get SIGUSR1 then.
+
+    It ends a process at once, unless an open `RunFolder` takes it. To be called early: what was missed never comes.
+    Where there is no prctl nothing is sent.
+    """
+    launched = any(name in os.environ for name in LAUNCHERS)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if launched and prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGUSR1), 0, 0, 0)
+    return launched
 
 
 def _ending(error: BaseException | None) -> tuple[str, int]:
