@@ -62,8 +62,10 @@ class HeldOutSampler:
             device=parameter.device,
         )
 
-    def write(self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Sample every item and save the sheet; a rank that only samples along does not `keep` it.
+    def write(
+        self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False
+    ) -> Image.Image | None:
+        """Sample every item, save the sheet and return it; a rank that only samples along does not `keep` it.
 
         `stopping` is asked before each picture; once it says yes there is no sheet.
         """
@@ -71,14 +73,16 @@ class HeldOutSampler:
         with self.ema.averaged() if self.ema else nullcontext():
             for item in self.items:
                 if stopping():
-                    return
+                    return None
                 rows.append(self._row(item))
         if not keep:
-            return
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
-        save_png(contact_sheet(headings, rows), path, [row.caption for row in rows])
+        sheet = contact_sheet(headings, rows)
+        save_png(sheet, path, [row.caption for row in rows])
+        return sheet
 
     def predict(self, item: Item) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""
@@ -109,9 +113,18 @@ class HeldOutSampler:
 
 
 def sheet_writer(
-    config: Config, accelerator: Accelerator, family: ModuleType, trained: Trained, encoded: Encoded, run: RunFolder
+    config: Config,
+    accelerator: Accelerator,
+    family: ModuleType,
+    trained: Trained,
+    encoded: Encoded,
+    run: RunFolder,
+    show: Callable[[str, Image.Image, int], None],
 ) -> Callable[[int], None] | None:
-    """Samples the held-out items at a step, into `samples/` of the run folder; None where this rank is not to."""
+    """Samples the held-out items at a step, into `samples/` of the run folder; None where this rank is not to.
+
+    `show` is handed each sheet with its name and step.
+    """
     # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
     together = config.train.parallel == "fsdp2"
     if not (config.sample.every and encoded.held_out and (run.main or together)):
@@ -122,7 +135,9 @@ def sheet_writer(
         return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
 
     def write(step: int) -> None:
-        sampler.write(run.folder / "samples" / f"step-{step:08d}.png", keep=run.main, stopping=stopping)
+        path = run.folder / "samples" / f"step-{step:08d}.png"
+        if sheet := sampler.write(path, keep=run.main, stopping=stopping):
+            show("samples", sheet, step)
 
     return write
 

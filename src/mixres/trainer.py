@@ -90,12 +90,12 @@ def train(config: Config) -> None:
         scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
         objective = objective_of(config, family)
         model = replicate(trained.transformer, accelerator)
-        sample = sheet_writer(config, accelerator, family, trained, encoded, run)
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         if run.main:
             _banner(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
         metrics = stack.enter_context(MetricsLog(folder if run.main else None, step=first))
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
+        sample = sheet_writer(config, accelerator, family, trained, encoded, run, tracker.picture)
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.main))
         evaluate = HeldOutLoss(config, accelerator, objective, trained, encoded, run, (metrics.write, tracker.log))
         run.stop_between_steps()

@@ -1,5 +1,6 @@
 """`metrics.jsonl`: each step once, whatever was killed; a tracker that fails stops nothing."""
 
+import io
 import json
 import logging
 import subprocess
@@ -7,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
+from PIL import Image
+from skimage import data
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from mixres.training.metrics import FILE_NAME, MetricsLog, Tracker
@@ -135,6 +139,18 @@ def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
     assert accelerator.num_processes == 1  # still usable: closing a tracker must not take the processes down
 
 
+def test_tensorboard_gets_sheets_as_they_are(tmp_path: Path) -> None:
+    sheet = Image.fromarray(data.astronaut()[:40, :60])
+    with Tracker(accelerator_with("tensorboard", tmp_path), "tensorboard", "project", {}) as tracker:
+        tracker.picture("samples", sheet, 3)
+    (file,) = (tmp_path / "project").glob("events.out.tfevents.*")
+    (event,) = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+    (value,) = event.summary.value
+    assert (event.step, value.tag) == (3, "samples")
+    shown = Image.open(io.BytesIO(value.tensor.string_val[2]))  # behind width and height
+    assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(sheet))
+
+
 class Failing(GeneralTracker):
     """A tracker whose network is gone."""
 
@@ -163,6 +179,7 @@ def test_a_tracker_that_fails_is_left_alone(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "custom", "project", {}) as tracker:
         for step in (1, 2, 3):
             tracker.log({"step": step, "loss": 0.0})
+        tracker.picture("samples", Image.new("RGB", (8, 8)), 3)
     assert failing.calls == 1
     assert caplog.messages == ["the tracker failed (no network): it is left alone from here on"]
 
@@ -176,6 +193,7 @@ def test_a_tracker_that_cannot_be_closed_stops_nothing(tmp_path: Path, caplog: p
 def test_none_does_nothing(tmp_path: Path) -> None:
     with Tracker(accelerator_with(None, tmp_path), "none", "project", {}) as tracker:
         tracker.log({"step": 1, "loss": 0.0})
+        tracker.picture("samples", Image.new("RGB", (8, 8)), 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,5 +209,8 @@ def test_wandb_out_of_reach_goes_on_offline(
     accelerator, config = accelerator_with("wandb", tmp_path), {"train": {"seed": 0}}
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "wandb", "project", config) as tracker:
         tracker.log({"step": 1, "loss": 0.5})
+        tracker.picture("samples", Image.fromarray(data.astronaut()), 1)
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_1_*.png")
+    assert np.array_equal(np.asarray(Image.open(picture).convert("RGB")), data.astronaut())
     assert any("logging offline" in message for message in caplog.messages)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

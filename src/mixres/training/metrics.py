@@ -7,12 +7,15 @@ Cost: one write a step.
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 from mixres import atomic
 
@@ -111,11 +114,22 @@ class Tracker:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Scalars of the step `values["step"]`; after the first failure the tracker is left alone."""
-        if self._accelerator is None:
-            return
-        try:
+        if self._accelerator:
             scalars = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-            self._accelerator.log(scalars, step=values["step"])
+            with self._tolerant():
+                self._accelerator.log(scalars, step=values["step"])
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """A picture of `step`, for example a contact sheet; failures as in `log`."""
+        for tracker in self._accelerator.trackers if self._accelerator else ():
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with self._tolerant():
+                tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **form)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # a tracker's failure is not the run's
             _log.warning("the tracker failed (%s): it is left alone from here on", error)
             self._accelerator = None
