@@ -11,18 +11,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from mixres import atomic
+from mixres.assemble import Trained
 from mixres.config import Config
 from mixres.data.images import read_image
 from mixres.data.records import Picture
 from mixres.examples import control_areas, image_limits
 from mixres.precompute import Encoded, Item, spread
+from mixres.training.distributed import any_rank
 from mixres.training.ema import Ema
 from mixres.training.progress import say
+from mixres.training.run import RunFolder
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -59,8 +63,10 @@ class HeldOutSampler:
             device=parameter.device,
         )
 
-    def write(self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Sample every item and save the sheet; a rank that only samples along does not `keep` it.
+    def write(
+        self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False
+    ) -> Image.Image | None:
+        """Sample every item, save the sheet and return it; a rank that only samples along does not `keep` it.
 
         `stopping` is asked before each picture; once it says yes there is no sheet. Where it cannot be written, a line
         says so.
@@ -69,17 +75,19 @@ class HeldOutSampler:
         with self.ema.averaged() if self.ema else nullcontext():
             for item in self.items:
                 if stopping():
-                    return
+                    return None
                 rows.append(self._row(item))
         if not keep:
-            return
+            return None
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
+        sheet = contact_sheet(headings, rows)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(contact_sheet(headings, rows), path, [row.caption for row in rows])
+            save_png(sheet, path, [row.caption for row in rows])
         except OSError as error:
             say(f"samples   {path} could not be written ({error.strerror or error}): the run goes on without it")
+        return sheet
 
     def predict(self, item: Item) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""
@@ -107,6 +115,36 @@ class HeldOutSampler:
         sizes = [f"control {control.width}x{control.height}" for control in controls]
         pictures = (*controls, *empty, self.read(item.record.target), self._predict(item, controls))
         return Row(pictures, item.record.prompt, ", ".join([*sizes, f"target {item.target_size}"]))
+
+
+def sheet_writer(
+    config: Config,
+    accelerator: Accelerator,
+    family: ModuleType,
+    trained: Trained,
+    encoded: Encoded,
+    run: RunFolder,
+    show: Callable[[str, Image.Image, int], None],
+) -> Callable[[int], None] | None:
+    """Samples the held-out items at a step, into `samples/` of the run folder; None where this rank is not to.
+
+    `show` is handed each sheet with its name and step.
+    """
+    # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
+    together = config.train.parallel == "fsdp2"
+    if not (config.sample.every and encoded.held_out and (run.main or together)):
+        return None
+    sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
+
+    def stopping() -> bool:
+        return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
+
+    def write(step: int) -> None:
+        path = run.folder / "samples" / f"step-{step:08d}.png"
+        if sheet := sampler.write(path, keep=run.main, stopping=stopping):
+            show("samples", sheet, step)
+
+    return write
 
 
 def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:

@@ -1,5 +1,6 @@
 """`metrics.jsonl`: each step once, whatever was killed; a tracker that fails stops nothing."""
 
+import io
 import json
 import logging
 import os
@@ -12,10 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
+from PIL import Image
+from skimage import data
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from mixres.training.metrics import FILE_NAME, MetricsLog, Tracker
@@ -67,6 +71,32 @@ def test_evaluation_lines_are_cut_with_their_steps(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 1, 2]
 
 
+def test_the_evaluation_before_the_first_step_stays_and_is_not_doubled(tmp_path: Path) -> None:
+    def start(step: int, *later: int) -> bool:
+        with MetricsLog(tmp_path, step=step) as log:
+            for values in ({"step": 0, "eval/loss": 3.0}, *({"step": done} for done in later)):
+                if step == 0 or values["step"]:
+                    log.write(values)
+            return log.evaluated
+
+    assert not start(0, 1, 2)
+    assert not start(2, 3)
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    assert not start(0, 1), "afresh: what was evaluated there goes"
+    assert steps(tmp_path) == [0, 1]
+
+
+def test_whether_the_resumed_step_was_evaluated_is_told(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, step=0) as log:
+        for values in ({"step": 1, "eval/loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "eval/loss": None}):
+            log.write(values)
+    told = {}
+    for step in (4, 3, 2, 1):
+        with MetricsLog(tmp_path, step=step) as log:
+            told[step] = log.evaluated
+    assert told == {4: False, 3: True, 2: False, 1: True}
+
+
 def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, step=0) as log:
         log.write({"step": 1})
@@ -114,6 +144,18 @@ def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
     assert accelerator.num_processes == 1  # still usable: closing a tracker must not take the processes down
 
 
+def test_tensorboard_gets_sheets_as_they_are(tmp_path: Path) -> None:
+    sheet = Image.fromarray(data.astronaut()[:40, :60])
+    with Tracker(accelerator_with("tensorboard", tmp_path), "tensorboard", "project", {}) as tracker:
+        tracker.picture("samples", sheet, 3)
+    (file,) = (tmp_path / "project").glob("events.out.tfevents.*")
+    (event,) = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+    (value,) = event.summary.value
+    assert (event.step, value.tag) == (3, "samples")
+    shown = Image.open(io.BytesIO(value.tensor.string_val[2]))  # behind width and height
+    assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(sheet))
+
+
 class Failing(GeneralTracker):
     """A tracker whose network is gone."""
 
@@ -142,6 +184,7 @@ def test_a_tracker_that_fails_is_left_alone(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "custom", "project", {}) as tracker:
         for step in (1, 2, 3):
             tracker.log({"step": step, "loss": 0.0})
+        tracker.picture("samples", Image.new("RGB", (8, 8)), 3)
     assert failing.calls == 1
     assert caplog.messages == ["the tracker failed (no network): it is left alone from here on"]
 
@@ -164,6 +207,7 @@ def test_a_tracker_that_cannot_be_started_stops_nothing(tmp_path: Path, caplog: 
 def test_none_does_nothing(tmp_path: Path) -> None:
     with Tracker(accelerator_with(None, tmp_path), "none", "project", {}) as tracker:
         tracker.log({"step": 1, "loss": 0.0})
+        tracker.picture("samples", Image.new("RGB", (8, 8)), 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,6 +223,9 @@ def test_wandb_out_of_reach_goes_on_offline(
     accelerator, config = accelerator_with("wandb", tmp_path), {"train": {"seed": 0}}
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "wandb", "project", config) as tracker:
         tracker.log({"step": 1, "loss": 0.5})
+        tracker.picture("samples", Image.fromarray(data.astronaut()), 1)
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_1_*.png")
+    assert np.array_equal(np.asarray(Image.open(picture).convert("RGB")), data.astronaut())
     assert any("logging offline" in message for message in caplog.messages)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 

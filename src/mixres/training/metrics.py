@@ -8,12 +8,15 @@ import io
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 from mixres import atomic
 
@@ -26,19 +29,21 @@ _log = logging.getLogger(__name__)
 class MetricsLog:
     """Appends to `metrics.jsonl` in `folder`; None, for all processes but the first, writes nothing.
 
-    Lines beyond `step` are cut when it is opened: they will be written again. Where the disk is full, lines are kept
-    until it is not.
+    Lines beyond `step` are cut when it is opened, all of them where that is 0: they will be written again. `evaluated`:
+    the evaluation of `step` is among those that stay. Where the disk is full, lines are kept until it is not.
     """
 
     def __init__(self, folder: Path | None, *, step: int) -> None:
         self._file: io.FileIO | None = None
-        self._pending, self._told = b"", False
+        self._pending, self._told, self.evaluated = b"", False, False
         if folder is None:
             return
         path = folder / FILE_NAME
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            atomic.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) in range(1, step + 1)))
+            lines = path.read_text(encoding="utf-8").splitlines() if step else []
+            kept = [line for line in lines if 0 <= _step_of(line) <= step]
+            atomic.write_text(path, "".join(f"{line}\n" for line in kept))
+            self.evaluated = any(_step_of(line) == step and '"eval/' in line for line in kept)
         self._file = io.FileIO(path, "a")
 
     def __enter__(self) -> Self:
@@ -68,7 +73,7 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
-        return 0  # a line that a kill cut short
+        return -1  # a line that a kill cut short
 
 
 class Tracker:
@@ -119,11 +124,22 @@ class Tracker:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Scalars of the step `values["step"]`; after the first failure the tracker is left alone."""
-        if self._accelerator is None:
-            return
-        try:
+        if self._accelerator:
             scalars = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-            self._accelerator.log(scalars, step=values["step"])
+            with self._tolerant():
+                self._accelerator.log(scalars, step=values["step"])
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """A picture of `step`, for example a contact sheet; failures as in `log`."""
+        for tracker in self._accelerator.trackers if self._accelerator else ():
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with self._tolerant():
+                tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **form)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # a tracker's failure is not the run's
             _log.warning("the tracker failed (%s): it is left alone from here on", error)
             self._accelerator = None
