@@ -33,6 +33,8 @@ LAYERS = {
             "consistency",
             "encoding",
             "examples",
+            "export",
+            "export_request",
             "flops",
             "precompute",
             "run_result",
