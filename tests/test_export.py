@@ -23,10 +23,11 @@ from lora_files import write_lora
 from mixres import cli
 from mixres.config import load_config
 from mixres.errors import UserError, WorkError
-from mixres.export import export, placed
+from mixres.export import export, placed, write_checked
 from mixres.export_request import make_request
 from mixres.models.lora import PRESETS
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
+from mixres.models.tensor_file import Entry
 from mixres.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -417,6 +418,22 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert line.startswith(f"--out: {tmp_path} has ")
     assert line.endswith(f" bytes free and {begin + size + 2**24:,} are needed: make room")
     assert not out.parent.exists()
+
+
+def test_what_does_not_come_back_as_it_was_written_is_an_error(tmp_path: Path) -> None:
+    """The first file is damaged while the second one is written, as a failing disk would."""
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+
+    def tensor(name: str) -> Tensor:
+        if name == "b":
+            data = bytearray(first.read_bytes())
+            data[-1] ^= 1
+            first.write_bytes(data)
+        return torch.ones(3)
+
+    files = {first: {"a": Entry("F32", (3,))}, second: {"b": Entry("F32", (3,))}}
+    with pytest.raises(WorkError, match=r"1\.safetensors: reading it back gives something else \(a is another\)"):
+        write_checked(files, tensor, {"format": "pt"})
 
 
 def test_what_has_come_to_be_meanwhile_is_left(tmp_path: Path) -> None:

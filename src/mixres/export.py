@@ -9,12 +9,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -44,13 +42,14 @@ def export(request: Request) -> None:
         OSError: the disk is full, or cannot be written. Nothing is left then.
     """
     say(f"source    {request.source}, step {request.recipe.get('step')}")
+    metadata = {"format": "pt", RECIPE_KEY: json.dumps(request.recipe, sort_keys=True)}
     with placed(request.out) as partial:
         if request.model:
-            _write_weights(request, request.model, partial)
+            _write_weights(request, request.model, partial, metadata)
         elif request.format == "comfyui":
             tensors = lora_tensors(request.adapters)
             entries = {name: entry_of(tensor) for name, tensor in tensors.items()}
-            _write(request, {partial: entries}, tensors.__getitem__)
+            write_checked({partial: entries}, tensors.__getitem__, metadata)
         else:
             assert request.lora is not None
             atomic.write_bytes(partial, request.lora)
@@ -59,7 +58,7 @@ def export(request: Request) -> None:
     say(f"use       {_USE[request.format, request.model is not None].format(out=str(request.out))}")
 
 
-def _write_weights(request: Request, model: ModelFiles, partial: Path) -> None:
+def _write_weights(request: Request, model: ModelFiles, partial: Path, metadata: Mapping[str, str]) -> None:
     """The transformer with the adapters folded in: as many files as it had, or one for ComfyUI."""
     merged = MergedTensors(model, request.adapters)
     files: dict[Path, Mapping[str, Entry]]
@@ -77,16 +76,21 @@ def _write_weights(request: Request, model: ModelFiles, partial: Path) -> None:
     def tensor(name: str) -> Tensor:
         return torch.empty(0) if name == ZERO_COND_T else merged.tensor(name)
 
-    _write(request, files, tensor)
+    write_checked(files, tensor, metadata)
     if request.adapters:
         layer = next(iter(request.adapters))
         dtype, share = model.entries[f"{layer}.weight"].dtype, merged.rounding()
         say(f"rounding  to {dtype} moves the weights by {share:.2%} of what the adapters move them by")
 
 
-def _write(request: Request, files: Mapping[Path, Mapping[str, Entry]], tensor: Any) -> None:
-    """Write files of these entries, read them back and compare."""
-    metadata = {"format": "pt", RECIPE_KEY: json.dumps(request.recipe, sort_keys=True)}
+def write_checked(
+    files: Mapping[Path, Mapping[str, Entry]], tensor: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write files of these entries, then read all of them back and compare.
+
+    Raises:
+        WorkError: something else comes back.
+    """
     names = [name for entries in files.values() for name in in_order(entries)]
     writing = iter(counted(names, "write", "tensor", enabled=True))
     digests = {
