@@ -46,7 +46,8 @@ def test_help_is_fast_and_imports_nothing_but_the_standard_library() -> None:
     done = train_py("--help")
     assert done.returncode == 0
     assert "usage: train.py [VERB] --config FILE [key=value ...]" in done.stdout
-    assert all(verb in done.stdout for verb in cli.VERBS)
+    assert "train.py sample --lora RUN --out DIR [options]" in done.stdout
+    assert all(f"  {verb} " in done.stdout for verb in (*cli.VERBS, *cli.OWN_VERBS))
     assert imported(done).isdisjoint(HEAVY)
     seconds = []
     for _ in range(3):
@@ -54,6 +55,14 @@ def test_help_is_fast_and_imports_nothing_but_the_standard_library() -> None:
         subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, check=True, timeout=60)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
+
+
+def test_a_verbs_own_help_is_fast_too_and_names_its_options() -> None:
+    done = train_py("sample", "--help")
+    assert done.returncode == 0
+    assert "usage: train.py sample [-h] [--lora RUN|FILE]" in done.stdout
+    assert all(name in done.stdout for name, _, _ in cli.OWN_OPTIONS["sample"])
+    assert imported(done).isdisjoint(HEAVY)
 
 
 def test_version() -> None:
@@ -105,10 +114,16 @@ ARGUMENTS = {
     "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
     "unknown_verb_no_config": (
         ["zzz"],
-        ["zzz: unknown verb; the verbs are: train, cache, verify, bench", "--config: not given"],
+        ["zzz: unknown verb; the verbs are: train, cache, verify, bench, sample", "--config: not given"],
     ),
     "unknown_option": (["--confg=a"], ["--confg=a: unknown option; did you mean '--config'?", "--config: not given"]),
     "abbreviation": (["--conf=a"], ["--conf=a: unknown option; did you mean '--config'?", "--config: not given"]),
+    "own_verb_misspelt": (["sampel", "--config", "CONFIG"], ["sampel: unknown verb; did you mean 'sample'?"]),
+    "own_verb_behind": (
+        ["--config", "CONFIG", "sample"],
+        ["sample: takes no configuration: write it first, then its options, see sample --help"],
+    ),
+    "own_verb_without_value": (["sample", "--lora"], ["argument --lora: expected one argument; see --help"]),
     "config_without_file": (["--config"], ["argument --config: expected one argument"]),
     "second_word": (["train", "fast", "--config", "CONFIG"], ["'fast': not an override"]),
     "synthetic_train": (["--synthetic", "--config", "CONFIG"], ["--synthetic: is for the verb bench, not for train"]),

@@ -438,9 +438,14 @@ def test_what_does_not_come_back_as_it_was_written_is_an_error(tmp_path: Path) -
 
 def test_what_has_come_to_be_meanwhile_is_left(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    with pytest.raises(WorkError, match="has come to be while this was written"), placed(out) as partial:
-        partial.write_text("ours")
-        out.write_text("theirs")
+
+    def write() -> None:
+        with placed(out) as partial:
+            partial.write_text("ours")
+            out.write_text("theirs")
+
+    with pytest.raises(WorkError, match="has come to be while this was written"):
+        write()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(out.name, "theirs")]
 
 

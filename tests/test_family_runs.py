@@ -141,9 +141,26 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
         [sys.executable, str(STOCK_PROCESS), str(runs.base), str(unbroken), str(tmp_path)], json.dumps(cases)
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    lines = [
+        {"prompt": case["prompt"], "size": f"{case['width']}x{case['height']}"}
+        | {
+            f"path_control_{slot}" if slot else "path_control": os.path.relpath(path, runs.pairs)
+            for slot, path in enumerate(case["controls"])
+        }
+        for case in cases
+    ]
+    prompts = runs.pairs / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    words = ["--lora", str(unbroken), "--prompts", str(prompts), "--steps", str(config.sample.steps)]
+    done = process(
+        [sys.executable, "train.py", "sample", *words, "--seed", str(config.train.seed), "--out", str(tmp_path / "out")]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     for number, item in enumerate(sampler.items):
+        by_command = np.asarray(Image.open(tmp_path / "out" / f"{number + 1:04d}.png")).astype(int)
         with_lora, without = (
             np.asarray(Image.open(tmp_path / f"{number}-{part}.png")).astype(int) for part in ("with", "without")
         )
         assert np.abs(with_lora - np.asarray(sampler.predict(item)).astype(int)).max() <= 1
+        assert np.abs(with_lora - by_command).max() <= 1
         assert np.abs(with_lora - without).max() > 8, "the LoRA changes the picture"

@@ -319,6 +319,8 @@ def test_all_weights_become_a_transformer_that_loads(job: Job, tiny_base: Path) 
     assert {tensor.dtype for tensor in load_file(next((folder / "transformer").glob("*.safetensors"))).values()} == {
         torch.bfloat16
     }
+    recipe = json.loads((folder / "transformer" / "mixres.json").read_text())
+    assert (recipe["family"], recipe["base"], recipe["step"]) == ("qwen_image_edit", str(tiny_base), 3)
     untrained = tuple(f"{name}." for name in family.untrained_modules(base))
     weights = base.state_dict()
     changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, weights[name])}

@@ -93,8 +93,7 @@ def make_request(
     """
     faults = _Faults(_missing(lora, out, image, prompt, prompts))
     how = _settings(faults, **settings)
-    guided = how["guidance"] != 1
-    negative = faults.tried(_negative, negative_prompt, guided)
+    negative = faults.tried(_negative, negative_prompt, how["guidance"] != 1)
     fixed = faults.tried(_option_size, size)
     rows = _rows(faults, image or (), prompt, prompts)
     sizes = _image_sizes(faults, rows)

@@ -221,6 +221,23 @@ def test_a_picture_from_cached_embeddings_is_the_stock_picture(case: FamilyCase,
             assert largest_difference(case.module.sample_image(sampling, **(call | change)), expected) > 2, change
 
 
+def test_guidance_is_the_stock_pipelines(case: FamilyCase, base: Path) -> None:
+    encoders, stock = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu"), case.load_stock(base, FLOAT32)
+    transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
+    sampling = case.module.load_sampling_pipeline(str(base), transformer=transformer, dtype=FLOAT32, device="cpu")
+    count, size, words = max(case.controls), Size(64, 48), PROMPTS[:2]
+    embeds, negative = (encode(case, encoders, pictures(count), text).prompt_embeds for text in words)
+    call = {"controls": pictures(count), "prompt_embeds": embeds, "size": size, "steps": 2, "seed": 7, **case.areas}
+    guided = case.module.sample_image(sampling, **call, negative_embeds=negative, guidance=4.0)
+    with case.stock_areas(case.areas):
+        expected = stock(
+            **case.call(pictures(count)), prompt=words[0], negative_prompt=words[1], true_cfg_scale=4.0,
+            width=size.width, height=size.height, num_inference_steps=2, generator=torch.Generator().manual_seed(7),
+        ).images[0]  # fmt: skip
+    assert largest_difference(guided, expected) <= 1
+    assert largest_difference(case.module.sample_image(sampling, **call), expected) > 2
+
+
 # --- A batch and alone ---------------------------------------------------------------------------------------------
 
 
