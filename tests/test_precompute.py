@@ -25,7 +25,7 @@ from mixres.errors import UserError, WorkError
 from mixres.examples import control_areas, image_limits
 from mixres.geometry import Size, target_size
 from mixres.models import qwen_image_edit as family
-from mixres.precompute import Encoded, encode_all, examples, run_cache, spread
+from mixres.precompute import Encoded, encode_all, examples, family_of, run_cache, spread
 
 ALL, FEW = 13, 3
 
@@ -59,7 +59,8 @@ class Caching:
         return int(counts[1]), int(counts[2])
 
     def encoded(self, *overrides: str) -> Encoded:
-        return encode_all(self.config(*overrides), family, device=torch.device("cpu"))
+        config = self.config(*overrides)
+        return encode_all(config, family_of(config), device=torch.device("cpu"))
 
 
 @pytest.fixture

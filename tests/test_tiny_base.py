@@ -41,6 +41,11 @@ def test_it_is_small_bfloat16_and_safetensors_alone() -> None:
         assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}, weights
 
 
+def test_no_file_tells_where_it_was_made() -> None:
+    for file in shipped(BASE):
+        assert b"_name_or_path" not in file.read_bytes(), file
+
+
 def test_the_card_names_every_photograph_with_its_licence() -> None:
     for photograph in PHOTOGRAPHS:
         assert photograph.licence.startswith(("public domain", "CC0", "CC BY")), photograph

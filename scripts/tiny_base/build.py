@@ -10,6 +10,7 @@ Cost: under 40 minutes on two cores and 1 GB in build/tiny_base.
 5. the base in bfloat16, scored on photographs it never saw, with its model card (card.py)
 """
 
+import json
 import random
 import shutil
 import subprocess
@@ -100,6 +101,15 @@ def _write_asset(folder: Path) -> None:
         vae=AutoencoderKLQwenImage.from_pretrained(start / "vae", dtype=torch.bfloat16),
         transformer=QwenImageTransformer2DModel.from_pretrained(WORK / "run" / "transformer", dtype=torch.bfloat16),
     )
+    for component in ("vae", "transformer"):
+        _forget_folder(folder / component / "config.json")
+
+
+def _forget_folder(config: Path) -> None:
+    """diffusers writes where a component was loaded from, which is another folder on every machine."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _steps() -> int:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from mixres import __version__
 from mixres.batch import Batch
-from mixres.config import Config, LoraConfig
+from mixres.config import Config
+from mixres.config_sections import LoraConfig
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.diffusion.flow_matching import NoiseLevels

@@ -10,7 +10,7 @@ from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch import nn
 
-from mixres.config import ATTENTION
+from mixres.config_sections import ATTENTION
 from mixres.errors import UserError
 from mixres.models import qwen_image_edit as family
 from mixres.models.lora import (

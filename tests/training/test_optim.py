@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import SchedulerType
 from torch import nn
 
-from mixres.config import SchedulerConfig
+from mixres.config_sections import SchedulerConfig
 from mixres.errors import UserError
 from mixres.training.optim import (
     optimizer_class,
