@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mixres.config import SampleConfig
+from mixres.config_sections import SampleConfig
 from mixres.data.images import BadImageError, inspect_image
 from mixres.data.records import BadCaptionError, check_caption, printable
 from mixres.errors import UserError
