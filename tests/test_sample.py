@@ -426,6 +426,13 @@ def changed(run: Trained, folder: Path, **recipe: Any) -> Path:
     return path
 
 
+def test_a_part_of_the_base_that_is_missing_is_told_as_the_bases(edit: Trained, tmp_path: Path) -> None:
+    base = shutil.copytree(edit.base, tmp_path / "base")
+    shutil.rmtree(base / "text_encoder")
+    with pytest.raises(UserError, match=f"^--base: {base / 'text_encoder'} is missing$"):
+        sample(edit.request(tmp_path / "out", base=str(base)))
+
+
 def test_weights_that_do_not_say_what_they_are_of_are_refused(edit: Trained, tmp_path: Path) -> None:
     (tmp_path / "lora.bin").write_bytes(b"never opened")
     (tmp_path / "empty").mkdir()

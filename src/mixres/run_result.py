@@ -132,11 +132,16 @@ def find_base(result: RunResult, given: str | None, key: str) -> Base:
         fault = _family_fault(family, recipe) or _shape_fault(family, result, path, revision)
         token = family.pixels_per_token(path, revision=revision)
     except UserError as error:
-        raise UserError([f"{what}: {m.removeprefix(f'{pretrained.KEY}: ')}" for m in error.messages]) from error
+        raise renamed(error, what) from error
     if fault:
         raise UserError(f"{what}: {path} does not fit {result.path}: {fault}")
     rules = {name: recipe[name] for name in ("control_area", "text_area") if name in recipe}
     return Base(path, revision, family, token, rules)
+
+
+def renamed(error: UserError, key: str) -> UserError:
+    """`error` with `key` in the place of the configuration's key of the base."""
+    return UserError([f"{key}: {message.removeprefix(f'{pretrained.KEY}: ')}" for message in error.messages])
 
 
 def _family_fault(family: ModuleType, recipe: Mapping[str, Any]) -> str | None:

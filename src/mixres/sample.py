@@ -19,6 +19,7 @@ from mixres.data.images import BadImageError, read_image
 from mixres.data.records import printable
 from mixres.encoding import release
 from mixres.errors import UserError, WorkError
+from mixres.run_result import renamed
 from mixres.sample_request import Request, Text, Wanted, beside
 from mixres.sample_rows import LIMITS
 from mixres.sampling import Row, contact_sheet, save_png
@@ -42,6 +43,17 @@ def sample(request: Request) -> None:
     dtype = str(request.dtype).removeprefix("torch.")
     say(f"model     {request.base.path}, {dtype} on {request.device}")
     say(f"weights   {printable(request.result.path)}")
+    try:
+        made = _make(request)
+    except UserError as error:
+        raise renamed(error, "--base") from error
+    if request.compare:
+        _write_sheets(request.wanted)
+    say(f"pictures  {made} in {printable(folder)}")
+
+
+def _make(request: Request) -> int:
+    """Make and save every picture; how many there are."""
     digest = request.result.digest()
     embeds = _encoded(request)
     release(request.device)
@@ -54,9 +66,7 @@ def sample(request: Request) -> None:
         picture = _picture(request, pipeline, one, embeds)
         settings = json.dumps(_settings(request, one, digest if trained else None), ensure_ascii=False)
         _save(picture, one.path if trained else beside(one.path)[0], mixres=settings)
-    if request.compare:
-        _write_sheets(request.wanted)
-    say(f"pictures  {len(jobs)} in {printable(folder)}")
+    return len(jobs)
 
 
 def _encoded(request: Request) -> dict[Text, Tensor]:
