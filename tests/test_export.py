@@ -25,9 +25,11 @@ from mixres.config import load_config
 from mixres.errors import UserError, WorkError
 from mixres.export import export, placed, write_checked
 from mixres.export_request import make_request
+from mixres.geometry import Size
 from mixres.models.lora import PRESETS
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
 from mixres.models.tensor_file import Entry
+from mixres.run_result import find_base, find_result
 from mixres.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,10 +162,13 @@ def test_a_base_in_several_files_stays_in_them(tiny_base: Path, lora: Path, tmp_
     assert bits(loaded[0]) == bits(loaded[1])
 
 
-def test_merged_weights_are_a_result_that_can_be_exported_again(lora: Path, tmp_path: Path) -> None:
+def test_merged_weights_are_a_result_that_can_be_exported_again_and_sampled_with(lora: Path, tmp_path: Path) -> None:
     folder = run_export(lora, tmp_path / "merged", "diffusers", merge=True)
     single = run_export(folder, tmp_path / "single.safetensors", "comfyui", merge=True)
     assert bits(stored(single)) == bits(stored(folder))
+    result = find_result(str(folder), "--lora")  # as `sample` finds it
+    assert (result.lora, result.recipe["step"]) == (None, 7)
+    assert find_base(result, None, "--base").areas(Size(512, 512)) == {"control_area": 1024 * 1024}
 
 
 # --- The names of ComfyUI --------------------------------------------------------------------------------------------

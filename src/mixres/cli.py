@@ -203,7 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb:<8}{meaning}" for verb, meaning in {**VERBS, **OWN_VERBS}.items())
     parser = _Parser(
         prog=Path(sys.argv[0]).name,
-        usage="%(prog)s [VERB] --config FILE [key=value ...]\n       %(prog)s sample --lora RUN --out DIR [options]",
+        usage="%(prog)s [VERB] --config FILE [key=value ...]\n       %(prog)s sample --lora RUN --out DIR [options]\n"
+        "       %(prog)s export RUN --format NAME --out FILE [options]",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=f"verbs:\n{verbs}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
