@@ -48,6 +48,7 @@ def test_help_is_fast_and_imports_nothing_but_the_standard_library() -> None:
     assert done.returncode == 0
     assert "usage: train.py [VERB] --config FILE [key=value ...]" in done.stdout
     assert "train.py sample --lora RUN --out DIR [options]" in done.stdout
+    assert "train.py export RUN --format NAME --out FILE [options]" in done.stdout
     assert all(f"  {verb} " in done.stdout for verb in (*cli.VERBS, *cli.OWN_VERBS))
     assert imported(done).isdisjoint(HEAVY)
     seconds = []
@@ -58,11 +59,12 @@ def test_help_is_fast_and_imports_nothing_but_the_standard_library() -> None:
     assert min(seconds) < 0.5
 
 
-def test_a_verbs_own_help_is_fast_too_and_names_its_options() -> None:
-    done = train_py("sample", "--help")
+@pytest.mark.parametrize(("verb", "first"), [("sample", "[--lora RUN|FILE]"), ("export", "[--format NAME]")])
+def test_a_verbs_own_help_is_fast_too_and_names_its_options(verb: str, first: str) -> None:
+    done = train_py(verb, "--help")
     assert done.returncode == 0
-    assert "usage: train.py sample [-h] [--lora RUN|FILE]" in done.stdout
-    assert all(name in done.stdout for name, _, _ in cli.OWN_OPTIONS["sample"])
+    assert f"usage: train.py {verb} [-h] {first}" in done.stdout
+    assert all((name if name.startswith("-") else value) in done.stdout for name, value, _ in cli.OWN_OPTIONS[verb])
     assert imported(done).isdisjoint(HEAVY)
 
 
@@ -141,7 +143,7 @@ ARGUMENTS = {
     "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
     "unknown_verb_no_config": (
         ["zzz"],
-        ["zzz: unknown verb; the verbs are: train, cache, verify, bench, sample", "--config: not given"],
+        ["zzz: unknown verb; the verbs are: train, cache, verify, bench, sample, export", "--config: not given"],
     ),
     "unknown_option": (["--confg=a"], ["--confg=a: unknown option; did you mean '--config'?", "--config: not given"]),
     "abbreviation": (["--conf=a"], ["--conf=a: unknown option; did you mean '--config'?", "--config: not given"]),

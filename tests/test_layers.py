@@ -35,6 +35,8 @@ LAYERS = {
             "encoding",
             "evaluate",
             "examples",
+            "export",
+            "export_request",
             "flops",
             "precompute",
             "run_result",

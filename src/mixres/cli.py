@@ -30,7 +30,10 @@ VERBS = {
 }
 # Verbs with options of their own, which come behind them: name, its value (None: a switch), meaning. All are text here;
 # the verb checks them, together with what they name.
-OWN_VERBS = {"sample": "make pictures with what a run has trained (its options: sample --help)"}
+OWN_VERBS = {
+    "sample": "make pictures with what a run has trained (its options: sample --help)",
+    "export": "write what a run has trained for diffusers or ComfyUI (its options: export --help)",
+}
 REPEATED = ("--image",)
 OWN_OPTIONS = {
     "sample": (
@@ -48,6 +51,13 @@ OWN_OPTIONS = {
         ("--base", "PATH", "the base, where it is no longer where the run had it"),
         ("--device", "NAME", "cuda, cuda:1, cpu (cuda where there is one)"),
         ("--dtype", "NAME", "bfloat16 or float32 (float32 on a CPU)"),
+    ),
+    "export": (
+        ("run", "RUN|FILE", "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"),
+        ("--format", "NAME", "diffusers or comfyui: whose names the file is to have"),
+        ("--merge", None, "the base's weights with the LoRA in them instead of the LoRA"),
+        ("--out", "FILE", "where to, a .safetensors file; a folder for diffusers with --merge"),
+        ("--base", "PATH", "to merge: the base, where it is no longer where the run had it"),
     ),
 }
 OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
@@ -164,7 +174,7 @@ def _run_own_verb(verb: str, argv: Sequence[str]) -> None:
     faults = [f"{word}: unknown option of {verb}{_nearest(word.partition('=')[0], names)}" for word in unknown]
     work = None
     try:
-        work = {"sample": _sample}[verb](**vars(given))
+        work = {"sample": _sample, "export": _export}[verb](**vars(given))
     except UserError as error:
         faults += error.messages
     if faults or work is None:
@@ -182,6 +192,8 @@ def _own_parser(verb: str) -> argparse.ArgumentParser:
     for name, value, meaning in OWN_OPTIONS[verb]:
         if value is None:
             parser.add_argument(name, action="store_true", help=meaning)
+        elif not name.startswith("-"):
+            parser.add_argument(name, metavar=value, nargs="?", help=meaning)
         else:
             action = "append" if name in REPEATED else _Once
             parser.add_argument(name, metavar=value, action=action, help=meaning)
@@ -199,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb:<8}{meaning}" for verb, meaning in {**VERBS, **OWN_VERBS}.items())
     parser = _Parser(
         prog=Path(sys.argv[0]).name,
-        usage="%(prog)s [VERB] --config FILE [key=value ...]\n       %(prog)s sample --lora RUN --out DIR [options]",
+        usage="%(prog)s [VERB] --config FILE [key=value ...]\n       %(prog)s sample --lora RUN --out DIR [options]\n"
+        "       %(prog)s export RUN --format NAME --out FILE [options]",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=f"verbs:\n{verbs}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -256,3 +269,10 @@ def _sample(**options: Any) -> Callable[[], None]:
     from mixres.sample_request import make_request
 
     return partial(sample, make_request(**options))
+
+
+def _export(**options: Any) -> Callable[[], None]:
+    from mixres.export import export
+    from mixres.export_request import make_request
+
+    return partial(export, make_request(**options))

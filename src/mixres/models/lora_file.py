@@ -15,7 +15,7 @@ from typing import Any
 
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from mixres.errors import UserError
@@ -134,6 +134,19 @@ def load_adapters(header: LoraHeader, parameters: Mapping[str, nn.Parameter]) ->
             stored = stored.removesuffix(".weight")
         parameter.data.copy_(tensors.pop(f"{_PREFIX}.{stored}"))
     assert not tensors, sorted(tensors)
+
+
+def layer_tensors(header: LoraHeader, file: bytes) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """A `(r, inputs)`, B `(outputs, r)` and, of a DoRA, the magnitudes `(outputs,)` of each layer with an adapter."""
+    tensors = load(file)
+    return {
+        layer: (
+            tensors[f"{_PREFIX}.{layer}.lora_A.weight"],
+            tensors[f"{_PREFIX}.{layer}.lora_B.weight"],
+            tensors.get(f"{_PREFIX}.{layer}.{_MAGNITUDE}"),
+        )
+        for layer in header.layers
+    }
 
 
 def _path(given: str, key: str) -> Path:

@@ -223,18 +223,23 @@ class Checkpoints:
         link.replace(self.root / "latest")
 
     def _fault(self, path: Path) -> str | None:
-        """Why files of a checkpoint are not what its manifest says, by this rank's share of them; None if they are."""
-        try:
-            manifest = _manifest(path)
-            if STATE not in manifest:
-                return "its manifest is incomplete"
-            for name in sorted(manifest)[self.rank :: self.ranks]:
-                if Path(name).name != name or _digest(path / name) != manifest[name]:
-                    return f"{name} is not what was saved"
-            Checkpoint(path)
-        except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-            return str(error) or type(error).__name__
-        return None
+        """By this rank's share of the files."""
+        return fault_of(path, rank=self.rank, ranks=self.ranks)
+
+
+def fault_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
+    """Why the files of a checkpoint, of which each of `ranks` reads a share, are not as saved; None if they are."""
+    try:
+        manifest = _manifest(path)
+        if STATE not in manifest:
+            return "its manifest is incomplete"
+        for name in sorted(manifest)[rank::ranks]:
+            if Path(name).name != name or _digest(path / name) != manifest[name]:
+                return f"{name} is not what was saved"
+        Checkpoint(path)
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 def _manifest(path: Path) -> dict[str, Any]:
