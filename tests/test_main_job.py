@@ -135,6 +135,7 @@ def test_the_literal_command_leaves_the_run_folder_that_is_promised(
     assert (expected | {"max_train_steps": STEPS}).items() <= ended.items()
     assert {"host", "pid", "started", "updated"} <= ended.keys()
     assert "overhead  a step took" in done.stdout
+    assert "next      mixres sample --lora " in done.stdout
     rows = re.findall(r"^ {10}([a-z_.0]+) +(\d+) layers +[\d,]+ parameters$", done.stdout, re.MULTILINE)
     assert rows == [(pattern, "1" if "add_q" in pattern or "to_add" in pattern else "2") for pattern in ATTENTION]
 
