@@ -69,7 +69,7 @@ def kill_some(folder: Path, process: "subprocess.Popen[str]", draw: random.Rando
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_instant_a_run_ends_with_the_bits_of_an_unbroken_one(jobs: Jobs, ranks: int) -> None:
     kills = KILLS // 2
-    words = (f"train.max_train_steps={STEPS_A_KILL * kills}", "data.num_workers=1", "model.lora.lora_dropout=0.1")
+    words = (f"train.max_train_steps={STEPS_A_KILL * (kills + 1)}", "data.num_workers=1", "model.lora.lora_dropout=0.1")
     launcher = PYTHON if ranks == 1 else torchrun(ranks)
     whole, folder = jobs.root / f"whole-{ranks}", jobs.root / f"killed-{ranks}"
     jobs(whole.name, *words, launcher=launcher)
@@ -81,7 +81,7 @@ def test_killed_at_any_instant_a_run_ends_with_the_bits_of_an_unbroken_one(jobs:
                 time.sleep(draw.uniform(0, SAVE_S))
             else:
                 wait_for_a_step(folder, process, draw)
-            assert process.poll() is None or lives == kills - 1, "too few steps for so many kills"
+            assert process.poll() is None, "too few steps for so many kills"
             kill_some(folder, process, draw)
             lives += 1
     assert in_saves >= kills // 2 - 1
