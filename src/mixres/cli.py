@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ VERBS = {
     "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
     "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
 }
+# What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
 OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
 
@@ -42,6 +45,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         verb, config, options = _parse(sys.argv[1:] if argv is None else argv)
         {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)

@@ -23,6 +23,7 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Size, pack_latents, token_grid
 from mixres.models import pretrained
 from mixres.models.edit_mask import mask_on_grid
+from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.qwen_processor import load_processor, torchvision_imports
 
@@ -157,17 +158,23 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
 
 
 def load_transformer(
-    path: str, *, revision: str | None = None, dtype: torch.dtype, device: torch.device | str
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: Method | None = None,
 ) -> QwenImageTransformer2DModel:
-    """The stock transformer, patched to take samples of different sizes in one batch.
+    """The stock transformer, patched to take samples of different sizes in one batch; `quantize`: see `quantize.py`.
 
     Raises:
-        UserError: weights cannot be found or read, or are pickled.
+        UserError: weights cannot be found or read, or are pickled; or cannot be quantised so on this device.
     """
+    quantization = quantization_config(quantize, dtype=dtype, device=device) if quantize else None
     folder = pretrained.pipeline_folder(path, ("transformer",), revision=revision)
     with _reading(folder):
         transformer = QwenImageTransformer2DModel.from_pretrained(
-            folder, subfolder="transformer", dtype=dtype, use_safetensors=True
+            folder, subfolder="transformer", dtype=dtype, use_safetensors=True, quantization_config=quantization
         )
     return patch_qwen_model_for_multi_resolution(transformer.to(device))
 
