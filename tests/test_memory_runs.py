@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EIGHT_BITS = ("optimizer.class_path=torchao.optim.AdamW8bit", "model.lora.r=32", "model.lora.lora_alpha=32")
 PRODIGY = ("optimizer.class_path=prodigyopt.Prodigy", "optimizer.init_args={lr: 1.0, d0: 1e-4}")
 RUNS = {
-    "int8 base, 8-bit optimizer, average": ("model.quantize=int8", *EIGHT_BITS, "train.ema_decay=0.9"),
-    "fp8 base in bfloat16, Prodigy, DoRA": (
+    "int8_adamw8bit_average": ("model.quantize=int8", *EIGHT_BITS, "train.ema_decay=0.9"),
+    "fp8_prodigy_dora": (
         *("model.quantize=fp8", "model.dtype=bfloat16", "train.mixed_precision=bf16", "model.lora.use_dora=true"),
         *PRODIGY,
     ),
@@ -31,10 +31,10 @@ def job(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_resumed_run_is_an_unbroken_one(job: Jobs, few_pairs: Path, kind: str) -> None:
     sampled = ("sample.every=9", f"data.held_out={few_pairs / 'held_out'}", "train.gradient_checkpointing=2")
     words = (*RUNS[kind], *sampled, "train.max_train_steps=4")
-    job(f"{kind}: unbroken", *words)
-    job(f"{kind}: halves", *words, "train.max_train_steps=2")
-    job(f"{kind}: halves", *words)
-    unbroken, halves = job.root / f"{kind}: unbroken", job.root / f"{kind}: halves"
+    job(f"{kind}_unbroken", *words)
+    job(f"{kind}_halves", *words, "train.max_train_steps=2")
+    job(f"{kind}_halves", *words)
+    unbroken, halves = job.root / f"{kind}_unbroken", job.root / f"{kind}_halves"
     assert metrics(halves) == metrics(unbroken)
     average = [f"ema/{LORA}"] if "average" in kind else []
     for name in (LORA, *average, "samples/step-00000004.png", "checkpoints/step-00000004/optimizer.safetensors"):
