@@ -69,14 +69,14 @@ def test_what_is_wrong_with_optimizer_and_targets_is_told_together(setup: Setup)
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, 2, False])
 def test_the_trained_parameters_are_the_optimizers_in_order(
-    setup: Setup, tmp_path: Path, lora: bool, checkpointing: bool
+    setup: Setup, tmp_path: Path, lora: bool, checkpointing: bool | int
 ) -> None:
     words = [f"train.gradient_checkpointing={str(checkpointing).lower()}", *([] if lora else ["model.lora=null"])]
     trained = load_trained(setup(*words), family, accelerator(tmp_path))
     assert trained.transformer.training
-    assert trained.transformer.is_gradient_checkpointing == checkpointing
+    assert trained.transformer.is_gradient_checkpointing == bool(checkpointing)
     held = trained.optimizer.param_groups[0]["params"]
     assert [id(p) for p in held] == [id(p) for p in trained.parameters.values()]
     assert [name for name, p in trained.transformer.named_parameters() if p.requires_grad] == list(trained.parameters)
@@ -140,6 +140,7 @@ def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]
         ("train.ema_decay=0.9", {"train.ema_decay"}),
         ("sample.steps=3", set()),
         ("model.dtype=bfloat16", {"model.dtype"}),
+        ("model.quantize=int8", {"model.quantize"}),
         ("optimizer.init_args.lr=1", set()),
         ("train.max_train_steps=99", set()),
         ("batch.max_tokens=400", set()),
@@ -286,6 +287,7 @@ def test_the_recipe_is_what_sampling_needs(setup: Setup, tiny_base: Path) -> Non
         "family": "qwen_image_edit",
         "base": str(tiny_base),
         "revision": None,
+        "quantize": None,
         "r": 4,
         "lora_alpha": 4.0,
         "use_dora": False,

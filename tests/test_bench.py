@@ -202,6 +202,7 @@ TRAINED = {
     "lora": [],
     "all_weights": ["model.lora=null"],
     "lora_checkpointed": ["train.gradient_checkpointing=true"],
+    "every_second_checkpointed": ["train.gradient_checkpointing=2"],
     "all_checkpointed": ["model.lora=null", "train.gradient_checkpointing=true"],
     "lora_late": ["model.lora.target_modules=[proj_out]"],
     "lora_everywhere": ["model.lora.target_modules=[img_in,txt_in,to_q,to_add_out,img_mod.1,img_mlp.net.2,proj_out]"],

@@ -128,6 +128,7 @@ WRONG = {
     "class_without_module": "optimizer.class_path=AdamW",
     "negative_learning_rate": "optimizer.init_args.lr=-1",
     "text_learning_rate": "optimizer.init_args.lr='1e-4'",
+    "every_zeroth_block": "train.gradient_checkpointing=0",
     "null_learning_rate": "optimizer.init_args.lr=null",
     "nan_learning_rate": "optimizer.init_args.lr=.nan",
     "nan_in_free_list": "optimizer.init_args.betas=[0.9, .nan]",

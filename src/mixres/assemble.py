@@ -33,10 +33,12 @@ from mixres.models.lora import (
     train_all,
     trainable_parameters,
 )
+from mixres.models.quantize import check_method
+from mixres.models.repeated_blocks import recompute_blocks
 from mixres.precompute import Encoded, Item
-from mixres.training.distributed import shard
+from mixres.training.distributed import launched, shard
 from mixres.training.ema import Ema
-from mixres.training.optim import optimizer_class
+from mixres.training.optim import check_step, optimizer_class
 from mixres.training.step import Objective
 
 # Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
@@ -58,7 +60,7 @@ class Trained:
     def counts(self) -> tuple[int, int]:
         """Parameters that are trained, and all there are."""
         trained = sum(p.numel() for p in self.parameters.values())
-        return trained, sum(p.numel() for p in self.transformer.parameters())
+        return trained, self.transformer.num_parameters()  # type: ignore[operator] # 4-bit weights hold two in a byte
 
     def lines(self) -> list[str]:
         """What is trained, as runs and reports tell it: a row a target pattern, then the share."""
@@ -75,11 +77,18 @@ def check_early(config: Config, family: ModuleType) -> None:
             not fit; all at once.
     """
     faults: list[str] = []
+    here, path, arguments = launched(), config.optimizer.class_path, config.optimizer.init_args
+    split = config.train.parallel == "fsdp2" and here.world_size > 1
     try:
-        optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
+        check_step(optimizer_class(path, arguments), path, arguments, device=here.device, split=split)
     except UserError as error:
         faults += error.messages
     model = config.model
+    try:
+        if model.quantize:
+            check_method(model.quantize, here.device)
+    except UserError as error:
+        faults += error.messages
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
     try:
         if model.lora:
@@ -108,6 +117,7 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
         revision=model.revision,
         dtype=getattr(torch, model.dtype),
         device=accelerator.device,
+        quantize=model.quantize,
     )
     untrained = family.untrained_modules(transformer)
     if model.lora:
@@ -115,7 +125,7 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
     else:
         table = train_all(transformer, untrained=untrained)
     if config.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
     if config.train.parallel == "fsdp2":
         shard(transformer, accelerator)
     parameters = trainable_parameters(transformer)
@@ -191,6 +201,7 @@ def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": _revision(config),
         "model.dtype": config.model.dtype,
+        "model.quantize": config.model.quantize,
         **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
         "optimizer.class_path": config.optimizer.class_path,
         "train.seed": config.train.seed,
@@ -223,6 +234,7 @@ def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
         "family": family.__name__.rpartition(".")[2],
         "base": config.model.pretrained_model_name_or_path,
         "revision": _revision(config),
+        "quantize": config.model.quantize,
         **(lora.model_dump(mode="json", include=_LORA_STATED) if lora else {}),
         **stated_areas(config, family),
         "step": step,

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -60,6 +61,8 @@ OWN_OPTIONS = {
         ("--base", "PATH", "to merge: the base, where it is no longer where the run had it"),
     ),
 }
+# What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
 OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
 
@@ -83,6 +86,8 @@ class _Once(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         words = sys.argv[1:] if argv is None else argv
         if words and words[0] in OWN_VERBS:

@@ -43,6 +43,7 @@ Changeable = Literal[
     "model.pretrained_model_name_or_path",
     "model.revision",
     "model.dtype",
+    "model.quantize",
     "model.lora.lora_alpha",
     "optimizer.class_path",
     "train.seed",

@@ -15,6 +15,21 @@ RULES: tuple[Rule, ...] = (
         "float64 needs train.mixed_precision: no",
     ),
     (
+        ("model.quantize", "model.lora"),
+        lambda method, lora: method is not None and lora is None,
+        "quantised weights cannot be trained: train a LoRA on them, or set model.quantize: null",
+    ),
+    (
+        ("model.quantize", "model.dtype"),
+        lambda method, dtype: method is not None and dtype == "float64",
+        "quantised weights compute in bfloat16 or float32",
+    ),
+    (
+        ("model.quantize", "train.parallel"),
+        lambda method, parallel: method is not None and parallel == "fsdp2",
+        "quantised weights cannot be split over devices: set train.parallel: ddp, or model.quantize: null",
+    ),
+    (
         ("sample.use_ema", "train.ema_decay"),
         lambda use_ema, decay: use_ema and decay is None,
         "there is no average without a decay, such as train.ema_decay: 0.999",

@@ -53,6 +53,10 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32", "float64"] = Field(
         "bfloat16", description="Precision of the base weights; adapters stay float32 (float64 is for tests)."
     )
+    quantize: Literal["int8", "fp8", "nf4", "bnb_int8"] | None = Field(
+        None,
+        description="Base weights in 8 or 4 bits under adapters: int8, fp8 by torchao, nf4, bnb_int8 by bitsandbytes.",
+    )
     lora: LoraConfig | None = Field(LoraConfig(), description="The adapters to train; null trains all weights.")
 
 
@@ -185,7 +189,11 @@ class TrainConfig(Section):
     max_skips: int = Field(
         5, ge=0, le=10**9, description="Steps in a row that may be left out since loss or gradient is not finite."
     )
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in backward: less memory, more time.")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        True,
+        description="Recompute activations in backward: of all blocks (true), of every n-th (n), or of none (false).",
+        json_schema_extra={"allowed": "true, false or an integer >= 1"},
+    )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Decay of a moving average of what is trained, saved beside it; null keeps none."
     )

@@ -11,7 +11,7 @@ A multiply and an add are two operations; R rows, L joint tokens of a sample (or
                  R: image tokens, text tokens, or samples for what modulates by timestep; filler counts.
   attention      forward 4 L^2 W; backward 8 L^2 W, and 2 L^2 W more for the scores, which flash and memory-efficient
                  kernels compute again.
-  checkpointing  the blocks' forward once more.
+  checkpointing  the forward of the recomputed blocks once more.
 
 `needed` leaves out filler, scores computed again and checkpointing: the numerator of model FLOPs utilisation (MFU,
 Chowdhery et al. 2022, arXiv 2204.02311, appendix B). Norms, activations, rotations and the
@@ -42,7 +42,7 @@ class _Linear:
     stream: str  # a field of TokenCounts
     weights: int
     passes: int  # forward, and what backward adds
-    in_block: bool
+    again: int  # once more where checkpointing recomputes it
 
 
 # Where a layer stands in the forward pass of a dual-stream block: (pattern of its name, stream, stage).
@@ -71,13 +71,14 @@ _ATTENTION = 1  # scores need a gradient once something trains up to this stage
 
 
 class TrainingFlops:
-    """Counts for one model. `untrained`: modules whose output reaches no loss, so that nothing goes back through them.
+    """Counts for one model. `untrained`: modules whose output reaches no loss, so that nothing goes back through them;
+    `checkpointing`: whether blocks are recomputed, or every how many of them one is.
 
     Raises:
         ValueError: a linear layer of the model is none that the formula knows.
     """
 
-    def __init__(self, transformer: nn.Module, *, untrained: tuple[str, ...], checkpointing: bool) -> None:
+    def __init__(self, transformer: nn.Module, *, untrained: tuple[str, ...], checkpointing: bool | int) -> None:
         linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
         places = {name: _place(name) for name in linears}
         trained = {name for name, m in linears.items() if m.weight.requires_grad}
@@ -87,16 +88,19 @@ class TrainingFlops:
                 stream=places[name][0],
                 weights=linear.in_features * linear.out_features,
                 passes=self._passes(name, places[name][1], name in trained, untrained),
-                in_block=_FIRST < places[name][1] < (10**6, 0),
+                again=int(_FIRST < places[name][1] < (10**6, 0) and _recomputed(places[name][1][0], checkpointing)),
             )
             for name, linear in linears.items()
         ]
         widths = [m.out_features for name, m in linears.items() if re.search(r"attn\.to_q(\.base_layer)?$", name)]
         self._attention_blocks = [
-            (width, self._earliest is not None and self._earliest <= (block, _ATTENTION))
+            (
+                width,
+                self._earliest is not None and self._earliest <= (block, _ATTENTION),
+                _recomputed(block, checkpointing),
+            )
             for block, width in enumerate(widths)
         ]
-        self._checkpointing = checkpointing
 
     def _passes(self, name: str, stage: _Stage, trains: bool, untrained: tuple[str, ...]) -> int:
         dead = any(name.startswith(f"{module}.") or name == module for module in untrained)
@@ -110,16 +114,15 @@ class TrainingFlops:
     def computed(self, batch: Batch) -> int:
         """What forward and backward over `batch` do, filler included."""
         counts = computed_tokens(batch)
-        linear = sum((x.passes + int(self._checkpointing and x.in_block)) * _forward(x, counts) for x in self._layers)
-        again = 4 if self._checkpointing else 0
-        attention = sum(w * ((14 if back else 4) + again) for w, back in self._attention_blocks)
+        linear = sum((x.passes + x.again) * _forward(x, counts) for x in self._layers)
+        attention = sum(w * ((14 if back else 4) + 4 * again) for w, back, again in self._attention_blocks)
         return linear + attention * counts.joint_squared
 
     def needed(self, batch: Batch) -> int:
         """What forward and backward over the valid tokens of `batch` need."""
         counts = valid_tokens(batch)
         linear = sum(x.passes * _forward(x, counts) for x in self._layers)
-        attention = sum(w * (12 if back else 4) for w, back in self._attention_blocks)
+        attention = sum(w * (12 if back else 4) for w, back, _ in self._attention_blocks)
         return linear + attention * counts.joint_squared
 
 
@@ -141,6 +144,10 @@ def computed_tokens(batch: Batch) -> TokenCounts:
 def _forward(layer: _Linear, counts: TokenCounts) -> int:
     rows: int = getattr(counts, layer.stream)
     return 2 * rows * layer.weights
+
+
+def _recomputed(block: int, checkpointing: bool | int) -> bool:
+    return bool(checkpointing) and block % int(checkpointing) == 0
 
 
 def _of_timestep(name: str) -> bool:

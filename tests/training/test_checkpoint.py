@@ -61,6 +61,18 @@ def test_what_is_read_is_what_was_saved(three: Checkpoints) -> None:
         assert all(torch.equal(read[key], value) and read[key].dtype == value.dtype for key, value in group.items())
 
 
+def test_tensors_that_share_their_memory_are_saved_each(tmp_path: Path) -> None:
+    """Some optimizers put one table into the state of every parameter."""
+    table = torch.arange(4.0)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"optimizer": {"map|a": table, "map|b": table, "part|c": table[2:]}}, {})
+    found = checkpoints.newest_valid()
+    assert found is not None
+    assert {name: t.tolist() for name, t in found.tensors("optimizer").items()} == {
+        "map|a": [0, 1, 2, 3], "map|b": [0, 1, 2, 3], "part|c": [2, 3],
+    }  # fmt: skip
+
+
 def test_latest_is_a_pointer_for_people(three: Checkpoints) -> None:
     assert (three.root / "latest").readlink() == Path("step-00000030")
     assert (three.root / "latest" / STATE).is_file()

@@ -23,6 +23,7 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Size, pack_latents, token_grid
 from mixres.models import pretrained
 from mixres.models.edit_mask import mask_on_grid
+from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.qwen_processor import load_processor, torchvision_imports
 
@@ -163,17 +164,19 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device | str,
     trained: Path | None = None,
+    quantize: Method | None = None,
 ) -> QwenImageTransformer2DModel:
-    """The stock transformer, patched to take samples of different sizes in one batch.
-
-    `trained` is the folder of another transformer that takes the place of the pipeline's own.
+    """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes in one batch.
 
     Raises:
-        UserError: weights cannot be found or read, or are pickled.
+        UserError: weights cannot be found or read, or are pickled; or cannot be quantised so on this device.
     """
     folder = trained or pretrained.pipeline_folder(path, ("transformer",), revision=revision) / "transformer"
+    quantization = quantization_config(quantize, dtype=dtype, device=device) if quantize else None
     with _reading(folder):
-        transformer = QwenImageTransformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        transformer = QwenImageTransformer2DModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
+        )
     return patch_qwen_model_for_multi_resolution(transformer.to(device))
 
 

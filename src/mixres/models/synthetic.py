@@ -14,6 +14,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
+from mixres.errors import UserError
 from mixres.models.families import family_module
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 
@@ -63,9 +64,17 @@ def _stock_flow_shift(path: str, *, revision: str | None = None) -> dict[str, fl
 
 @torch.no_grad()
 def _random_transformer(
-    family: ModuleType, path: str, *, revision: str | None = None, dtype: torch.dtype, device: torch.device | str
+    family: ModuleType,
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: str | None = None,
 ) -> QwenImageTransformer2DModel:
     """The skeleton filled with noise. Its position tables are no parameters, so that module is made anew."""
+    if quantize is not None:
+        raise UserError("model.quantize: bench --synthetic has no weights that could be quantised: set it to null")
     skeleton = family.transformer_skeleton(path, revision=revision)
     positions = type(skeleton.pos_embed)
     theta, axes = skeleton.pos_embed.theta, list(skeleton.config.axes_dims_rope)

@@ -250,10 +250,20 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> list[int | str]:
     with atomic.replace(path) as tmp:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, tmp)
+            save_file(_separate({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}), tmp)
         except SafetensorError as error:  # how it tells that the disk is full
             raise OSError(str(error)) from error
     return _digest(path)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of each that shares its memory with one before it, which safetensors refuses to write."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return tensors
 
 
 def _digest(path: Path) -> list[int | str]:

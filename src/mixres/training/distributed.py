@@ -130,6 +130,9 @@ def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1 or isinstance(model, FSDPModule):
         return model
     device = accelerator.device
+    # Weights quantised by torchao cannot be sent; each rank has read and rounded the same ones.
+    unsent = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.distributed.checkpoint.state_dict import _init_optim_state
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.errors import UserError
+
+KEY = "optimizer.class_path"
+_OPTIONAL = ("bitsandbytes", "prodigyopt", "torchao")  # installed under the names that they are imported by
+_TRIAL_SIZE = 64  # a matrix of 4096 numbers, the fewest of which 8-bit optimizers keep a quantised state
 
 
 def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optimizer]:
@@ -27,11 +33,11 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"optimizer.class_path: {class_path} cannot be imported ({error}): install or correct it"
-        ) from error
+        package = getattr(error, "name", None)
+        mend = f"pip install {package}" if package in _OPTIONAL else "install or correct it"
+        raise UserError(f"{KEY}: {class_path} cannot be imported ({error}): {mend}") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise UserError(f"optimizer.class_path: {class_path} is no torch optimizer")
+        raise UserError(f"{KEY}: {class_path} is no torch optimizer")
     _, *arguments = inspect.signature(found).parameters.values()  # the first takes the parameters
     known = [a.name for a in arguments if a.kind is not inspect.Parameter.VAR_KEYWORD]
     takes_any = len(known) < len(arguments)
@@ -47,6 +53,31 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.init_args: {name} refuses them: {error}") from error
     return found
+
+
+def check_step(
+    kind: type[Optimizer], class_path: str, init_args: Mapping[str, Any], *, device: torch.device, split: bool
+) -> None:
+    """One step on a small matrix, on the device that is to train: some optimizers need a kernel or a compiler there.
+
+    Raises:
+        UserError: it cannot step; or the weights are to be `split` over ranks by rows, and its state cannot be.
+    """
+    matrix = torch.nn.Parameter(torch.zeros(_TRIAL_SIZE, _TRIAL_SIZE, device=device))
+    matrix.grad = torch.ones_like(matrix)
+    optimizer = kind([matrix], **init_args)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever a third-party class, or the compiler it calls, stumbles over
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{KEY}: {class_path} cannot step on {device} ({type(error).__name__}: {reason})") from error
+    state = optimizer.state[matrix]
+    unsplit = [k for k, v in state.items() if isinstance(v, torch.Tensor) and (v.dim() == 1 or len(_parts(k, v)) > 1)]
+    if split and unsplit:
+        raise UserError(
+            f"{KEY}: {class_path} with train.parallel: fsdp2: its state '{unsplit[0]}' cannot be split over devices by "
+            "rows as the weights are: choose train.parallel=ddp, or another optimizer"
+        )
 
 
 def schedule(
@@ -65,14 +96,25 @@ def schedule(
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """State tensors as `<entry>|<parameter name>`; `names` in the order the optimizer got its parameters."""
+    """State tensors as `<entry>|<parameter name>`; `names` in the order the optimizer got its parameters.
+
+    A quantised state becomes the plain tensors that it is made of, `<entry>.<part>|<parameter name>`.
+    """
     parameters = optimizer.param_groups[0]["params"]
     return {
-        f"{entry}|{name}": value
+        f"{part}|{name}": tensor
         for name, parameter in zip(names, parameters, strict=True)
         for entry, value in optimizer.state[parameter].items()
         if isinstance(value, torch.Tensor)
+        for part, tensor in _parts(entry, value).items()
     }
+
+
+def _parts(entry: str, value: Any) -> dict[str, torch.Tensor]:
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+        return {entry: value}
+    names, _ = value.__tensor_flatten__()
+    return {f"{entry}.{name}": getattr(value, name) for name in names}
 
 
 def optimizer_scalars(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Any]:
@@ -92,8 +134,17 @@ def optimizer_scalars(optimizer: Optimizer, names: Iterable[str]) -> dict[str, A
 def restore_optimizer(
     optimizer: Optimizer, names: Iterable[str], tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Put saved state back by parameter name; tensors are already where and as large as each parameter needs them."""
+    """Put saved state back by parameter name; tensors are already where and as large as each parameter needs them.
+
+    May change the parameters' values: restore those afterwards.
+
+    Raises:
+        UserError: a quantised state is laid out otherwise, since other arguments were given.
+    """
     group = optimizer.param_groups[0]
+    parts = {key for key in tensors if "." in key.partition("|")[0]}
+    if parts:  # only the optimizer itself can make the quantised tensors that these are copied into
+        _init_optim_state(optimizer)
     by_name = dict(zip(names, group["params"], strict=True))
     counts_on_device = bool(group.get("fused") or group.get("capturable"))  # else torch keeps step counts on the CPU
     for key, value in [*tensors.items(), *scalars["entries"].items()]:
@@ -101,5 +152,19 @@ def restore_optimizer(
         parameter = by_name[name]
         if isinstance(value, torch.Tensor) and not value.dim() and counts_on_device:
             value = value.to(parameter.device)
-        optimizer.state[parameter][entry] = value
+        if key in parts:
+            _fill_part(optimizer.state[parameter], entry, value)
+        else:
+            optimizer.state[parameter][entry] = value
     group.update(scalars["group"])
+
+
+def _fill_part(state: Mapping[str, torch.Tensor], entry: str, saved: torch.Tensor) -> None:
+    whole, _, name = entry.partition(".")
+    part = getattr(state[whole], name)
+    if part.shape != saved.shape:
+        raise UserError(
+            f"optimizer.init_args: the checkpoint's {entry} has the shape {tuple(saved.shape)}, this run's "
+            f"{tuple(part.shape)}: give the optimizer the arguments that it had"
+        )
+    part.copy_(saved)

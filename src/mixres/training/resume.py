@@ -155,15 +155,15 @@ def restore_run(
             f"resume: {len(differing)} weights of {checkpoint.path} do not fit this run, the first {name}: "
             f"{saved.get(name)} there, {shapes.get(name)} here: choose another logging.output_dir"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_read(checkpoint, "trainable", name, parameter, saved[name]))
     if checkpoint.state["frozen"].get(OPTIMIZER) == kind:
         tensors = {
             key: _read(checkpoint, "optimizer", key, parameters[key.partition("|")[2]], shape)
             for key, shape in checkpoint.shapes("optimizer").items()
         }
         restore_optimizer(optimizer, parameters, tensors, checkpoint.state["optimizer"])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(_read(checkpoint, "trainable", name, parameter, saved[name]))
     checkpoint.close()
 
 

@@ -1,0 +1,60 @@
+"""Base weights in 8 or 4 bits, through diffusers' own quantisation configurations.
+
+Promise: the weights of the linear layers inside the repeated blocks and nothing else are quantised: biases, norms and
+the layers before and behind the blocks keep `model.dtype`, activations too, adapters are float32. What device or
+packages cannot do is said in a sentence. Cost: one pass over the weights while loading; in each call of a layer its
+weights once more in the precision of the call. torchao's int8 and fp8 keep that copy for backward, unless the block is
+recomputed there (gradient checkpointing).
+"""
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+from mixres.errors import UserError
+
+Method = Literal["int8", "fp8", "nf4", "bnb_int8"]
+KEY = "model.quantize"
+OUTSIDE = ("time_text_embed", "img_in", "txt_in", "norm_out", "proj_out")  # linear layers that are in no block
+_PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "bnb_int8": "bitsandbytes"}
+
+
+def check_method(method: Method, device: torch.device) -> None:
+    """That weights can be quantised by `method` on `device`.
+
+    Raises:
+        UserError: not on this device, or the package is not installed.
+    """
+    package = _PACKAGES[method]
+    if package == "bitsandbytes" and device.type != "cuda":
+        raise UserError(
+            f"{KEY}: {method} is bitsandbytes' and needs a CUDA device, this run is on {device.type}: choose int8 or "
+            "fp8, which work on every device, or null"
+        )
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{KEY}: {method} needs {package}, which is not installed: pip install {package}")
+
+
+def quantization_config(method: Method, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """What `from_pretrained` takes as `quantization_config`; `dtype` is that of the layers' inputs and outputs.
+
+    Raises:
+        UserError: as `check_method`.
+    """
+    check_method(method, torch.device(device))
+    if method == "nf4":  # QLoRA, Dettmers et al. 2023 (arXiv 2305.14314)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(OUTSIDE),
+        )
+    if method == "bnb_int8":  # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(OUTSIDE))
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    kind = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[method]
+    # The other default of torchao changes settings of the compiler for the whole process.
+    return TorchAoConfig(kind(set_inductor_config=False), modules_to_not_convert=list(OUTSIDE))
