@@ -167,8 +167,8 @@ def _plain_section(loader: _Loader, node: yaml.MappingNode, path: KeyPath, sourc
 def _resolve(source: Source) -> None:
     faulty: set[KeyPath] = set()
     for path, value in leaves(source.written):
-        if isinstance(value, str) and (reason := _text_fault(value)):
-            source.faults.append((path, f"{dotted(path)}: {reason}"))
+        if isinstance(value, str) and (fault := _text_fault(value)):
+            source.faults.append((path, f"{dotted(path)}: {fault}"))
             faulty.add(path)
         elif isinstance(value, str) and "${" in value:
             source.references.add(path)
