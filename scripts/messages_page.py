@@ -175,6 +175,8 @@ class Source:
                 return self._named(name, function, seen)
             case ast.Attribute(value=ast.Name(id=module), attr=name) if (module, name) in self.constants:
                 return self._constant(module, name)
+            case ast.Call(func=ast.Name(id="list" | "sorted" | "tuple"), args=[inner, *_]):
+                return self.texts(inner, function, seen)
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in self.by_name:
                 if name in seen:
                     return []
@@ -185,16 +187,17 @@ class Source:
 
     def _joined(self, parts: list[ast.expr], function: Function, seen: frozenset[object]) -> list[str]:
         """Names in braces stand for each of their texts where all are known, else for a gap."""
-        choices = []
+        choices: dict[str, list[str]] = {}  # by what stands there: a name that stands there twice is the same twice
         for part in parts:
+            texts = [GAP]
             if not isinstance(part, ast.FormattedValue):
-                choices.append(self.texts(part, function, seen))
+                texts = self.texts(part, function, seen)
             elif isinstance(part.value, ast.Name | ast.Attribute | ast.IfExp):
-                texts = list(dict.fromkeys(self.texts(part.value, function, seen)))
-                choices.append([GAP] if GAP in texts or not texts else texts)
-            else:
-                choices.append([GAP])
-        return ["".join(choice) for choice in itertools.product(*choices)]
+                found = list(dict.fromkeys(self.texts(part.value, function, seen)))
+                texts = [GAP] if GAP in found or not found else found
+            choices[ast.dump(part)] = texts
+        chosen = (dict(zip(choices, one, strict=True)) for one in itertools.product(*choices.values()))
+        return ["".join(one[ast.dump(part)] for part in parts) for one in chosen]
 
     def _named(self, name: str, function: Function, seen: frozenset[object]) -> list[str]:
         key = (id(function.node), name)
@@ -227,7 +230,7 @@ class Source:
                 given = [k.value for k in call.keywords if k.arg == name]
                 given += call.args[place : place + 1] if is_positional else []
                 for value in given:
-                    written = isinstance(value, ast.Constant | ast.JoinedStr)
+                    written = isinstance(value, ast.Constant | ast.JoinedStr | ast.IfExp)
                     found += self.texts(value, caller, seen) if written else [GAP]
         return found
 
@@ -249,9 +252,12 @@ class Source:
 
     def _made(self, call: ast.Call, function: Function) -> Iterator[tuple[str, int]]:
         name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-        if name in MAKERS and len(call.args) > MAKERS[name][0]:
+        arguments = call.args
+        if name == "map" and isinstance(arguments[0], ast.Name):
+            name, arguments = arguments[0].id, arguments[1:]
+        if name in MAKERS and len(arguments) > MAKERS[name][0]:
             place, before, exit_code = MAKERS[name]
-            for text in self.texts(call.args[place], function):
+            for text in self.texts(arguments[place], function):
                 yield before + text, exit_code
         elif name == "append" and function.module.startswith("config") and isinstance(call.args[0], ast.Tuple):
             for text in self.texts(call.args[0], function):  # faults of a configuration: the key path and the message
@@ -275,7 +281,7 @@ def _short(text: str) -> str:
 
 def _says_something(text: str) -> bool:
     """Whether it is more than a message of another place with a name before it."""
-    return any(c.isalpha() for c in text.replace(GAP, ""))
+    return any(c.isalpha() for c in text.replace(GAP, "").replace("(belongs to )", ""))
 
 
 def rule_messages() -> list[Message]:

@@ -151,7 +151,7 @@ def unknown_key(path: KeyPath, keys: dict[str, FieldInfo]) -> str:
     """The message for a key that the schema does not have."""
     name = dotted(path)
     if name in keys:  # one YAML key that holds dots
-        return f"{name}: dots are for overrides; in the file write it nested under '{name.rpartition('.')[0]}:'"
+        return f"{name}: dots are for overrides; write it nested under '{name.rpartition('.')[0]}:' in the file"
     others = [key for key in keys if not name.startswith(f"{key}.")]
     close = difflib.get_close_matches(name, others, n=1) or [
         key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
