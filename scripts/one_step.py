@@ -1,4 +1,4 @@
-"""Follows one sample through a training step and writes what it sees into docs/one_step.md: `python scripts/one_step.py`.
+"""Follows one sample through a training step, for docs/one_step.md: `python scripts/one_step.py` writes its blocks.
 
 Promise: every line of the page's blocks is printed by the functions that train, on the tiny base and three pairs of
 photographs. `tests/test_one_step_page.py` holds the page against them. Needs `pip install 'mixres[demo]'`. Cost: ten
@@ -37,7 +37,7 @@ FOLLOWED = "training_images/cat.png"
 # Each picture, the size of its target file and of its control file. `cat` is the one that is followed.
 PAIRS = {
     "cat": (skimage.data.chelsea, (200, 133), (160, 107)),
-    "cup": (skimage.data.coffee, (120, 180), (180, 120)),
+    "cup": (skimage.data.coffee, (240, 160), (150, 100)),
     "rocket": (skimage.data.rocket, (96, 96), (96, 96)),
 }
 
@@ -64,6 +64,7 @@ def configuration(root: Path, base: Path) -> Config:
 model: {{pretrained_model_name_or_path: {base}, dtype: float32, lora: {{r: 4, lora_alpha: 4}}}}
 data: {{train: {root / "pairs"}, resize: {{control: {{area: 16384}}}}}}
 batch: {{samples_per_step: 3, max_tokens: 400}}
+optimizer: {{init_args: {{weight_decay: 0.0}}}}
 train: {{max_train_steps: 1, mixed_precision: "no", gradient_checkpointing: false}}
 cache: {{cache_dir: {root / "cache"}}}
 logging: {{output_dir: {root / "run"}}}
@@ -144,7 +145,7 @@ def _computed(config: Config, batches: list[Batch], batch: Batch, number: int, d
         f"Batch.layout              {batch.layout}",
         f"Batch.latents             {_shape(batch.latents)}",
         f"Batch.prompt_embeds       {_shape(batch.prompt_embeds)}",
-        f"Batch.target_index        {_shape(batch.target_index)}, of the sample: rows {int(rows[0])} to {int(rows[-1])}",
+        f"Batch.target_index        {_shape(batch.target_index)}, its own rows {int(rows[0])} to {int(rows[-1])}",
     ]
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     trained = load_trained(config, family, accelerator)

@@ -83,7 +83,7 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: 
 
 def test_a_dotted_key_in_the_file_is_told_to_nest(tmp_path: Path) -> None:
     assert faults(tmp_path, REQUIRED + "train.seed: 5\n") == (
-        "train.seed: dots are for overrides; in the file write it nested under 'train:'",
+        "train.seed: dots are for overrides; write it nested under 'train:' in the file",
     )
 
 

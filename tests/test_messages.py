@@ -1,18 +1,15 @@
 """Every message that reaches a user names what it is about and what mends it; the page that lists them is current."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import pages
 from mixres.cli import VERBS
 from mixres.config import Config
 from mixres.config_faults import known_keys
-
-REPOSITORY = Path(__file__).parents[1]
 
 # A mend is a clause that begins with one of these words. What the user is to do comes first in it.
 MENDS = (
@@ -41,12 +38,7 @@ KEYS = {name for name, _ in known_keys(Config)} | {"optimizer.init_args.lr"}
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """scripts/messages_page.py, which reads the messages off the source."""
-    spec = importlib.util.spec_from_file_location("messages_page", REPOSITORY / "scripts" / "messages_page.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return pages.script("messages_page")
 
 
 def name_fault(text: str) -> str | None:

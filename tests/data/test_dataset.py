@@ -190,7 +190,7 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
             lambda root: (root / "control_images/b.png").rename(root / "control_images/B.png"),
             [
                 "control_images/B.png: is a control image without a target of its name; "
-                "target 'b' differs in case only",
+                "rename it: target 'b' differs in case only",
                 "training_images/b.png: has no control image control_images/b.*; add it",
             ],
             id="control_in_other_case",
@@ -257,7 +257,7 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
             put("training_images/z.heic", b"x"),
             [
                 "training_images/z.heic: is neither a caption (.txt) nor a picture in a supported format "
-                "(.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)"
+                "(.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); convert it, or take it out"
             ],
             id="unsupported_suffix",
         ),
