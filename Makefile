@@ -25,7 +25,7 @@ chaos: $(VENV)/.installed-test
 
 # The documentation site, to look at; `make test` builds it too.
 docs: $(VENV)/.installed-test
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

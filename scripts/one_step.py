@@ -22,6 +22,7 @@ from mixres.batch import Batch
 from mixres.config import Config, load_config
 from mixres.data.collate import collate
 from mixres.data.dataset import ScannedRecord
+from mixres.demo import PROMPTS
 from mixres.diffusion.flow_matching import make_flow_sample, resolution_shift
 from mixres.diffusion.loss import velocity_loss
 from mixres.examples import find_examples
@@ -216,7 +217,7 @@ def main() -> int:
     """Write the blocks into the page."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        write_tiny_pipeline(base, [PROMPT])
+        write_tiny_pipeline(base, PROMPTS)
         blocks = iter(stations(Path(folder), base))
     PAGE.write_text(
         BLOCK.sub(lambda _: f"```text\n{next(blocks)}```", PAGE.read_text(encoding="utf-8")), encoding="utf-8"
