@@ -13,9 +13,9 @@ from mixres.config_faults import known_keys
 
 # A mend is a clause that begins with one of these words. What the user is to do comes first in it.
 MENDS = (
-    "add|cast|change|choose|connect|convert|copy|correct|cut|download|finish|flatten|free|give|install|keep|leave|lower|make"
-    "|mend|move|name|number|pip install|python|quote|raise|remove|rename|run|save|scale|see|set|shorten|take|train|turn"
-    "|wait|write"
+    "add|cast|change|choose|connect|convert|copy|correct|cut|download|export|fetch|finish|flatten|free|give"
+    "|install|keep|leave|let|load|lower|make|mend|move|name|number|pip install|put|python|quote|raise|remove"
+    "|rename|run|save|scale|see|set|shorten|take|train|try|turn|wait|write"
 )
 CLAUSE = re.compile(rf"(?:[:;,.] |[:;,] or | or )(?:{MENDS})\b")
 # Or the message offers what is known.
@@ -49,7 +49,7 @@ def name_fault(text: str) -> str | None:
         return "has no name before a colon"
     if "…" in head or head in KEYS or head in VERBS or words[0] in VERBS or head.startswith("--"):
         return None
-    return None if head == "accelerate launch" else f"'{head}' is no key, file, option or verb"
+    return None if head == "accelerate launch" or head.isupper() else f"'{head}' is no key, file, option or verb"
 
 
 def mend_fault(text: str) -> str | None:
