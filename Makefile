@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := build/quickstart
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow chaos lint clean
+.PHONY: quickstart test test-slow chaos lint docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-demo
@@ -22,6 +22,10 @@ test-slow: $(VENV)/.installed-test
 # Forty kills at random instants, half of them in the middle of a save; many minutes.
 chaos: $(VENV)/.installed-test
 	MIXRES_KILLS=40 $(BIN)/python -m pytest -m slow tests/test_chaos.py
+
+# The documentation site, to look at; `make test` builds it too.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -42,5 +46,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[demo,test]'
+	$(PIP_INSTALL) -e '.[demo,test,docs]'
 	touch $@ $(VENV)/.installed-demo

@@ -109,7 +109,7 @@ def test_faults_of_data_and_configuration_come_first(cache: Cache) -> None:
     min((cache.data / "train" / "training_images").glob("*.png")).write_bytes(b"")
     code, said, complaints = cache("--verify")
     assert code == 2
-    assert "is empty (0 bytes)" in complaints
+    assert "is empty (0 bytes); copy it again" in complaints
     assert said == ""
 
 

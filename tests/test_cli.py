@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     done = train_py("--config", str(tmp_path / "absent.yaml"))
     assert done.returncode == 2
     (message,) = messages(done)
-    assert "absent.yaml: cannot be read: No such file or directory" in message
+    assert "absent.yaml: cannot be read: No such file or directory; name another file" in message
 
 
 ARGUMENTS = {
@@ -145,8 +145,14 @@ ARGUMENTS = {
         ["zzz"],
         ["zzz: unknown verb; the verbs are: train, cache, verify, bench, sample, export", "--config: not given"],
     ),
-    "unknown_option": (["--confg=a"], ["--confg=a: unknown option; did you mean '--config'?", "--config: not given"]),
-    "abbreviation": (["--conf=a"], ["--conf=a: unknown option; did you mean '--config'?", "--config: not given"]),
+    "unknown_option": (
+        ["--confg=a"],
+        ["--confg=a: unknown option; see --help; did you mean '--config'?", "--config: not given"],
+    ),
+    "abbreviation": (
+        ["--conf=a"],
+        ["--conf=a: unknown option; see --help; did you mean '--config'?", "--config: not given"],
+    ),
     "own_verb_misspelt": (["sampel", "--config", "CONFIG"], ["sampel: unknown verb; did you mean 'sample'?"]),
     "own_verb_behind": (
         ["--config", "CONFIG", "sample"],
@@ -228,13 +234,13 @@ ENDS = {
     "full disk": (
         OSError(28, "No space left on device", "cache/index.json"),
         1,
-        "mixres: error: cache/index.json cannot be written: No space left on device\n",
+        "mixres: error: cache/index.json: cannot be written: No space left on device; make room\n",
     ),
     "loader": (
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
         1,
-        "mixres: error: DataLoader worker (pid 7) is killed by signal: Killed. Where memory is short: lower "
-        "data.num_workers\n",
+        "mixres: error: data.num_workers: DataLoader worker (pid 7) is killed by signal: Killed. Where memory is "
+        "short, lower it\n",
     ),
     "interrupt": (KeyboardInterrupt(), 130, "mixres: interrupted\n"),
 }

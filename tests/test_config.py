@@ -51,7 +51,7 @@ train: {max_train_steps: 1.5, seed: 1, seed: 2}
         "data.on_bad_itm: unknown key; did you mean 'data.on_bad_item'?",
         'model.dtype: given "float16", allowed: one of bfloat16, float32, float64',
         "train.max_train_steps: given 1.5, allowed: an integer >= 1 and <= 1000000000",
-        "train.seed: given twice, again at line 4",
+        "train.seed: given twice, again at line 4; take one out",
     ]
 
 
@@ -83,7 +83,7 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: 
 
 def test_a_dotted_key_in_the_file_is_told_to_nest(tmp_path: Path) -> None:
     assert faults(tmp_path, REQUIRED + "train.seed: 5\n") == (
-        "train.seed: dots are for overrides; in the file write it nested under 'train:'",
+        "train.seed: dots are for overrides; write it nested under 'train:' in the file",
     )
 
 
@@ -176,7 +176,7 @@ def test_adapters_switched_off_in_the_file_come_back_with_an_override(tmp_path: 
 
 
 CONFLICTS = {
-    "float64_under_bf16": (("model.dtype=float64",), "float64 needs train.mixed_precision: no"),
+    "float64_under_bf16": (("model.dtype=float64",), "set train.mixed_precision: no, which float64 needs"),
     "warm_up_longer_than_run": (
         ("lr_scheduler.scheduler_type=linear", "lr_scheduler.warmup_steps=2000"),
         "must not be longer than the run",

@@ -52,7 +52,10 @@ def test_defaults_file_and_overrides_merge_key_by_key(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "duplicates": ("a: {b: 1, b: 2}\nc: 1\nc: 2\n", ["a.b: given twice, again at line 1", "c: given twice"]),
+    "duplicates": (
+        "a: {b: 1, b: 2}\nc: 1\nc: 2\n",
+        ["a.b: given twice, again at line 1; take one out", "c: given twice"],
+    ),
     "alias_bomb": ("a: &a [x]\nb: [*a, *a]\n", ["not valid YAML: aliases are not read"]),
     "python_tag": ("a: !!python/object/apply:os.getcwd []\n", ["a: tagged or oversized"]),
     "binary_tag": ("a: !!binary aGk=\n", ["a: tagged or oversized"]),

@@ -195,7 +195,7 @@ def test_faults_of_all_kinds_and_parts_come_in_one_list(setup: Setup, data: Path
     *faults, summary = messages(setup())
     assert [fault.replace(f"{data}/", "").partition(": ")[2] for fault in sorted(faults)] == [
         "the caption is empty; write one, or set data.empty_caption to use_empty or skip",
-        "is empty (0 bytes)",
+        "is empty (0 bytes); copy it again",
         "the prompt is 1199 tokens long, more than 1024; shorten it, or set data.long_caption=truncate",
         "the prompt contains <|image_pad|>, a marker of the text encoder: take it out",
     ]
@@ -206,8 +206,8 @@ def test_a_source_that_is_missing_is_told_with_the_faults_of_the_other(setup: Se
     first(data, "training_images").write_bytes(b"")
     found = messages(setup(f"data.held_out={data / 'nowhere'}"))
     assert [line.replace(f"{data}/", "").rpartition("/")[2].partition(": ")[2] for line in found] == [
-        "no such folder or manifest",
-        "is empty (0 bytes)",
+        "no such folder or manifest; correct the path",
+        "is empty (0 bytes); copy it again",
     ]
 
 

@@ -368,7 +368,10 @@ def test_numbers_that_stay_not_finite_end_the_run_and_leave_the_checkpoints(job:
 
 def test_a_base_that_is_not_there_is_a_plain_sentence(job: Job) -> None:
     done = job("absent", "model.pretrained_model_name_or_path=/no/such/base", code=2)
-    assert done.stderr == "mixres: error: model.pretrained_model_name_or_path: there is no folder '/no/such/base'\n"
+    assert (
+        done.stderr
+        == "mixres: error: model.pretrained_model_name_or_path: there is no folder '/no/such/base': correct the path\n"
+    )
     ended = status(job.root / "absent")
     assert (ended["state"], ended["exit_code"]) == ("refused", 2)
     assert ended["reason"] == done.stderr.removeprefix("mixres: error: ").rstrip()

@@ -371,7 +371,7 @@ def test_an_example_the_family_cannot_take_is_a_fault_like_others(caching: Cachi
     with pytest.raises(UserError) as caught:
         caching()
     assert len(caught.value.messages) == 3
-    assert "exactly one control image, there are 2" in caught.value.messages[0]
+    assert "exactly one control image, there are 2; give it one" in caught.value.messages[0]
     assert "<|image_pad|>" in caught.value.messages[1]
 
 
@@ -446,7 +446,7 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
     image.putpixel((0, 0), 7 if image.mode == "L" else (1, 2, 3))
     image.save(changed)
     again = "has changed since the scan: run the same command again"
-    for reason in (f"{changed} {again}", f"a file {again} (is empty (0 bytes))"):
+    for reason in (f"{changed} {again}", f"a file {again} (is empty (0 bytes); copy it again)"):
         with pytest.raises(WorkError, match=re.escape(f"{item.record.name}: {reason}")):
             encode_missing(config, family, cache, missing, (), torch.device("cpu"), 0, 1)
         changed.write_bytes(b"")

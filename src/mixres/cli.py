@@ -106,13 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"mixres: error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        print(
+            f"mixres: error: {error.filename or 'a file'}: cannot be written: {error.strerror}; make room",
+            file=sys.stderr,
+        )
         return 1
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = str(error).partition("\n")[0].strip()
-        print(f"mixres: error: {reason} Where memory is short: lower data.num_workers", file=sys.stderr)
+        print(f"mixres: error: data.num_workers: {reason} Where memory is short, lower it", file=sys.stderr)
         return 1
     except Stopped as stop:
         print(f"mixres: {stop}", file=sys.stderr)
@@ -126,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     """The verb, its configuration and its own options, or a UserError with every fault of all that was given."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
-    faults = [f"{option}: unknown option{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown]
+    faults = [
+        f"{option}: unknown option; see --help{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown
+    ]
     words: list[str] = given.words
     verb = words.pop(0) if words and "=" not in words[0] else "train"
     if verb in OWN_VERBS:

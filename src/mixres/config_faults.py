@@ -63,27 +63,34 @@ def allowed(field: FieldInfo) -> str:
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "allowed" in extra:
         return str(extra["allowed"])
-    bounds = [
-        f"{sign} {getattr(m, at)}" for m in field.metadata for kind, (at, sign) in _BOUNDS.items() if type(m) is kind
-    ]
-    return " ".join([_kind(field.annotation), " and ".join(bounds)]).strip()
+    return _kind(field.annotation, field.metadata)
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """`limits`: what holds of the annotation, or of the one choice of a union that is a number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _kind(arguments[0])
+        return _kind(arguments[0], [limit for field in arguments[1:] for limit in getattr(field, "metadata", ())])
     if origin in (Union, types.UnionType):
-        return " or ".join(_kind(argument) for argument in arguments)
+        return ", or ".join(_kind(argument, limits) for argument in arguments)
     if origin is Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(argument) for argument in arguments)
     if origin is tuple:
         return "text or a list of texts, not empty"
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "a section with " + ", ".join(annotation.model_fields)
-    return _TYPES[origin or annotation]
+    if annotation not in (int, float):
+        return _TYPES[origin or annotation]
+    bounds = [
+        f"{sign} {_number(getattr(m, at))}" for m in limits for kind, (at, sign) in _BOUNDS.items() if type(m) is kind
+    ]
+    return " ".join([_TYPES[annotation], " and ".join(bounds)]).strip()
+
+
+def _number(bound: float) -> str:
+    return str(bound).removesuffix(".0")
 
 
 def shown(source: Source, path: KeyPath) -> str:
@@ -144,7 +151,7 @@ def unknown_key(path: KeyPath, keys: dict[str, FieldInfo]) -> str:
     """The message for a key that the schema does not have."""
     name = dotted(path)
     if name in keys:  # one YAML key that holds dots
-        return f"{name}: dots are for overrides; in the file write it nested under '{name.rpartition('.')[0]}:'"
+        return f"{name}: dots are for overrides; write it nested under '{name.rpartition('.')[0]}:' in the file"
     others = [key for key in keys if not name.startswith(f"{key}.")]
     close = difflib.get_close_matches(name, others, n=1) or [
         key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]

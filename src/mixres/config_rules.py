@@ -12,7 +12,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("model.dtype", "train.mixed_precision"),
         lambda dtype, precision: dtype == "float64" and precision != "no",
-        "float64 needs train.mixed_precision: no",
+        "set train.mixed_precision: no, which float64 needs",
     ),
     (
         ("model.quantize", "model.lora"),
@@ -32,7 +32,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("sample.use_ema", "train.ema_decay"),
         lambda use_ema, decay: use_ema and decay is None,
-        "there is no average without a decay, such as train.ema_decay: 0.999",
+        "set a decay for the average, such as train.ema_decay: 0.999",
     ),
     (
         ("loss.prior_loss_weight", "data.regularization"),
@@ -52,7 +52,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("lr_scheduler.warmup_steps", "train.max_train_steps"),
         lambda warmup, steps: warmup > steps,
-        "the warm-up must not be longer than the run",
+        "shorten the warm-up, it must not be longer than the run",
     ),
     (
         ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps"),
@@ -62,6 +62,6 @@ RULES: tuple[Rule, ...] = (
     (
         ("data.mask_weight.foreground", "data.mask_weight.background"),
         lambda foreground, background: foreground == background == 0,
-        "at least one must be above 0",
+        "raise one, at least one must be above 0",
     ),
 )

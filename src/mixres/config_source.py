@@ -97,7 +97,7 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        source.faults.append(((), f"--config {path}: cannot be read: {reason}"))
+        source.faults.append(((), f"--config {path}: cannot be read: {reason}; name another file"))
         source.file_is_read = False
         return {}
     before = len(source.faults)
@@ -107,7 +107,7 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
     source.file_is_read = values is None and len(source.faults) == before  # an empty file is read, a broken one is not
     if values is None:
         return {}
-    source.faults.append(((), f"--config {path}: holds no `key: value` lines at its top level"))
+    source.faults.append(((), f"--config {path}: holds no `key: value` lines at its top level; write some"))
     return {}
 
 
@@ -133,9 +133,9 @@ def _parse(text: str, path: KeyPath, where: str, source: Source) -> Any:
         problem = getattr(error, "problem", None) or "it holds a character that YAML does not take"
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        source.faults.append((path, f"{where}: not valid YAML: {problem}{at}"))
+        source.faults.append((path, f"{where}: not valid YAML: {problem}{at}; correct it"))
     except RecursionError:
-        source.faults.append((path, f"{where}: nested too deeply"))
+        source.faults.append((path, f"{where}: nested too deeply; flatten it"))
     return None
 
 
@@ -160,7 +160,9 @@ def _plain_section(loader: _Loader, node: yaml.MappingNode, path: KeyPath, sourc
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         at = (*path, key)
         if key in values:
-            source.faults.append((at, f"{dotted(at)}: given twice, again at line {key_node.start_mark.line + 1}"))
+            source.faults.append(
+                (at, f"{dotted(at)}: given twice, again at line {key_node.start_mark.line + 1}; take one out")
+            )
         values[key] = _plain(loader, value_node, at, source)
     return values
 
@@ -172,11 +174,11 @@ def _resolve(source: Source) -> None:
         if not isinstance(value, str):
             continue
         count += value.count("${")
-        reason = _text_fault(value)
-        if not reason and "${" in value and count > _MOST_REFERENCES:
-            reason = f"given {value}, allowed: {_MOST_REFERENCES} references in all: write some out"
-        if reason:
-            source.faults.append((path, f"{dotted(path)}: {reason}"))
+        fault = _text_fault(value)
+        if not fault and "${" in value and count > _MOST_REFERENCES:
+            fault = f"given {value}, allowed: {_MOST_REFERENCES} references in all: write some out"
+        if fault:
+            source.faults.append((path, f"{dotted(path)}: {fault}"))
             faulty.add(path)
         elif "${" in value:
             source.references.add(path)
@@ -193,7 +195,7 @@ def _resolve(source: Source) -> None:
 def _text_fault(text: str) -> str | None:
     """Why a text can be no value at all, or None."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        return "not valid Unicode text"
+        return "not valid Unicode text; write it anew"
     if text == "???":
         return "given ???, which is no value yet; write one"
     if "${" not in text:
@@ -213,12 +215,12 @@ def _reference(config: Any, path: KeyPath) -> tuple[Any, str | None]:
         value = value_at(config, path)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value, None
     except InterpolationKeyError:
-        return None, "which names a key that is not there"
+        return None, "which names a key that is not there; correct it"
     except OmegaConfBaseException as error:
         missing = re.search(r"Environment variable '(\w+)' not found", str(error))
         if missing:
             return None, f"but the environment variable {missing[1]} is not set; set it or write a default"
-    return None, "which cannot be resolved"
+    return None, "which cannot be resolved; write a value"
 
 
 def replaced(value: Any, new: Mapping[KeyPath, Any], path: KeyPath = ()) -> Any:

@@ -77,7 +77,7 @@ def _check_sizes(config: Config, family: ModuleType, token: int) -> None:
     if multiple_of % token:
         faults.append(
             f"data.resize.target.multiple_of: {multiple_of} is not a multiple of {token}, the pixels of one token of "
-            "this base"
+            "this base: give a multiple of that"
         )
     try:
         stated_areas(config, family)

@@ -170,7 +170,7 @@ def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, speak:
     if skips.consecutive > most:
         raise WorkError(
             f"{what}, and {skips.consecutive} steps in a row are more than train.max_skips = {most}; the last "
-            f"checkpoint is intact. Samples: {shown}"
+            f"checkpoint is intact: lower optimizer.init_args.lr, or look at the samples: {shown}"
         )
     if speak:
         say(f"skipped   {what}: nothing is updated ({skips.consecutive} in a row, at most {most}). Samples: {shown}")

@@ -122,7 +122,7 @@ def test_a_twin_never_takes_the_control_of_the_other(tmp_path: Path) -> None:
     (tmp_path / f"control_images/a{NFD}.png").unlink()
     records, faults = found(tmp_path)
     assert [r.target.stem for r in records] == [f"a{NFC}"]
-    assert faults == [f"ROOT/training_images/a{NFD}.png: has no control image control_images/a{NFD}.*"]
+    assert faults == [f"ROOT/training_images/a{NFD}.png: has no control image control_images/a{NFD}.*; add it"]
 
 
 def test_side_files_and_hidden_files_are_no_part_of_the_data(tmp_path: Path) -> None:
@@ -158,17 +158,17 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
     [
         pytest.param(
             remove("control_images/b.png"),
-            ["training_images/b.png: has no control image control_images/b.*"],
+            ["training_images/b.png: has no control image control_images/b.*; add it"],
             id="no_control",
         ),
         pytest.param(
             add("control_images/b_control_2.png"),
-            ["training_images/b.png: its control images have a gap: control_images/b_control_1.* is missing"],
+            ["training_images/b.png: its control images have a gap: control_images/b_control_1.* is missing; add it"],
             id="gap_in_controls",
         ),
         pytest.param(
             lambda root: (root / "control_images/b.png").rename(root / "control_images/b_control_1.png"),
-            ["training_images/b.png: its control images have a gap: control_images/b.* is missing"],
+            ["training_images/b.png: its control images have a gap: control_images/b.* is missing; add it"],
             id="first_control_missing",
         ),
         pytest.param(
@@ -183,15 +183,15 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
         ),
         pytest.param(
             add("control_images/z.png"),
-            ["control_images/z.png: is a control image without a target of its name"],
+            ["control_images/z.png: is a control image without a target of its name; add that, or take it out"],
             id="control_without_target",
         ),
         pytest.param(
             lambda root: (root / "control_images/b.png").rename(root / "control_images/B.png"),
             [
                 "control_images/B.png: is a control image without a target of its name; "
-                "target 'b' differs in case only",
-                "training_images/b.png: has no control image control_images/b.*",
+                "rename it: target 'b' differs in case only",
+                "training_images/b.png: has no control image control_images/b.*; add it",
             ],
             id="control_in_other_case",
         ),
@@ -235,45 +235,45 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
         ),
         pytest.param(
             put("training_images/b.txt", b"caf\xe9"),
-            ["training_images/b.txt: the caption is not UTF-8 (byte 3)"],
+            ["training_images/b.txt: the caption is not UTF-8 (byte 3); save it as UTF-8"],
             id="latin1",
         ),
         pytest.param(
             put("training_images/b.txt", b"a\0b"),
-            ["training_images/b.txt: the caption holds a NUL character"],
+            ["training_images/b.txt: the caption holds a NUL character; take it out"],
             id="nul",
         ),
         pytest.param(
             put("training_images/b.txt", b"x" * (2**20 + 1)),
-            ["training_images/b.txt: the caption is over 1048576 bytes long"],
+            ["training_images/b.txt: the caption is over 1048576 bytes long; shorten it"],
             id="caption_too_long",
         ),
         pytest.param(
             put("training_images/z.txt", b"x"),
-            ["training_images/z.txt: is a caption without a target picture of its name"],
+            ["training_images/z.txt: is a caption without a target picture of its name; add that, or take it out"],
             id="caption_without_target",
         ),
         pytest.param(
             put("training_images/z.heic", b"x"),
             [
                 "training_images/z.heic: is neither a caption (.txt) nor a picture in a supported format "
-                "(.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)"
+                "(.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); convert it, or take it out"
             ],
             id="unsupported_suffix",
         ),
         pytest.param(
             lambda root: os.mkfifo(root / "training_images/z.png"),
-            ["training_images/z.png: is not a regular file"],
+            ["training_images/z.png: is not a regular file; take it out"],
             id="pipe",
         ),
         pytest.param(
             lambda root: (root / "training_images/z.png").symlink_to("nowhere"),
-            ["training_images/z.png: is a broken link"],
+            ["training_images/z.png: is a broken link; mend it, or take it out"],
             id="broken_link",
         ),
         pytest.param(
             lambda root: (root / "training_images/loop").symlink_to(root / "training_images"),
-            ["training_images/loop: is a link to a folder that it lies in"],
+            ["training_images/loop: is a link to a folder that it lies in; take it out"],
             id="link_loop",
         ),
         pytest.param(
@@ -307,10 +307,12 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     reason = "is a link out of its data folder; set data.follow_symlinks=true"
     expected = [f"ROOT/training_images/{name}: {reason}" for name in ("b.png", "b.txt", "deep")]
     assert faults[:3] == expected
-    assert faults[3:] == ["ROOT/control_images/b.png: is a control image without a target of its name"]
+    assert faults[3:] == [
+        "ROOT/control_images/b.png: is a control image without a target of its name; add that, or take it out"
+    ]
     records, faults = found(root, follow_symlinks=True)
     assert names(records) == ["a.png", "b.png"]
-    assert faults == ["ROOT/training_images/deep/b.png: has no control image control_images/deep/b.*"]
+    assert faults == ["ROOT/training_images/deep/b.png: has no control image control_images/deep/b.*; add it"]
 
 
 @pytest.mark.parametrize(
@@ -351,11 +353,11 @@ def test_source_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         scan(sources, limits=Limits())
     assert [message.replace(str(tmp_path), "ROOT") for message in caught.value.messages] == [
-        "ROOT/none: no such folder or manifest",
-        "ROOT/data.txt: is neither a folder nor a .jsonl or .csv manifest",
-        "ROOT/half/training_images: no such folder; a data folder holds training_images/ and, for edits, "
+        "ROOT/none: no such folder or manifest; correct the path",
+        "ROOT/data.txt: is neither a folder nor a .jsonl or .csv manifest; name one",
+        "ROOT/half/training_images: no such folder: make it; data have training_images/ and, for edits, "
         "control_images/",
-        "ROOT/empty/training_images: holds no picture (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp)",
+        "ROOT/empty/training_images: holds no picture (.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); add some",
         "ROOT/linked/training_images: is a link out of its data folder; set data.follow_symlinks=true",
         "ROOT/linked/control_images: is a link out of its data folder; set data.follow_symlinks=true",
     ]
@@ -406,50 +408,68 @@ def test_manifest_rows_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        pytest.param(b'{"path_target": ', "the line is not JSON: Expecting value (character 18)", id="not_json"),
-        pytest.param(b"[1]", "the line is not a JSON object", id="not_an_object"),
+        pytest.param(
+            b'{"path_target": ', "the line is not JSON: Expecting value (character 18); correct it", id="not_json"
+        ),
+        pytest.param(b"[1]", "the line is not a JSON object; write one", id="not_an_object"),
         pytest.param(b"[" * 200_000, "the line is not JSON: ", id="deep"),
-        pytest.param(b'{"prompt": "caf\xe9"}', "the line is not UTF-8 (byte 15)", id="latin1"),
-        pytest.param(b"x" * (2**22 + 10), "the line is over 4194304 bytes long", id="long_line"),
-        pytest.param(b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice", id="duplicate_key"),
-        pytest.param(GOOD | {"path_target": None}, "has no 'path_target'", id="no_target"),
+        pytest.param(b'{"prompt": "caf\xe9"}', "the line is not UTF-8 (byte 15); save it as UTF-8", id="latin1"),
+        pytest.param(b"x" * (2**22 + 10), "the line is over 4194304 bytes long; shorten it", id="long_line"),
+        pytest.param(
+            b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice; take one out", id="duplicate_key"
+        ),
+        pytest.param(GOOD | {"path_target": None}, "has no 'path_target'; add it", id="no_target"),
         pytest.param(
             {"path_target": "pictures/t.png", "path_control_1": "pictures/c1.png", "prompt": "x"},
-            "has no 'path_control'",
+            "has no 'path_control'; add it",
             id="no_first_control",
         ),
-        pytest.param(GOOD | {"path_target": 3}, "'path_target' is not a path", id="number"),
-        pytest.param(GOOD | {"path_target": " "}, "'path_target' is not a path", id="blank"),
+        pytest.param(GOOD | {"path_target": 3}, "'path_target' is not a path; write one in quotes", id="number"),
+        pytest.param(GOOD | {"path_target": " "}, "'path_target' is not a path; write one in quotes", id="blank"),
         pytest.param(
             GOOD | {"path_control_2": "pictures/c1.png"},
-            "its control images have a gap: 'path_control_2' without 'path_control_1'",
+            "its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew",
             id="gap",
         ),
         pytest.param(
             GOOD | {"path_masks": "pictures/m.png"},
-            "unknown key 'path_masks'; paths are path_target, path_control, path_control_1, ..., path_mask",
+            "unknown key 'path_masks'; write one of: path_target, path_control, path_control_1, ..., path_mask",
             id="typo",
         ),
-        pytest.param(GOOD | {"path_mask": "no.png"}, "'path_mask': no.png does not exist", id="absent"),
-        pytest.param(GOOD | {"path_mask": "pictures"}, "'path_mask': pictures is not a file", id="folder"),
+        pytest.param(
+            GOOD | {"path_mask": "no.png"}, "'path_mask': no.png does not exist; correct the path", id="absent"
+        ),
+        pytest.param(
+            GOOD | {"path_mask": "pictures"}, "'path_mask': pictures is not a file; correct the path", id="folder"
+        ),
         pytest.param(GOOD | {"path_mask": "m" * 300}, "File name too long", id="name_too_long"),
         pytest.param(
-            GOOD | {"path_target": "../secret.png"}, "../secret.png is not below the manifest's folder", id="dots"
+            GOOD | {"path_target": "../secret.png"},
+            "../secret.png is not below the manifest's folder; move it there",
+            id="dots",
         ),
         pytest.param(
-            GOOD | {"path_target": "pictures/../../secret.png"}, "is not below the manifest's folder", id="inner_dots"
+            GOOD | {"path_target": "pictures/../../secret.png"},
+            "is not below the manifest's folder; move it there",
+            id="inner_dots",
         ),
-        pytest.param(GOOD | {"path_target": "/etc/passwd"}, "is not below the manifest's folder", id="absolute"),
+        pytest.param(
+            GOOD | {"path_target": "/etc/passwd"}, "is not below the manifest's folder; move it there", id="absolute"
+        ),
         pytest.param(GOOD | {"path_target": "link.png"}, "is a link out of the manifest's folder", id="link_out"),
         pytest.param(GOOD | {"path_target": "linked/secret.png"}, "is a link out of", id="linked_folder"),
-        pytest.param(GOOD | {"path_target": "a\0.png"}, "a\\x00.png holds characters that no path has", id="nul"),
+        pytest.param(
+            GOOD | {"path_target": "a\0.png"}, "a\\x00.png holds characters that no path has; correct it", id="nul"
+        ),
         pytest.param(
             b'{"path_target": "\\udc80.png", "path_control": "pictures/c.png", "prompt": "x"}',
-            "holds characters that no path has",
+            "holds characters that no path has; correct it",
             id="surrogate",
         ),
         *(
-            pytest.param(GOOD | {"path_target": url}, "is a URL; mixres reads local files only", id=url[:5])
+            pytest.param(
+                GOOD | {"path_target": url}, "is a URL; download it, mixres reads local files only", id=url[:5]
+            )
             for url in (
                 "https://example.org/a.png",
                 "FILE:///etc/passwd",
@@ -457,13 +477,13 @@ def test_manifest_rows_in_their_order(tmp_path: Path) -> None:
                 "data:image/png;base64,A",
             )
         ),
-        pytest.param(GOOD | {"prompt": 3}, "'prompt' is not a string", id="prompt_number"),
+        pytest.param(GOOD | {"prompt": 3}, "'prompt' is not a string; write it in quotes", id="prompt_number"),
         pytest.param(GOOD | {"prompt": None}, "has no prompt; write one, or set data.empty_caption", id="prompt_null"),
         pytest.param(GOOD | {"prompt": " "}, "the prompt is empty; write one, or set", id="prompt_blank"),
-        pytest.param(GOOD | {"prompt": "a\0"}, "the caption holds a NUL character", id="prompt_nul"),
+        pytest.param(GOOD | {"prompt": "a\0"}, "the caption holds a NUL character; take it out", id="prompt_nul"),
         pytest.param(
             b'{"path_target": "pictures/t.png", "path_control": "pictures/c.png", "prompt": "\\ud83d"}',
-            "the caption is not valid Unicode (character 0)",
+            "the caption is not valid Unicode (character 0); write it anew",
             id="prompt_surrogate",
         ),
     ],
@@ -500,7 +520,7 @@ def test_manifest_may_follow_links_but_never_dots(tmp_path: Path) -> None:
     (root / "link.png").symlink_to(tmp_path / "outside.png")
     records, faults = found(path, follow_symlinks=True)
     assert names(records) == ["link.png"]
-    assert faults == ["ROOT:2: 'path_target': ../outside.png is not below the manifest's folder"]
+    assert faults == ["ROOT:2: 'path_target': ../outside.png is not below the manifest's folder; move it there"]
 
 
 def test_manifest_finds_the_other_unicode_form(tmp_path: Path) -> None:
@@ -553,16 +573,18 @@ def test_scan_lists_every_bad_file_at_once(tmp_path: Path) -> None:
     assert truncated.startswith("ROOT/training_images/a.png: is damaged, it does not decode: ")
     assert sorted(f for f in faults if "/a.png" not in f) == sorted(
         [
-            "ROOT/training_images/i.txt: the caption is not UTF-8 (byte 0)",
-            "ROOT/training_images/b.png: is empty (0 bytes)",
-            f"ROOT/control_images/c.png: is not a picture in a supported format ({formats}) "
+            "ROOT/training_images/i.txt: the caption is not UTF-8 (byte 0); save it as UTF-8",
+            "ROOT/training_images/b.png: is empty (0 bytes); copy it again",
+            f"ROOT/control_images/c.png: is not a picture in a supported format ({formats}); convert it "
             "(belongs to training_images/c.png)",
-            "ROOT/training_images/d.png: 900x100 has aspect 9.0, more than data.limits.max_aspect = 8",
-            "ROOT/control_images/e.png: 40x15 is too small: no side may be under 16 pixels "
+            "ROOT/training_images/d.png: 900x100 has aspect 9.0, more than data.limits.max_aspect = 8; cut it, or "
+            "raise the limit",
+            "ROOT/control_images/e.png: 40x15 is too small: no side may be under 16 pixels; take it out "
             "(belongs to training_images/e.png)",
-            "ROOT/training_images/f_mask.png: the mask is 89x60 pixels, its target 90x60: they must be the same "
+            "ROOT/training_images/f_mask.png: the mask is 89x60 pixels, its target 90x60; give it the target's size "
             "(belongs to training_images/f.png)",
-            "ROOT/training_images/g.png: 4000x5 has aspect 800.0, more than data.limits.max_aspect = 8",
+            "ROOT/training_images/g.png: 4000x5 has aspect 800.0, more than data.limits.max_aspect = 8; cut it, or "
+            "raise the limit",
             "ROOT/training_images/h.gif: has 2 frames or pages; save the one to train on as a still image",
         ]
     )
@@ -593,7 +615,7 @@ def test_min_side_is_the_callers(tmp_path: Path) -> None:
     pair(tmp_path, "a")
     assert len(scanned(tmp_path, min_side=48)[0]) == 1
     assert scanned(tmp_path, min_side=49)[1] == [
-        "ROOT/control_images/a.png: 48x64 is too small: no side may be under 49 pixels "
+        "ROOT/control_images/a.png: 48x64 is too small: no side may be under 49 pixels; take it out "
         "(belongs to training_images/a.png)"
     ]
 
@@ -620,4 +642,4 @@ def test_scan_holds_no_pixels_of_what_it_has_seen(tmp_path: Path) -> None:
 
 
 def test_fault_reads_as_path_and_reason() -> None:
-    assert str(Fault("a/b.png", "is empty (0 bytes)")) == "a/b.png: is empty (0 bytes)"
+    assert str(Fault("a/b.png", "is empty (0 bytes); copy it again")) == "a/b.png: is empty (0 bytes); copy it again"

@@ -327,12 +327,12 @@ def test_file_that_is_no_supported_picture_is_refused(tmp_path: Path, data: byte
 
 
 def test_empty_absent_and_odd_files_are_refused(tmp_path: Path) -> None:
-    assert fault(tmp_path, b"") == "is empty (0 bytes)"
+    assert fault(tmp_path, b"") == "is empty (0 bytes); copy it again"
     os.mkfifo(tmp_path / "pipe")
     for name, reason in {
-        "none": "cannot be read: No such file or directory",
-        "pipe": "is not a regular file",
-        ".": "is not a regular file",
+        "none": "cannot be read: No such file or directory; make it readable",
+        "pipe": "is not a regular file; take it out",
+        ".": "is not a regular file; take it out",
     }.items():
         with pytest.raises(BadImageError, match=reason):
             read_image(tmp_path / name, LIMITS)
@@ -355,7 +355,10 @@ def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     zeros = zlib.compress(bytes(12_000 * (1 + 12_000 // 8)), 9)
     data = png_header(12_000, 12_000, depth=1, colour=0) + png_chunk(b"IDAT", zeros) + png_chunk(b"IEND", b"")
     assert len(data) < 20_000
-    expected = "12000x12000 is 144000000 pixels, more than data.limits.max_source_pixels = 64000000"
+    expected = (
+        "12000x12000 is 144000000 pixels, more than data.limits.max_source_pixels = 64000000; scale it down, or raise "
+        "the limit"
+    )
     assert fault(tmp_path, data) == expected
     assert fault(tmp_path, data[:60]) == expected, "no pixel data was needed to say so"
 
@@ -375,7 +378,7 @@ def test_picture_without_pixels_is_refused(tmp_path: Path, size: tuple[int, int]
 def test_file_over_the_byte_limit_is_refused(tmp_path: Path, photo: Image.Image) -> None:
     data = encode(photo, "BMP")
     assert fault(tmp_path, data, Limits(max_bytes=len(data) - 1)) == (
-        f"{len(data)} bytes, more than data.limits.max_bytes = {len(data) - 1}"
+        f"{len(data)} bytes, more than data.limits.max_bytes = {len(data) - 1}; save it smaller, or raise the limit"
     )
     assert read(tmp_path, data, Limits(max_bytes=len(data))).shape == (80, 120, 3)
 
@@ -385,8 +388,16 @@ def test_file_over_the_byte_limit_is_refused(tmp_path: Path, photo: Image.Image)
     [
         pytest.param((800, 100), None, id="exactly_8"),
         pytest.param((100, 800), None, id="exactly_8_upright"),
-        pytest.param((801, 100), "801x100 has aspect 8.0, more than data.limits.max_aspect = 8", id="just_over"),
-        pytest.param((5000, 1), "5000x1 has aspect 5000.0, more than data.limits.max_aspect = 8", id="sliver"),
+        pytest.param(
+            (801, 100),
+            "801x100 has aspect 8.0, more than data.limits.max_aspect = 8; cut it, or raise the limit",
+            id="just_over",
+        ),
+        pytest.param(
+            (5000, 1),
+            "5000x1 has aspect 5000.0, more than data.limits.max_aspect = 8; cut it, or raise the limit",
+            id="sliver",
+        ),
         pytest.param((8000, 8000), None, id="exactly_the_pixel_limit"),
     ],
 )

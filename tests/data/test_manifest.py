@@ -66,20 +66,30 @@ def test_the_last_line_needs_no_end_and_blank_lines_are_none(root: Path) -> None
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        pytest.param(b"t.png,c.png,caf\xe9\n", "the row is not UTF-8", id="latin1"),
-        pytest.param(b"t.png,c.png\n", "the row has 2 fields, the first line names 3 columns", id="short"),
-        pytest.param(b"t.png,c.png,a,b\n", "the row has 4 fields, the first line names 3 columns", id="comma"),
-        pytest.param(b't.png,c.png,"a"b\n', "the row is not CSV: ',' expected after '\"'", id="quote"),
+        pytest.param(b"t.png,c.png,caf\xe9\n", "the row is not UTF-8; save it as UTF-8", id="latin1"),
+        pytest.param(
+            b"t.png,c.png\n", "the row has 2 fields, the first line names 3; quote what holds commas", id="short"
+        ),
+        pytest.param(
+            b"t.png,c.png,a,b\n", "the row has 4 fields, the first line names 3; quote what holds commas", id="comma"
+        ),
+        pytest.param(
+            b't.png,c.png,"a"b\n', "the row is not CSV: ',' expected after '\"'; quote it as RFC 4180 says", id="quote"
+        ),
         pytest.param(b"t.png,c.png," + b"x" * 2**18 + b"\n", "the row is not CSV: field larger than field", id="field"),
-        pytest.param(b"t.png,c.png," + b"x," * 2**22 + b"\n", "the line is over 4194304 bytes long", id="line"),
+        pytest.param(
+            b"t.png,c.png," + b"x," * 2**22 + b"\n", "the line is over 4194304 bytes long; shorten it", id="line"
+        ),
         pytest.param(b"t.png,c.png,\n", "has no prompt; write one, or set data.empty_caption", id="no_prompt"),
         pytest.param(b't.png,c.png," "\n', "the prompt is empty; write one, or set", id="blank_prompt"),
-        pytest.param(b"t.png,c.png,a\0b\n", "the caption holds a NUL character", id="nul"),
-        pytest.param(b",c.png,a\n", "has no 'path_target'", id="no_target"),
-        pytest.param(b"none.png,c.png,a\n", "'path_target': none.png does not exist", id="absent"),
-        pytest.param(b"../t.png,c.png,a\n", "../t.png is not below the manifest's folder", id="dots"),
-        pytest.param(b"/etc/passwd,c.png,a\n", "is not below the manifest's folder", id="absolute"),
-        pytest.param(b"https://a.example/b.png,c.png,a\n", "is a URL; mixres reads local files only", id="url"),
+        pytest.param(b"t.png,c.png,a\0b\n", "the caption holds a NUL character; take it out", id="nul"),
+        pytest.param(b",c.png,a\n", "has no 'path_target'; add it", id="no_target"),
+        pytest.param(b"none.png,c.png,a\n", "'path_target': none.png does not exist; correct the path", id="absent"),
+        pytest.param(b"../t.png,c.png,a\n", "../t.png is not below the manifest's folder; move it there", id="dots"),
+        pytest.param(b"/etc/passwd,c.png,a\n", "is not below the manifest's folder; move it there", id="absolute"),
+        pytest.param(
+            b"https://a.example/b.png,c.png,a\n", "is a URL; download it, mixres reads local files only", id="url"
+        ),
         pytest.param(b"link.png,c.png,a\n", "is a link out of the manifest's folder", id="link"),
     ],
 )
@@ -96,13 +106,13 @@ def test_fault_of_a_csv_row(root: Path, data: bytes, reason: str) -> None:
 def test_rows_are_numbered_by_their_first_line(root: Path) -> None:
     records, faults = found(root, HEAD + b't.png,c.png,"two\nlines"\n' + b"no.png,c.png,a\n" + GOOD)
     assert len(records) == 2
-    assert faults == ["train.csv:4: 'path_target': no.png does not exist"]
+    assert faults == ["train.csv:4: 'path_target': no.png does not exist; correct the path"]
 
 
 def test_a_quote_that_is_never_closed_is_a_fault_of_its_row(root: Path) -> None:
     records, faults = found(root, HEAD + GOOD + b't.png,c.png,"open\n' + GOOD)
     assert len(records) == 1
-    assert faults == ["train.csv:3: the row is not CSV: unexpected end of data"]
+    assert faults == ["train.csv:3: the row is not CSV: unexpected end of data; quote it as RFC 4180 says"]
 
 
 @pytest.mark.parametrize(
@@ -119,33 +129,35 @@ def test_a_quote_that_is_never_closed_is_a_fault_of_its_row(root: Path) -> None:
         pytest.param(
             b"path_target;path_control;prompt\n",
             [
-                "the first line names no column 'path_target'; it names: path_target;path_control;prompt",
-                "unknown key 'path_target;path_control;prompt'; paths are path_target, path_control, path_control_1, "
-                "..., path_mask",
+                "the first line names no column 'path_target'; add it to: path_target;path_control;prompt",
+                "unknown key 'path_target;path_control;prompt'; write one of: path_target, path_control, "
+                "path_control_1, ..., path_mask",
             ],
             id="semicolons",
         ),
         pytest.param(
             b"path_target,path_control,path_masks,prompt\n",
-            ["unknown key 'path_masks'; paths are path_target, path_control, path_control_1, ..., path_mask"],
+            ["unknown key 'path_masks'; write one of: path_target, path_control, path_control_1, ..., path_mask"],
             id="typo",
         ),
         pytest.param(
             b"path_target,path_control,path_control_2,prompt\n",
-            ["its control images have a gap: 'path_control_2' without 'path_control_1'"],
+            ["its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew"],
             id="gap",
         ),
         pytest.param(
-            b"path_target,path_control,prompt,prompt\n", ["the column 'prompt' stands twice"], id="column_twice"
+            b"path_target,path_control,prompt,prompt\n",
+            ["the column 'prompt' stands twice; take one out"],
+            id="column_twice",
         ),
         pytest.param(
             b"\n",
-            ["the first line names no column 'path_target'; it names: "],
+            ["the first line names no column 'path_target'; add it to: "],
             id="blank",
         ),
         pytest.param(
             b"path_target,path_control_1,prompt\n",
-            ["the first line names no column 'path_control'; it names: path_target, path_control_1, prompt"],
+            ["the first line names no column 'path_control'; add it to: path_target, path_control_1, prompt"],
             id="second_control_alone",
         ),
     ],
@@ -160,7 +172,9 @@ def test_a_gap_in_the_controls_of_one_row(root: Path) -> None:
     head = b"path_target,path_control,path_control_1,path_control_2,prompt\n"
     records, faults = found(root, head + b"t.png,c.png,,,a\nt.png,c.png,,c1.png,b\n")
     assert [record.prompt for record in records] == ["a"]
-    assert faults == ["train.csv:3: its control images have a gap: 'path_control_2' without 'path_control_1'"]
+    assert faults == [
+        "train.csv:3: its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew"
+    ]
 
 
 def test_empty_prompts_of_a_csv_follow_the_policy(root: Path) -> None:
@@ -174,4 +188,4 @@ def test_rows_without_controls(root: Path) -> None:
         (record,), faults = found(root, data)
         assert (record.controls, record.prompt, faults) == ((), "a", [])
     records, faults = found(root, b"path_target,path_control,path_control_1,prompt\nt.png,,c1.png,a\n")
-    assert (records, faults) == ([], ["train.csv:2: has no 'path_control'"])
+    assert (records, faults) == ([], ["train.csv:2: has no 'path_control'; add it"])

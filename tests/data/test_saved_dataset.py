@@ -102,10 +102,10 @@ def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
     empty = "write one, or set data.empty_caption to use_empty or skip"
     (truncated,) = (fault for fault in faults if fault.startswith("ROOT:1:path_target: is damaged"))
     assert sorted(set(faults) - {truncated}) == [
-        "ROOT:2: has no 'path_control'",
+        "ROOT:2: has no 'path_control'; add it",
         f"ROOT:3: the prompt is empty; {empty}",
-        "ROOT:4:path_mask: the mask is 89x60 pixels, its target 90x60: they must be the same (belongs to ROOT:4)",
-        "ROOT:5:path_control: is not a picture in a supported format (JPEG, PNG, WEBP, BMP, TIFF, GIF) "
+        "ROOT:4:path_mask: the mask is 89x60 pixels, its target 90x60; give it the target's size (belongs to ROOT:4)",
+        "ROOT:5:path_control: is not a picture in a supported format (JPEG, PNG, WEBP, BMP, TIFF, GIF); convert it "
         "(belongs to ROOT:5)",
         f"ROOT:6: has no prompt; {empty}",
     ]
@@ -117,14 +117,14 @@ def test_a_gap_and_a_column_that_nothing_knows(tmp_path: Path) -> None:
     assert find_records(str(gap))[1] != []
     typo = save(tmp_path / "typo", row(path_masks="x"))
     assert told(typo) == [
-        "ROOT: unknown key 'path_masks'; paths are path_target, path_control, path_control_1, ..., path_mask"
+        "ROOT: unknown key 'path_masks'; write one of: path_target, path_control, path_control_1, ..., path_mask"
     ]
     other = save(tmp_path / "other", {"image": "x", "prompt": "y"})
     assert told(other) == [
-        "ROOT: has no column 'path_target'; it has: image, prompt",
+        "ROOT: has no column 'path_target'; rename one of: image, prompt",
     ]
     second = save(tmp_path / "second", {"path_target": png(), "path_control_1": png(), "prompt": "y"})
-    assert told(second) == ["ROOT: has no column 'path_control'; it has: path_target, path_control_1, prompt"]
+    assert told(second) == ["ROOT: has no column 'path_control'; rename one of: path_target, path_control_1, prompt"]
 
 
 def test_rows_without_controls(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_file_outside_the_folder_is_not_opened(tmp_path: Path, name: str) -> N
     state = json.loads((folder / "state.json").read_text())
     state["_data_files"][0]["filename"] = name
     (folder / "state.json").write_text(json.dumps(state))
-    assert told(folder) == [f"ROOT/state.json: names a file outside its folder: {name}"]
+    assert told(folder) == [f"ROOT/state.json: names a file outside its folder: {name}; save it again"]
 
 
 class Payload:

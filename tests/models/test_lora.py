@@ -279,7 +279,7 @@ def test_a_lora_of_a_base_of_another_size_is_refused(file: Path) -> None:
     header = read_header(str(file))
     wanted = {"r": header.r, "lora_alpha": header.lora_alpha, "use_dora": header.use_dora}
     with pytest.raises(
-        UserError, match=r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs"
+        UserError, match=r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
     ):
         check_pretrained(
             other, str(file), **wanted, target_modules=["attention"], untrained=family.untrained_modules(other)

@@ -76,7 +76,9 @@ def test_sample_is_unpadded_and_on_the_cpu(tiny_base: Path) -> None:
 def test_other_than_one_control_is_refused_by_name(tiny_base: Path, count: int) -> None:
     encoders = family.load_encoders(str(tiny_base), dtype=torch.float32, device="cpu")
     image = photograph(Size(80, 80))
-    with pytest.raises(UserError, match=rf"^pictures/b.png: .*exactly one control image, there are {count}$"):
+    with pytest.raises(
+        UserError, match=rf"^pictures/b.png: .*exactly one control image, there are {count}; give it one$"
+    ):
         family.encode(
             encoders, name="pictures/b.png", target=image, target_size=Size(80, 80), controls=[image] * count,
             prompt=PROMPT,

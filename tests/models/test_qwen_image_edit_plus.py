@@ -44,8 +44,8 @@ def test_areas_are_the_pipelines_for_a_while_and_no_side_is_zero() -> None:
 @pytest.mark.parametrize(
     ("controls", "prompt", "reason"),
     [
-        (0, "x", "takes 1 to 3 control images, there are 0"),
-        (4, "x", "takes 1 to 3 control images, there are 4"),
+        (0, "x", "takes 1 to 3 control images, there are 0; give it so many"),
+        (4, "x", "takes 1 to 3 control images, there are 4; give it so many"),
         (2, "put <|image_pad|> here", "the prompt contains <|image_pad|>"),
     ],
 )

@@ -69,8 +69,10 @@ def find_records(
         return records_from_folder(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         return records_from_manifest(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
-    reason = "is neither a folder nor a .jsonl or .csv manifest" if path.exists() else "no such folder or manifest"
-    raise UserError([f"{printable(source)}: {reason}"])
+    kind = "is neither a folder nor a .jsonl or .csv manifest; name one"
+    raise UserError(
+        [f"{printable(source)}: {kind if path.exists() else 'no such folder or manifest; correct the path'}"]
+    )
 
 
 def scan(
@@ -161,7 +163,7 @@ def _inspect(
             memo.add(job.path, job.is_mask, status, facts)
             return facts
         except OSError as error:
-            return BadImageError(f"cannot be read: {error.strerror or error}")
+            return BadImageError(f"cannot be read: {error.strerror or error}; make it readable")
         except BadImageError as error:
             return BadImageError(str(error))  # the one raised holds frames, and they the bytes of the file
 
@@ -194,12 +196,12 @@ def _record_faults(record: EditRecord, found: dict[_Job, ImageFacts | BadImageEr
         if isinstance(facts, BadImageError):
             faults.append(Fault(printable(job.path), f"{facts}{of}"))
         elif min(facts.size) < min_side:
-            reason = f"{facts.size} is too small: no side may be under {min_side} pixels{of}"
+            reason = f"{facts.size} is too small: no side may be under {min_side} pixels; take it out{of}"
             faults.append(Fault(printable(job.path), reason))
         elif job.is_mask:
             target = found[_Job(record.target, False)]
             if isinstance(target, ImageFacts) and facts.size != target.size:
-                reason = f"the mask is {facts.size} pixels, its target {target.size}: they must be the same{of}"
+                reason = f"the mask is {facts.size} pixels, its target {target.size}; give it the target's size{of}"
                 faults.append(Fault(printable(job.path), reason))
     return faults
 

@@ -92,7 +92,7 @@ def records_from_folder(
     controlled = (root / CONTROLS).is_dir()
     controls = _list_files(root, CONTROLS, follow_symlinks) if controlled else _Files()
     if not targets.images:
-        raise UserError([f"{printable(root / TARGETS)}: holds no picture ({', '.join(sorted(SUFFIXES))})"])
+        raise UserError([f"{printable(root / TARGETS)}: holds no picture ({', '.join(sorted(SUFFIXES))}); add some"])
     items, stems = _pair_masks(targets.images)
     faults = targets.faults + controls.faults
     faults += _pair_captions(root, targets.captions, items, stems)
@@ -111,7 +111,7 @@ def _check_folders(root: Path, follow_symlinks: bool) -> None:
     for folder in (root / TARGETS, root / CONTROLS):
         if folder.name == TARGETS and not folder.is_dir():
             messages.append(
-                f"{printable(folder)}: no such folder; a data folder holds {TARGETS}/ and, for edits, {CONTROLS}/"
+                f"{printable(folder)}: no such folder: make it; data have {TARGETS}/ and, for edits, {CONTROLS}/"
             )
         elif not follow_symlinks and not folder.resolve().is_relative_to(root.resolve()):
             messages.append(f"{printable(folder)}: is a link out of its data folder; set data.follow_symlinks=true")
@@ -131,7 +131,10 @@ def _list_files(root: Path, folder: str, follow_symlinks: bool) -> _Files:
         elif suffix.lower() == ".txt":
             files.captions[stem].append(name)
         elif suffix.lower() not in SIDE_SUFFIXES:
-            reason = f"is neither a caption (.txt) nor a picture in a supported format ({', '.join(sorted(SUFFIXES))})"
+            known = ", ".join(sorted(SUFFIXES))
+            reason = (
+                f"is neither a caption (.txt) nor a picture in a supported format ({known}); convert it, or take it out"
+            )
             files.faults.append(Fault(printable(path), reason))
     return files
 
@@ -142,7 +145,7 @@ def _walk(folder: Path, allowed: Path | None, above: tuple[Path, ...], faults: l
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        faults.append(Fault(printable(folder), f"the folder cannot be listed: {error.strerror}"))
+        faults.append(Fault(printable(folder), f"the folder cannot be listed: {error.strerror}; make it readable"))
         return
     for entry in entries:
         path = folder / entry.name
@@ -162,14 +165,14 @@ def _entry_fault(entry: os.DirEntry[str], path: Path, allowed: Path | None, abov
         return "the name is not UTF-8; rename the file"
     if entry.is_symlink():
         if not path.exists():
-            return "is a broken link"
+            return "is a broken link; mend it, or take it out"
         real = path.resolve()
         if allowed is not None and not real.is_relative_to(allowed):
             return "is a link out of its data folder; set data.follow_symlinks=true"
         if real in above:
-            return "is a link to a folder that it lies in"
+            return "is a link to a folder that it lies in; take it out"
     if not entry.is_dir() and not entry.is_file():
-        return "is not a regular file"
+        return "is not a regular file; take it out"
     return None
 
 
@@ -214,7 +217,7 @@ def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _I
 
 def _orphans(folder: Path, names: Iterable[str], reason: str, stems: _Stems, stem: str) -> list[Fault]:
     twins = ", ".join(map(printable, stems.case_twins(stem)))
-    hint = f"; target '{twins}' differs in case only" if twins else ""
+    hint = f"; rename it: target '{twins}' differs in case only" if twins else "; add that, or take it out"
     return [Fault(printable(folder / name), reason + hint) for name in names]
 
 
@@ -234,7 +237,8 @@ def _record(
             prompt = parse_caption(caption.read_bytes())
             fault = None if prompt else empty_caption_fault(printable(caption), "the caption is empty", empty_caption)
         except (BadCaptionError, OSError) as error:
-            fault = Fault(printable(caption), str(error) if isinstance(error, BadCaptionError) else f"{error.strerror}")
+            unreadable = f"the caption cannot be read: {getattr(error, 'strerror', None)}; make it readable"
+            fault = Fault(printable(caption), str(error) if isinstance(error, BadCaptionError) else unreadable)
         faults += [fault] if fault else []
     if faults:
         return None, faults
@@ -256,8 +260,8 @@ def _pairing_faults(stem: str, item: _Item, stems: _Stems, controlled: bool) -> 
             yield f"has several {what}: {', '.join(map(printable, names))}; keep one"
     shown = printable(stem)
     if controlled and not item.controls:
-        yield f"has no control image {CONTROLS}/{shown}.*"
+        yield f"has no control image {CONTROLS}/{shown}.*; add it"
     for slot in range(max(item.controls, default=-1)):
         if slot not in item.controls:
             missing = f"{shown}_control_{slot}" if slot else shown
-            yield f"its control images have a gap: {CONTROLS}/{missing}.* is missing"
+            yield f"its control images have a gap: {CONTROLS}/{missing}.* is missing; add it"

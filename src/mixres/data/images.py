@@ -79,7 +79,9 @@ def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
     """
     mask = _read_mask(_read_bytes(path, limits), limits)
     if mask.size != size:
-        raise BadImageError(f"the mask is {Size(*mask.size)} pixels, its target {Size(*size)}: they must be the same")
+        raise BadImageError(
+            f"the mask is {Size(*mask.size)} pixels, its target {Size(*size)}; give it the target's size"
+        )
     return mask
 
 
@@ -103,13 +105,14 @@ def check_size(size: Size, limits: Limits) -> None:
     if size.width * size.height > limits.max_source_pixels:
         raise BadImageError(
             f"{size} is {size.width * size.height} pixels, more than data.limits.max_source_pixels = "
-            f"{limits.max_source_pixels}"
+            f"{limits.max_source_pixels}; scale it down, or raise the limit"
         )
     if min(size) < 1:
-        raise BadImageError(f"{size} holds no pixel")
+        raise BadImageError(f"{size} holds no pixel; save it again")
     if max(size) > limits.max_aspect * min(size):
         raise BadImageError(
-            f"{size} has aspect {max(size) / min(size):.1f}, more than data.limits.max_aspect = {limits.max_aspect:g}"
+            f"{size} has aspect {max(size) / min(size):.1f}, more than data.limits.max_aspect = {limits.max_aspect:g}; "
+            "cut it, or raise the limit"
         )
 
 
@@ -117,14 +120,17 @@ def _read_bytes(path: Picture, limits: Limits) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a named pipe would block for ever
-            raise BadImageError("is not a regular file")
+            raise BadImageError("is not a regular file; take it out")
         if status.st_size > limits.max_bytes:
-            raise BadImageError(f"{status.st_size} bytes, more than data.limits.max_bytes = {limits.max_bytes}")
+            raise BadImageError(
+                f"{status.st_size} bytes, more than data.limits.max_bytes = {limits.max_bytes}; save it smaller, "
+                "or raise the limit"
+            )
         data = path.read_bytes()
     except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror or error}") from error
+        raise BadImageError(f"cannot be read: {error.strerror or error}; make it readable") from error
     if not data:
-        raise BadImageError("is empty (0 bytes)")
+        raise BadImageError("is empty (0 bytes); copy it again")
     return data
 
 
@@ -138,10 +144,10 @@ def _decode(data: bytes, limits: Limits) -> Image.Image:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"is not a picture in a supported format ({', '.join(FORMATS)})") from error
+        raise BadImageError(f"is not a picture in a supported format ({', '.join(FORMATS)}); convert it") from error
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise BadImageError(f"is damaged, it does not decode: {text}") from error
+        raise BadImageError(f"is damaged, it does not decode: {text}; copy it again") from error
 
 
 def _check_header(image: Image.Image, limits: Limits) -> None:

@@ -31,7 +31,7 @@ from mixres.data.records import (
 
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
-_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes long"
+_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes long; shorten it"
 _NO_BOM = "the file starts with a byte order mark; save it as UTF-8 without one"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
 FOLLOW_LINKS = "set data.follow_symlinks=true"
@@ -82,7 +82,7 @@ def record_from_row(
     for key in ["path_target", *control_keys(row), *(["path_mask"] if row.get("path_mask") is not None else [])]:
         try:
             if row.get(key) is None:
-                raise BadRowError(f"has no '{key}'")
+                raise BadRowError(f"has no '{key}'; add it")
             pictures[key] = picture(key, row[key])
         except BadRowError as error:
             reasons.append(str(error))
@@ -101,10 +101,11 @@ def key_faults(row: Mapping[str, Any]) -> Iterator[str]:
     known = {"path_target", "path_control", "path_mask"}
     for key in row:
         if key.startswith("path") and key not in known and not _CONTROL_KEY.fullmatch(key):
-            yield f"unknown key '{printable(key)}'; paths are path_target, path_control, path_control_1, ..., path_mask"
+            paths = "path_target, path_control, path_control_1, ..., path_mask"
+            yield f"unknown key '{printable(key)}'; write one of: {paths}"
     for number, key in enumerate(_numbered_controls(row), start=1):
         if key != f"path_control_{number}":
-            yield f"its control images have a gap: '{key}' without 'path_control_{number}'"
+            yield f"its control images have a gap: '{key}' without 'path_control_{number}'; number them anew"
             return
 
 
@@ -113,7 +114,7 @@ def _tried(make: Callable[..., T], *arguments: Any) -> T | BadRowError:
     try:
         return make(*arguments)
     except csv.Error as error:
-        return BadRowError(f"the row is not CSV: {error}")
+        return BadRowError(f"the row is not CSV: {error}; quote it as RFC 4180 says")
     except BadRowError as error:
         return error
 
@@ -142,15 +143,15 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        raise BadRowError(f"the line is not UTF-8 (byte {error.start})") from error
+        raise BadRowError(f"the line is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except BadRowError:
         raise
     except json.JSONDecodeError as error:
-        raise BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1})") from error
+        raise BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1}); correct it") from error
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"the line is not JSON: {error}") from error
+        raise BadRowError(f"the line is not JSON: {error}; correct it") from error
     if not isinstance(row, dict):
-        raise BadRowError("the line is not a JSON object")
+        raise BadRowError("the line is not a JSON object; write one")
     return row
 
 
@@ -158,7 +159,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadRowError(f"the key '{printable(next(k for k in keys if keys.count(k) > 1))}' stands twice")
+        raise BadRowError(
+            f"the key '{printable(next(k for k in keys if keys.count(k) > 1))}' stands twice; take one out"
+        )
     return row
 
 
@@ -204,20 +207,22 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
 
 def _csv_row(fields: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
     if any(_has_surrogate(field) for field in fields):
-        raise BadRowError("the row is not UTF-8")
+        raise BadRowError("the row is not UTF-8; save it as UTF-8")
     if len(fields) != len(columns):
-        raise BadRowError(f"the row has {len(fields)} fields, the first line names {len(columns)} columns")
+        raise BadRowError(
+            f"the row has {len(fields)} fields, the first line names {len(columns)}; quote what holds commas"
+        )
     return {key: value or None for key, value in zip(columns, fields, strict=True)}
 
 
 def _column_faults(columns: Sequence[str]) -> Iterator[str]:
     if any(_has_surrogate(column) for column in columns):
-        yield "the row is not UTF-8"
+        yield "the row is not UTF-8; save it as UTF-8"
     for key in sorted({key for key in columns if columns.count(key) > 1}):
-        yield f"the column '{printable(key)}' stands twice"
+        yield f"the column '{printable(key)}' stands twice; take one out"
     for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))):
         if key not in columns:
-            yield f"the first line names no column '{key}'; it names: {', '.join(map(printable, columns))}"
+            yield f"the first line names no column '{key}'; add it to: {', '.join(map(printable, columns))}"
     yield from key_faults(dict.fromkeys(columns, ""))
 
 
@@ -229,7 +234,7 @@ def _prompt(value: Any, where: str, empty_caption: EmptyCaption) -> tuple[str, F
     if value is None:
         return "", empty_caption_fault(where, "has no prompt", empty_caption)
     if not isinstance(value, str):
-        return "", Fault(where, "'prompt' is not a string")
+        return "", Fault(where, "'prompt' is not a string; write it in quotes")
     try:
         prompt = check_caption(value)
     except BadCaptionError as error:
@@ -258,24 +263,25 @@ def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, mend: 
         BadRowError: it does not, or is no file that can be had.
     """
     if not isinstance(value, str) or not value.strip():
-        raise BadRowError(f"'{key}' is not a path")
+        raise BadRowError(f"'{key}' is not a path; write one in quotes")
     shown = f"'{key}': {printable(value)}"
     if _URL.match(value):
-        raise BadRowError(f"{shown} is a URL; mixres reads local files only")
+        raise BadRowError(f"{shown} is a URL; download it, mixres reads local files only")
     if "\0" in value or _has_surrogate(value):
-        raise BadRowError(f"{shown} holds characters that no path has")
+        raise BadRowError(f"{shown} holds characters that no path has; correct it")
     if Path(value).is_absolute() or Path(os.path.normpath(value)).parts[:1] == ("..",):
-        raise BadRowError(f"{shown} is not below the manifest's folder")
+        raise BadRowError(f"{shown} is not below the manifest's folder; move it there")
     try:
         path = _existing(root, value)
         if allowed is not None and not path.resolve().is_relative_to(allowed):
             raise BadRowError(f"{shown} is a link out of the manifest's folder; {mend}")
         if not path.exists():
-            raise BadRowError(f"{shown} does not exist")
+            raise BadRowError(f"{shown} does not exist; correct the path")
         if not path.is_file():
-            raise BadRowError(f"{shown} is not a file")
+            raise BadRowError(f"{shown} is not a file; correct the path")
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links, no permission
-        raise BadRowError(f"{shown} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadRowError(f"{shown} cannot be opened: {reason}; make it readable, or correct the path") from error
     return path
 
 

@@ -113,7 +113,7 @@ class Plan:
         caption_dropout: float = 0.0,
     ) -> None:
         if not lengths:
-            raise UserError("data.train: there is no usable sample")
+            raise UserError("data.train: there is no usable sample; add some")
         assert not caption_dropout or all(length.empty_text for length in lengths), "encoded without the empty prompt"
         over = [
             f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "

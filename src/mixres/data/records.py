@@ -74,13 +74,13 @@ def parse_caption(data: bytes) -> str:
         BadCaptionError: not plain UTF-8 text, or longer than `MAX_CAPTION_BYTES`.
     """
     if len(data) > MAX_CAPTION_BYTES:
-        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long")
+        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long; shorten it")
     if data.startswith(BYTE_ORDER_MARKS):
         raise BadCaptionError("the caption starts with a byte order mark; save it as UTF-8 without one")
     try:
         return check_caption(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadCaptionError(f"the caption is not UTF-8 (byte {error.start})") from error
+        raise BadCaptionError(f"the caption is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def check_caption(text: str) -> str:
@@ -90,13 +90,13 @@ def check_caption(text: str) -> str:
         BadCaptionError: it holds a NUL or half of a surrogate pair, or is longer than `MAX_CAPTION_BYTES`.
     """
     if "\0" in text:
-        raise BadCaptionError("the caption holds a NUL character")
+        raise BadCaptionError("the caption holds a NUL character; take it out")
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise BadCaptionError(f"the caption is not valid Unicode (character {error.start})") from error
+        raise BadCaptionError(f"the caption is not valid Unicode (character {error.start}); write it anew") from error
     if size > MAX_CAPTION_BYTES:
-        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long")
+        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long; shorten it")
     return text.strip()
 
 

@@ -94,7 +94,9 @@ def _arrow_files(root: Path) -> list[Path]:
         raise UserError(f"{printable(root / STATE)}: cannot be read; save the data set again") from error
     for name in names:
         if not (root / name).resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{printable(root / STATE)}: names a file outside its folder: {printable(name)}")
+            raise UserError(
+                f"{printable(root / STATE)}: names a file outside its folder: {printable(name)}; save it again"
+            )
     return [root / name for name in names]
 
 
@@ -112,11 +114,11 @@ def _columns(root: Path) -> dict[str, Any]:
         columns = {str(name): table.column(name) for name in table.column_names}
     except Exception as error:  # whatever arrow says of bytes that are not its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{printable(root)}: the data set cannot be read: {reason}") from error
+        raise UserError(f"{printable(root)}: the data set cannot be read: {reason}; save it again") from error
     missing = [key for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))) if key not in columns]
     if missing:
         found = ", ".join(map(printable, columns))
-        raise UserError([f"{printable(root)}: has no column '{key}'; it has: {found}" for key in missing])
+        raise UserError([f"{printable(root)}: has no column '{key}'; rename one of: {found}" for key in missing])
     return columns
 
 

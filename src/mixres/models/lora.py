@@ -56,7 +56,7 @@ def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained:
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
             close = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
+            hint = f"; did you mean '{close[0]}'?" if close else "; take it out"
             faults.append(f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer{hint}")
         elif all(_within(name, untrained) for name in matched):
             faults.append(f"model.lora.target_modules: the output of '{pattern}' reaches no loss: take it out")

@@ -80,7 +80,7 @@ def read_header(given: str, *, key: str = KEY) -> LoraHeader:
         stated = json.loads(metadata.get(_DIFFUSERS_KEY, "{}"))
         recipe = json.loads(metadata.get(RECIPE_KEY, "null"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{key}: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key}: {path} cannot be read: {str(error).splitlines()[0]}; name another") from error
     layers: dict[str, tuple[int, int]] = {}
     ranks = set()
     for name, shape in shapes.items():
@@ -91,7 +91,9 @@ def read_header(given: str, *, key: str = KEY) -> LoraHeader:
             ranks |= {shape[0], up[1]}
     magnitudes = sum(name.endswith(f".{_MAGNITUDE}") for name in shapes)
     if len(ranks) != 1 or len(shapes) != 2 * len(layers) + magnitudes or magnitudes not in (0, len(layers)):
-        raise UserError(f"{key}: {path} is no LoRA of one rank in diffusers' format for a transformer")
+        raise UserError(
+            f"{key}: {path} is no LoRA of one rank in diffusers' format for a transformer; name one that is"
+        )
     (r,) = ranks
     # Where nothing is stated diffusers takes the rank for lora_alpha.
     return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers, recipe)
@@ -117,10 +119,13 @@ def check_fit(
     if missing or extra:
         told = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
         told += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
-        faults.append(f"model.lora.target_modules: the adapters of {header.path} are for others: {'; '.join(told)}")
+        faults.append(
+            f"model.lora.target_modules: the adapters of {header.path} are for others: write those it was made with; "
+            f"{'; '.join(told)}"
+        )
     other = [name for name in layers.keys() & header.layers.keys() if layers[name] != header.layers[name]]
     if other:
-        faults.append(f"{KEY}: {header.path} is of a base of another size: {min(other)} differs")
+        faults.append(f"{KEY}: {header.path} is of a base of another size: {min(other)} differs; name one of this base")
     if faults:
         raise UserError(faults)
 
@@ -153,7 +158,7 @@ def _path(given: str, key: str) -> Path:
     path = Path(given).expanduser()
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{key}: there is no file {str(path)!r}")
+        raise UserError(f"{key}: there is no file {str(path)!r}; correct the path")
     if path.suffix != ".safetensors":
-        raise UserError(f"{key}: {path} is not a .safetensors file, and others are never opened")
+        raise UserError(f"{key}: {path} is not a .safetensors file, and others are never opened: convert it")
     return path

@@ -53,9 +53,11 @@ def pipeline_json(path: str, name: str, *, revision: str | None = None) -> dict[
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{KEY}: {file} cannot be read ({error}); is {path!r} a diffusers pipeline?") from error
+        raise UserError(
+            f"{KEY}: {file} cannot be read ({error}): give {path!r} the files of a diffusers pipeline"
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(f"{KEY}: {file} holds no JSON object; is {path!r} a diffusers pipeline?")
+        raise UserError(f"{KEY}: {file} holds no JSON object: give {path!r} the files of a diffusers pipeline")
     return value
 
 
@@ -104,10 +106,12 @@ def _locate(path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(f"{KEY}: {path!r} has no model_index.json, so it is not a diffusers pipeline folder")
+            raise UserError(
+                f"{KEY}: {path!r} has no model_index.json, so it is not a diffusers pipeline folder: name one"
+            )
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"{KEY}: there is no folder {path!r}")
+        raise UserError(f"{KEY}: there is no folder {path!r}: correct the path")
     return _snapshot(path, revision, ("model_index.json", *patterns))
 
 
@@ -116,7 +120,9 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), etag_timeout=10))
     except HFValidationError as error:
-        reason = f"it is no name of a repository on the Hugging Face Hub either ({str(error).splitlines()[0]})"
+        reason = (
+            f"it is no name of a repository on the Hugging Face Hub either ({str(error).splitlines()[0]}): correct it"
+        )
     except RevisionNotFoundError:
         reason = f"the Hugging Face Hub has no revision {revision!r} of it: correct model.revision"
     except RepositoryNotFoundError:  # a gated one too
@@ -136,17 +142,17 @@ def _unreachable_reason(error: OSError) -> str:
 
 def _component_fault(folder: Path) -> str | None:
     if not folder.is_dir():
-        return f"{folder} is missing"
+        return f"{folder} is missing: download it"
     if folder.name in ("tokenizer", "processor", "scheduler"):
         return None
     if not (folder / "config.json").is_file():
-        return f"{folder / 'config.json'} is missing"
+        return f"{folder / 'config.json'} is missing: download it"
     if any(folder.glob("*.safetensors")):
         return None
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
     if pickled:
         return f"{folder} holds pickled weights ({pickled[0]}), which are never opened: convert them to safetensors"
-    return f"{folder} holds no .safetensors weights"
+    return f"{folder} holds no .safetensors weights: download them"
 
 
 def _read_memo(memo: Path | None) -> dict[str, str]:

@@ -297,4 +297,4 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{pretrained.KEY}: {folder} cannot be loaded: {reason}") from error
+        raise UserError(f"{pretrained.KEY}: {folder} cannot be loaded: {reason}; download it again") from error

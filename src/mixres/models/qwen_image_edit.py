@@ -70,7 +70,7 @@ def control_areas(area: int | Literal["target"], text_area: int | None) -> dict[
 def example_fault(*, controls: int, prompt: str) -> str | None:
     """Why this family cannot take an example with so many controls and this prompt; None where it can."""
     if controls != 1:
-        return f"Qwen-Image-Edit takes exactly one control image, there are {controls}"
+        return f"Qwen-Image-Edit takes exactly one control image, there are {controls}; give it one"
     return shared.prompt_fault(prompt)
 
 

@@ -64,7 +64,7 @@ def example_fault(*, controls: int, prompt: str) -> str | None:
     """Why this family cannot take an example with so many controls and this prompt; None where it can."""
     fewest, most = CONTROLS
     if not fewest <= controls <= most:
-        return f"Qwen-Image-Edit-Plus takes {fewest} to {most} control images, there are {controls}"
+        return f"Qwen-Image-Edit-Plus takes {fewest} to {most} control images, there are {controls}; give it so many"
     return shared.prompt_fault(prompt)
 
 

@@ -37,7 +37,7 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
         mend = f"pip install {package}" if package in _OPTIONAL else "install or correct it"
         raise UserError(f"{KEY}: {class_path} cannot be imported ({error}): {mend}") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise UserError(f"{KEY}: {class_path} is no torch optimizer")
+        raise UserError(f"{KEY}: {class_path} is no torch optimizer: name one")
     _, *arguments = inspect.signature(found).parameters.values()  # the first takes the parameters
     known = [a.name for a in arguments if a.kind is not inspect.Parameter.VAR_KEYWORD]
     takes_any = len(known) < len(arguments)
@@ -51,7 +51,7 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     try:
         found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers take nothing else
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer.init_args: {name} refuses them: {error}") from error
+        raise UserError(f"optimizer.init_args: {name} refuses them: {error}; correct them") from error
     return found
 
 

@@ -58,7 +58,9 @@ def checkpoint_to_resume(
         if checkpoints.any():
             raise UserError(f"resume: no checkpoint in {root} is whole: remove them to start afresh")
         if resume == "required":
-            raise UserError(f"resume: required, but there is no checkpoint in {root}")
+            raise UserError(
+                f"resume: required, but there is no checkpoint in {root}: name the folder of one, or set resume=auto"
+            )
         return None
     changed = _changed(found, identity["frozen"])
     refused = [line for key, line in changed.items() if key not in allowed]

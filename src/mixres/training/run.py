@@ -86,7 +86,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(
-                f"logging.output_dir: {self.folder} cannot be written: {error.strerror or error}"
+                f"logging.output_dir: {self.folder} cannot be written: {error.strerror or error}; name another"
             ) from error
 
     def _let_go(self) -> None:

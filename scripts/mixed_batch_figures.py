@@ -1,0 +1,186 @@
+"""Draws the pictures of docs/multi_resolution.md and counts what it states: `python scripts/mixed_batch_figures.py`.
+
+Promise: sizes, layouts and the mask come from the code that trains; the bucket rule that they are compared with is
+stated here and on the page. Needs Pillow and torch. Cost: seconds.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mixres.batch import Batch, Sample
+from mixres.data.collate import collate
+from mixres.data.plan import Layout
+from mixres.geometry import Size, control_size, target_size, token_grid
+from mixres.models.qwen_attention import joint_mask
+from mixres.token_layout import token_layout
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+AREA = 1024 * 1024
+PIXELS_PER_TOKEN = 16
+TEXT_ENCODER_PIXELS = 28 * 28  # of a control that one text token holds
+
+
+class Pair(NamedTuple):
+    """A target, its control, and the words of the instruction in tokens, the prompt's frame included."""
+
+    name: str
+    target: Size
+    control: Size
+    words: int
+
+
+BATCH = (
+    Pair("phone.jpg", Size(4000, 3000), Size(4000, 3000), 74),
+    Pair("web.png", Size(640, 427), Size(640, 427), 95),
+    Pair("portrait.jpg", Size(900, 1350), Size(1200, 1200), 70),
+    Pair("panorama.jpg", Size(3000, 1000), Size(1500, 1000), 81),
+)
+
+PICTURES = (
+    Size(4000, 3000),
+    Size(6000, 4000),
+    Size(1920, 1080),
+    Size(1080, 2400),
+    Size(2048, 858),
+    Size(1000, 1000),
+    Size(2480, 3508),
+    Size(640, 427),
+)
+BUCKET_STEP = 64
+
+
+class Crop(NamedTuple):
+    """What a bucket does to a picture: the bucket's size, and the share of the picture's pixels that is cut off."""
+
+    bucket: Size
+    lost: float
+
+
+def buckets() -> Iterator[Size]:
+    """Sides in steps of 64, as tall as 1024 x 1024 pixels of area allow, aspects up to 4."""
+    for width in range(BUCKET_STEP, 4 * 1024, BUCKET_STEP):
+        height = AREA // width // BUCKET_STEP * BUCKET_STEP
+        if height and max(width, height) <= 4 * min(width, height):
+            yield Size(width, height)
+
+
+def bucket_crop(source: Size) -> Crop:
+    """The bucket of the nearest aspect; the picture is scaled until it covers it, and what stands over is cut off."""
+    aspect = source.width / source.height
+    bucket = min(buckets(), key=lambda b: abs(math.log(b.width / b.height / aspect)))
+    scale = max(bucket.width / source.width, bucket.height / source.height)
+    kept = bucket.width * bucket.height / (source.width * source.height * scale**2)
+    return Crop(bucket, 1 - kept)
+
+
+def stretch(source: Size) -> float:
+    """How far rounding changes a target's aspect in mixres, as a share."""
+    size = target_size(source, max_pixels=AREA, multiple_of=16)
+    return abs(size.width / size.height / (source.width / source.height) - 1)
+
+
+def crop_table() -> list[str]:
+    """The rows of the page's table."""
+    rows = []
+    for source in PICTURES:
+        crop, ours = bucket_crop(source), target_size(source, max_pixels=AREA, multiple_of=16)
+        rows.append(f"| {source} | {crop.bucket} | {crop.lost:.1%} | {ours} | {stretch(source):.1%} |")
+    return rows
+
+
+def sample(pair: Pair) -> Sample:
+    """As the cache would hold it for Qwen-Image-Edit, with zeros for latents and one channel."""
+    sizes = [target_size(pair.target, max_pixels=AREA, multiple_of=16), control_size(pair.control, area=AREA)]
+    target, control = (token_grid(size, PIXELS_PER_TOKEN) for size in sizes)
+    text = pair.words + sizes[1].width * sizes[1].height // TEXT_ENCODER_PIXELS
+    return Sample(
+        name=pair.name,
+        target_latents=torch.zeros(target.tokens, 1),
+        control_latents=(torch.zeros(control.tokens, 1),),
+        prompt_embeds=torch.zeros(text, 1),
+        img_shapes=(target, control),
+    )
+
+
+def batch_in(layout: Layout) -> Batch:
+    """`BATCH` as one microbatch."""
+    samples = [sample(pair) for pair in BATCH]
+    return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=layout)
+
+
+def mask_of(padded: Batch) -> Tensor:
+    """`(B, L)`: the keys that the queries of each row attend to, text first."""
+    lengths = torch.tensor([sum(grid.tokens for grid in grids) for grids in padded.img_shapes])
+    valid = torch.arange(padded.latents.shape[1]) < lengths[:, None]
+    mask = joint_mask(padded.prompt_mask, valid, padded.prompt_embeds.shape[1], padded.latents)
+    assert mask is not None
+    return mask[:, 0, 0]
+
+
+def layout_figure() -> Image.Image:
+    """The batch in both layouts, as `mixres verify` draws it."""
+    padded = batch_in("padded")
+    return token_layout(padded, batch_in("packed"), mask_of(padded))
+
+
+def crop_figure() -> Image.Image:
+    """Every picture at one scale of its longer side; red is what the bucket cuts off."""
+    width, row, box = 900, 225, 150
+    image = Image.new("RGB", (width, 50 + 2 * row), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    draw.text(
+        (16, 12),
+        "What buckets of 64-pixel steps cut off (red), of eight pictures",
+        "#222222",
+        ImageFont.load_default(17),
+    )
+    for number, source in enumerate(PICTURES):
+        crop = bucket_crop(source)
+        scale = box / max(source)
+        left, top = 30 + number % 4 * 215, 50 + number // 4 * row
+        shown = (source.width * scale, source.height * scale)
+        cover = max(crop.bucket.width / source.width, crop.bucket.height / source.height)
+        kept = (crop.bucket.width / cover * scale, crop.bucket.height / cover * scale)
+        draw.rectangle((left, top, left + shown[0], top + shown[1]), fill="#d9534f", outline="black")
+        inset = ((shown[0] - kept[0]) / 2, (shown[1] - kept[1]) / 2)
+        corner = (left + inset[0], top + inset[1])
+        draw.rectangle((*corner, corner[0] + kept[0], corner[1] + kept[1]), fill="#9ec5e8", outline="black")
+        draw.text((left, top + box + 6), f"{source}", "#222222", font)
+        draw.text((left, top + box + 24), f"bucket {crop.bucket}: {crop.lost:.1%} lost", "#222222", font)
+    return image
+
+
+def numbers() -> dict[str, str]:
+    """What the page states of the batch."""
+    padded, packed = batch_in("padded"), batch_in("packed")
+    longest = padded.tokens_computed // len(BATCH)
+    return {
+        "valid": f"{packed.tokens:,}",
+        "padded": f"{padded.tokens_computed:,}",
+        "row": f"{longest:,}",
+        "filler": f"{1 - padded.tokens / padded.tokens_computed:.1%}",
+        "buckets": str(len({bucket_crop(source).bucket for source in PICTURES})),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the two pictures, say the numbers."""
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/multi_resolution.md.")
+    parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR")
+    out: Path = parser.parse_args(arguments).out
+    layout_figure().save(out / "mixed_batch.png", optimize=True)
+    crop_figure().save(out / "bucket_crops.png", optimize=True)
+    sys.stdout.write("\n".join([*crop_table(), *(f"{name}: {value}" for name, value in numbers().items())]) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
