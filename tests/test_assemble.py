@@ -1,6 +1,7 @@
 """The parts of a run, put together from a configuration."""
 
 import gc
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +160,88 @@ def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded:
     with_empty = Encoded(encoded.cache, items, encoded.held_out)
     before, after = (frozen(setup, with_empty, f"data.caption_dropout={p}") for p in (0.0, 0.1))
     assert {key for key in before if before[key] != after[key]} == {"data.caption_dropout"}
+
+
+@pytest.fixture(scope="module")
+def regularised(encoded: Encoded) -> Encoded:
+    """The last three of the training samples as a regularisation set."""
+    items = [replace(item, regularization=i >= len(encoded.train) - 3) for i, item in enumerate(encoded.train)]
+    return Encoded(encoded.cache, items, encoded.held_out)
+
+
+REGULAR = ("data.regularization=regular", "loss.prior_loss_weight=0.25")
+
+
+def test_regularisation_samples_are_drawn_as_all_others_and_carry_their_weight(
+    setup: Setup, encoded: Encoded, regularised: Encoded
+) -> None:
+    config, count = setup(*REGULAR), len(encoded.train)
+    plan, plain = plan_of(config, regularised, world_size=1), plan_of(setup(), encoded, world_size=1)
+    epoch = [plan.step(step) for step in range(plan.steps_per_epoch)]
+    assert sorted(i for step in epoch for i in step.indices) == list(range(count))
+    for step in epoch:
+        assert (step.indices, step.samples) == (plain.step(step.step).indices, plain.step(step.step).samples)
+    loader = loader_of(config, regularised, plan, rank=0, first=0, workers=0)
+    for step in epoch:
+        for _ in step.ranks[0]:
+            batch = next(loader)
+            assert batch.sample_weights == tuple(0.25 if i >= count - 3 else 1.0 for i in batch.indices)
+
+
+def test_without_samples_of_its_own_a_run_is_refused(setup: Setup, encoded: Encoded) -> None:
+    only = Encoded(encoded.cache, [replace(item, regularization=True) for item in encoded.train], [])
+    with pytest.raises(UserError, match=r"data.train: there is no usable sample"):
+        plan_of(setup(), only, world_size=1)
+
+
+def test_another_regularisation_set_is_another_run_and_another_weight_is_not(
+    setup: Setup, encoded: Encoded, regularised: Encoded
+) -> None:
+    before = frozen(setup, regularised, *REGULAR)
+    assert frozen(setup, regularised, REGULAR[0]) == before
+    fewer = frozen(setup, Encoded(encoded.cache, regularised.train[:-1], []), *REGULAR)
+    assert {key for key in before if before[key] != fewer[key]} == {"data.regularization", "order"}
+    assert frozen(setup, encoded)["data.regularization"] is None
+    moved = {key for key in before if before[key] != frozen(setup, encoded)[key]}
+    assert moved == {"data.train", "data.regularization"}
+
+
+LOSS_SETTINGS = {
+    "default": (),
+    "uniform": ("flow.density=uniform",),
+    "mode": ("flow.density=mode",),
+    "mode_scale": ("flow.density=mode", "flow.mode_scale=-0.9"),
+    "logit_mean": ("flow.logit_mean=0.5",),
+    "logit_std": ("flow.logit_std=0.5",),
+    "no_shift": ("flow.shift=none",),
+    "constant": ("flow.shift=constant",),
+    "shift_value": ("flow.shift=constant", "flow.shift_value=2"),
+    "sigma_sqrt": ("loss.weighting=sigma_sqrt",),
+    "cosmap": ("loss.weighting=cosmap",),
+    "token": ("loss.normalization=token",),
+    "foreground": ("data.mask_weight.foreground=5",),
+    "background": ("data.mask_weight.background=3",),
+    "seed": ("train.seed=1",),
+    "prior_loss_weight": REGULAR,
+}
+
+
+def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularised: Encoded, tmp_path: Path) -> None:
+    """The loss of one batch, real model, objective and loader: each setting by itself is another number."""
+    transformer = load_trained(setup(), family, accelerator(tmp_path)).transformer
+    losses = {}
+    for name, words in LOSS_SETTINGS.items():
+        config = setup("batch.samples_per_step=10", "batch.max_tokens=99999", *words)
+        plan = plan_of(config, regularised, world_size=1)
+        batch = next(loader_of(config, regularised, plan, rank=0, first=0, workers=0))
+        half = torch.arange(len(batch.edit_mask)) % 2
+        masked = replace(batch, edit_mask=half.float(), has_mask=(True,) * 10)
+        objective = objective_of(config, family)
+        with torch.no_grad():
+            total = objective.loss_sum(transformer, masked, 0)
+        losses[name] = float(total) / objective.divisor(10, sum(batch.target_lengths))
+    ordered = sorted(losses.values())
+    assert min(b / a for a, b in itertools.pairwise(ordered)) > 1 + 1e-4, losses
 
 
 def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:

@@ -119,6 +119,54 @@ def test_a_share_that_leaves_a_side_empty_is_told(setup: Setup, share: str, what
     assert messages(setup(f"data.held_out={share}")) == [f"data.held_out: {share} of 10 examples is {what}; {mend}"]
 
 
+# --- Regularisation
+
+
+@pytest.fixture
+def regular(data: Path) -> Path:
+    """Three of the training pairs in a folder of their own."""
+    for target in sorted((data / "train/training_images").glob("*.png"))[:3]:
+        for file in (target, target.with_suffix(".txt"), data / "train/control_images" / target.name):
+            moved = data / "regular" / file.parent.name / file.name
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(moved)
+    return data / "regular"
+
+
+def test_regularisation_examples_are_trained_behind_the_others_and_marked(
+    setup: Setup, regular: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held_out = find_examples(setup(f"data.regularization={regular}"), family, speak=True)
+    assert [scanned.regularization for scanned in train] == [False] * 7 + [True] * 3
+    assert names(train[7:]) == {path.relative_to(regular).as_posix() for path in regular.glob("*/*.png")} & names(train)
+    assert len(held_out) == 3 and not any(scanned.regularization for scanned in held_out)
+    line = "data      7 training, 3 regularisation and 3 held-out examples with 13 controls\n"
+    assert line in capsys.readouterr().out
+
+
+def test_regularisation_examples_are_never_held_out(setup: Setup, data: Path, regular: Path) -> None:
+    share = setup(f"data.regularization={regular}", "data.held_out=0.4")
+    train, held_out = find_examples(share, family, speak=False)
+    assert sum(scanned.regularization for scanned in train) == 3
+    assert 0 < len(held_out) < 7
+    assert len(train) + len(held_out) == 10
+    target = min((data / "held_out/training_images").glob("*.png"))
+    for file in (target, target.with_suffix(".txt"), data / "held_out/control_images" / target.name):
+        shutil.copyfile(file, regular / file.parent.name / file.name)
+    fault = messages(setup(f"data.regularization={regular}"))[0]
+    assert fault.startswith(f"{target}: is held out and trained on")
+
+
+def test_faults_of_the_regularisation_set_are_told_with_the_others(setup: Setup, data: Path, regular: Path) -> None:
+    min((regular / "training_images").glob("*.png")).write_bytes(b"")
+    first(data, "training_images").write_bytes(b"")
+    *faults, summary = messages(setup(f"data.regularization={regular}"))
+    assert [fault.partition(": ")[2] for fault in faults] == ["is empty (0 bytes)"] * 2
+    assert summary.startswith("data: 2 faults with 26 pictures")
+    (missing, *_) = messages(setup(f"data.regularization={data / 'nowhere'}"))
+    assert missing == f"{data / 'nowhere'}: no such folder or manifest"
+
+
 # --- What is told
 
 

@@ -33,6 +33,7 @@ LAYERS = {
             "caching",
             "consistency",
             "encoding",
+            "evaluate",
             "examples",
             "flops",
             "precompute",

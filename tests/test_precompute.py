@@ -124,6 +124,19 @@ def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: Calla
     assert caching() == (0, ALL)
 
 
+def test_a_sample_has_one_entry_trained_regularising_or_with_any_weight(caching: Caching) -> None:
+    for target in sorted((caching.data / "train/training_images").glob("*.png"))[:FEW]:
+        for file in (target, target.with_suffix(".txt"), caching.data / "train/control_images" / target.name):
+            moved = caching.data / "regular" / file.parent.name / file.name
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(moved)
+    regular = f"data.regularization={caching.data / 'regular'}"
+    assert caching(regular) == (0, ALL)
+    assert caching(regular, "loss.prior_loss_weight=0.3") == (0, ALL)
+    items = caching.encoded(regular).train
+    assert [item.regularization for item in items] == [False] * (len(items) - FEW) + [True] * FEW
+
+
 def test_caption_dropout_encodes_the_training_entries_anew_and_no_others(caching: Caching) -> None:
     assert caching("data.caption_dropout=0.1") == (ALL - FEW, FEW)
     assert caching("data.caption_dropout=0.9") == (0, ALL)

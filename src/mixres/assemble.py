@@ -32,7 +32,7 @@ from mixres.models.lora import (
     train_all,
     trainable_parameters,
 )
-from mixres.precompute import Encoded
+from mixres.precompute import Encoded, Item
 from mixres.training.distributed import shard
 from mixres.training.ema import Ema
 from mixres.training.optim import optimizer_class
@@ -140,14 +140,24 @@ def objective_of(config: Config, family: ModuleType) -> Objective:
 
 def plan_of(config: Config, encoded: Encoded, *, world_size: int) -> Plan:
     """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
-    lengths, names = [item.lengths for item in encoded.train], [item.record.name for item in encoded.train]
-    return make_plan(config, lengths, names, layout=config.batch.layout, world_size=world_size)
+    items = encoded.train
+    if all(item.regularization for item in items):
+        raise UserError("data.train: there is no usable sample")
+    weights = [config.loss.prior_loss_weight if item.regularization else 1.0 for item in items]
+    lengths, names = [item.lengths for item in items], [item.record.name for item in items]
+    return make_plan(config, lengths, names, weights, layout=config.batch.layout, world_size=world_size)
 
 
 def make_plan(
-    config: Config, lengths: Sequence[Lengths], names: Sequence[str], *, layout: Layout, world_size: int
+    config: Config,
+    lengths: Sequence[Lengths],
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    layout: Layout,
+    world_size: int,
 ) -> Plan:
-    """The configuration's steps over these samples.
+    """The configuration's steps over these samples, each of which counts with its weight or 1.
 
     Raises:
         UserError: samples that are over `batch.max_tokens` alone, or no samples.
@@ -155,6 +165,7 @@ def make_plan(
     return Plan(
         lengths,
         names=names,
+        weights=weights,
         seed=config.train.seed,
         samples_per_step=config.batch.samples_per_step,
         max_tokens=config.batch.max_tokens,
@@ -173,7 +184,6 @@ def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first:
 
 def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from: `frozen` values by key, the `order` of samples."""
-    keys = [item.key for item in encoded.train]
     lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
     frozen = {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
@@ -185,9 +195,15 @@ def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
         "train.ema_decay": config.train.ema_decay,
         "batch.samples_per_step": config.batch.samples_per_step,
         "data.caption_dropout": config.data.caption_dropout,
-        "data.train": f"{len(keys)} samples of fingerprint {xxhash.xxh3_64_hexdigest(' '.join(keys).encode())}",
+        "data.train": _fingerprint([item for item in encoded.train if not item.regularization]),
+        "data.regularization": _fingerprint([item for item in encoded.train if item.regularization]),
     }
-    return {"frozen": frozen, "order": plan.order_hash(keys)}
+    return {"frozen": frozen, "order": plan.order_hash([item.key for item in encoded.train])}
+
+
+def _fingerprint(items: Sequence[Item]) -> str | None:
+    keys = " ".join(item.key for item in items)
+    return f"{len(items)} samples of fingerprint {xxhash.xxh3_64_hexdigest(keys.encode())}" if items else None
 
 
 def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Batch:
     img_shapes: tuple[tuple[Grid, ...], ...]
     edit_mask: Tensor  # (V,) float32 foreground share of each target token
     has_mask: tuple[bool, ...]  # a sample without an edit mask has weight 1 everywhere
-    sample_weights: tuple[float, ...]  # 1, or 0 for a filler that only keeps ranks in step
+    sample_weights: tuple[float, ...]  # in the loss; 0 for a filler that only keeps ranks in step
 
     @property
     def tokens(self) -> int:

@@ -20,6 +20,7 @@ from mixres.config_sections import (
     CacheConfig,
     CheckpointConfig,
     DataConfig,
+    EvaluateConfig,
     FlowConfig,
     LoggingConfig,
     LossConfig,
@@ -48,6 +49,7 @@ Changeable = Literal[
     "batch.samples_per_step",
     "data.caption_dropout",
     "data.train",
+    "data.regularization",
 ]
 
 
@@ -65,6 +67,7 @@ class Config(Section):
     cache: CacheConfig = Field(CacheConfig(), description="Where encoded samples lie.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When the run is saved.")
     sample: SampleConfig = Field(SampleConfig(), description="Pictures of held-out pairs while training.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Loss on held-out samples while training.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Where the run writes and reports.")
     resume: Literal["auto", "required", "never"] = Field(
         "auto", description="Go on from the newest checkpoint: if there is one, or fail, or start afresh."

@@ -20,6 +20,21 @@ RULES: tuple[Rule, ...] = (
         "there is no average without a decay, such as train.ema_decay: 0.999",
     ),
     (
+        ("loss.prior_loss_weight", "data.regularization"),
+        lambda weight, regularization: weight != 1 and regularization is None,
+        "there are no samples that it weighs, name some in data.regularization",
+    ),
+    (
+        ("evaluate.use_ema", "train.ema_decay"),
+        lambda use_ema, decay: use_ema and decay is None,
+        "there is no average without a decay, such as train.ema_decay: 0.999",
+    ),
+    (
+        ("evaluate.sigmas",),
+        lambda sigmas: isinstance(sigmas, list) and len(set(sigmas)) < len(sigmas),
+        "each noise level only once",
+    ),
+    (
         ("lr_scheduler.warmup_steps", "train.max_train_steps"),
         lambda warmup, steps: warmup > steps,
         "the warm-up must not be longer than the run",

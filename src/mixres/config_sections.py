@@ -98,6 +98,9 @@ class DataConfig(Section):
         description="Examples that are never trained, for samples: given as data.train, or a share of it.",
         json_schema_extra={"allowed": "text or a list of texts, not empty, or a number > 0 and < 1, or null"},
     )
+    regularization: Texts | None = Field(
+        None, description="Samples that keep what the base knows, given as data.train; see loss.prior_loss_weight."
+    )
     on_bad_item: Literal["error", "skip"] = Field(
         "error", description="Unusable items: stop with the list of all of them, or list them and train on the others."
     )
@@ -150,6 +153,9 @@ class LossConfig(Section):
         "sample", description="What counts the same: every sample, or every target token of the step."
     )
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field("none", description="Loss weight by noise level.")
+    prior_loss_weight: float = Field(
+        1.0, gt=0, le=1e6, description="Loss weight of each sample of data.regularization; one of data.train has 1."
+    )
 
 
 class OptimizerConfig(Section):
@@ -200,6 +206,20 @@ class SampleConfig(Section):
     every: int = Field(500, ge=0, le=10**9, description="Steps between samples of data.held_out; 0 makes none.")
     steps: int = Field(20, ge=2, le=1000, description="Denoising steps of a sample.")
     use_ema: bool = Field(False, description="Sample with the moving average instead of the weights of the step.")
+
+
+class EvaluateConfig(Section):
+    every: int = Field(
+        0, ge=0, le=10**9, description="Steps between evaluations of data.held_out, also at 0 and the end; 0: none."
+    )
+    sigmas: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=100)
+    ] = Field(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        description="Noise levels that every held-out sample is evaluated at; each costs one forward pass a sample.",
+        json_schema_extra={"allowed": "a list of 1 to 100 numbers > 0 and <= 1"},
+    )
+    use_ema: bool = Field(False, description="Evaluate the moving average instead of the weights of the step.")
 
 
 class LoggingConfig(Section):

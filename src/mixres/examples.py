@@ -38,7 +38,9 @@ class _Part(NamedTuple):
 def find_examples(
     config: Config, family: ModuleType, *, speak: bool
 ) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
-    """Training and held-out examples. `speak`: this process tells what was found and writes `bad_items.jsonl`.
+    """Training examples, those of `data.regularization` last, and held-out ones.
+
+    `speak`: this process tells what was found and writes `bad_items.jsonl`.
 
     Raises:
         UserError: sources, sizes or examples are wrong, all of them together; or a share holds out none or all.
@@ -47,22 +49,23 @@ def find_examples(
     token = family.pixels_per_token(model.pretrained_model_name_or_path, revision=model.revision)
     _check_sizes(config, family, token)
     found, missing = [], list[str]()
-    for sources in (data.train, data.held_out if isinstance(data.held_out, tuple) else ()):
+    for sources in (data.train, data.regularization, data.held_out if isinstance(data.held_out, tuple) else None):
         try:
-            found.append(_usable(config, family, sources, token, speak))
+            found.append(_usable(config, family, sources or (), token, speak))
         except UserError as error:
             missing += error.messages
     if missing:
         raise UserError([*missing, *(str(fault) for part in found for fault in part.faults)])
-    train, held_out = (part.records for part in found)
+    own, regularization, held_out = (part.records for part in found)
     if isinstance(data.held_out, float):
-        train, held_out = split_held_out(train, data.held_out, config.train.seed)
+        own, held_out = split_held_out(own, data.held_out, config.train.seed)
+    train = [*own, *(scanned._replace(regularization=True) for scanned in regularization)]
     held_out, trained = _never_trained(train, held_out)
     _settle(config, [fault for part in found for fault in part.faults] + trained, found, speak)
-    if isinstance(data.held_out, float) and not (train and held_out):
+    if isinstance(data.held_out, float) and not (own and held_out):
         what = "all" if held_out else "none"
         mend = "give another share, or a folder"
-        raise UserError(f"data.held_out: {data.held_out:g} of {len(train + held_out)} examples is {what}; {mend}")
+        raise UserError(f"data.held_out: {data.held_out:g} of {len(own + held_out)} examples is {what}; {mend}")
     if speak:
         _tell(train, held_out, found, family.MOST_PROMPT_TOKENS)
     return train, held_out
@@ -192,7 +195,9 @@ def _tell(
     say(f"scan      {decoded + unchanged} pictures: {decoded} decoded, {unchanged} unchanged since the last scan")
     examples = [*train, *held_out]
     controls = sum(len(scanned.record.controls) for scanned in examples)
-    say(f"data      {len(train)} training and {len(held_out)} held-out examples with {controls} controls")
+    extra = sum(scanned.regularization for scanned in train)
+    also = f", {extra} regularisation" if extra else ""
+    say(f"data      {len(train) - extra} training{also} and {len(held_out)} held-out examples with {controls} controls")
     if flattened := sum(scanned.flattened for scanned in examples):
         say(f"data      {flattened} examples have transparency, which is laid on white")
     if cut := sum(part.cut for part in parts):

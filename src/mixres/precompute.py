@@ -34,6 +34,7 @@ class Item:
     target_size: Size
     key: str
     entry: CacheEntry
+    regularization: bool = False  # counts in the loss with `loss.prior_loss_weight`
 
     @property
     def lengths(self) -> Lengths:
@@ -123,7 +124,7 @@ def save_index(cache: Cache) -> None:
 def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Item:
     entry = cache.lookup(key)
     assert entry is not None, key
-    return Item(scanned.record, target_size_of(config, scanned), key, entry)
+    return Item(scanned.record, target_size_of(config, scanned), key, entry, scanned.regularization)
 
 
 def spread(items: Iterable[Item], count: int) -> list[Item]:

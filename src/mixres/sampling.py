@@ -11,17 +11,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from mixres import atomic
+from mixres.assemble import Trained
 from mixres.config import Config
 from mixres.data.images import read_image
 from mixres.data.records import Picture
 from mixres.examples import control_areas, image_limits
 from mixres.precompute import Encoded, Item, spread
+from mixres.training.distributed import any_rank
 from mixres.training.ema import Ema
+from mixres.training.run import RunFolder
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -102,6 +106,25 @@ class HeldOutSampler:
         sizes = [f"control {control.width}x{control.height}" for control in controls]
         pictures = (*controls, *empty, self.read(item.record.target), self._predict(item, controls))
         return Row(pictures, item.record.prompt, ", ".join([*sizes, f"target {item.target_size}"]))
+
+
+def sheet_writer(
+    config: Config, accelerator: Accelerator, family: ModuleType, trained: Trained, encoded: Encoded, run: RunFolder
+) -> Callable[[int], None] | None:
+    """Samples the held-out items at a step, into `samples/` of the run folder; None where this rank is not to."""
+    # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
+    together = config.train.parallel == "fsdp2"
+    if not (config.sample.every and encoded.held_out and (run.main or together)):
+        return None
+    sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
+
+    def stopping() -> bool:
+        return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
+
+    def write(step: int) -> None:
+        sampler.write(run.folder / "samples" / f"step-{step:08d}.png", keep=run.main, stopping=stopping)
+
+    return write
 
 
 def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:

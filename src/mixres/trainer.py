@@ -25,9 +25,10 @@ from mixres.assemble import Trained, check_early, identity_of, load_trained, loa
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
+from mixres.evaluate import HeldOutLoss
 from mixres.models.lora_file import FILE_NAME, lora_file
 from mixres.precompute import Encoded, encode_all, family_of
-from mixres.sampling import HeldOutSampler
+from mixres.sampling import sheet_writer
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
     any_rank,
@@ -74,7 +75,7 @@ def train(config: Config) -> None:
             folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
         )
         checkpoint = checkpoint_to_resume(checkpoints, config.resume, identity, config.resume_allow_changes)
-        first, skips = checkpoint.step if checkpoint else 0, Skips()
+        first, skips, seconds = checkpoint.step if checkpoint else 0, Skips(), list[float]()
         run.update(step=first)
         if first >= last and any_rank(accelerator, run.was_done(first)):
             if run.main:
@@ -89,21 +90,17 @@ def train(config: Config) -> None:
         scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
         objective = objective_of(config, family)
         model = replicate(trained.transformer, accelerator)
-        # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
-        together = config.train.parallel == "fsdp2"
-        sampler = _sampler_of(config, family, trained, encoded) if run.main or together else None
+        sample = sheet_writer(config, accelerator, family, trained, encoded, run)
         loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         if run.main:
             _banner(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
-        seconds: list[float] = []
         metrics = stack.enter_context(MetricsLog(folder if run.main else None, step=first))
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.main))
-
-        def stopping() -> bool:
-            return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
-
+        evaluate = HeldOutLoss(config, accelerator, objective, trained, encoded, run, (metrics.write, tracker.log))
         run.stop_between_steps()
+        if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
+            raise Stopped(f"stopped by a signal before step {first + 1}: run the same command to go on")
         for step in range(first, last):
             start = time.perf_counter()
             planned = plan.step(step)
@@ -131,35 +128,30 @@ def train(config: Config) -> None:
             metrics.write(line)
             tracker.log(line)
             progress.step(line)
-            if done == last or result.stopping or done % config.checkpoint.every == 0:
+            stop = result.stopping or not evaluate(done)  # before the save: what is saved is evaluated
+            if done == last or stop or done % config.checkpoint.every == 0:
                 state = {**identity, "config": public, "skips": asdict(skips)}
                 save_run(checkpoints, trained.parameters, trained.optimizer, step=done, state=state)
                 run.update(step=done)
-            if result.stopping and done < last:
+            if stop and done < last:
                 raise Stopped(f"stopped by a signal after step {done}, which is saved: run the same command to go on")
-            if sampler and done < last and done % config.sample.every == 0:
-                sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main, stopping=stopping)
+            if sample and done < last and done % config.sample.every == 0:
+                sample(done)
         done = max(first, last)
-        if sampler:
-            sampler.write(folder / "samples" / f"step-{done:08d}.png", keep=run.main, stopping=stopping)
+        if sample:
+            sample(done)
         if any_rank(accelerator, run.stop_requested):
             raise Stopped("stopped by a signal after the last step, which is saved: run the same command to go on")
         result_path = _write_results(config, family, trained, folder, step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
-            _say_end(folder, result_path, sampler is not None, skips)
+            _say_end(folder, result_path, sample is not None, skips)
             _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """For the global generators, from which dropout draws: so that no state of theirs is needed to go on."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def _sampler_of(config: Config, family: ModuleType, trained: Trained, encoded: Encoded) -> HeldOutSampler | None:
-    if not (config.sample.every and encoded.held_out):
-        return None
-    return HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
 
 
 def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, speak: bool) -> None:

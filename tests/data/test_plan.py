@@ -96,6 +96,24 @@ def test_every_sample_counts_once_an_epoch_and_the_last_short_step_is_kept(
 
 
 @derandomized
+@given(plans(), st.randoms(use_true_random=False))
+def test_weights_reach_the_loss_with_their_samples_and_change_nothing_else(
+    arguments: dict[str, Any], random: random.Random
+) -> None:
+    weights = [random.choice((1.0, 0.25, 3.0)) for _ in arguments["lengths"]]
+    plain, weighted = make_plan(arguments), make_plan(arguments, weights=weights)
+    for one, other in zip(epoch_of(plain), epoch_of(weighted), strict=True):
+        for bare, microbatch in zip(microbatches_of(one), microbatches_of(other), strict=True):
+            own = tuple(weights[i] for i in microbatch.indices)
+            assert microbatch.weights == (own if any(bare.weights) else (0.0,))
+            assert bare._replace(weights=microbatch.weights) == microbatch
+        assert (one.indices, one.samples, one.target_tokens) == (other.indices, other.samples, other.target_tokens)
+    identities = [str(i) for i in range(len(weights))]
+    assert plain.order_hash(identities) == weighted.order_hash(identities)
+    assert (plain.plan_hash(identities) == weighted.plan_hash(identities)) == (set(weights) == {1.0})
+
+
+@derandomized
 @given(plans())
 def test_no_microbatch_is_over_budget_and_all_ranks_have_as_many(arguments: dict[str, Any]) -> None:
     for step in epoch_of(make_plan(arguments)):

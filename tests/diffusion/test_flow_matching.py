@@ -16,6 +16,7 @@ from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import (
     SMALLEST_WEIGHTED_SIGMA,
     NoiseLevels,
+    fixed_flow_sample,
     make_flow_sample,
     resolution_shift,
     sample_generator,
@@ -235,3 +236,51 @@ def test_a_noise_level_of_zero_keeps_a_finite_weight(monkeypatch: pytest.MonkeyP
     flow = flow_of(batch_of([0]), density="uniform", weighting="sigma_sqrt")
     assert flow.sigmas.tolist() == [0.0]
     torch.testing.assert_close(flow.weights, torch.tensor([SMALLEST_WEIGHTED_SIGMA**-2]))
+
+
+# --- Fixed noise levels
+
+
+def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw: Any) -> FlowSample:
+    kw = {"dtype": torch.float64} | kw
+    return fixed_flow_sample(batch, keys=keys or [f"key-{i}" for i in batch.indices], sigma=sigma, **kw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_noise_depends_on_key_and_level_alone(dtype: torch.dtype) -> None:
+    levels = (0.1, 0.5, 1.0)
+    alone = {
+        (i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i in range(4) if (b := batch_of([i])) for s in levels
+    }
+    state = torch.get_rng_state()
+    for number, indices in enumerate(([0, 1, 2, 3], [3, 1], [2, 0, 1])):
+        torch.manual_seed(number)
+        for layout in LAYOUTS:
+            for sigma in levels:
+                batch = batch_of(indices, layout)
+                for i, parts in by_sample(batch, fixed_of(batch, sigma, dtype=dtype)).items():
+                    assert all(torch.equal(a, b) for a, b in zip(parts, alone[i, sigma], strict=True)), (i, indices)
+    torch.set_rng_state(state)
+    fixed_of(batch_of([0]), 0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    noises = [fixed_of(batch_of([5]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in levels]
+    assert torch.cat(noises).unique().numel() == sum(map(len, noises)), "another key or level is other noise"
+    trained = flow_of(batch_of([5]), dtype=torch.float64).velocity.flatten()
+    assert not any(torch.isin(noise, trained).any() for noise in noises)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_fixed_level_is_the_one_given_with_weight_one(layout: Layout) -> None:
+    batch = batch_of([0, 1, 2, 3], layout)
+    clean = batch.latents.flatten(0, 1)[batch.target_index].double()
+    for sigma in (0.25, 1.0):
+        flow = fixed_of(batch, sigma)
+        assert flow.sigmas.tolist() == [sigma] * 4
+        assert flow.weights.tolist() == [1.0] * 4
+        noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index]
+        torch.testing.assert_close(noisy - sigma * flow.velocity, clean, rtol=0, atol=1e-14)
+        noise = flow.velocity + clean
+        assert 0.8 < float(noise.std()) < 1.2
+        others = torch.ones(batch.latents.shape[:2], dtype=torch.bool).flatten()
+        others[batch.target_index] = False
+        assert torch.equal(flow.noisy_latents.flatten(0, 1)[others], batch.latents.flatten(0, 1)[others].double())

@@ -137,6 +137,18 @@ def test_masks_weigh_the_numerator_only(normalization: Literal["sample", "token"
         torch.testing.assert_close(weighed.total, factor * first + only_second, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_weigh_the_numerator_only(normalization: Literal["sample", "token"], layout: Layout) -> None:
+    indices, weights = [0, 1, 2, 3], [1.0, 0.25, 3.0, 1.0]
+    weighed = loss_of(batch_of(indices, layout, weights), weighting="cosmap", normalization=normalization, **MASKS)
+    alone = [by_definition(i, normalization, "cosmap", **MASKS) for i in indices]
+    expected = sum(weight * loss for weight, loss in zip(weights, alone, strict=True))
+    assert float(weighed.total) == pytest.approx(expected, rel=1e-6)
+    assert float(weighed.total) != pytest.approx(sum(alone), rel=1e-3)
+    assert weighed.count == loss_of(batch_of(indices, layout), normalization=normalization).count
+
+
 def test_a_masks_ends_are_exactly_the_two_weights() -> None:
     batch = batch_of([1])
     flow = flow_of(batch)

@@ -62,6 +62,32 @@ def test_evaluation_lines_are_cut_with_their_steps(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 1, 2]
 
 
+def test_the_evaluation_before_the_first_step_stays_and_is_not_doubled(tmp_path: Path) -> None:
+    def start(step: int, *later: int) -> bool:
+        with MetricsLog(tmp_path, step=step) as log:
+            for values in ({"step": 0, "eval/loss": 3.0}, *({"step": done} for done in later)):
+                if step == 0 or values["step"]:
+                    log.write(values)
+            return log.evaluated
+
+    assert not start(0, 1, 2)
+    assert not start(2, 3)
+    assert steps(tmp_path) == [0, 1, 2, 3]
+    assert not start(0, 1), "afresh: what was evaluated there goes"
+    assert steps(tmp_path) == [0, 1]
+
+
+def test_whether_the_resumed_step_was_evaluated_is_told(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, step=0) as log:
+        for values in ({"step": 1, "eval/loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "eval/loss": None}):
+            log.write(values)
+    told = {}
+    for step in (4, 3, 2, 1):
+        with MetricsLog(tmp_path, step=step) as log:
+            told[step] = log.evaluated
+    assert told == {4: False, 3: True, 2: False, 1: True}
+
+
 def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, step=0) as log:
         log.write({"step": 1})

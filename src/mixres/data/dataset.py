@@ -37,6 +37,7 @@ class ScannedRecord(NamedTuple):
     control_sizes: tuple[Size, ...]
     digests: tuple[str, ...]  # of the file bytes: target, each control, then the mask if there is one
     flattened: bool  # a picture had transparency, which was laid on white
+    regularization: bool = False  # counts in the loss with a weight of its own
 
 
 class Scan(NamedTuple):

@@ -1,11 +1,11 @@
 """Who goes with whom: the samples of every optimizer step, split over ranks and microbatches.
 
-Promise: a pure function of (lengths, seed, samples_per_step, caption_dropout, max_tokens, layout, world size). Which
-samples make a step, and which of them train on the empty prompt, depends on the first four alone; each epoch holds
-every sample exactly once, its last step may be short. No
-microbatch is over `max_tokens`, and every rank has the same number of them. Cost: 16 bytes a sample and one permutation
-an epoch; a step is planned when it is asked for, in O(n log n) of its own samples (`padded`: times the few numbers of
-microbatches that it tries).
+Promise: a pure function of (lengths, weights, seed, samples_per_step, caption_dropout, max_tokens, layout, world size).
+Which samples make a step, and which of them train on the empty prompt, depends on lengths, seed, samples_per_step and
+caption_dropout alone; each epoch holds every sample exactly once, its last step may be short. No microbatch is over
+`max_tokens`, and every rank has the same number of them. Cost: 24 bytes a sample and one permutation an epoch; a step
+is planned when it is asked for, in O(n log n) of its own samples (`padded`: times the few numbers of microbatches that
+it tries).
 
 Legend: a microbatch of the layout `padded` computes rows x (longest text + longest image) tokens, `packed` the sum.
 
@@ -56,7 +56,7 @@ class Lengths(NamedTuple):
 
 
 class Microbatch(NamedTuple):
-    """Samples that one forward call takes. Weight 0 marks a filler: computed, and left out of the loss."""
+    """Samples that one forward call takes, and their loss weights; 0 marks a filler, which is computed and left out."""
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
@@ -104,6 +104,7 @@ class Plan:
         lengths: Sequence[Lengths],
         *,
         names: Sequence[str],
+        weights: Sequence[float] | None = None,
         seed: int,
         samples_per_step: int,
         max_tokens: int,
@@ -123,6 +124,8 @@ class Plan:
         if over:
             raise UserError(over)
         self.lengths = np.array(lengths, dtype=np.int32)  # (n, 4), columns as the fields of `Lengths`
+        self.weights = np.ones(len(lengths)) if weights is None else np.array(weights, dtype=np.float64)
+        assert self.weights.shape == (len(lengths),) and (self.weights > 0).all(), "0 marks a filler"
         self.seed, self.samples_per_step, self.max_tokens = seed, samples_per_step, max_tokens
         self.layout: Layout = layout
         self.world_size, self.caption_dropout = world_size, caption_dropout
@@ -139,7 +142,8 @@ class Plan:
         dropped = frozenset(i for i in indices if p and caption_dropped(self.seed, step, i, p))
         lengths = dict(zip(indices, map(Lengths._make, self.lengths[order].tolist()), strict=True))
         lengths |= {i: lengths[i].without_caption() for i in dropped}
-        split = _Split(lengths, dropped, self.layout, self.max_tokens, self.world_size)
+        weights = dict(zip(indices, self.weights[order].tolist(), strict=True))
+        split = _Split(lengths, weights, dropped, self.layout, self.max_tokens, self.world_size)
         return StepPlan(
             step=step,
             epoch=epoch,
@@ -159,10 +163,11 @@ class Plan:
         return digest.hexdigest()
 
     def plan_hash(self, identities: Sequence[str]) -> str:
-        """Changes with `order_hash` and with all that decides the split: lengths, drops, layout, budget, world size."""
+        """Changes with `order_hash`, weights, and all that decides the split: lengths, drops, layout, budget, ranks."""
         split = [self.order_hash(identities), self.layout, self.max_tokens, self.world_size, self.caption_dropout]
         digest = xxhash.xxh3_128(json.dumps(split).encode())
         digest.update(self.lengths.astype("<i4").tobytes())
+        digest.update(self.weights.astype("<f8").tobytes())
         return digest.hexdigest()
 
     def _shuffled(self, epoch: int) -> np.ndarray:
@@ -174,6 +179,7 @@ class _Split:
     """The samples of one step, to be split over microbatches and ranks."""
 
     lengths: Mapping[int, Lengths]  # by index, of what each trains on in this step
+    weights: Mapping[int, float]
     dropped: frozenset[int]
     layout: Layout
     max_tokens: int
@@ -243,7 +249,8 @@ class _Split:
     def over_ranks(self, batches: list[tuple[int, ...]]) -> tuple[tuple[Microbatch, ...], ...]:
         """Balanced; fillers make the counts equal."""
         per_rank = -(-len(batches) // self.world_size)
-        microbatches = [Microbatch(b, (1.0,) * len(b), self.dropped.intersection(b)) for b in batches]
+        weights = [tuple(self.weights[i] for i in b) for b in batches]
+        microbatches = [Microbatch(b, w, self.dropped.intersection(b)) for b, w in zip(batches, weights, strict=True)]
         shortest = min((i for batch in batches for i in batch), key=lambda i: (self.lengths[i].total, i))
         filler = Microbatch((shortest,), (0.0,), self.dropped.intersection((shortest,)))
         microbatches += [filler] * (per_rank * self.world_size - len(microbatches))

@@ -1,7 +1,8 @@
 """Noise levels, interpolant and velocity target of rectified flow, per sample.
 
 Promise: what a sample gets in a step is a function of (seed, step, sample) alone, drawn on the CPU from a generator of
-its own, so neither batching nor the number of devices changes it. Cost: one Gaussian draw per valid target token.
+its own, so neither batching nor the number of devices changes it. For evaluation it is a function of the sample and a
+given noise level. Cost: one Gaussian draw per valid target token.
 
 Sources: interpolant and velocity, Liu et al. 2022 (arXiv 2209.03003); noise-level densities and weights, Esser et al.
 2024 (arXiv 2403.03206), as `diffusers.training_utils` has them; resolution shift, `calculate_shift` and the
@@ -12,7 +13,7 @@ Legend: B sample, V valid target token of the batch, P packed channel.
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,11 +73,25 @@ def make_flow_sample(
         generator = sample_generator(seed, step, index)
         sigmas.append(_draw_sigma(generator, tokens, levels, constants))
         noises.append(torch.randn(tokens, batch.latents.shape[-1], generator=generator))
-    device = batch.latents.device
     sigma = torch.cat(sigmas).to(dtype)
-    weighted = sigma.clamp(min=SMALLEST_WEIGHTED_SIGMA)
-    weights = compute_loss_weighting_for_sd3(levels.weighting, sigmas=weighted).to(device=device, dtype=dtype)
-    noise = torch.cat(noises).to(device=device, dtype=dtype)
+    weights = compute_loss_weighting_for_sd3(levels.weighting, sigmas=sigma.clamp(min=SMALLEST_WEIGHTED_SIGMA))
+    return _noised(batch, sigma, torch.cat(noises), weights)
+
+
+def fixed_flow_sample(batch: Batch, *, keys: Sequence[str], sigma: float, dtype: torch.dtype) -> FlowSample:
+    """The batch at the noise level `sigma`, each sample's noise a function of its key and the level; of weight 1."""
+    noises = []
+    for key, tokens in zip(keys, batch.target_lengths, strict=True):
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{key} {sigma!r}".encode()))
+        noises.append(torch.randn(tokens, batch.latents.shape[-1], generator=generator))
+    levels = torch.full((len(keys),), sigma, dtype=dtype)
+    return _noised(batch, levels, torch.cat(noises), torch.ones_like(levels))
+
+
+def _noised(batch: Batch, sigma: Tensor, noise: Tensor, weights: Tensor) -> FlowSample:
+    """`sigma` and `weights` `(B,)` and `noise` `(V, P)` on the CPU; all that comes back has the dtype of `sigma`."""
+    device, dtype = batch.latents.device, sigma.dtype
+    noise = noise.to(device=device, dtype=dtype)
     lengths = torch.tensor(batch.target_lengths)
     sigma_per_token = torch.repeat_interleave(sigma, lengths)[:, None].to(device)
     latents = batch.latents.to(dtype)
@@ -84,7 +99,10 @@ def make_flow_sample(
     clean = rows[batch.target_index]
     noisy = rows.index_copy(0, batch.target_index, torch.lerp(clean, noise, sigma_per_token))
     return FlowSample(
-        noisy_latents=noisy.view_as(latents), sigmas=sigma.to(device), velocity=noise - clean, weights=weights
+        noisy_latents=noisy.view_as(latents),
+        sigmas=sigma.to(device),
+        velocity=noise - clean,
+        weights=weights.to(device=device, dtype=dtype),
     )
 
 

@@ -21,7 +21,7 @@ class LossSum:
     """`total` is a scalar with gradient; `count` is this batch's part of the divisor."""
 
     total: Tensor
-    count: float
+    count: int
 
 
 def velocity_loss(
@@ -36,15 +36,16 @@ def velocity_loss(
     """Weighted squared error, averaged over channels.
 
     `velocity` is the model's output in the batch's layout, `(X, Y, P)`. `normalization`: `sample` adds each sample's
-    mean over its own target tokens and counts samples; `token` adds tokens and counts tokens. A sample with an edit
-    mask weights its tokens between `background` and `foreground`, in the numerator only. Samples of weight 0 are left
-    out; a batch of nothing else gives a zero that still reaches every parameter.
+    mean over its own target tokens and counts samples; `token` adds tokens and counts tokens. Weights stand in the
+    numerator only: each sample's own and, where it has an edit mask, those of its tokens, between `background` and
+    `foreground`. Samples of weight 0 are left out; a batch of nothing else gives a zero that still reaches every
+    parameter.
     """
     predicted = velocity.flatten(0, 1)[batch.target_index].to(flow.velocity.dtype)
     lengths = list(batch.target_lengths)
     outputs, targets = torch.split(predicted, lengths), torch.split(flow.velocity, lengths)
     token_weights = torch.split(_token_weights(batch.edit_mask, foreground, background).to(predicted.dtype), lengths)
-    total, count = predicted[:0].sum(), 0.0
+    total, count = predicted[:0].sum(), 0
     for b, weight in enumerate(batch.sample_weights):
         if weight == 0:  # never computed: 0 x NaN would be NaN, in the gradient too
             continue
@@ -53,7 +54,7 @@ def velocity_loss(
             errors = errors * token_weights[b]
         share = errors.mean() if normalization == "sample" else errors.sum()
         total = total + weight * flow.weights[b] * share
-        count += weight * (1 if normalization == "sample" else lengths[b])
+        count += 1 if normalization == "sample" else lengths[b]
     return LossSum(total, count)
 
 

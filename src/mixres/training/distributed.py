@@ -117,7 +117,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     repeated: set[str] = set(model._no_split_modules)  # type: ignore[arg-type]
     blocks = [module for module in model.modules() if type(module).__name__ in repeated]
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh)
+        # The rest too: what a forward without backward leaves whole would outlast the next change of the weights.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

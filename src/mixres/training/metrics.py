@@ -24,19 +24,21 @@ _log = logging.getLogger(__name__)
 class MetricsLog:
     """Appends to `metrics.jsonl` in `folder`; None, for all processes but the first, writes nothing.
 
-    Lines beyond `step` are cut when it is opened: they will be written again. Where the disk is full, lines are kept
-    until it is not.
+    Lines beyond `step` are cut when it is opened, all of them where that is 0: they will be written again. `evaluated`:
+    the evaluation of `step` is among those that stay. Where the disk is full, lines are kept until it is not.
     """
 
     def __init__(self, folder: Path | None, *, step: int) -> None:
         self._file: io.FileIO | None = None
-        self._pending, self._told = b"", False
+        self._pending, self._told, self.evaluated = b"", False, False
         if folder is None:
             return
         path = folder / FILE_NAME
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            atomic.write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) in range(1, step + 1)))
+            lines = path.read_text(encoding="utf-8").splitlines() if step else []
+            kept = [line for line in lines if 0 <= _step_of(line) <= step]
+            atomic.write_text(path, "".join(f"{line}\n" for line in kept))
+            self.evaluated = any(_step_of(line) == step and '"eval/' in line for line in kept)
         self._file = io.FileIO(path, "a")
 
     def __enter__(self) -> Self:
@@ -66,7 +68,7 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
-        return 0  # a line that a kill cut short
+        return -1  # a line that a kill cut short
 
 
 class Tracker:

@@ -30,7 +30,7 @@ def counted(
     """
     lines = enabled and not sys.stderr.isatty()
     started = spoken = time.perf_counter()
-    bar = tqdm(items, desc=verb, unit=unit, disable=lines or not enabled)
+    bar = tqdm(items, desc=verb, unit=unit, disable=lines or not enabled, leave=None)  # below a run's own bar: none
     for done, item in enumerate(bar, 1):
         yield item
         now = time.perf_counter()
