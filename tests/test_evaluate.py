@@ -196,6 +196,16 @@ def test_the_same_bits_whatever_the_training_does(
     }
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 100])
+def test_the_ranks_share_all_passes_and_have_equally_many(make: Make, ranks: int) -> None:
+    evaluation = make()
+    shares = [evaluation.share(rank, ranks) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {math.ceil(6 / ranks)}
+    assert {one for share in shares for one in share} == {(i, sigma) for i in range(3) for sigma in SIGMAS}
+    tokens = [evaluation.items[i].lengths.total for i, _ in shares[0]]
+    assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
+
+
 def test_the_weights_decide(make: Make, trained: Trained) -> None:
     reference = losses_of(make())
     name = next(name for name in trained.parameters if "lora_B" in name)

@@ -149,6 +149,27 @@ def test_dropped_captions_do_not_depend_on_the_topology_or_a_resume(runs: Runs, 
     assert [line["tokens"] for line in lines(resumed)] == [line["tokens"] for line in lines(reference)]
 
 
+def test_evaluations_and_a_weighed_set_do_not_depend_on_the_topology(runs: Runs, few_pairs: Path) -> None:
+    """Of all weights' average, those outside the repeated blocks too: no step may go on with what it has gathered."""
+    words = (
+        *("model.lora=null", f"data.regularization={few_pairs / 'train'}", "loss.prior_loss_weight=0.2"),
+        *("evaluate.every=2", "evaluate.sigmas=[0.2, 0.8]", "evaluate.use_ema=true", "train.ema_decay=0.5"),
+    )
+    one = runs("evaluated-1", 1, *words)
+    for name, ranks, more in (("ddp", 3, ()), ("fsdp2", 2, ("train.parallel=fsdp2",))):
+        run = runs(f"evaluated-{name}", ranks, *words, *more)
+        assert distance(run, one) <= 1e-10, name
+        here, there = evaluations(run), evaluations(one)
+        assert [line["step"] for line in here] == [0, 2, 4]
+        assert here[0] == there[0], "of the same weights, the same bits"
+        for ours, theirs in zip(here, there, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9), name
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run) if "eval/loss" in line]
+
+
 def test_a_sample_that_is_not_finite_is_left_out_by_all_ranks(runs: Runs, alone: Path) -> None:
     config = load_config(Path(runs.common[1]), [*runs.common[2:], f"cache.cache_dir={runs.folder / 'float64'}",
                          "model.dtype=float64", f"logging.output_dir={runs.folder / 'none'}"])  # fmt: skip

@@ -86,17 +86,22 @@ class HeldOutLoss:
 
     def losses(self, stopping: Callable[[], bool] = lambda: False) -> Losses | None:
         """The loss of each sample at each noise level, on all ranks; None once `stopping`, alike on all, says yes."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rounds = -(-len(self.passes) // ranks)
-        # As many on each rank, for sharded weights are gathered in every pass: who has none left repeats the last one.
-        own = [self.passes[min(k, len(self.passes) - 1)] for k in range(rank, rounds * ranks, ranks)]
         found: dict[tuple[int, float], float] = {}
+        own = self.share(self.accelerator.process_index, self.accelerator.num_processes)
         with self._held_still():
-            for position, sigma in counted(own, "evaluate", "pass", enabled=rank == 0):
+            for position, sigma in counted(own, "evaluate", "pass", enabled=self.run.main):
                 if stopping():
                     return None
                 found[position, sigma] = self._loss(position, sigma)
         return {key: loss for part in gather(found) for key, loss in part.items()}
+
+    def share(self, rank: int, ranks: int) -> list[tuple[int, float]]:
+        """What a rank computes: sample and level, one after the other.
+
+        As many for each, since sharded weights are gathered in every pass: one that has none left repeats the last.
+        """
+        end = -(-len(self.passes) // ranks) * ranks
+        return [self.passes[min(k, len(self.passes) - 1)] for k in range(rank, end, ranks)]
 
     def _loss(self, position: int, sigma: float) -> float:
         batch = self.samples[Microbatch((position,), (1.0,))]
