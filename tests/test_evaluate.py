@@ -344,7 +344,6 @@ def test_a_run_is_evaluated_before_its_first_step_at_each_interval_and_at_its_en
 
 
 def test_it_leaves_no_trace_in_the_training(run: Run) -> None:
-    """Dropout draws from the global generator: a draw of the evaluation would move it."""
     plain = run("plain", "evaluate.every=0")
     whole = run.root / "whole"
     assert [line for line in metrics(whole) if "loss" in line] == metrics(plain)
