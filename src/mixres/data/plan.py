@@ -50,6 +50,11 @@ class Lengths(NamedTuple):
     def total(self) -> int:
         return self.text + self.image
 
+    @property
+    def most(self) -> int:
+        """All tokens, with caption or without, whichever is longer."""
+        return self.image + max(self.text, self.empty_text)
+
     def without_caption(self) -> "Lengths":
         """The same sample with the empty prompt."""
         return self._replace(text=self.empty_text)
@@ -118,7 +123,7 @@ class Plan:
             f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
             "data.resize.target.max_pixels"
             for name, length in zip(names, lengths, strict=True)
-            if length.image + max(length.text, length.empty_text) > max_tokens
+            if length.most > max_tokens
         ]
         if over:
             raise UserError(over)
@@ -148,6 +153,12 @@ class Plan:
             target_tokens=sum(length.target for length in lengths.values()),
             dropped=dropped,
         )
+
+    def lengths_in(self, microbatch: Microbatch) -> list[Lengths]:
+        """Lengths of the microbatch's samples as it trains them."""
+        lengths = [Lengths._make(self.lengths[i].tolist()) for i in microbatch.indices]
+        pairs = zip(microbatch.indices, lengths, strict=True)
+        return [length.without_caption() if i in microbatch.dropped else length for i, length in pairs]
 
     def order_hash(self, identities: Sequence[str]) -> str:
         """Changes with the samples (by identity, in order), the seed and samples_per_step: with what a step holds."""

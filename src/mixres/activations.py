@@ -1,0 +1,183 @@
+"""Bytes that a training step keeps between forward and backward, by formula from the model's layers and token counts.
+
+Promise: what is counted is what autograd saves, each storage once, weights left out (held against
+`torch.autograd.graph.saved_tensors_hooks`). Cost: none beyond reading the names and shapes of the layers once.
+
+Legend: C width, M = 4 C width of the MLP, H heads, r rank, P packed channel; e bytes of a value as layers compute it
+(2 in bf16 or under autocast, else those of the model). Of every token a block keeps, in values of e bytes:
+
+  norms          2 C: the inputs of both (in float32 where autocast runs on CUDA), and two numbers each
+  modulation     4 C in the layout `packed`, where scales and gates have a row a token; 4 C more where modulation trains
+  q and k        2 C for their norms: the float32 that they compute in and, where that is a copy, its source; 4 H bytes
+                 a norm; 2 C more where the norms' weights train
+  attention      4 C (query, key, value, output), and 4 H bytes
+  MLP            M, the input of the GELU
+  adapters       the input of each (once for all that share it; a copy each where it is cast to another precision, or
+                 dropped out, and that mask), and r. DoRA: 2 outputs each. All weights trained: the layers' inputs
+The first block has no norm and scale before its attention where nothing trains before it. The last block's text has
+only what leads to its attention. Behind the blocks come the last norm, the loss (P a target token) and frequencies.
+Under autocast the copies of float32 weights that gradients pass through count too.
+
+With gradient checkpointing every block keeps its inputs, C a token, and one block at a time keeps all the above. What
+backward needs for a moment only is left out, as are noise and targets, which are made before.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mixres.data.plan import Layout, Lengths
+from mixres.flops import layer_place
+
+_STREAMS = ("image", "text")
+_BLOCK_END = 5  # a stage behind all those of a block
+_COPY = 2  # bytes of a value in autocast's copies
+
+
+class Rows(NamedTuple):
+    """What a microbatch is charged for. Filler counts."""
+
+    image: int
+    text: int
+    target: int
+
+
+def rows_of(lengths: Sequence[Lengths], layout: Layout) -> Rows:
+    """The rows of a microbatch of these samples."""
+    target = sum(length.target for length in lengths)
+    if layout == "packed":
+        return Rows(sum(length.image for length in lengths), sum(length.text for length in lengths), target)
+    longest = (max(length.image for length in lengths), max(length.text for length in lengths))
+    return Rows(len(lengths) * longest[0], len(lengths) * longest[1], target)
+
+
+class _Inputs(NamedTuple):
+    """Layers of one block, stream and stage that keep their input."""
+
+    layers: int
+    width: int
+    extra: int  # bytes a row besides the input: behind A, and for DoRA
+
+
+class ActivationBytes:
+    """Counts for one model with its adapters, which may lie on the meta device.
+
+    `untrained`: modules whose output reaches no loss. Raises ValueError where a layer is none that the formula knows.
+    """
+
+    def __init__(
+        self, transformer: Any, *, untrained: Sequence[str], layout: Layout, autocast: bool, cuda: bool
+    ) -> None:
+        config = transformer.config
+        self._heads, self._head = config.num_attention_heads, config.attention_head_dim
+        self._width, self._channels = self._heads * self._head, config.in_channels
+        self._packed, self._autocast = layout == "packed", autocast
+        weight = transformer.proj_out.weight
+        self._e = _COPY if autocast else weight.element_size()
+        self._norm = (4 if autocast and cuda else self._e) * self._width + 8
+        self._blocks = len(transformer.transformer_blocks)
+        trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
+        self._linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+        self._trained = {name for name in self._linears if f"{name}.weight" in trained}
+        adapters = [m for name, m in self._linears.items() if name in self._trained and ".lora_A." in name]
+        self._rank_bytes = self._e if autocast or not adapters else adapters[0].weight.element_size()
+        self._own_copies = bool(adapters) and (autocast or self._rank_bytes != self._e)
+        drop = max((m.p for n, m in transformer.named_modules() if ".lora_dropout." in n and hasattr(m, "p")), default=0)
+        self._mask = 0 if not drop else 1 if cuda else self._rank_bytes
+        self._dora = any(".lora_magnitude_vector" in name for name in trained)
+        self._norms_train = any(".attn.norm_q." in name for name in trained)
+        self._earliest = min((layer_place(name)[1] for name in self._trained), default=(self._blocks, 0))
+        self._time_trains = any(name.startswith("time_text_embed") for name in self._trained)
+        self._inputs = self._inputs_of_layers()
+        self._copies = self._copied_weights(tuple(untrained)) if autocast else 0
+
+    def held(self, rows: Rows, *, checkpointing: bool) -> int:
+        """Bytes kept when the forward pass is done."""
+        streams = (("image", rows.image), ("text", rows.text))
+        if checkpointing:
+            blocks = sum(count for _, count in streams) * self._width * self._e * self._blocks
+        else:
+            blocks = sum(self.block(b, stream) * count for b in range(self._blocks) for stream, count in streams)
+            blocks += self._copies + 4 * self._head * (rows.image + rows.text)
+        return blocks + self._ends(rows)
+
+    def peak(self, rows: Rows, *, checkpointing: bool) -> int:
+        """Bytes kept at the most: with checkpointing one block's are there besides what is held."""
+        held = self.held(rows, checkpointing=checkpointing)
+        if not checkpointing:
+            return held
+        middle = self._blocks // 2
+        block = self.block(middle, "image") * rows.image + self.block(middle, "text") * rows.text
+        return held + block + self._copies // self._blocks + 4 * self._head * (rows.image + rows.text)
+
+    def block(self, block: int, stream: str) -> int:
+        """Bytes that `block` keeps of one token of `stream`, "image" or "text"."""
+        if self._earliest > (block, _BLOCK_END):
+            return 0
+        value = self._width * self._e
+        row = value if self._packed else 0
+        modulates = self._time_trains or self._kept(block, stream, 0) > 0
+        found = self._norm + row if self._earliest < (block, 0) else 0
+        found += self._kept(block, stream, 1) + 2 * (self._rms_bytes() + 4 * self._heads)
+        found += 4 * value + 4 * self._heads + (value if modulates else 0)
+        if stream == "text" and block == self._blocks - 1:
+            return found
+        found += sum(self._kept(block, stream, stage) for stage in (2, 3, 4))
+        return found + self._norm + 3 * row + 4 * value + (3 * value if modulates else 0)
+
+    def _rms_bytes(self) -> int:
+        copy = 0 if self._e == 4 else 4
+        return self._width * (self._e + copy + (max(4, self._e) if self._norms_train else 0))
+
+    def _kept(self, block: int, stream: str, stage: int) -> int:
+        """Bytes a row that the trained layers at this place keep of their input, and behind it."""
+        if (found := self._inputs.get((block, stream, stage))) is None:
+            return 0
+        copies = found.layers if self._own_copies or self._mask else 1
+        return found.width * (copies * self._rank_bytes + found.layers * self._mask) + found.extra
+
+    def _inputs_of_layers(self) -> dict[tuple[int, str, int], _Inputs]:
+        """The trained layers by place; layers of modulation, stage 0, keep a row a sample: their bytes do not count."""
+        layers: dict[tuple[int, str, int], list[tuple[int, int]]] = defaultdict(list)
+        for name in self._trained:
+            stream, (block, stage) = layer_place(name)
+            if ".lora_B." in name:
+                continue
+            if stage == 0 and stream == "samples":
+                stream = "image" if ".img_mod." in name else "text"
+            linear, behind = self._linears[name], 0
+            if ".lora_A." in name:
+                outputs = self._linears[name.replace(".lora_A.", ".lora_B.")].out_features
+                behind = self._rank_bytes * linear.out_features + (2 * outputs * self._rank_bytes if self._dora else 0)
+            layers[block, stream, stage].append((linear.in_features, behind))
+        return {
+            place: _Inputs(len(some), some[0][0], sum(behind for _, behind in some)) for place, some in layers.items()
+        }
+
+    def _ends(self, rows: Rows) -> int:
+        """The last norm, the layers outside the blocks, and the loss."""
+        value = self._width * self._e
+        trains = {name: f"{name}.weight" for name in ("norm_out.linear", "proj_out", "img_in", "txt_in")}
+        found = {name: any(t == name or t.startswith(f"{name}.lora_A") for t in self._trained) for name in trains}
+        image = self._norm + (value if self._packed else 0) + value * (found["norm_out.linear"] or self._time_trains)
+        image += value * found["proj_out"] + self._channels * self._e * found["img_in"]
+        text = self._e * self._linears_in("txt_in") * found["txt_in"]
+        exact = 8 if self._e == 8 else 4
+        return rows.image * image + rows.text * text + rows.target * (exact * self._channels + 8)
+
+    def _linears_in(self, name: str) -> int:
+        return next(m.in_features for n, m in self._linears.items() if n in (name, f"{name}.base_layer"))
+
+    def _copied_weights(self, untrained: tuple[str, ...]) -> int:
+        """Autocast's copies of float32 weights in the blocks that gradients pass through."""
+        total = 0
+        for name, linear in self._linears.items():
+            dead = any(name == module or name.startswith(f"{module}.") for module in untrained)
+            passed = not re.search(r"img_mod\.|txt_mod\.", name) or name in self._trained
+            if name.startswith("transformer_blocks.") and passed and not dead and linear.weight.dtype is torch.float32:
+                total += _COPY * linear.weight.numel()
+        return total
