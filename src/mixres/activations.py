@@ -79,40 +79,44 @@ class ActivationBytes:
         weight = transformer.proj_out.weight
         self._e = _COPY if autocast else weight.element_size()
         self._norm = (4 if autocast and cuda else self._e) * self._width + 8
-        self._blocks = len(transformer.transformer_blocks)
+        self.blocks = len(transformer.transformer_blocks)
         trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
         self._linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
         self._trained = {name for name in self._linears if f"{name}.weight" in trained}
         adapters = [m for name, m in self._linears.items() if name in self._trained and ".lora_A." in name]
         self._rank_bytes = self._e if autocast or not adapters else adapters[0].weight.element_size()
         self._own_copies = bool(adapters) and (autocast or self._rank_bytes != self._e)
-        drop = max((m.p for n, m in transformer.named_modules() if ".lora_dropout." in n and hasattr(m, "p")), default=0)
+        drop = max(
+            (m.p for n, m in transformer.named_modules() if ".lora_dropout." in n and hasattr(m, "p")), default=0
+        )
         self._mask = 0 if not drop else 1 if cuda else self._rank_bytes
         self._dora = any(".lora_magnitude_vector" in name for name in trained)
         self._norms_train = any(".attn.norm_q." in name for name in trained)
-        self._earliest = min((layer_place(name)[1] for name in self._trained), default=(self._blocks, 0))
+        self._earliest = min((layer_place(name)[1] for name in self._trained), default=(self.blocks, 0))
         self._time_trains = any(name.startswith("time_text_embed") for name in self._trained)
         self._inputs = self._inputs_of_layers()
         self._copies = self._copied_weights(tuple(untrained)) if autocast else 0
+        self._all_blocks = {stream: sum(self.block(b, stream) for b in range(self.blocks)) for stream in _STREAMS}
+        self._image_end, self._text_end = self._end_rows()
 
     def held(self, rows: Rows, *, checkpointing: bool) -> int:
         """Bytes kept when the forward pass is done."""
-        streams = (("image", rows.image), ("text", rows.text))
         if checkpointing:
-            blocks = sum(count for _, count in streams) * self._width * self._e * self._blocks
+            blocks = (rows.image + rows.text) * self._width * self._e * self.blocks
         else:
-            blocks = sum(self.block(b, stream) * count for b in range(self._blocks) for stream, count in streams)
+            blocks = self._all_blocks["image"] * rows.image + self._all_blocks["text"] * rows.text
             blocks += self._copies + 4 * self._head * (rows.image + rows.text)
-        return blocks + self._ends(rows)
+        loss = (8 if self._e == 8 else 4) * self._channels + 8
+        return blocks + self._image_end * rows.image + self._text_end * rows.text + loss * rows.target
 
     def peak(self, rows: Rows, *, checkpointing: bool) -> int:
         """Bytes kept at the most: with checkpointing one block's are there besides what is held."""
         held = self.held(rows, checkpointing=checkpointing)
         if not checkpointing:
             return held
-        middle = self._blocks // 2
+        middle = self.blocks // 2
         block = self.block(middle, "image") * rows.image + self.block(middle, "text") * rows.text
-        return held + block + self._copies // self._blocks + 4 * self._head * (rows.image + rows.text)
+        return held + block + self._copies // self.blocks + 4 * self._head * (rows.image + rows.text)
 
     def block(self, block: int, stream: str) -> int:
         """Bytes that `block` keeps of one token of `stream`, "image" or "text"."""
@@ -124,7 +128,7 @@ class ActivationBytes:
         found = self._norm + row if self._earliest < (block, 0) else 0
         found += self._kept(block, stream, 1) + 2 * (self._rms_bytes() + 4 * self._heads)
         found += 4 * value + 4 * self._heads + (value if modulates else 0)
-        if stream == "text" and block == self._blocks - 1:
+        if stream == "text" and block == self.blocks - 1:
             return found
         found += sum(self._kept(block, stream, stage) for stage in (2, 3, 4))
         return found + self._norm + 3 * row + 4 * value + (3 * value if modulates else 0)
@@ -158,19 +162,18 @@ class ActivationBytes:
             place: _Inputs(len(some), some[0][0], sum(behind for _, behind in some)) for place, some in layers.items()
         }
 
-    def _ends(self, rows: Rows) -> int:
-        """The last norm, the layers outside the blocks, and the loss."""
+    def _end_rows(self) -> tuple[int, int]:
+        """Bytes of an image and of a text token that the last norm and the layers outside the blocks keep."""
         value = self._width * self._e
-        trains = {name: f"{name}.weight" for name in ("norm_out.linear", "proj_out", "img_in", "txt_in")}
-        found = {name: any(t == name or t.startswith(f"{name}.lora_A") for t in self._trained) for name in trains}
-        image = self._norm + (value if self._packed else 0) + value * (found["norm_out.linear"] or self._time_trains)
-        image += value * found["proj_out"] + self._channels * self._e * found["img_in"]
-        text = self._e * self._linears_in("txt_in") * found["txt_in"]
-        exact = 8 if self._e == 8 else 4
-        return rows.image * image + rows.text * text + rows.target * (exact * self._channels + 8)
 
-    def _linears_in(self, name: str) -> int:
-        return next(m.in_features for n, m in self._linears.items() if n in (name, f"{name}.base_layer"))
+        def trains(name: str) -> bool:
+            return any(t == name or t.startswith(f"{name}.lora_A") for t in self._trained)
+
+        image = self._norm + (value if self._packed else 0)
+        image += value * (trains("norm_out.linear") or self._time_trains) + value * trains("proj_out")
+        image += self._channels * self._e * trains("img_in")
+        text_width = next(m.in_features for n, m in self._linears.items() if n in ("txt_in", "txt_in.base_layer"))
+        return image, self._e * text_width * trains("txt_in")
 
     def _copied_weights(self, untrained: tuple[str, ...]) -> int:
         """Autocast's copies of float32 weights in the blocks that gradients pass through."""

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
 from mixres.errors import Stopped, UserError, WorkError
@@ -23,11 +23,16 @@ if TYPE_CHECKING:
 VERBS = {
     "train": "fill the cache where it is not full, then train (also where no verb is given)",
     "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
+    "inspect": "show faults, sizes, tokens, plan, memory of the run to come, before any of it (--measure, --ranks N)",
     "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
     "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
 }
-OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
-OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
+OPTIONS_OF = {  # that a verb alone has
+    "cache": ("verify",),
+    "bench": ("synthetic",),
+    "inspect": ("measure", "decode", "ranks"),
+}
+OPTIONS = ("--config", "--cache", *(f"--{o}" for of in OPTIONS_OF.values() for o in of), "--help", "--version")
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
@@ -44,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
     try:
         verb, config, options = _parse(sys.argv[1:] if argv is None else argv)
-        {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
+        run = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}[verb]
+        run(config, **options)
     except UserError as error:
         for message in error.messages:
             print(f"mixres: error: {message}", file=sys.stderr)
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
+def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
     """The verb, its configuration and its own options, or a UserError with every fault of all that was given."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
     faults = [f"{option}: unknown option{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown]
@@ -81,10 +87,11 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     if verb not in VERBS:
         faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
     verb = "cache" if given.cache else verb
-    options = [option for option in OPTIONS_OF.values() if getattr(given, option)]
+    options = {o: value for of in OPTIONS_OF.values() for o in of if (value := getattr(given, o)) not in (None, False)}
     faults += [
         f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
-        for owner, option in OPTIONS_OF.items()
+        for owner, own in OPTIONS_OF.items()
+        for option in own
         if option in options and verb != owner and verb in VERBS
     ]
     if not given.config:
@@ -99,7 +106,7 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     if faults:
         _record_refusal(UserError(faults), verb, Path(given.config), words)
         raise UserError(faults)
-    return verb, config, dict.fromkeys(options, True)
+    return verb, config, options
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
@@ -132,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
     parser.add_argument("--verify", action="store_true", help="for `cache`: read and check every entry, encode nothing")
     parser.add_argument("--synthetic", action="store_true", help="for `bench`: no weights, no data, no download")
+    parser.add_argument("--measure", action="store_true", help="for `inspect`: compute the largest microbatch")
+    parser.add_argument("--decode", action="store_true", help="for `inspect`: show what the cache holds, too")
+    parser.add_argument("--ranks", metavar="N", type=int, help="for `inspect`: plan for so many processes (default 1)")
     parser.add_argument("--version", action="version", version=f"mixres {__version__}")
     return parser
 
@@ -159,6 +169,12 @@ def _cache(config: "Config", *, verify: bool = False) -> None:
         from mixres.precompute import run_cache
 
         run_cache(config)
+
+
+def _inspect(config: "Config", **options: Any) -> None:
+    from mixres.inspect_data import inspect
+
+    inspect(config, **options)
 
 
 def _verify(config: "Config") -> None:

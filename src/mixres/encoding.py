@@ -120,17 +120,20 @@ def entry_sizes(
     config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
 ) -> dict[str, int]:
     """The bytes that each entry will take; the keys `with_empty` hold the empty prompt too."""
+    return entry_bytes(config, foreseen_entries(config, family, missing, with_empty))
+
+
+def entry_bytes(config: Config, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
+    """The bytes of the files of such entries."""
     model = config.model
-    size_of = EntrySize(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype)
-    )
+    size_of = EntrySize(model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype))
     return {
         key: size_of(
             image_tokens=entry.image_tokens,
             text_tokens=entry.text_tokens + entry.empty_tokens,
             mask_tokens=entry.target_tokens if entry.has_mask else 0,
         )
-        for key, entry in foreseen_entries(config, family, missing, with_empty).items()
+        for key, entry in entries.items()
     }
 
 

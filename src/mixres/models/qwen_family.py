@@ -217,7 +217,7 @@ def load_sampling_pipeline(
     components: Sequence[str],
     path: str,
     *,
-    transformer: QwenImageTransformer2DModel,
+    transformer: QwenImageTransformer2DModel | None,
     revision: str | None = None,
     dtype: torch.dtype,
     device: torch.device | str,
