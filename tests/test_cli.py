@@ -118,6 +118,11 @@ ARGUMENTS = {
     ),
     "synthetic_verify": (["verify", "--synthetic"], ["--synthetic: is for the verb bench, not for v", "--config: not"]),
     "verify_train": (["--verify", "--config", "CONFIG"], ["--verify: is for the verb cache, not for train"]),
+    "measure_bench": (
+        ["bench", "--measure", "--config", "CONFIG"],
+        ["--measure: is for the verb inspect, not for bench"],
+    ),
+    "ranks_no_number": (["inspect", "--ranks", "two"], ["argument --ranks: invalid int value: 'two'; see --help"]),
     "both_options": (
         ["cache", "--verify", "--synthetic", "--config", "CONFIG"],
         ["--synthetic: is for the verb bench, not for cache: leave it out"],
@@ -147,6 +152,7 @@ CALLS = {
     "cache_option": (["train.seed=3", "--cache", "--config", "CONFIG"], "cache"),
     "verify": (["verify", "--config", "CONFIG", "train.seed=3"], "verify"),
     "bench": (["bench", "--config", "CONFIG", "train.seed=3"], "bench"),
+    "inspect": (["inspect", "--config", "CONFIG", "train.seed=3"], "inspect"),
     "config_last": (["train.seed=3", "loss.weighting=none", "--config", "CONFIG"], "train"),
 }
 
@@ -177,6 +183,14 @@ def test_cache_is_told_that_it_is_to_verify(verb: str, config: Path, monkeypatch
     for option in ([], ["--verify"]):
         assert cli.main([verb, *option, "--config", str(config)]) == 0
     assert ran == [False, True]
+
+
+def test_inspect_is_told_its_options(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[dict[str, object]] = []
+    monkeypatch.setattr(cli, "_inspect", lambda given, **options: ran.append(options))
+    for option in ([], ["--measure", "--ranks", "3"], ["--decode"]):
+        assert cli.main(["inspect", *option, "--config", str(config)]) == 0
+    assert ran == [{}, {"measure": True, "ranks": 3}, {"decode": True}]
 
 
 ENDS = {

@@ -7,7 +7,8 @@ Legend: C width, M = 4 C width of the MLP, H heads, r rank, P packed channel; e 
 (2 in bf16 or under autocast, else those of the model). Of every token a block keeps, in values of e bytes:
 
   norms          2 C: the inputs of both (in float32 where autocast runs on CUDA), and two numbers each
-  modulation     4 C in the layout `packed`, where scales and gates have a row a token; 4 C more where modulation trains
+  modulation     4 C where scales and gates have a row a token: in the layout `packed`, and with `zero_cond_t` of image
+                 tokens; 4 C more where modulation trains
   q and k        2 C for their norms: the float32 that they compute in and, where that is a copy, its source; 4 H bytes
                  a norm; 2 C more where the norms' weights train
   attention      4 C (query, key, value, output), and 4 H bytes
@@ -73,18 +74,19 @@ class ActivationBytes:
         self, transformer: Any, *, untrained: Sequence[str], layout: Layout, autocast: bool, cuda: bool
     ) -> None:
         config = transformer.config
-        self._heads, self._head = config.num_attention_heads, config.attention_head_dim
-        self._width, self._channels = self._heads * self._head, config.in_channels
+        self._heads, self._head = int(config.num_attention_heads), int(config.attention_head_dim)
+        self._width, self._channels = self._heads * self._head, int(config.in_channels)
+        self._two_times = bool(transformer.zero_cond_t)
         self._packed, self._autocast = layout == "packed", autocast
-        weight = transformer.proj_out.weight
-        self._e = _COPY if autocast else weight.element_size()
+        model_bytes: int = next(p.itemsize for name, p in transformer.named_parameters() if ".norm_q." in name)
+        self._e = _COPY if autocast else model_bytes
         self._norm = (4 if autocast and cuda else self._e) * self._width + 8
-        self.blocks = len(transformer.transformer_blocks)
+        self.blocks: int = len(transformer.transformer_blocks)
         trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
         self._linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
         self._trained = {name for name in self._linears if f"{name}.weight" in trained}
-        adapters = [m for name, m in self._linears.items() if name in self._trained and ".lora_A." in name]
-        self._rank_bytes = self._e if autocast or not adapters else adapters[0].weight.element_size()
+        adapters = [m.weight.itemsize for n, m in self._linears.items() if n in self._trained and ".lora_A." in n]
+        self._rank_bytes = self._e if autocast or not adapters else adapters[0]
         self._own_copies = bool(adapters) and (autocast or self._rank_bytes != self._e)
         drop = max(
             (m.p for n, m in transformer.named_modules() if ".lora_dropout." in n and hasattr(m, "p")), default=0
@@ -123,7 +125,7 @@ class ActivationBytes:
         if self._earliest > (block, _BLOCK_END):
             return 0
         value = self._width * self._e
-        row = value if self._packed else 0
+        row = value if self._packed or (self._two_times and stream == "image") else 0
         modulates = self._time_trains or self._kept(block, stream, 0) > 0
         found = self._norm + row if self._earliest < (block, 0) else 0
         found += self._kept(block, stream, 1) + 2 * (self._rms_bytes() + 4 * self._heads)

@@ -21,7 +21,7 @@ def columns(title: str, values: Sequence[tuple[str, int]]) -> str:
         marks.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{pitch - 8:.1f}" height="{height:.1f}" '
                      f'fill="{_COLOURS[0]}"><title>{escape(label)}: {count:,}</title></rect>')  # fmt: skip
         marks.append(_text(middle, top - 4, f"{count:,}", 11))
-        marks.append(_text(middle, _HEAD + 16 + _HEIGHT + 14, label, 9 if len(values) > 6 else 11))
+        marks.append(_text(middle, _HEAD + 16 + _HEIGHT + 14, label, 9 if len(values) > 8 else 11))
     return _svg(title, marks, _HEAD + 16 + _HEIGHT + _FOOT)
 
 

@@ -18,6 +18,7 @@ from mixres.plan_figures import Totals
 
 _BINS = 12
 _APART = 1.1  # aspects of control and target that differ by this factor are counted
+_RESIZED = 1.05  # an area that changes by less is only rounded
 _CROOKED = 1.02  # a change of aspect by rounding that is worth a notice
 _ENLARGED = 2.0  # so is a control that is enlarged by this factor along a side,
 _IDLE = 0.2  # and this share of the ranks' time
@@ -36,16 +37,20 @@ def summary(values: Sequence[int]) -> Figures:
     }
 
 
-def histogram(values: Sequence[float], bins: int = _BINS) -> list[Figures]:
-    """Counts in equal bins from least to most; each but the last is without its upper end."""
+def histogram(values: Sequence[float]) -> list[Figures]:
+    """Counts between round numbers, at most `_BINS` + 2 of them; each bin is without its upper end."""
     least, most = min(values), max(values)
-    if least == most:
-        return [{"from": least, "to": most, "count": len(values)}]
-    step = (most - least) / bins
-    counts = [0] * bins
+    rough = (most - least) / _BINS or most / _BINS or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first = math.floor(least / step)
+    counts = [0] * (math.floor(most / step) - first + 1)
     for value in values:
-        counts[min(bins - 1, int((value - least) / step))] += 1
-    return [{"from": least + i * step, "to": least + (i + 1) * step, "count": n} for i, n in enumerate(counts)]
+        counts[math.floor(value / step) - first] += 1
+    return [
+        {"from": round((first + i) * step, 9), "to": round((first + i + 1) * step, 9), "count": count}
+        for i, count in enumerate(counts)
+    ]
 
 
 def item_figures(found: Found) -> Figures:
@@ -79,12 +84,12 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
             "controls_as_encoded": summary([math.prod(size) for size in resized]),
         },
         "different_target_sizes": len(set(trained)),
-        "targets_scaled_down": sum(min(_scales(*pair)) < 1 / _CROOKED for pair in pairs),
-        "targets_enlarged": sum(max(_scales(*pair)) > _CROOKED for pair in pairs),
+        "targets_scaled_down": sum(_area_ratio(*pair) < 1 / _RESIZED for pair in pairs),
+        "targets_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in pairs),
         "most_change_of_aspect": max(_apart(*pair) for pair in pairs) - 1,
-        "controls_enlarged": sum(max(_scales(*pair)) > 1 for pair in zip(controls, resized, strict=True)),
+        "controls_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in zip(controls, resized, strict=True)),
         "most_enlargement_of_a_control": max(
-            (max(_scales(*pair)) for pair in zip(controls, resized, strict=True)), default=0.0
+            (math.sqrt(_area_ratio(*pair)) for pair in zip(controls, resized, strict=True)), default=0.0
         ),
         "controls_of_another_aspect": sum(
             _apart(scanned.target_size, size) > _APART for scanned in train for size in scanned.control_sizes
@@ -93,8 +98,8 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
     }
 
 
-def _scales(source: Size, size: Size) -> tuple[float, float]:
-    return size.width / source.width, size.height / source.height
+def _area_ratio(source: Size, size: Size) -> float:
+    return math.prod(size) / math.prod(source)
 
 
 def _apart(one: Size, other: Size) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mixres.caching import readable_size
 from mixres.charts import columns, stacked
+from mixres.training.progress import clock
 
 Figures = Mapping[str, Any]
 
@@ -240,5 +241,5 @@ def _measured_lines(measured: Figures) -> list[str]:
     peak = "" if measured["peak_bytes"] is None else f", peak {readable_size(measured['peak_bytes'])}"
     return [
         f"measured  {measured['seconds']:.3g} s for the largest microbatch on {measured['device']}{peak}; at this rate "
-        f"{measured['epoch_seconds'] / 3600:.2g} h an epoch, {measured['run_seconds'] / 3600:.3g} h the run"
+        f"{clock(measured['epoch_seconds'])} an epoch, {clock(measured['run_seconds'])} the run"
     ]

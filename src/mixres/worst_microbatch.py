@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def measure(config: Config, family: ModuleType, entries: Sequence[CacheEntry], l
     """
     accelerator = one_process(config, "inspect --measure")
     setting = set_up(config, family, accelerator)
-    shape = setting.trained.transformer.config
+    shape: Any = setting.trained.transformer.config
     noise = torch.Generator().manual_seed(config.train.seed)
     samples = [
         noise_sample(
