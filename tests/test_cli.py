@@ -105,7 +105,7 @@ ARGUMENTS = {
     "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
     "unknown_verb_no_config": (
         ["zzz"],
-        ["zzz: unknown verb; the verbs are: train, cache, verify, bench", "--config: not given"],
+        ["zzz: unknown verb; the verbs are: train, cache, inspect, verify, bench", "--config: not given"],
     ),
     "unknown_option": (["--confg=a"], ["--confg=a: unknown option; did you mean '--config'?", "--config: not given"]),
     "abbreviation": (["--conf=a"], ["--conf=a: unknown option; did you mean '--config'?", "--config: not given"]),

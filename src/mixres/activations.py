@@ -98,7 +98,9 @@ class ActivationBytes:
         self._time_trains = any(name.startswith("time_text_embed") for name in self._trained)
         self._inputs = self._inputs_of_layers()
         self._copies = self._copied_weights(tuple(untrained)) if autocast else 0
-        self._all_blocks = {stream: sum(self.block(b, stream) for b in range(self.blocks)) for stream in _STREAMS}
+        rows = [tuple(self.block(b, stream) for stream in _STREAMS) for b in range(self.blocks)]
+        self._all_blocks = tuple(sum(column) for column in zip(*rows, strict=True))
+        self._kinds_of_block = sorted(set(rows))
         self._image_end, self._text_end = self._end_rows()
 
     def held(self, rows: Rows, *, checkpointing: bool) -> int:
@@ -106,7 +108,7 @@ class ActivationBytes:
         if checkpointing:
             blocks = (rows.image + rows.text) * self._width * self._e * self.blocks
         else:
-            blocks = self._all_blocks["image"] * rows.image + self._all_blocks["text"] * rows.text
+            blocks = self._all_blocks[0] * rows.image + self._all_blocks[1] * rows.text
             blocks += self._copies + 4 * self._head * (rows.image + rows.text)
         loss = (8 if self._e == 8 else 4) * self._channels + 8
         return blocks + self._image_end * rows.image + self._text_end * rows.text + loss * rows.target
@@ -116,8 +118,7 @@ class ActivationBytes:
         held = self.held(rows, checkpointing=checkpointing)
         if not checkpointing:
             return held
-        middle = self.blocks // 2
-        block = self.block(middle, "image") * rows.image + self.block(middle, "text") * rows.text
+        block = max(image * rows.image + text * rows.text for image, text in self._kinds_of_block)
         return held + block + self._copies // self.blocks + 4 * self._head * (rows.image + rows.text)
 
     def block(self, block: int, stream: str) -> int:
@@ -144,7 +145,8 @@ class ActivationBytes:
         if (found := self._inputs.get((block, stream, stage))) is None:
             return 0
         copies = found.layers if self._own_copies or self._mask else 1
-        return found.width * (copies * self._rank_bytes + found.layers * self._mask) + found.extra
+        masks = found.layers * self._mask if self._earliest < (block, stage) else 0
+        return found.width * (copies * self._rank_bytes + masks) + found.extra
 
     def _inputs_of_layers(self) -> dict[tuple[int, str, int], _Inputs]:
         """The trained layers by place; layers of modulation, stage 0, keep a row a sample: their bytes do not count."""

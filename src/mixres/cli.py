@@ -87,7 +87,8 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
     if verb not in VERBS:
         faults.append(f"{verb}: unknown verb{_nearest(verb, VERBS)}; the verbs are: {', '.join(VERBS)}")
     verb = "cache" if given.cache else verb
-    options = {o: value for of in OPTIONS_OF.values() for o in of if (value := getattr(given, o)) not in (None, False)}
+    values = {option: getattr(given, option) for own in OPTIONS_OF.values() for option in own}
+    options = {option: value for option, value in values.items() if value is not None and value is not False}
     faults += [
         f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
         for owner, own in OPTIONS_OF.items()

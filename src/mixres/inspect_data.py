@@ -201,15 +201,14 @@ class _Look:
     def _memory_figures(self) -> Figures:
         assert self.memory is not None
         formula, rows = self.memory.activations, rows_of(self.largest.lengths, self.config.batch.layout)
-        middle = formula.blocks // 2
         return {
             "device": self.device.type,
             "parallel": self.config.train.parallel,
             "gradient_checkpointing": self.config.train.gradient_checkpointing,
             "bytes": asdict(self.memory.memory(rows)),
             "blocks": formula.blocks,
-            "bytes_of_an_image_token_in_a_block": formula.block(middle, "image"),
-            "bytes_of_a_text_token_in_a_block": formula.block(middle, "text"),
+            "bytes_of_an_image_token_in_a_block": max(formula.block(b, "image") for b in range(formula.blocks)),
+            "bytes_of_a_text_token_in_a_block": max(formula.block(b, "text") for b in range(formula.blocks)),
         }
 
     def measured(self) -> Figures:

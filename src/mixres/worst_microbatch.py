@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from mixres.batch import Batch
 from mixres.config import Config
 from mixres.data.cache import CacheEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Lengths
 from mixres.synthetic_samples import noise_sample
 from mixres.training.step import bare_step_seconds
-from mixres.workbench import one_process, peak_memory, set_up
+from mixres.workbench import Workbench, one_process, peak_memory, set_up
 
 _ROUNDS = 3
 
@@ -45,7 +46,30 @@ def measure(config: Config, family: ModuleType, entries: Sequence[CacheEntry], l
     """
     accelerator = one_process(config, "inspect --measure")
     setting = set_up(config, family, accelerator)
-    shape: Any = setting.trained.transformer.config
+    batch = _noise_batch(setting, entries, lengths)
+    step = partial(
+        bare_step_seconds,
+        accelerator,
+        setting.trained.transformer,
+        setting.trained.optimizer,
+        setting.objective,
+        [batch],
+        step=0,
+        divisor=setting.objective.divisor(len(entries), sum(batch.target_lengths)),
+    )
+    device = accelerator.device
+    try:
+        step()  # the optimizer's state is made here
+        peak = peak_memory(device, step)
+        seconds = [step() for _ in range(_ROUNDS)]
+    except torch.OutOfMemoryError:
+        return Measured(str(device), False, None, None, None, None)
+    return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
+
+
+def _noise_batch(setting: Workbench, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Batch:
+    transformer: Any = setting.trained.transformer
+    config, shape = setting.config, transformer.config
     noise = torch.Generator().manual_seed(config.train.seed)
     samples = [
         noise_sample(
@@ -60,22 +84,4 @@ def measure(config: Config, family: ModuleType, entries: Sequence[CacheEntry], l
         for number, (entry, length) in enumerate(zip(entries, lengths, strict=True))
     ]
     weights = [1.0] * len(samples)
-    batch = collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)
-    step = partial(
-        bare_step_seconds,
-        accelerator,
-        setting.trained.transformer,
-        setting.trained.optimizer,
-        setting.objective,
-        [batch],
-        step=0,
-        divisor=setting.objective.divisor(len(samples), sum(batch.target_lengths)),
-    )
-    device = accelerator.device
-    try:
-        step()  # the optimizer's state is made here
-        peak = peak_memory(device, step)
-        seconds = [step() for _ in range(_ROUNDS)]
-    except torch.OutOfMemoryError:
-        return Measured(str(device), False, None, None, None, None)
-    return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
+    return collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)
