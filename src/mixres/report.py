@@ -14,6 +14,7 @@ from mixres.charts import columns, stacked
 from mixres.training.progress import clock
 
 Figures = Mapping[str, Any]
+_LARGE = 10**6  # bytes that are also said in MB or GB
 
 SECTIONS = {  # in the order of the page: title, and what to know to read it
     "faults": ("Faults", "What keeps the run from training. All that follows is of the examples that are usable."),
@@ -179,7 +180,9 @@ def _grid(rows: Mapping[str, Figures], path: str, *, named: bool) -> str:
 
 def _cell(value: Any, key: str, path: str) -> str:
     kind = ' class="text"' if isinstance(value, str) else ""
-    return f'<td{kind} data-key="{path}.{key}">{escape(shown(value, key))}</td>'
+    large = isinstance(value, int) and value >= _LARGE and "bytes" in f"{path}.{key}"
+    size = f" ({readable_size(value)})" if large else ""
+    return f'<td{kind} data-key="{path}.{key}">{escape(shown(value, key))}{size}</td>'
 
 
 def _label(key: str) -> str:
