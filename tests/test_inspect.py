@@ -59,8 +59,8 @@ def check_against_a_run(report: dict[str, Any], lines: list[dict[str, Any]]) -> 
 
 
 RUNS = {
-    "packed": ["batch.layout=packed"],
-    "padded, captions dropped": ["batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=700"],
+    "packed": ["batch.layout=packed", "batch.max_tokens=120"],
+    "padded, captions dropped": ["batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=150"],
 }
 
 
@@ -73,6 +73,7 @@ def test_the_run_then_does_what_was_said(inspect: Inspect, tmp_path: Path, words
     AcceleratorState._reset_state(True)
     assert cli.main(["--config", str(small_run), f"logging.output_dir={tmp_path / 'run'}", *words]) == 0
     check_against_a_run(report, metrics(tmp_path / "run"))
+    assert report["plan"]["sums"]["run"]["most_microbatches"] > 1
     entries = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert entries < report["cache"]["bytes"] < entries + 6000 * report["cache"]["entries"]
 
@@ -176,6 +177,22 @@ def test_the_page_shows_every_figure_and_needs_nothing(inspect: Inspect, tmp_pat
     broken = text.replace('data-key="plan.sums.run.tokens"', "")
     with pytest.raises(AssertionError):
         check_page(broken, report)
+
+
+def test_what_the_cache_holds_stands_beside_what_went_in(inspect: Inspect, tmp_path: Path) -> None:
+    sheets = []
+    for option in ([], ["--decode"]):
+        code, report = inspect(*option)
+        assert code == 0 and not any("in the cache" in notice for notice in report["notices"])
+        with Image.open(tmp_path / "run" / "reports" / "inputs.png") as image:
+            sheets.append(np.asarray(image.convert("RGB"), dtype=float))
+    plain, decoded = sheets
+    assert (plain.shape[1] - 12, decoded.shape[1] - 12) == (3 * 236, 5 * 236)
+    assert plain.shape[0] == decoded.shape[0]
+    assert np.array_equal(plain[28:, : 12 + 3 * 236 - 12], decoded[28:, : 12 + 3 * 236 - 12])
+    for column in (3, 4):
+        left = 12 + column * 236
+        assert decoded[28:, left : left + 224].std() > 5, "a picture"
 
 
 def test_all_faults_are_told_and_the_rest_is_reported(
