@@ -179,6 +179,17 @@ def test_the_page_shows_every_figure_and_needs_nothing(inspect: Inspect, tmp_pat
         check_page(broken, report)
 
 
+def test_no_weights_are_needed(inspect: Inspect, copy_of_base: Path) -> None:
+    _, with_weights = inspect()
+    for weights in copy_of_base.rglob("*.safetensors"):
+        weights.unlink()
+    code, report = inspect(f"model.pretrained_model_name_or_path={copy_of_base}")
+    assert code == 0
+    assert {key: report[key] for key in ("tokens", "plan", "memory")} == {
+        key: with_weights[key] for key in ("tokens", "plan", "memory")
+    }
+
+
 def test_what_the_cache_holds_stands_beside_what_went_in(inspect: Inspect, tmp_path: Path) -> None:
     sheets = []
     for option in ([], ["--decode"]):

@@ -4,7 +4,7 @@ Promise: each picture is made by the function that prepares it for encoding; a d
 that training reads. Cost: decoding and resizing a few examples; with `decoded_of` the VAE's decoder once a picture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +23,7 @@ from mixres.precompute import evenly
 from mixres.sampling import Row, contact_sheet
 
 ROWS = 6
-Decoded = Mapping[str, list[Image.Image]]  # target first, by the name of the example
+Decoded = Sequence[Sequence[Image.Image]]  # of each example target first, then its controls; none where not cached
 
 
 def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
@@ -37,7 +37,7 @@ def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
 
 
 def input_sheet(
-    config: Config, family: ModuleType, some: Sequence[ScannedRecord], decoded: Decoded | None = None
+    config: Config, family: ModuleType, some: Sequence[ScannedRecord], decoded: Decoded = ()
 ) -> Image.Image:
     """A row an example: target, its mask on the token grid, each control for VAE and text encoder, and `decoded`."""
     path, revision = config.model.pretrained_model_name_or_path, config.model.revision
@@ -46,11 +46,10 @@ def input_sheet(
     given = [_pictures(family, preprocessors, example_inputs(config, family, scanned), token) for scanned in some]
     headings = dict.fromkeys(heading for pictures in given for heading in pictures)
     columns = sorted(headings, key=_order)
-    latents = max((len(pictures) for pictures in (decoded or {}).values()), default=0)
+    latents = max(map(len, decoded), default=0)
     cached = ["target, from the cache", *(f"control {number}, from the cache" for number in range(1, latents))]
     rows = []
-    for scanned, pictures in zip(some, given, strict=True):
-        back = (decoded or {}).get(scanned.record.name, [])
+    for scanned, pictures, back in zip(some, given, decoded or [()] * len(some), strict=True):
         cells = [pictures.get(column) for column in columns] + [*back, *[None] * (latents - len(back))]
         sizes = ", ".join(f"{name} {one.width}x{one.height}" for name, one in pictures.items())
         rows.append(Row(tuple(cells), f"{scanned.record.name}: {scanned.record.prompt}", sizes))
@@ -86,19 +85,19 @@ def decoded_of(
     cache: Cache,
     device: torch.device,
     tell: Callable[[str], None],
-) -> dict[str, list[Image.Image]]:
-    """Target and controls of those examples that are cached, by name; `tell` is told of those that are not.
+) -> list[list[Image.Image]]:
+    """Target and controls of each example, none where it is not cached; `tell` is told how many are not.
 
     Raises:
         UserError: VAE or encoders of the base cannot be had.
     """
     model = config.model
     keys = entry_keys(config, family, some, empty_prompt=config.data.caption_dropout > 0)
-    there = {key: scanned for key, scanned in zip(keys, some, strict=True) if cache.lookup(key)}
-    if missing := len(some) - len(there):
+    missing = sum(cache.lookup(key) is None for key in keys)
+    if missing:
         tell(f"{missing} of {len(some)} examples of the sheet are not in the cache: run the verb cache first")
-    if not there:
-        return {}
+    if missing == len(some):
+        return []
     pipeline = family.load_sampling_pipeline(
         model.pretrained_model_name_or_path,
         transformer=None,
@@ -106,10 +105,11 @@ def decoded_of(
         dtype=getattr(torch, model.dtype),
         device=device,
     )
-    found = {}
-    for key, scanned in there.items():
-        sample = cache.read(key, name=scanned.record.name)
-        latents = (sample.target_latents, *sample.control_latents)
-        pairs = zip(latents, sample.img_shapes, strict=True)
-        found[scanned.record.name] = [decode_latents(pipeline, tokens, grid) for tokens, grid in pairs]
+    found: list[list[Image.Image]] = []
+    for key, scanned in zip(keys, some, strict=True):
+        found.append([])
+        if cache.lookup(key) is not None:
+            sample = cache.read(key, name=scanned.record.name)
+            pairs = zip((sample.target_latents, *sample.control_latents), sample.img_shapes, strict=True)
+            found[-1] = [decode_latents(pipeline, tokens, grid) for tokens, grid in pairs]
     return found

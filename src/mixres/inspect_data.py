@@ -22,7 +22,7 @@ from mixres.data.plan import Lengths, Plan, computed_tokens
 from mixres.encoding import entry_bytes, foreseen_entries
 from mixres.errors import UserError, WorkError
 from mixres.examples import Found, look_for_examples, tell
-from mixres.input_sheet import chosen, decoded_of, input_sheet
+from mixres.input_sheet import Decoded, chosen, decoded_of, input_sheet
 from mixres.inspect_figures import Figures, item_figures, notices, seen_sizes, size_figures, token_figures
 from mixres.memory_estimate import MemoryEstimate
 from mixres.plan_figures import Totals, totals
@@ -229,7 +229,7 @@ def _write(config: Config, family: ModuleType, look: _Look, report: Figures, *, 
     paths = [report_path(config, name) for name in ("inspect.json", "inspect.html", "inputs.png")]
     picture = None
     if some := chosen(look.found.train):
-        decoded = None
+        decoded: Decoded = ()
         if decode:
             cache = Cache(config.cache.cache_dir)
             decoded = decoded_of(config, family, some, cache, look.device, report["notices"].append)
