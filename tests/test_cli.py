@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from jobs import children
-from mixres import __version__, cli
+from mixres import __version__, cli, cli_options
 from mixres.errors import WorkError
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,9 @@ def test_a_verbs_own_help_is_fast_too_and_names_its_options(verb: str, first: st
     done = train_py(verb, "--help")
     assert done.returncode == 0
     assert f"usage: train.py {verb} [-h] {first}" in done.stdout
-    assert all((name if name.startswith("-") else value) in done.stdout for name, value, _ in cli.OWN_OPTIONS[verb])
+    assert all(
+        (name if name.startswith("-") else value) in done.stdout for name, value, _ in cli_options.OWN_OPTIONS[verb]
+    )
     assert imported(done).isdisjoint(HEAVY)
 
 
@@ -143,7 +145,10 @@ ARGUMENTS = {
     "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
     "unknown_verb_no_config": (
         ["zzz"],
-        ["zzz: unknown verb; the verbs are: train, cache, verify, bench, sample, export", "--config: not given"],
+        [
+            "zzz: unknown verb; the verbs are: train, cache, inspect, verify, bench, sample, export",
+            "--config: not given",
+        ],
     ),
     "unknown_option": (
         ["--confg=a"],
@@ -168,6 +173,11 @@ ARGUMENTS = {
     ),
     "synthetic_verify": (["verify", "--synthetic"], ["--synthetic: is for the verb bench, not for v", "--config: not"]),
     "verify_train": (["--verify", "--config", "CONFIG"], ["--verify: is for the verb cache, not for train"]),
+    "measure_bench": (
+        ["bench", "--measure", "--config", "CONFIG"],
+        ["--measure: is for the verb inspect, not for bench"],
+    ),
+    "ranks_no_number": (["inspect", "--ranks", "two"], ["argument --ranks: invalid int value: 'two'; see --help"]),
     "both_options": (
         ["cache", "--verify", "--synthetic", "--config", "CONFIG"],
         ["--synthetic: is for the verb bench, not for cache: leave it out"],
@@ -197,6 +207,7 @@ CALLS = {
     "cache_option": (["train.seed=3", "--cache", "--config", "CONFIG"], "cache"),
     "verify": (["verify", "--config", "CONFIG", "train.seed=3"], "verify"),
     "bench": (["bench", "--config", "CONFIG", "train.seed=3"], "bench"),
+    "inspect": (["inspect", "--config", "CONFIG", "train.seed=3"], "inspect"),
     "config_last": (["train.seed=3", "loss.weighting=none", "--config", "CONFIG"], "train"),
 }
 
@@ -227,6 +238,14 @@ def test_cache_is_told_that_it_is_to_verify(verb: str, config: Path, monkeypatch
     for option in ([], ["--verify"]):
         assert cli.main([verb, *option, "--config", str(config)]) == 0
     assert ran == [False, True]
+
+
+def test_inspect_is_told_its_options(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[dict[str, object]] = []
+    monkeypatch.setattr(cli, "_inspect", lambda given, **options: ran.append(options))
+    for option in ([], ["--measure", "--ranks", "3"], ["--decode"]):
+        assert cli.main(["inspect", *option, "--config", str(config)]) == 0
+    assert ran == [{}, {"measure": True, "ranks": 3}, {"decode": True}]
 
 
 ENDS = {

@@ -47,6 +47,16 @@ LAYERS = {
             "synthetic_samples",
             "token_layout",
             "verify",
+            "activations",
+            "bucketing",
+            "charts",
+            "input_sheet",
+            "inspect_data",
+            "inspect_figures",
+            "memory_estimate",
+            "plan_figures",
+            "report",
+            "worst_microbatch",
             "workbench",
         ),
         4,
@@ -55,6 +65,7 @@ LAYERS = {
     "demo": 5,
     "demo_results": 5,
     "cli": 6,
+    "cli_options": 6,
 }
 
 # Where a library may be imported: names of rooms; diffusers' parts are told apart, the longest match counts.

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 import pages
-from mixres.cli import VERBS
+from mixres.cli_options import VERBS
 from mixres.config import Config
 from mixres.config_faults import known_keys
 

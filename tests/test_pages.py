@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixres.cli import VERBS
+from mixres.cli_options import VERBS
 from mixres.config import Config, load_config
 from mixres.config_faults import known_keys
 from pages import DOCS, REPOSITORY

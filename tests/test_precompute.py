@@ -20,7 +20,7 @@ from family_cases import CASES, FamilyCase
 from mixres.batch import Sample
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
-from mixres.encoding import encode_missing, entry_sizes
+from mixres.encoding import encode_missing, entry_sizes, foreseen_entries
 from mixres.errors import UserError, WorkError
 from mixres.examples import control_areas, image_limits
 from mixres.geometry import Size, target_size
@@ -489,7 +489,9 @@ def test_every_family_caches_the_empty_prompt_in_the_space_that_was_told(
     _, train, held_out, keys = examples(config, module, speak=False)
     missing = dict(zip(keys, [*train, *held_out], strict=True))
     estimated = entry_sizes(config, module, missing, keys[: len(train)])
+    foreseen = foreseen_entries(config, module, missing, keys[: len(train)])
     encoded = encode_all(config, module, device=torch.device("cpu"))
+    assert foreseen == {key: encoded.cache.lookup(key) for key in keys}, "token for token"
     for key, size in estimated.items():
         real = encoded.cache.path(key).stat().st_size
         assert real < size < 1.1 * real + 25_000

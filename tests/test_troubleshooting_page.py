@@ -23,7 +23,7 @@ def test_every_quoted_message_is_one_of_the_code() -> None:
 
 
 def test_exit_codes_are_those_of_the_command_line() -> None:
-    from mixres.cli import EXIT_CODES
+    from mixres.cli_options import EXIT_CODES
 
     stated = re.findall(r"^\| ([\d, ]+) \|", PAGE, re.MULTILINE)
     numbers = {number for cell in stated for number in cell.split(", ")}

@@ -18,58 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
+from mixres.cli_options import EXIT_CODES, OPTIONS, OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, REPEATED, VERBS
 from mixres.errors import Stopped, UserError, WorkError
 
 if TYPE_CHECKING:
     from mixres.config import Config
 
-VERBS = {
-    "train": "fill the cache where it is not full, then train (also where no verb is given)",
-    "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
-    "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
-    "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
-}
-# Verbs with options of their own, which come behind them: name, its value (None: a switch), meaning. All are text here;
-# the verb checks them, together with what they name.
-OWN_VERBS = {
-    "sample": "make pictures with what a run has trained (its options: sample --help)",
-    "export": "write what a run has trained for diffusers or ComfyUI (its options: export --help)",
-}
-REPEATED = ("--image",)
-OWN_OPTIONS = {
-    "sample": (
-        ("--lora", "RUN|FILE", "what was trained: a run folder, its ema/, or a .safetensors file"),
-        ("--image", "FILE", "an image to be edited; once for each, in their order"),
-        ("--prompt", "TEXT", "what is to be made"),
-        ("--prompts", "FILE", "instead of both: JSON lines with prompt, path_control, ..., also seed and size"),
-        ("--out", "DIR", "the folder for the pictures; none that is there is written over"),
-        ("--size", "WxH", "pixels of the pictures (the stock pipeline's: 1024 x 1024 in area, as the last image)"),
-        ("--steps", "N", "denoising steps (20)"),
-        ("--seed", "N", "seed of the noise (0)"),
-        ("--guidance", "G", "strength of guidance, the stock pipelines' true_cfg_scale (1: none)"),
-        ("--negative-prompt", "TEXT", "what guidance leads away from (' ')"),
-        ("--compare", None, "also without what was trained, and sheets of both side by side"),
-        ("--base", "PATH", "the base, where it is no longer where the run had it"),
-        ("--device", "NAME", "cuda, cuda:1, cpu (cuda where there is one)"),
-        ("--dtype", "NAME", "bfloat16 or float32 (float32 on a CPU)"),
-    ),
-    "export": (
-        ("run", "RUN|FILE", "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"),
-        ("--format", "NAME", "diffusers or comfyui: whose names the file is to have"),
-        ("--merge", None, "the base's weights with the LoRA in them instead of the LoRA"),
-        ("--out", "FILE", "where to, a .safetensors file; a folder for diffusers with --merge"),
-        ("--base", "PATH", "to merge: the base, where it is no longer where the run had it"),
-    ),
-}
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-OPTIONS = ("--config", "--cache", "--verify", "--synthetic", "--help", "--version")
-OPTIONS_OF = {"cache": "verify", "bench": "synthetic"}  # the one option that a verb alone has
-
-EXIT_CODES = (
-    "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
-    " (run the same command to go on), 130 or 143 interrupted"
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             verb, config, options = _parse(words)
             _end_with_launcher()
-            {"train": _train, "cache": _cache, "verify": _verify, "bench": _bench}[verb](config, **options)
+            run = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}[verb]
+            run(config, **options)
     except UserError as error:
         for message in error.messages:
             print(f"mixres: error: {message}", file=sys.stderr)
@@ -126,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
+def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
     """The verb, its configuration and its own options, or a UserError with every fault of all that was given."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
     faults = [
@@ -141,10 +98,12 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
         verbs = (*VERBS, *OWN_VERBS)
         faults.append(f"{verb}: unknown verb{_nearest(verb, verbs)}; the verbs are: {', '.join(verbs)}")
     verb = "cache" if given.cache else verb
-    options = [option for option in OPTIONS_OF.values() if getattr(given, option)]
+    values = {option: getattr(given, option) for own in OPTIONS_OF.values() for option in own}
+    options = {option: value for option, value in values.items() if value is not None and value is not False}
     faults += [
         f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
-        for owner, option in OPTIONS_OF.items()
+        for owner, own in OPTIONS_OF.items()
+        for option in own
         if option in options and verb != owner and verb in VERBS
     ]
     if not given.config:
@@ -159,7 +118,7 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, bool]]":
     if faults:
         _record_refusal(UserError(faults), verb, Path(given.config), words)
         raise UserError(faults)
-    return verb, config, dict.fromkeys(options, True)
+    return verb, config, options
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
@@ -233,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
     parser.add_argument("--verify", action="store_true", help="for `cache`: read and check every entry, encode nothing")
     parser.add_argument("--synthetic", action="store_true", help="for `bench`: no weights, no data, no download")
+    parser.add_argument("--measure", action="store_true", help="for `inspect`: compute the largest microbatch")
+    parser.add_argument("--decode", action="store_true", help="for `inspect`: show what the cache holds, too")
+    parser.add_argument("--ranks", metavar="N", type=int, help="for `inspect`: plan for so many processes (default 1)")
     parser.add_argument("--version", action="version", version=f"mixres {__version__}")
     return parser
 
@@ -260,6 +222,12 @@ def _cache(config: "Config", *, verify: bool = False) -> None:
         from mixres.precompute import run_cache
 
         run_cache(config)
+
+
+def _inspect(config: "Config", **options: Any) -> None:
+    from mixres.inspect_data import inspect
+
+    inspect(config, **options)
 
 
 def _verify(config: "Config") -> None:

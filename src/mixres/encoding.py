@@ -18,13 +18,13 @@ import xxhash
 from mixres.batch import Sample
 from mixres.caching import check_space, fill
 from mixres.config import Config
-from mixres.data.cache import Cache
+from mixres.data.cache import Cache, CacheEntry
 from mixres.data.dataset import ScannedRecord
 from mixres.data.images import BadImageError, read_image, read_mask
 from mixres.data.keys import entry_key
 from mixres.errors import WorkError
 from mixres.examples import control_areas, image_limits
-from mixres.geometry import Size, target_size
+from mixres.geometry import Size, target_size, token_grid
 from mixres.models.qwen_entry_size import EntrySize
 
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
@@ -124,25 +124,49 @@ def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[
 def entry_sizes(
     config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
 ) -> dict[str, int]:
-    """The bytes that each entry will take, estimated; the keys `with_empty` hold the empty prompt too."""
-    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    size_of = EntrySize(
-        path,
-        revision=revision,
-        dtype=getattr(torch, config.model.dtype),
-        pixels_per_token=family.pixels_per_token(path, revision=revision),
-        shows_controls=family.CONTROLS[1] > 0,
-    )
+    """The bytes that each entry will take; the keys `with_empty` hold the empty prompt too."""
+    return entry_bytes(config, foreseen_entries(config, family, missing, with_empty))
+
+
+def entry_bytes(config: Config, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
+    """The bytes of the files of such entries."""
+    model = config.model
+    size_of = EntrySize(model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype))
     return {
         key: size_of(
-            target=target_size_of(config, scanned),
-            controls=scanned.control_sizes,
-            prompts=(scanned.record.prompt, "") if key in with_empty else (scanned.record.prompt,),
-            mask=scanned.record.mask is not None,
-            **control_areas(config, family, target_size_of(config, scanned)),
+            image_tokens=entry.image_tokens,
+            text_tokens=entry.text_tokens + entry.empty_tokens,
+            mask_tokens=entry.target_tokens if entry.has_mask else 0,
         )
-        for key, scanned in missing.items()
+        for key, entry in entries.items()
     }
+
+
+def foreseen_entries(
+    config: Config, family: ModuleType, records: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
+) -> dict[str, CacheEntry]:
+    """What the cache will say of each record once it is encoded, exactly, from sizes and words alone.
+
+    Raises:
+        UserError: the base's tokenizer, processor or configuration cannot be had.
+    """
+    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    pixels_per_token = family.pixels_per_token(path, revision=revision)
+    preprocessors = family.load_preprocessors(path, revision=revision)
+    entries = {}
+    for key, scanned in records.items():
+        target, controls = target_size_of(config, scanned), scanned.control_sizes
+        areas = control_areas(config, family, target)
+        sizes = [target, *family.vae_sizes(controls, **areas)]
+        count = partial(family.text_tokens, preprocessors, controls=controls, **areas)
+        entries[key] = CacheEntry(
+            key=key,
+            img_shapes=tuple(token_grid(size, pixels_per_token) for size in sizes),
+            text_tokens=count(prompt=scanned.record.prompt),
+            has_mask=scanned.record.mask is not None,
+            empty_tokens=count(prompt="") if key in with_empty else 0,
+        )
+    return entries
 
 
 def example_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) -> dict[str, Any]:

@@ -35,6 +35,30 @@ class _Part(NamedTuple):
     cut: int  # prompts
 
 
+class Found(NamedTuple):
+    """What is usable of a configuration's data, and all that is not."""
+
+    train: list[ScannedRecord]
+    held_out: list[ScannedRecord]
+    faults: list[Fault]
+    decoded: int  # pictures that were decoded,
+    unchanged: int  # and those that an earlier scan had decoded
+    cut: int  # prompts
+
+    def stop(self, config: Config) -> bool:
+        """Whether the faults are such that nothing may be trained."""
+        return config.data.on_bad_item == "error" and any(not fault.skip for fault in self.faults)
+
+    def share_fault(self, config: Config) -> str | None:
+        """What is wrong where a share is to be held out and one side is empty."""
+        own = [scanned for scanned in self.train if not scanned.regularization]
+        share, count = config.data.held_out, len(own) + len(self.held_out)
+        if not isinstance(share, float) or (own and self.held_out):
+            return None
+        what = "all" if self.held_out else "none"
+        return f"data.held_out: {share:g} of {count} examples is {what}; give another share, or a folder"
+
+
 def find_examples(
     config: Config, family: ModuleType, *, speak: bool
 ) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
@@ -45,30 +69,40 @@ def find_examples(
     Raises:
         UserError: sources, sizes or examples are wrong, all of them together; or a share holds out none or all.
     """
+    found = look_for_examples(config, family, speak=speak)
+    _settle(config, found, speak)
+    if fault := found.share_fault(config):
+        raise UserError(fault)
+    if speak:
+        tell(found, family.MOST_PROMPT_TOKENS)
+    return found.train, found.held_out
+
+
+def look_for_examples(config: Config, family: ModuleType, *, speak: bool) -> Found:
+    """Training and held-out examples, and the faults of the others, whatever is to be done about them.
+
+    Raises:
+        UserError: sources or sizes are wrong, all of them together.
+    """
     data, model = config.data, config.model
     token = family.pixels_per_token(model.pretrained_model_name_or_path, revision=model.revision)
     _check_sizes(config, family, token)
-    found, missing = [], list[str]()
+    parts, missing = [], list[str]()
     for sources in (data.train, data.regularization, data.held_out if isinstance(data.held_out, tuple) else None):
         try:
-            found.append(_usable(config, family, sources or (), token, speak))
+            parts.append(_usable(config, family, sources or (), token, speak))
         except UserError as error:
             missing += error.messages
     if missing:
-        raise UserError([*missing, *(str(fault) for part in found for fault in part.faults)])
-    own, regularization, held_out = (part.records for part in found)
+        raise UserError([*missing, *(str(fault) for part in parts for fault in part.faults)])
+    own, regularization, held_out = (part.records for part in parts)
     if isinstance(data.held_out, float):
         own, held_out = split_held_out(own, data.held_out, config.train.seed)
     train = [*own, *(scanned._replace(regularization=True) for scanned in regularization)]
     held_out, trained = _never_trained(train, held_out)
-    _settle(config, [fault for part in found for fault in part.faults] + trained, found, speak)
-    if isinstance(data.held_out, float) and not (own and held_out):
-        what = "all" if held_out else "none"
-        mend = "give another share, or a folder"
-        raise UserError(f"data.held_out: {data.held_out:g} of {len(own + held_out)} examples is {what}; {mend}")
-    if speak:
-        _tell(train, held_out, found, family.MOST_PROMPT_TOKENS)
-    return train, held_out
+    faults = [fault for part in parts for fault in part.faults] + trained
+    decoded, unchanged, cut = (sum(counts) for counts in zip(*(part[2:] for part in parts), strict=True))
+    return Found(train, held_out, faults, decoded, unchanged, cut)
 
 
 def _check_sizes(config: Config, family: ModuleType, token: int) -> None:
@@ -170,12 +204,13 @@ def _never_trained(
     return kept, faults
 
 
-def _settle(config: Config, faults: Sequence[Fault], parts: Sequence[_Part], speak: bool) -> None:
+def _settle(config: Config, found: Found, speak: bool) -> None:
     """Stop for faults, all of them together, or list them in the run folder where the configuration says to go on."""
-    if config.data.on_bad_item == "error" and any(not fault.skip for fault in faults):
-        files = sum(part.decoded + part.unchanged for part in parts)
+    faults = found.faults
+    if found.stop(config):
         mend = "mend them, or set data.on_bad_item=skip to go on without their examples"
-        raise UserError([*map(str, faults), f"data: {len(faults)} faults with {files} pictures; {mend}"])
+        pictures = found.decoded + found.unchanged
+        raise UserError([*map(str, faults), f"data: {len(faults)} faults with {pictures} pictures; {mend}"])
     folder = Path(config.logging.output_dir)
     if not speak:
         return
@@ -188,17 +223,16 @@ def _settle(config: Config, faults: Sequence[Fault], parts: Sequence[_Part], spe
         say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
 
 
-def _tell(
-    train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord], parts: Sequence[_Part], most_tokens: int
-) -> None:
-    decoded, unchanged = sum(part.decoded for part in parts), sum(part.unchanged for part in parts)
+def tell(found: Found, most_tokens: int) -> None:
+    """What was found, in a few lines."""
+    decoded, unchanged = found.decoded, found.unchanged
     say(f"scan      {decoded + unchanged} pictures: {decoded} decoded, {unchanged} unchanged since the last scan")
-    examples = [*train, *held_out]
+    examples = [*found.train, *found.held_out]
     controls = sum(len(scanned.record.controls) for scanned in examples)
-    extra = sum(scanned.regularization for scanned in train)
-    also = f", {extra} regularisation" if extra else ""
-    say(f"data      {len(train) - extra} training{also} and {len(held_out)} held-out examples with {controls} controls")
+    extra = sum(scanned.regularization for scanned in found.train)
+    also, own = f", {extra} regularisation" if extra else "", len(found.train) - extra
+    say(f"data      {own} training{also} and {len(found.held_out)} held-out examples with {controls} controls")
     if flattened := sum(scanned.flattened for scanned in examples):
         say(f"data      {flattened} examples have transparency, which is laid on white")
-    if cut := sum(part.cut for part in parts):
-        say(f"data      {cut} prompts are cut to {most_tokens} tokens")
+    if found.cut:
+        say(f"data      {found.cut} prompts are cut to {most_tokens} tokens")

@@ -80,7 +80,7 @@ class TrainingFlops:
 
     def __init__(self, transformer: nn.Module, *, untrained: tuple[str, ...], checkpointing: bool | int) -> None:
         linears = {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-        places = {name: _place(name) for name in linears}
+        places = {name: layer_place(name) for name in linears}
         trained = {name for name, m in linears.items() if m.weight.requires_grad}
         self._earliest = min((places[name][1] for name in trained), default=None)
         self._layers = [
@@ -154,7 +154,7 @@ def _of_timestep(name: str) -> bool:
     return re.search(r"img_mod\.|txt_mod\.|norm_out\.linear", name) is not None
 
 
-def _place(name: str) -> tuple[str, _Stage]:
+def layer_place(name: str) -> tuple[str, _Stage]:
     """The stream and stage of a linear layer, adapters like the layer that carries them."""
     block = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
     if block:

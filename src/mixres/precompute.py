@@ -5,10 +5,11 @@ encoders are released before anything else is loaded. Cost: VAE and text encoder
 where caption dropout needs its empty prompt.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,8 @@ from mixres.models.families import family_module
 from mixres.training.distributed import launched
 from mixres.training.progress import say
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Item:
@@ -38,8 +41,12 @@ class Item:
 
     @property
     def lengths(self) -> Lengths:
-        entry = self.entry
-        return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
+        return lengths_of(self.entry)
+
+
+def lengths_of(entry: CacheEntry) -> Lengths:
+    """What the plan needs to know of an entry."""
+    return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,11 @@ def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Ite
 
 def spread(items: Iterable[Item], count: int) -> list[Item]:
     """At most `count` of the items, evenly over their target areas, smallest first."""
-    ordered = sorted(items, key=lambda item: (item.entry.target_tokens, item.record.name))
+    return evenly(sorted(items, key=lambda item: (item.entry.target_tokens, item.record.name)), count)
+
+
+def evenly(ordered: Sequence[T], count: int) -> list[T]:
+    """At most `count` (2 or more) of them, first and last among them, at equal distances."""
     if len(ordered) <= count:
-        return ordered
+        return list(ordered)
     return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]

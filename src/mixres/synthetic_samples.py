@@ -10,6 +10,7 @@ controls' tokens in the text encoder (28 x 28 pixels each). The numbers of contr
 
 import math
 import random
+from dataclasses import replace
 
 import torch
 
@@ -39,26 +40,40 @@ def synthetic_samples(
     dtype = getattr(torch, config.model.dtype)
     fewest, most = controls
 
-    def gaussian(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=noise).to(dtype)
-
     samples = []
     for number in range(count):
         grids = draw_sizes(config, draw, pixels_per_token, controls=fewest + number % (most - fewest + 1))
         seen = [text_area or grid.tokens * pixels_per_token**2 for grid in grids[1:]]
         empty = sum(pixels // _TEXT_PIXELS for pixels in seen)
         text = draw.randint(10, 150) + empty
-        samples.append(
-            Sample(
-                name=f"synthetic-{number}",
-                target_latents=gaussian(grids[0].tokens, channels),
-                control_latents=tuple(gaussian(grid.tokens, channels) for grid in grids[1:]),
-                prompt_embeds=gaussian(text, text_width),
-                img_shapes=grids,
-                empty_embeds=gaussian(max(1, empty), text_width) if config.data.caption_dropout else None,
-            )
+        sample = noise_sample(
+            f"synthetic-{number}", grids, text=text, channels=channels, text_width=text_width, dtype=dtype, noise=noise
         )
+        if config.data.caption_dropout:
+            embeds = _gaussian(max(1, empty), text_width, dtype, noise)
+            sample = replace(sample, empty_embeds=embeds)
+        samples.append(sample)
     return samples
+
+
+def noise_sample(
+    name: str,
+    grids: tuple[Grid, ...],
+    *,
+    text: int,
+    channels: int,
+    text_width: int,
+    dtype: torch.dtype,
+    noise: torch.Generator,
+) -> Sample:
+    """A sample with these token grids, target first, and `text` text tokens; its values are drawn from `noise`."""
+    target, *controls = (_gaussian(grid.tokens, channels, dtype, noise) for grid in grids)
+    embeds = _gaussian(text, text_width, dtype, noise)
+    return Sample(name, target, tuple(controls), embeds, grids)
+
+
+def _gaussian(rows: int, columns: int, dtype: torch.dtype, noise: torch.Generator) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=noise).to(dtype)
 
 
 def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int, *, controls: int) -> tuple[Grid, ...]:

@@ -104,6 +104,9 @@ def transformer_arguments(
     return captured
 
 
+SIZED = ("vae_sizes", "vae_controls", "text_controls")
+
+
 def test_the_interface_is_the_same_for_all(case: FamilyCase) -> None:
     """The parameters of Qwen-Image-Edit's functions, but that those that see controls take the family's own areas."""
     fewest, most = case.module.CONTROLS
@@ -115,7 +118,7 @@ def test_the_interface_is_the_same_for_all(case: FamilyCase) -> None:
         own = set(inspect.signature(getattr(case.module, name)).parameters)
         theirs = set(inspect.signature(getattr(qwen_image_edit, name)).parameters) - {"control_area"}
         assert own - stated.keys() == theirs, name
-        sees_controls = name in ("encode", "encode_prompt", "sample_image")
+        sees_controls = name in ("encode", "encode_prompt", "sample_image", "text_tokens") or name in SIZED
         assert own & {"control_area", "text_area"} == (stated.keys() if sees_controls else set()), name
 
 

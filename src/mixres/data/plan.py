@@ -4,16 +4,14 @@ Promise: a pure function of (lengths, weights, seed, samples_per_step, caption_d
 Which samples make a step, and which of them train on the empty prompt, depends on lengths, seed, samples_per_step and
 caption_dropout alone; each epoch holds every sample exactly once, its last step may be short. No microbatch is over
 `max_tokens`, and every rank has the same number of them. Cost: 24 bytes a sample and one permutation an epoch; a step
-is planned when it is asked for, in O(n log n) of its own samples (`padded`: times the few numbers of microbatches that
-it tries).
+is planned when it is asked for, in O(n log n) of its samples (`padded`: times the few numbers of microbatches tried).
 
 Legend: a microbatch of the layout `padded` computes rows x (longest text + longest image) tokens, `packed` the sum.
 
 The rule of the split: a step takes as long as its heaviest rank, which computes its microbatches' tokens and pays
 `MICROBATCH_TOKENS` more for each. `packed` has no filler, so it takes as few microbatches as the budget and the ranks
 allow. `padded` sorts by length and cuts the row into runs, as even as can be; of the numbers of runs it takes the one
-with which the heaviest rank has the least to do. So it splits a microbatch that would fit where that saves more filler
-than a microbatch costs, and nowhere else.
+with which the heaviest rank has the least to do, so it splits further where that saves more than a microbatch costs.
 """
 
 import bisect
@@ -49,6 +47,11 @@ class Lengths(NamedTuple):
     @property
     def total(self) -> int:
         return self.text + self.image
+
+    @property
+    def most(self) -> int:
+        """All tokens, with caption or without, whichever is longer."""
+        return self.image + max(self.text, self.empty_text)
 
     def without_caption(self) -> "Lengths":
         """The same sample with the empty prompt."""
@@ -119,7 +122,7 @@ class Plan:
             f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
             "data.resize.target.max_pixels"
             for name, length in zip(names, lengths, strict=True)
-            if length.image + max(length.text, length.empty_text) > max_tokens
+            if length.most > max_tokens
         ]
         if over:
             raise UserError(over)
@@ -152,6 +155,12 @@ class Plan:
             target_tokens=sum(length.target for length in lengths.values()),
             dropped=dropped,
         )
+
+    def lengths_in(self, microbatch: Microbatch) -> list[Lengths]:
+        """Lengths of the microbatch's samples as it trains them."""
+        lengths = [Lengths._make(self.lengths[i].tolist()) for i in microbatch.indices]
+        pairs = zip(microbatch.indices, lengths, strict=True)
+        return [length.without_caption() if i in microbatch.dropped else length for i, length in pairs]
 
     def order_hash(self, identities: Sequence[str]) -> str:
         """Changes with the samples (by identity, in order), the seed and samples_per_step: with what a step holds."""

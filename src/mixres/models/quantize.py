@@ -21,6 +21,12 @@ OUTSIDE = ("time_text_embed", "img_in", "txt_in", "norm_out", "proj_out")  # lin
 _PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "bnb_int8": "bitsandbytes"}
 
 
+def stored_bytes(method: Method, outputs: int, inputs: int) -> int:
+    """Bytes of a quantised matrix, its float32 scales among them: nf4 has one for 64 values, the others one a row."""
+    values = outputs * inputs
+    return values // 2 + 4 * (values // 64) if method == "nf4" else values + 4 * outputs
+
+
 def check_method(method: Method, device: torch.device) -> None:
     """That weights can be quantised by `method` on `device`.
 

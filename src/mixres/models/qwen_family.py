@@ -24,6 +24,7 @@ from mixres.geometry import PATCH, Size, pack_latents, token_grid
 from mixres.models import pretrained
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.quantize import Method, quantization_config
+from mixres.models.qwen_inputs import vae_pixels
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.qwen_processor import load_processor, torchvision_imports
 
@@ -148,8 +149,7 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
     The arithmetic of `_encode_vae_image` in the edit pipelines, in its order; the text-to-image pipeline has none.
     """
     vae = pipeline.vae
-    pixels = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
-    pixels = pixels.to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
+    pixels = vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
     mean, std = (
         torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (vae.config.latents_mean, vae.config.latents_std)
@@ -225,7 +225,7 @@ def load_sampling_pipeline(
     components: Sequence[str],
     path: str,
     *,
-    transformer: QwenImageTransformer2DModel,
+    transformer: QwenImageTransformer2DModel | None,
     revision: str | None = None,
     dtype: torch.dtype,
     device: torch.device | str,

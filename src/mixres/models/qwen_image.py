@@ -19,6 +19,7 @@ from mixres.batch import Sample
 from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models import qwen_family as shared
+from mixres.models import qwen_inputs as inputs
 from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 from mixres.models.qwen_family import (
     STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
@@ -50,6 +51,7 @@ MOST_PROMPT_TOKENS = _MOST_TEXT_TOKENS - 5
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
+load_preprocessors = partial(inputs.load_preprocessors, QwenImagePipeline, _ENCODERS)
 load_encoders = partial(shared.load_encoders, QwenImagePipeline, _ENCODERS)
 load_sampling_pipeline = partial(shared.load_sampling_pipeline, QwenImagePipeline, _ENCODERS)
 
@@ -76,6 +78,29 @@ def example_fault(*, controls: int, prompt: str) -> str | None:
     if controls:
         return f"Qwen-Image takes no control images, there are {controls}: train an edit model, or take them out"
     return shared.prompt_fault(prompt)
+
+
+def vae_sizes(controls: Sequence[Size]) -> list[Size]:
+    """The sizes that the VAE sees control images of these sizes at. There are none."""
+    assert not controls
+    return []
+
+
+def text_tokens(pipeline: QwenImagePipeline, *, prompt: str, controls: Sequence[Size]) -> int:
+    """T of the prompt's embeddings; `pipeline` may be that of `load_preprocessors`."""
+    return inputs.text_tokens(pipeline, prompt, vae_sizes(controls))
+
+
+def vae_controls(pipeline: QwenImagePipeline, controls: Sequence[Image.Image]) -> list[tuple[Image.Image, Size]]:
+    """Control images for the VAE, each with the size it is seen at. There are none."""
+    assert not controls
+    return []
+
+
+def text_controls(pipeline: QwenImagePipeline, controls: Sequence[Image.Image]) -> list[Image.Image]:
+    """Control images for the text encoder. There are none."""
+    assert not controls
+    return []
 
 
 def encode(

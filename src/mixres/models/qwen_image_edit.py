@@ -20,6 +20,7 @@ from mixres.batch import Sample
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
 from mixres.models import qwen_family as shared
+from mixres.models import qwen_inputs as inputs
 from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 from mixres.models.qwen_family import (
     STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
@@ -49,6 +50,7 @@ _ENCODERS = ("vae", "text_encoder", "tokenizer", "processor")
 _MULTIPLE_OF = 32
 
 encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
+load_preprocessors = partial(inputs.load_preprocessors, QwenImageEditPipeline, _ENCODERS)
 load_encoders = partial(shared.load_encoders, QwenImageEditPipeline, _ENCODERS)
 load_sampling_pipeline = partial(shared.load_sampling_pipeline, QwenImageEditPipeline, _ENCODERS)
 
@@ -74,6 +76,34 @@ def example_fault(*, controls: int, prompt: str) -> str | None:
     return shared.prompt_fault(prompt)
 
 
+def vae_sizes(controls: Sequence[Size], *, control_area: int = STOCK_CONTROL_AREA) -> list[Size]:
+    """The sizes that VAE and text encoder see control images of these sizes at."""
+    return [control_size(size, area=control_area, multiple_of=_MULTIPLE_OF) for size in controls]
+
+
+def text_tokens(
+    pipeline: QwenImageEditPipeline, *, prompt: str, controls: Sequence[Size], control_area: int = STOCK_CONTROL_AREA
+) -> int:
+    """T of the embeddings of the prompt beside controls of these sizes; `load_preprocessors` gives the pipeline."""
+    return inputs.text_tokens(pipeline, prompt, vae_sizes(controls, control_area=control_area))
+
+
+def vae_controls(
+    pipeline: QwenImageEditPipeline, controls: Sequence[Image.Image], *, control_area: int = STOCK_CONTROL_AREA
+) -> list[tuple[Image.Image, Size]]:
+    """The control as the VAE is handed it, with its size."""
+    sizes = vae_sizes([Size(*control.size) for control in controls], control_area=control_area)
+    pairs = zip(controls, sizes, strict=True)
+    return [(pipeline.image_processor.resize(control, size.height, size.width), size) for control, size in pairs]
+
+
+def text_controls(
+    pipeline: QwenImageEditPipeline, controls: Sequence[Image.Image], *, control_area: int = STOCK_CONTROL_AREA
+) -> list[Image.Image]:
+    """The control as the text encoder is handed it: the VAE's."""
+    return [control for control, _ in vae_controls(pipeline, controls, control_area=control_area)]
+
+
 def encode(
     pipeline: QwenImageEditPipeline,
     *,
@@ -95,13 +125,12 @@ def encode(
     """
     if fault := example_fault(controls=len(controls), prompt=prompt):
         raise UserError(f"{name}: {fault}")
-    control = _resized(pipeline, controls[0], control_area)
     return shared.assembled(
         pipeline,
         name=name,
         target=target,
         target_size=target_size,
-        controls=[(control, Size(*control.size))],
+        controls=vae_controls(pipeline, controls, control_area=control_area),
         prompt_embeds=encode_prompt(pipeline, controls=controls, prompt=prompt, control_area=control_area),
         mask=mask,
     )
@@ -115,14 +144,8 @@ def encode_prompt(
     control_area: int = STOCK_CONTROL_AREA,
 ) -> Tensor:
     """`(T, D)` on the CPU: the prompt as the text encoder reads it beside this control."""
-    control = _resized(pipeline, controls[0], control_area)
+    (control,) = text_controls(pipeline, controls, control_area=control_area)
     return shared.prompt_embeds(pipeline, prompt, image=control)
-
-
-def _resized(pipeline: QwenImageEditPipeline, control: Image.Image, area: int) -> Image.Image:
-    size = control_size(Size(*control.size), area=area, multiple_of=_MULTIPLE_OF)
-    resized: Image.Image = pipeline.image_processor.resize(control, size.height, size.width)
-    return resized
 
 
 def sample_image(

@@ -21,6 +21,7 @@ from mixres.batch import Sample
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
 from mixres.models import qwen_family as shared
+from mixres.models import qwen_inputs as inputs
 from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 from mixres.models.qwen_family import (
     STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
@@ -49,8 +50,10 @@ STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
 MOST_PROMPT_TOKENS = MAX_PROMPT_TOKENS  # the pipeline does not hold to it
 _ENCODERS = ("vae", "text_encoder", "tokenizer", "processor")
 _MULTIPLE_OF = 32
+_PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # how the pipeline names each picture
 
 encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
+load_preprocessors = partial(inputs.load_preprocessors, QwenImageEditPlusPipeline, _ENCODERS)
 load_encoders = partial(shared.load_encoders, QwenImageEditPlusPipeline, _ENCODERS)
 load_sampling_pipeline = partial(shared.load_sampling_pipeline, QwenImageEditPlusPipeline, _ENCODERS)
 
@@ -66,6 +69,53 @@ def example_fault(*, controls: int, prompt: str) -> str | None:
     if not fewest <= controls <= most:
         return f"Qwen-Image-Edit-Plus takes {fewest} to {most} control images, there are {controls}; give it so many"
     return shared.prompt_fault(prompt)
+
+
+def vae_sizes(
+    controls: Sequence[Size], *, control_area: int = STOCK_CONTROL_AREA, text_area: int = STOCK_TEXT_AREA
+) -> list[Size]:
+    """The sizes that the VAE sees control images of these sizes at. Does not depend on `text_area`."""
+    return [_size(size, control_area) for size in controls]
+
+
+def text_tokens(
+    pipeline: QwenImageEditPlusPipeline,
+    *,
+    prompt: str,
+    controls: Sequence[Size],
+    control_area: int = STOCK_CONTROL_AREA,
+    text_area: int = STOCK_TEXT_AREA,
+) -> int:
+    """T of the embeddings of the prompt beside controls of these sizes; `load_preprocessors` gives the pipeline.
+
+    Does not depend on `control_area`.
+    """
+    pictures = "".join(_PICTURE.format(number) for number in range(1, len(controls) + 1))
+    return inputs.text_tokens(pipeline, pictures + prompt, [_size(size, text_area) for size in controls])
+
+
+def vae_controls(
+    pipeline: QwenImageEditPlusPipeline,
+    controls: Sequence[Image.Image],
+    *,
+    control_area: int = STOCK_CONTROL_AREA,
+    text_area: int = STOCK_TEXT_AREA,
+) -> list[tuple[Image.Image, Size]]:
+    """The controls as the VAE is handed them, which resizes each to the size beside it. As `vae_sizes`."""
+    return [(control, _size(Size(*control.size), control_area)) for control in controls]
+
+
+def text_controls(
+    pipeline: QwenImageEditPlusPipeline,
+    controls: Sequence[Image.Image],
+    *,
+    control_area: int = STOCK_CONTROL_AREA,
+    text_area: int = STOCK_TEXT_AREA,
+) -> list[Image.Image]:
+    """The controls as the text encoder is handed them. Does not depend on `control_area`."""
+    sizes = [_size(Size(*control.size), text_area) for control in controls]
+    pairs = zip(controls, sizes, strict=True)
+    return [pipeline.image_processor.resize(control, size.height, size.width) for control, size in pairs]
 
 
 def encode(
@@ -95,7 +145,7 @@ def encode(
         name=name,
         target=target,
         target_size=target_size,
-        controls=[(control, _size(control, control_area)) for control in controls],
+        controls=vae_controls(pipeline, controls, control_area=control_area),
         prompt_embeds=encode_prompt(pipeline, controls=controls, prompt=prompt, text_area=text_area),
         mask=mask,
     )
@@ -113,16 +163,12 @@ def encode_prompt(
 
     Does not depend on `control_area`.
     """
-    sizes = [_size(control, text_area) for control in controls]
-    pictures = [
-        pipeline.image_processor.resize(control, size.height, size.width)
-        for control, size in zip(controls, sizes, strict=True)
-    ]
+    pictures = text_controls(pipeline, controls, text_area=text_area)
     return shared.prompt_embeds(pipeline, prompt, image=pictures)
 
 
-def _size(control: Image.Image, area: int) -> Size:
-    return control_size(Size(*control.size), area=area, multiple_of=_MULTIPLE_OF)
+def _size(control: Size, area: int) -> Size:
+    return control_size(control, area=area, multiple_of=_MULTIPLE_OF)
 
 
 def sample_image(

@@ -47,7 +47,7 @@ def counted(
         elif lines and done < len(items) and now - spoken >= every_s:
             spoken = now
             rate = (done - 1) / (now - started)
-            say(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {_clock((len(items) - done) / rate)}")
+            say(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
 
 
 class Progress:
@@ -81,10 +81,11 @@ class Progress:
         if self._lines and (now - self._spoken >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
             self._spoken = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
-            say(f"step {step}/{self._last}  loss {loss}  {rates}, left {_clock(left)}")
+            say(f"step {step}/{self._last}  loss {loss}  {rates}, left {clock(left)}")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
