@@ -31,6 +31,11 @@ PASSING = {
     "data/dataset:_find_all",
     "data/dataset:inspect",
     "examples:find_examples",
+    "examples:look_for_examples",
+    "export_request:make_request",
+    "inspect_data:inspect",
+    "run_result:renamed",
+    "sample_request:make_request",
 }
 KEYS = {name for name, _ in known_keys(Config)} | {"optimizer.init_args.lr"}
 

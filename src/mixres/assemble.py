@@ -154,7 +154,7 @@ def plan_of(config: Config, encoded: Encoded, *, world_size: int) -> Plan:
     """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
     items = encoded.train
     if all(item.regularization for item in items):
-        raise UserError("data.train: there is no usable sample")
+        raise UserError("data.train: there is no usable sample; add some")
     weights = [config.loss.prior_loss_weight if item.regularization else 1.0 for item in items]
     lengths, names = [item.lengths for item in items], [item.record.name for item in items]
     return make_plan(config, lengths, names, weights, layout=config.batch.layout, world_size=world_size)

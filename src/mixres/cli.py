@@ -45,14 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        words = sys.argv[1:] if argv is None else argv
-        if words and words[0] in OWN_VERBS:
-            _run_own_verb(words[0], words[1:])
-        else:
-            verb, config, options = _parse(words)
-            _end_with_launcher()
-            run = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}[verb]
-            run(config, **options)
+        _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         for message in error.messages:
             print(f"mixres: error: {message}", file=sys.stderr)
@@ -81,6 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mixres: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(words: Sequence[str]) -> None:
+    if words and words[0] in OWN_VERBS:
+        return _run_own_verb(words[0], words[1:])
+    verb, config, options = _parse(words)
+    _end_with_launcher()
+    run = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}[verb]
+    return run(config, **options)
 
 
 def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
@@ -140,7 +142,10 @@ def _run_own_verb(verb: str, argv: Sequence[str]) -> None:
     """Check everything that was given, then do it."""
     given, unknown = _own_parser(verb).parse_known_args(argv)
     names = [name for name, _, _ in OWN_OPTIONS[verb]]
-    faults = [f"{word}: unknown option of {verb}{_nearest(word.partition('=')[0], names)}" for word in unknown]
+    faults = [
+        f"{word}: unknown option of {verb}; see {verb} --help{_nearest(word.partition('=')[0], names)}"
+        for word in unknown
+    ]
     work = None
     try:
         work = {"sample": _sample, "export": _export}[verb](**vars(given))

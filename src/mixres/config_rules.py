@@ -22,7 +22,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("model.quantize", "model.dtype"),
         lambda method, dtype: method is not None and dtype == "float64",
-        "quantised weights compute in bfloat16 or float32",
+        "quantised weights compute in bfloat16 or float32: choose one",
     ),
     (
         ("model.quantize", "train.parallel"),
@@ -42,12 +42,12 @@ RULES: tuple[Rule, ...] = (
     (
         ("evaluate.use_ema", "train.ema_decay"),
         lambda use_ema, decay: use_ema and decay is None,
-        "there is no average without a decay, such as train.ema_decay: 0.999",
+        "there is no average without a decay, set one such as train.ema_decay: 0.999",
     ),
     (
         ("evaluate.sigmas",),
         lambda sigmas: isinstance(sigmas, list) and len(set(sigmas)) < len(sigmas),
-        "each noise level only once",
+        "name each noise level only once",
     ),
     (
         ("lr_scheduler.warmup_steps", "train.max_train_steps"),

@@ -131,7 +131,7 @@ def _of_checkpoint(path: Path) -> tuple[RunResult, bytes]:
     config = load_config(path.resolve().parents[1] / "config.yaml")
     lora, model = config.model.lora, config.model
     if lora is None:
-        raise UserError(f"{_KEY}: {path} is of a run that trains all weights: only its result can be exported")
+        raise UserError(f"{_KEY}: {path} is of a run that trains all weights: name its result")
     family, checkpoint = family_of(config), Checkpoint(path)
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
     settings = lora.model_dump(exclude={"pretrained_weight"})
@@ -156,11 +156,11 @@ def _model(result: RunResult, base: str | None) -> ModelFiles:
         folder = pipeline_folder(found.path, (TRANSFORMER,), revision=found.revision)
         model = read_model_files(folder / TRANSFORMER)
     except UserError as error:
-        raise UserError([m if m.startswith("--") else f"--base: {m}" for m in error.messages]) from error
+        raise UserError([m if m.startswith("--") else f"--base: {m}; name another" for m in error.messages]) from error
     for layer, (inputs, outputs) in result.lora.layers.items():
         entry = model.entries.get(f"{layer}.weight")
         if entry is None or entry.shape != (outputs, inputs):
-            raise UserError(f"--base: {model.folder} has no {layer} of {outputs} x {inputs}, for which an adapter is")
+            raise UserError(f"--base: {model.folder} lacks {layer} of {outputs} x {inputs}: name the base")
     return model
 
 

@@ -93,7 +93,7 @@ def _of_transformer(folder: Path, key: str) -> RunResult:
     except FileNotFoundError:
         recipe = None
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {folder / RECIPE_FILE} cannot be read: {error}") from error
+        raise UserError(f"{key}: {folder / RECIPE_FILE} cannot be read: {error}; copy it again") from error
     return RunResult(folder, None, recipe)
 
 
@@ -105,7 +105,7 @@ def _checked(result: RunResult, key: str) -> RunResult:
             "stock pipeline"
         )
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
-        raise UserError(f"{key}: {result.path} was written by another version of mixres, which has to read it too")
+        raise UserError(f"{key}: {result.path} was written by another version of mixres: install that one")
     texts = [recipe.get(name) for name in ("family", "base", "mixres")]
     revision = recipe.get("revision")
     if not all(isinstance(text, str) and text for text in texts) or not isinstance(revision, str | None):
@@ -113,7 +113,7 @@ def _checked(result: RunResult, key: str) -> RunResult:
     stated = {name: recipe[name] for name in ("r", "lora_alpha", "use_dora") if name in recipe}
     own = {name: getattr(result.lora, name) for name in stated} if result.lora else {}
     if result.lora and own != stated:
-        raise UserError(f"{key}: {result.path} says of itself {stated}, and its weights are {own}")
+        raise UserError(f"{key}: {result.path} says of itself {stated}, and its weights are {own}: train again")
     return result
 
 
@@ -134,7 +134,7 @@ def find_base(result: RunResult, given: str | None, key: str) -> Base:
     except UserError as error:
         raise renamed(error, what) from error
     if fault:
-        raise UserError(f"{what}: {path} does not fit {result.path}: {fault}")
+        raise UserError(f"{what}: {path} does not fit {result.path}: {fault}; name another")
     rules = {name: recipe[name] for name in ("control_area", "text_area") if name in recipe}
     return Base(path, revision, family, token, rules)
 

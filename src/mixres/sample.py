@@ -39,7 +39,7 @@ def sample(request: Request) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: {printable(folder)} cannot be made: {error.strerror}") from error
+        raise UserError(f"--out: {printable(folder)} cannot be made: {error.strerror}; name another folder") from error
     dtype = str(request.dtype).removeprefix("torch.")
     say(f"model     {request.base.path}, {dtype} on {request.device}")
     say(f"weights   {printable(request.result.path)}")
@@ -124,7 +124,7 @@ def _read(images: Sequence[Path]) -> list[Image.Image]:
     try:
         return [read_image(path, LIMITS) for path in images]
     except BadImageError as error:
-        raise WorkError(f"an image has changed since the start, run the command again: {error}") from error
+        raise WorkError(f"{error} (an image changed after the start: run the command again)") from error
 
 
 def _settings(request: Request, one: Wanted, digest: str | None) -> dict[str, Any]:

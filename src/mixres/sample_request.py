@@ -187,7 +187,7 @@ def _negative(text: str | None, guided: bool) -> str | None:
     try:
         check_caption(text or "")
     except BadCaptionError as error:
-        raise UserError(f"--negative-prompt: {error}") from error
+        raise UserError(f"--negative-prompt: {error}; change it") from error
     return (NEGATIVE_PROMPT if text is None else text) if guided else None
 
 
@@ -195,7 +195,7 @@ def _option_size(text: str | None) -> Size | None:
     try:
         return None if text is None else parsed_size(text)
     except ValueError as error:
-        raise UserError(f"--size: {error}") from error
+        raise UserError(f"--size: {error}; change it") from error
 
 
 def _device(text: str | None) -> torch.device:
@@ -203,7 +203,9 @@ def _device(text: str | None) -> torch.device:
         device = launched().device if text is None else torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {text} cannot be used: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(
+            f"--device: {text} cannot be used: {str(error).partition(chr(10))[0]}; choose another"
+        ) from error
     return device
 
 

@@ -46,7 +46,7 @@ def given_row(prompt: str, images: Sequence[str]) -> Row:
     try:
         return Row(_prompt(prompt), tuple(Path(image).expanduser() for image in images))
     except BadCaptionError as error:
-        raise UserError(f"--prompt: {error}") from error
+        raise UserError(f"--prompt: {error}; change it") from error
 
 
 def rows_of(file: Path) -> tuple[list[Row], list[str]]:
@@ -60,7 +60,9 @@ def rows_of(file: Path) -> tuple[list[Row], list[str]]:
         lines = list(json_rows(file))
         root = file.parent.resolve()
     except OSError as error:
-        raise UserError(f"--prompts: {printable(file)} cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"--prompts: {printable(file)} cannot be read: {error.strerror or error}; name another"
+        ) from error
     for number, line in lines:
         where = f"{printable(file)}:{number}"
         found = list(_faults(line, file.parent, root))
@@ -88,7 +90,9 @@ def parsed_size(text: Any) -> Size:
 
 def _prompt(text: Any) -> str:
     if not isinstance(text, str):
-        raise BadCaptionError("has no prompt" if text is None else "'prompt' is not a string")
+        raise BadCaptionError(
+            "has no prompt; write one" if text is None else "'prompt' is not a string; write it in quotes"
+        )
     prompt = check_caption(text)
     if not prompt:
         raise BadCaptionError("the prompt is empty; write one")

@@ -86,14 +86,14 @@ def read_model_files(folder: Path) -> ModelFiles:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
         files = {name: TensorFile(folder / name) for name in sorted(set(where.values())) or [_SINGLE]}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from error
+        raise UserError(f"{folder} cannot be read: {error}; fetch it again") from error
     found = {name: file for file, opened in files.items() for name in opened.entries}
     if where and where != found:
         raise UserError(f"{index} does not fit the files beside it: fetch the base again")
     model = ModelFiles(folder, config, files)
     if other := {name: entry.dtype for name, entry in model.entries.items() if entry.dtype not in FLOATS}:
         name, dtype = min(other.items())
-        raise UserError(f"{folder} holds {dtype} weights ({name}): only {', '.join(FLOATS)} can be written")
+        raise UserError(f"{folder} holds {dtype} weights ({name}): name a base of {', '.join(FLOATS)}")
     return model
 
 

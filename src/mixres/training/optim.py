@@ -70,7 +70,9 @@ def check_step(
         optimizer.step()
     except Exception as error:  # whatever a third-party class, or the compiler it calls, stumbles over
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{KEY}: {class_path} cannot step on {device} ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"{KEY}: {class_path} cannot step on {device} ({type(error).__name__}: {reason}): choose another"
+        ) from error
     state = optimizer.state[matrix]
     unsplit = [k for k, v in state.items() if isinstance(v, torch.Tensor) and (v.dim() == 1 or len(_parts(k, v)) > 1)]
     if split and unsplit:
