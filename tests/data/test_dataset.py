@@ -563,7 +563,8 @@ def test_scan_lists_every_bad_file_at_once(tmp_path: Path) -> None:
             "ROOT/training_images/f_mask.png: the mask is 89x60 pixels, its target 90x60: they must be the same "
             "(belongs to training_images/f.png)",
             "ROOT/training_images/g.png: 4000x5 has aspect 800.0, more than data.limits.max_aspect = 8",
-            "ROOT/training_images/h.gif: has 2 frames or pages; save the one to train on as a still image",
+            "ROOT/training_images/h.gif: has 2 frames or pages; save the one to train on as a still image, "
+            "or set data.first_frame=true",
         ]
     )
 
