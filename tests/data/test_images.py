@@ -247,11 +247,11 @@ GAMMA = 563 / 256
 
 def icc_profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntrXYZ ") -> bytes:
     """A version 2 profile (ICC.1:2001-04) of the given tags; `kind` is its class and connection space."""
-    tags = tags | {
+    tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
         b"cprt": b"text\0\0\0\0none\0",
         b"wtpt": xyz(0.9642, 1.0, 0.8249),
-    }
+    } | tags
     table, body = b"", b""
     start = 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
@@ -313,7 +313,8 @@ def test_embedded_cmyk_profile_is_converted_to_srgb(tmp_path: Path) -> None:
     clut = bytes(round(v * 2.55) if i == 0 else v + 128 for colour in lab for i, v in enumerate(colour))
     identity = struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
     table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + clut + bytes(range(256)) * 3
-    profile = icc_profile(b"CMYK", {b"A2B0": table}, kind=b"prtrLab ")
+    paper = xyz(0.8, 0.8, 0.5)  # yellowish: white is what no ink makes, not what an instrument would call white
+    profile = icc_profile(b"CMYK", {b"A2B0": table, b"wtpt": paper}, kind=b"prtrLab ")
     patches = np.array([[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]], np.uint8)
     image = Image.fromarray(np.kron(patches, np.ones((16, 1), np.uint8)).reshape(5, 16, 4).repeat(2, 0), "CMYK")
     found = read(tmp_path, encode(image, "TIFF", icc_profile=profile))[::2, 0]
