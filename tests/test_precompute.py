@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -207,9 +208,17 @@ def test_a_picture_turned_by_exif_makes_the_entry_of_the_upright_one(caching: Ca
 
 
 def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
+    """Of any kind: spaces, line ends, dashes, other scripts in either form, 255 bytes."""
+    prefixes = ["re named ", "-", "line\nend", "图片", "café", normalize("NFD", "café")]
+    stems = sorted({path.stem for path in caching.data.rglob("*.txt")})
+    assert len(stems) == ALL
+    renamed = {stem: f"{prefixes[i % 6]}{stem}" for i, stem in enumerate(stems)} | {stems[-1]: "n" * 251}
     for path in list(caching.data.rglob("*.*")):
-        path.rename(path.with_name(f"renamed {path.name}"))
+        path.rename(path.with_name(f"{renamed[path.stem]}{path.suffix}"))
     assert caching() == (0, ALL)
+    change_prompt(caching.data)
+    assert caching() == (1, ALL - 1)
+    assert all(item.record.name.isprintable() for item in caching.encoded().train)
 
 
 def test_equal_examples_share_an_entry(caching: Caching) -> None:
