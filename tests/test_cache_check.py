@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs import Jobs
 from mixres import cli
+from mixres.config import load_config
+from mixres.models import qwen_image_edit
+from mixres.precompute import examples
 
 ALL = 13
 
@@ -92,6 +96,22 @@ def test_without_verify_a_changed_bit_would_not_be_found(cache: Cache) -> None:
     assert "0 encoded, 13 found" in cache()[1]
     assert cache("--verify")[0] == 1
     assert "1 encoded, 12 found" in cache()[1]
+
+
+@pytest.mark.slow
+def test_training_stops_at_a_damaged_entry_and_the_same_command_makes_it_again(cache: Cache, tmp_path: Path) -> None:
+    before, jobs = cache.contents(), Jobs(cache.file, cache.root, tmp_path)
+    config = load_config(cache.file, jobs.words("run")[2:])
+    key = examples(config, qwen_image_edit, speak=False)[3][0]
+    path = cache.root / key[:2] / f"{key}.safetensors"
+    flip_bit(path, before[path])
+    [line] = [line for line in jobs("run", code=1).stderr.splitlines() if line.startswith("mixres: error: ")]
+    assert line == (
+        f"mixres: error: {path}: the checksum of its tensors is wrong; the entry has been removed and the next caching "
+        "pass makes it again: run the same command again"
+    )
+    assert "1 encoded, 9 found" in jobs("run").stdout
+    assert cache.contents() == before
 
 
 def test_an_entry_of_files_as_they_were_is_not_one_of_files_as_they_are(cache: Cache) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,23 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(command: Co
         line,
     ), line
     assert "Loading" not in done.stderr, "no encoder was loaded"
+
+
+def test_a_full_cache_on_a_disk_that_cannot_be_written_is_used(command: Command, undisturbed: Path) -> None:
+    """Its memo of the scan is of other times: all files are decoded, and what was found cannot be kept."""
+    cache = command.folder / "read-only"
+    shutil.copytree(undisturbed, cache)
+    (cache / "scan.json").unlink(missing_ok=True)
+    part = next(cache.glob("??")) / ".tmp-of-a-killed-writer"
+    part.write_bytes(b"x")
+    os.utime(part, (0, 0))
+    done = command.in_own_mounts(
+        f"mount --bind {cache} {cache}; mount -o remount,bind,ro {cache}; {command.line(cache)}; "
+        f"! touch {cache}/x 2>/dev/null"
+    )
+    assert done.returncode == 0, done.stderr
+    assert counts(done.stdout) == (0, ALL, 0)
+    assert part.exists()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

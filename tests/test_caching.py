@@ -1,5 +1,7 @@
 """Filling a cache: shares, help for those that died, full disks. The encoder is a stand-in, all else is real."""
 
+import contextlib
+import io
 import resource
 import shutil
 import subprocess
@@ -82,20 +84,19 @@ def test_what_another_process_wrote_meanwhile_is_not_encoded_again(tmp_path: Pat
 
 
 def test_the_entry_of_a_process_that_is_killed_while_encoding_is_taken_over(
-    tmp_path: Path, claim_holder: Holder, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, claim_holder: Holder
 ) -> None:
     encoder = Encoder()
-    with claim_holder(tmp_path, list(ITEMS)[3]) as holder:
+    with claim_holder(tmp_path, list(ITEMS)[3]) as holder, contextlib.redirect_stdout(io.StringIO()) as out:
 
-        def kill_when_all_others_are_there() -> None:
-            while len(entries(tmp_path)) < 11:
+        def kill_when_it_is_waited_for() -> None:
+            while "waits for 1 entries that other processes are encoding" not in out.getvalue():
                 time.sleep(0.01)
             holder.kill()
 
-        threading.Thread(target=kill_when_all_others_are_there).start()
+        threading.Thread(target=kill_when_it_is_waited_for, daemon=True).start()
         assert fill(Cache(tmp_path), ITEMS, SIZES, encoder.load) == 12
     assert encoder.encoded == [0, 1, 2, *range(4, 12), 3]
-    assert "waits for 1 entries that other processes are encoding" in capsys.readouterr().out
 
 
 def test_an_example_that_cannot_be_encoded_stops_the_pass_and_keeps_the_rest(tmp_path: Path) -> None:

@@ -14,20 +14,24 @@ import datasets
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 
 from mixres.config import Config, load_config
 from mixres.data.dataset import find_records, scan
 from mixres.data.images import Limits
+from mixres.data.plan import Lengths, Plan
 from mixres.errors import UserError
 from mixres.examples import find_examples
 from mixres.geometry import Size, control_size, target_size
 from mixres.models import qwen_image_edit as family
+from mixres.precompute import encode_all
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
 PHOTO = Image.fromarray(skimage.data.chelsea()).resize((90, 60))
 TARGETS, CONTROLS = "training_images", "control_images"
+Setup = Callable[..., Config]
 
 
 def section(title: str) -> str:
@@ -78,6 +82,9 @@ def bad_pictures(root: Path) -> None:
     put_pair(root, "empty.png", b"")
     put_pair(root, "page.png", b"<!DOCTYPE html><html>404 Not Found</html>")
     put_pair(root, "float.tif", encode(PHOTO.convert("F"), "TIFF"))
+    put_pair(root, "exif.png", encode(PHOTO, exif=b"Exif\0\0no TIFF header"))
+    gray, bits = encode(Image.fromarray(np.zeros((60, 90), np.uint16)), "TIFF"), struct.pack("<HHI", 258, 3, 1)
+    put_pair(root, "scan.tif", gray.replace(bits + b"\x10", bits + b"\x0c"))
     put_pair(root, "animated.gif", encode(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]))
     put_pair(root, "bomb.png", bomb())
     put_pair(root, "tiny.png", PHOTO.resize((40, 12)))
@@ -102,6 +109,7 @@ def bad_captions(root: Path) -> None:
     put_pair(root, "marked.png", caption=b"\xef\xbb\xbfmake it blue")
     put_pair(root, "latin1.png", caption=b"caf\xe9")
     put_pair(root, "nul.png", caption=b"make\0it")
+    put_pair(root, "joined.png", caption="make \ufeffit blue".encode())
     put_pair(root, "huge.png", caption=b"x" * (2**20 + 1))
     put_pair(root, "long.png", caption=b"0123456789 " * 200)
     put_pair(root, "token.png", caption=b"see <|image_pad|>")
@@ -128,9 +136,15 @@ def bad_names(root: Path) -> None:
 
 
 @pytest.fixture
-def setup(small_run: Path, tmp_path: Path) -> Callable[[Path], Config]:
+def setup(small_run: Path, tmp_path: Path) -> Setup:
     common = [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}", "data.held_out=null"]
-    return lambda root: load_config(small_run, [f"data.train={root}", *common])
+    return lambda root, *more: load_config(small_run, [f"data.train={root}", *common, *more])
+
+
+def refusal(config: Config) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        find_examples(config, family, speak=True)
+    return caught.value.messages
 
 
 def shown(text: str, root: Path) -> str:
@@ -142,13 +156,9 @@ def shown(text: str, root: Path) -> str:
     ("title", "spoil"),
     [("Pictures", bad_pictures), ("Captions", bad_captions), ("Names and pairs", bad_names)],
 )
-def test_the_faults_of_a_folder(
-    tmp_path: Path, setup: Callable[[Path], Config], title: str, spoil: Callable[[Path], None]
-) -> None:
+def test_the_faults_of_a_folder(tmp_path: Path, setup: Setup, title: str, spoil: Callable[[Path], None]) -> None:
     spoil(tmp_path / "my_pairs")
-    with pytest.raises(UserError) as caught:
-        find_examples(setup(tmp_path / "my_pairs"), family, speak=True)
-    told = [shown(message, tmp_path / "my_pairs") for message in caught.value.messages[:-1]]
+    told = [shown(message, tmp_path / "my_pairs") for message in refusal(setup(tmp_path / "my_pairs"))[:-1]]
     assert sorted(lines(title)) == sorted(told)
 
 
@@ -183,6 +193,7 @@ def test_the_faults_of_json_lines(tmp_path: Path) -> None:
         GOOD | {"prompt": None},
         GOOD | {"prompt": " "},
         b'{"path_target": "a.png", "path_control": "b.png", "prompt": "\\ud83d"}',
+        GOOD | {"prompt": "\ufeffmake it blue"},
     ]
     data = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     put(root, "my_pairs.jsonl", b"\xef\xbb\xbf{}\n" + b"\n".join(data))
@@ -215,6 +226,14 @@ def saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
+def stored(folder: Path, row: dict[str, Any]) -> Path:
+    """Cells as they are: `datasets.Image` would look for the file that is named."""
+    cell = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    kinds = {"path_target": cell, "path_control": cell, "prompt": datasets.Value("string")}
+    datasets.Dataset.from_list([row], features=datasets.Features(kinds)).save_to_disk(folder)
+    return folder
+
+
 def test_the_faults_of_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
     cell = {"bytes": encode(PHOTO), "path": None}
@@ -225,6 +244,8 @@ def test_the_faults_of_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.Monk
         tmp_path / "my_texts"
     )
     told += [str(fault) for fault in find_records(str(tmp_path / "my_texts"))[1]]
+    named = good | {"path_target": {"bytes": None, "path": "/data/a.png"}}
+    told += [str(fault) for fault in find_records(str(stored(tmp_path / "my_names", named)))[1]]
     sources = [saved(tmp_path / "my_images", [{"image": "a", "prompt": "x"}])]
     datasets.DatasetDict({"train": datasets.load_from_disk(str(tmp_path / "my_set"))}).save_to_disk(
         tmp_path / "my_sets"
@@ -233,7 +254,8 @@ def test_the_faults_of_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.Monk
     state = json.loads((away / "state.json").read_text())
     state["_data_files"][0]["filename"] = "../my_set/data.arrow"
     (away / "state.json").write_text(json.dumps(state))
-    for source in [*sources, tmp_path / "my_sets", away]:
+    (saved(tmp_path / "my_state", [good]) / "state.json").write_text("{")
+    for source in [*sources, tmp_path / "my_sets", away, tmp_path / "my_state"]:
         told += messages(source)
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     told += messages(tmp_path / "my_set")
@@ -251,8 +273,43 @@ def test_the_faults_of_sources(tmp_path: Path) -> None:
     for name in (TARGETS, CONTROLS):
         (tmp_path / "bare" / name).mkdir(parents=True)
     (tmp_path / "pairs.txt").write_text("x")
-    told = [line for name in ("nowhere", "pairs.txt", "half", "bare") for line in messages(tmp_path / name)]
+    (tmp_path / "torn.jsonl").symlink_to("/proc/self/mem")  # a file that opens and cannot be read
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / TARGETS).symlink_to(tmp_path / "bare" / TARGETS)
+    names = ("nowhere", "pairs.txt", "torn.jsonl", "half", "bare", "linked")
+    told = [line for name in names for line in messages(tmp_path / name)]
     assert lines("Sources") == [shown(line, tmp_path) for line in told]
+
+
+def test_what_is_held_out_and_the_last_line(tmp_path: Path, setup: Setup) -> None:
+    for folder, first, second in (("my_pairs", "a.png", "z.png"), ("held_out", "b.png", "c.png")):
+        put_pair(tmp_path / folder, first)
+        put_pair(tmp_path / folder, second, PHOTO.rotate(180))
+    told = []
+    for held_out in (str(tmp_path / "held_out"), "0.0001", "0.9999"):
+        told += refusal(setup(tmp_path / "my_pairs", f"data.held_out={held_out}"))
+    last = told.pop(2)
+    assert lines("What is held out") == [shown(line, tmp_path) for line in told]
+    assert lines("The scan") == [last]
+
+
+def test_the_faults_of_sizes(tmp_path: Path, setup: Setup) -> None:
+    root = tmp_path / "my_pairs"
+    put_pair(root, "slim.png", PHOTO.resize((480, 60)))
+    put(root, f"{CONTROLS}/slim.png", PHOTO.resize((480, 60)))
+    told = list(refusal(setup(root, "data.resize.target.max_pixels=1024", "data.resize.control.area=1024"))[:-1])
+    for path in root.rglob("slim*"):
+        path.unlink()
+    put_pair(root, "large.png", PHOTO.resize((184, 64)))
+    with pytest.raises(UserError) as caught:
+        encode_all(setup(root, "batch.max_tokens=60"), family, device=torch.device("cpu"))
+    told += caught.value.messages
+    assert not list(tmp_path.glob("cache/??")), "nothing has been encoded"
+    lengths, plan = [Lengths(30, 42, 30)], {"seed": 0, "samples_per_step": 1, "max_tokens": 60}
+    with pytest.raises(UserError) as caught:
+        Plan(lengths, names=[f"{TARGETS}/wordy.png"], layout="packed", **plan)
+    told += caught.value.messages
+    assert lines("Sizes") == [shown(line, root) for line in told]
 
 
 # --- Layouts

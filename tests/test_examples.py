@@ -161,10 +161,10 @@ def test_faults_of_the_regularisation_set_are_told_with_the_others(setup: Setup,
     min((regular / "training_images").glob("*.png")).write_bytes(b"")
     first(data, "training_images").write_bytes(b"")
     *faults, summary = messages(setup(f"data.regularization={regular}"))
-    assert [fault.partition(": ")[2] for fault in faults] == ["is empty (0 bytes)"] * 2
+    assert [fault.partition(": ")[2] for fault in faults] == ["is empty (0 bytes); copy it again"] * 2
     assert summary.startswith("data: 2 faults with 26 pictures")
     (missing, *_) = messages(setup(f"data.regularization={data / 'nowhere'}"))
-    assert missing == f"{data / 'nowhere'}: no such folder or manifest"
+    assert missing == f"{data / 'nowhere'}: no such folder or manifest; correct the path"
 
 
 # --- What is told
@@ -184,6 +184,20 @@ def test_the_summary_counts(setup: Setup, data: Path, capsys: pytest.CaptureFixt
     ]
     find_examples(setup(), family, speak=False)
     assert capsys.readouterr().out == "", "the other ranks say nothing"
+
+
+def test_the_first_of_several_frames_is_used_and_counted_where_that_is_asked_for(
+    setup: Setup, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = first(data, "training_images")
+    with Image.open(path) as image:
+        image.save(path, save_all=True, append_images=[image.rotate(90)])
+    mend = "save the one to train on as a still image, or set data.first_frame=true"
+    assert messages(setup())[:-1] == [f"{path}: has 2 frames or pages; {mend}"]
+    train, _ = find_examples(setup("data.first_frame=true"), family, speak=True)
+    assert len(train) == 10
+    said = "data      1 examples have pictures of several frames or pages, of which the first counts\n"
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_faults_of_all_kinds_and_parts_come_in_one_list(setup: Setup, data: Path) -> None:

@@ -30,6 +30,7 @@ PASSING = {
     "config:load_config",
     "data/dataset:_find_all",
     "data/dataset:inspect",
+    "data/dataset:scan",
     "examples:find_examples",
     "examples:look_for_examples",
     "export_request:make_request",

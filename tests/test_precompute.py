@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import pickle
 import re
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -17,13 +19,15 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from family_cases import CASES, FamilyCase
+from mixres import cli
 from mixres.batch import Sample
 from mixres.config import Config, load_config
-from mixres.data.images import read_image
-from mixres.encoding import encode_missing, entry_sizes, foreseen_entries
+from mixres.data.dataset import scan
+from mixres.data.images import Limits, read_image
+from mixres.encoding import encode_missing, entry_keys, entry_sizes, foreseen_entries
 from mixres.errors import UserError, WorkError
 from mixres.examples import control_areas, image_limits
-from mixres.geometry import Size, target_size
+from mixres.geometry import Size, control_size, target_size
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import Encoded, encode_all, examples, family_of, run_cache, spread
 
@@ -167,10 +171,67 @@ def test_the_empty_prompt_is_what_encoding_an_empty_caption_gives(caching: Cachi
         assert found is not None and torch.equal(found, empty.cache.read(two.key).prompt_embeds)
 
 
+def test_the_version_of_encoding_is_part_of_every_entry(caching: Caching, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_few(caching.data)
+    monkeypatch.setattr("mixres.encoding.ENCODING", -1)  # as in a release that reads or resizes in another way
+    assert caching() == (FEW, 0)
+
+
+def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(caching: Caching) -> None:
+    """The same bytes in the same order: as two controls, the other way round, and as control and mask."""
+    root = caching.data / "train" / "training_images"
+    one = first(caching.data, "training_images")
+    with Image.open(one) as image:
+        image.rotate(180).save(root / "other.png")
+    row = {"path_target": one.name, "path_control": "other.png", "prompt": "make it blue"}
+    rows = [row | {"path_control_1": one.name}, row | {"path_mask": one.name}]
+    rows.append(row | {"path_control": one.name, "path_control_1": "other.png"})
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    records, faults, _, _ = scan([str(root / "train.jsonl")], limits=Limits())
+    assert faults == []
+    assert records[0].digests == records[1].digests
+    assert len(set(entry_keys(caching.config(), family, records))) == 3
+
+
+TURNED = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 5: Image.Transpose.TRANSPOSE}
+
+
+def test_a_picture_turned_by_exif_makes_the_entry_of_the_upright_one(caching: Caching) -> None:
+    add_mask(caching.data)
+    target = first(caching.data, "training_images")
+    mask = target.with_name(f"{target.stem}_mask.png")
+    with Image.open(mask) as image:
+        half = image.copy()
+    half.paste(0, (0, 0, half.width // 2, half.height // 3))
+    half.save(mask)
+    upright = caching.encoded()
+    for path, (orientation, stored) in zip(
+        (target, mask, first(caching.data, "control_images")), TURNED.items(), strict=True
+    ):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(path) as image:
+            turned = image.transpose(stored)
+        turned.save(path, exif=exif)
+    turned_too = caching.encoded()
+    assert caching.capsys.readouterr().out.count("1 encoded, 12 found") == 2
+    one, two = upright.train[0], turned_too.train[0]
+    assert one.key != two.key
+    assert same(upright.cache.read(one.key, "x"), turned_too.cache.read(two.key, "x"))
+
+
 def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
+    """Of any kind: spaces, line ends, dashes, other scripts in either form, 255 bytes."""
+    prefixes = ["re named ", "-", "line\nend", "图片", "café", normalize("NFD", "café")]
+    stems = sorted({path.stem for path in caching.data.rglob("*.txt")})
+    assert len(stems) == ALL
+    renamed = {stem: f"{prefixes[i % 6]}{stem}" for i, stem in enumerate(stems)} | {stems[-1]: "n" * 251}
     for path in list(caching.data.rglob("*.*")):
-        path.rename(path.with_name(f"renamed {path.name}"))
+        path.rename(path.with_name(f"{renamed[path.stem]}{path.suffix}"))
     assert caching() == (0, ALL)
+    change_prompt(caching.data)
+    assert caching() == (1, ALL - 1)
+    assert all(item.record.name.isprintable() for item in caching.encoded().train)
 
 
 def test_equal_examples_share_an_entry(caching: Caching) -> None:
@@ -362,6 +423,28 @@ def test_skip_lists_the_faults_and_goes_on(caching: Caching, few_pairs: Path) ->
     file.write_text("of an earlier run")
     assert caching("data.on_bad_item=skip") == (0, ALL)
     assert not file.exists(), "a list that is out of date does not stay"
+
+
+def test_samples_over_the_budget_are_told_before_anything_is_encoded(caching: Caching, tmp_path: Path) -> None:
+    caching.cache, expected = tmp_path / "empty", {}
+    for path in (caching.data / "train" / "training_images").glob("*.png"):
+        with Image.open(path) as target, Image.open(caching.data / "train" / "control_images" / path.name) as control:
+            sizes = target_size(Size(*target.size), max_pixels=16384, multiple_of=16), Size(*control.size)
+        pixels = math.prod(sizes[0]) + math.prod(control_size(sizes[1], area=4096))
+        expected[f"training_images/{path.name}"] = pixels // 256
+    most = sorted(expected.values())[-3] - 1
+    words = [f"data.train={caching.data / 'train'}", "data.held_out=null", f"batch.max_tokens={most}"]
+    words += [f"cache.cache_dir={caching.cache}", f"logging.output_dir={tmp_path / 'run'}"]
+    assert cli.main(["cache", "--config", str(caching.file), *words]) == 2
+    mend = "raise it, or lower data.resize.target.max_pixels"
+    told = caching.capsys.readouterr().err.splitlines()
+    assert sorted(told) == sorted(
+        f"mixres: error: {name}: its pictures alone are {tokens} tokens, over batch.max_tokens = {most}: {mend}"
+        for name, tokens in expected.items()
+        if tokens > most
+    )
+    assert len(told) >= 3
+    assert not list(caching.cache.glob("??"))
 
 
 def test_an_example_the_family_cannot_take_is_a_fault_like_others(caching: Caching) -> None:

@@ -117,6 +117,9 @@ class DataConfig(Section):
     long_caption: Literal["error", "truncate"] = Field(
         "error", description="Items whose instruction is over 1024 tokens: a fault, or trained with its beginning."
     )
+    first_frame: bool = Field(
+        False, description="Train on the first picture of animations and of files of several pages, else faults."
+    )
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
     mask_weight: MaskWeightConfig = Field(MaskWeightConfig(), description="Loss weights of samples with an edit mask.")

@@ -23,13 +23,13 @@ from mixres.data.dataset import ScannedRecord
 from mixres.data.images import BadImageError, read_image, read_mask
 from mixres.data.keys import entry_key
 from mixres.errors import WorkError
-from mixres.examples import control_areas, image_limits
-from mixres.geometry import Size, target_size, token_grid
+from mixres.examples import control_areas, image_limits, target_size_of
+from mixres.geometry import token_grid
 from mixres.models.qwen_entry_size import EntrySize
 
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
 # resized differently, and when a new release line of diffusers brings another prompt template.
-ENCODING = 1
+ENCODING = 2
 
 
 def entry_keys(
@@ -58,14 +58,6 @@ def entry_keys(
         )
         for scanned in records
     ]
-
-
-def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
-    """The size that the example is trained at."""
-    rule = config.data.resize.target
-    return target_size(
-        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
-    )
 
 
 def encode_missing(

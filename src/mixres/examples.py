@@ -5,7 +5,7 @@ anything is encoded; what is held out is never trained. Cost: the scan; see `mix
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from mixres.data.dataset import ScannedRecord, scan, split_held_out
 from mixres.data.images import Limits
 from mixres.data.records import Fault, printable
 from mixres.errors import UserError
-from mixres.geometry import Size, control_area
+from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
 from mixres.models.prompt_length import over_long
 from mixres.training.progress import say
 
@@ -145,25 +145,56 @@ def _usable(config: Config, family: ModuleType, sources: Sequence[str], token: i
         progress=speak,
         memo=Path(config.cache.cache_dir) / SCAN_MEMO,
     )
-    fitting, unfit = _fitting(family, scanned.records)
+    fitting, unfit = _fitting(config, family, scanned.records, token)
     usable, too_long, cut = _short_enough(config, family, fitting)
     return _Part(usable, [*scanned.faults, *unfit, *too_long], scanned.decoded, scanned.unchanged, cut)
 
 
+def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
+    """The size that the example is trained at."""
+    rule = config.data.resize.target
+    return target_size(
+        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
+    )
+
+
 def image_limits(config: Config) -> Limits:
     """What a source image may be, for the reading room."""
-    return Limits(follow_symlinks=config.data.follow_symlinks, **config.data.limits.model_dump())
+    data = config.data
+    return Limits(follow_symlinks=data.follow_symlinks, first_frame=data.first_frame, **data.limits.model_dump())
 
 
-def _fitting(family: ModuleType, records: Sequence[ScannedRecord]) -> tuple[list[ScannedRecord], list[Fault]]:
+def _fitting(
+    config: Config, family: ModuleType, records: Sequence[ScannedRecord], token: int
+) -> tuple[list[ScannedRecord], list[Fault]]:
+    """Examples that the family can take, at sizes of whole tokens, and the faults of the others."""
     usable, faults = [], []
     for scanned in records:
-        reason = family.example_fault(controls=len(scanned.record.controls), prompt=scanned.record.prompt)
-        if reason is None:
+        record = scanned.record
+        reason = family.example_fault(controls=len(record.controls), prompt=record.prompt)
+        found = [Fault(printable(record.target), reason)] if reason else []
+        found += _narrowed(config, family, scanned, token)
+        faults += found
+        if not found:
             usable.append(scanned)
-        else:
-            faults.append(Fault(printable(scanned.record.target), reason))
     return usable, faults
+
+
+def _narrowed(config: Config, family: ModuleType, scanned: ScannedRecord, token: int) -> Iterator[Fault]:
+    """Pictures whose size rule leaves a side shorter than a token: whole tokens would stretch them."""
+    record, rule, target = scanned.record, config.data.resize.target, scanned.target_size
+    scale = target_scale(target, max_pixels=rule.max_pixels, upscale=rule.upscale)
+    sizes = [(record.target, target, scale, "data.resize.target.max_pixels")]
+    for name, pixels in control_areas(config, family, target_size_of(config, scanned)).items():
+        key = f"data.resize.control.{name.removeprefix('control_')}"
+        for path, size in zip(record.controls, scanned.control_sizes, strict=True):
+            sizes.append((path, size, control_scale(size, area=pixels), key))
+    for path, size, scale, key in sizes:
+        if min(size) * scale < token:
+            resized = f"{size.width * scale:.0f}x{size.height * scale:.0f}"
+            of = "" if path is record.target else f" (belongs to {record.name})"
+            mend = f"no side may be under {token} pixels: give a larger one"
+            yield Fault(printable(path), f"{size} becomes {resized} by {key}; {mend}{of}")
 
 
 def _short_enough(
@@ -234,5 +265,7 @@ def tell(found: Found, most_tokens: int) -> None:
     say(f"data      {own} training{also} and {len(found.held_out)} held-out examples with {controls} controls")
     if flattened := sum(scanned.flattened for scanned in examples):
         say(f"data      {flattened} examples have transparency, which is laid on white")
+    if several := sum(scanned.first_of_several for scanned in examples):
+        say(f"data      {several} examples have pictures of several frames or pages, of which the first counts")
     if found.cut:
         say(f"data      {found.cut} prompts are cut to {most_tokens} tokens")

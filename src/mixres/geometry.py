@@ -49,12 +49,22 @@ def target_size(source: Size, *, max_pixels: int, multiple_of: int, upscale: boo
     `upscale` a smaller picture is enlarged to `max_pixels` too. The area never exceeds `max_pixels` unless one side
     has already reached `multiple_of`.
     """
-    scale = math.sqrt(max_pixels / (source.width * source.height))
-    scale = scale if upscale else min(scale, 1.0)
+    scale = target_scale(source, max_pixels=max_pixels, upscale=upscale)
     size = Size(*(_round_to(side * scale, multiple_of) for side in source))
     if size.width * size.height > max_pixels:
         size = Size(*(max(multiple_of, int(side * scale) // multiple_of * multiple_of) for side in source))
     return size
+
+
+def target_scale(source: Size, *, max_pixels: int, upscale: bool = False) -> float:
+    """What the sides of a target are multiplied by before they are rounded."""
+    scale = control_scale(source, area=max_pixels)
+    return scale if upscale else min(scale, 1.0)
+
+
+def control_scale(source: Size, *, area: int) -> float:
+    """What the sides of a control are multiplied by before they are rounded."""
+    return math.sqrt(area / (source.width * source.height))
 
 
 def control_size(source: Size, *, area: int, multiple_of: int = 32) -> Size:

@@ -19,9 +19,10 @@ from mixres.data.cache import Cache, CacheEntry
 from mixres.data.dataset import ScannedRecord
 from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord
-from mixres.encoding import encode_missing, entry_keys, target_size_of
-from mixres.examples import find_examples
-from mixres.geometry import Size
+from mixres.encoding import encode_missing, entry_keys
+from mixres.errors import UserError
+from mixres.examples import control_areas, find_examples, target_size_of
+from mixres.geometry import Size, control_size, token_grid
 from mixres.models.families import family_module
 from mixres.training.distributed import launched
 from mixres.training.progress import say
@@ -88,6 +89,7 @@ def encode_all(
         UserError, WorkError: as `run_cache`.
     """
     cache, train, held_out, keys = examples(config, family, speak=rank == 0)
+    _check_budget(config, family, train)
     wanted = dict(zip(keys, [*train, *held_out], strict=True))
     if rank == 0:
         cache.sweep()
@@ -118,6 +120,24 @@ def examples(
     train, held_out = find_examples(config, family, speak=speak)
     keys = entry_keys(config, family, train, empty_prompt=config.data.caption_dropout > 0)
     return Cache(root), train, held_out, keys + entry_keys(config, family, held_out)
+
+
+def _check_budget(config: Config, family: ModuleType, train: Iterable[ScannedRecord]) -> None:
+    """What the plan would refuse after hours of encoding; it knows the lengths of the texts too, and checks again."""
+    token = family.pixels_per_token(config.model.pretrained_model_name_or_path, revision=config.model.revision)
+    over = []
+    for scanned in train:
+        target = target_size_of(config, scanned)
+        area = control_areas(config, family, target).get("control_area", 0)
+        sizes = (target, *(control_size(size, area=area) for size in scanned.control_sizes))
+        tokens = sum(token_grid(size, token).tokens for size in sizes)
+        if tokens > config.batch.max_tokens:
+            over.append(
+                f"{scanned.record.name}: its pictures alone are {tokens} tokens, over batch.max_tokens = "
+                f"{config.batch.max_tokens}: raise it, or lower data.resize.target.max_pixels"
+            )
+    if over:
+        raise UserError(over)
 
 
 def save_index(cache: Cache) -> None:

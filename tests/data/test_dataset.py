@@ -249,6 +249,21 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
             id="caption_too_long",
         ),
         pytest.param(
+            lambda root: os.truncate(root / "training_images/b.txt", 2**40),  # sparse: no memory holds it
+            ["training_images/b.txt: the caption is over 1048576 bytes long; shorten it"],
+            id="caption_of_a_terabyte",
+        ),
+        pytest.param(
+            put("training_images/b.txt", "one \ufefftwo".encode()),
+            ["training_images/b.txt: the caption holds a byte order mark (character 4); take it out"],
+            id="inner_byte_order_mark",
+        ),
+        pytest.param(
+            lambda root: os.link(root / "training_images/b.txt", root / "training_images/b.TXT"),
+            ["training_images/b.png: has several captions: b.TXT, b.txt; keep one"],
+            id="two_captions",
+        ),
+        pytest.param(
             put("training_images/z.txt", b"x"),
             ["training_images/z.txt: is a caption without a target picture of its name; add that, or take it out"],
             id="caption_without_target",
@@ -362,6 +377,28 @@ def test_source_that_is_none(tmp_path: Path) -> None:
         "ROOT/linked/control_images: is a link out of its data folder; set data.follow_symlinks=true",
     ]
     assert len(scan([sources[-1]], limits=Limits(follow_symlinks=True))[0]) == 1
+
+
+def test_sources_that_are_none_are_told_with_the_faults_of_the_others(tmp_path: Path) -> None:
+    pair(tmp_path / "one", "a")
+    pair(tmp_path / "one", "b", prompt=None)
+    (tmp_path / "one/control_images/a.png").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        scan([str(tmp_path / "none"), str(tmp_path / "one")], limits=Limits())
+    assert [message.replace(str(tmp_path), "ROOT") for message in caught.value.messages] == [
+        "ROOT/none: no such folder or manifest; correct the path",
+        f"ROOT/one/training_images/b.png: has no caption file b.txt{EMPTY}",
+        "ROOT/one/control_images/a.png: is empty (0 bytes); copy it again (belongs to training_images/a.png)",
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"train.{suffix}"
+    path.symlink_to("/proc/self/mem")  # opens, and its first byte cannot be had
+    with pytest.raises(UserError) as caught:
+        find_records(str(path))
+    assert caught.value.messages == (f"{path}: cannot be read: Input/output error; make it readable",)
 
 
 # --- Manifests
@@ -480,6 +517,9 @@ def test_manifest_rows_in_their_order(tmp_path: Path) -> None:
         pytest.param(GOOD | {"prompt": 3}, "'prompt' is not a string; write it in quotes", id="prompt_number"),
         pytest.param(GOOD | {"prompt": None}, "has no prompt; write one, or set data.empty_caption", id="prompt_null"),
         pytest.param(GOOD | {"prompt": " "}, "the prompt is empty; write one, or set", id="prompt_blank"),
+        pytest.param(
+            GOOD | {"prompt": "\ufeffa"}, "the caption holds a byte order mark (character 0)", id="prompt_bom"
+        ),
         pytest.param(GOOD | {"prompt": "a\0"}, "the caption holds a NUL character; take it out", id="prompt_nul"),
         pytest.param(
             b'{"path_target": "pictures/t.png", "path_control": "pictures/c.png", "prompt": "\\ud83d"}',
@@ -585,7 +625,8 @@ def test_scan_lists_every_bad_file_at_once(tmp_path: Path) -> None:
             "(belongs to training_images/f.png)",
             "ROOT/training_images/g.png: 4000x5 has aspect 800.0, more than data.limits.max_aspect = 8; cut it, or "
             "raise the limit",
-            "ROOT/training_images/h.gif: has 2 frames or pages; save the one to train on as a still image",
+            "ROOT/training_images/h.gif: has 2 frames or pages; save the one to train on as a still image, "
+            "or set data.first_frame=true",
         ]
     )
 

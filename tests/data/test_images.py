@@ -26,7 +26,7 @@ from mixres.data.images import (
 )
 from mixres.geometry import Size
 
-LIMITS = Limits()
+LIMITS, FIRST = Limits(), Limits(first_frame=True)
 Pixels = NDArray[np.uint8]
 
 
@@ -122,6 +122,42 @@ def test_16_bit_colour_png_is_read_as_8_bit(tmp_path: Path, photo: Image.Image) 
     assert np.array_equal(read(tmp_path, data), np.asarray(photo))
 
 
+def tiff_with(image: Image.Image, tag: int, value: int) -> bytes:
+    """A gray TIFF as Pillow writes it, but for one value of its directory."""
+    data, entry = encode(image, "TIFF"), struct.pack("<HHI", tag, 3, 1)
+    assert data.count(entry) == 1
+    at = data.index(entry) + len(entry)
+    return data[:at] + struct.pack("<H", value) + data[at + 2 :]
+
+
+@pytest.mark.parametrize(("tag", "value"), [(258, 12), (262, 0)], ids=["12_bits", "white_is_zero"])
+def test_16_bit_gray_that_counts_in_another_way_is_refused(tmp_path: Path, tag: int, value: int) -> None:
+    """Pillow hands these numbers out as they are: pictures that are near black, and negatives."""
+    image = Image.fromarray(np.full((16, 16), 4095, np.uint16))
+    assert (read(tmp_path, tiff_with(image, 258, 16)) == 16).all()
+    reason = "is a TIFF whose gray is not 0 (black) to 65535 (white); save it as 8- or 16-bit PNG"
+    assert fault(tmp_path, tiff_with(image, tag, value)) == reason
+
+
+def test_8_bit_gray_whose_white_is_zero_is_no_negative(tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((16, 16), 10, np.uint8))
+    assert (read(tmp_path, tiff_with(image, 262, 0)) == 245).all()
+
+
+def test_16_bit_colour_tiff_is_read_as_8_bit(tmp_path: Path, photo: Image.Image) -> None:
+    """Eight bytes a pixel pair, written by hand: Pillow writes no such file."""
+    pixels = (np.asarray(photo).astype("<u2") * 257).tobytes()
+    values = {256: 120, 257: 80, 258: 16, 259: 1, 262: 2, 273: 0, 277: 3, 278: 80, 279: len(pixels), 284: 1}
+    start = 8 + 2 + 12 * len(values) + 4
+    values[273] = start + 6
+    rows = b"".join(
+        struct.pack("<HHII", tag, 3, 3, start) if tag == 258 else struct.pack("<HHII", tag, 4, 1, value)
+        for tag, value in values.items()
+    )
+    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + rows + bytes(4) + struct.pack("<3H", 16, 16, 16)
+    assert np.array_equal(read(tmp_path, head + pixels), np.asarray(photo))
+
+
 def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
     bits = np.indices((32, 32)).sum(0) % 2 == 0
     expected = np.repeat(np.where(bits, 255, 0)[:, :, None], 3, axis=2)
@@ -177,6 +213,20 @@ def test_gray_with_alpha_and_transparent_colours_are_laid_on_white(tmp_path: Pat
     assert (found[np.asarray(paletted) == index] == 255).all()
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_gray_that_a_png_calls_transparent_is_white_at_every_depth(tmp_path: Path, depth: int) -> None:
+    """All values of the depth in turn; number 1 is the transparent one."""
+    values = np.arange(32 * 32, dtype=np.uint32).reshape(32, 32) % 2 ** min(depth, 8) * (257 if depth == 16 else 1)
+    bits = values[:, :, None] >> np.arange(depth)[::-1] & 1
+    raw = b"".join(b"\0" + np.packbits(row.ravel().astype(np.uint8)).tobytes() for row in bits)
+    key = 257 if depth == 16 else 1
+    data = png_header(32, 32, depth, colour=0) + png_chunk(b"tRNS", struct.pack(">H", key))
+    found = read(tmp_path, data + png_chunk(b"IDAT", zlib.compress(raw)) + png_chunk(b"IEND", b""))
+    gray = np.rint(values / (2**depth - 1) * 255)
+    assert np.array_equal(found, np.repeat(np.where(values == key, 255, gray)[:, :, None], 3, axis=2))
+    assert inspect_image(tmp_path / "picture", LIMITS).flattened
+
+
 def test_opaque_alpha_changes_nothing_and_is_not_counted(tmp_path: Path, photo: Image.Image) -> None:
     assert np.array_equal(read(tmp_path, encode(photo.convert("RGBA"), "PNG")), np.asarray(photo))
     assert not inspect_image(tmp_path / "picture", LIMITS).flattened
@@ -185,7 +235,7 @@ def test_opaque_alpha_changes_nothing_and_is_not_counted(tmp_path: Path, photo: 
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_pixels_without_a_defined_range_are_refused(tmp_path: Path, mode: str) -> None:
     reason = fault(tmp_path, encode(Image.new(mode, (32, 32)), "TIFF"))
-    assert reason == f"has pixels of mode {mode}, whose range is not defined; save it as 8- or 16-bit"
+    assert reason == f"has pixels of mode {mode}, whose range is not defined; save it as 8- or 16-bit RGB or gray"
 
 
 # --- Colour profiles
@@ -197,11 +247,11 @@ GAMMA = 563 / 256
 
 def icc_profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntrXYZ ") -> bytes:
     """A version 2 profile (ICC.1:2001-04) of the given tags; `kind` is its class and connection space."""
-    tags = tags | {
+    tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
         b"cprt": b"text\0\0\0\0none\0",
         b"wtpt": xyz(0.9642, 1.0, 0.8249),
-    }
+    } | tags
     table, body = b"", b""
     start = 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
@@ -263,7 +313,8 @@ def test_embedded_cmyk_profile_is_converted_to_srgb(tmp_path: Path) -> None:
     clut = bytes(round(v * 2.55) if i == 0 else v + 128 for colour in lab for i, v in enumerate(colour))
     identity = struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
     table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + clut + bytes(range(256)) * 3
-    profile = icc_profile(b"CMYK", {b"A2B0": table}, kind=b"prtrLab ")
+    paper = xyz(0.8, 0.8, 0.5)  # yellowish: white is what no ink makes, not what an instrument would call white
+    profile = icc_profile(b"CMYK", {b"A2B0": table, b"wtpt": paper}, kind=b"prtrLab ")
     patches = np.array([[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]], np.uint8)
     image = Image.fromarray(np.kron(patches, np.ones((16, 1), np.uint8)).reshape(5, 16, 4).repeat(2, 0), "CMYK")
     found = read(tmp_path, encode(image, "TIFF", icc_profile=profile))[::2, 0]
@@ -303,6 +354,26 @@ def test_truncated_file_is_refused(tmp_path: Path, photo: Image.Image, file_form
     assert reason.isprintable()
 
 
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_wherever_a_file_ends_it_is_whole_or_refused(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
+    data = encode(photo.resize((24, 16)), file_format)
+    whole = read(tmp_path, data)
+    refused = 0
+    lengths = {*range(0, len(data), 9), *range(len(data) - 40, len(data))}
+    for length in lengths:
+        try:
+            assert np.array_equal(read(tmp_path, data[:length]), whole), length
+        except BadImageError:
+            refused += 1
+    assert refused > len(lengths) - 30, "what may be missing is the mark of the end"
+
+
+def test_damaged_exif_is_told_as_such(tmp_path: Path, photo: Image.Image) -> None:
+    reason = "its EXIF data are damaged, so it is unknown which side is up; save it without"
+    for file_format in ("PNG", "WEBP"):
+        assert fault(tmp_path, encode(photo, file_format, exif=b"Exif\0\0no TIFF header")) == reason
+
+
 def test_corrupt_png_data_is_refused(tmp_path: Path, photo: Image.Image) -> None:
     data = bytearray(encode(photo, "PNG"))
     data[len(data) // 2] ^= 0xFF
@@ -340,8 +411,22 @@ def test_empty_absent_and_odd_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_several_frames_are_refused(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
-    data = encode(photo, file_format, save_all=True, append_images=[photo.rotate(90), photo.rotate(180)])
-    assert fault(tmp_path, data) == "has 3 frames or pages; save the one to train on as a still image"
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = encode(photo, file_format, save_all=True, append_images=[photo.rotate(90), photo.rotate(180)], **options)
+    mend = "save the one to train on as a still image, or set data.first_frame=true"
+    assert fault(tmp_path, data) == f"has 3 frames or pages; {mend}"
+    assert np.array_equal(read(tmp_path, data, FIRST), read(tmp_path, encode(photo, file_format, **options)))
+
+
+def test_the_first_of_several_frames_is_counted(tmp_path: Path, photo: Image.Image) -> None:
+    for count in (1, 3):
+        (tmp_path / "picture").write_bytes(
+            encode(photo.convert("L"), "TIFF", save_all=True, append_images=[photo] * (count - 1))
+        )
+        assert inspect_image(tmp_path / "picture", FIRST).first_of_several == (count > 1)
+        assert inspect_mask(tmp_path / "picture", FIRST).first_of_several == (count > 1)
+    with pytest.raises(BadImageError, match="3 frames"):
+        inspect_mask(tmp_path / "picture", LIMITS)
 
 
 def test_first_picture_of_a_phone_jpeg_is_the_picture(tmp_path: Path, photo: Image.Image) -> None:

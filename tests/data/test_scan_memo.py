@@ -37,6 +37,10 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(PAIRS):
             write_pair(root / f"{test}", f"{number}", (90 + 4 * number, 60))
         PHOTO.resize((90, 60)).convert("L").save(root / f"{test}/training_images/0_mask.png")
+    write_pair(root / "pages", "a")
+    pages = [PHOTO, PHOTO.rotate(90)]
+    pages[0].save(root / "pages/control_images/a.tif", save_all=True, append_images=pages[1:])
+    (root / "pages/control_images/a.bmp").unlink()
     time.sleep(SETTLED_NS / 1e9 + 0.1)
     return root
 
@@ -130,6 +134,21 @@ def test_limits_hold_for_what_is_remembered(data: Path, tmp_path: Path) -> None:
         assert len(tight.records) == 2, limits
         assert tight.unchanged == 2 * 2 + 1
     assert rescan(data, tmp_path / "memo").decoded == 0
+
+
+def test_the_first_of_several_pages_is_remembered_for_those_who_ask_for_it(settled: Path, tmp_path: Path) -> None:
+    asked = [rescan(settled / "pages", tmp_path / "memo", first_frame=True) for _ in range(2)]
+    assert [found.decoded for found in asked] == [2, 0]
+    assert [item.first_of_several for found in asked for item in found.records] == [True, True]
+    (fault,) = rescan(settled / "pages", tmp_path / "memo").faults
+    assert "a.tif: has 2 frames or pages" in str(fault)
+
+
+def test_a_memo_that_cannot_be_written_is_done_without(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "memo").mkdir()
+    for _ in range(2):
+        found = rescan(data, tmp_path / "memo")
+        assert (len(found.records), found.decoded) == (PAIRS, FILES)
 
 
 def test_a_bad_file_is_told_by_every_scan(data: Path, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class Cache:
                 if time.time() - path.stat().st_mtime > max_age:
                     path.unlink()
                     removed += 1
-            except FileNotFoundError:  # another process swept it
+            except OSError:  # another process swept it, or the disk is read-only
                 continue
         return removed
 

@@ -6,6 +6,7 @@ in full, with its upright sizes and the digests of its bytes. Cost: the scan rea
 A later scan with the same memo looks at the state of each file and decodes those that have changed.
 """
 
+import contextlib
 import itertools
 import os
 import sys
@@ -37,6 +38,7 @@ class ScannedRecord(NamedTuple):
     control_sizes: tuple[Size, ...]
     digests: tuple[str, ...]  # of the file bytes: target, each control, then the mask if there is one
     flattened: bool  # a picture had transparency, which was laid on white
+    first_of_several: bool  # a picture is the first of several frames or pages
     regularization: bool = False  # counts in the loss with a weight of its own
 
 
@@ -60,19 +62,22 @@ def find_records(
     """All examples of a folder (sorted by name), a manifest or a saved data set (in their order), and all faults.
 
     Raises:
-        UserError: `source` itself is no data source.
+        UserError: `source` itself is no data source, or cannot be read.
     """
     path = Path(source)
-    if path.is_dir() and is_saved_dataset(path):
-        return records_from_saved_dataset(path, empty_caption=empty_caption)
-    if path.is_dir():
-        return records_from_folder(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
-    if path.is_file() and path.suffix.lower() in SUFFIXES:
-        return records_from_manifest(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
-    kind = "is neither a folder nor a .jsonl or .csv manifest; name one"
-    raise UserError(
-        [f"{printable(source)}: {kind if path.exists() else 'no such folder or manifest; correct the path'}"]
-    )
+    reason = "no such folder or manifest; correct the path"
+    try:
+        if path.is_dir() and is_saved_dataset(path):
+            return records_from_saved_dataset(path, empty_caption=empty_caption)
+        if path.is_dir():
+            return records_from_folder(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
+            return records_from_manifest(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
+        if path.exists():
+            reason = "is neither a folder nor a .jsonl or .csv manifest; name one"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}; make it readable"
+    raise UserError([f"{printable(source)}: {reason}"])
 
 
 def scan(
@@ -92,20 +97,23 @@ def scan(
     `memo`: a file that keeps what the scan found for the next one.
 
     Raises:
-        UserError: one message for each source that is no data source.
+        UserError: there are sources that are no data source; a message for each, and the faults of the others.
     """
     assert not isinstance(sources, str), "a sequence of sources"
-    records, faults = _find_all(sources, limits.follow_symlinks, empty_caption)
+    records, faults, no_sources = _find_all(sources, limits.follow_symlinks, empty_caption)
     jobs = dict.fromkeys(job for record in records for job in _jobs(record))
     known = ScanMemo(memo)
     found, decoded = _inspect(list(jobs), limits, known, workers or min(8, os.cpu_count() or 1), progress)
-    known.save()
+    with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time
+        known.save()
     scanned = []
     for record in records:
         reasons = _record_faults(record, found, min_side)
         faults += reasons
         if not reasons:
             scanned.append(_scanned(record, found))
+    if no_sources:
+        raise UserError([*no_sources, *map(str, faults)])
     return Scan(scanned, faults, decoded, len(jobs) - decoded)
 
 
@@ -126,7 +134,8 @@ def split_held_out(
 
 def _find_all(
     sources: Sequence[str], follow_symlinks: bool, empty_caption: EmptyCaption
-) -> tuple[list[EditRecord], list[Fault]]:
+) -> tuple[list[EditRecord], list[Fault], list[str]]:
+    """Records and faults of all sources, and what is wrong with those that are none."""
     records: list[EditRecord] = []
     faults: list[Fault] = []
     messages: list[str] = []
@@ -138,9 +147,7 @@ def _find_all(
             continue
         records += some
         faults += wrong
-    if messages:
-        raise UserError(messages)
-    return records, faults
+    return records, faults, messages
 
 
 def _jobs(record: EditRecord) -> list[_Job]:
@@ -215,4 +222,5 @@ def _scanned(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError]) 
         control_sizes=tuple(sizes[1 : 1 + len(record.controls)]),
         digests=tuple(f.digest for f in facts),
         flattened=any(f.flattened for f in facts),
+        first_of_several=any(f.first_of_several for f in facts),
     )

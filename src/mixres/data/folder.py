@@ -24,8 +24,8 @@ from mixres.data.records import (
     EmptyCaption,
     Fault,
     empty_caption_fault,
-    parse_caption,
     printable,
+    read_caption,
 )
 from mixres.errors import UserError
 
@@ -234,11 +234,10 @@ def _record(
     elif len(item.captions) == 1:
         caption = root / TARGETS / item.captions[0]
         try:
-            prompt = parse_caption(caption.read_bytes())
+            prompt = read_caption(caption)
             fault = None if prompt else empty_caption_fault(printable(caption), "the caption is empty", empty_caption)
-        except (BadCaptionError, OSError) as error:
-            unreadable = f"the caption cannot be read: {getattr(error, 'strerror', None)}; make it readable"
-            fault = Fault(printable(caption), str(error) if isinstance(error, BadCaptionError) else unreadable)
+        except BadCaptionError as error:
+            fault = Fault(printable(caption), str(error))
         faults += [fault] if fault else []
     if faults:
         return None, faults

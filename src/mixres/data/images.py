@@ -7,7 +7,7 @@ for a JPEG, 25 ms for a PNG.
 Colour policy: an embedded ICC profile is converted to sRGB; without one RGB and gray count as sRGB, CMYK is
 converted by Pillow's formula. A profile that does not fit the pixels is ignored. 16-bit gray is divided by 257. Real
 transparency is laid on a white background. 32-bit integer, floating-point and LAB pixels have no agreed range and
-are refused.
+are refused, and so is gray of a TIFF that is not 0 (black) to 65535 (white).
 """
 
 import stat
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from mixres.data.records import Picture
 from mixres.geometry import Size
@@ -32,6 +33,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff",
 Image.MAX_IMAGE_PIXELS = None
 
 _GRAY_16 = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+_PNG_DEPTH = 24  # where a PNG says how many bits a channel has
 _MODES = _GRAY_16 | {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 # What Pillow's decoders raise on bytes that are not what they claim to be.
 _DECODE_ERRORS = (
@@ -52,14 +54,16 @@ class Limits:
     max_bytes: int = 512 * 2**20
     max_aspect: float = 8.0
     follow_symlinks: bool = False
+    first_frame: bool = False  # of several frames or pages the first is the picture, instead of a fault
 
 
 class ImageFacts(NamedTuple):
-    """What a full decode says of a file: upright size, digest of its bytes, whether transparency was laid on white."""
+    """What a full decode says of a file."""
 
-    size: Size
-    digest: str
-    flattened: bool
+    size: Size  # upright
+    digest: str  # of its bytes
+    flattened: bool  # transparency was laid on white
+    first_of_several: bool  # frames or pages
 
 
 def read_image(path: Picture, limits: Limits) -> Image.Image:
@@ -68,7 +72,7 @@ def read_image(path: Picture, limits: Limits) -> Image.Image:
     Raises:
         BadImageError: with the reason.
     """
-    return _read_rgb(_read_bytes(path, limits), limits)[0]
+    return _rgb(_decode(_read_bytes(path, limits), limits).upright)[0]
 
 
 def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
@@ -77,7 +81,7 @@ def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
     Raises:
         BadImageError: with the reason; another size, real transparency and a mask of 0 and 1 are refused too.
     """
-    mask = _read_mask(_read_bytes(path, limits), limits)
+    mask = _mask(_decode(_read_bytes(path, limits), limits).upright)
     if mask.size != size:
         raise BadImageError(
             f"the mask is {Size(*mask.size)} pixels, its target {Size(*size)}; give it the target's size"
@@ -88,14 +92,17 @@ def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
 def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one picture; see `read_image`."""
     data = _read_bytes(path, limits)
-    picture, flattened = _read_rgb(data, limits)
-    return ImageFacts(Size(*picture.size), xxhash.xxh3_128_hexdigest(data), flattened)
+    image = _decode(data, limits)
+    picture, flattened = _rgb(image.upright)
+    return ImageFacts(Size(*picture.size), xxhash.xxh3_128_hexdigest(data), flattened, image.first_of_several)
 
 
 def inspect_mask(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one mask; see `read_mask`. The caller compares its size with the target's."""
     data = _read_bytes(path, limits)
-    return ImageFacts(Size(*_read_mask(data, limits).size), xxhash.xxh3_128_hexdigest(data), False)
+    image = _decode(data, limits)
+    size = Size(*_mask(image.upright).size)
+    return ImageFacts(size, xxhash.xxh3_128_hexdigest(data), False, image.first_of_several)
 
 
 def check_size(size: Size, limits: Limits) -> None:
@@ -134,13 +141,21 @@ def _read_bytes(path: Picture, limits: Limits) -> bytes:
     return data
 
 
-def _decode(data: bytes, limits: Limits) -> Image.Image:
+class _Decoded(NamedTuple):
+    upright: Image.Image
+    first_of_several: bool
+
+
+def _decode(data: bytes, limits: Limits) -> _Decoded:
     """Header checks, full decode, then upright."""
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
-            _check_header(image, limits)
+            several = _check_header(image, limits)
             image.load()
-            return ImageOps.exif_transpose(image)
+            if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+                # Pillow spreads 2 and 4 bits over 8, but not the gray that is transparent.
+                image.info["transparency"] *= 255 // (2 ** data[_PNG_DEPTH] - 1)
+            return _Decoded(_upright(image), several)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
@@ -150,19 +165,36 @@ def _decode(data: bytes, limits: Limits) -> Image.Image:
         raise BadImageError(f"is damaged, it does not decode: {text}; copy it again") from error
 
 
-def _check_header(image: Image.Image, limits: Limits) -> None:
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS as error:
+        raise BadImageError("its EXIF data are damaged, so it is unknown which side is up; save it without") from error
+
+
+def _check_header(image: Image.Image, limits: Limits) -> bool:
+    """Whether there are frames behind the first."""
     check_size(Size(*image.size), limits)
     # The pictures behind the first of an MPO (many phones' JPEG) are its previews and depth maps, not frames.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise BadImageError(f"has {frames} frames or pages; save the one to train on as a still image")
+    if frames > 1 and not limits.first_frame:
+        mend = "save the one to train on as a still image, or set data.first_frame=true"
+        raise BadImageError(f"has {frames} frames or pages; {mend}")
     if image.mode not in _MODES:
-        raise BadImageError(f"has pixels of mode {image.mode}, whose range is not defined; save it as 8- or 16-bit")
+        mend = "save it as 8- or 16-bit RGB or gray"
+        raise BadImageError(f"has pixels of mode {image.mode}, whose range is not defined; {mend}")
+    if isinstance(image, TiffImageFile) and image.mode in _GRAY_16 and not _is_16_bit_black_to_white(image):
+        raise BadImageError("is a TIFF whose gray is not 0 (black) to 65535 (white); save it as 8- or 16-bit PNG")
+    return frames > 1
 
 
-def _read_rgb(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:
+def _is_16_bit_black_to_white(image: TiffImageFile) -> bool:
+    """Pillow hands out 12 bits, and white that is 0, as they stand in the file."""
+    return image.tag_v2.get(BITSPERSAMPLE) == (16,) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 1
+
+
+def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
     """The picture in sRGB, and whether transparency was laid on white."""
-    image = _decode(data, limits)
     profile = image.info.get("icc_profile")
     image = _eight_bit(image)
     if profile:
@@ -173,8 +205,8 @@ def _read_rgb(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(white, image).convert("RGB"), True
 
 
-def _read_mask(data: bytes, limits: Limits) -> Image.Image:
-    image = _eight_bit(_decode(data, limits))
+def _mask(image: Image.Image) -> Image.Image:
+    image = _eight_bit(image)
     if image.mode == "RGBA":
         raise BadImageError("is a mask with transparency; save it as gray, white where the edit is")
     mask = image.convert("RGB").convert("L")
@@ -186,8 +218,13 @@ def _read_mask(data: bytes, limits: Limits) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """L, RGB or CMYK, 8 bits a channel; RGBA only where something is really transparent."""
     if image.mode in _GRAY_16:
-        scaled = np.rint(np.asarray(image, dtype=np.float32) / 257)
-        return Image.fromarray(scaled.astype(np.uint8))
+        values = np.asarray(image)
+        gray = Image.fromarray(np.rint(values.astype(np.float32) / 257).astype(np.uint8))
+        hidden = values == image.info.get("transparency", -1)
+        if not hidden.any():
+            return gray
+        gray.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+        return gray.convert("RGBA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return rgba if np.asarray(rgba.getchannel("A")).min() < 255 else rgba.convert("RGB")

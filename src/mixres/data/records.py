@@ -5,6 +5,7 @@ Cost: one small read a caption.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from mixres.errors import one_line
@@ -67,12 +68,17 @@ def printable(path: Picture | str) -> str:
     return one_line(str(path))
 
 
-def parse_caption(data: bytes) -> str:
-    """The caption in the bytes of its file, without white space around it.
+def read_caption(path: Path) -> str:
+    """The caption in a file, without white space around it.
 
     Raises:
-        BadCaptionError: not plain UTF-8 text, or longer than `MAX_CAPTION_BYTES`.
+        BadCaptionError: not plain UTF-8 text, or longer than `MAX_CAPTION_BYTES`; or the file cannot be read.
     """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CAPTION_BYTES + 1)
+    except OSError as error:
+        raise BadCaptionError(f"the caption cannot be read: {error.strerror}; make it readable") from error
     if len(data) > MAX_CAPTION_BYTES:
         raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long; shorten it")
     if data.startswith(BYTE_ORDER_MARKS):
@@ -87,10 +93,13 @@ def check_caption(text: str) -> str:
     """`text` without white space around it.
 
     Raises:
-        BadCaptionError: it holds a NUL or half of a surrogate pair, or is longer than `MAX_CAPTION_BYTES`.
+        BadCaptionError: it holds a NUL, a byte order mark or half of a surrogate pair, or is longer than
+            `MAX_CAPTION_BYTES`.
     """
     if "\0" in text:
         raise BadCaptionError("the caption holds a NUL character; take it out")
+    if "\ufeff" in text:
+        raise BadCaptionError(f"the caption holds a byte order mark (character {text.index(chr(0xFEFF))}); take it out")
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:

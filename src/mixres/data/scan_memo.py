@@ -19,7 +19,7 @@ from mixres.data.images import BadImageError, ImageFacts, Limits, check_size
 from mixres.data.records import Picture, Status
 from mixres.geometry import Size
 
-VERSION = f"1, Pillow {pillow_version}"  # another one may read a file differently: then every file is decoded anew
+VERSION = f"2, Pillow {pillow_version}"  # another one may read a file differently: then every file is decoded anew
 SETTLED_NS = 2_000_000_000
 
 
@@ -41,8 +41,10 @@ class ScanMemo:
             status = picture.stat()
             if row[:4] != _state(status) or status.st_size > limits.max_bytes:
                 return None
-            facts = ImageFacts(Size(int(row[4]), int(row[5])), str(row[6]), bool(row[7]))
+            facts = ImageFacts(Size(int(row[4]), int(row[5])), str(row[6]), bool(row[7]), bool(row[8]))
             check_size(facts.size, limits)
+            if facts.first_of_several and not limits.first_frame:
+                return None
         except (BadImageError, OSError, TypeError, ValueError, LookupError):
             return None
         return facts
@@ -50,7 +52,7 @@ class ScanMemo:
     def add(self, picture: Picture, is_mask: bool, status: Status, facts: ImageFacts) -> None:
         """Remember what a decode said; `status` was taken before the picture was read."""
         if max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_NS < self._started_ns:
-            self._new[_key(picture, is_mask)] = [*_state(status), *facts.size, facts.digest, facts.flattened]
+            self._new[_key(picture, is_mask)] = [*_state(status), *facts.size, *facts[1:]]
 
     def save(self) -> None:
         """Put the new rows on disk, beside those that other processes have saved."""
