@@ -150,6 +150,8 @@ RIGHT = {
     "no_adapters": ("model.lora=null", lambda c: c.model.lora, None),
     "two_sources": ("data.train=[a, b]", lambda c: c.data.train, ("a", "b")),
     "one_target": ("model.lora.target_modules=to_q", lambda c: c.model.lora.target_modules, ("to_q",)),
+    "every_third_block": ("train.gradient_checkpointing=3", lambda c: c.train.gradient_checkpointing, 3),
+    "every_block": ("train.gradient_checkpointing=true", lambda c: c.train.gradient_checkpointing, True),
     "grouped_digits": ("batch.max_tokens=16_384", lambda c: c.batch.max_tokens, 16384),
     "equals_in_value": ("cache.cache_dir=/data/a=b", lambda c: c.cache.cache_dir, "/data/a=b"),
 }
@@ -174,6 +176,21 @@ CONFLICTS = {
         "must not be longer than the run",
     ),
     "constant_with_warm_up": (("lr_scheduler.warmup_steps=5",), "write constant_with_warmup"),
+    "quantised_weights_trained": (("model.quantize=int8", "model.lora=null"), "quantised weights cannot be trained"),
+    "quantised_weights_split": (("model.quantize=fp8", "train.parallel=fsdp2"), "cannot be split over devices"),
+    "quantised_in_float64": (
+        ("model.quantize=int8", "model.dtype=float64", "train.mixed_precision=no"),
+        "quantised weights compute in bfloat16 or float32",
+    ),
+    "compiled_packed": (("train.compile=true",), "each batch would be compiled anew"),
+    "compiled_and_split": (
+        ("train.compile=true", "batch.layout=padded", "train.parallel=fsdp2"),
+        "compiled blocks are not split over devices",
+    ),
+    "compiled_and_quantised": (
+        ("train.compile=true", "batch.layout=padded", "model.quantize=int8"),
+        "quantised layers are not compiled",
+    ),
     "all_mask_weights_zero": (
         ("data.mask_weight.foreground=0", "data.mask_weight.background=0"),
         "at least one must be above 0",

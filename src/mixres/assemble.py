@@ -21,6 +21,7 @@ from mixres.config import Config
 from mixres.config_sections import LoraConfig
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
+from mixres.data.rounding import MOST, Rounding, rounding_of
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
 from mixres.examples import stated_areas
@@ -33,7 +34,7 @@ from mixres.models.lora import (
     trainable_parameters,
 )
 from mixres.models.quantize import check_method
-from mixres.models.repeated_blocks import recompute_blocks
+from mixres.models.repeated_blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.precompute import Encoded
 from mixres.training.distributed import launched, shard
 from mixres.training.ema import Ema
@@ -85,6 +86,8 @@ def check_early(config: Config, family: ModuleType) -> None:
     try:
         if model.quantize:
             check_method(model.quantize, here.device)
+        if config.train.compile:
+            check_compiler(here.device)
     except UserError as error:
         faults += error.messages
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
@@ -124,6 +127,8 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
         table = train_all(transformer, untrained=untrained)
     if config.train.gradient_checkpointing:
         recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
+    if config.train.compile:
+        compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MOST))
     if config.train.parallel == "fsdp2":
         shard(transformer, accelerator)
     parameters = trainable_parameters(transformer)
@@ -162,8 +167,9 @@ def make_plan(
     Raises:
         UserError: samples that are over `batch.max_tokens` alone, or no samples.
     """
+    rounding = _rounding(config, lengths)
     return Plan(
-        lengths,
+        [rounding.lengths(length) for length in lengths],
         names=names,
         seed=config.train.seed,
         samples_per_step=config.batch.samples_per_step,
@@ -174,10 +180,16 @@ def make_plan(
     )
 
 
+def _rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
+    """Compiled blocks want few different lengths; without them rows are filled up to the longest alone."""
+    return rounding_of(lengths) if config.train.compile else Rounding()
+
+
 def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first: int, workers: int) -> Iterator[Batch]:
     """The batches of `rank` from optimizer step `first` to the run's end."""
     keys, names = [item.key for item in encoded.train], [item.record.name for item in encoded.train]
-    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout)
+    rounding = _rounding(config, [item.lengths for item in encoded.train])
+    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
