@@ -21,7 +21,9 @@ from mixres.assemble import (
     recipe,
 )
 from mixres.config import Config, load_config
+from mixres.data.rounding import MOST, rounded, rounding_of
 from mixres.errors import UserError
+from mixres.geometry import Grid
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import Encoded, encode_all
 from mixres.training.distributed import make_accelerator
@@ -107,6 +109,28 @@ def test_the_loader_gives_what_the_plan_says(setup: Setup, encoded: Encoded) -> 
             assert batch.tokens == sum(encoded.train[i].lengths.total for i in microbatch.indices)
             assert batch.tokens_computed <= config.batch.max_tokens
     assert next(loader, None) is None
+
+
+def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup, encoded: Encoded) -> None:
+    """The data here have four image lengths, which would stay; so they are said to be longer than they are."""
+    entries = [item.entry for item in encoded.train]
+    longer = [e._replace(img_shapes=(*e.img_shapes, Grid(1, 1, 1 + 9 * n))) for n, e in enumerate(entries)]
+    items = [replace(item, entry=entry) for item, entry in zip(encoded.train, longer, strict=True)]
+    many = Encoded(encoded.cache, items, [])
+    rounding = rounding_of([item.lengths for item in items])
+    assert rounding.image > 1
+    found = {}
+    for compiled in (False, True):
+        config = setup("batch.layout=padded", f"train.compile={str(compiled).lower()}")
+        plan = plan_of(config, many, world_size=1)
+        loader = loader_of(config, many, plan, rank=0, first=0, workers=0)
+        batches = [next(loader) for step in range(5) for _ in plan.step(step).ranks[0]]
+        found[compiled] = {batch.latents.shape[1] for batch in batches}
+        counted = {rounded(item.lengths.image, rounding.image if compiled else 1) for item in items}
+        assert {int(length) for length in plan.lengths[:, 1]} == counted
+    assert len(found[True]) <= len(counted) <= MOST
+    assert all(length % rounding.image == 0 for length in found[True])
+    assert any(length % rounding.image for length in found[False])
 
 
 def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:

@@ -158,6 +158,8 @@ RIGHT = {
     "one_target": ("model.lora.target_modules=to_q", lambda c: c.model.lora.target_modules, ("to_q",)),
     "noise_levels": ("evaluate.sigmas=[0.5, 1]", lambda c: c.evaluate.sigmas, (0.5, 1.0)),
     "regularisation": ("data.regularization=a", lambda c: c.data.regularization, ("a",)),
+    "every_third_block": ("train.gradient_checkpointing=3", lambda c: c.train.gradient_checkpointing, 3),
+    "every_block": ("train.gradient_checkpointing=true", lambda c: c.train.gradient_checkpointing, True),
     "grouped_digits": ("batch.max_tokens=16_384", lambda c: c.batch.max_tokens, 16384),
     "equals_in_value": ("cache.cache_dir=/data/a=b", lambda c: c.cache.cache_dir, "/data/a=b"),
 }
@@ -183,8 +185,23 @@ CONFLICTS = {
     ),
     "constant_with_warm_up": (("lr_scheduler.warmup_steps=5",), "write constant_with_warmup"),
     "weight_of_no_samples": (("loss.prior_loss_weight=0.5",), "name some in data.regularization"),
-    "average_evaluated_without_decay": (("evaluate.use_ema=true",), "there is no average without a decay"),
-    "noise_level_twice": (("evaluate.sigmas=[0.5, 0.2, 0.5]",), "each noise level only once"),
+    "average_evaluated_without_decay": (("evaluate.use_ema=true",), "there is no average without a decay, set one"),
+    "noise_level_twice": (("evaluate.sigmas=[0.5, 0.2, 0.5]",), "name each noise level only once"),
+    "quantised_weights_trained": (("model.quantize=int8", "model.lora=null"), "quantised weights cannot be trained"),
+    "quantised_weights_split": (("model.quantize=fp8", "train.parallel=fsdp2"), "cannot be split over devices"),
+    "quantised_in_float64": (
+        ("model.quantize=int8", "model.dtype=float64", "train.mixed_precision=no"),
+        "quantised weights compute in bfloat16 or float32",
+    ),
+    "compiled_packed": (("train.compile=true",), "each batch would be compiled anew"),
+    "compiled_and_split": (
+        ("train.compile=true", "batch.layout=padded", "train.parallel=fsdp2"),
+        "compiled blocks are not split over devices",
+    ),
+    "compiled_and_quantised": (
+        ("train.compile=true", "batch.layout=padded", "model.quantize=int8"),
+        "quantised layers are not compiled",
+    ),
     "all_mask_weights_zero": (
         ("data.mask_weight.foreground=0", "data.mask_weight.background=0"),
         "at least one must be above 0",

@@ -21,6 +21,7 @@ from mixres.config import Config
 from mixres.config_sections import LoraConfig
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
+from mixres.data.rounding import MOST, Rounding, rounding_of
 from mixres.diffusion.flow_matching import NoiseLevels
 from mixres.errors import UserError
 from mixres.examples import stated_areas
@@ -34,7 +35,7 @@ from mixres.models.lora import (
     trainable_parameters,
 )
 from mixres.models.quantize import check_method
-from mixres.models.repeated_blocks import recompute_blocks
+from mixres.models.repeated_blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.precompute import Encoded, Item
 from mixres.training.distributed import launched, shard
 from mixres.training.ema import Ema
@@ -87,6 +88,8 @@ def check_early(config: Config, family: ModuleType) -> None:
     try:
         if model.quantize:
             check_method(model.quantize, here.device)
+        if config.train.compile:
+            check_compiler(here.device)
     except UserError as error:
         faults += error.messages
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
@@ -126,6 +129,8 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
         table = train_all(transformer, untrained=untrained)
     if config.train.gradient_checkpointing:
         recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
+    if config.train.compile:
+        compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MOST))
     if config.train.parallel == "fsdp2":
         shard(transformer, accelerator)
     parameters = trainable_parameters(transformer)
@@ -174,8 +179,9 @@ def make_plan(
     Raises:
         UserError: samples that are over `batch.max_tokens` alone, or no samples.
     """
+    rounding = _rounding(config, lengths)
     return Plan(
-        lengths,
+        [rounding.lengths(length) for length in lengths],
         names=names,
         weights=weights,
         seed=config.train.seed,
@@ -187,10 +193,16 @@ def make_plan(
     )
 
 
+def _rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
+    """Compiled blocks want few different lengths; without them rows are filled up to the longest alone."""
+    return rounding_of(lengths) if config.train.compile else Rounding()
+
+
 def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first: int, workers: int) -> Iterator[Batch]:
     """The batches of `rank` from optimizer step `first` to the run's end."""
     keys, names = [item.key for item in encoded.train], [item.record.name for item in encoded.train]
-    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout)
+    rounding = _rounding(config, [item.lengths for item in encoded.train])
+    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 

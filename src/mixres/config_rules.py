@@ -30,6 +30,21 @@ RULES: tuple[Rule, ...] = (
         "quantised weights cannot be split over devices: set train.parallel: ddp, or model.quantize: null",
     ),
     (
+        ("train.compile", "batch.layout"),
+        lambda compiled, layout: compiled and layout == "packed",
+        "lengths of packed samples are constants of a compiled graph, each batch would be compiled anew: padded",
+    ),
+    (
+        ("train.compile", "train.parallel"),
+        lambda compiled, parallel: compiled and parallel == "fsdp2",
+        "compiled blocks are not split over devices: set train.parallel: ddp, or train.compile: false",
+    ),
+    (
+        ("train.compile", "model.quantize"),
+        lambda compiled, method: compiled and method is not None,
+        "quantised layers are not compiled: set one of them to its default",
+    ),
+    (
         ("sample.use_ema", "train.ema_decay"),
         lambda use_ema, decay: use_ema and decay is None,
         "set a decay for the average, such as train.ema_decay: 0.999",

@@ -197,6 +197,7 @@ class TrainConfig(Section):
         description="Recompute activations in backward: of all blocks (true), of every n-th (n), or of none (false).",
         json_schema_extra={"allowed": "true, false or an integer >= 1"},
     )
+    compile: bool = Field(False, description="Compile the blocks for training; lengths of rows are rounded up then.")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Decay of a moving average of what is trained, saved beside it; null keeps none."
     )

@@ -94,14 +94,19 @@ class _Look:
         self.foreseen = foreseen_entries(config, family, everything, with_empty)
         self.entries = [self.foreseen[key] for key in train]
         self.faults: list[str] = []
-        fitting = [i for i, e in enumerate(self.entries) if lengths_of(e).most <= config.batch.max_tokens]
-        self.plan = self._planned(range(len(self.entries))) or (self._planned(fitting) if fitting else None)
+        planned: Sequence[int] = range(len(self.entries))
+        self.plan = self._planned(planned)
+        if self.plan is None:
+            planned = [i for i, e in enumerate(self.entries) if lengths_of(e).most <= config.batch.max_tokens]
+            self.plan = self._planned(planned) if planned else None
+        valid = [lengths_of(self.entries[i]) for i in planned]
         cuda = self.device.type == "cuda"
         self.memory = MemoryEstimate(config, family, ranks=ranks, cuda=cuda) if estimate else None
         self.epoch: Totals | None = None
         if self.plan:
-            self.epoch, _ = totals(self.plan, range(min(self.plan.steps_per_epoch, MOST_STEPS)), self._cost)
-            self.run, self.largest = totals(self.plan, range(min(config.train.max_train_steps, MOST_STEPS)), self._cost)
+            epoch, run = (min(n, MOST_STEPS) for n in (self.plan.steps_per_epoch, config.train.max_train_steps))
+            self.epoch, _ = totals(self.plan, valid, range(epoch), self._cost)
+            self.run, self.largest = totals(self.plan, valid, range(run), self._cost)
 
     def _planned(self, indices: Sequence[int]) -> Plan | None:
         lengths = [lengths_of(self.entries[i]) for i in indices]

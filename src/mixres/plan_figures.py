@@ -38,8 +38,18 @@ class Largest(NamedTuple):
     cost: int
 
 
-def totals(plan: Plan, steps: range, cost: Callable[[Sequence[Lengths]], int]) -> tuple[Totals, Largest]:
-    """Sums over `steps`, at least one, and the microbatch among them for which `cost` is the highest."""
+def _valid_tokens(valid: Sequence[Lengths], microbatch: Microbatch) -> int:
+    own = [(i in microbatch.dropped, valid[i]) for i in microbatch.indices]
+    return sum((length.without_caption() if dropped else length).total for dropped, length in own)
+
+
+def totals(
+    plan: Plan, valid: Sequence[Lengths], steps: range, cost: Callable[[Sequence[Lengths]], int]
+) -> tuple[Totals, Largest]:
+    """Sums over `steps`, at least one, and the microbatch among them for which `cost` is the highest.
+
+    `valid` are the samples' own lengths: those of the plan may be rounded up.
+    """
     ranks = [0] * plan.world_size
     samples = tokens = heaviest = fillers = short = 0
     counts: list[int] = []
@@ -52,7 +62,7 @@ def totals(plan: Plan, steps: range, cost: Callable[[Sequence[Lengths]], int]) -
         for rank, microbatch in ((r, m) for r, ms in enumerate(step.ranks) for m in ms):
             lengths, real = plan.lengths_in(microbatch), any(microbatch.weights)
             loads[rank] += computed_tokens(lengths, plan.layout)
-            tokens += sum(length.total for length in lengths) if real else 0
+            tokens += _valid_tokens(valid, microbatch) if real else 0
             fillers += not real
             if largest is None or cost(lengths) > largest.cost:
                 largest = Largest(microbatch, lengths, cost(lengths))

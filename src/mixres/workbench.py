@@ -59,7 +59,8 @@ def set_up(config: Config, family: ModuleType, accelerator: Accelerator) -> Work
     Raises:
         UserError: the base cannot be loaded.
     """
-    whole = config.train.model_copy(update={"parallel": "ddp"})  # one process has nothing to split
+    # One process has nothing to split; compiled blocks are for the lengths of a plan, these verbs batch otherwise.
+    whole = config.train.model_copy(update={"parallel": "ddp", "compile": False})
     config = config.model_copy(update={"train": whole})
     return Workbench(config, accelerator, load_trained(config, family, accelerator), objective_of(config, family))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Lengths, computed_tokens
+from mixres.data.rounding import Rounding, rounded
 from mixres.geometry import Grid
 
 CHANNELS, WIDTH = 4, 3
@@ -142,3 +143,26 @@ def test_a_sample_alone_has_no_filler_and_the_batch_is_a_copy(layout: Layout) ->
     batch.latents.zero_()
     batch.prompt_embeds.zero_()
     assert latents.all() and text.all()
+
+
+@derandomized
+@given(mixes)
+def test_rounded_rows_hold_the_same_tokens_and_more_filler(chosen: list[Sample]) -> None:
+    indices = list(range(len(chosen)))
+    plain = collate(chosen, indices=indices, weights=[1.0] * len(chosen), layout="padded")
+    rounding = Rounding(text=4, image=8)
+    batch = collate(chosen, indices=indices, weights=[1.0] * len(chosen), layout="padded", rounding=rounding)
+    for name, multiple in (("latents", 8), ("prompt_embeds", 4)):
+        before, after = getattr(plain, name), getattr(batch, name)
+        longest = before.shape[1]
+        assert after.shape == (len(chosen), rounded(longest, multiple), before.shape[2])
+        assert torch.equal(after[:, :longest], before)
+        assert not after[:, longest:].any()
+    assert torch.equal(batch.latents.flatten(0, 1)[batch.target_index], plain.latents.flatten(0, 1)[plain.target_index])
+    lengths = [len(sample.prompt_embeds) for sample in chosen]
+    if batch.prompt_mask is None:
+        assert min(lengths) == batch.prompt_embeds.shape[1]
+    else:
+        assert batch.prompt_mask.sum(dim=1).tolist() == lengths
+    counted = [rounding.lengths(Lengths(n, len(image(s)), 1)) for n, s in zip(lengths, chosen, strict=True)]
+    assert batch.tokens_computed == computed_tokens(counted, "padded")

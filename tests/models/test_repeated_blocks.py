@@ -1,5 +1,10 @@
-"""Recomputed blocks: the gradients bit for bit, which blocks, and how many bytes are kept for backward."""
+"""Recomputed blocks: the gradients bit for bit, which blocks, and how many bytes are kept for backward.
 
+Compiled blocks: the gradients to rounding, and how many graphs there are. Without the slow tier's inductor, graphs are
+traced and differentiated as for it, and run as they are ("aot_eager").
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +17,34 @@ from mixes import (
     TEXT_WIDTH,
     Result,
     assert_identical,
+    backward,
+    filled_up,
+    forward_error,
+    gradient_error,
     loss,
     main_mix,
+    make_mix,
     padded_call,
     random_mix,
     run,
+    valid_slots,
+    vanished,
 )
 from peft import LoraConfig
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
+from mixres.data.rounding import Rounding, rounded
+from mixres.errors import UserError
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
-from mixres.models.repeated_blocks import recompute_blocks, repeated_blocks
+from mixres.models.repeated_blocks import (
+    check_compiler,
+    compile_blocks,
+    most_graphs,
+    recompute_blocks,
+    repeated_blocks,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,3 +126,93 @@ def test_a_recomputed_block_keeps_its_inputs_alone() -> None:
     assert 19 * inputs < kept[BLOCKS, 0] - kept[BLOCKS - 1, 0] < 20 * inputs
     assert kept[BLOCKS, 1] < kept[BLOCKS, 2] < kept[BLOCKS, 60] < kept[BLOCKS, 0]
     assert kept[BLOCKS, 2] - kept[BLOCKS, 1] > 2 * 18 * inputs
+
+
+@pytest.fixture
+def no_graphs() -> Iterator[None]:
+    """What is compiled, and how many graphs may be, is kept for the process."""
+    limits = torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit = limits
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def compiled_as_plain(backend: str) -> None:
+    plain, compiled = small_model(3), small_model(3)
+    compile_blocks(compiled, graphs=most_graphs(rows=3, lengths=2), backend=backend)
+    for every in (0, 1, 2):
+        for model in (plain, compiled):
+            if every:
+                recompute_blocks(model, every=every)
+        for mix in (main_mix(), random_mix(3)):
+            ours, theirs = run(compiled, mix, "padded"), run(plain, mix, "padded")
+            assert forward_error(ours, theirs) <= 1e-5
+            assert gradient_error(ours, theirs) <= 1e-5
+            # Zeros for none in the last block's text stream, which reaches no loss; runs freeze it.
+            assert vanished(ours.gradients).keys() == vanished(theirs.gradients).keys()
+    assert 0 < graphs() <= 2 * 3, "three kinds of blocks for each of the two shapes"
+    assert sum(counters["graph_break"].values()) == 0
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones() -> None:
+    compiled_as_plain("aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("no_graphs")
+def test_inductors_code_gives_the_outputs_and_gradients_of_plain_blocks() -> None:
+    compiled_as_plain("inductor")
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_rounded_lengths_bound_the_graphs_and_the_next_epoch_needs_none() -> None:
+    """Eight microbatches of other sizes, and two image lengths and one text length after rounding."""
+    model, rounding = small_model(3), Rounding(text=16, image=64)
+    compile_blocks(model, graphs=most_graphs(rows=2, lengths=2), backend="aot_eager")
+    mixes = [make_mix([[(1, 5, 5 + n)], [(1, 8, 4 + n)]], [3 + n, 9], seed=n) for n in range(8)]
+    shapes = set()
+    for epoch in range(2):
+        for mix in mixes:
+            images, texts = (max(len(row) for row in rows) for rows in (mix.images, mix.texts))
+            more_images, more_texts = rounded(images, rounding.image) - images, rounded(texts, rounding.text) - texts
+            shapes.add((images + more_images, texts + more_texts))
+            (output,) = model(
+                hidden_states=filled_up(mix.images, more_images, 0.0),
+                encoder_hidden_states=filled_up(mix.texts, more_texts, 0.0),
+                encoder_hidden_states_mask=valid_slots(mix.texts, more_texts),
+                timestep=mix.timesteps,
+                img_shapes=mix.shapes,
+                return_dict=False,
+            )
+            outputs = [row[: len(image)] for row, image in zip(output, mix.images, strict=True)]
+            backward(model, outputs, loss(outputs, mix))
+        if epoch == 0:
+            assert len(shapes) == 2
+            assert graphs() <= 3 * len(shapes)
+            first = graphs()
+    assert graphs() == first
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_where_no_gradient_is_asked_for_nothing_is_compiled() -> None:
+    plain, compiled = small_model(3), small_model(3)
+    compile_blocks(compiled, graphs=1, backend="aot_eager")
+    with torch.no_grad():
+        for seed in range(3):
+            call = padded_call(random_mix(seed))
+            assert torch.equal(compiled(**call)[0], plain(**call)[0])
+    assert graphs() == 0
+
+
+def test_a_machine_without_a_compiler_is_told() -> None:
+    absent = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with absent, fresh_cache(), pytest.raises(UserError, match=r"train.compile: torch.compile does not work on cpu \("):
+        check_compiler(torch.device("cpu"))

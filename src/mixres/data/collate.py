@@ -11,17 +11,28 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mixres.batch import Batch, Sample
 from mixres.data.plan import Layout
+from mixres.data.rounding import Rounding, rounded
 
 
-def collate(samples: Sequence[Sample], *, indices: Sequence[int], weights: Sequence[float], layout: Layout) -> Batch:
-    """One microbatch in `layout`; `indices` and `weights` belong to the samples, see `Batch`."""
+def collate(
+    samples: Sequence[Sample],
+    *,
+    indices: Sequence[int],
+    weights: Sequence[float],
+    layout: Layout,
+    rounding: Rounding = Rounding(),  # noqa: B008 - an immutable pair of ones
+) -> Batch:
+    """One microbatch in `layout`; `indices` and `weights` belong to the samples, see `Batch`.
+
+    Padded rows are filled up to the longest, `rounding` up.
+    """
     images = [torch.cat([s.target_latents, *s.control_latents]) for s in samples]
     texts = [s.prompt_embeds for s in samples]
     text_lengths = tuple(len(text) for text in texts)
     target_lengths = tuple(len(s.target_latents) for s in samples)
-    latents, starts = _pad(images) if layout == "padded" else _pack(images)
-    prompt_embeds, _ = _pad(texts) if layout == "padded" else _pack(texts)
-    padded_text = layout == "padded" and min(text_lengths) < max(text_lengths)
+    latents, starts = _pad(images, rounding.image) if layout == "padded" else _pack(images)
+    prompt_embeds, _ = _pad(texts, rounding.text) if layout == "padded" else _pack(texts)
+    padded_text = layout == "padded" and min(text_lengths) < prompt_embeds.shape[1]
     return Batch(
         layout=layout,
         indices=tuple(indices),
@@ -30,7 +41,7 @@ def collate(samples: Sequence[Sample], *, indices: Sequence[int], weights: Seque
         target_index=torch.cat([torch.arange(n) + first for n, first in zip(target_lengths, starts, strict=True)]),
         target_lengths=target_lengths,
         prompt_embeds=prompt_embeds,
-        prompt_mask=_valid(text_lengths) if padded_text else None,
+        prompt_mask=_valid(text_lengths, prompt_embeds.shape[1]) if padded_text else None,
         text_lengths=text_lengths,
         img_shapes=tuple(s.img_shapes for s in samples),
         edit_mask=torch.cat([_edit_mask(s) for s in samples]),
@@ -39,9 +50,11 @@ def collate(samples: Sequence[Sample], *, indices: Sequence[int], weights: Seque
     )
 
 
-def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """`(B, longest, ...)`, and where each row begins in its flattened form."""
+def _pad(rows: Sequence[Tensor], multiple: int) -> tuple[Tensor, list[int]]:
+    """`(B, longest, ...)`, the longest rounded up, and where each row begins in its flattened form."""
     padded = pad_sequence(list(rows), batch_first=True)
+    if missing := rounded(padded.shape[1], multiple) - padded.shape[1]:
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, missing))
     return padded, [b * padded.shape[1] for b in range(len(rows))]
 
 
@@ -53,8 +66,8 @@ def _pack(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.cat(list(rows)).unsqueeze(1), starts
 
 
-def _valid(lengths: Sequence[int]) -> Tensor:
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+def _valid(lengths: Sequence[int], slots: int) -> Tensor:
+    return torch.arange(slots) < torch.tensor(lengths)[:, None]
 
 
 def _edit_mask(sample: Sample) -> Tensor:

@@ -19,6 +19,7 @@ from mixres.batch import Batch, Sample
 from mixres.data.cache import Cache, DamagedEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Microbatch, Plan
+from mixres.data.rounding import Rounding
 from mixres.errors import WorkError
 
 
@@ -34,8 +35,15 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
     A damaged or missing entry comes back as the error, not raised: a worker's exception would arrive as a traceback.
     """
 
-    def __init__(self, cache: Cache, keys: Sequence[str], names: Sequence[str], layout: Layout) -> None:
-        self.cache, self.keys, self.names = cache, keys, names
+    def __init__(
+        self,
+        cache: Cache,
+        keys: Sequence[str],
+        names: Sequence[str],
+        layout: Layout,
+        rounding: Rounding = Rounding(),  # noqa: B008 - an immutable pair of ones
+    ) -> None:
+        self.cache, self.keys, self.names, self.rounding = cache, keys, names, rounding
         self.layout: Layout = layout
 
     def __getitem__(self, microbatch: Microbatch) -> Batch | WorkError:
@@ -43,7 +51,13 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
             samples = samples_of(microbatch, lambda i: self.cache.read(self.keys[i], name=self.names[i]))
         except (DamagedEntry, FileNotFoundError) as error:
             return WorkError(f"{error}: run the same command again")
-        return collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=self.layout)
+        return collate(
+            samples,
+            indices=microbatch.indices,
+            weights=microbatch.weights,
+            layout=self.layout,
+            rounding=self.rounding,
+        )
 
 
 class _RankMicrobatches:

@@ -20,7 +20,13 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from mixres.models.qwen_rope import JointRotary, PackedLengths, apply_rotary_emb_qwen_batched, joint_frequencies
+from mixres.models.qwen_rope import (
+    JointRotary,
+    PackedLengths,
+    apply_rotary_emb_qwen_batched,
+    apply_rotary_emb_real,
+    joint_frequencies,
+)
 
 
 def joint_mask(text_mask: Tensor | None, image_mask: Tensor | None, text_tokens: int, image: Tensor) -> Tensor | None:
@@ -78,7 +84,8 @@ class QwenDoubleStreamAttnProcessor2_0_MultiRes:
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
         if rotary is not None:
-            query, key = (apply_rotary_emb_qwen_batched(x, rotary.freqs) for x in (query, key))
+            rotate = apply_rotary_emb_qwen_batched if rotary.freqs.is_complex() else apply_rotary_emb_real
+            query, key = (rotate(x, rotary.freqs) for x in (query, key))
         joined = self._dispatch(query, key, value, mask).flatten(2, 3).to(query.dtype)
         text_tokens = text[0].shape[1]
         return joined[:, :text_tokens].contiguous(), joined[:, text_tokens:].contiguous()

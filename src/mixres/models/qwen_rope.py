@@ -11,7 +11,7 @@ Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class JointRotary:
     freqs: Tensor  # (L, D/2), (B, L, D/2), or packed (L_total, D/2), text before image in each sample
     mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
     packed: PackedLengths | None = None
+
+    def real(self) -> "JointRotary":
+        """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
+        return replace(self, freqs=torch.view_as_real(self.freqs))
 
 
 class PlannedShapes(list[list[Shape]]):
@@ -190,3 +194,11 @@ def apply_rotary_emb_qwen_batched(x: Tensor, freqs_cis: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(wide.reshape(*wide.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)
+
+
+def apply_rotary_emb_real(x: Tensor, cosines_sines: Tensor) -> Tensor:
+    """The same rotation without complex numbers, for compiled code; `cosines_sines` is `([B,] S, D/2, 2)`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    cosine, sine = cosines_sines.unsqueeze(-3).unbind(-1)
+    even, odd = wide.reshape(*wide.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).type_as(x)
