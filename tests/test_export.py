@@ -333,7 +333,7 @@ def test_a_run_that_trained_all_weights_becomes_one_file(small_run: Path, small_
         with pytest.raises(UserError) as caught:
             run_export(folder, out if merge else tmp_path / "out.safetensors", form, merge=merge)
         assert caught.value.messages == (reason,)
-    with pytest.raises(UserError, match="is of a run that trains all weights: only its result can be exported"):
+    with pytest.raises(UserError, match="is of a run that trains all weights: name its result"):
         run_export(folder / "checkpoints" / "step-00000002", tmp_path / "out.safetensors", "diffusers")
 
 
@@ -354,7 +354,7 @@ def test_all_that_is_wrong_is_told_at_once(lora: Path, tmp_path: Path, capsys: p
         "--out: not given; write --out FILE, which ends in .safetensors (a folder for diffusers with --merge)",
     ]
     assert refused(str(tmp_path), "--format", "comfy", "--mrge", capsys=capsys)[:2] == [
-        "--mrge: unknown option of export; did you mean '--merge'?",
+        "--mrge: unknown option of export; see export --help; did you mean '--merge'?",
         "--format: given comfy, allowed: one of diffusers, comfyui",
     ]
     lines = refused(str(lora), "--format", "comfyui", "--out", str(there), "--base", "elsewhere", capsys=capsys)
@@ -385,8 +385,8 @@ def test_a_base_that_cannot_be_had_or_does_not_fit_is_told(
     save_file(tensors, weights)
     (line,) = refused(str(file), *merge, "--base", str(broken), capsys=capsys)
     assert line == (
-        f"--base: {broken / 'transformer'} holds F8_E4M3 weights (img_in.weight): only F64, F32, F16, BF16 can be "
-        "written"
+        f"--base: {broken / 'transformer'} holds F8_E4M3 weights (img_in.weight): name a base of "
+        "F64, F32, F16, BF16; name another"
     )
     weights.write_bytes(weights.read_bytes()[:-1])
     (line,) = refused(str(file), *merge, "--base", str(broken), capsys=capsys)

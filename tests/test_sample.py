@@ -289,7 +289,7 @@ def test_everything_wrong_is_told_at_once(edit: Trained, tmp_path: Path, capsys:
     ]  # fmt: skip
     lines = refused(capsys, words)
     expected = (
-        "--stepz: unknown option of sample; did you mean '--steps'?",
+        "--stepz: unknown option of sample; see sample --help; did you mean '--steps'?",
         "3: unknown option of sample",
         "--device: toaster cannot be used: ",
         "--steps: given 1, allowed: an integer >= 2 and <= 1000",
@@ -429,7 +429,7 @@ def changed(run: Trained, folder: Path, **recipe: Any) -> Path:
 def test_a_part_of_the_base_that_is_missing_is_told_as_the_bases(edit: Trained, tmp_path: Path) -> None:
     base = shutil.copytree(edit.base, tmp_path / "base")
     shutil.rmtree(base / "text_encoder")
-    with pytest.raises(UserError, match=f"^--base: {base / 'text_encoder'} is missing$"):
+    with pytest.raises(UserError, match=f"^--base: {base / 'text_encoder'} is missing: download it$"):
         sample(edit.request(tmp_path / "out", base=str(base)))
 
 

@@ -32,7 +32,7 @@ RULES: tuple[Rule, ...] = (
     (
         ("train.compile", "batch.layout"),
         lambda compiled, layout: compiled and layout == "packed",
-        "lengths of packed samples are constants of a compiled graph, each batch would be compiled anew: padded",
+        "lengths of packed samples are constants of a compiled graph, each batch would be compiled anew: write padded",
     ),
     (
         ("train.compile", "train.parallel"),

@@ -46,13 +46,9 @@ def _valid_tokens(valid: Sequence[Lengths], microbatch: Microbatch) -> int:
 def totals(
     plan: Plan, valid: Sequence[Lengths], steps: range, cost: Callable[[Sequence[Lengths]], int]
 ) -> tuple[Totals, Largest]:
-    """Sums over `steps`, at least one, and the microbatch among them for which `cost` is the highest.
-
-    `valid` are the samples' own lengths: those of the plan may be rounded up.
-    """
-    ranks = [0] * plan.world_size
+    """Sums over `steps`, at least one, and the microbatch among them of the highest `cost`; `valid`: unrounded lengths."""
+    ranks, counts = [0] * plan.world_size, list[int]()
     samples = tokens = heaviest = fillers = short = 0
-    counts: list[int] = []
     largest: Largest | None = None
     for number in steps:
         step = plan.step(number)
