@@ -46,7 +46,7 @@ def _valid_tokens(valid: Sequence[Lengths], microbatch: Microbatch) -> int:
 def totals(
     plan: Plan, valid: Sequence[Lengths], steps: range, cost: Callable[[Sequence[Lengths]], int]
 ) -> tuple[Totals, Largest]:
-    """Sums over `steps`, at least one, and the microbatch among them of the highest `cost`; `valid`: unrounded lengths."""
+    """Sums over `steps`, at least one, and their microbatch of the highest `cost`; `valid`: lengths not rounded."""
     ranks, counts = [0] * plan.world_size, list[int]()
     samples = tokens = heaviest = fillers = short = 0
     largest: Largest | None = None
