@@ -156,7 +156,7 @@ def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
     assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
     (line,) = [line for line in jobs.output("loader").splitlines() if line.startswith("mixres: error: ")]
     assert "is killed by signal: Killed" in line
-    assert "lower data.num_workers" in line
+    assert line.startswith("mixres: error: data.num_workers: ") and line.endswith("lower it")
     assert last_step(folder) >= 2
 
 

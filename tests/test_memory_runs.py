@@ -52,7 +52,7 @@ def test_two_ranks_train_over_a_quantised_base_as_one(job: Jobs) -> None:
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
-def test_a_compiled_run_is_a_plain_one_and_goes_on(job: Jobs) -> None:
+def test_a_compiled_run_is_a_plain_one(job: Jobs) -> None:
     """By inductor; every second block is recomputed. Each new shape is compiled, so the run is short."""
     words = (
         "batch.layout=padded",
@@ -62,15 +62,12 @@ def test_a_compiled_run_is_a_plain_one_and_goes_on(job: Jobs) -> None:
     )
     job("plain", *words)
     job("compiled", *words, "train.compile=true")
-    job("compiled_halves", *words, "train.compile=true", "train.max_train_steps=1")
-    job("compiled_halves", *words, "train.compile=true")
     plain, compiled = metrics(job.root / "plain"), metrics(job.root / "compiled")
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert other["tokens"] == one["tokens"]
         assert other["tokens_computed"] >= one["tokens_computed"]
-    assert metrics(job.root / "compiled_halves") == compiled
 
 
 def test_what_cannot_be_is_refused_before_anything_is_encoded_and_without_a_library_s_chatter(job: Jobs) -> None:

@@ -32,7 +32,7 @@ from mixres.training.step import run_step
 
 REPOSITORY = Path(__file__).parents[1]
 STOCK_PROCESS = str(Path(__file__).with_name("stock_process.py"))
-CURVE_STEPS = int(os.environ.get("MIXRES_CURVE_STEPS", "60"))  # of the run's 400; all of them take six minutes
+CURVE_STEPS = int(os.environ.get("MIXRES_CURVE_STEPS", "40"))  # of the run's 400; all of them take six minutes
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -59,7 +59,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 def test_make_test_checks_style_and_types_and_runs_the_fast_tier(clone: Clone) -> None:
     """Only what it would do: the tier cannot run inside itself."""
     commands = clone.make("-n", "test").stdout
-    for part in ("-e '.[demo,test]'", "ruff check .", "ruff format --check .", "mypy", "python -m pytest\n"):
+    for part in ("-e '.[demo,test,docs]'", "ruff check .", "ruff format --check .", "mypy", "python -m pytest\n"):
         assert part in commands, part
     assert '-m "slow and not gpu"' in clone.make("-n", "test-slow").stdout
 

@@ -167,6 +167,7 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
 @pytest.mark.usefixtures("no_graphs")
 def test_inductors_code_gives_the_outputs_and_gradients_of_plain_blocks() -> None:
     compiled_as_plain("inductor")
