@@ -19,9 +19,8 @@ from mixres.config import Config
 from mixres.data.plan import Layout
 from mixres.models.lora import add_lora, train_all, trainable_parameters
 from mixres.models.quantize import stored_bytes
-from mixres.training.optim import optimizer_class
+from mixres.training.optim import TRIAL_SIZE, optimizer_class, state_of_a_step
 
-_TRIED = 64  # side of the parameter that the optimizer is tried on
 _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
 
 
@@ -117,13 +116,9 @@ def optimizer_bytes(config: Config) -> float:
     8 (two float32, as AdamW) where its class works on a GPU only.
     """
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
-    parameter = torch.nn.Parameter(torch.zeros(_TRIED, _TRIED))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = kind([parameter], **config.optimizer.init_args)
     try:
-        optimizer.step()
+        state = state_of_a_step(kind, config.optimizer.init_args, device=torch.device("cpu"))
     except (RuntimeError, ValueError, NotImplementedError, AssertionError):
         return 8.0
-    state: dict[str, Any] = optimizer.state[parameter]
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(value.numel() * value.itemsize for value in tensors) / parameter.numel()
+    return sum(value.numel() * value.itemsize for value in tensors) / TRIAL_SIZE**2

@@ -20,7 +20,7 @@ from mixres.errors import UserError
 
 KEY = "optimizer.class_path"
 _OPTIONAL = ("bitsandbytes", "prodigyopt", "torchao")  # installed under the names that they are imported by
-_TRIAL_SIZE = 64  # a matrix of 4096 numbers, the fewest of which 8-bit optimizers keep a quantised state
+TRIAL_SIZE = 64  # a matrix of 4096 numbers, the fewest of which 8-bit optimizers keep a quantised state
 
 
 def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optimizer]:
@@ -55,6 +55,16 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     return found
 
 
+def state_of_a_step(kind: type[Optimizer], init_args: Mapping[str, Any], *, device: torch.device) -> dict[str, Any]:
+    """What the optimizer keeps of one parameter of `TRIAL_SIZE` x `TRIAL_SIZE` numbers after a step on `device`."""
+    matrix = torch.nn.Parameter(torch.zeros(TRIAL_SIZE, TRIAL_SIZE, device=device))
+    matrix.grad = torch.ones_like(matrix)
+    optimizer = kind([matrix], **init_args)
+    optimizer.step()
+    state: dict[str, Any] = optimizer.state[matrix]
+    return state
+
+
 def check_step(
     kind: type[Optimizer], class_path: str, init_args: Mapping[str, Any], *, device: torch.device, split: bool
 ) -> None:
@@ -63,17 +73,13 @@ def check_step(
     Raises:
         UserError: it cannot step; or the weights are to be `split` over ranks by rows, and its state cannot be.
     """
-    matrix = torch.nn.Parameter(torch.zeros(_TRIAL_SIZE, _TRIAL_SIZE, device=device))
-    matrix.grad = torch.ones_like(matrix)
-    optimizer = kind([matrix], **init_args)
     try:
-        optimizer.step()
+        state = state_of_a_step(kind, init_args, device=device)
     except Exception as error:  # whatever a third-party class, or the compiler it calls, stumbles over
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{KEY}: {class_path} cannot step on {device} ({type(error).__name__}: {reason}): choose another"
         ) from error
-    state = optimizer.state[matrix]
     unsplit = [k for k, v in state.items() if isinstance(v, torch.Tensor) and (v.dim() == 1 or len(_parts(k, v)) > 1)]
     if split and unsplit:
         raise UserError(
