@@ -1,13 +1,12 @@
 """Draws the pictures of docs/multi_resolution.md and counts what it states: `python scripts/mixed_batch_figures.py`.
 
-Promise: sizes, layouts and the mask come from the code that trains; the bucket rule that they are compared with is
-stated here and on the page. Needs Pillow and torch. Cost: seconds.
+Promise: sizes, layouts and the mask come from the code that trains; the bucket rule that they are compared with
+is that of `inspect`. Needs Pillow and torch. Cost: seconds.
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mixres.batch import Batch, Sample
+from mixres.bucketing import bucket_shapes, crop_loss, nearest
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.geometry import Size, control_size, target_size, token_grid
@@ -54,7 +54,6 @@ PICTURES = (
     Size(2480, 3508),
     Size(640, 427),
 )
-BUCKET_STEP = 64
 
 
 class Crop(NamedTuple):
@@ -64,21 +63,10 @@ class Crop(NamedTuple):
     lost: float
 
 
-def buckets() -> Iterator[Size]:
-    """Sides in steps of 64, as tall as 1024 x 1024 pixels of area allow, aspects up to 4."""
-    for width in range(BUCKET_STEP, 4 * 1024, BUCKET_STEP):
-        height = AREA // width // BUCKET_STEP * BUCKET_STEP
-        if height and max(width, height) <= 4 * min(width, height):
-            yield Size(width, height)
-
-
 def bucket_crop(source: Size) -> Crop:
-    """The bucket of the nearest aspect; the picture is scaled until it covers it, and what stands over is cut off."""
-    aspect = source.width / source.height
-    bucket = min(buckets(), key=lambda b: abs(math.log(b.width / b.height / aspect)))
-    scale = max(bucket.width / source.width, bucket.height / source.height)
-    kept = bucket.width * bucket.height / (source.width * source.height * scale**2)
-    return Crop(bucket, 1 - kept)
+    """What the bucket rule of `mixres.bucketing` does to a picture, at 1024 x 1024 pixels of area."""
+    bucket = nearest(source, bucket_shapes(AREA))
+    return Crop(bucket, crop_loss(source, bucket))
 
 
 def stretch(source: Size) -> float:
