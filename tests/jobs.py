@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixres.sampling import HeldOutSampler
+
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 PYTHON = (sys.executable,)
@@ -25,6 +27,22 @@ def torchrun(ranks: int) -> tuple[str, ...]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
+    """What `stock_process.py` is told of the pictures that the sampler makes."""
+    config = sampler.config
+    return [
+        {
+            "controls": [str(path) for path in item.record.controls],
+            "prompt": item.record.prompt,
+            "width": item.target_size.width,
+            "height": item.target_size.height,
+            "steps": config.sample.steps,
+            "seed": config.train.seed,
+        }
+        for item in sampler.items
+    ]
 
 
 class Jobs:

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from family_cases import CASES, FamilyCase
+from jobs import stock_calls
 from mixres.config import Config, load_config
 from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
@@ -138,17 +139,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
     transformer = family.load_transformer(str(runs.base), dtype=torch.float32, device="cpu")
     sampler = HeldOutSampler(config, family, transformer, encode_all(config, family, device=torch.device("cpu")))
     sampler.pipeline.load_lora_weights(unbroken)
-    cases = [
-        {
-            "controls": [str(path) for path in item.record.controls],
-            "prompt": item.record.prompt,
-            "width": item.target_size.width,
-            "height": item.target_size.height,
-            "steps": config.sample.steps,
-            "seed": config.train.seed,
-        }
-        for item in sampler.items
-    ]
+    cases = stock_calls(sampler)
     done = process(
         [sys.executable, str(STOCK_PROCESS), str(runs.base), str(unbroken), str(tmp_path)], json.dumps(cases)
     )

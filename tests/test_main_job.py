@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from jobs import stock_calls
 from mixres.assemble import load_trained
 from mixres.config import Config, load_config
 from mixres.config_sections import ATTENTION
@@ -176,17 +177,7 @@ def own_pictures(job: Job, run: str) -> tuple[list[dict[str, Any]], list[Image.I
     for name, parameter in trained.parameters.items():
         parameter.data.copy_(saved[name])
     sampler = HeldOutSampler(config, family, trained.transformer, encode_all(config, family, device=accelerator.device))
-    cases = [
-        {
-            "controls": [str(path) for path in item.record.controls],
-            "prompt": item.record.prompt,
-            "width": item.target_size.width,
-            "height": item.target_size.height,
-            "steps": config.sample.steps,
-            "seed": config.train.seed,
-        }
-        for item in sampler.items
-    ]
+    cases = stock_calls(sampler)
     return cases, [sampler.predict(item) for item in sampler.items]
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from jobs import stock_calls
 from mixres.assemble import load_trained, objective_of, plan_of
 from mixres.batch import Sample
 from mixres.config import Config, load_config
@@ -166,17 +167,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
 ) -> None:
     config, encoded, transformer = trained(clone, quickstart[0], tmp_path)
     sampler = HeldOutSampler(config, family, transformer, encoded)
-    cases = [
-        {
-            "controls": [str(path) for path in item.record.controls],
-            "prompt": item.record.prompt,
-            "width": item.target_size.width,
-            "height": item.target_size.height,
-            "steps": config.sample.steps,
-            "seed": config.train.seed,
-        }
-        for item in sampler.items
-    ]
+    cases = stock_calls(sampler)
     base = config.model.pretrained_model_name_or_path
     done = subprocess.run(
         [sys.executable, STOCK_PROCESS, base, str(quickstart[0]), str(tmp_path)],
