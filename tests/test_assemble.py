@@ -312,6 +312,7 @@ def test_the_recipe_is_what_sampling_needs(setup: Setup, tiny_base: Path) -> Non
         "base": str(tiny_base),
         "revision": None,
         "quantize": None,
+        "background": "white",
         "r": 4,
         "lora_alpha": 4.0,
         "use_dora": False,

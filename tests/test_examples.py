@@ -182,6 +182,8 @@ def test_the_summary_counts(setup: Setup, data: Path, capsys: pytest.CaptureFixt
         "data      10 training and 3 held-out examples with 13 controls",
         "data      1 examples have transparency, which is laid on white",
     ]
+    find_examples(setup("data.background=black"), family, speak=True)
+    assert capsys.readouterr().out.endswith("data      1 examples have transparency, which is laid on black\n")
     find_examples(setup(), family, speak=False)
     assert capsys.readouterr().out == "", "the other ranks say nothing"
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -126,6 +127,26 @@ def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: Calla
     change(caching.data)
     assert caching() == (1, ALL - 1)
     assert caching() == (0, ALL)
+
+
+def test_the_background_makes_the_entries_of_transparent_pictures_miss_and_no_others(caching: Caching) -> None:
+    path, blue = first(caching.data, "control_images"), 'data.background="#204060"'
+    with Image.open(path) as image:
+        seethrough = image.convert("RGBA")
+    seethrough.putalpha(Image.linear_gradient("L").resize(seethrough.size))
+    seethrough.save(path)
+    assert caching() == (1, ALL - 1)
+    assert caching('data.background="#ffffff"') == (0, ALL), "it is what white is"
+    assert caching(blue) == (1, ALL - 1)
+    assert caching(blue) == caching() == (0, ALL)
+    ours = caching.encoded(blue).train[0]
+    flat = Image.new("RGBA", seethrough.size, "#204060")
+    flat.alpha_composite(seethrough)
+    flat.convert("RGB").save(path)
+    theirs = caching.encoded().train[0]
+    assert ours.key != theirs.key
+    a, b = (caching.encoded().cache.read(item.key) for item in (ours, theirs))
+    assert a.name != b.name and same(a, replace(b, name=a.name))
 
 
 def test_a_sample_has_one_entry_trained_regularising_or_with_any_weight(caching: Caching) -> None:

@@ -174,6 +174,27 @@ def test_the_picture_says_how_it_was_made(edit: Trained, tmp_path: Path) -> None
         assert difference(edit.stock_picture(stock, **other), expected) > 1
 
 
+def test_transparent_images_lie_on_the_colour_of_the_training(edit: Trained, tmp_path: Path) -> None:
+    """As if it had been laid on it before; without a word in the result it is white."""
+    (path,), colour = edit.images[:1], "#ff0000"
+    with Image.open(path) as image:
+        seethrough = image.convert("RGBA")
+    seethrough.putalpha(Image.linear_gradient("L").resize(seethrough.size))
+    seethrough.save(tmp_path / "seethrough.png")
+    for name, background in (("white", None), ("red", colour)):
+        flat = Image.new("RGBA", seethrough.size, background or "white")
+        flat.alpha_composite(seethrough)
+        flat.convert("RGB").save(tmp_path / f"{name}.png")
+        lora = str(changed(edit, tmp_path, **({"background": background} if background else {})))
+        images = [tmp_path / "seethrough.png", tmp_path / f"{name}.png"]
+        for image, out in zip(images, ("a", "b"), strict=True):
+            sample(edit.request(tmp_path / name / out, image=[str(image)], lora=lora, size="96x64", steps="2"))
+        a, b = (np.asarray(Image.open(tmp_path / name / out / "0001.png")) for out in ("a", "b"))
+        assert np.array_equal(a, b), name
+    red, white = (np.asarray(Image.open(tmp_path / name / "a/0001.png")) for name in ("red", "white"))
+    assert not np.array_equal(red, white)
+
+
 def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], Trained], tmp_path: Path) -> None:
     plus = trained_of("qwen_image_edit_plus")
     for number, path in enumerate(plus.images):
@@ -448,6 +469,8 @@ def test_weights_that_do_not_say_what_they_are_of_are_refused(edit: Trained, tmp
         changed(edit, tmp_path, gone=True): "does not say what it was trained on",
         changed(edit, tmp_path, format=2): "was written by another version of mixres",
         changed(edit, tmp_path, family=None): "does not say its family, base and version",
+        changed(edit, tmp_path, background="mauve"): "names 'mauve' as its background, no colour: train again",
+        changed(edit, tmp_path, background=7): "names 7 as its background",
         changed(edit, tmp_path, r=8): "and its weights are {'r': 4",
     }
     for path, reason in reasons.items():

@@ -247,6 +247,7 @@ def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
         "base": config.model.pretrained_model_name_or_path,
         "revision": _revision(config),
         "quantize": config.model.quantize,
+        "background": config.data.background,
         **(lora.model_dump(mode="json", include=_LORA_STATED) if lora else {}),
         **stated_areas(config, family),
         "step": step,

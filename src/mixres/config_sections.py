@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MEBIBYTE = 2**20
 
+COLOUR = r"^(white|gray|black|#[0-9A-Fa-f]{6})$"
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 
 
@@ -119,6 +120,11 @@ class DataConfig(Section):
     )
     first_frame: bool = Field(
         False, description="Train on the first picture of animations and of files of several pages, else faults."
+    )
+    background: Annotated[str, StringConstraints(pattern=COLOUR)] = Field(
+        "white",
+        description="Colour under transparent pixels, in sRGB; `mixres sample` takes it from the result.",
+        json_schema_extra={"allowed": 'white, gray, black, or "#rrggbb" in quotes'},
     )
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import xxhash
+from PIL import ImageColor
 
 from mixres.batch import Sample
 from mixres.caching import check_space, fill
 from mixres.config import Config
 from mixres.data.cache import Cache, CacheEntry
 from mixres.data.dataset import ScannedRecord
-from mixres.data.images import BadImageError, read_image, read_mask
+from mixres.data.images import WHITE, BadImageError, read_image, read_mask
 from mixres.data.keys import entry_key
 from mixres.errors import WorkError
 from mixres.examples import control_areas, image_limits, target_size_of
@@ -44,6 +45,8 @@ def entry_keys(
     encoders = family.encoder_fingerprint(
         config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
     )
+    colour = ImageColor.getrgb(config.data.background)
+    background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
     return [
         entry_key(
             encoding=ENCODING,
@@ -55,6 +58,7 @@ def entry_keys(
             files=scanned.digests,
             prompt=scanned.record.prompt,
             **({"empty_prompt": True} if empty_prompt else {}),
+            **(background if scanned.flattened else {}),
         )
         for scanned in records
     ]

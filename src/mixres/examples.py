@@ -74,7 +74,7 @@ def find_examples(
     if fault := found.share_fault(config):
         raise UserError(fault)
     if speak:
-        tell(found, family.MOST_PROMPT_TOKENS)
+        tell(found, family.MOST_PROMPT_TOKENS, config.data.background)
     return found.train, found.held_out
 
 
@@ -161,7 +161,8 @@ def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
 def image_limits(config: Config) -> Limits:
     """What a source image may be, for the reading room."""
     data = config.data
-    return Limits(follow_symlinks=data.follow_symlinks, first_frame=data.first_frame, **data.limits.model_dump())
+    how = data.model_dump(include={"follow_symlinks", "first_frame", "background"})
+    return Limits(**how, **data.limits.model_dump())
 
 
 def _fitting(
@@ -254,7 +255,7 @@ def _settle(config: Config, found: Found, speak: bool) -> None:
         say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
 
 
-def tell(found: Found, most_tokens: int) -> None:
+def tell(found: Found, most_tokens: int, background: str) -> None:
     """What was found, in a few lines."""
     decoded, unchanged = found.decoded, found.unchanged
     say(f"scan      {decoded + unchanged} pictures: {decoded} decoded, {unchanged} unchanged since the last scan")
@@ -264,7 +265,7 @@ def tell(found: Found, most_tokens: int) -> None:
     also, own = f", {extra} regularisation" if extra else "", len(found.train) - extra
     say(f"data      {own} training{also} and {len(found.held_out)} held-out examples with {controls} controls")
     if flattened := sum(scanned.flattened for scanned in examples):
-        say(f"data      {flattened} examples have transparency, which is laid on white")
+        say(f"data      {flattened} examples have transparency, which is laid on {background}")
     if several := sum(scanned.first_of_several for scanned in examples):
         say(f"data      {several} examples have pictures of several frames or pages, of which the first counts")
     if found.cut:

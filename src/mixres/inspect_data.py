@@ -50,7 +50,7 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     faults = _early_faults(config, family)
     make_folder(Path(config.cache.cache_dir))
     found = look_for_examples(config, family, speak=True)
-    tell(found, family.MOST_PROMPT_TOKENS)
+    tell(found, family.MOST_PROMPT_TOKENS, config.data.background)
     look = _Look(config, family, found, ranks, estimate=not faults)
     faults += [str(fault) for fault in found.faults if found.stop(config)]
     faults += [*filter(None, [found.share_fault(config)]), *look.faults]

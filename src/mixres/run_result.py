@@ -5,6 +5,7 @@ the base before a weight is read. Cost: a file's header and a few JSON files of 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 import xxhash
 
+from mixres.config_sections import COLOUR
+from mixres.data.images import WHITE
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area
 from mixres.models import pretrained
@@ -32,6 +35,12 @@ class RunResult:
     path: Path  # the LoRA file, or the folder of the transformer
     lora: LoraHeader | None  # None: all weights were trained
     recipe: Mapping[str, Any]
+
+    @property
+    def background(self) -> str:
+        """The colour under transparent pixels of the images."""
+        colour: str = self.recipe.get("background", WHITE)
+        return colour
 
     def digest(self) -> str:
         """xxh3-128 of the LoRA file, or over the names and bytes of the transformer's files."""
@@ -110,6 +119,8 @@ def _checked(result: RunResult, key: str) -> RunResult:
     revision = recipe.get("revision")
     if not all(isinstance(text, str) and text for text in texts) or not isinstance(revision, str | None):
         raise UserError(f"{key}: {result.path} does not say its family, base and version in its metadata: train again")
+    if not isinstance(result.background, str) or not re.fullmatch(COLOUR, result.background):
+        raise UserError(f"{key}: {result.path} names {result.background!r} as its background, no colour: train again")
     stated = {name: recipe[name] for name in ("r", "lora_alpha", "use_dora") if name in recipe}
     own = {name: getattr(result.lora, name) for name in stated} if result.lora else {}
     if result.lora and own != stated:

@@ -7,6 +7,7 @@ with `compare` or guidance, four times with both. Embeddings wait in memory, 10 
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def sample(request: Request) -> None:
     except UserError as error:
         raise renamed(error, "--base") from error
     if request.compare:
-        _write_sheets(request.wanted)
+        _write_sheets(request)
     say(f"pictures  {made} in {printable(folder)}")
 
 
@@ -75,7 +76,9 @@ def _encoded(request: Request) -> dict[Text, Tensor]:
     texts = dict.fromkeys(text for one in request.wanted for text in (one.text, one.negative) if text)
     encoders = family.load_encoders(base.path, revision=base.revision, dtype=request.dtype, device=request.device)
     return {
-        text: family.encode_prompt(encoders, controls=_read(text.images), prompt=text.prompt, **dict(text.areas))
+        text: family.encode_prompt(
+            encoders, controls=_read(request, text.images), prompt=text.prompt, **dict(text.areas)
+        )
         for text in counted(texts, "encode", "prompt", enabled=True)
     }
 
@@ -106,7 +109,7 @@ def _picture(request: Request, pipeline: Any, one: Wanted, embeds: dict[Text, Te
     try:
         picture: Image.Image = request.base.family.sample_image(
             pipeline,
-            controls=_read(one.text.images),
+            controls=_read(request, one.text.images),
             prompt_embeds=embeds[one.text],
             size=one.size,
             steps=request.steps,
@@ -120,9 +123,10 @@ def _picture(request: Request, pipeline: Any, one: Wanted, embeds: dict[Text, Te
     return picture
 
 
-def _read(images: Sequence[Path]) -> list[Image.Image]:
+def _read(request: Request, images: Sequence[Path]) -> list[Image.Image]:
+    limits = replace(LIMITS, background=request.result.background)
     try:
-        return [read_image(path, LIMITS) for path in images]
+        return [read_image(path, limits) for path in images]
     except BadImageError as error:
         raise WorkError(f"{error} (an image changed after the start: run the command again)") from error
 
@@ -154,19 +158,19 @@ def _save(picture: Image.Image, path: Path, **texts: str) -> None:
     save_png(picture, path, **texts)
 
 
-def _write_sheets(wanted: Sequence[Wanted]) -> None:
+def _write_sheets(request: Request) -> None:
     """Images, the picture without the trained weights and the one with them; some rows a sheet."""
-    for first in range(0, len(wanted), _SHEET_ROWS):
-        some = wanted[first : first + _SHEET_ROWS]
+    for first in range(0, len(request.wanted), _SHEET_ROWS):
+        some = request.wanted[first : first + _SHEET_ROWS]
         columns = max(len(one.text.images) for one in some)
-        rows = [_sheet_row(one, columns) for one in some]
+        rows = [_sheet_row(request, one, columns) for one in some]
         headings = [f"image {number}" for number in range(1, columns + 1)]
         sheet = contact_sheet((*headings, "without", "with"), rows)
         _save(sheet, beside(some[0].path)[1], **{f"caption-{n}": row.caption for n, row in enumerate(rows)})
 
 
-def _sheet_row(one: Wanted, columns: int) -> Row:
-    images = _read(one.text.images)
+def _sheet_row(request: Request, one: Wanted, columns: int) -> Row:
+    images = _read(request, one.text.images)
     empty = [None] * (columns - len(images))
     made = []
     for path in (beside(one.path)[0], one.path):

@@ -673,13 +673,14 @@ def test_scan_holds_no_pixels_of_what_it_has_seen(tmp_path: Path) -> None:
         picture(tmp_path / f"training_images/p{number:02}.png", (600, 500))
         broken = tmp_path / f"control_images/p{number:02}.png"
         broken.write_bytes(broken.read_bytes()[:100] + bytes(500_000))
+    threads = threading.active_count()
     tracemalloc.start()
     result = scan([str(tmp_path)], limits=Limits(), workers=1)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(result[1]) == 12
     assert held < 1_000_000, "the bytes of 12 damaged files would be 6 MB"
-    assert threading.active_count() <= 2
+    assert threading.active_count() <= threads + 1, "at most the bar's own"
 
 
 def test_fault_reads_as_path_and_reason() -> None:

@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,24 @@ def test_transparency_is_laid_on_white(tmp_path: Path, photo: Image.Image, file_
     assert np.array_equal(found[:, 80:], np.asarray(photo)[:, 80:])
     assert np.abs(found - expected).max() <= 1
     assert inspect_image(tmp_path / "picture", LIMITS).flattened
+
+
+@pytest.mark.parametrize(
+    ("background", "colour"), [("white", 255), ("gray", 128), ("black", 0), ("#0A80fe", (10, 128, 254))]
+)
+def test_transparency_is_laid_on_the_background_that_is_asked_for(
+    tmp_path: Path, photo: Image.Image, background: str, colour: Any
+) -> None:
+    alpha = np.zeros((80, 120), np.uint8)
+    alpha[:, 40:80], alpha[:, 80:] = 128, 255
+    image = photo.copy()
+    image.putalpha(Image.fromarray(alpha))
+    (tmp_path / "picture").write_bytes(encode(image, "PNG"))
+    found = np.asarray(read_image(tmp_path / "picture", replace(LIMITS, background=background)))
+    share = alpha[:, :, None] / 255
+    assert (found[:, :40] == colour).all()
+    assert np.abs(found - (np.asarray(photo) * share + np.asarray(colour) * (1 - share))).max() <= 1
+    assert np.array_equal(found[:, 80:], np.asarray(photo)[:, 80:]), "what is opaque stays as it is"
 
 
 def test_gray_with_alpha_and_transparent_colours_are_laid_on_white(tmp_path: Path, photo: Image.Image) -> None:

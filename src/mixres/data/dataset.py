@@ -37,7 +37,7 @@ class ScannedRecord(NamedTuple):
     target_size: Size  # upright
     control_sizes: tuple[Size, ...]
     digests: tuple[str, ...]  # of the file bytes: target, each control, then the mask if there is one
-    flattened: bool  # a picture had transparency, which was laid on white
+    flattened: bool  # a picture had transparency, which was laid on the background
     first_of_several: bool  # a picture is the first of several frames or pages
     regularization: bool = False  # counts in the loss with a weight of its own
 

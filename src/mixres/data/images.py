@@ -6,8 +6,8 @@ for a JPEG, 25 ms for a PNG.
 
 Colour policy: an embedded ICC profile is converted to sRGB; without one RGB and gray count as sRGB, CMYK is
 converted by Pillow's formula. A profile that does not fit the pixels is ignored. 16-bit gray is divided by 257. Real
-transparency is laid on a white background. 32-bit integer, floating-point and LAB pixels have no agreed range and
-are refused, and so is gray of a TIFF that is not 0 (black) to 65535 (white).
+transparency is laid on the background of `Limits`. 32-bit integer, floating-point and LAB pixels have no agreed range
+and are refused, and so is gray of a TIFF that is not 0 (black) to 65535 (white).
 """
 
 import stat
@@ -27,6 +27,8 @@ from mixres.geometry import Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no other decoder is ever tried
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+WHITE = "white"
 
 # Pillow's own limit is a number of the whole process and only warns up to twice its value. `_check_header` refuses
 # from the header, by the user's limit, before any pixel is decoded.
@@ -48,13 +50,14 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a source image may be. A side ratio of `max_aspect` is still allowed."""
+    """What a source image may be, and how it is read. A side ratio of `max_aspect` is still allowed."""
 
     max_source_pixels: int = 64_000_000
     max_bytes: int = 512 * 2**20
     max_aspect: float = 8.0
     follow_symlinks: bool = False
     first_frame: bool = False  # of several frames or pages the first is the picture, instead of a fault
+    background: str = WHITE  # the sRGB colour under transparent pixels, a name or #rrggbb
 
 
 class ImageFacts(NamedTuple):
@@ -62,7 +65,7 @@ class ImageFacts(NamedTuple):
 
     size: Size  # upright
     digest: str  # of its bytes
-    flattened: bool  # transparency was laid on white
+    flattened: bool  # transparency was laid on the background
     first_of_several: bool  # frames or pages
 
 
@@ -72,7 +75,7 @@ def read_image(path: Picture, limits: Limits) -> Image.Image:
     Raises:
         BadImageError: with the reason.
     """
-    return _rgb(_decode(_read_bytes(path, limits), limits).upright)[0]
+    return _rgb(_decode(_read_bytes(path, limits), limits).upright, limits.background)[0]
 
 
 def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
@@ -93,7 +96,7 @@ def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one picture; see `read_image`."""
     data = _read_bytes(path, limits)
     image = _decode(data, limits)
-    picture, flattened = _rgb(image.upright)
+    picture, flattened = _rgb(image.upright, limits.background)
     return ImageFacts(Size(*picture.size), xxhash.xxh3_128_hexdigest(data), flattened, image.first_of_several)
 
 
@@ -193,16 +196,15 @@ def _is_16_bit_black_to_white(image: TiffImageFile) -> bool:
     return image.tag_v2.get(BITSPERSAMPLE) == (16,) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 1
 
 
-def _rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture in sRGB, and whether transparency was laid on white."""
+def _rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
+    """The picture in sRGB, and whether transparency was laid on `background`."""
     profile = image.info.get("icc_profile")
     image = _eight_bit(image)
     if profile:
         image = _to_srgb(image, profile)
     if image.mode != "RGBA":
         return image.convert("RGB"), False
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB"), True
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB"), True
 
 
 def _mask(image: Image.Image) -> Image.Image:
