@@ -132,12 +132,16 @@ def test_a_second_writer_is_refused_by_pid_and_host(tmp_path: Path, monkeypatch:
         assert status(tmp_path)["pid"] == os.getpid()
 
 
-def test_a_writer_waits_for_one_that_is_stopping(tmp_path: Path) -> None:
+def test_a_writer_waits_for_one_that_is_stopping_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with holder(tmp_path) as process:
-        threading.Timer(0.5, process.kill).start()
+        threading.Timer(1.5, process.kill).start()
         start = time.monotonic()
         with open_run(tmp_path):
-            assert time.monotonic() - start > 0.3
+            assert time.monotonic() - start > 1.3
+    who = f"process {process.pid} on {socket.gethostname()}"
+    assert capsys.readouterr().out == f"waiting   up to 40 s for {who}, which writes to {tmp_path}\n"
 
 
 def test_the_wait_outlasts_what_a_stopping_run_may_take() -> None:

@@ -20,9 +20,11 @@ from filelock import FileLock, Timeout
 
 from mixres import atomic
 from mixres.errors import Stopped, UserError
+from mixres.training.progress import say
 
 STATUS = "run_status.json"
 _LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
+_SILENT_S = 1.0
 _ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on what a process group has already got
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
 _log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class RunFolder:
     def _take_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=self._wait_s)
+            self._take_lock()
             self._before = self._read()
             self._write()
         except Timeout:
@@ -88,6 +90,13 @@ class RunFolder:
             raise UserError(
                 f"logging.output_dir: {self.folder} cannot be written: {error.strerror or error}; name another"
             ) from error
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.acquire(timeout=min(_SILENT_S, self._wait_s))
+        except Timeout:
+            say(f"waiting   up to {self._wait_s:.0f} s for {self._holder()}, which writes to {self.folder}")
+            self._lock.acquire(timeout=self._wait_s)
 
     def _let_go(self) -> None:
         self._lock.release()
