@@ -202,6 +202,10 @@ CONFLICTS = {
         ("train.compile=true", "batch.layout=padded", "model.quantize=int8"),
         "quantised layers are not compiled",
     ),
+    "compiled_dora": (
+        ("train.compile=true", "batch.layout=padded", "model.lora.use_dora=true"),
+        "DoRA layers cannot be compiled: set train.compile: false, or model.lora.use_dora: false",
+    ),
     "all_mask_weights_zero": (
         ("data.mask_weight.foreground=0", "data.mask_weight.background=0"),
         "at least one must be above 0",

@@ -45,6 +45,11 @@ RULES: tuple[Rule, ...] = (
         "quantised layers are not compiled: set one of them to its default",
     ),
     (
+        ("train.compile", "model.lora"),
+        lambda compiled, lora: compiled and lora is not None and lora.get("use_dora"),
+        "DoRA layers cannot be compiled: set train.compile: false, or model.lora.use_dora: false",
+    ),
+    (
         ("sample.use_ema", "train.ema_decay"),
         lambda use_ema, decay: use_ema and decay is None,
         "set a decay for the average, such as train.ema_decay: 0.999",

@@ -1,6 +1,6 @@
 """Recomputed blocks: the gradients bit for bit, which blocks, and how many bytes are kept for backward.
 
-Compiled blocks: the gradients to rounding, and how many graphs there are. Without the slow tier's inductor, graphs are
+Compiled blocks: outputs, gradients and moving averages to rounding, and how many graphs there are. Without the slow tier's inductor, graphs are
 traced and differentiated as for it, and run as they are ("aot_eager").
 """
 
@@ -15,11 +15,13 @@ from mixes import (
     CHANNELS,
     FORWARDS,
     TEXT_WIDTH,
+    Mix,
     Result,
     assert_identical,
     backward,
     filled_up,
     forward_error,
+    forward_padded,
     gradient_error,
     loss,
     main_mix,
@@ -37,6 +39,8 @@ from torch._inductor.utils import fresh_cache
 
 from mixres.data.rounding import Rounding, rounded
 from mixres.errors import UserError
+from mixres.models.lora import add_lora, fill_adapters, train_all, trainable_parameters
+from mixres.models.qwen_image_edit import untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.repeated_blocks import (
     check_compiler,
@@ -45,20 +49,22 @@ from mixres.models.repeated_blocks import (
     recompute_blocks,
     repeated_blocks,
 )
+from mixres.training.ema import Ema
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS, HEADS, HEAD_WIDTH = 5, 2, 32
 
 
-def small_model(blocks: int = BLOCKS) -> QwenImageTransformer2DModel:
-    """Adapters on a frozen base."""
+def small_model(blocks: int = BLOCKS, *, adapters: bool = True) -> QwenImageTransformer2DModel:
+    """Adapters on a frozen base, or that base alone."""
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
         patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=HEAD_WIDTH,
         num_attention_heads=HEADS, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12),
     ).requires_grad_(False)  # fmt: skip
-    model.add_adapter(LoraConfig(r=4, target_modules=ATTENTION_AND_MLP, init_lora_weights=False))
+    if adapters:
+        model.add_adapter(LoraConfig(r=4, target_modules=ATTENTION_AND_MLP, init_lora_weights=False))
     return patch_qwen_model_for_multi_resolution(model)
 
 
@@ -143,34 +149,72 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def compiled_as_plain(backend: str) -> None:
-    plain, compiled = small_model(3), small_model(3)
-    compile_blocks(compiled, graphs=most_graphs(rows=3, lengths=2), backend=backend)
+def trained_model(trained: str, blocks: int) -> QwenImageTransformer2DModel:
+    """As a run sets it up: adapters with B filled, or all weights; nothing trains that reaches no loss."""
+    model = small_model(blocks, adapters=False)
+    untrained = untrained_modules(model)
+    if trained == "all weights":
+        train_all(model, untrained=untrained)
+    else:
+        targets = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION_AND_MLP, "untrained": untrained}
+        add_lora(model, **targets, lora_dropout=0, seed=0)  # type: ignore[arg-type]
+        fill_adapters(trainable_parameters(model), seed=1)
+    return model
+
+
+def assert_alike(compiled: QwenImageTransformer2DModel, plain: QwenImageTransformer2DModel, mixes: list[Mix]) -> None:
+    for mix in mixes:
+        ours, theirs = run(compiled, mix, "padded"), run(plain, mix, "padded")
+        assert forward_error(ours, theirs) <= 1e-5
+        assert gradient_error(ours, theirs) <= 1e-5
+        assert vanished(ours.gradients) == vanished(theirs.gradients)
+
+
+def updated(model: QwenImageTransformer2DModel, mixes: list[Mix]) -> Ema:
+    """The average over three updates."""
+    optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
+    ema = Ema(optimizer, 0.7)
+    for mix in (*mixes, *mixes, *mixes)[:3]:
+        loss(forward_padded(model, mix), mix).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    return ema
+
+
+def compiled_as_plain(trained: str, backend: str, blocks: int, mixes: list[Mix]) -> None:
+    """Outputs and gradients, recomputed too, before and behind updates, and those of the average."""
+    plain, compiled = trained_model(trained, blocks), trained_model(trained, blocks)
+    compile_blocks(compiled, graphs=most_graphs(rows=3, lengths=len(mixes)), backend=backend)
     for every in (0, 1, 2):
         for model in (plain, compiled):
             if every:
                 recompute_blocks(model, every=every)
-        for mix in (main_mix(), random_mix(3)):
-            ours, theirs = run(compiled, mix, "padded"), run(plain, mix, "padded")
-            assert forward_error(ours, theirs) <= 1e-5
-            assert gradient_error(ours, theirs) <= 1e-5
-            # Zeros for none in the last block's text stream, which reaches no loss; runs freeze it.
-            assert vanished(ours.gradients).keys() == vanished(theirs.gradients).keys()
-    assert 0 < graphs() <= 2 * 3, "three kinds of blocks for each of the two shapes"
+        assert_alike(compiled, plain, mixes)
+    with updated(plain, mixes).averaged(), updated(compiled, mixes).averaged():
+        assert_alike(compiled, plain, mixes)
+    assert_alike(compiled, plain, mixes)
+    kinds = min(blocks, 3 if trained == "lora" else 2)
+    assert graphs() == kinds * len(mixes), "each kind of block once for each shape"
     assert sum(counters["graph_break"].values()) == 0
 
 
+# Of three blocks with adapters, the first's inputs need no gradient, and the last has fewer adapters.
+TRAINED = pytest.mark.parametrize(("trained", "blocks"), [("lora", 3), ("all weights", 2)])
+
+
+@TRAINED
 @pytest.mark.usefixtures("no_graphs")
-def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones() -> None:
-    compiled_as_plain("aot_eager")
+def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(trained: str, blocks: int) -> None:
+    compiled_as_plain(trained, "aot_eager", blocks, [main_mix(), random_mix(3)])
 
 
+@TRAINED
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
 @pytest.mark.usefixtures("no_graphs")
-def test_inductors_code_gives_the_outputs_and_gradients_of_plain_blocks() -> None:
-    compiled_as_plain("inductor")
+def test_inductors_code_gives_the_outputs_and_gradients_of_plain_blocks(trained: str, blocks: int) -> None:
+    compiled_as_plain(trained, "inductor", blocks, [main_mix()])
 
 
 @pytest.mark.usefixtures("no_graphs")

@@ -96,8 +96,13 @@ def expand_rows(rows: Tensor, runs: Runs) -> Tensor:
 
 
 def install_packed_hooks(model: Any) -> None:
-    """Hooks that do nothing unless the call is packed. They survive adapters, which wrap the linears inside."""
+    """Hooks that do nothing unless the call is packed. They survive adapters, which wrap the linears inside.
+
+    What they look at is there from the start: a block would be compiled anew once it has appeared.
+    """
+    model.norm_out.packed_runs = model.norm_out.packed_handle = None
     for block in model.transformer_blocks:
+        block.img_mod.packed_runs = block.txt_mod.packed_runs = None
         block.register_forward_pre_hook(_announce_runs, with_kwargs=True)
         block.register_forward_hook(_forget_block_runs, always_call=True)
         block.img_mod.register_forward_hook(_expand_modulation)
@@ -128,13 +133,13 @@ def _forget_block_runs(block: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _expand_modulation(modulation: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | PackedModulation:
-    runs: Runs | None = getattr(modulation, "packed_runs", None)
+    runs: Runs | None = modulation.packed_runs
     return output if runs is None else PackedModulation(output, runs)
 
 
 def _hook_output_linear(norm_out: Any, args: tuple[Any, ...]) -> None:
     """Expand what the output modulation's linear returns. Hooked anew in each call: an adapter may have wrapped it."""
-    runs: Runs | None = getattr(norm_out, "packed_runs", None)
+    runs: Runs | None = norm_out.packed_runs
     if runs is not None:
         norm_out.packed_handle = norm_out.linear.register_forward_hook(partial(_expand_linear, runs))
 
@@ -144,7 +149,7 @@ def _expand_linear(runs: Runs, linear: nn.Module, args: tuple[Any, ...], output:
 
 
 def _unhook_output_linear(norm_out: Any, args: tuple[Any, ...], output: Any) -> None:
-    handle: RemovableHandle | None = getattr(norm_out, "packed_handle", None)
+    handle: RemovableHandle | None = norm_out.packed_handle
     if handle is not None:
         handle.remove()
         norm_out.packed_handle = None
