@@ -17,8 +17,10 @@ from mixres.consistency import batches_of
 from mixres.data.plan import Layout, Lengths
 from mixres.geometry import token_count
 from mixres.memory_estimate import MemoryEstimate, optimizer_bytes
+from mixres.models.lora import fill_adapters
 from mixres.precompute import family_of
 from mixres.synthetic_samples import synthetic_samples
+from mixres.training.optim import optimizer_tensors
 from mixres.workbench import Workbench, one_process, set_up
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,10 +146,31 @@ def test_memory_adds_up(small_run: Path) -> None:
     assert on_cuda[0] < on_cuda[1] < 1.2 * on_cuda[0]
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [([], 8), (["optimizer.class_path=torch.optim.SGD"], 0), (["optimizer.class_path=torch.optim.Adagrad"], 4)],
-    ids=["AdamW", "SGD", "Adagrad"],
-)
-def test_the_optimizers_state_is_that_of_its_class(small_run: Path, words: list[str], expected: int) -> None:
-    assert optimizer_bytes(load_config(small_run, words)) == expected
+OPTIMIZERS = {
+    "AdamW": [],
+    "SGD": ["optimizer.class_path=torch.optim.SGD"],
+    "Adagrad": ["optimizer.class_path=torch.optim.Adagrad"],
+    "Prodigy": ["optimizer.class_path=prodigyopt.Prodigy"],
+    **{name: [f"optimizer.class_path=torchao.optim.{name}"] for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8")},
+}
+
+
+@pytest.mark.parametrize("words", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list[str]) -> None:
+    """Of DoRA's matrices, which 8-bit optimizers quantise at this rank, and vectors, which they do not."""
+    config = load_config(small_run, [*words, "model.lora.r=64", "model.lora.use_dora=true"])
+    AcceleratorState._reset_state(True)
+    trained = set_up(config, family_of(config), one_process(config, "inspect")).trained
+    fill_adapters(trained.parameters, seed=0)
+    for parameter in trained.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.compiler.set_stance("force_eager"):
+        trained.optimizer.step()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in optimizer_tensors(trained.optimizer, trained.parameters).values()
+        if tensor.dim()
+    }
+    numbers = [parameter.numel() for parameter in trained.parameters.values()]
+    assert optimizer_bytes(config, numbers) == sum(storages.values())
+    assert {True, False} == {count >= 4096 for count in numbers}

@@ -1,13 +1,14 @@
 """Memory of a training step on one device, by formula, before any weight is loaded.
 
 Promise: weights, gradients, optimizer state and moving average are counted on the very parameters that the run will
-train, on the meta device; activations are those of `activations.py`. Cost: a skeleton of the model, and one step of
-the optimizer's class on a parameter of 4,096 values.
+train, on the meta device; activations are those of `activations.py`. Cost: a skeleton of the model, and three steps of
+the optimizer's class on matrices of at most 128 x 128.
 
 Not counted: what a layer needs for a moment only, the encoders (they are gone by then), the allocator's rounding, and
 the library's own few hundred MB on a GPU. `inspect --measure` runs the largest microbatch and says what it took.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,8 @@ from mixres.config import Config
 from mixres.data.plan import Layout
 from mixres.models.lora import add_lora, train_all, trainable_parameters
 from mixres.models.quantize import stored_bytes
-from mixres.training.optim import TRIAL_SIZE, optimizer_class, state_of_a_step
+from mixres.training.distributed import launched
+from mixres.training.optim import TRIAL_SIZE, optimizer_class, state_of_a_step, state_parts
 
 _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
 
@@ -60,7 +62,8 @@ class MemoryEstimate:
         self._config, self._skeleton, self._cuda = config, skeleton, cuda
         self._rounded_off = _rounded_off(config, skeleton)
         self._ranks = ranks if config.train.parallel == "fsdp2" else 1
-        self.trained = sum(p.numel() for p in trainable_parameters(skeleton).values())
+        numbers = [p.numel() for p in trainable_parameters(skeleton).values()]
+        self.trained, self._optimizer = sum(numbers), optimizer_bytes(config, numbers)
         self.parameters = sum(p.numel() for p in skeleton.parameters())
         self.activations = self.activations_in(config.batch.layout)
 
@@ -84,7 +87,7 @@ class MemoryEstimate:
             "weights": everything - learnt - self._rounded_off,
             "trained_weights": learnt,
             "gradients": learnt,
-            "optimizer": round(optimizer_bytes(self._config) * self.trained),
+            "optimizer": self._optimizer,
             "ema": learnt if self._config.train.ema_decay else 0,
         }
         parts = {name: -(-count // self._ranks) for name, count in whole.items()}
@@ -110,15 +113,25 @@ def _rounded_off(config: Config, skeleton: Any) -> int:
     return sum(w.numel() * w.itemsize - stored_bytes(config.model.quantize, *w.shape) for w in weights)
 
 
-def optimizer_bytes(config: Config) -> float:
-    """Bytes of state that the optimizer keeps for each trained value, found by one step of it on the CPU.
+def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
+    """Bytes of state that the optimizer keeps for trained tensors of so many `numbers` each.
 
-    8 (two float32, as AdamW) where its class works on a GPU only.
+    By steps on small matrices: 8-bit classes leave the smallest as they are and keep a map for each of the others. 8 a
+    number (two float32, as AdamW) where its class cannot step here.
     """
-    kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     try:
-        state = state_of_a_step(kind, config.optimizer.init_args, device=torch.device("cpu"))
+        few, some, more = (_state_bytes(config, size) for size in (TRIAL_SIZE // 2, TRIAL_SIZE, 2 * TRIAL_SIZE))
     except (RuntimeError, ValueError, NotImplementedError, AssertionError):
-        return 8.0
-    tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(value.numel() * value.itemsize for value in tensors) / TRIAL_SIZE**2
+        return 8 * sum(numbers)
+    square = TRIAL_SIZE**2
+    each = (more - some) / (3 * square)
+    once = some - each * square
+    return round(sum(once + each * n if n >= square else few * n / (square / 4) for n in numbers))
+
+
+def _state_bytes(config: Config, size: int) -> int:
+    kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for a minute
+        state = state_of_a_step(kind, config.optimizer.init_args, device=launched().device, size=size)
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
+    return sum(part.nbytes for name, value in tensors.items() for part in state_parts(name, value).values())

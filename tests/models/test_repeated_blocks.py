@@ -1,7 +1,7 @@
 """Recomputed blocks: the gradients bit for bit, which blocks, and how many bytes are kept for backward.
 
-Compiled blocks: outputs, gradients and moving averages to rounding, and how many graphs there are. Without the slow tier's inductor, graphs are
-traced and differentiated as for it, and run as they are ("aot_eager").
+Compiled blocks: outputs, gradients and moving averages to rounding, and how many graphs there are. Without the slow
+tier's inductor, graphs are traced and differentiated as for it, and run as they are ("aot_eager").
 """
 
 from collections.abc import Iterator

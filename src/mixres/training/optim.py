@@ -55,9 +55,11 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     return found
 
 
-def state_of_a_step(kind: type[Optimizer], init_args: Mapping[str, Any], *, device: torch.device) -> dict[str, Any]:
-    """What the optimizer keeps of one parameter of `TRIAL_SIZE` x `TRIAL_SIZE` numbers after a step on `device`."""
-    matrix = torch.nn.Parameter(torch.zeros(TRIAL_SIZE, TRIAL_SIZE, device=device))
+def state_of_a_step(
+    kind: type[Optimizer], init_args: Mapping[str, Any], *, device: torch.device, size: int = TRIAL_SIZE
+) -> dict[str, Any]:
+    """What the optimizer keeps of one parameter of `size` x `size` numbers after a step on `device`."""
+    matrix = torch.nn.Parameter(torch.ones(size, size, device=device))  # of zeros Prodigy keeps less
     matrix.grad = torch.ones_like(matrix)
     optimizer = kind([matrix], **init_args)
     optimizer.step()
@@ -80,7 +82,8 @@ def check_step(
         raise UserError(
             f"{KEY}: {class_path} cannot step on {device} ({type(error).__name__}: {reason}): choose another"
         ) from error
-    unsplit = [k for k, v in state.items() if isinstance(v, torch.Tensor) and (v.dim() == 1 or len(_parts(k, v)) > 1)]
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    unsplit = [k for k, v in tensors.items() if v.dim() == 1 or len(state_parts(k, v)) > 1]
     if split and unsplit:
         raise UserError(
             f"{KEY}: {class_path} with train.parallel: fsdp2: its state '{unsplit[0]}' cannot be split over devices by "
@@ -114,11 +117,12 @@ def optimizer_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, t
         for name, parameter in zip(names, parameters, strict=True)
         for entry, value in optimizer.state[parameter].items()
         if isinstance(value, torch.Tensor)
-        for part, tensor in _parts(entry, value).items()
+        for part, tensor in state_parts(entry, value).items()
     }
 
 
-def _parts(entry: str, value: Any) -> dict[str, torch.Tensor]:
+def state_parts(entry: str, value: Any) -> dict[str, torch.Tensor]:
+    """The plain tensors that a quantised state is made of, by `<entry>.<part>`; another state as it is."""
     if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         return {entry: value}
     names, _ = value.__tensor_flatten__()
