@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock_edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_plus
@@ -23,11 +24,15 @@ from mixres import __version__, cli
 from mixres.assemble import recipe
 from mixres.config import load_config
 from mixres.errors import UserError
+from mixres.models import qwen_image_edit as stock_family
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.models.pretrained import file_digest
+from mixres.precompute import encode_all, spread
 from mixres.sample import sample
 from mixres.sample_request import make_request
+from mixres.sampling import ROWS, Row, contact_sheet
+from mixres.trainer import train
 
 PROMPT, NEGATIVE = "swap red and blue", "交换红色和蓝色"
 SIZE = (96, 64)
@@ -163,7 +168,8 @@ def test_the_picture_says_how_it_was_made(edit: Trained, tmp_path: Path) -> None
     settings = {
         "prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance": 2.5, "seed": 7, "steps": 2, "size": "96x64",
         "images": [str(edit.images[0])], "control_area": 112 * 112, "lora": str(file), "lora_xxh3": file_digest(file),
-        "base": str(edit.base), "revision": None, "dtype": "float32", "mixres": __version__,
+        "base": str(edit.base), "revision": None, "dtype": "float32", "quantize": None,
+        "mixres": __version__,
     }  # fmt: skip
     assert said(tmp_path / "0001.png") == settings
     assert said(tmp_path / "0001-without.png") == settings | {"lora": None, "lora_xxh3": None}
@@ -270,6 +276,35 @@ def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(
     (whole / "config.json").write_text(json.dumps(wider))
     with pytest.raises(UserError, match="num_layers of its transformer is 2, trained was 3"):
         given.request(tmp_path / "new")
+
+
+def test_over_a_quantised_base_the_picture_is_that_of_the_runs_own_sheet(
+    small_run: Path, small_cache: Path, tmp_path: Path
+) -> None:
+    run, made = tmp_path / "run", tmp_path / "made"
+    words = [f"cache.cache_dir={small_cache}", f"logging.output_dir={run}", "model.quantize=fp8", "sample.every=1"]
+    config = load_config(small_run, [*words, "train.max_train_steps=1", "train.seed=7"])
+    AcceleratorState._reset_state(True)
+    train(config)
+    item = spread(encode_all(config, stock_family, device=torch.device("cpu")).held_out, ROWS)[0]
+    command = [
+        "sample", "--lora", str(run), "--image", str(item.record.controls[0]), "--prompt", item.record.prompt,
+        "--size", str(item.target_size), "--steps", str(config.sample.steps), "--seed", "7",
+    ]  # fmt: skip
+    assert cli.main([*command, "--out", str(made)]) == 0
+    assert cli.main([*command, "--out", str(made / "unrounded"), "--quantize", "null"]) == 0
+    methods = [said(path / "0001.png")["quantize"] for path in (made, made / "unrounded")]
+    assert methods == ["fp8", None]
+
+    def cell(sheet: Image.Image) -> Image.Image:
+        return sheet.crop((12 + 2 * 236, 28, 12 + 2 * 236 + 224, 28 + 100))
+
+    expected = cell(Image.open(run / "samples" / "step-00000001.png"))
+    shown = []
+    for path in (made, made / "unrounded"):
+        with Image.open(path / "0001.png") as picture:
+            shown.append(cell(contact_sheet(["", "", ""], [Row((None, None, picture.convert("RGB")), "", "")])))
+    assert difference(shown[0], expected) <= 1 < difference(shown[1], expected)
 
 
 # --- What is asked for ----------------------------------------------------------------------------------------------
@@ -445,6 +480,34 @@ def changed(run: Trained, folder: Path, **recipe: Any) -> Path:
     path = folder / f"changed-{len(list(folder.iterdir()))}.safetensors"
     save_file(tensors, path, metadata)
     return path
+
+
+def test_how_the_base_is_rounded_is_as_under_the_lora_or_as_asked_for(
+    edit: Trained, small_run: Path, tmp_path: Path
+) -> None:
+    def method(stated: str | None, **options: Any) -> str | None:
+        request = edit.request(tmp_path / "out", lora=str(changed(edit, tmp_path, quantize=stated)), **options)
+        return str(request.quantize) if request.quantize else None
+
+    assert [method("int8"), method(None), method("nf4", quantize="null")] == ["int8", None, None]
+    assert [method(None, quantize="fp8"), method("fp8", quantize="int8")] == ["fp8", "int8"]
+    for stated, options, reason in (
+        (None, {"quantize": "int4"}, r"^--quantize: given int4, allowed: one of null, int8, fp8, nf4, bnb_int8$"),
+        ("int4", {}, r"^--quantize: not given, and .* was trained over a base in int4, allowed: one of null, int8,"),
+        ("nf4", {}, r"^--quantize: not given, and .* was trained over a base in nf4: nf4 is .* or null$"),
+        (
+            None,
+            {"quantize": "nf4"},
+            r"^--quantize: given nf4: nf4 is bitsandbytes' and needs a CUDA device, .*, or null$",
+        ),
+    ):
+        with pytest.raises(UserError, match=reason):
+            method(stated, **options)
+    whole = tmp_path / "whole"
+    shutil.copytree(edit.base / "transformer", whole)
+    said_of_it = recipe(load_config(small_run, edit.case.overrides()), edit.case.module, 3) | {"quantize": "int8"}
+    (whole / RECIPE_FILE).write_text(json.dumps(said_of_it | {"merged": True, "base": str(edit.base)}))
+    assert edit.request(tmp_path / "out", lora=str(whole)).quantize is None, "what has been merged is no base"
 
 
 def test_a_part_of_the_base_that_is_missing_is_told_as_the_bases(edit: Trained, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ OWN_OPTIONS = {
         ("--base", "PATH", "the base, where it is no longer where the run had it"),
         ("--device", "NAME", "cuda, cuda:1, cpu (cuda where there is one)"),
         ("--dtype", "NAME", "bfloat16 or float32 (float32 on a CPU)"),
+        ("--quantize", "NAME", "null, int8, fp8, nf4 or bnb_int8: the base under a LoRA (as it was trained)"),
     ),
     "export": (
         ("run", "RUN|FILE", "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"),

@@ -10,20 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 import xxhash
 
 from mixres.config_sections import COLOUR
 from mixres.data.images import WHITE
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area
-from mixres.models import pretrained
+from mixres.models import pretrained, quantize
 from mixres.models.families import family_module
 from mixres.models.lora import base_fault
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, LoraHeader, read_header
+from mixres.models.quantize import Method, check_method
 
 FORMAT = 1  # of the recipe, see `assemble.recipe`
+NOT_QUANTIZED = "null"  # as in the configuration
 _TRANSFORMER = "transformer"
 _LEAST_AREA, _MOST_AREA = 1024, 2**28  # those of data.resize.control
 
@@ -150,9 +153,31 @@ def find_base(result: RunResult, given: str | None, key: str) -> Base:
     return Base(path, revision, family, token, rules)
 
 
-def renamed(error: UserError, key: str) -> UserError:
-    """`error` with `key` in the place of the configuration's key of the base."""
-    return UserError([f"{key}: {message.removeprefix(f'{pretrained.KEY}: ')}" for message in error.messages])
+def find_quantization(result: RunResult, given: str | None, key: str, device: torch.device) -> Method | None:
+    """How the base's weights are to be rounded: as `given`, or else as under the LoRA while it was trained.
+
+    Raises:
+        UserError: it is no method, or not one for this device.
+    """
+    stated = result.recipe.get("quantize") if result.lora else None
+    name: Any = given if given is not None else stated or NOT_QUANTIZED
+    untold = f"not given, and {result.path} was trained over a base in {name}"
+    what = f"{key}: {untold if given is None else f'given {given}'}"
+    allowed = (NOT_QUANTIZED, *get_args(Method))
+    if name not in allowed:
+        raise UserError(f"{what}, allowed: one of {', '.join(allowed)}")
+    if name == NOT_QUANTIZED:
+        return None
+    try:
+        check_method(name, device)
+    except UserError as error:
+        raise renamed(error, what, of=quantize.KEY) from error
+    return name  # type: ignore[no-any-return]
+
+
+def renamed(error: UserError, key: str, *, of: str = pretrained.KEY) -> UserError:
+    """`error` with `key` in the place of the configuration's key that it is `of`, the base unless said otherwise."""
+    return UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages])
 
 
 def _family_fault(family: ModuleType, recipe: Mapping[str, Any]) -> str | None:

@@ -1,8 +1,9 @@
 """The verb `sample`: pictures from what a run has left, through the stock pipeline of its base.
 
-Promise: what a process without mixres makes of the same base, LoRA, images, prompt and seed; each PNG says how it was
-made. Cost: the text encoder once a prompt and its images, then released; then the denoising loop once a picture, twice
-with `compare` or guidance, four times with both. Embeddings wait in memory, 10 MB a prompt for Qwen-Image-Edit.
+Promise: what a process without mixres makes of the same base, LoRA, images, prompt and seed, over the base quantised as
+under the LoRA in training; each PNG says how it was made. Cost: the text encoder once a prompt and its images, then
+released; then the denoising loop once a picture, twice with `compare` or guidance, four times with both. Embeddings
+wait in memory, 10 MB a prompt for Qwen-Image-Edit.
 """
 
 import json
@@ -42,7 +43,8 @@ def sample(request: Request) -> None:
     except OSError as error:
         raise UserError(f"--out: {printable(folder)} cannot be made: {error.strerror}; name another folder") from error
     dtype = str(request.dtype).removeprefix("torch.")
-    say(f"model     {request.base.path}, {dtype} on {request.device}")
+    rounded = f", weights in {request.quantize}" if request.quantize else ""
+    say(f"model     {request.base.path}, {dtype}{rounded} on {request.device}")
     say(f"weights   {printable(request.result.path)}")
     try:
         made = _make(request)
@@ -101,7 +103,7 @@ def _pipelines(request: Request) -> Iterator[Any]:
 def _load(request: Request, trained: Path | None) -> Any:
     base, family = request.base, request.base.family
     place = {"revision": base.revision, "dtype": request.dtype, "device": request.device}
-    transformer = family.load_transformer(base.path, trained=trained, **place)
+    transformer = family.load_transformer(base.path, trained=trained, quantize=request.quantize, **place)
     return family.load_sampling_pipeline(base.path, transformer=transformer, **place)
 
 
@@ -148,6 +150,7 @@ def _settings(request: Request, one: Wanted, digest: str | None) -> dict[str, An
         "base": base.path,
         "revision": base.revision,
         "dtype": str(request.dtype).removeprefix("torch."),
+        "quantize": request.quantize,
         "mixres": __version__,
     }
 

@@ -20,7 +20,8 @@ from mixres.data.records import BadCaptionError, check_caption, printable
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size, target_size
 from mixres.models.prompt_length import over_long
-from mixres.run_result import Base, RunResult, find_base, find_result
+from mixres.models.quantize import Method
+from mixres.run_result import Base, RunResult, find_base, find_quantization, find_result
 from mixres.sample_rows import LIMITS, MOST_SEED, Row, given_row, parsed_size, rows_of
 from mixres.training.distributed import launched
 
@@ -60,11 +61,12 @@ class Request:
     guidance: float
     device: torch.device
     dtype: torch.dtype
+    quantize: Method | None  # of the base's weights
     compare: bool  # each picture without the trained weights too
 
 
 class _Faults(list[str]):
-    def tried(self, make: Callable[..., T], *arguments: Any) -> T | None:
+    def tried(self, make: Callable[..., T | None], *arguments: Any) -> T | None:
         """What `make` returns; None where it raises, and its faults are kept."""
         try:
             return make(*arguments)
@@ -92,12 +94,12 @@ def make_request(
         UserError: one line for every fault of all of them.
     """
     faults = _Faults(_missing(lora, out, image, prompt, prompts))
-    how = _settings(faults, **settings)
+    result = None if lora is None else faults.tried(find_result, lora, "--lora")
+    how = _settings(faults, result, **settings)
     negative = faults.tried(_negative, negative_prompt, how["guidance"] != 1)
     fixed = faults.tried(_option_size, size)
     rows = _rows(faults, image or (), prompt, prompts)
     sizes = _image_sizes(faults, rows)
-    result = None if lora is None else faults.tried(find_result, lora, "--lora")
     found = faults.tried(find_base, result, base, "--base") if result else None
     if found:
         faults += _fit_faults(found, rows, negative, fixed)
@@ -117,12 +119,14 @@ def make_request(
 
 def _settings(
     faults: _Faults,
+    result: RunResult | None,
     *,
     steps: str | None = None,
     seed: str | None = None,
     guidance: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     place = faults.tried(_device, device)
     return {
@@ -131,6 +135,9 @@ def _settings(
         "guidance": faults.tried(_number, "--guidance", guidance, 1.0, float, 1.0, 100.0),
         "device": place,
         "dtype": faults.tried(_dtype, dtype, place),
+        "quantize": faults.tried(find_quantization, result, quantize, "--quantize", place)
+        if result and place
+        else None,
     }
 
 
