@@ -58,22 +58,62 @@ def check_against_a_run(report: dict[str, Any], lines: list[dict[str, Any]]) -> 
     assert report["plan"]["sums"]["epoch"]["tokens"] == sum(line["tokens"] for line in epoch)
 
 
+def check_terminal(out: str, report: dict[str, Any]) -> None:
+    lines = {line[:10].strip(): line for line in out.splitlines() if line[:1].strip()}
+    sums, sizes = report["plan"]["sums"], report["sizes"]
+    for name, some in sums.items():
+        tokens, computed, padding = some["tokens"], some["tokens_computed"], some["padding_share"]
+        assert f" {some['steps']} steps: {tokens:,} tokens, {computed:,} computed, padding {padding:.1%}" in lines[name]
+        assert f", {some['microbatches']} microbatches (" in lines[name]
+    assert f" {sizes['different_target_sizes']} of targets" in lines["sizes"]
+    assert f"aspects {sizes['least_aspect']:.2f} to {sizes['most_aspect']:.2f}" in lines["sizes"]
+    assert f"crop {report['bucketing']['cropped']} of {report['items']['training_examples']}" in lines["buckets"]
+    assert {"scan", "data", "tokens", "plan", "memory", "cache", "report"} <= lines.keys()
+
+
 RUNS = {
     "packed": ["batch.layout=packed", "batch.max_tokens=120"],
     "padded, captions dropped": ["batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=150"],
-}
+    "faults skipped, others' pictures beside": [
+        "data.train={damaged}", "data.regularization={held_out}", "data.held_out=null", "data.on_bad_item=skip",
+        "batch.layout=padded", "batch.max_tokens=300", "data.caption_dropout=0.2",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def damaged(few_pairs: Path, tmp_path: Path) -> Path:
+    """The training pairs, of which one target is cut short and one caption is gone."""
+    data = shutil.copytree(few_pairs / "train", tmp_path / "damaged")
+    targets = sorted((data / "training_images").glob("*.png"))
+    targets[0].write_bytes(targets[0].read_bytes()[:200])
+    targets[1].with_suffix(".txt").unlink()
+    return data
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
-def test_the_run_then_does_what_was_said(inspect: Inspect, tmp_path: Path, words: list[str], small_run: Path) -> None:
+def test_the_run_then_does_what_was_said(
+    inspect: Inspect,
+    tmp_path: Path,
+    words: list[str],
+    small_run: Path,
+    damaged: Path,
+    few_pairs: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [word.format(damaged=damaged, held_out=few_pairs / "held_out") for word in words]
     words = [*words, "sample.every=0", f"cache.cache_dir={tmp_path / 'cache'}"]
     code, report = inspect(*words)
     assert code == 0
+    check_terminal(capsys.readouterr().out, report)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [], "nothing is encoded"
     AcceleratorState._reset_state(True)
     assert cli.main(["--config", str(small_run), f"logging.output_dir={tmp_path / 'run'}", *words]) == 0
     check_against_a_run(report, metrics(tmp_path / "run"))
     assert report["plan"]["sums"]["run"]["most_microbatches"] > 1
+    if f"data.train={damaged}" in words:
+        assert len(report["left_out"]) == 2
+        assert (report["items"]["training_examples"], report["items"]["of_them_regularization"]) == (11, 3)
     entries = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert entries < report["cache"]["bytes"] < entries + 6000 * report["cache"]["entries"]
 
@@ -174,6 +214,7 @@ def test_the_page_shows_every_figure_and_needs_nothing(inspect: Inspect, tmp_pat
     assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file()) == [
         "inputs.png", "inspect.html", "inspect.json",
     ]  # fmt: skip
+    assert [row["caption"] for row in report["inputs"]].count("交换红色和蓝色") >= 1, "the picture's font lacks it"
     broken = text.replace('data-key="plan.sums.run.tokens"', "")
     with pytest.raises(AssertionError):
         check_page(broken, report)

@@ -240,6 +240,7 @@ def _write(config: Config, family: ModuleType, look: _Look, report: Figures, *, 
             decoded = decoded_of(config, family, some, cache, look.device, report["notices"].append)
         save_png(input_sheet(config, family, some, decoded), paths[2], [scanned.record.prompt for scanned in some])
         picture = paths[2].read_bytes()
+        report["inputs"] = [{"name": scanned.record.name, "caption": scanned.record.prompt} for scanned in some]
     else:
         paths.pop().unlink(missing_ok=True)  # an earlier look's
     for line in summary_lines(report):
