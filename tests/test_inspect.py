@@ -275,7 +275,10 @@ def test_all_faults_are_told_and_the_rest_is_reported(
     assert any("fewer than batch.samples_per_step=16" in notice for notice in report["notices"])
     shutil.rmtree(data / "training_images")
     (data / "training_images").mkdir()
-    assert inspect(f"data.train={data}")[0] == 2
+    capsys.readouterr()
+    assert inspect(f"data.train={data}", "optimizer.class_path=torch.optim.Nope")[0] == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert ["torch.optim.Nope" in lines[0], "holds no picture" in lines[1], len(lines)] == [True, True, 2]
     assert cli.main(["inspect", "--ranks", "0", "--config", str(REPOSITORY / "configs" / "quickstart.yaml")]) == 2
     assert "--ranks: given 0, allowed: an integer >= 1" in capsys.readouterr().err
 

@@ -27,7 +27,7 @@ above. What backward needs for a moment only is left out, as are noise and targe
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,10 +108,7 @@ class ActivationBytes:
         self._dora = (self._rank_bytes if drop else max(self._e, model_bytes)) + self._rank_bytes if dora else 0
         self._cast_by_dora = bool(dora and drop and adapters[0] != model_bytes)
         self._norms_train = any(".attn.norm_q." in name for name in trained)
-        self._first: dict[str, tuple[int, int]] = {}  # where training begins in each stream; "samples": the timestep's
-        for name in self._trained:
-            stream, place = _place(name)
-            self._first[stream] = min(place, self._first.get(stream, place))
+        self._first = _first_places(self._trained)
         self._inputs = self._inputs_of_layers()
         self._copies, self._end_copies = self._copied_weights(tuple(untrained), rounded)
         self._block_rows = [tuple(self.block(b, stream) for stream in _STREAMS) for b in range(self.blocks)]
@@ -229,6 +226,14 @@ class ActivationBytes:
             by_dora = self._cast_by_dora and name.replace("base_layer", "lora_A.default") in self._trained and not own
             found[not inside] += (copied * self._e + by_dora * self._rank_bytes) * linear.weight.numel()
         return found[0], found[1]
+
+
+def _first_places(trained: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Where training begins in each stream; that of the timestep is called "samples"."""
+    first: dict[str, tuple[int, int]] = {}
+    for stream, place in map(_place, trained):
+        first[stream] = min(place, first.get(stream, place))
+    return first
 
 
 def _place(name: str) -> tuple[str, tuple[int, int]]:

@@ -49,7 +49,10 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     family = family_of(config)
     faults = _early_faults(config, family)
     make_folder(Path(config.cache.cache_dir))
-    found = look_for_examples(config, family, speak=True)
+    try:
+        found = look_for_examples(config, family, speak=True)
+    except UserError as error:
+        raise UserError([*faults, *error.messages]) from error
     tell(found, family.MOST_PROMPT_TOKENS)
     look = _Look(config, family, found, ranks, estimate=not faults)
     faults += [str(fault) for fault in found.faults if found.stop(config)]
