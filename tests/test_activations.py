@@ -1,7 +1,7 @@
 """The formula of activations against what autograd really keeps on the tiny model."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,9 +34,20 @@ class _Held:
         self.tensor = tensor
 
 
+def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """One, or those of the tensors that a quantised weight is made of."""
+    if isinstance(tensor, torch.nn.Parameter):
+        tensor = tensor.data
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
 def kept_bytes(setting: Workbench, batch: Batch) -> tuple[int, torch.Tensor]:
     """Bytes of all storages, weights left out, that the graph holds when the forward pass is done; and the loss."""
-    weights = {p.untyped_storage().data_ptr() for p in setting.trained.transformer.parameters()}
+    weights = {s.data_ptr() for p in setting.trained.transformer.parameters() for s in storages(p)}
     alive: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> _Held:
@@ -50,8 +61,8 @@ def kept_bytes(setting: Workbench, batch: Batch) -> tuple[int, torch.Tensor]:
         setting.accelerator.autocast() if autocast else nullcontext(),
     ):
         loss = setting.objective.loss_sum(setting.trained.transformer, batch, step=0)
-    storages = {held.tensor.untyped_storage().data_ptr(): held.tensor.untyped_storage().nbytes() for held in alive}
-    return sum(size for pointer, size in storages.items() if pointer not in weights), loss
+    found = {storage.data_ptr(): storage.nbytes() for held in alive for storage in storages(held.tensor)}
+    return sum(size for pointer, size in found.items() if pointer not in weights), loss
 
 
 def lengths_of(samples: list[Sample]) -> list[Lengths]:
@@ -88,6 +99,8 @@ TRAINED = {
     "dora": ["model.lora.use_dora=true"],
     "dropout": ["model.lora.lora_dropout=0.1"],
     "dropped dora, bf16": ["model.lora.lora_dropout=0.1", "model.lora.use_dora=true", *BF16],
+    "over int8": ["model.quantize=int8", "model.lora.target_modules=all"],
+    "over fp8, dora, bf16": ["model.quantize=fp8", "model.lora.use_dora=true", *BF16],
     "all weights": ["model.lora=null"],
     "all weights, bf16": ["model.lora=null", *BF16],
 }

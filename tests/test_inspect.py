@@ -1,6 +1,7 @@
 """`inspect` says before a run what the run then does; its page shows every figure of its report."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 from family_cases import CASES, FamilyCase
 from jobs import Jobs, metrics, torchrun
 from mixres import cli
+from mixres.charts import columns
 from mixres.config import load_config
 from mixres.examples import find_examples
 from mixres.input_sheet import chosen, input_sheet
@@ -196,6 +198,7 @@ def check_page(text: str, report: dict[str, Any]) -> None:
     assert page.tags.isdisjoint({"script", "link", "iframe", "object", "embed"})
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "@import" not in text and "url(" not in text
+    assert re.search(r"img, svg \{ max-width: 100%; \}.*@media print \{.*img \{ max-height: 24cm; \}", text, re.DOTALL)
     for chart in re.findall("<svg.*?</svg>", text, re.DOTALL):
         assert ElementTree.fromstring(chart).tag == "{http://www.w3.org/2000/svg}svg"
 
@@ -325,6 +328,24 @@ def test_the_sheet_shows_what_the_encoders_get(
         assert shown.size == (14 * int(grid[2]), 14 * int(grid[1]))
         resized = image.resize(shown.size, Image.Resampling.BICUBIC)
         assert np.abs(np.asarray(resized, dtype=float) - np.asarray(shown, dtype=float)).max() <= 1
+
+
+def counts_of(start: int, step: int, bins: int) -> list[tuple[str, int]]:
+    return [(f"{start + step * i:,}", 997 * i) for i in range(bins)]
+
+
+@pytest.mark.parametrize(
+    "values", [counts_of(8000, 200, 14), counts_of(1_000_000, 50_000, 12), counts_of(0, 1, 64), []]
+)
+def test_words_of_a_chart_do_not_overlap(values: list[tuple[str, int]]) -> None:
+    drawn = [text for text in ElementTree.fromstring(columns("a title", values)).iter() if text.tag.endswith("}text")]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for text in drawn[1:]:
+        middle, half = float(text.attrib["x"]), 0.3 * float(text.attrib["font-size"]) * len(text.text or "")
+        lines.setdefault(text.attrib["y"], []).append((middle - half, middle + half))
+    for spans in lines.values():
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans)))
+        assert all(-4 <= begin and end <= 764 for begin, end in spans)
 
 
 def test_bins_lie_between_round_numbers() -> None:

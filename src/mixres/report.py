@@ -67,7 +67,7 @@ tr { border-bottom: 1px solid #ddd; } th { font-weight: normal; color: #555; } t
 td.text, ol { text-align: left; overflow-wrap: anywhere; } #faults li { color: #a00; } img, svg { max-width: 100%; }
 section, table, svg, img { break-inside: avoid; } h2 { break-after: avoid; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; } th, td { padding: .1rem .4rem; }
-  img { max-height: 24cm; } }
+  img { max-height: 24cm; } @page { margin: 1.5cm; } }
 """
 
 
