@@ -122,7 +122,9 @@ def test_the_run_then_does_what_was_said(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_ranks_and_several_controls(
+    layout: str,
     small_run: Path,
     base_of: Callable[[FamilyCase], Path],
     pairs_of: Callable[[FamilyCase], Path],
@@ -132,7 +134,7 @@ def test_ranks_and_several_controls(
     jobs = Jobs(small_run, tmp_path / "cache", tmp_path)
     words = [
         f"model.pretrained_model_name_or_path={base_of(case)}", f"data.train={pairs_of(case) / 'train'}",
-        *case.overrides(), "batch.layout=padded", "batch.samples_per_step=3", "data.caption_dropout=0.3",
+        *case.overrides(), f"batch.layout={layout}", "batch.samples_per_step=3", "data.caption_dropout=0.3",
     ]  # fmt: skip
     assert cli.main(["inspect", "--ranks", "2", *jobs.words("run", *words)]) == 0
     report = json.loads((tmp_path / "run" / "reports" / "inspect.json").read_text(encoding="utf-8"))
@@ -345,7 +347,7 @@ def test_words_of_a_chart_do_not_overlap(values: list[tuple[str, int]]) -> None:
         lines.setdefault(text.attrib["y"], []).append((middle - half, middle + half))
     for spans in lines.values():
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans)))
-        assert all(-4 <= begin and end <= 764 for begin, end in spans)
+        assert all(begin >= -4 and end <= 764 for begin, end in spans)
 
 
 def test_bins_lie_between_round_numbers() -> None:
