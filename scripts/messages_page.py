@@ -175,7 +175,9 @@ class Source:
                 return self._named(name, function, seen)
             case ast.Attribute(value=ast.Name(id=module), attr=name) if (module, name) in self.constants:
                 return self._constant(module, name)
-            case ast.Call(func=ast.Name(id="list" | "sorted" | "tuple"), args=[inner, *_]):
+            case ast.Call(func=ast.Name(id="list" | "sorted" | "tuple" | "_Faults"), args=[inner, *_]):
+                return self.texts(inner, function, seen)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="fromkeys"), args=[inner, *_]):
                 return self.texts(inner, function, seen)
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in self.by_name:
                 if name in seen:
@@ -259,6 +261,9 @@ class Source:
             place, before, exit_code = MAKERS[name]
             for text in self.texts(arguments[place], function):
                 yield before + text, exit_code
+        elif name == "append" and _is_faults(call.func) and not isinstance(call.args[0], ast.Tuple):
+            for text in self.texts(call.args[0], function):  # a list that a caller raises
+                yield text, 2
         elif name == "append" and function.module.startswith("config") and isinstance(call.args[0], ast.Tuple):
             for text in self.texts(call.args[0], function):  # faults of a configuration: the key path and the message
                 yield text, 2
@@ -266,6 +271,10 @@ class Source:
             for text in self.texts(call.args[0], function):
                 if text.startswith("mixres: error: "):
                     yield text.removeprefix("mixres: error: "), 1
+
+
+def _is_faults(method: ast.expr) -> bool:
+    return isinstance(method, ast.Attribute) and isinstance(method.value, ast.Name) and method.value.id == "faults"
 
 
 def _stem(module: str) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from safetensors import safe_open
 from transformers import Qwen2Tokenizer

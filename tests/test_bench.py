@@ -10,8 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils import flop_counter
 
-from mixres import bench as bench_module
-from mixres import cli
+from mixres import bench as bench_module, cli
 from mixres.batching import Source, make_work, unsorted
 from mixres.config import Config, load_config
 from mixres.consistency import batches_of

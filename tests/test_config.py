@@ -3,8 +3,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mixres.config import Config, dump_config, load_config, public_config
 from mixres.config_faults import allowed, known_keys, section_of

@@ -454,6 +454,20 @@ def test_what_has_come_to_be_meanwhile_is_left(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(out.name, "theirs")]
 
 
+def test_two_exports_to_one_place_do_not_meet(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one is refused while the first writes, which ends as if it had been alone."""
+    out = tmp_path / "out.safetensors"
+    words = (str(lora), "--format", "comfyui", "--out", str(out))
+    with placed(out) as partial:
+        partial.write_text("first")
+        (line,) = refused(*words, capsys=capsys)
+        assert line == f"--out: {out} is being written by another export: wait for it, or choose another name"
+        run_export(lora, tmp_path / "other.safetensors", "comfyui")
+        assert partial.read_text() == "first"
+    assert out.read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "out.safetensors"]
+
+
 @pytest.mark.parametrize(("form", "merge"), [("diffusers", True), ("comfyui", True), ("comfyui", False)])
 def test_a_write_that_fails_leaves_nothing(lora: Path, tmp_path: Path, form: str, merge: bool) -> None:
     out = tmp_path / "new" / ("out" if form == "diffusers" else "out.safetensors")

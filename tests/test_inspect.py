@@ -1,6 +1,7 @@
 """`inspect` says before a run what the run then does; its page shows every figure of its report."""
 
 import base64
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 from family_cases import CASES, FamilyCase
 from jobs import Jobs, metrics, torchrun
 from mixres import cli
+from mixres.charts import columns
 from mixres.config import load_config
 from mixres.examples import find_examples
 from mixres.input_sheet import chosen, input_sheet
@@ -58,29 +60,71 @@ def check_against_a_run(report: dict[str, Any], lines: list[dict[str, Any]]) -> 
     assert report["plan"]["sums"]["epoch"]["tokens"] == sum(line["tokens"] for line in epoch)
 
 
+def check_terminal(out: str, report: dict[str, Any]) -> None:
+    lines = {line[:10].strip(): line for line in out.splitlines() if line[:1].strip()}
+    sums, sizes = report["plan"]["sums"], report["sizes"]
+    for name, some in sums.items():
+        tokens, computed, padding = some["tokens"], some["tokens_computed"], some["padding_share"]
+        assert f" {some['steps']} steps: {tokens:,} tokens, {computed:,} computed, padding {padding:.1%}" in lines[name]
+        assert f", {some['microbatches']} microbatches (" in lines[name]
+    assert f" {sizes['different_target_sizes']} of targets" in lines["sizes"]
+    assert f"aspects {sizes['least_aspect']:.2f} to {sizes['most_aspect']:.2f}" in lines["sizes"]
+    assert f"crop {report['bucketing']['cropped']} of {report['items']['training_examples']}" in lines["buckets"]
+    assert {"scan", "data", "tokens", "plan", "memory", "cache", "report"} <= lines.keys()
+
+
 RUNS = {
     "packed": ["batch.layout=packed", "batch.max_tokens=120"],
     "padded, captions dropped": ["batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=150"],
-}
+    "faults skipped, others' pictures beside": [
+        "data.train={damaged}", "data.regularization={held_out}", "data.held_out=null", "data.on_bad_item=skip",
+        "batch.layout=padded", "batch.max_tokens=300", "data.caption_dropout=0.2",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def damaged(few_pairs: Path, tmp_path: Path) -> Path:
+    """The training pairs, of which one target is cut short and one caption is gone."""
+    data = shutil.copytree(few_pairs / "train", tmp_path / "damaged")
+    targets = sorted((data / "training_images").glob("*.png"))
+    targets[0].write_bytes(targets[0].read_bytes()[:200])
+    targets[1].with_suffix(".txt").unlink()
+    return data
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
-def test_the_run_then_does_what_was_said(inspect: Inspect, tmp_path: Path, words: list[str], small_run: Path) -> None:
+def test_the_run_then_does_what_was_said(
+    inspect: Inspect,
+    tmp_path: Path,
+    words: list[str],
+    small_run: Path,
+    damaged: Path,
+    few_pairs: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [word.format(damaged=damaged, held_out=few_pairs / "held_out") for word in words]
     words = [*words, "sample.every=0", f"cache.cache_dir={tmp_path / 'cache'}"]
     code, report = inspect(*words)
     assert code == 0
+    check_terminal(capsys.readouterr().out, report)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [], "nothing is encoded"
     AcceleratorState._reset_state(True)
     assert cli.main(["--config", str(small_run), f"logging.output_dir={tmp_path / 'run'}", *words]) == 0
     check_against_a_run(report, metrics(tmp_path / "run"))
     assert report["plan"]["sums"]["run"]["most_microbatches"] > 1
+    if f"data.train={damaged}" in words:
+        assert len(report["left_out"]) == 2
+        assert (report["items"]["training_examples"], report["items"]["of_them_regularization"]) == (11, 3)
     entries = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert entries < report["cache"]["bytes"] < entries + 6000 * report["cache"]["entries"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_ranks_and_several_controls(
+    layout: str,
     small_run: Path,
     base_of: Callable[[FamilyCase], Path],
     pairs_of: Callable[[FamilyCase], Path],
@@ -90,7 +134,7 @@ def test_ranks_and_several_controls(
     jobs = Jobs(small_run, tmp_path / "cache", tmp_path)
     words = [
         f"model.pretrained_model_name_or_path={base_of(case)}", f"data.train={pairs_of(case) / 'train'}",
-        *case.overrides(), "batch.layout=padded", "batch.samples_per_step=3", "data.caption_dropout=0.3",
+        *case.overrides(), f"batch.layout={layout}", "batch.samples_per_step=3", "data.caption_dropout=0.3",
     ]  # fmt: skip
     assert cli.main(["inspect", "--ranks", "2", *jobs.words("run", *words)]) == 0
     report = json.loads((tmp_path / "run" / "reports" / "inspect.json").read_text(encoding="utf-8"))
@@ -156,6 +200,7 @@ def check_page(text: str, report: dict[str, Any]) -> None:
     assert page.tags.isdisjoint({"script", "link", "iframe", "object", "embed"})
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "@import" not in text and "url(" not in text
+    assert re.search(r"img, svg \{ max-width: 100%; \}.*@media print \{.*img \{ max-height: 24cm; \}", text, re.DOTALL)
     for chart in re.findall("<svg.*?</svg>", text, re.DOTALL):
         assert ElementTree.fromstring(chart).tag == "{http://www.w3.org/2000/svg}svg"
 
@@ -174,6 +219,7 @@ def test_the_page_shows_every_figure_and_needs_nothing(inspect: Inspect, tmp_pat
     assert sorted(path.name for path in (tmp_path / "run").rglob("*") if path.is_file()) == [
         "inputs.png", "inspect.html", "inspect.json",
     ]  # fmt: skip
+    assert [row["caption"] for row in report["inputs"]].count("交换红色和蓝色") >= 1, "the picture's font lacks it"
     broken = text.replace('data-key="plan.sums.run.tokens"', "")
     with pytest.raises(AssertionError):
         check_page(broken, report)
@@ -234,7 +280,10 @@ def test_all_faults_are_told_and_the_rest_is_reported(
     assert any("fewer than batch.samples_per_step=16" in notice for notice in report["notices"])
     shutil.rmtree(data / "training_images")
     (data / "training_images").mkdir()
-    assert inspect(f"data.train={data}")[0] == 2
+    capsys.readouterr()
+    assert inspect(f"data.train={data}", "optimizer.class_path=torch.optim.Nope")[0] == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert ["torch.optim.Nope" in lines[0], "holds no picture" in lines[1], len(lines)] == [True, True, 2]
     assert cli.main(["inspect", "--ranks", "0", "--config", str(REPOSITORY / "configs" / "quickstart.yaml")]) == 2
     assert "--ranks: given 0, allowed: an integer >= 1" in capsys.readouterr().err
 
@@ -281,6 +330,24 @@ def test_the_sheet_shows_what_the_encoders_get(
         assert shown.size == (14 * int(grid[2]), 14 * int(grid[1]))
         resized = image.resize(shown.size, Image.Resampling.BICUBIC)
         assert np.abs(np.asarray(resized, dtype=float) - np.asarray(shown, dtype=float)).max() <= 1
+
+
+def counts_of(start: int, step: int, bins: int) -> list[tuple[str, int]]:
+    return [(f"{start + step * i:,}", 997 * i) for i in range(bins)]
+
+
+@pytest.mark.parametrize(
+    "values", [counts_of(8000, 200, 14), counts_of(1_000_000, 50_000, 12), counts_of(0, 1, 64), []]
+)
+def test_words_of_a_chart_do_not_overlap(values: list[tuple[str, int]]) -> None:
+    drawn = [text for text in ElementTree.fromstring(columns("a title", values)).iter() if text.tag.endswith("}text")]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for text in drawn[1:]:
+        middle, half = float(text.attrib["x"]), 0.3 * float(text.attrib["font-size"]) * len(text.text or "")
+        lines.setdefault(text.attrib["y"], []).append((middle - half, middle + half))
+    for spans in lines.values():
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans)))
+        assert all(begin >= -4 and end <= 764 for begin, end in spans)
 
 
 def test_bins_lie_between_round_numbers() -> None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock_edit
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_plus
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit as stock_edit,
+    pipeline_qwenimage_edit_plus as stock_plus,
+)
 from PIL import Image
 
 from family_cases import CASES, FamilyCase

@@ -12,8 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 
-from mixres import cli, consistency
-from mixres import verify as verify_module
+from mixres import cli, consistency, verify as verify_module
 from mixres.batch import Batch
 from mixres.config import load_config
 from mixres.consistency import Outcome, batches_of, errors
@@ -21,8 +20,7 @@ from mixres.data.cache import CacheEntry
 from mixres.data.records import EditRecord
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size
-from mixres.models import qwen_multi_resolution_patch as patch
-from mixres.models import qwen_packed
+from mixres.models import qwen_multi_resolution_patch as patch, qwen_packed
 from mixres.models.qwen_multi_resolution_patch import PatchState, patch_qwen_model_for_multi_resolution, patch_state
 from mixres.models.qwen_rope import MultiResolutionRope
 from mixres.precompute import Item

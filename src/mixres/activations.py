@@ -14,19 +14,20 @@ Legend: C width, M = 4 C width of the MLP, H heads, r rank, P packed channel; e 
   attention      4 C (query, key, value, output), and 4 H bytes
   MLP            M, the input of the GELU
   adapters       the input of each (once for all that share it; a copy each where it is cast to another precision, or
-                 dropped out, and that mask), and r. DoRA: 2 outputs each. All weights trained: the layers' inputs
-The first block has no norm and scale before its attention where nothing trains before it. The last block's text has
-only what leads to its attention. Behind the blocks come the last norm, the loss (P a target token) and frequencies.
-Under autocast the copies of float32 weights that gradients pass through count too.
+                 dropped out, and that mask), and r. DoRA: its own output and the base's. All weights trained: the
+                 layers' inputs
+Nothing is kept where no gradient comes by: what lies before all that trains, and in the block where training begins
+what that does not reach. The last block's text has only what leads to its attention. Outside the blocks come the last
+norm, the inputs of what trains there, the loss (P a target token) and frequencies. Weights that layers compute with in
+another precision count once more where gradients pass through: float32 ones under autocast, torchao's rounded ones, and
+those that a DoRA with dropout casts.
 
 With gradient checkpointing every recomputed block keeps its inputs, C a token, and one of them at a time keeps all the
-above. torchao's rounded weights are kept once more as layers compute with them. What backward needs for a moment only
-is left out, as are noise and targets, which are made before.
+above. What backward needs for a moment only is left out, as are noise and targets, which are made before.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ from mixres.data.plan import Layout, Lengths
 from mixres.flops import layer_place
 
 _STREAMS = ("image", "text")
-_BLOCK_END = 5  # a stage behind all those of a block
+_ATTENTION, _BLOCK_END = 1, 5  # the stage whose outputs meet in attention; one behind all those of a block
+_LAST, _ = layer_place("proj_out")[1]  # in place of a block's number, for what lies behind all
 _COPY = 2  # bytes of a value under autocast
 
 
@@ -100,57 +102,79 @@ class ActivationBytes:
         drop = max(
             (m.p for n, m in transformer.named_modules() if ".lora_dropout." in n and hasattr(m, "p")), default=0
         )
-        self._mask = 0 if not drop else 1 if cuda else self._rank_bytes
-        self._dora = any(".lora_magnitude_vector" in name for name in trained)
+        self._mask = 0 if not drop else 1 if cuda else adapters[0]
+        dora = any(".lora_magnitude_vector" in name for name in trained)
+        # The base's output is without its bias, in the wider precision of both; of a dropped input it is computed anew.
+        self._dora = (self._rank_bytes if drop else max(self._e, model_bytes)) + self._rank_bytes if dora else 0
+        self._cast_by_dora = bool(dora and drop and adapters[0] != model_bytes)
         self._norms_train = any(".attn.norm_q." in name for name in trained)
-        self._earliest = min((layer_place(name)[1] for name in self._trained), default=(self.blocks, 0))
-        self._time_trains = any(name.startswith("time_text_embed") for name in self._trained)
+        self._first = _first_places(self._trained)
         self._inputs = self._inputs_of_layers()
-        self._copies = self._copied_weights(tuple(untrained), rounded)
+        self._copies, self._end_copies = self._copied_weights(tuple(untrained), rounded)
         self._block_rows = [tuple(self.block(b, stream) for stream in _STREAMS) for b in range(self.blocks)]
         self._image_end, self._text_end = self._end_rows()
 
     def held(self, rows: Rows, *, checkpointing: bool | int) -> int:
         """Bytes kept when the forward pass is done; `checkpointing`: of no block, all, or each so many-th."""
-        recomputed = self._recomputed(checkpointing)
-        total = len(recomputed) * (rows.image + rows.text) * self._width * self._e
-        kept = [self._block_bytes(block, rows) for block in range(self.blocks) if block not in recomputed]
-        total += sum(kept) + len(kept) * self._copies // self.blocks + (self._frequencies(rows) if kept else 0)
+        recomputed, kept = self._split(checkpointing)
+        total = len(recomputed) * (rows.image + rows.text) * self._width * self._e + self._end_copies
+        total += sum(self._block_bytes(block, rows) for block in kept) + (self._frequencies(rows) if kept else 0)
         loss = (8 if self._e == 8 else 4) * self._channels + 8
         return total + self._image_end * rows.image + self._text_end * rows.text + loss * rows.target
 
     def peak(self, rows: Rows, *, checkpointing: bool | int) -> int:
         """Bytes kept at the most: with checkpointing one recomputed block's are there besides what is held."""
-        held, recomputed = self.held(rows, checkpointing=checkpointing), self._recomputed(checkpointing)
-        if not recomputed:
-            return held
-        block = max(self._block_bytes(block, rows) for block in recomputed) + self._copies // self.blocks
-        return held + block + (self._frequencies(rows) if len(recomputed) == self.blocks else 0)
+        recomputed, kept = self._split(checkpointing)
+        again = max((self._block_bytes(block, rows) for block in recomputed), default=0)
+        again += self._frequencies(rows) if recomputed and not kept else 0
+        return self.held(rows, checkpointing=checkpointing) + again
 
-    def _recomputed(self, checkpointing: bool | int) -> range:
-        return range(0, self.blocks, int(checkpointing)) if checkpointing else range(0)
+    def _split(self, checkpointing: bool | int) -> tuple[list[int], list[int]]:
+        """The blocks that are recomputed, and the others, without those before all that trains: they keep nothing."""
+        blocks = [block for block in range(self.blocks) if any(self._block_rows[block])]
+        recomputed = [block for block in blocks if checkpointing and block % int(checkpointing) == 0]
+        return recomputed, [block for block in blocks if block not in recomputed]
+
+    def _flows(self, stream: str, place: tuple[int, int]) -> bool:
+        """Whether a gradient goes back into the input of `place`, a block and a stage: something before it trains."""
+        for source, first in self._first.items():
+            if source == stream:
+                begins = first
+            elif source == "samples":
+                begins = 0, 0  # it modulates every block
+            else:  # both streams meet in the attention of a block
+                begins = max(first[0], 0) + (first[1] > _ATTENTION), _ATTENTION
+            if begins < place and stream in (source, *_STREAMS):
+                return True
+        return False
 
     def _block_bytes(self, block: int, rows: Rows) -> int:
         image, text = self._block_rows[block]
-        return image * rows.image + text * rows.text
+        return image * rows.image + text * rows.text + self._copies // self.blocks
 
     def _frequencies(self, rows: Rows) -> int:
         return 4 * self._head * (rows.image + rows.text)
 
     def block(self, block: int, stream: str) -> int:
         """Bytes that `block` keeps of one token of `stream`, "image" or "text"."""
-        if self._earliest > (block, _BLOCK_END):
-            return 0
         value = self._width * self._e
         row = value if self._packed or (self._two_times and stream == "image") else 0
-        modulates = self._time_trains or self._kept(block, stream, 0) > 0
-        found = self._norm + row if self._earliest < (block, 0) else 0
-        found += self._kept(block, stream, 1) + 2 * (self._rms_bytes() + 4 * self._heads)
-        found += 4 * value + 4 * self._heads + (value if modulates else 0)
+        flows = [self._flows(stream, (block, stage)) for stage in range(_BLOCK_END + 1)]
+        modulates = "samples" in self._first or self._kept(block, stream, 0) > 0
+        found = flows[0] * (self._norm + row) + self._kept(block, stream, 1) + modulates * value
+        found += (2 if flows[1] else self._queries_and_keys(block, stream)) * (self._rms_bytes() + 4 * self._heads)
+        found += flows[2] * (4 * value + 4 * self._heads)
         if stream == "text" and block == self.blocks - 1:
             return found
         found += sum(self._kept(block, stream, stage) for stage in (2, 3, 4))
-        return found + self._norm + 3 * row + 4 * value + (3 * value if modulates else 0)
+        found += flows[3] * (self._norm + 2 * row) + flows[4] * 4 * value + flows[5] * row
+        return found + modulates * 3 * value
+
+    def _queries_and_keys(self, block: int, stream: str) -> int:
+        """How many of both train, in a block that no gradient leaves."""
+        names = ("to_q", "to_k") if stream == "image" else ("add_q_proj", "add_k_proj")
+        layers = {name.partition(".lora_")[0] for name in self._trained}
+        return len(layers & {f"transformer_blocks.{block}.attn.{name}" for name in names})
 
     def _rms_bytes(self) -> int:
         copy = 0 if self._e == 4 else 4
@@ -161,22 +185,20 @@ class ActivationBytes:
         if (found := self._inputs.get((block, stream, stage))) is None:
             return 0
         copies = found.layers if self._own_copies or self._mask else 1
-        masks = found.layers * self._mask if self._earliest < (block, stage) else 0
+        masks = found.layers * self._mask if self._flows(stream, (block, stage)) else 0
         return found.width * (copies * self._rank_bytes + masks) + found.extra
 
     def _inputs_of_layers(self) -> dict[tuple[int, str, int], _Inputs]:
         """The trained layers by place; layers of modulation, stage 0, keep a row a sample: their bytes do not count."""
         layers: dict[tuple[int, str, int], list[tuple[int, int]]] = defaultdict(list)
         for name in self._trained:
-            stream, (block, stage) = layer_place(name)
+            stream, (block, stage) = _place(name)
             if ".lora_B." in name:
                 continue
-            if stage == 0 and stream == "samples":
-                stream = "image" if ".img_mod." in name else "text"
             linear, behind = self._linears[name], 0
             if ".lora_A." in name:
                 outputs = self._linears[name.replace(".lora_A.", ".lora_B.")].out_features
-                behind = self._rank_bytes * linear.out_features + (2 * outputs * self._rank_bytes if self._dora else 0)
+                behind = self._rank_bytes * linear.out_features + self._dora * outputs
             layers[block, stream, stage].append((linear.in_features, behind))
         return {
             place: _Inputs(len(some), some[0][0], sum(behind for _, behind in some)) for place, some in layers.items()
@@ -185,23 +207,38 @@ class ActivationBytes:
     def _end_rows(self) -> tuple[int, int]:
         """Bytes of an image and of a text token that the last norm and the layers outside the blocks keep."""
         value = self._width * self._e
-
-        def trains(name: str) -> bool:
-            return any(t == name or t.startswith(f"{name}.lora_A") for t in self._trained)
-
-        image = self._norm + (value if self._packed else 0)
-        image += value * (trains("norm_out.linear") or self._time_trains) + value * trains("proj_out")
-        image += self._channels * self._e * trains("img_in")
+        image = self._kept(-1, "image", 0) + self._kept(_LAST, "image", 1)
+        image += (self._norm + (value if self._packed else 0)) * self._flows("image", (_LAST, 0))
+        image += value * ("samples" in self._first or (_LAST, "image", 0) in self._inputs)
         text_width = next(m.in_features for n, m in self._linears.items() if n in ("txt_in", "txt_in.base_layer"))
-        return image, self._e * text_width * trains("txt_in")
+        return image, self._kept(-1, "text", 0) + max(4, self._e) * text_width * self._norms_train
 
-    def _copied_weights(self, untrained: tuple[str, ...], rounded: bool) -> int:
-        """The blocks' weights as layers compute with them, where they are others and gradients pass through."""
-        total = 0
+    def _copied_weights(self, untrained: tuple[str, ...], rounded: bool) -> tuple[int, int]:
+        """Weights as layers compute with them, where those are others and gradients pass: the blocks', and the rest."""
+        found = [0, 0]
         for name, linear in self._linears.items():
+            own, inside = ".lora_" in name, name.startswith("transformer_blocks.")
             dead = any(name == module or name.startswith(f"{module}.") for module in untrained)
-            passed = not re.search(r"img_mod\.|txt_mod\.", name) or name in self._trained
-            copied = (self._autocast and linear.weight.dtype is torch.float32) or (rounded and ".lora_" not in name)
-            if name.startswith("transformer_blocks.") and passed and not dead and copied:
-                total += self._e * linear.weight.numel()
-        return total
+            passed = self._flows(*layer_place(name)) or ".lora_B." in name or (name == "txt_in" and self._norms_train)
+            if dead or not passed:
+                continue
+            copied = (self._autocast and linear.weight.dtype is torch.float32) or (rounded and inside and not own)
+            by_dora = self._cast_by_dora and name.replace("base_layer", "lora_A.default") in self._trained and not own
+            found[not inside] += (copied * self._e + by_dora * self._rank_bytes) * linear.weight.numel()
+        return found[0], found[1]
+
+
+def _first_places(trained: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Where training begins in each stream; that of the timestep is called "samples"."""
+    first: dict[str, tuple[int, int]] = {}
+    for stream, place in map(_place, trained):
+        first[stream] = min(place, first.get(stream, place))
+    return first
+
+
+def _place(name: str) -> tuple[str, tuple[int, int]]:
+    """The stream and place of a layer; one that modulates a stream is of that stream."""
+    stream, place = layer_place(name)
+    if stream == "samples" and place[0] >= 0:
+        stream = "text" if ".txt_mod." in name else "image"
+    return stream, place

@@ -3,6 +3,7 @@
 Promise: well-formed XML without script or reference; what is drawn is said in words too. Cost: none.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -11,17 +12,21 @@ _WIDTH, _HEIGHT, _HEAD, _FOOT, _LINE = 760, 120, 22, 20, 18
 
 
 def columns(title: str, values: Sequence[tuple[str, int]]) -> str:
-    """A column for each (label, count); counts stand above, labels below."""
+    """A column for each (label, count); counts stand above where they fit, labels below, as many as fit."""
     most = max([1, *(count for _, count in values)])
     pitch = _WIDTH / max(1, len(values))
+    counted = _width([f"{count:,}" for _, count in values], 11) <= pitch
+    every = max(1, math.ceil(_width([label for label, _ in values], 11) / pitch))
     marks = []
     for i, (label, count) in enumerate(values):
         height = _HEIGHT * count / most
         left, top, middle = i * pitch + 4, _HEAD + 16 + _HEIGHT - height, (i + 0.5) * pitch
         marks.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{pitch - 8:.1f}" height="{height:.1f}" '
                      f'fill="{_COLOURS[0]}"><title>{escape(label)}: {count:,}</title></rect>')  # fmt: skip
-        marks.append(_text(middle, top - 4, f"{count:,}", 11))
-        marks.append(_text(middle, _HEAD + 16 + _HEIGHT + 14, label, 9 if len(values) > 8 else 11))
+        if counted:
+            marks.append(_text(middle, top - 4, f"{count:,}", 11))
+        if i % every == 0:
+            marks.append(_text(middle, _HEAD + 16 + _HEIGHT + 14, label, 11))
     return _svg(title, marks, _HEAD + 16 + _HEIGHT + _FOOT)
 
 
@@ -39,6 +44,11 @@ def stacked(title: str, parts: Mapping[str, int]) -> str:
         marks.append(_text(18, top + 11, label, 12, anchor="start"))
         left += width
     return _svg(title, marks, _HEAD + 44 + len(parts) * _LINE)
+
+
+def _width(texts: Sequence[str], size: int) -> float:
+    """Pixels that the longest takes at the most, and a gap."""
+    return size * (0.65 * max(map(len, texts), default=0) + 0.5)
 
 
 def _text(x: float, y: float, words: str, size: int, anchor: str = "middle") -> str:

@@ -20,6 +20,7 @@ from mixres.errors import UserError
 from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
 from mixres.models.prompt_length import over_long
 from mixres.training.progress import say
+from mixres.training.run import check_folder
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
@@ -82,9 +83,10 @@ def look_for_examples(config: Config, family: ModuleType, *, speak: bool) -> Fou
     """Training and held-out examples, and the faults of the others, whatever is to be done about them.
 
     Raises:
-        UserError: sources or sizes are wrong, all of them together.
+        UserError: sources or sizes are wrong, all of them together; or the run folder cannot be written.
     """
     data, model = config.data, config.model
+    check_folder(Path(config.logging.output_dir))
     token = family.pixels_per_token(model.pretrained_model_name_or_path, revision=model.revision)
     _check_sizes(config, family, token)
     parts, missing = [], list[str]()

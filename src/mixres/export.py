@@ -5,12 +5,13 @@ what it was to hold, bit for bit, before it gets its name; nothing that is there
 memory; to merge, the base read once, written once and read back once, one tensor in memory.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixres import atomic
-from mixres.errors import WorkError
+from mixres.errors import UserError, WorkError
 from mixres.export_request import Request
 from mixres.models.comfyui import ZERO_COND_T, lora_tensors
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY
@@ -39,6 +40,7 @@ def export(request: Request) -> None:
     """Write what was asked for.
 
     Raises:
+        UserError: another export writes to the same place.
         WorkError: what was written is not what comes back, or something has come to lie in its place.
         OSError: the disk is full, or cannot be written. Nothing is left then.
     """
@@ -113,20 +115,49 @@ def _require(path: Path, fault: str | None) -> None:
         raise WorkError(f"{path}: reading it back gives something else ({fault}): nothing is kept; try another disk")
 
 
-@contextmanager
+@contextlib.contextmanager
 def placed(out: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to; what is there in the end gets the name `out`."""
+    """A path to write a file or a folder to; what is there in the end gets the name `out`.
+
+    Raises:
+        UserError: another process writes what is to be `out`.
+        WorkError: something has come to lie there.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.blake2s(os.fsencode(out.name), digest_size=4).hexdigest()  # any name fits
     room = out.with_name(f"{atomic.TMP_PREFIX}export-{digest}")
-    shutil.rmtree(room, ignore_errors=True)  # of an export that was killed
-    room.mkdir()
-    try:
+    with _own(room, out):
         partial = room / "out"
         yield partial
         if out.exists():
             raise WorkError(f"{out} has come to be while this was written, and is left as it is: name another")
         partial.rename(out)
         atomic.sync_directory(out.parent)
+
+
+@contextlib.contextmanager
+def _own(room: Path, out: Path) -> Iterator[None]:
+    """The folder `room`, new and for this process alone; it is gone in the end. The lock ends with its process."""
+    room.mkdir(exist_ok=True)
+    descriptor = os.open(room, os.O_RDONLY)
+    try:
+        if _is_taken(descriptor, room):
+            raise UserError(f"--out: {out} is being written by another export: wait for it, or choose another name")
+        for left in room.iterdir():  # by an export that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _is_taken(descriptor: int, room: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a network file system without locks on folders: exports are not told apart there
+    return not (room.exists() and os.path.samestat(os.fstat(descriptor), room.stat()))  # its owner has ended just now

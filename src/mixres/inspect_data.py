@@ -49,7 +49,10 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     family = family_of(config)
     faults = _early_faults(config, family)
     make_folder(Path(config.cache.cache_dir))
-    found = look_for_examples(config, family, speak=True)
+    try:
+        found = look_for_examples(config, family, speak=True)
+    except UserError as error:
+        raise UserError([*faults, *error.messages]) from error
     tell(found, family.MOST_PROMPT_TOKENS, config.data.background)
     look = _Look(config, family, found, ranks, estimate=not faults)
     faults += [str(fault) for fault in found.faults if found.stop(config)]
@@ -240,6 +243,7 @@ def _write(config: Config, family: ModuleType, look: _Look, report: Figures, *, 
             decoded = decoded_of(config, family, some, cache, look.device, report["notices"].append)
         save_png(input_sheet(config, family, some, decoded), paths[2], [scanned.record.prompt for scanned in some])
         picture = paths[2].read_bytes()
+        report["inputs"] = [{"name": scanned.record.name, "caption": scanned.record.prompt} for scanned in some]
     else:
         paths.pop().unlink(missing_ok=True)  # an earlier look's
     for line in summary_lines(report):

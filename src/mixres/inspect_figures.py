@@ -58,12 +58,14 @@ def item_figures(found: Found) -> Figures:
     records = [scanned.record for scanned in (*found.train, *found.held_out)]
     return {
         "training_examples": len(found.train),
+        "of_them_regularization": sum(scanned.regularization for scanned in found.train),
         "held_out_examples": len(found.held_out),
         "controls": sum(len(record.controls) for record in records),
         "masks": sum(record.mask is not None for record in records),
         "empty_captions": sum(not record.prompt for record in records),
         "cut_captions": found.cut,
         "with_transparency": sum(scanned.flattened for scanned in (*found.train, *found.held_out)),
+        "with_several_frames": sum(scanned.first_of_several for scanned in (*found.train, *found.held_out)),
         "pictures": found.decoded + found.unchanged,
         "data_faults": len(found.faults),
     }
@@ -75,7 +77,7 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
     trained = [sizes[0] for sizes in seen]
     controls = [size for scanned in train for size in scanned.control_sizes]
     resized = [size for sizes in seen for size in sizes[1:]]
-    pairs = list(zip(files, trained, strict=True))
+    pairs, aspects = list(zip(files, trained, strict=True)), [size.width / size.height for size in files]
     return {
         "pixels": {
             "target_files": summary([math.prod(size) for size in files]),
@@ -94,7 +96,9 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
         "controls_of_another_aspect": sum(
             _apart(scanned.target_size, size) > _APART for scanned in train for size in scanned.control_sizes
         ),
-        "aspects": histogram([size.width / size.height for size in files]),
+        "least_aspect": min(aspects),
+        "most_aspect": max(aspects),
+        "aspects": histogram(aspects),
     }
 
 

@@ -52,6 +52,10 @@ SECTIONS = {  # in the order of the page: title, and what to know to read it
         "The largest microbatch, forward, backward and update. Epoch and run are at its rate for the heaviest rank.",
     ),
     "model": ("Model and versions", ""),
+    "inputs": (
+        "What the model sees",
+        "Behind every resizing, as it is handed to VAE and text encoder; the mask on the token grid.",
+    ),
 }
 
 _STYLE = """
@@ -62,7 +66,8 @@ table { border-collapse: collapse; margin: .4rem 0 1rem; } th, td { padding: .15
 tr { border-bottom: 1px solid #ddd; } th { font-weight: normal; color: #555; } th[scope=row] { text-align: left; }
 td.text, ol { text-align: left; overflow-wrap: anywhere; } #faults li { color: #a00; } img, svg { max-width: 100%; }
 section, table, svg, img { break-inside: avoid; } h2 { break-after: avoid; }
-@media print { body { margin: 0; max-width: none; font-size: 11px; } }
+@media print { body { margin: 0; max-width: none; font-size: 11px; } th, td { padding: .1rem .4rem; }
+  img { max-height: 24cm; } @page { margin: 1.5cm; } }
 """
 
 
@@ -77,7 +82,7 @@ def shown(value: Any, key: str = "") -> str:
     if isinstance(value, float):
         if key.endswith("_share") or key in ("cropped_most", "cropped_mean", "most_change_of_aspect"):
             return f"{100 * value:.4g} %"
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}".removesuffix(".0")
     return str(value)
 
 
@@ -94,13 +99,10 @@ def page(report: Figures, picture: bytes | None) -> str:
         if report.get(key) is None or report[key] == []:
             continue
         parts += [f'<section id="{key}"><h2>{title}</h2>', f"<p>{escape(text)}</p>" if text else ""]
-        parts += [*_charts(key, report[key]), *_tables(report[key], key), "</section>"]
-    if picture:
-        parts += [
-            '<section id="inputs"><h2>What the model sees</h2>',
-            "<p>Behind every resizing, as it is handed to VAE and text encoder; the mask on the token grid.</p>",
-            f'<img alt="contact sheet" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></section>',
-        ]
+        parts += [*_charts(key, report[key]), *_tables(report[key], key)]
+        if key == "inputs" and picture:
+            parts.append(f'<img alt="contact sheet" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
+        parts.append("</section>")
     return "\n".join([*filter(None, parts), "</body></html>", ""])
 
 
@@ -110,9 +112,9 @@ def _charts(key: str, figures: Any) -> Iterator[str]:
         kinds = {kind: values["sum"] for kind, values in figures["per_example"].items()}
         parts = {kind: kinds[kind] for kind in kinds if kind not in ("all", "text_without_caption")}
         yield stacked("tokens of all training examples", parts)
-        yield columns("examples by all their tokens", _bins(figures["of_all"]))
+        yield columns("examples by all their tokens, a column from its number up", _bins(figures["of_all"]))
     elif key == "sizes":
-        yield columns("target files by aspect, width / height", _bins(figures["aspects"]))
+        yield columns("target files by aspect, width / height, a column from its number up", _bins(figures["aspects"]))
     elif key == "plan":
         epoch = figures["sums"]["epoch"]
         filler = epoch["tokens_computed"] - epoch["tokens"]
@@ -131,7 +133,7 @@ def _charts(key: str, figures: Any) -> Iterator[str]:
 
 
 def _bins(bins: Sequence[Figures]) -> list[tuple[str, int]]:
-    return [(f"{shown(row['from'])} to {shown(row['to'])}", row["count"]) for row in bins]
+    return [(shown(row["from"]), row["count"]) for row in bins]
 
 
 def _tables(value: Any, path: str) -> Iterator[str]:
@@ -148,7 +150,7 @@ def _tables(value: Any, path: str) -> Iterator[str]:
         rows = (
             f'<tr><th scope="row">{_label(key)}</th>{_cell(entry, key, path)}</tr>' for key, entry in single.items()
         )
-        yield f"<table>{''.join(rows)}</table>"
+        yield f"<table>{''.join(rows)}</table>" if single else ""
         for key, entry in value.items():
             if key not in single:
                 yield f"<h3>{_label(key)}</h3>"
@@ -196,6 +198,7 @@ def summary_lines(report: Figures) -> list[str]:
         for kind, row in report["tokens"]["per_example"].items():
             lines.append(f"{'tokens' if kind == 'text' else '':<9} {kind.replace('_', ' '):<21} "
                          f"{row['least']:>8,} to {row['most']:>8,}, median {row['median']:>10,.1f}")  # fmt: skip
+        lines.append(_size_line(report["sizes"]))
         lines += _bucket_lines(report["bucketing"], report["items"]["training_examples"])
     lines += [*_plan_lines(report["plan"]), *_memory_lines(report["memory"])] if "plan" in report else []
     cache = report["cache"]
@@ -206,10 +209,19 @@ def summary_lines(report: Figures) -> list[str]:
     return [*lines, *(f"notice    {notice}" for notice in report["notices"])]
 
 
+def _size_line(sizes: Figures) -> str:
+    pixels = sizes["pixels"]["targets_as_trained"]
+    return (
+        f"sizes     {sizes['different_target_sizes']} of targets, {pixels['least']:,} to {pixels['most']:,} pixels, "
+        f"median {pixels['median']:,.0f}; aspects {sizes['least_aspect']:.2f} to {sizes['most_aspect']:.2f}"
+    )
+
+
 def _plan_lines(plan: Figures) -> list[str]:
+    ranks = f"{plan['ranks']} rank" + "s" * (plan["ranks"] > 1)
     lines = [
-        f"plan      {plan['steps_per_epoch']} steps an epoch on {plan['ranks']} ranks, {plan['samples_per_step']} "
-        f"samples a step, {plan['layout']}, at most {plan['max_tokens']} tokens a microbatch"
+        f"plan      {plan['steps_per_epoch']} steps an epoch on {ranks}, {plan['samples_per_step']} samples a step, "
+        f"{plan['layout']}, at most {plan['max_tokens']} tokens a microbatch"
     ]
     for name, sums in plan["sums"].items():
         each = f"{sums['fewest_microbatches']} to {sums['most_microbatches']} microbatches a step"

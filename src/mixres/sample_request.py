@@ -242,10 +242,9 @@ def _fit_faults(base: Base, rows: Sequence[Row], negative: str | None, fixed: Si
     for row in rows:
         if fault := family.example_fault(controls=len(row.images), prompt=""):
             yield f"{row.images_at}: {fault}"
-        if fault := family.example_fault(controls=fewest, prompt=row.prompt):
-            yield f"{row.prompt_at}: {fault}"
-    if fault := family.example_fault(controls=fewest, prompt=negative or ""):
-        yield f"--negative-prompt: {fault}"
+    for where, prompt in [*((row.prompt_at, row.prompt) for row in rows), ("--negative-prompt", negative or "")]:
+        if fault := family.example_fault(controls=fewest, prompt=prompt):
+            yield f"{where}: {fault}"
     for where, size in [("--size", fixed), *((row.size_at, row.size) for row in rows)]:
         if size and (size.width % token or size.height % token):
             near = target_size(size, max_pixels=LIMITS.max_source_pixels, multiple_of=token)
@@ -276,7 +275,7 @@ def _paths(folder: str, count: int) -> list[Path]:
 def _out_faults(folder: Path, paths: Sequence[Path], compare: bool) -> Iterator[str]:
     there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not there.is_dir():
-        yield f"--out: {printable(there)} is no folder"
+        yield f"--out: {printable(there)} is no folder: choose another"
     elif not os.access(there, os.W_OK | os.X_OK):
         yield f"--out: {printable(there)} cannot be written: choose another folder"
     names = [*paths, *(outputs for path in paths for outputs in beside(path))] if compare else paths

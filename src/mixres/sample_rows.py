@@ -70,7 +70,7 @@ def rows_of(file: Path) -> tuple[list[Row], list[str]]:
         if not (found or isinstance(line, BadRowError)):
             rows.append(_row(line, file.parent, where))
     if not (rows or faults):
-        faults.append(f"--prompts: {printable(file)} has no lines")
+        faults.append(f"--prompts: {printable(file)} has no lines: write one for each picture")
     return rows, faults
 
 

@@ -146,7 +146,7 @@ def train(config: Config) -> None:
         result_path = _write_results(config, family, trained, folder, step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
-            _say_end(folder, result_path, family, skips, sampled=sample is not None)
+            _say_end(config, result_path, family, skips, tracker.folder, sampled=sample is not None)
             _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
 
 
@@ -256,13 +256,18 @@ def _banner(
         say(f"changed   since the checkpoint: {change}")
 
 
-def _say_end(folder: Path, result: Path, family: ModuleType, skips: Skips, *, sampled: bool) -> None:
+def _say_end(
+    config: Config, result: Path, family: ModuleType, skips: Skips, tracked: Path | None, *, sampled: bool
+) -> None:
+    folder = Path(config.logging.output_dir)
     if skips.total:
         say(f"skipped   {skips.total} steps whose numbers were not finite, see {folder / 'metrics.jsonl'}")
-    say(f"result    {result}")
+    say(f"result    {result}{f', its average in {folder}/ema' if config.train.ema_decay else ''}")
     if sampled:
         say(f"samples   {folder / 'samples'}")
     say(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
+    if tracked:
+        say(f"tracker   {tracked}")
     images = " --image IMAGE" * family.CONTROLS[0]
     say(f"next      mixres sample --lora {folder}{images} --prompt TEXT --out FOLDER")
 

@@ -23,6 +23,7 @@ from mixres.assemble import Trained, load_trained, objective_of
 from mixres.config import Config
 from mixres.errors import UserError
 from mixres.training.distributed import make_accelerator
+from mixres.training.run import check_folder
 from mixres.training.step import Objective
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -42,9 +43,10 @@ def one_process(config: Config, verb: str) -> Accelerator:
     """The accelerator of the only process.
 
     Raises:
-        UserError: a launcher started several.
+        UserError: a launcher started several, or the run folder cannot be written.
     """
     folder = Path(config.logging.output_dir)
+    check_folder(folder)
     accelerator = make_accelerator(mixed_precision=config.train.mixed_precision, report_to="none", folder=folder)
     if accelerator.num_processes > 1:
         raise UserError(

@@ -1,7 +1,6 @@
 """Lengths rounded up to a bounded set: few of them, none shortened."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from mixres.data.plan import Lengths
 from mixres.data.rounding import MOST, Rounding, rounded, rounding_of

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from mixes import (
     EVERY_LINEAR,
     FORWARDS,

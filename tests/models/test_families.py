@@ -10,8 +10,7 @@ import pytest
 
 from family_cases import CASES, FamilyCase
 from mixres.errors import UserError
-from mixres.models import families
-from mixres.models import qwen_image_edit as family
+from mixres.models import families, qwen_image_edit as family
 from mixres.models.families import family_module
 from mixres.models.pretrained import pipeline_json
 

@@ -136,6 +136,7 @@ def accelerator_with(tracker: Any, folder: Path) -> Accelerator:
 def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
     accelerator = accelerator_with("tensorboard", tmp_path)
     with Tracker(accelerator, "tensorboard", "project", {"a": {"b": [1]}}) as tracker:
+        assert tracker.folder == tmp_path / "project"
         for step in (1, 2):
             tracker.log({"step": step, "loss": step / 2})
     (file,) = (tmp_path / "project").glob("events.out.tfevents.*")
@@ -328,8 +329,11 @@ def test_without_a_key_wandb_goes_on_offline_and_asks_nobody(tmp_path: Path) -> 
                 return
 
     reader = threading.Thread(target=read)
+    environment = wandb_environment(tmp_path)
+    del environment["WANDB_DIR"]
+    (tmp_path / "run").mkdir()
     with subprocess.Popen(
-        [sys.executable, "-c", TRACKS, str(tmp_path)], env=wandb_environment(tmp_path), text=True,
+        [sys.executable, "-c", TRACKS, str(tmp_path / "run")], env=environment, text=True,
         stdin=terminal, stdout=subprocess.PIPE, stderr=terminal,
     ) as process:  # fmt: skip
         try:
@@ -343,4 +347,4 @@ def test_without_a_key_wandb_goes_on_offline_and_asks_nobody(tmp_path: Path) -> 
     reader.join()
     os.close(hand)
     assert b"wandb cannot be used (no API key, `wandb login` keeps one): logging offline" in b"".join(shown)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb")), "in the run folder, wherever it was started"

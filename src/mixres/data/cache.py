@@ -26,8 +26,7 @@ import torch
 import xxhash
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
 from mixres import atomic

@@ -19,28 +19,15 @@ from torch import Tensor
 from mixres.batch import Sample
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
-from mixres.models import qwen_family as shared
-from mixres.models import qwen_inputs as inputs
+from mixres.models import qwen_family as shared, qwen_inputs as inputs
 from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 from mixres.models.qwen_family import (
     STOCK_CONTROL_AREA as STOCK_CONTROL_AREA,
-)
-from mixres.models.qwen_family import (
     flow_shift as flow_shift,
-)
-from mixres.models.qwen_family import (
     load_transformer as load_transformer,
-)
-from mixres.models.qwen_family import (
     pixels_per_token as pixels_per_token,
-)
-from mixres.models.qwen_family import (
     predict_velocity as predict_velocity,
-)
-from mixres.models.qwen_family import (
     transformer_skeleton as transformer_skeleton,
-)
-from mixres.models.qwen_family import (
     untrained_modules as untrained_modules,
 )
 

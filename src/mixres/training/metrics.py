@@ -77,20 +77,25 @@ def _step_of(line: str) -> int:
 
 
 class Tracker:
-    """wandb or TensorBoard through accelerate; `none` does nothing."""
+    """wandb or TensorBoard through accelerate, which write to `folder`; `none` does nothing."""
 
     def __init__(self, accelerator: Accelerator, kind: str, project: str, config: Mapping[str, Any]) -> None:
         self._accelerator = accelerator if kind != "none" else None
+        self.folder: Path | None = None
         if self._accelerator is None:
             return
+        root = Path(str(accelerator.logging_dir))
+        if kind == "wandb":
+            root = Path(os.environ.get("WANDB_DIR", root))  # its own default is the working directory
+        self.folder = root / ("wandb" if kind == "wandb" else project)
         try:
             if kind == "wandb":
-                self._start_wandb(project, config)
+                self._start_wandb(project, config, root)
             else:
                 accelerator.init_trackers(project)
         except Exception as error:  # as in `log`
             _log.warning("the tracker could not be started (%s): the run goes on without it", error)
-            self._accelerator = None
+            self._accelerator = self.folder = None
 
     def __enter__(self) -> Self:
         return self
@@ -105,11 +110,12 @@ class Tracker:
             except Exception as failure:  # as in `log`
                 _log.warning("the tracker could not be closed: %s", failure)
 
-    def _start_wandb(self, project: str, config: Mapping[str, Any]) -> None:
+    def _start_wandb(self, project: str, config: Mapping[str, Any], root: Path) -> None:
         import wandb
 
         assert self._accelerator is not None
-        settings = {"settings": wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, finish_timeout=_WANDB_FINISH_S)}
+        limits = wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, finish_timeout=_WANDB_FINISH_S)
+        settings = {"settings": limits, "dir": str(root)}
         try:
             # Without a key wandb would ask at a terminal and wait, where one may have gone home.
             asked = self._accelerator.is_main_process and "WANDB_MODE" not in os.environ
