@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mixres import __version__
 from mixres.assemble import (
     check_early,
-    identity_of,
+    frozen_of,
     load_trained,
     loader_of,
     objective_of,
@@ -144,8 +144,9 @@ def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:
 
 def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]:
     config = setup(*overrides)
-    identity = identity_of(config, plan_of(config, encoded, world_size=1), encoded)
-    return {**identity["frozen"], "order": identity["order"]}
+    own, regular = ([x.key for x in encoded.train if x.regularization == which] for which in (False, True))
+    order = plan_of(config, encoded, world_size=1).order_hash([item.key for item in encoded.train])
+    return {**frozen_of(config, own, regular), "order": order}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]
         ("checkpoint.keep=5", set()),
     ],
 )
-def test_identity_of_are_those_that_make_it_another_run(
+def test_frozen_values_are_those_that_make_it_another_run(
     setup: Setup, encoded: Encoded, override: str, changed: set[str]
 ) -> None:
     before, after = frozen(setup, encoded), frozen(setup, encoded, override)
@@ -200,8 +201,7 @@ def test_a_base_on_the_hub_is_known_by_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in ("null", "main", commit):
         config = setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}")
-        identity = identity_of(config, plan_of(config, encoded, world_size=1), encoded)
-        assert identity["frozen"]["model.revision"] == recipe(config, family, 5)["revision"] == commit
+        assert frozen_of(config, [], [])["model.revision"] == recipe(config, family, 5)["revision"] == commit
 
 
 @pytest.fixture(scope="module")

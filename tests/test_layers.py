@@ -58,6 +58,7 @@ LAYERS = {
             "report",
             "worst_microbatch",
             "workbench",
+            "write_result",
         ),
         4,
     ),

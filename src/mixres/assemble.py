@@ -36,7 +36,7 @@ from mixres.models.lora import (
 )
 from mixres.models.quantize import check_method
 from mixres.models.repeated_blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
-from mixres.precompute import Encoded, Item
+from mixres.precompute import Encoded
 from mixres.training.distributed import launched, shard
 from mixres.training.ema import Ema
 from mixres.training.optim import check_step, optimizer_class
@@ -206,10 +206,13 @@ def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first:
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
-def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from: `frozen` values by key, the `order` of samples."""
+def frozen_of(config: Config, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from, by key; told before anything is encoded.
+
+    `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.
+    """
     lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
-    frozen = {
+    return {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": _revision(config),
         "model.dtype": config.model.dtype,
@@ -220,15 +223,14 @@ def identity_of(config: Config, plan: Plan, encoded: Encoded) -> dict[str, Any]:
         "train.ema_decay": config.train.ema_decay,
         "batch.samples_per_step": config.batch.samples_per_step,
         "data.caption_dropout": config.data.caption_dropout,
-        "data.train": _fingerprint([item for item in encoded.train if not item.regularization]),
-        "data.regularization": _fingerprint([item for item in encoded.train if item.regularization]),
+        "data.train": _fingerprint(own),
+        "data.regularization": _fingerprint(regularization),
     }
-    return {"frozen": frozen, "order": plan.order_hash([item.key for item in encoded.train])}
 
 
-def _fingerprint(items: Sequence[Item]) -> str | None:
-    keys = " ".join(item.key for item in items)
-    return f"{len(items)} samples of fingerprint {xxhash.xxh3_64_hexdigest(keys.encode())}" if items else None
+def _fingerprint(keys: Sequence[str]) -> str | None:
+    digest = xxhash.xxh3_64_hexdigest(" ".join(keys).encode())
+    return f"{len(keys)} samples of fingerprint {digest}" if keys else None
 
 
 def _revision(config: Config) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -50,6 +50,19 @@ def lengths_of(entry: CacheEntry) -> Lengths:
     return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
 
 
+class Examples(NamedTuple):
+    """What a run is of, before anything is encoded."""
+
+    cache: Cache
+    train: list[ScannedRecord]
+    held_out: list[ScannedRecord]
+    keys: list[str]  # of the entries of both, in this order
+
+    def train_keys(self, *, regularization: bool) -> list[str]:
+        """Those of the regularisation set, or of the samples beside it."""
+        return [k for k, x in zip(self.keys, self.train, strict=False) if x.regularization == regularization]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What training reads: the cache, and the examples in it."""
@@ -88,7 +101,19 @@ def encode_all(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    cache, train, held_out, keys = examples(config, family, speak=rank == 0)
+    found = examples(config, family, speak=rank == 0)
+    return encode(config, family, found, device=device, rank=rank, world_size=world_size)
+
+
+def encode(
+    config: Config, family: ModuleType, scanned: Examples, *, device: torch.device, rank: int = 0, world_size: int = 1
+) -> Encoded:
+    """Return when every example is in the cache; the ranks share the encoding.
+
+    Raises:
+        UserError, WorkError: as `run_cache`.
+    """
+    cache, train, held_out, keys = scanned
     _check_budget(config, family, train)
     wanted = dict(zip(keys, [*train, *held_out], strict=True))
     if rank == 0:
@@ -107,10 +132,8 @@ def encode_all(
     return Encoded(cache, items[: len(train)], items[len(train) :])
 
 
-def examples(
-    config: Config, family: ModuleType, *, speak: bool
-) -> tuple[Cache, list[ScannedRecord], list[ScannedRecord], list[str]]:
-    """The cache, the usable examples (training, held-out) and the keys of both, in this order.
+def examples(config: Config, family: ModuleType, *, speak: bool) -> Examples:
+    """Scan training and held-out data; the usable examples and what their entries are called.
 
     Raises:
         UserError: data, base or sizes are wrong, or there can be no cache where it should be.
@@ -119,7 +142,7 @@ def examples(
     make_folder(root)
     train, held_out = find_examples(config, family, speak=speak)
     keys = entry_keys(config, family, train, empty_prompt=config.data.caption_dropout > 0)
-    return Cache(root), train, held_out, keys + entry_keys(config, family, held_out)
+    return Examples(Cache(root), train, held_out, keys + entry_keys(config, family, held_out))
 
 
 def _check_budget(config: Config, family: ModuleType, train: Iterable[ScannedRecord]) -> None:

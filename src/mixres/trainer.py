@@ -7,7 +7,6 @@ update is measured at the end of every run and printed.
 
 import json
 import math
-import shutil
 import statistics
 import time
 from contextlib import ExitStack
@@ -19,16 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from mixres import atomic
-from mixres.assemble import Trained, check_early, identity_of, load_trained, loader_of, objective_of, plan_of, recipe
+from mixres.assemble import Trained, check_early, frozen_of, load_trained, loader_of, objective_of, plan_of
 from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
 from mixres.evaluate import HeldOutLoss
-from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
-from mixres.precompute import Encoded, encode_all, family_of
+from mixres.precompute import Encoded, encode, examples, family_of
 from mixres.sampling import sheet_writer
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
@@ -38,14 +35,14 @@ from mixres.training.distributed import (
     make_accelerator,
     replicate,
     require_agreement,
-    whole,
 )
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optim import schedule
 from mixres.training.progress import Progress, say
-from mixres.training.resume import Skips, changes, checkpoint_to_resume, restore_run, save_run
+from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run import RunFolder
 from mixres.training.step import Objective, StepResult, bare_step_seconds, run_step
+from mixres.write_result import write_results
 
 _BARE_STEPS = 3
 _SHOWN_NAMES = 20
@@ -59,7 +56,7 @@ def train(config: Config) -> None:
         WorkError: numbers that are not finite too often, a damaged cache entry, or a checkpoint that cannot be written.
         Stopped: a signal came; the run has saved.
     """
-    logging, last = config.logging, config.train.max_train_steps
+    logging, last, keep = config.logging, config.train.max_train_steps, config.checkpoint.keep
     folder, rank, public = Path(logging.output_dir), launched().rank, public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
         accelerator = make_accelerator(
@@ -68,20 +65,23 @@ def train(config: Config) -> None:
         ranks = accelerator.num_processes
         family = family_of(config)
         check_early(config, family)
-        encoded = encode_all(config, family, device=accelerator.device, rank=rank, world_size=ranks)
-        plan = plan_of(config, encoded, world_size=ranks)
-        require_agreement(f"{plan.plan_hash([item.key for item in encoded.train])} {json.dumps(public)}")
-        identity = identity_of(config, plan, encoded)
-        checkpoints = Checkpoints(
-            folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
-        )
-        checkpoint = checkpoint_to_resume(checkpoints, config.resume, identity, config.resume_allow_changes)
+        found = examples(config, family, speak=run.main)
+        require_agreement(json.dumps([found.keys, public]))
+        frozen = frozen_of(config, found.train_keys(regularization=False), found.train_keys(regularization=True))
+        checkpoints = Checkpoints(folder / "checkpoints", keep=keep, rank=rank, ranks=ranks, gather=gather)
+        checkpoint = checkpoint_to_resume(checkpoints, config.resume, frozen, config.resume_allow_changes)
         first, skips, seconds = checkpoint.step if checkpoint else 0, Skips(), list[float]()
         run.update(step=first)
         if first >= last and any_rank(accelerator, run.was_done(first)):
             if run.main:
-                say(f"done      all {first} steps were done before; raise train.max_train_steps to go on")
+                say(f"done      {first} steps were done before; raise train.max_train_steps, now {last}, to go on")
             return
+        encoded = encode(config, family, found, device=accelerator.device, rank=rank, world_size=ranks)
+        plan = plan_of(config, encoded, world_size=ranks)
+        keys = [item.key for item in encoded.train]
+        require_agreement(plan.plan_hash(keys))
+        identity = {"frozen": frozen, "order": plan.order_hash(keys)}
+        check_order(checkpoint, identity)
         if run.main:
             atomic.write_text(folder / "config.yaml", dump_config(config))
         trained = load_trained(config, family, accelerator)
@@ -143,7 +143,7 @@ def train(config: Config) -> None:
             sample(done)
         if any_rank(accelerator, run.stop_requested):
             raise Stopped("stopped by a signal after the last step, which is saved: run the same command to go on")
-        result_path = _write_results(config, family, trained, folder, step=done, keep=run.main)
+        result_path = write_results(config, family, trained, folder, step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
             _say_end(config, result_path, family, skips, tracker.folder, sampled=sample is not None)
@@ -193,46 +193,6 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
     }
 
 
-def _write_results(
-    config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool
-) -> Path:
-    """What was trained and, where one is kept, its average in `ema/`; the path of the first."""
-    try:
-        path = _write_result(config, family, trained, folder, step=step, keep=keep)
-        if trained.ema:
-            with trained.ema.averaged():
-                _write_result(config, family, trained, folder / "ema", step=step, keep=keep)
-    except (OSError, SafetensorError) as error:
-        what = f"{folder}: the result could not be written ({getattr(error, 'strerror', None) or error})"
-        raise WorkError(f"{what}; step {step} is saved: make room and run the same command again") from error
-    return path
-
-
-def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool) -> Path:
-    """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
-    path = folder / (FILE_NAME if config.model.lora else "transformer")
-    folder.mkdir(exist_ok=True)
-    if config.model.lora:
-        weights = whole(trained.parameters, keep=keep)
-        if keep:
-            atomic.write_bytes(path, lora_file(weights, trained.transformer, recipe(config, family, step)))
-        return path
-    weights = whole(trained.transformer.state_dict(), keep=keep, dtype=getattr(torch, config.model.dtype))
-    if keep:  # through a model of the same shape: the trained one may be sharded
-        model = family.transformer_skeleton(config.model.pretrained_model_name_or_path, revision=config.model.revision)
-        model.load_state_dict(weights, assign=True)
-        partial = folder / f"{atomic.TMP_PREFIX}transformer"
-        for old in (partial, path):
-            shutil.rmtree(old, ignore_errors=True)
-        try:
-            model.save_pretrained(partial)
-            atomic.write_json(partial / RECIPE_FILE, recipe(config, family, step))
-            partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return path
-
-
 def _banner(
     config: Config, accelerator: Accelerator, trained: Trained, plan: Plan, first: int, changed: list[str]
 ) -> None:
@@ -242,6 +202,9 @@ def _banner(
     for line in trained.lines():
         say(line)
     epochs = math.ceil(train.max_train_steps / plan.steps_per_epoch)
+    if first >= train.max_train_steps:
+        say(f"plan      no step is left, {first} are saved: their result is written")
+        return
     say(
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"

@@ -13,7 +13,7 @@ import torch
 
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.resume import Skips, changes, checkpoint_to_resume, restore_run, save_run
+from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 
 ADAM = "torch.optim.AdamW"
 FROZEN: dict[str, Any] = {"train.seed": 0, "model.lora.r": 4, "model.revision": None, "optimizer.class_path": ADAM}
@@ -39,7 +39,9 @@ def found(
     allowed: Sequence[str] = (),
 ) -> Checkpoint | None:
     identity = {"frozen": FROZEN | (frozen or {}), "order": order}
-    return checkpoint_to_resume(checkpoints, resume, identity, allowed)
+    checkpoint = checkpoint_to_resume(checkpoints, resume, identity["frozen"], allowed)
+    check_order(checkpoint, identity)
+    return checkpoint
 
 
 def step_of(checkpoint: Checkpoint | None) -> int | None:

@@ -60,11 +60,17 @@ def test_the_status_tells_how_a_run_ended(tmp_path: Path, error: Exception, stat
 
 
 def fail_at(held: RunFolder, step: int) -> None:
+    held.stop_between_steps()
     held.update(step=step)
     raise WorkError("no")
 
 
-def test_was_done_is_about_the_run_before(tmp_path: Path) -> None:
+def refuse(held: RunFolder) -> None:
+    held.update(step=0)
+    raise UserError("no")
+
+
+def test_was_done_is_about_the_last_run_that_trained(tmp_path: Path) -> None:
     with open_run(tmp_path) as first:
         assert not first.was_done(0)
         first.update(step=10)
@@ -72,6 +78,12 @@ def test_was_done_is_about_the_run_before(tmp_path: Path) -> None:
         assert second.was_done(10)
         assert not second.was_done(9)
         second.update(step=10)
+    for _ in range(2):
+        with pytest.raises(UserError), open_run(tmp_path) as refused:
+            refuse(refused)
+    with open_run(tmp_path) as again:
+        assert again.was_done(10), "what was refused has changed nothing"
+        again.update(step=10)
     with pytest.raises(WorkError), open_run(tmp_path) as third:
         fail_at(third, 10)
     with open_run(tmp_path) as fourth:

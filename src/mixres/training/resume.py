@@ -7,12 +7,13 @@ at a start; reading each rank's own part of it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from mixres.config import Changeable
 from mixres.config_source import dotted, leaves
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
@@ -36,12 +37,12 @@ class Skips:
 
 
 def checkpoint_to_resume(
-    checkpoints: Checkpoints, resume: str, identity: Mapping[str, Any], allowed: Sequence[str]
+    checkpoints: Checkpoints, resume: str, frozen: Mapping[str, Any], allowed: Sequence[str]
 ) -> Checkpoint | None:
     """The checkpoint to go on from, None to start afresh.
 
-    `identity` is what a run must share with the one it goes on from: `frozen` values by key, and `order`, a hash over
-    what each step holds. Changes of the keys in `allowed` are let through.
+    `frozen` is what a run must share with the one it goes on from, by key. Changes of the keys in `allowed` are let
+    through.
 
     Raises:
         UserError: one is required and there is none, none of those there is valid, or it is of another run.
@@ -62,24 +63,37 @@ def checkpoint_to_resume(
                 f"resume: required, but there is no checkpoint in {root}: name the folder of one, or set resume=auto"
             )
         return None
-    changed = _changed(found, identity["frozen"])
-    refused = [line for key, line in changed.items() if key not in allowed]
-    if not changed and found.state["order"] != identity["order"]:
-        refused = [f"{found.path}: was made by a version that orders the samples otherwise: finish it with that one"]
-    if refused:
+    if refused := [line for key, line in _changed(found, frozen).items() if key not in allowed]:
         raise UserError(refused)
     return found
+
+
+def check_order(found: Checkpoint | None, identity: Mapping[str, Any]) -> None:
+    """`identity`: the `frozen` values, and `order`, a hash over what each step holds.
+
+    Raises:
+        UserError: the same samples come in another order than in the run that left `found`.
+    """
+    if found and found.state["frozen"] == identity["frozen"] and found.state["order"] != identity["order"]:
+        raise UserError(
+            f"{found.path}: was made by a version that orders the samples otherwise: finish it with that one"
+        )
 
 
 def _changed(found: Checkpoint, frozen: Mapping[str, Any]) -> dict[str, str]:
     """A line for every frozen key whose value is not the checkpoint's."""
     saved = found.state["frozen"]
     return {
-        key: f"{key}: checkpoint {found.path.name} was made with {saved.get(key)}, this run has {frozen.get(key)}: "
-        "change it back, choose another logging.output_dir, or name it in resume_allow_changes where that takes it"
+        key: _change(found, key, saved.get(key), frozen.get(key))
         for key in {**saved, **frozen}
         if saved.get(key) != frozen.get(key)
     }
+
+
+def _change(found: Checkpoint, key: str, before: object, now: object) -> str:
+    allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
+    what = f"{key}: checkpoint {found.path.name} was made with {before}, this run has {now}"
+    return f"{what}: change it back, choose another logging.output_dir{allow}"
 
 
 def changes(found: Checkpoint | None, identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

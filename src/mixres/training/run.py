@@ -62,7 +62,6 @@ class RunFolder:
         self.stop_requested = False
         self._stop_at_once = True
         self._asked_at = 0.0
-        self._before: dict[str, Any] = {}
         self._lock = FileLock(folder / ".lock")
         self._handlers: dict[signal.Signals, Any] = {}
         now = time.time()
@@ -73,6 +72,7 @@ class RunFolder:
             "verb": verb,
             "step": 0,
             "max_train_steps": max_train_steps,
+            "done_before": None,  # the step that the last run in the folder ended with, until a step is trained
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": now,
@@ -96,7 +96,8 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            self._before = self._read()
+            before = self._read()
+            self._status["done_before"] = before.get("step" if before.get("state") == "done" else "done_before")
             self._write()
         except Timeout:
             raise UserError(
@@ -139,12 +140,13 @@ class RunFolder:
         atomic.write_json(self.folder / STATUS, self._status)
 
     def was_done(self, step: int) -> bool:
-        """Whether the run before this one came to its end at `step`, its result written."""
-        return self._before.get("state") == "done" and self._before.get("step") == step
+        """Whether the last run that trained in the folder came to its end at `step`, its result written."""
+        return bool(self._status["done_before"] == step)
 
     def stop_between_steps(self) -> None:
         """From here on a signal sets `stop_requested`; up to here it ends the run at once, as nothing can be saved."""
         self._stop_at_once = False
+        self._status["done_before"] = None
 
     def _read(self) -> dict[str, Any]:
         try:
