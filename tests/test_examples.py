@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mixres import cli
 from mixres.config import Config, load_config
 from mixres.data.dataset import ScannedRecord, scan, split_held_out
 from mixres.data.images import Limits
@@ -253,3 +254,20 @@ def test_what_is_skipped_is_listed_with_names_of_any_kind(setup: Setup, data: Pa
     listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
     shown = [line["path"].rpartition("/")[2] for line in listed]
     assert sorted(shown) == sorted(f"{stem.replace(chr(10), chr(92) + 'n')}.png" for stem in bad)
+
+
+@pytest.mark.parametrize("verb", ["cache", "inspect", "verify", "bench"])
+def test_a_run_folder_that_cannot_be_is_told_before_any_work(
+    verb: str, small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    folder, cache = file / "run", tmp_path / "cache"
+    words = [f"logging.output_dir={folder}", f"cache.cache_dir={cache}"]
+    assert cli.main([verb, "--config", str(small_run), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    why = f"{file} is no folder; name another"
+    assert line == f"mixres: error: logging.output_dir: {folder} cannot be written: {why}"
+    assert not [*cache.rglob("*")]
+    assert cli.main([verb, "--config", str(small_run), f"logging.output_dir={tmp_path / ('x' * 300)}", words[1]]) == 2
+    assert "File name too long; name another" in capsys.readouterr().err

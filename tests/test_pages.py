@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixres.cli_options import VERBS
+from mixres.cli_options import OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, VERBS
 from mixres.config import Config, load_config
 from mixres.config_faults import known_keys
 from pages import DOCS, REPOSITORY
@@ -69,3 +69,39 @@ def test_verbs_and_commands_of_a_page_exist(name: str) -> None:
         words = command.replace("\\\n", " ").split()[3:]
         if words[0] == "--config" and words[1].startswith("configs/"):
             load_config(Path(REPOSITORY / words[1]), words[2:])
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words behind `train.py` or `mixres` in blocks and spans of code."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    code = [*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))]
+    lines = [line for block in code for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    found = [re.match(r"(?:[^\s:]+ )*?(?:train\.py|mixres) (?=[\w-])(.*?)(?:  |$)", line) for line in lines]
+    begun = ("train.py", "mixres", "python", "accelerate", "torchrun")
+    return [m[1].split() for line, m in zip(lines, found, strict=True) if m and line.split()[0] in begun]
+
+
+def command_faults(words: list[str]) -> list[str]:
+    verb = words[0] if not words[0].startswith("-") else "train"
+    if verb in OWN_VERBS:
+        known = {name for name, _, _ in OWN_OPTIONS[verb]} | {"--help"}
+        return [word for word in words if word.startswith("--") and word not in known]
+    options = {"--config", "--cache", "--help", *(f"--{name}" for name in OPTIONS_OF.get(verb, ()))}
+    faults = [] if verb in VERBS or verb == "VERB" else [verb]
+    faults += [word for word in words if word.startswith("--") and word not in options]
+    keys = [word.lstrip("['").partition("=")[0] for word in words if "=" in word and not word.startswith("-")]
+    return faults + [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_options_and_keys_of_every_command_exist(name: str) -> None:
+    faults = {" ".join(words): command_faults(words) for words in commands(PAGES[name].read_text(encoding="utf-8"))}
+    assert not {command: found for command, found in faults.items() if found}
+
+
+def test_the_check_sees_commands() -> None:
+    text = "a `train.py cache --verfy`\n\n```\npython train.py inspect --config F \\\n  data.tran=x 'data.train=[a]'\n"
+    text += "```\n`mixres sample --lorra x`, `mixres frob x`, `mixres` and `train.py`\n"
+    found = [faults for words in commands(text) if (faults := command_faults(words))]
+    assert sorted(found) == [["--lorra"], ["--verfy"], ["data.tran"], ["frob"]]
+    assert sum(len(commands(page.read_text(encoding="utf-8"))) for page in PAGES.values()) > 40

@@ -131,9 +131,11 @@ class ActivationBytes:
 
     def _split(self, checkpointing: bool | int) -> tuple[list[int], list[int]]:
         """The blocks that are recomputed, and the others, without those before all that trains: they keep nothing."""
-        blocks = [block for block in range(self.blocks) if any(self._block_rows[block])]
-        recomputed = [block for block in blocks if checkpointing and block % int(checkpointing) == 0]
-        return recomputed, [block for block in blocks if block not in recomputed]
+        recomputed, kept = list[int](), list[int]()
+        for block, rows in enumerate(self._block_rows):
+            if any(rows):
+                (recomputed if checkpointing and block % int(checkpointing) == 0 else kept).append(block)
+        return recomputed, kept
 
     def _flows(self, stream: str, place: tuple[int, int]) -> bool:
         """Whether a gradient goes back into the input of `place`, a block and a stage: something before it trains."""
