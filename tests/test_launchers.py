@@ -231,7 +231,9 @@ def test_frozen_keys_refuse_a_change_and_free_ones_take_it(jobs: Jobs) -> None:
     folder = jobs.root / "frozen"
     jobs("frozen", "train.max_train_steps=2")
     shutil.copytree(folder, jobs.root / "before")
-    done = jobs("frozen", "train.max_train_steps=4", "train.seed=7", "model.lora.r=8", code=2)
+    empty = f"cache.cache_dir={jobs.root / 'empty'}"
+    done = jobs("frozen", "train.max_train_steps=4", "train.seed=7", "model.lora.r=8", empty, code=2)
+    assert not list((jobs.root / "empty").rglob("*.safetensors")), "told before anything is encoded"
     lines = done.stderr.splitlines()
     assert [line.partition(", this run has")[0] for line in lines if line.startswith("mixres: error: ")] == [
         "mixres: error: model.lora.r: checkpoint step-00000002 was made with 4",
@@ -240,6 +242,10 @@ def test_frozen_keys_refuse_a_change_and_free_ones_take_it(jobs: Jobs) -> None:
     assert (status(folder)["state"], status(folder)["exit_code"]) == ("refused", 2)
     assert metrics(folder) == metrics(jobs.root / "before")
     assert last_step(folder) == 2
+    done = jobs("frozen", "train.max_train_steps=1", empty)
+    assert done.stdout.endswith("done      2 steps were done before; raise train.max_train_steps, now 1, to go on\n")
+    assert not list((jobs.root / "empty").rglob("*.safetensors"))
+    assert (folder / "config.yaml").read_bytes() == (jobs.root / "before" / "config.yaml").read_bytes()
     free = ("train.max_train_steps=4", "optimizer.init_args.lr=1e-3")
     done = jobs("frozen", *free, "train.seed=7", "resume_allow_changes=[train.seed]")
     changed = [line for line in done.stdout.splitlines() if line.startswith("changed ")]

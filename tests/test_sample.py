@@ -338,8 +338,7 @@ def test_everything_wrong_is_told_at_once(edit: Trained, tmp_path: Path, capsys:
     frames = [Image.new("L", (32, 32), shade) for shade in (0, 255)]
     frames[0].save(animated, save_all=True, append_images=frames[1:])
     taken = tmp_path / "out"
-    taken.mkdir()
-    (taken / "0001.png").write_bytes(b"mine")
+    taken.write_bytes(b"mine")
     words = [
         "sample", "--lora", str(edit.folder), "--image", str(damaged), "--image", str(animated), "--out", str(taken),
         "--prompt", f"<|image_pad|> {'word ' * 1100}", "--size", "100x64", "--steps", "1", "--seed", "-1",
@@ -360,11 +359,30 @@ def test_everything_wrong_is_told_at_once(edit: Trained, tmp_path: Path, capsys:
         "--prompt: the prompt contains <|image_pad|>",
         "--size: 100x64 has a side that is no multiple of 16, the pixels of a token: write 96x64",
         "--prompt: the prompt is 4401 tokens long, more than 1024",
-        f"--out: {taken / '0001.png'} would be written over",
+        f"--out: {taken} is no folder: choose another",
     )
     for line, start in zip(lines, expected, strict=True):
         assert line.startswith(start), (line, start)
-    assert (taken / "0001.png").read_bytes() == b"mine"
+    assert taken.read_bytes() == b"mine"
+
+
+def test_pictures_are_numbered_on_behind_those_that_are_there(edit: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert [one.path.name for one in edit.request(out).wanted] == ["0001.png"]
+    out.mkdir()
+    for there, following in (
+        ("0001.png", "0002.png"),
+        ("0004-without.png", "0005.png"),
+        ("compare-0009.png", "0010.png"),
+    ):
+        (out / there).write_bytes(b"mine")
+        assert [one.path.name for one in edit.request(out).wanted] == [following]
+    (out / "20000.jpg").touch()
+    (out / "9999.png").touch()
+    (tmp_path / "two.jsonl").write_text('{"prompt": "a", "path_control": "x.png"}\n' * 2)
+    shutil.copyfile(edit.images[0], tmp_path / "x.png")
+    many = edit.request(out, prompts=str(tmp_path / "two.jsonl"), prompt=None)
+    assert [one.path.name for one in many.wanted] == ["10000.png", "10001.png"]
 
 
 def test_wrong_lines_of_a_file_are_told_with_their_numbers(edit: Trained, tmp_path: Path) -> None:

@@ -73,4 +73,5 @@ def test_the_end_says_where_everything_is_and_what_to_type_next(
     assert all(Path(path).exists() for path in told)
     verb, *options = re.findall(r"mixres (\w+)|(--[\w-]+)", end["next"])
     assert verb[0] == "sample"
-    assert [option for _, option in options] == ["--lora", "--image", "--prompt", "--out"]
+    assert [option for _, option in options] == ["--lora", "--image", "--prompt", "--size", "--steps", "--out"]
+    assert "--size 64x64 --steps 2" in end["next"], "as most samples are trained and as the run's own are made"

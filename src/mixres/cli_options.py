@@ -23,7 +23,7 @@ OWN_OPTIONS = {
         ("--image", "FILE", "an image to be edited; once for each, in their order"),
         ("--prompt", "TEXT", "what is to be made"),
         ("--prompts", "FILE", "instead of both: JSON lines with prompt, path_control, ..., also seed and size"),
-        ("--out", "DIR", "the folder for the pictures; none that is there is written over"),
+        ("--out", "DIR", "the folder for the pictures; they are numbered on behind those that are there"),
         ("--size", "WxH", "pixels of the pictures (the stock pipeline's: 1024 x 1024 in area, as the last image)"),
         ("--steps", "N", "denoising steps (20)"),
         ("--seed", "N", "seed of the noise (0)"),

@@ -7,6 +7,7 @@ wait in memory, 10 MB a prompt for Qwen-Image-Edit.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +67,11 @@ def _make(request: Request) -> int:
         if trained is not current:
             pipeline = None  # it may have to go before there is room for the next
             pipeline, current = next(pipelines), trained
+        path = one.path if trained else beside(one.path)[0]
+        say(f"picture   {path.name}: {one.size}, {request.steps} steps")
         picture = _picture(request, pipeline, one, embeds)
         settings = json.dumps(_settings(request, one, digest if trained else None), ensure_ascii=False)
-        _save(picture, one.path if trained else beside(one.path)[0], mixres=settings)
+        _save(picture, path, mixres=settings)
     return len(jobs)
 
 
@@ -104,7 +107,9 @@ def _load(request: Request, trained: Path | None) -> Any:
     base, family = request.base, request.base.family
     place = {"revision": base.revision, "dtype": request.dtype, "device": request.device}
     transformer = family.load_transformer(base.path, trained=trained, quantize=request.quantize, **place)
-    return family.load_sampling_pipeline(base.path, transformer=transformer, **place)
+    pipeline = family.load_sampling_pipeline(base.path, transformer=transformer, **place)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # a picture may take minutes
+    return pipeline
 
 
 def _picture(request: Request, pipeline: Any, one: Wanted, embeds: dict[Text, Tensor]) -> Image.Image:

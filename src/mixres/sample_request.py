@@ -1,12 +1,13 @@
 """What `mixres sample` is asked for: the pictures to be made, or all that is wrong with the request.
 
 Promise: options, images, prompts, the trained weights and their base are checked together, before any weight is read;
-no picture that is there is written over. Cost: one full decode of each image, the header of the LoRA, a few JSON files
-of the base.
+pictures are numbered on behind those that are there. Cost: one full decode of each image, the header of the LoRA, a few
+JSON files of the base.
 """
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from mixres.training.distributed import launched
 
 NEGATIVE_PROMPT = " "  # what the model cards give where nothing is to be kept away
 _DTYPES = ("bfloat16", "float32")
+_OWN = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # what `beside` and `_paths` call pictures
 _STOCK_MULTIPLE = 32  # to which the stock pipelines round the sides of a picture whose size is not given
 T = TypeVar("T")
 
@@ -104,15 +106,15 @@ def make_request(
     if found:
         faults += _fit_faults(found, rows, negative, fixed)
         faults.tried(_check_lengths, found, rows, negative)
-    paths = _paths(out or ".", len(rows))
-    faults += _out_faults(Path(out or ".").expanduser(), paths, compare)
+    folder = Path(out or ".").expanduser()
+    faults += _out_faults(folder)
     if faults:
         raise UserError(list(dict.fromkeys(faults)))
     assert result and found
     seed = how.pop("seed")
     wanted = [
         _wanted(found, path, row, row.size or fixed or _stock_size(found, row, sizes), seed, negative)
-        for path, row in zip(paths, rows, strict=True)
+        for path, row in zip(_paths(folder, len(rows)), rows, strict=True)
     ]
     return Request(result, found, tuple(wanted), compare=compare, **how)
 
@@ -267,22 +269,21 @@ def _stock_size(base: Base, row: Row, sizes: Mapping[Path, Size]) -> Size:
     return control_size(source, area=base.family.STOCK_CONTROL_AREA, multiple_of=_STOCK_MULTIPLE)
 
 
-def _paths(folder: str, count: int) -> list[Path]:
-    digits = max(4, len(str(count)))
-    return [Path(folder).expanduser() / f"{number:0{digits}d}.png" for number in range(1, count + 1)]
+def _paths(folder: Path, count: int) -> list[Path]:
+    """`0001.png` and so on, behind what earlier calls have left in the folder."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    there = [int(match[1]) for name in names if (match := _OWN.fullmatch(name))]
+    last = max(there, default=0) + count
+    digits = max(4, len(str(last)))
+    return [folder / f"{number:0{digits}d}.png" for number in range(last - count + 1, last + 1)]
 
 
-def _out_faults(folder: Path, paths: Sequence[Path], compare: bool) -> Iterator[str]:
+def _out_faults(folder: Path) -> Iterator[str]:
     there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not there.is_dir():
         yield f"--out: {printable(there)} is no folder: choose another"
-    elif not os.access(there, os.W_OK | os.X_OK):
+    elif not os.access(there, os.R_OK | os.W_OK | os.X_OK):
         yield f"--out: {printable(there)} cannot be written: choose another folder"
-    names = [*paths, *(outputs for path in paths for outputs in beside(path))] if compare else paths
-    taken = [path for path in names if path.exists()]
-    if taken:
-        more = f" and {len(taken) - 1} more" if taken[1:] else ""
-        yield f"--out: {printable(taken[0])}{more} would be written over: choose another folder, or take it away"
 
 
 def beside(path: Path) -> tuple[Path, Path]:

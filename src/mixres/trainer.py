@@ -9,6 +9,8 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +27,7 @@ from mixres.config import Config, dump_config, public_config
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
 from mixres.evaluate import HeldOutLoss
-from mixres.precompute import Encoded, encode, examples, family_of
+from mixres.precompute import Encoded, Item, encode, examples, family_of
 from mixres.sampling import sheet_writer
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
@@ -146,7 +148,7 @@ def train(config: Config) -> None:
         result_path = write_results(config, family, trained, folder, step=done, keep=run.main)
         accelerator.wait_for_everyone()
         if run.main:
-            _say_end(config, result_path, family, skips, tracker.folder, sampled=sample is not None)
+            _say_end(config, result_path, family, encoded.train, skips, tracker.folder, sampled=sample is not None)
             _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
 
 
@@ -220,7 +222,14 @@ def _banner(
 
 
 def _say_end(
-    config: Config, result: Path, family: ModuleType, skips: Skips, tracked: Path | None, *, sampled: bool
+    config: Config,
+    result: Path,
+    family: ModuleType,
+    items: Sequence[Item],
+    skips: Skips,
+    tracked: Path | None,
+    *,
+    sampled: bool,
 ) -> None:
     folder = Path(config.logging.output_dir)
     if skips.total:
@@ -232,7 +241,9 @@ def _say_end(
     if tracked:
         say(f"tracker   {tracked}")
     images = " --image IMAGE" * family.CONTROLS[0]
-    say(f"next      mixres sample --lora {folder}{images} --prompt TEXT --out FOLDER")
+    sizes = Counter(str(item.target_size) for item in items)  # the stock pipelines' may be far from what was learnt
+    how = f"--size {sizes.most_common(1)[0][0]} --steps {config.sample.steps}"
+    say(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")
 
 
 def _say_overhead(
