@@ -13,8 +13,9 @@ quickstart: $(VENV)/.installed-demo
 	$(BIN)/accelerate launch --num_cpu_threads_per_process 2 train.py --config configs/quickstart.yaml
 	$(BIN)/python -m mixres.demo_results configs/quickstart.yaml
 
+# Tests of one file share a process, since they share its fixtures; more processes would only make more of those.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu"

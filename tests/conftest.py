@@ -18,18 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `family_cases` and `jobs`,
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """As many threads as the smallest machine has cores, so that timings and roundings are those of CI."""
-    torch.set_num_threads(2)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tensors too small for two: on a busy machine threads that wait for each other take a hundred times."""
-    threads = torch.get_num_threads()
+def one_thread() -> None:
+    """The tensors here are too small for two, which wait for each other; `make test` takes a process a core instead."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ from mixres.synthetic_samples import synthetic_samples
 from mixres.training.optim import optimizer_tensors
 from mixres.workbench import Workbench, one_process, set_up
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BAR, WIDE = 0.03, 0.07  # the promise is 10 per cent
 LAYOUTS: tuple[Layout, ...] = ("packed", "padded")
 EXACT = dict.fromkeys(LAYOUTS, 1.0)

@@ -39,11 +39,6 @@ SIGMAS = (0.2, 0.7)
 WORDS = ("evaluate.every=2", "evaluate.sigmas=[0.2, 0.7]", "model.lora.lora_dropout=0.3", "sample.every=0")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_tensors(one_thread: None) -> None:
-    """All tests of this file."""
-
-
 @pytest.fixture(scope="module")
 def config(small_run: Path, small_cache: Path) -> Config:
     return load_config(small_run, [f"cache.cache_dir={small_cache}", "logging.output_dir=/nowhere", *WORDS])

@@ -32,8 +32,6 @@ from mixres.models.tensor_file import Entry
 from mixres.run_result import find_base, find_result
 from mixres.trainer import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def run_export(run: Path, out: Path, form: str, *, merge: bool = False, base: Path | None = None) -> Path:
     export(make_request(run=str(run), format=form, merge=merge, out=str(out), base=base and str(base)))

@@ -29,7 +29,6 @@ from mixres.models.qwen_inputs import text_picture, vae_picture
 from mixres.precompute import family_of
 
 REPOSITORY = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("one_thread")
 Inspect = Callable[..., tuple[int, dict[str, Any]]]
 
 

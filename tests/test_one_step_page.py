@@ -13,7 +13,7 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 BYTES = re.compile(r"\d+ bytes")
 
 
-def test_every_block_is_what_the_code_gives(tiny_base: Path, tmp_path: Path, one_thread: None) -> None:
+def test_every_block_is_what_the_code_gives(tiny_base: Path, tmp_path: Path) -> None:
     """Words, shapes and counts are equal; decimals are, but for the last digit that a machine may round otherwise."""
     blocks = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
     found = script("one_step").stations(tmp_path, tiny_base)

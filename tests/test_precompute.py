@@ -488,7 +488,6 @@ def test_an_area_that_the_family_does_not_have_is_refused_in_one_line(caching: C
     ]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_both_areas_of_edit_plus_are_part_of_an_entry(
     caching: Caching, base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path]
 ) -> None:

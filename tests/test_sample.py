@@ -39,7 +39,6 @@ from mixres.trainer import train
 PROMPT, NEGATIVE = "swap red and blue", "交换红色和蓝色"
 SIZE = (96, 64)
 CALL = ("--size", "96x64", "--steps", "2", "--seed", "7")
-pytestmark = pytest.mark.usefixtures("tiny_base", "one_thread")  # the base first: its bytes depend on threads
 
 
 @dataclass(frozen=True)

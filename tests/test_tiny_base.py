@@ -82,7 +82,6 @@ def test_the_vae_reconstructs_photographs_it_has_never_seen() -> None:
     assert sum(scores) / len(scores) >= 36
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_one_seed_makes_one_base() -> None:
     """The first steps of both trainings' own parts; that a training run repeats is the trainer's promise."""
     first, second, other = (

@@ -56,7 +56,6 @@ def test_a_skip_is_told_until_it_is_one_too_many(capsys: pytest.CaptureFixture[s
         trainer._tell_skip(left_out, 9, skips, 2, speak=True)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_end_says_where_everything_is_and_what_to_type_next(
     small_run: Path, small_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,6 @@ from mixes import (
 
 from mixres.models.qwen_image_edit import untrained_modules
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # Without shrinking: it runs failing cases for minutes, and what is printed of the first one is enough to repeat it.
 drawn_alike = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])
 

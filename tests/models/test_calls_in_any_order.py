@@ -17,7 +17,6 @@ from mixres.geometry import Grid, Size
 from mixres.models import qwen_image_edit as family
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 AREA = 64 * 64
 SAMPLES = [  # grids of target and control, text tokens
     ((Grid(1, 6, 4), Grid(1, 4, 4)), 9),

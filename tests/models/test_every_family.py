@@ -26,7 +26,6 @@ from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
 CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))
 FLOAT32 = torch.float32
-pytestmark = pytest.mark.usefixtures("tiny_base", "one_thread")  # the base first: its bytes depend on threads
 
 
 def photograph(size: Size, turned: int = 0) -> Image.Image:

@@ -32,8 +32,6 @@ from mixres.models.qwen_image_edit import untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.repeated_blocks import recompute_blocks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Load = Callable[..., QwenImageTransformer2DModel]
 CPU = torch.device("cpu")
 ANYWHERE = ("int8", "fp8")

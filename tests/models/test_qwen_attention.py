@@ -31,7 +31,6 @@ from mixres.models.qwen_attention import QwenDoubleStreamAttnProcessor2_0_MultiR
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.qwen_rope import JointRotary
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 EQUAL = make_mix([[(1, 6, 8)]] * 2, [9, 9])
 
 

@@ -14,7 +14,6 @@ from mixres.geometry import Size
 from mixres.models import qwen_image as family
 from mixres.models.prompt_length import MAX_PROMPT_TOKENS
 
-pytestmark = pytest.mark.usefixtures("tiny_base", "one_thread")  # the base first: its bytes depend on threads
 SQUARE = Size(64, 64)
 
 

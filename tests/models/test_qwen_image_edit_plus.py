@@ -14,7 +14,6 @@ from mixres.errors import UserError
 from mixres.geometry import Size, control_size
 from mixres.models import qwen_image_edit_plus as family
 
-pytestmark = pytest.mark.usefixtures("tiny_base", "one_thread")  # the base first: its bytes depend on threads
 SIZES = (Size(640, 427), Size(37, 211), Size(300, 300), Size(8000, 1000))
 
 

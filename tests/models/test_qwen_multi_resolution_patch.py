@@ -37,7 +37,6 @@ from mixres.models.qwen_multi_resolution_patch import (
     patch_qwen_model_for_multi_resolution,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = ATTENTION_AND_MLP
 EQUAL = make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
 

@@ -29,8 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixres.models.qwen_packed import PackedModulation, expand_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @functools.cache
 def alone(name: str, zero_cond_t: bool) -> Result:

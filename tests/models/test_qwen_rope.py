@@ -15,7 +15,6 @@ from mixres.models.qwen_rope import (
     text_positions,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SAMPLES = [[(1, 16, 32)], [(1, 24, 24), (1, 10, 14), (1, 6, 9)], [(1, 7, 5), (1, 1, 1)], [(3, 4, 5)], [(1, 20, 28)]]
 

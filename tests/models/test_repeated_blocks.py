@@ -51,8 +51,6 @@ from mixres.models.repeated_blocks import (
 )
 from mixres.training.ema import Ema
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BLOCKS, HEADS, HEAD_WIDTH = 5, 2, 32
 
 

@@ -14,11 +14,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_tensors(one_thread: None) -> None:
-    """All tests of this folder."""
-
-
 @pytest.fixture(scope="module")
 def models(tiny_base: Path) -> dict[torch.dtype, nn.Module]:
     from steps import make_model
