@@ -1,7 +1,7 @@
 """Pictures of a LoRA through its base's stock pipeline, in a process that cannot import mixres.
 
-`python stock_process.py BASE FOLDER_OF_THE_LORA OUT` reads calls as JSON from its input and writes each picture
-without the LoRA and with it.
+`python stock_process.py BASE FOLDER_OF_THE_LORA OUT [TRANSFORMER]` reads calls as JSON from its input and writes each
+picture without the LoRA and with it, and with a transformer that was trained as a whole in the place of the base's.
 """
 
 import json
@@ -79,3 +79,6 @@ def save_all(part: str) -> None:
 save_all("without")
 pipeline.load_lora_weights(lora)
 save_all("with")
+if len(sys.argv) > 4:
+    pipeline.transformer = type(pipeline.transformer).from_pretrained(sys.argv[4], dtype=torch.float32)
+    save_all("whole")

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mixres.data.rounding import MOST, rounded, rounding_of
 from mixres.errors import UserError
 from mixres.geometry import Grid
 from mixres.models import qwen_image_edit as family
+from mixres.models.repeated_blocks import repeated_blocks
 from mixres.precompute import Encoded, encode_all
 from mixres.training.distributed import make_accelerator
 
@@ -84,6 +86,45 @@ def test_the_trained_parameters_are_the_optimizers_in_order(
     assert [name for name, p in trained.transformer.named_parameters() if p.requires_grad] == list(trained.parameters)
     assert len(trained.table) == (8 if lora else 0)
     assert trained.optimizer.param_groups[0]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize(("checkpointing", "calls"), [("true", [2, 2]), ("2", [2, 1]), ("false", [1, 1])])
+def test_those_blocks_are_recomputed_that_were_asked_for(
+    setup: Setup, encoded: Encoded, tmp_path: Path, checkpointing: str, calls: list[int]
+) -> None:
+    config = setup(f"train.gradient_checkpointing={checkpointing}")
+    transformer = load_trained(config, family, accelerator(tmp_path)).transformer
+    found = [0] * len(calls)
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            found[index] += 1
+
+        return hook
+
+    for index, block in enumerate(repeated_blocks(transformer)):
+        block.register_forward_pre_hook(count(index))
+    batch = next(loader_of(config, encoded, plan_of(config, encoded, world_size=1), rank=0, first=0, workers=0))
+    objective_of(config, family).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
+    assert found == calls
+
+
+def test_the_average_has_the_decay_that_was_asked_for(setup: Setup, tmp_path: Path) -> None:
+    """After two updates: at most 2 / 11 of the first one's weights stay, see `training/ema.py`."""
+    assert load_trained(setup(), family, accelerator(tmp_path)).ema is None
+    for decay, kept in ((0.05, 0.05), (0.9, 2 / 11)):
+        trained = load_trained(setup(f"train.ema_decay={decay}"), family, accelerator(tmp_path))
+        assert trained.ema is not None
+        (name, parameter), *_ = trained.parameters.items()
+        weights = []
+        for _ in range(2):
+            for each in trained.parameters.values():
+                each.grad = torch.ones_like(each)
+            trained.optimizer.step()
+            weights.append(parameter.detach().clone())
+        with trained.ema.averaged():
+            moved = (parameter.detach() - weights[1]).norm() / (weights[0] - weights[1]).norm()
+        assert float(moved) == pytest.approx(kept, rel=1e-3), name
 
 
 def test_no_encoder_lives_beside_the_transformer(setup: Setup, tmp_path: Path) -> None:

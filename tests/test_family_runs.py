@@ -1,4 +1,4 @@
-"""Every family through the real command line: trained, stopped half-way, resumed; its LoRA in a process without mixres.
+"""Every family through the real command line: trained, stopped, resumed; its results in a process without mixres.
 
 A family comes into these tests by its row in `family_cases.CASES`.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
@@ -23,6 +24,7 @@ from jobs import stock_calls
 from mixres.config import Config, load_config
 from mixres.precompute import encode_all
 from mixres.sampling import HeldOutSampler
+from mixres.trainer import train
 from mixres.training.checkpoint import Checkpoints
 
 REPOSITORY = Path(__file__).parents[1]
@@ -132,18 +134,43 @@ def test_a_resumed_run_is_an_unbroken_one(runs: Runs, unbroken: Path) -> None:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
 
 
-def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
+def test_what_is_trained_gives_the_same_pictures_in_a_process_without_mixres(
     runs: Runs, unbroken: Path, tmp_path: Path
 ) -> None:
+    """The LoRA, by `mixres sample` too, and the transformer of a run that trains all weights."""
+    AcceleratorState._reset_state(True)
+    train(load_config(runs.file, runs.words("whole", "model.lora=null", "train.max_train_steps=2", "sample.every=0")))
+    whole = runs.root / "whole" / "transformer"
     config, family = runs.config("unbroken"), runs.case.module
-    transformer = family.load_transformer(str(runs.base), dtype=torch.float32, device="cpu")
-    sampler = HeldOutSampler(config, family, transformer, encode_all(config, family, device=torch.device("cpu")))
-    sampler.pipeline.load_lora_weights(unbroken)
-    cases = stock_calls(sampler)
-    done = process(
-        [sys.executable, str(STOCK_PROCESS), str(runs.base), str(unbroken), str(tmp_path)], json.dumps(cases)
-    )
+    encoded = encode_all(config, family, device=torch.device("cpu"))
+    lora, all_weights = (
+        HeldOutSampler(config, family, family.load_transformer(
+            str(runs.base), trained=trained, dtype=torch.float32, device="cpu"), encoded)
+        for trained in (None, whole)
+    )  # fmt: skip
+    lora.pipeline.load_lora_weights(unbroken)
+    cases = stock_calls(lora)
+    words = [sys.executable, str(STOCK_PROCESS), str(runs.base), str(unbroken), str(tmp_path), str(whole)]
+    done = process(words, json.dumps(cases))
     assert done.returncode == 0, done.stderr[-3000:]
+    by_command = sampled(runs, unbroken, cases, tmp_path / "out")
+    for number, item in enumerate(lora.items):
+        with_lora, without, with_whole = (
+            pixels(Image.open(tmp_path / f"{number}-{part}.png")) for part in ("with", "without", "whole")
+        )
+        assert np.abs(with_lora - pixels(lora.predict(item))).max() <= 1
+        assert np.abs(with_lora - pixels(by_command[number])).max() <= 1
+        assert np.abs(with_lora - without).max() > 8, "the LoRA changes the picture"
+        assert np.abs(with_whole - pixels(all_weights.predict(item))).max() <= 1
+        assert np.abs(with_whole - without).max() > 8, "so do the weights"
+
+
+def pixels(picture: Image.Image) -> "np.ndarray[Any, Any]":
+    return np.asarray(picture).astype(int)
+
+
+def sampled(runs: Runs, run: Path, cases: list[dict[str, Any]], out: Path) -> list[Image.Image]:
+    """The pictures of these calls by `mixres sample`."""
     lines = [
         {"prompt": case["prompt"], "size": f"{case['width']}x{case['height']}"}
         | {
@@ -154,16 +181,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
     ]
     prompts = runs.pairs / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    words = ["--lora", str(unbroken), "--prompts", str(prompts), "--steps", str(config.sample.steps)]
-    done = process(
-        [sys.executable, "train.py", "sample", *words, "--seed", str(config.train.seed), "--out", str(tmp_path / "out")]
-    )
+    words = ["--lora", str(run), "--prompts", str(prompts), "--steps", str(cases[0]["steps"])]
+    done = process([sys.executable, "train.py", "sample", *words, "--seed", str(cases[0]["seed"]), "--out", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
-    for number, item in enumerate(sampler.items):
-        by_command = np.asarray(Image.open(tmp_path / "out" / f"{number + 1:04d}.png")).astype(int)
-        with_lora, without = (
-            np.asarray(Image.open(tmp_path / f"{number}-{part}.png")).astype(int) for part in ("with", "without")
-        )
-        assert np.abs(with_lora - np.asarray(sampler.predict(item)).astype(int)).max() <= 1
-        assert np.abs(with_lora - by_command).max() <= 1
-        assert np.abs(with_lora - without).max() > 8, "the LoRA changes the picture"
+    return [Image.open(out / f"{number + 1:04d}.png") for number in range(len(cases))]

@@ -6,6 +6,7 @@ Cost: milliseconds; needs yaml and omegaconf, nothing of the schema.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,6 +233,11 @@ def replaced(value: Any, new: Mapping[KeyPath, Any], path: KeyPath = ()) -> Any:
     if isinstance(value, list):
         return [replaced(item, new, (*path, i)) for i, item in enumerate(value)]
     return value
+
+
+def as_written(value: Any) -> str:
+    """A value as a configuration writes it: null, true and false, not Python's words for them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def value_at(value: Any, path: KeyPath) -> Any:

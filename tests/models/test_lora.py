@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,14 @@ def test_a_preset_stands_for_its_layers(skeleton: nn.Module) -> None:
     assert matched["attention"] < matched["attention+mlp"] < matched["all"] == every
     for preset in PRESETS:
         check_targets(skeleton, [preset])
-    with pytest.raises(UserError, match=r"'atention' matches no linear layer .* did you mean 'attention'\?$"):
-        check_targets(skeleton, ["atention"])
+    for near, preset in (("atention", "attention"), ("ALL", "all"), ("attention,mlp", "attention+mlp")):
+        with pytest.raises(
+            UserError, match=rf"'{near}' matches no linear layer .* did you mean '{re.escape(preset)}'\?$"
+        ):
+            check_targets(skeleton, [near])
+    for far in ("mlp", "all-linear", "everything"):
+        with pytest.raises(UserError, match=r"write one of attention, attention\+mlp, all, or the ending of a layer's"):
+            check_targets(skeleton, [far])
 
 
 def test_patterns_that_match_only_what_cannot_learn_are_told(skeleton: QwenImageTransformer2DModel) -> None:
@@ -265,7 +272,8 @@ def test_every_setting_that_does_not_fit_a_file_is_told_with_the_one_that_does(
     assert lines[:3] == [
         "model.lora.r: 8 does not fit FILE, which has 4: write 4",
         "model.lora.lora_alpha: 4.0 does not fit FILE, which has 8.0: write 8.0",
-        f"model.lora.use_dora: {not dora} does not fit FILE, which has {dora}: write {dora}",
+        f"model.lora.use_dora: {json.dumps(not dora)} does not fit FILE, which has {json.dumps(dora)}: write "
+        f"{json.dumps(dora)}",
     ]
     assert lines[3].startswith("model.lora.target_modules: the adapters of FILE are for others: ")
     assert "it has none for transformer_blocks.0.img_mlp.net.2 and 1 more" in lines[3]

@@ -82,7 +82,7 @@ def test_every_frozen_key_that_changed_is_told_with_both_values(checkpoints: Che
         found(checkpoints, "auto", {"train.seed": 7, "model.revision": "main"}, order="other")
     first, second = caught.value.messages
     assert first.startswith("train.seed: checkpoint step-00000002 was made with 0, this run has 7: ")
-    assert second.startswith("model.revision: checkpoint step-00000002 was made with None, this run has main: ")
+    assert second.startswith("model.revision: checkpoint step-00000002 was made with null, this run has main: ")
     assert "resume_allow_changes" in first
 
 
@@ -110,7 +110,7 @@ def test_what_changed_is_told_once_frozen_keys_first(checkpoints: Checkpoints) -
     assert changes(checkpoints.newest_valid(), identity, now) == [
         "train.seed: 0 -> 7",
         "train.max_train_steps: 5 -> 9",
-        "optimizer.init_args.eps: None -> 1e-06",
+        "optimizer.init_args.eps: null -> 1e-06",
     ]
     assert changes(checkpoints.newest_valid(), IDENTITY, CONFIG) == []
     assert changes(None, IDENTITY, now) == []

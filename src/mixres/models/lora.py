@@ -55,9 +55,11 @@ def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained:
     for pattern in expanded(patterns):
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
-            close = difflib.get_close_matches(pattern, [*endings, *PRESETS], n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else "; take it out"
-            faults.append(f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer{hint}")
+            # Nothing as far as 'linear' for peft's 'all-linear': that one would train a single layer.
+            close = difflib.get_close_matches(pattern.lower(), [*PRESETS, *endings], n=1, cutoff=0.77)
+            words = f"write one of {', '.join(PRESETS)}, or the ending of a layer's name"
+            hint = f"did you mean '{close[0]}'?" if close else words
+            faults.append(f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer; {hint}")
         elif all(_within(name, untrained) for name in matched):
             faults.append(f"model.lora.target_modules: the output of '{pattern}' reaches no loss: take it out")
     if faults:

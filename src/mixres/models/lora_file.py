@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
+from mixres.config_source import as_written
 from mixres.errors import UserError
 
 RECIPE_KEY = "mixres"
@@ -114,7 +115,9 @@ def check_fit(
         ("use_dora", use_dora, header.use_dora),
     ):
         if own != theirs:
-            faults.append(f"model.lora.{name}: {own} does not fit {header.path}, which has {theirs}: write {theirs}")
+            there = as_written(theirs)
+            what = f"model.lora.{name}: {as_written(own)} does not fit {header.path}"
+            faults.append(f"{what}, which has {there}: write {there}")
     missing, extra = sorted(layers.keys() - header.layers.keys()), sorted(header.layers.keys() - layers.keys())
     if missing or extra:
         told = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mixres.config import Changeable
-from mixres.config_source import dotted, leaves
+from mixres.config_source import as_written, dotted, leaves
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import placed_like, rows_of
@@ -92,7 +92,7 @@ def _changed(found: Checkpoint, frozen: Mapping[str, Any]) -> dict[str, str]:
 
 def _change(found: Checkpoint, key: str, before: object, now: object) -> str:
     allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
-    what = f"{key}: checkpoint {found.path.name} was made with {before}, this run has {now}"
+    what = f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has {as_written(now)}"
     return f"{what}: change it back, choose another logging.output_dir{allow}"
 
 
@@ -105,7 +105,7 @@ def changes(found: Checkpoint | None, identity: Mapping[str, Any], config: Mappi
     for before, now in ((saved["frozen"], identity["frozen"]), (_flat(saved["config"]), _flat(config))):
         told = {line.partition(":")[0] for line in lines}
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in told]
-        lines += [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
+        lines += [f"{key}: {as_written(before.get(key))} -> {as_written(now.get(key))}" for key in keys]
     return lines
 
 
