@@ -1,5 +1,6 @@
 """Fixtures that several rooms share: the tiny base pipelines and the demo's data, written once a session."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from mixres.demo import PROMPTS, write_demo
-from mixres.models.tiny_pipeline import write_tiny_pipeline
+from mixres.cli import CHATTY
 
+for name in CHATTY:  # as the command line does, and before anything imports diffusers
+    logging.getLogger(name).setLevel(logging.ERROR)
 sys.path.insert(0, str(Path(__file__).parent))  # for `family_cases` and `jobs`, the real runs that several files start
 
 
@@ -26,6 +28,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `python -m mixres.demo` writes."""
+    from mixres.demo import write_demo
+
     root = tmp_path_factory.mktemp("demo")
     write_demo(root)
     return root
@@ -34,6 +38,9 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen-Image-Edit pipeline on disk, in the stock layout. Read only."""
+    from mixres.demo import PROMPTS
+    from mixres.models.tiny_pipeline import write_tiny_pipeline
+
     base = tmp_path_factory.mktemp("base") / "base"
     write_tiny_pipeline(base, PROMPTS)
     return base
@@ -43,6 +50,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """The tiny random base of a row of `family_cases.CASES`, written when it is first asked for. Read only."""
     from family_cases import CASES, PROMPTS
+    from mixres.models.tiny_pipeline import write_tiny_pipeline
 
     folders = {CASES["qwen_image_edit"].pipeline_class: {False: tiny_base}}
 
