@@ -1,8 +1,10 @@
-"""What all pages and the README name is there: keys of the configuration, files of the repository, verbs."""
+"""What all pages and the README name is there: keys of the configuration, files of the repository, verbs.
+
+And the other way round: every module stands in the tree of the architecture page.
+"""
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 
@@ -61,14 +63,33 @@ def test_files_that_a_page_names_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
-def test_verbs_and_commands_of_a_page_exist(name: str) -> None:
+def test_verbs_of_a_page_exist(name: str) -> None:
     text = PAGES[name].read_text(encoding="utf-8")
     for verb in re.findall(r"train\.py (\w+)\b(?! changes)", text):
         assert verb in VERBS or verb == "VERB", f"{name}: train.py {verb}"
-    for command in re.findall(r"^accelerate launch train\.py.*?(?=\n\n|\n```)", text, re.DOTALL | re.MULTILINE):
-        words = command.replace("\\\n", " ").split()[3:]
-        if words[0] == "--config" and words[1].startswith("configs/"):
-            load_config(Path(REPOSITORY / words[1]), words[2:])
+
+
+def tree() -> list[str]:
+    """Files and folders that the tree of the architecture page names, from the root of the repository."""
+    lines = PAGES["architecture.md"].read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
+    named, folder = [], ""
+    for line in lines.strip().splitlines():
+        parent = "src/mixres/" if line.startswith("  ") else ""
+        for name in re.split(r"\s{2,}|(?<=\.py) (?=[a-z])", line.strip())[0].split(", "):
+            head, slash, _ = name.rpartition("/")
+            folder = head + slash if parent and slash else folder
+            inside = parent + (name if slash else folder + name)
+            named.append(inside if (REPOSITORY / inside).exists() else parent + name)
+    return named
+
+
+def test_the_tree_names_every_module_and_nothing_else() -> None:
+    named = tree()
+    assert not [name for name in named if not (REPOSITORY / name).exists()]
+    source = REPOSITORY / "src" / "mixres"
+    modules = {f"src/mixres/{path.relative_to(source).as_posix()}" for path in source.rglob("*.py")}
+    assert {name for name in modules if not name.endswith("__init__.py")} <= set(named)
+    assert len(named) == len(set(named))
 
 
 def commands(text: str) -> list[list[str]]:
@@ -97,6 +118,16 @@ def command_faults(words: list[str]) -> list[str]:
 def test_options_and_keys_of_every_command_exist(name: str) -> None:
     faults = {" ".join(words): command_faults(words) for words in commands(PAGES[name].read_text(encoding="utf-8"))}
     assert not {command: found for command, found in faults.items() if found}
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_the_recipes_take_what_every_command_overrides(name: str) -> None:
+    """Values too: each is a configuration that a run begins with."""
+    for words in commands(PAGES[name].read_text(encoding="utf-8")):
+        files = [word for before, word in itertools.pairwise(words) if before == "--config"]
+        overrides = [word.strip("'") for word in words if "=" in word and not word.startswith("-")]
+        if files and files[0].startswith("configs/"):
+            load_config(REPOSITORY / files[0], overrides)
 
 
 def test_the_check_sees_commands() -> None:

@@ -19,6 +19,7 @@ BASE = REPOSITORY / "src" / "mixres" / "assets" / "tiny_base"
 sys.path.append(str(REPOSITORY / "scripts" / "tiny_base"))
 
 from card import shipped  # noqa: E402
+from edits import EDITS  # noqa: E402
 from photographs import PHOTOGRAPHS, Augmentation, Crops, held_out_crops, psnr  # noqa: E402
 from score import score_base  # noqa: E402
 from transformer import initial_transformer  # noqa: E402
@@ -53,6 +54,13 @@ def test_the_card_names_every_photograph_with_its_licence() -> None:
     assert not {photograph.name for photograph in HELD_OUT_PHOTOGRAPHS} & {
         photograph.name for photograph in PHOTOGRAPHS
     }
+
+
+def test_the_card_and_the_page_tell_what_it_can_be_asked_for() -> None:
+    page = (REPOSITORY / "docs" / "start.md").read_text(encoding="utf-8").replace("`", "")
+    for name, edit in EDITS.items():
+        for text in (CARD, page):
+            assert f"| {name} | {' | '.join(edit.instructions)} |\n" in text
 
 
 def test_the_folder_is_stock() -> None:

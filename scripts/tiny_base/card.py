@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from edits import EDITS
 from photographs import PHOTOGRAPHS, WEIGHTS
 from safetensors.torch import load_file
 from score import Score
@@ -24,6 +25,14 @@ transformer of {transformer:.2f} million parameters, a VAE of {vae:.2f} million 
 token is 8 x 8 pixels) and a text encoder of {text_encoder:.2f} million with random weights. It is for trying mixres
 and testing it. It knows ten edits of colour and sharpness, in English and Chinese, on pictures with sides of about 64
 to 224 pixels, and nothing else.
+
+## What it can be asked for
+
+| edit | instruction | in Chinese |
+|---|---|---|
+{instructions}
+
+To other words it answers something arbitrary. A LoRA teaches it other edits, best such of colour.
 
 ## Made by
 
@@ -59,6 +68,7 @@ def write_card(folder: Path, scores: Sequence[Score], *, steps: int) -> None:
     """Writes README.md into the finished base."""
     total = sum(WEIGHTS.values())
     rows = {
+        "instructions": "\n".join(f"| {name} | {' | '.join(edit.instructions)} |" for name, edit in EDITS.items()),
         "hashes": "\n".join(f"{_sha256(file)}  {file.relative_to(folder).as_posix()}" for file in shipped(folder)),
         "scores": "\n".join(f"| {s.edit} | {s.copy:.1f} | {s.base:.1f} | {s.ceiling:.1f} |" for s in scores),
         "photographs": "\n".join(
