@@ -26,8 +26,9 @@ from mixres.sampling import HeldOutSampler, Row, contact_sheet, save_png
 
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line
 _NEXT = (
-    "next      your own pairs on this base:  accelerate launch train.py --config configs/quickstart.yaml "
-    "data.train=my_pairs data.held_out=null cache.cache_dir=build/mine/cache logging.output_dir=build/mine/run",
+    "next      your own pairs on this base:  python train.py --config configs/quickstart.yaml data.train=my_pairs "
+    "data.held_out=null train.max_train_steps=20 logging.output_dir=output/rehearsal "
+    "cache.cache_dir=output/rehearsal_cache",
     "          proof that batching is exact: python train.py verify --config configs/quickstart.yaml",
 )
 _LORA = "pytorch_lora_weights.safetensors"
