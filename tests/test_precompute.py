@@ -422,8 +422,8 @@ def test_all_faults_are_told_at_once_before_anything_is_encoded(caching: Caching
         caching()
     *messages, summary = caught.value.messages
     assert len(messages) == 4
-    mend = "mend them, or set data.on_bad_item=skip to go on without their examples"
-    assert summary == f"data: 4 faults with 22 pictures; {mend}"
+    mend = "mend the data, or set data.on_bad_item=skip to go on with those"
+    assert summary == f"data: 4 faults; 9 of 13 examples can be used: {mend}"
     for name in expected:
         assert sum(name in message for message in messages) == 1, name
     assert not list(tmp_path.glob("empty/??/*"))

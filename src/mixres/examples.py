@@ -295,8 +295,6 @@ def tell(found: Found, most_tokens: int, background: str) -> None:
     if flattened := sum(scanned.flattened for scanned in examples):
         say(f"data      {amount(flattened, 'example')} with transparency, which is laid on {background}")
     if several := sum(scanned.first_of_several for scanned in examples):
-        say(
-            f"data      {amount(several, 'example')} with several frames or pages in a picture, of which the first counts"
-        )
+        say(f"data      {amount(several, 'example')} with several frames or pages in a picture: the first counts")
     if found.cut:
         say(f"data      {amount(found.cut, 'prompt')} cut to {most_tokens} tokens")

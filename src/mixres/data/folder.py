@@ -226,8 +226,8 @@ def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _I
         if (meant := _meant(stem, items, stems)) is not None:
             items[meant].misnamed = images[stem]
         else:
-            reason = "is a control image without a target of its name"
-            faults += _orphans(root / CONTROLS, images[stem], reason, stems, stem)
+            names = images[stem]
+            faults += _orphans(root / CONTROLS, names, "is a control image without a target of its name", stems, stem)
     return faults
 
 
