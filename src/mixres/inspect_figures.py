@@ -92,7 +92,7 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
         "targets_scaled_down": sum(_area_ratio(*pair) < 1 / _RESIZED for pair in pairs),
         "targets_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in pairs),
         "most_change_of_aspect": changes[most] - 1,
-        "most_changed_aspect": f"{train[most].record.name}, {files[most]} to {trained[most]}",
+        "most_changed_aspect": f"{train[most].record.name} ({files[most]} to {trained[most]})",
         "controls_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in zip(controls, resized, strict=True)),
         "most_enlargement_of_a_control": max(
             (math.sqrt(_area_ratio(*pair)) for pair in zip(controls, resized, strict=True)), default=0.0

@@ -100,9 +100,8 @@ def _file_faults(config: Config) -> list[str]:
     """What keeps the data from being used, as far as the files tell it without the base."""
     speak, stop = launched().rank == 0, config.data.on_bad_item == "error"
     if speak:
-        say(
-            f"model     {config.model.pretrained_model_name_or_path} cannot be had; the data are looked at all the same"
-        )
+        base = config.model.pretrained_model_name_or_path
+        say(f"model     {base} cannot be used; the data are looked at all the same")
     faults: list[str] = []
     for key in SOURCES:
         try:
