@@ -208,7 +208,7 @@ def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(c
     rows = [row | {"path_control_1": one.name}, row | {"path_mask": one.name}]
     rows.append(row | {"path_control": one.name, "path_control_1": "other.png"})
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    records, faults, _, _ = scan([str(root / "train.jsonl")], limits=Limits())
+    records, faults, *_ = scan([str(root / "train.jsonl")], limits=Limits())
     assert faults == []
     assert records[0].digests == records[1].digests
     assert len(set(entry_keys(caching.config(), family, records))) == 3
