@@ -435,7 +435,7 @@ def test_skip_lists_the_faults_and_goes_on(caching: Caching, few_pairs: Path) ->
     assert caching("data.on_bad_item=skip") == (0, 9)
     file = caching.data / "run" / "bad_items.jsonl"
     listed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [set(line) for line in listed] == [{"path", "reason"}] * 4
+    assert [set(line) for line in listed] == [{"path", "reason", "example"}] * 4
     for name in expected:
         assert sum(name in line["path"] for line in listed) == 1, name
     shutil.rmtree(caching.data)
