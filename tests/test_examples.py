@@ -299,6 +299,7 @@ def test_every_kind_of_fault_counts_the_examples_that_it_costs(setup: Setup, dat
         ("a-before.png", "a-before.png"),
         ("ab.png", None),
         ("trips/a_control.png", None),
+        ("a/x.png", None),
     ],
 )
 def test_a_control_of_nearly_its_targets_name_is_named_with_it(tmp_path: Path, control: str, meant: str | None) -> None:

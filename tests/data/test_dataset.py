@@ -28,6 +28,13 @@ def picture(path: Path, size: tuple[int, int] = (90, 60), mode: str = "RGB") -> 
     return path
 
 
+def two_near(root: Path) -> None:
+    control = root / "control_images/b.png"
+    for number in (1, 2):
+        control.with_name(f"b-{number}.png").write_bytes(control.read_bytes())
+    control.unlink()
+
+
 def pair(root: Path, stem: str, prompt: str | bytes | None = "make it blue") -> None:
     picture(root / f"training_images/{stem}.png")
     picture(root / f"control_images/{stem}.png", (48, 64))
@@ -195,6 +202,14 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
             lambda root: (root / "control_images/b.png").rename(root / "control_images/b_control.png"),
             ["training_images/b.png: has no control image control_images/b.*; b_control.png may be meant: rename it"],
             id="control_with_a_suffix",
+        ),
+        pytest.param(
+            two_near,
+            [
+                "control_images/b-2.png: is a control image without a target of its name; add that, or take it out",
+                "training_images/b.png: has no control image control_images/b.*; b-1.png may be meant: rename it",
+            ],
+            id="two_controls_of_nearly_its_name",
         ),
         pytest.param(
             add("training_images/b.jpg"),
