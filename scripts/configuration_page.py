@@ -29,7 +29,8 @@ Every key, as the schema has it. `scripts/configuration_page.py` writes this pag
   variable holds is text, and is never written to a message or to the run folder.
 - **Scalars are those of YAML 1.2:** `no`, `012` and `3:30` are text, `true` and `false` are the two truth values.
 - **Nothing is guessed.** An unknown key, a wrong type, a value out of range and a key given twice are refused, all of
-  them at once, before any model is loaded (exit code 2). Unknown keys name the nearest known one.
+  them at once, before any model is loaded (exit code 2). Unknown keys name the nearest known one,
+  or the one that other trainers call so: `learning_rate`, `batch_size`, `rank`.
 - **What a run has used** lies in `config.yaml` of its run folder, with all defaults filled in.
 
 Paths are relative to the folder in which the command runs. `configs/qwen_image_edit_lora.yaml` in the repository is a

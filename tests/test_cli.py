@@ -140,7 +140,25 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 ARGUMENTS = {
-    "no_config": ([], ["--config: not given"]),
+    "no_config": (["train"], ["--config: not given"]),
+    "dashes": (
+        ["--data.train=x", "--config", "CONFIG", "--train.seed"],
+        [
+            "--data.train: unknown option; overrides have no dashes: write data.train=x",
+            "--train.seed: unknown option; overrides have no dashes: write train.seed=VALUE",
+        ],
+    ),
+    "no_equals_sign": (
+        ["data.train", "pairs", "--config", "CONFIG", "train.seed"],
+        [
+            "data.train: has no value; put = between them: data.train=pairs",
+            "train.seed: has no value; write train.seed=VALUE",
+        ],
+    ),
+    "a_file_without_its_option": (
+        ["train", "more.yaml", "--config", "CONFIG"],
+        ["more.yaml: is a file, not an override; write --config more.yaml"],
+    ),
     "unknown_verb": (["cahe", "--config", "CONFIG"], ["cahe: unknown verb; did you mean 'cache'?"]),
     "unknown_verb_no_config": (
         ["zzz"],
@@ -197,6 +215,13 @@ def test_wrong_arguments(
     assert len(lines) == len(expected)
     for line, part in zip(lines, expected, strict=True):
         assert line.startswith(f"mixres: error: {part}")
+
+
+def test_no_words_at_all_show_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage: ") and all(f"  {verb} " in shown for verb in (*cli.VERBS, *cli.OWN_VERBS))
+    assert shown.splitlines()[-1].startswith("mixres: error: --config: not given; write --config FILE")
 
 
 CALLS = {

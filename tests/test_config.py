@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from mixres.config import Config, dump_config, load_config, public_config
 from mixres.config_faults import allowed, known_keys, section_of
+from mixres.config_rules import ELSEWHERE, OTHER_NAMES
 from mixres.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +69,11 @@ UNKNOWN = {
     "section_forgotten": ("max_train_steps=5", "did you mean 'train.max_train_steps'?"),
     "wrong_section": ("optimizer.max_grad_norm=5", "did you mean 'train.max_grad_norm'?"),
     "short_leaf_at_top": ("seed=5", "did you mean 'train.seed'?"),
+    "name_of_elsewhere": ("batch.batch_size=4", "did you mean 'batch.samples_per_step'?"),
+    "name_of_elsewhere_nearer_to_another_key": ("model.name=x", "did you mean 'model.pretrained_model_name_or_path'?"),
+    "argument_of_the_optimizer": ("optimizer.lr=1e-3", "did you mean 'optimizer.init_args.lr'?"),
     "nothing_near": ("loss.zzz=1", "known here: normalization, weighting"),
-    "in_null_able_section": ("model.lora.rank=1", "model.lora.rank: unknown key"),
+    "in_null_able_section": ("model.lora.rank=1", "model.lora.rank: unknown key; did you mean 'model.lora.r'?"),
 }
 
 
@@ -78,6 +82,30 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: 
     (message,) = faults(tmp_path, REQUIRED, override)
     assert expected in message
     assert message.startswith(override.partition(".")[0].partition("=")[0])
+
+
+def test_a_section_and_a_key_in_it_that_are_both_wrong_are_told_at_once(tmp_path: Path) -> None:
+    assert faults(tmp_path, REQUIRED, "trian.max_steps=5", "trian.seed=1") == (
+        "trian: unknown key; did you mean 'train'?",
+        "trian.max_steps: unknown key; did you mean 'train.max_train_steps'?",
+    )
+    assert faults(tmp_path, REQUIRED + "datset: {init_args: {dataset_path: a}}\n")[0].startswith("datset: unknown key")
+
+
+def test_names_of_elsewhere_stand_for_keys_and_none_is_a_key_itself() -> None:
+    keys = {name for name, _ in known_keys(Config)}
+    inside = {name.rpartition(".")[2] for name in keys if name.startswith("optimizer.init_args.")}
+    assert {key for key in OTHER_NAMES.values() if not key.startswith("optimizer.init_args.")} <= keys | inside
+    assert not OTHER_NAMES.keys() & keys
+    assert len(OTHER_NAMES) == sum(len(names.split()) for names in ELSEWHERE.values()), "each stands for one key"
+
+
+def test_a_number_is_shown_as_it_was_written(tmp_path: Path) -> None:
+    rest = "allowed: an integer >= 1 and <= 1000000000"
+    text = REQUIRED + "train: {max_train_steps: 2e3}\n"
+    assert faults(tmp_path, text) == (f"train.max_train_steps: given 2e3, {rest}",)
+    assert faults(tmp_path, text, "train.max_train_steps=1e3") == (f"train.max_train_steps: given 1e3, {rest}",)
+    assert faults(tmp_path, text, "train.max_train_steps=[1]") == (f"train.max_train_steps: given [1], {rest}",)
 
 
 def test_a_dotted_key_in_the_file_is_told_to_nest(tmp_path: Path) -> None:

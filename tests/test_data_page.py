@@ -117,9 +117,10 @@ def bad_captions(root: Path) -> None:
 
 
 def bad_names(root: Path) -> None:
-    for name in ("alone", "gap", "two", "several", "twice", "Case", "case", "other", "extra"):
+    for name in ("alone", "retina", "gap", "two", "several", "twice", "Case", "case", "other", "extra"):
         put_pair(root, f"{name}.png")
     (root / CONTROLS / "alone.png").unlink()
+    (root / CONTROLS / "retina.png").rename(root / CONTROLS / "retina_control.png")
     put(root, f"{CONTROLS}/gap_control_2.png", PHOTO)
     put(root, f"{CONTROLS}/two_control_1.png", PHOTO)
     put(root, f"{CONTROLS}/several.jpg", encode(PHOTO, "JPEG"))
@@ -262,7 +263,7 @@ def test_the_faults_of_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines("Saved data sets") == [shown(line, tmp_path) for line in told]
 
 
-def messages(source: Path) -> list[str]:
+def messages(source: Path | str) -> list[str]:
     with pytest.raises(UserError) as caught:
         find_records(str(source))
     return list(caught.value.messages)
@@ -276,8 +277,11 @@ def test_the_faults_of_sources(tmp_path: Path) -> None:
     (tmp_path / "torn.jsonl").symlink_to("/proc/self/mem")  # a file that opens and cannot be read
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / TARGETS).symlink_to(tmp_path / "bare" / TARGETS)
-    names = ("nowhere", "pairs.txt", "torn.jsonl", "half", "bare", "linked")
+    for name in ("a.png", "a_control.png", "a.txt"):
+        put(tmp_path / "flat", name, PHOTO if name.endswith("png") else b"make it blue")
+    names = ("nowhere", "pairs.txt", "torn.jsonl", "half", "flat", f"bare/{TARGETS}", "bare", "linked")
     told = [line for name in names for line in messages(tmp_path / name)]
+    told.insert(1, messages("0,2")[0])
     assert lines("Sources") == [shown(line, tmp_path) for line in told]
 
 

@@ -41,7 +41,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def test_scan_takes_every_pair(demo_root: Path) -> None:
     limits = Limits(max_source_pixels=10**6, max_bytes=10**7, max_aspect=8, follow_symlinks=False)
-    scanned, faults, _, _ = scan([str(demo_root / "train"), str(demo_root / "held_out")], limits=limits, progress=False)
+    scanned, faults, *_ = scan([str(demo_root / "train"), str(demo_root / "held_out")], limits=limits, progress=False)
     assert faults == []
     assert len(scanned) == demo.TRAIN_PAIRS + demo.HELD_OUT_PAIRS
 

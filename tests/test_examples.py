@@ -163,9 +163,9 @@ def test_faults_of_the_regularisation_set_are_told_with_the_others(setup: Setup,
     first(data, "training_images").write_bytes(b"")
     *faults, summary = messages(setup(f"data.regularization={regular}"))
     assert [fault.partition(": ")[2] for fault in faults] == ["is empty (0 bytes); copy it again"] * 2
-    assert summary.startswith("data: 2 faults with 26 pictures")
+    assert summary.startswith("data: 2 faults; 11 of 13 examples can be used: mend the data, or")
     (missing, *_) = messages(setup(f"data.regularization={data / 'nowhere'}"))
-    assert missing == f"{data / 'nowhere'}: no such folder or manifest; correct the path"
+    assert missing == f"data.regularization: {data / 'nowhere'}: no such folder or manifest; correct the path"
 
 
 # --- What is told
@@ -181,10 +181,10 @@ def test_the_summary_counts(setup: Setup, data: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines() == [
         "scan      26 pictures: 26 decoded, 0 unchanged since the last scan",
         "data      10 training and 3 held-out examples with 13 controls",
-        "data      1 examples have transparency, which is laid on white",
+        "data      1 example with transparency, which is laid on white",
     ]
     find_examples(setup("data.background=black"), family, speak=True)
-    assert capsys.readouterr().out.endswith("data      1 examples have transparency, which is laid on black\n")
+    assert capsys.readouterr().out.endswith("data      1 example with transparency, which is laid on black\n")
     find_examples(setup(), family, speak=False)
     assert capsys.readouterr().out == "", "the other ranks say nothing"
 
@@ -199,7 +199,7 @@ def test_the_first_of_several_frames_is_used_and_counted_where_that_is_asked_for
     assert messages(setup())[:-1] == [f"{path}: has 2 frames or pages; {mend}"]
     train, _ = find_examples(setup("data.first_frame=true"), family, speak=True)
     assert len(train) == 10
-    said = "data      1 examples have pictures of several frames or pages, of which the first counts\n"
+    said = "data      1 example with several frames or pages in a picture: the first counts\n"
     assert capsys.readouterr().out.endswith(said)
 
 
@@ -216,16 +216,18 @@ def test_faults_of_all_kinds_and_parts_come_in_one_list(setup: Setup, data: Path
         "the prompt is 1199 tokens long, more than 1024; shorten it, or set data.long_caption=truncate",
         "the prompt contains <|image_pad|>, a marker of the text encoder: take it out",
     ]
-    assert summary.startswith("data: 4 faults with 24 pictures; mend them, or set data.on_bad_item=skip")
+    assert summary.startswith(
+        "data: 4 faults; 9 of 13 examples can be used: mend the data, or set data.on_bad_item=skip"
+    )
 
 
 def test_a_source_that_is_missing_is_told_with_the_faults_of_the_other(setup: Setup, data: Path) -> None:
     first(data, "training_images").write_bytes(b"")
     found = messages(setup(f"data.held_out={data / 'nowhere'}"))
-    assert [line.replace(f"{data}/", "").rpartition("/")[2].partition(": ")[2] for line in found] == [
-        "no such folder or manifest; correct the path",
-        "is empty (0 bytes); copy it again",
-    ]
+    assert found[0] == f"data.held_out: {data / 'nowhere'}: no such folder or manifest; correct the path"
+    assert [line.partition(": ")[2] for line in found[1:]] == ["is empty (0 bytes); copy it again"]
+    mend = "correct the path, or write a share as a number such as 0.2"
+    assert messages(setup("data.held_out=0,2"))[0] == f"data.held_out: 0,2: no such folder or manifest; {mend}"
 
 
 def test_long_captions_are_cut_where_that_is_asked_for(
@@ -237,23 +239,93 @@ def test_long_captions_are_cut_where_that_is_asked_for(
     assert re.search(r"the prompt is \d{4} tokens long, more than 1024", fault)
     train, _ = find_examples(setup("data.long_caption=truncate"), family, speak=True)
     assert len(train) == 10
-    assert capsys.readouterr().out.endswith("data      1 prompts are cut to 1024 tokens\n")
+    assert capsys.readouterr().out.endswith("data      1 prompt cut to 1024 tokens\n")
     prompt = train[0].record.prompt
     assert ("图片 " * 1000).startswith(prompt)
     assert 0 < len(prompt) < 1000
 
 
-def test_what_is_skipped_is_listed_with_names_of_any_kind(setup: Setup, data: Path, tmp_path: Path) -> None:
+def test_what_is_skipped_is_listed_with_names_of_any_kind(
+    setup: Setup, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = ["line\nbreak", "-dash", "图片", "n" * 251]
     for stem in bad:
         (data / f"train/training_images/{stem}.png").write_bytes(b"GIF89a")
         (data / f"train/training_images/{stem}.txt").write_text("x")
         shutil.copyfile(first(data, "control_images"), data / f"train/control_images/{stem}.png")
+    stray = data / "train/control_images/stray.png"
+    shutil.copyfile(first(data, "control_images"), stray)
     train, _ = find_examples(setup("data.on_bad_item=skip"), family, speak=True)
     assert len(train) == 10
+    said = f"data      5 faults, listed in {tmp_path / 'run/bad_items.jsonl'}: 4 of 17 examples left out\n"
+    assert said in capsys.readouterr().out
     listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
-    shown = [line["path"].rpartition("/")[2] for line in listed]
+    assert [line["path"] for line in listed if line["example"] is None] == [str(stray)]
+    shown = [line["path"].rpartition("/")[2] for line in listed if line["example"]]
     assert sorted(shown) == sorted(f"{stem.replace(chr(10), chr(92) + 'n')}.png" for stem in bad)
+    assert all(line["path"].endswith(line["example"]) for line in listed if line["example"])
+
+
+def test_every_kind_of_fault_counts_the_examples_that_it_costs(setup: Setup, data: Path, tmp_path: Path) -> None:
+    images = sorted((data / "train/training_images").glob("*.png"))
+    images[0].write_bytes(b"")  # two faults of one example
+    (data / "train/control_images" / images[0].name).write_bytes(b"")
+    images[1].with_suffix(".txt").unlink()
+    images[2].with_suffix(".txt").write_text("long " * 300)
+    images[3].with_suffix(".txt").write_text("see <|image_pad|>")
+    control = data / "train/control_images" / images[4].name
+    control.rename(control.with_name(f"{images[4].stem}-before.png"))
+    (data / "train/training_images/photo.heic").write_bytes(b"ftypheic")
+    twin = data / "held_out/training_images" / "twin.png"
+    for file in (images[5], images[5].with_suffix(".txt"), data / "train/control_images" / images[5].name):
+        shutil.copyfile(file, data / "held_out" / file.parent.name / f"twin{file.suffix}")
+    *faults, summary = messages(setup())
+    assert len(faults) == 8
+    assert summary.startswith("data: 8 faults; 8 of 14 examples can be used: mend the data, or set")
+    find_examples(setup("data.on_bad_item=skip"), family, speak=True)
+    listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
+    examples = [line["example"] for line in listed]
+    assert sorted(filter(None, examples)) == sorted(
+        [f"training_images/{image.name}" for image in (images[0], *images[:5])] + ["training_images/twin.png"]
+    )
+    assert [line["path"] for line in listed if line["path"] == str(twin)]
+
+
+@pytest.mark.parametrize(
+    ("control", "meant"),
+    [
+        ("a_control.png", "a_control.png"),
+        ("A.png", "A.png"),
+        ("a-before.png", "a-before.png"),
+        ("ab.png", None),
+        ("trips/a_control.png", None),
+        ("a/x.png", None),
+    ],
+)
+def test_a_control_of_nearly_its_targets_name_is_named_with_it(tmp_path: Path, control: str, meant: str | None) -> None:
+    root = tmp_path / "data"
+    for name in ("training_images/a.png", "training_images/b.png", "control_images/b.png", f"control_images/{control}"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(root / name)
+    for stem in "ab":
+        (root / f"training_images/{stem}.txt").write_text("x")
+    told = [str(fault) for fault in scan([str(root)], limits=Limits()).faults]
+    mend = f"{meant} may be meant: rename it" if meant else "add it"
+    target = f"{root}/training_images/a.png: has no control image control_images/a.*; {mend}"
+    stray = (
+        f"{root}/control_images/{control}: is a control image without a target of its name; add that, or take it out"
+    )
+    assert told == ([target] if meant else [stray, target])
+
+
+def test_a_step_that_holds_more_samples_than_there_are_is_told(
+    setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_examples(setup("batch.samples_per_step=10"), family, speak=True)
+    assert "samples_per_step" not in capsys.readouterr().out
+    find_examples(setup("batch.samples_per_step=11"), family, speak=True)
+    line = "data      10 training examples for batch.samples_per_step=11: every step is an epoch, and smaller than it "
+    assert capsys.readouterr().out.endswith(f"{line}should be\n")
 
 
 @pytest.mark.parametrize("verb", ["cache", "inspect", "verify", "bench"])

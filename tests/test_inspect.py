@@ -251,6 +251,35 @@ def test_what_the_cache_holds_stands_beside_what_went_in(inspect: Inspect, tmp_p
         assert decoded[28:, left : left + 224].std() > 5, "a picture"
 
 
+def test_the_picture_whose_aspect_changes_most_is_named(inspect: Inspect) -> None:
+    (notice,) = [notice for notice in inspect()[1]["notices"] if "so coarsely" in notice]
+    assert "the aspect of training_images/005_astronaut.png (56x103 to 64x96) changes by 22.6%" in notice
+
+
+@pytest.mark.parametrize("verb", ["inspect", "cache"])
+def test_faults_of_the_data_are_told_beside_a_base_that_cannot_be_had(
+    verb: str, small_run: Path, few_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(few_pairs / "train", tmp_path / "data")
+    image, other = sorted((data / "training_images").glob("*.png"))[:2]
+    image.write_bytes(b"")
+    other.with_suffix(".txt").write_text(" ")
+    base, nowhere = tmp_path / "no base", tmp_path / "nowhere"
+    words = [f"model.pretrained_model_name_or_path={base}", f"data.train={data}", f"data.held_out={nowhere}"]
+    folders = [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}"]
+    told = [
+        f"model.pretrained_model_name_or_path: there is no folder '{base}': correct the path",
+        f"{other.with_suffix('.txt')}: the caption is empty; write one, or set data.empty_caption to use_empty or skip",
+        f"{image}: is empty (0 bytes); copy it again",
+        f"data.held_out: {nowhere}: no such folder or manifest; correct the path",
+    ]
+    for more, expected in (([], told), (["data.on_bad_item=skip"], [told[0], told[-1]])):
+        assert cli.main([verb, "--config", str(small_run), *words, *folders, *more]) == 2
+        said = capsys.readouterr()
+        assert [line.removeprefix("mixres: error: ") for line in said.err.splitlines()] == expected
+        assert said.out == f"model     {base} cannot be used; the data are looked at all the same\n"
+
+
 def test_all_faults_are_told_and_the_rest_is_reported(
     inspect: Inspect, few_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +296,7 @@ def test_all_faults_are_told_and_the_rest_is_reported(
     assert lines == report["faults"]
     wanted = ["to_qq", *(target.name for target in targets[:3])]
     assert [part for part in wanted if part in " ".join(lines)] == wanted
+    assert [line for line in lines if line.startswith("data: 2 faults; 11 of 13 examples can be used: mend the data,")]
     over = [line for line in lines if "tokens alone are over batch.max_tokens = 75" in line]
     assert 1 <= len(over) < 8
     assert report["items"]["training_examples"] == 8
@@ -276,7 +306,9 @@ def test_all_faults_are_told_and_the_rest_is_reported(
     code, report = inspect(f"data.train={data}", "data.on_bad_item=skip", "batch.samples_per_step=16")
     assert code == 0
     assert report["faults"] == [] and len(report["left_out"]) == 2
-    assert any("fewer than batch.samples_per_step=16" in notice for notice in report["notices"])
+    few = "8 training examples for batch.samples_per_step=16: every step is an epoch"
+    assert any(notice.startswith(few) for notice in report["notices"])
+    assert "plan      1 step an epoch on 1 rank, 16 samples a step" in capsys.readouterr().out
     shutil.rmtree(data / "training_images")
     (data / "training_images").mkdir()
     capsys.readouterr()

@@ -373,5 +373,7 @@ def test_the_real_recipe_ends_with_a_plain_sentence_without_its_weights(tmp_path
     words = [f"logging.output_dir={tmp_path / 'run'}", f"cache.cache_dir={tmp_path / 'cache'}"]
     done = call([sys.executable, "train.py", "--config", str(file), *words])
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("mixres: error: model.pretrained_model_name_or_path: no weights for 'Qwen/Qwen-Image-Edit'")
+    line, *data = done.stderr.splitlines()
+    what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
+    assert line.startswith(f"mixres: error: model.pretrained_model_name_or_path: {what}")
+    assert all(line.startswith("mixres: error: data.") and "no such folder or manifest" in line for line in data)

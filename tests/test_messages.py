@@ -30,8 +30,9 @@ PASSING = {
     "config:load_config",
     "data/dataset:inspect",
     "data/dataset:scan",
+    "examples:_usable",
     "examples:look_for_examples",
-    "inspect_data:inspect",
+    "precompute:family_of",
     "run_result:renamed",
 }
 KEYS = {name for name, _ in known_keys(Config)} | {"optimizer.init_args.lr"}

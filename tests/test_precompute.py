@@ -208,7 +208,7 @@ def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(c
     rows = [row | {"path_control_1": one.name}, row | {"path_mask": one.name}]
     rows.append(row | {"path_control": one.name, "path_control_1": "other.png"})
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    records, faults, _, _ = scan([str(root / "train.jsonl")], limits=Limits())
+    records, faults, *_ = scan([str(root / "train.jsonl")], limits=Limits())
     assert faults == []
     assert records[0].digests == records[1].digests
     assert len(set(entry_keys(caching.config(), family, records))) == 3
@@ -422,8 +422,8 @@ def test_all_faults_are_told_at_once_before_anything_is_encoded(caching: Caching
         caching()
     *messages, summary = caught.value.messages
     assert len(messages) == 4
-    mend = "mend them, or set data.on_bad_item=skip to go on without their examples"
-    assert summary == f"data: 4 faults with 22 pictures; {mend}"
+    mend = "mend the data, or set data.on_bad_item=skip to go on with those"
+    assert summary == f"data: 4 faults; 9 of 13 examples can be used: {mend}"
     for name in expected:
         assert sum(name in message for message in messages) == 1, name
     assert not list(tmp_path.glob("empty/??/*"))
@@ -435,7 +435,7 @@ def test_skip_lists_the_faults_and_goes_on(caching: Caching, few_pairs: Path) ->
     assert caching("data.on_bad_item=skip") == (0, 9)
     file = caching.data / "run" / "bad_items.jsonl"
     listed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [set(line) for line in listed] == [{"path", "reason"}] * 4
+    assert [set(line) for line in listed] == [{"path", "reason", "example"}] * 4
     for name in expected:
         assert sum(name in line["path"] for line in listed) == 1, name
     shutil.rmtree(caching.data)

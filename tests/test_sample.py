@@ -35,6 +35,7 @@ from mixres.sample import sample
 from mixres.sample_request import make_request
 from mixres.sampling import ROWS, Row, contact_sheet
 from mixres.trainer import train
+from mixres.training.checkpoint import MANIFEST
 
 PROMPT, NEGATIVE = "swap red and blue", "交换红色和蓝色"
 SIZE = (96, 64)
@@ -539,6 +540,8 @@ def test_a_part_of_the_base_that_is_missing_is_told_as_the_bases(edit: Trained, 
 def test_weights_that_do_not_say_what_they_are_of_are_refused(edit: Trained, tmp_path: Path) -> None:
     (tmp_path / "lora.bin").write_bytes(b"never opened")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "step-00000100").mkdir()
+    (tmp_path / "step-00000100" / MANIFEST).write_text("{}")
     both = shutil.copytree(edit.folder, tmp_path / "both")
     (both / "transformer").mkdir()
     (tmp_path / "bare" / "transformer").mkdir(parents=True)
@@ -546,6 +549,7 @@ def test_weights_that_do_not_say_what_they_are_of_are_refused(edit: Trained, tmp
         tmp_path / "none": "there is no file",
         tmp_path / "lora.bin": "is not a .safetensors file",
         tmp_path / "empty": "holds neither",
+        tmp_path / "step-00000100": "is a checkpoint, no result: export it first (mixres export ",
         both: "holds both",
         tmp_path / "bare": "does not say what it was trained on",
         changed(edit, tmp_path, gone=True): "does not say what it was trained on",

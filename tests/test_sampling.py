@@ -1,6 +1,7 @@
 """Contact sheets: their geometry, their captions, and that making one leaves the training as it was."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mixres import sampling
 from mixres.config import Config, load_config
 from mixres.data.images import read_image
 from mixres.examples import image_limits
+from mixres.geometry import Size
 from mixres.models import qwen_image_edit as family
 from mixres.precompute import Encoded, encode_all
 from mixres.sampling import HeldOutSampler, Row, contact_sheet, save_png
@@ -162,15 +164,21 @@ def test_a_rank_that_samples_along_writes_nothing(sampler: HeldOutSampler, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, config: Config) -> None:
+def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, config: Config, tmp_path: Path) -> None:
     item = sampler.items[-1]
     row = sampler._row(item)
     control, target, _ = row.pictures
+    small = tmp_path / "small.png"
+    target.resize((64, 32)).save(small)
     limits = image_limits(config)
     assert control.tobytes() == read_image(item.record.controls[0], limits).tobytes()
     assert target.tobytes() == read_image(item.record.target, limits).tobytes()
     assert row.caption == item.record.prompt
-    assert row.note == f"control {control.width}x{control.height}, target {item.target_size}"
+    sizes = f"control {control.width}x{control.height}, target {target.width}x{target.height}"
+    assert row.note == f"{sizes}, trained and predicted at {item.target_size}"
+    assert row.pictures[2].size == item.target_size != target.size
+    like_the_file = sampler._row(replace(item, target_size=Size(64, 32), record=replace(item.record, target=small)))
+    assert like_the_file.note == f"control {control.width}x{control.height}, target 64x32"
 
 
 def test_a_sheet_that_cannot_be_written_is_a_line_and_no_more(

@@ -88,11 +88,11 @@ def _run(words: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
     """The verb, its configuration and its own options, or a UserError with every fault of all that was given."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
-    faults = [
-        f"{option}: unknown option; see --help{_nearest(option.partition('=')[0], OPTIONS)}" for option in unknown
-    ]
+    faults = [_unknown_option(option) for option in unknown]
     words: list[str] = given.words
-    verb = words.pop(0) if words and "=" not in words[0] else "train"
+    verb = words.pop(0) if words and not {"=", "."} & set(words[0]) else "train"
+    if not argv:
+        _parser().print_help(sys.stderr)
     if verb in OWN_VERBS:
         faults.append(f"{verb}: takes no configuration: write it first, then its options, see {verb} --help")
         raise UserError(faults)
@@ -202,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", metavar="N", type=int, help="for `inspect`: plan for so many processes (default 1)")
     parser.add_argument("--version", action="version", version=f"mixres {__version__}")
     return parser
+
+
+def _unknown_option(word: str) -> str:
+    name, _, value = word.partition("=")
+    if "." in name:
+        return f"{name}: unknown option; overrides have no dashes: write {name.lstrip('-')}={value or 'VALUE'}"
+    return f"{word}: unknown option; see --help{_nearest(name, OPTIONS)}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mixres.config_faults import conflicts, defaults, known_keys, schema_faults, validate
-from mixres.config_rules import RULES
+from mixres.config_rules import OTHER_NAMES, RULES
 from mixres.config_sections import (
     BatchConfig,
     CacheConfig,
@@ -88,7 +88,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: with one line for every fault of the file and the overrides.
     """
     source = read_source(path, overrides, defaults(Config))
-    source.faults += schema_faults(Config, source)
+    source.faults += schema_faults(Config, source, OTHER_NAMES)
     source.faults += conflicts(source, RULES)
     if source.faults:
         raise UserError(list(dict.fromkeys(message for _, message in source.faults)))

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -100,14 +100,17 @@ def shown(source: Source, path: KeyPath) -> str:
         return "a section"
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         return "a nested list"
-    text = json.dumps(value, ensure_ascii=False)
+    text = (isinstance(value, float) and source.texts.get(path)) or json.dumps(value, ensure_ascii=False)
     if path in source.references and "oc.env" in text:
         text += ", and what an environment variable holds is text"
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def schema_faults(model: type[BaseModel], source: Source) -> list[tuple[KeyPath, str]]:
-    """Every fault of the merged values against `model`, beside those that the source already has."""
+def schema_faults(model: type[BaseModel], source: Source, other_names: Mapping[str, str]) -> list[tuple[KeyPath, str]]:
+    """Every fault of the merged values against `model`, beside those that the source already has.
+
+    `other_names`: what keys are called elsewhere; where such a name is written, the key is offered.
+    """
     keys = dict(known_keys(model))
     reported = [path for path, _ in source.faults if path]
     faults: list[tuple[KeyPath, str]] = []
@@ -120,7 +123,8 @@ def schema_faults(model: type[BaseModel], source: Source) -> list[tuple[KeyPath,
         if any(len(path) < len(other) and nested(path, other) for other, _ in errors):
             continue  # another choice of a union: the item inside says more
         if kind == "extra_forbidden":
-            faults.append((path, unknown_key(path, keys)))
+            for line in unknown_keys(path, value_at(source.resolved, path), keys, other_names):
+                faults.append((path, line))
             continue
         name, field = _field_at(path, keys)
         given = "not given" if kind == "missing" else f"given {shown(source, path)}"
@@ -147,21 +151,34 @@ def conflicts(source: Source, rules: Iterable[Rule]) -> list[tuple[KeyPath, str]
     return faults
 
 
-def unknown_key(path: KeyPath, keys: dict[str, FieldInfo]) -> str:
-    """The message for a key that the schema does not have."""
+def unknown_keys(
+    path: KeyPath, value: Any, keys: Mapping[str, FieldInfo], other_names: Mapping[str, str]
+) -> Iterator[str]:
+    """A line for a key that the schema does not have, and for each key inside that the section meant has not either."""
     name = dotted(path)
     if name in keys:  # one YAML key that holds dots
-        return f"{name}: dots are for overrides; write it nested under '{name.rpartition('.')[0]}:' in the file"
-    others = [key for key in keys if not name.startswith(f"{key}.")]
-    close = difflib.get_close_matches(name, others, n=1) or [
-        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
-    if close:
-        return f"{name}: unknown key; did you mean '{close[0]}'?"
-    parent = keys.get(dotted(path[:-1]))
-    section = section_of(parent) if parent else None
-    known = section.model_fields if section else [key for key in keys if "." not in key]
-    return f"{name}: unknown key; known here: {', '.join(known)}"
+        yield f"{name}: dots are for overrides; write it nested under '{name.rpartition('.')[0]}:' in the file"
+        return
+    near = _nearest(name, keys, other_names)
+    if near:
+        yield f"{name}: unknown key; did you mean '{near}'?"
+    else:
+        parent = keys.get(dotted(path[:-1]))
+        section = section_of(parent) if parent else None
+        known = section.model_fields if section else [key for key in keys if "." not in key]
+        yield f"{name}: unknown key; known here: {', '.join(known)}"
+    for part in value if isinstance(value, dict) else ():
+        inside = f"{near or name}.{part}"
+        if inside not in keys and (meant := _nearest(inside, keys, other_names)):
+            yield f"{name}.{part}: unknown key; did you mean '{meant}'?"
+
+
+def _nearest(name: str, keys: Iterable[str], other_names: Mapping[str, str]) -> str | None:
+    """The key that is called so elsewhere, else one that is spelt nearly so, else one of another section."""
+    others, last = [key for key in keys if not name.startswith(f"{key}.")], name.rpartition(".")[2]
+    close = difflib.get_close_matches(name, others, n=1)
+    same = (key for key in others if key.rpartition(".")[2] == last)
+    return other_names.get(last) or next(iter(close), None) or next(same, None)
 
 
 def _validation_errors(model: type[BaseModel], values: dict[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ Cost: milliseconds; needs yaml and omegaconf, nothing of the schema.
 """
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ class Source:
     written: dict[str, Any]  # references as the user wrote them
     resolved: dict[str, Any] = field(default_factory=dict)  # references replaced; None where that failed
     references: set[KeyPath] = field(default_factory=set)  # where `written` holds a reference
+    texts: dict[KeyPath, str] = field(default_factory=dict)  # of numbers, as the user wrote them: 1e3
     faults: list[tuple[KeyPath, str]] = field(default_factory=list)  # the key (() for none) and the whole message
     file_is_read: bool = True
 
@@ -58,7 +60,7 @@ def read_source(path: Path, overrides: Sequence[str], defaults: Mapping[str, Any
     """
     source = Source(written=dict(defaults))
     source.written = _merged(source.written, _read_file(path, source))
-    for override in overrides:
+    for override in _with_values(overrides, source):
         source.written = _merged(source.written, _read_override(override, source))
     _resolve(source)
     return source
@@ -112,6 +114,21 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
     return {}
 
 
+def _with_values(overrides: Sequence[str], source: Source) -> Iterator[str]:
+    """The overrides; a key and the word behind it, without a `=` in either, are one fault."""
+    words = itertools.pairwise([*overrides, "="])
+    for word, after in words:
+        if word.endswith((".yaml", ".yml")) and "=" not in word:
+            source.faults.append(((), f"{word}: is a file, not an override; write --config {word}"))
+        elif "." not in word or not _KEY.fullmatch(word):
+            yield word
+        elif "=" in after:
+            source.faults.append(((), f"{word}: has no value; write {word}=VALUE"))
+        else:
+            source.faults.append(((), f"{word}: has no value; put = between them: {word}={after}"))
+            next(words, None)
+
+
 def _read_override(override: str, source: Source) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
@@ -148,6 +165,7 @@ def _plain(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> A
     if isinstance(node, yaml.SequenceNode) and tag == "seq":
         return [_plain(loader, item, (*path, i), source) for i, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode) and tag in ("null", "bool", "int", "float", "str"):
+        source.texts[path] = node.value
         with contextlib.suppress(ValueError, KeyError):  # an integer of thousands of digits, `!!int x`, `!!bool x`
             return loader.construct_object(node)
     fault = "tagged or oversized; write text, a number, true, false or null"

@@ -13,17 +13,18 @@ from typing import Literal, NamedTuple
 
 from mixres import atomic
 from mixres.config import Config
-from mixres.data.dataset import ScannedRecord, scan, split_held_out
+from mixres.data.dataset import Scan, ScannedRecord, never_trained, scan, split_held_out
 from mixres.data.images import Limits
 from mixres.data.records import Fault, printable
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
 from mixres.models.prompt_length import over_long
-from mixres.training.progress import say
+from mixres.training.progress import amount, say
 from mixres.training.run import check_folder
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
+SOURCES = ("train", "regularization", "held_out")  # keys of `data`
 
 
 class _Part(NamedTuple):
@@ -34,6 +35,7 @@ class _Part(NamedTuple):
     decoded: int
     unchanged: int
     cut: int  # prompts
+    unusable: int  # examples
 
 
 class Found(NamedTuple):
@@ -45,6 +47,28 @@ class Found(NamedTuple):
     decoded: int  # pictures that were decoded,
     unchanged: int  # and those that an earlier scan had decoded
     cut: int  # prompts
+    unusable: int  # examples
+
+    @property
+    def examples(self) -> int:
+        """How many there are, usable or not."""
+        return len(self.train) + len(self.held_out) + self.unusable
+
+    def summary(self) -> str:
+        """The last line of a list of faults."""
+        usable = f"{self.examples - self.unusable} of {amount(self.examples, 'example')} can be used"
+        mend = "mend the data, or set data.on_bad_item=skip to go on with those"
+        return f"data: {amount(len(self.faults), 'fault')}; {usable}: {mend}"
+
+    def few(self, config: Config) -> str | None:
+        """That a step holds more samples than there are, where it does."""
+        wanted, count = config.batch.samples_per_step, len(self.train)
+        what = "every step is an epoch, and smaller than it should be"
+        return (
+            f"{amount(count, 'training example')} for batch.samples_per_step={wanted}: {what}"
+            if count < wanted
+            else None
+        )
 
     def stop(self, config: Config) -> bool:
         """Whether the faults are such that nothing may be trained."""
@@ -76,6 +100,8 @@ def find_examples(
         raise UserError(fault)
     if speak:
         tell(found, family.MOST_PROMPT_TOKENS, config.data.background)
+        if found.train and (few := found.few(config)):
+            say(f"data      {few}")
     return found.train, found.held_out
 
 
@@ -90,21 +116,22 @@ def look_for_examples(config: Config, family: ModuleType, *, speak: bool) -> Fou
     token = family.pixels_per_token(model.pretrained_model_name_or_path, revision=model.revision)
     _check_sizes(config, family, token)
     parts, missing = [], list[str]()
-    for sources in (data.train, data.regularization, data.held_out if isinstance(data.held_out, tuple) else None):
+    for key in SOURCES:
         try:
-            parts.append(_usable(config, family, sources or (), token, speak))
+            parts.append(_usable(config, family, key, token, speak))
         except UserError as error:
             missing += error.messages
     if missing:
-        raise UserError([*missing, *(str(fault) for part in parts for fault in part.faults)])
+        raise UserError([*dict.fromkeys(missing), *(str(fault) for part in parts for fault in part.faults)])
     own, regularization, held_out = (part.records for part in parts)
     if isinstance(data.held_out, float):
         own, held_out = split_held_out(own, data.held_out, config.train.seed)
     train = [*own, *(scanned._replace(regularization=True) for scanned in regularization)]
-    held_out, trained = _never_trained(train, held_out)
+    held_out, trained = never_trained(train, held_out)
+    unusable = sum(part.unusable for part in parts) + len(trained)
     faults = [fault for part in parts for fault in part.faults] + trained
-    decoded, unchanged, cut = (sum(counts) for counts in zip(*(part[2:] for part in parts), strict=True))
-    return Found(train, held_out, faults, decoded, unchanged, cut)
+    decoded, unchanged, cut = (sum(counts) for counts in zip(*(part[2:5] for part in parts), strict=True))
+    return Found(train, held_out, faults, decoded, unchanged, cut, unusable)
 
 
 def _check_sizes(config: Config, family: ModuleType, token: int) -> None:
@@ -138,18 +165,30 @@ def control_areas(config: Config, family: ModuleType, target: Size) -> dict[str,
     return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
 
 
-def _usable(config: Config, family: ModuleType, sources: Sequence[str], token: int, speak: bool) -> _Part:
-    scanned = scan(
-        sources,
+def scan_of(config: Config, key: str, *, speak: bool, **rules: int) -> Scan:
+    """What lies in the sources that `key` of `data` names; `rules`: those of `scan` that only a base can tell."""
+    named = getattr(config.data, key)
+    return scan(
+        named if isinstance(named, tuple) else (),
+        key=f"data.{key}",
         limits=image_limits(config),
         empty_caption=config.data.empty_caption,
-        min_side=token,
         progress=speak,
         memo=Path(config.cache.cache_dir) / SCAN_MEMO,
+        **rules,
     )
+
+
+def _usable(config: Config, family: ModuleType, key: str, token: int, speak: bool) -> _Part:
+    scanned = scan_of(config, key, speak=speak, min_side=token)
     fitting, unfit = _fitting(config, family, scanned.records, token)
-    usable, too_long, cut = _short_enough(config, family, fitting)
-    return _Part(usable, [*scanned.faults, *unfit, *too_long], scanned.decoded, scanned.unchanged, cut)
+    faults = [*scanned.faults, *unfit]
+    try:
+        usable, too_long, cut = _short_enough(config, family, fitting)
+    except UserError as error:  # there is no tokenizer
+        raise UserError([*error.messages, *map(str, faults)]) from error
+    unusable = scanned.unusable + len(scanned.records) - len(usable)
+    return _Part(usable, [*faults, *too_long], scanned.decoded, scanned.unchanged, cut, unusable)
 
 
 def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
@@ -175,7 +214,7 @@ def _fitting(
     for scanned in records:
         record = scanned.record
         reason = family.example_fault(controls=len(record.controls), prompt=record.prompt)
-        found = [Fault(printable(record.target), reason)] if reason else []
+        found = [Fault(printable(record.target), reason, example=record.name)] if reason else []
         found += _narrowed(config, family, scanned, token)
         faults += found
         if not found:
@@ -197,7 +236,8 @@ def _narrowed(config: Config, family: ModuleType, scanned: ScannedRecord, token:
             resized = f"{size.width * scale:.0f}x{size.height * scale:.0f}"
             of = "" if path is record.target else f" (belongs to {record.name})"
             mend = f"no side may be under {token} pixels: give a larger one"
-            yield Fault(printable(path), f"{size} becomes {resized} by {key}; {mend}{of}")
+            reason = f"{size} becomes {resized} by {key}; {mend}{of}"
+            yield Fault(printable(path), reason, example=record.name)
 
 
 def _short_enough(
@@ -215,36 +255,18 @@ def _short_enough(
         if tokens and config.data.long_caption == "error":
             mend = "shorten it, or set data.long_caption=truncate"
             reason = f"the prompt is {tokens} tokens long, more than {most}; {mend}"
-            faults.append(Fault(printable(record.target), reason))
+            faults.append(Fault(printable(record.target), reason, example=record.name))
             continue
         usable.append(scanned._replace(record=replace(record, prompt=beginning)) if tokens else scanned)
         cut += bool(tokens)
     return usable, faults, cut
 
 
-def _never_trained(
-    train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord]
-) -> tuple[list[ScannedRecord], list[Fault]]:
-    """Held-out examples whose target is not trained on under any name, and the faults of the others."""
-    trained = {scanned.digests[0]: scanned.record for scanned in train}
-    kept, faults = [], []
-    for scanned in held_out:
-        twin = trained.get(scanned.digests[0])
-        if twin is None:
-            kept.append(scanned)
-        else:
-            reason = f"is held out and trained on, as {printable(twin.target)}; take one of the two out"
-            faults.append(Fault(printable(scanned.record.target), reason))
-    return kept, faults
-
-
 def _settle(config: Config, found: Found, speak: bool) -> None:
     """Stop for faults, all of them together, or list them in the run folder where the configuration says to go on."""
     faults = found.faults
     if found.stop(config):
-        mend = "mend them, or set data.on_bad_item=skip to go on without their examples"
-        pictures = found.decoded + found.unchanged
-        raise UserError([*map(str, faults), f"data: {len(faults)} faults with {pictures} pictures; {mend}"])
+        raise UserError([*map(str, faults), found.summary()])
     folder = Path(config.logging.output_dir)
     if not speak:
         return
@@ -253,22 +275,26 @@ def _settle(config: Config, found: Found, speak: bool) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic.replace(folder / BAD_ITEMS) as tmp, tmp.open("w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps({'path': fault.path, 'reason': fault.reason})}\n" for fault in faults)
-        say(f"data      {len(faults)} faults, listed in {folder / BAD_ITEMS}: their examples are left out")
+            lines = ({"path": f.path, "reason": f.reason, "example": f.example} for f in faults)
+            file.writelines(f"{json.dumps(line)}\n" for line in lines)
+        left_out = f"{found.unusable} of {amount(found.examples, 'example')}"
+        say(f"data      {amount(len(faults), 'fault')}, listed in {folder / BAD_ITEMS}: {left_out} left out")
 
 
 def tell(found: Found, most_tokens: int, background: str) -> None:
     """What was found, in a few lines."""
     decoded, unchanged = found.decoded, found.unchanged
-    say(f"scan      {decoded + unchanged} pictures: {decoded} decoded, {unchanged} unchanged since the last scan")
+    pictures = amount(decoded + unchanged, "picture")
+    say(f"scan      {pictures}: {decoded} decoded, {unchanged} unchanged since the last scan")
     examples = [*found.train, *found.held_out]
     controls = sum(len(scanned.record.controls) for scanned in examples)
     extra = sum(scanned.regularization for scanned in found.train)
     also, own = f", {extra} regularisation" if extra else "", len(found.train) - extra
-    say(f"data      {own} training{also} and {len(found.held_out)} held-out examples with {controls} controls")
+    held_out = amount(len(found.held_out), "held-out example")
+    say(f"data      {own} training{also} and {held_out} with {amount(controls, 'control')}")
     if flattened := sum(scanned.flattened for scanned in examples):
-        say(f"data      {flattened} examples have transparency, which is laid on {background}")
+        say(f"data      {amount(flattened, 'example')} with transparency, which is laid on {background}")
     if several := sum(scanned.first_of_several for scanned in examples):
-        say(f"data      {several} examples have pictures of several frames or pages, of which the first counts")
+        say(f"data      {amount(several, 'example')} with several frames or pages in a picture: the first counts")
     if found.cut:
-        say(f"data      {found.cut} prompts are cut to {most_tokens} tokens")
+        say(f"data      {amount(found.cut, 'prompt')} cut to {most_tokens} tokens")

@@ -15,11 +15,11 @@ from mixres.assemble import recipe
 from mixres.config import load_config
 from mixres.data.records import printable
 from mixres.errors import UserError
+from mixres.models.families import family_module
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, LoraHeader, lora_file
 from mixres.models.merge import Adapter, ModelFiles, adapters_of, read_model_files
 from mixres.models.pretrained import pipeline_folder
-from mixres.precompute import family_of
 from mixres.run_result import RunResult, find_base, find_result
 from mixres.training.checkpoint import MANIFEST, Checkpoint, fault_of
 
@@ -132,7 +132,8 @@ def _of_checkpoint(path: Path) -> tuple[RunResult, bytes]:
     lora, model = config.model.lora, config.model
     if lora is None:
         raise UserError(f"{_KEY}: {path} is of a run that trains all weights: name its result")
-    family, checkpoint = family_of(config), Checkpoint(path)
+    family = family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+    checkpoint = Checkpoint(path)
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
     settings = lora.model_dump(exclude={"pretrained_weight"})
     add_lora(skeleton, **settings, untrained=family.untrained_modules(skeleton), seed=config.train.seed)

@@ -55,7 +55,7 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
         raise UserError([*faults, *error.messages]) from error
     tell(found, family.MOST_PROMPT_TOKENS, config.data.background)
     look = _Look(config, family, found, ranks, estimate=not faults)
-    faults += [str(fault) for fault in found.faults if found.stop(config)]
+    faults += [*map(str, found.faults), found.summary()] if found.stop(config) else []
     faults += [*filter(None, [found.share_fault(config)]), *look.faults]
     report = look.report(faults)
     if measure and look.plan and not faults:

@@ -15,6 +15,7 @@ from mixres.data.dataset import ScannedRecord
 from mixres.examples import Found
 from mixres.geometry import Size
 from mixres.plan_figures import Totals
+from mixres.training.progress import amount
 
 _BINS = 12
 _APART = 1.1  # aspects of control and target that differ by this factor are counted
@@ -78,6 +79,8 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
     controls = [size for scanned in train for size in scanned.control_sizes]
     resized = [size for sizes in seen for size in sizes[1:]]
     pairs, aspects = list(zip(files, trained, strict=True)), [size.width / size.height for size in files]
+    changes = [_apart(*pair) for pair in pairs]
+    most = changes.index(max(changes))
     return {
         "pixels": {
             "target_files": summary([math.prod(size) for size in files]),
@@ -88,7 +91,8 @@ def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]])
         "different_target_sizes": len(set(trained)),
         "targets_scaled_down": sum(_area_ratio(*pair) < 1 / _RESIZED for pair in pairs),
         "targets_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in pairs),
-        "most_change_of_aspect": max(_apart(*pair) for pair in pairs) - 1,
+        "most_change_of_aspect": changes[most] - 1,
+        "most_changed_aspect": f"{train[most].record.name} ({files[most]} to {trained[most]})",
         "controls_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in zip(controls, resized, strict=True)),
         "most_enlargement_of_a_control": max(
             (math.sqrt(_area_ratio(*pair)) for pair in zip(controls, resized, strict=True)), default=0.0
@@ -160,7 +164,7 @@ def _example(scanned: ScannedRecord, entry: CacheEntry) -> Figures:
 
 def notices(config: Config, found: Found, sizes: Figures, epoch: Totals, ranks: int) -> list[str]:
     """What is allowed and may not be meant."""
-    said = [*_data_notices(config, found, sizes), *_plan_notices(config, len(found.train), epoch, ranks)]
+    said = [*_data_notices(config, found, sizes), *_plan_notices(config, found, epoch, ranks)]
     return [text for holds, text in said if holds]
 
 
@@ -171,15 +175,18 @@ def _data_notices(config: Config, found: Found, sizes: Figures) -> list[tuple[ob
     enlarged, enlargement = sizes["targets_enlarged"], sizes["most_enlargement_of_a_control"]
     change, other = sizes["most_change_of_aspect"], sizes["controls_of_another_aspect"]
     return [
-        (found.cut, f"{found.cut} captions are cut (data.long_caption=truncate)"),
-        (same, f"{same} examples have two pictures of the same bytes, such as a control that is its target"),
-        (twins, f"{twins} examples are exact repetitions of others"),
-        (other, f"{other} controls have another aspect than their target, by over 10 %: allowed, each keeps its own"),
-        (enlarged, f"{enlarged} targets are enlarged: data.resize.target.upscale, or sides under multiple_of"),
+        (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
+        (same, f"{amount(same, 'example')} with two pictures of the same bytes, such as a control that is its target"),
+        (twins, f"{amount(twins, 'exact repetition')} of other examples"),
+        (
+            other,
+            f"{amount(other, 'control')} of another aspect than the target, by over 10 %: allowed, each keeps its own",
+        ),
+        (enlarged, f"{amount(enlarged, 'target')} enlarged: data.resize.target.upscale, or sides under multiple_of"),
         (
             change > _CROOKED - 1,
-            f"sides are rounded so coarsely that an aspect changes by {change:.1%}: small targets, or a large "
-            "data.resize.target.multiple_of",
+            f"sides are rounded so coarsely that the aspect of {sizes['most_changed_aspect']} changes by {change:.1%}: "
+            "small targets, or a large data.resize.target.multiple_of",
         ),
         (
             enlargement > _ENLARGED,
@@ -193,23 +200,19 @@ def _data_notices(config: Config, found: Found, sizes: Figures) -> list[tuple[ob
     ]
 
 
-def _plan_notices(config: Config, count: int, epoch: Totals, ranks: int) -> list[tuple[object, str]]:
-    wanted, steps = config.batch.samples_per_step, config.train.max_train_steps
-    rest = count % wanted
+def _plan_notices(config: Config, found: Found, epoch: Totals, ranks: int) -> list[tuple[object, str]]:
+    wanted, steps, count = config.batch.samples_per_step, config.train.max_train_steps, len(found.train)
+    rest, few = count % wanted, found.few(config)
     return [
+        (few, str(few)),
         (
             steps < epoch.steps,
             f"train.max_train_steps={steps} ends before the first epoch of {epoch.steps} steps: some examples never "
             "train",
         ),
         (
-            count < wanted,
-            f"{count} training examples are fewer than batch.samples_per_step={wanted}: every step is an epoch, and "
-            "smaller than it should be",
-        ),
-        (
             count > wanted and rest,
-            f"the last step of each epoch has {rest} examples and moves the weights as far as one of {wanted}",
+            f"the last step of each epoch has {amount(rest, 'sample')} and moves the weights as far as one of {wanted}",
         ),
         (
             epoch.fillers,

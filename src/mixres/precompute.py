@@ -21,7 +21,7 @@ from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord
 from mixres.encoding import encode_missing, entry_keys
 from mixres.errors import UserError
-from mixres.examples import control_areas, find_examples, target_size_of
+from mixres.examples import SOURCES, control_areas, find_examples, scan_of, target_size_of
 from mixres.geometry import Size, control_size, token_grid
 from mixres.models.families import family_module
 from mixres.training.distributed import launched
@@ -87,10 +87,29 @@ def family_of(config: Config) -> ModuleType:
     """The module of the base's model family.
 
     Raises:
-        UserError: the base cannot be found or is of no family that is known.
+        UserError: the base cannot be found or is of no family that is known; then the faults of the data are told too.
     """
     model = config.model
-    return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+    try:
+        return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+    except UserError as error:
+        raise UserError([*error.messages, *_file_faults(config)]) from error
+
+
+def _file_faults(config: Config) -> list[str]:
+    """What keeps the data from being used, as far as the files tell it without the base."""
+    speak, stop = launched().rank == 0, config.data.on_bad_item == "error"
+    if speak:
+        base = config.model.pretrained_model_name_or_path
+        say(f"model     {base} cannot be used; the data are looked at all the same")
+    faults: list[str] = []
+    for key in SOURCES:
+        try:
+            found = scan_of(config, key, speak=speak).faults
+            faults += [str(fault) for fault in found if stop and not fault.skip]
+        except UserError as error:
+            faults += error.messages
+    return faults
 
 
 def encode_all(

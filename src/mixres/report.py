@@ -11,7 +11,7 @@ from typing import Any
 
 from mixres.caching import readable_size
 from mixres.charts import columns, stacked
-from mixres.training.progress import clock
+from mixres.training.progress import amount, clock
 
 Figures = Mapping[str, Any]
 _LARGE = 10**6  # bytes that are also said in MB or GB
@@ -218,15 +218,16 @@ def _size_line(sizes: Figures) -> str:
 
 
 def _plan_lines(plan: Figures) -> list[str]:
-    ranks = f"{plan['ranks']} rank" + "s" * (plan["ranks"] > 1)
+    steps, ranks = amount(plan["steps_per_epoch"], "step"), amount(plan["ranks"], "rank")
     lines = [
-        f"plan      {plan['steps_per_epoch']} steps an epoch on {ranks}, {plan['samples_per_step']} samples a step, "
+        f"plan      {steps} an epoch on {ranks}, {amount(plan['samples_per_step'], 'sample')} a step, "
         f"{plan['layout']}, at most {plan['max_tokens']} tokens a microbatch"
     ]
     for name, sums in plan["sums"].items():
+        steps = amount(sums["steps"], "step")
         each = f"{sums['fewest_microbatches']} to {sums['most_microbatches']} microbatches a step"
         lines.append(
-            f"{name:<9} {sums['steps']} steps: {sums['tokens']:,} tokens, {sums['tokens_computed']:,} computed, "
+            f"{name:<9} {steps}: {sums['tokens']:,} tokens, {sums['tokens_computed']:,} computed, "
             f"padding {sums['padding_share']:.1%}, {sums['microbatches']} microbatches ({each}), "
             f"idle {sums['idle_share']:.1%}"
         )

@@ -24,6 +24,7 @@ from mixres.models.families import family_module
 from mixres.models.lora import base_fault
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, LoraHeader, read_header
 from mixres.models.quantize import Method, check_method
+from mixres.training.checkpoint import MANIFEST
 
 FORMAT = 1  # of the recipe, see `assemble.recipe`
 NOT_QUANTIZED = "null"  # as in the configuration
@@ -88,6 +89,9 @@ def find_result(given: str, key: str) -> RunResult:
         return _checked(_of_transformer(path / _TRANSFORMER, key), key)
     if has_lora:
         return _checked(_of_lora(given, key), key)
+    if (path / MANIFEST).is_file():
+        export = f"mixres export {path} --format diffusers --out FILE"
+        raise UserError(f"{key}: {path} is a checkpoint, no result: export it first ({export}) and name that file")
     raise UserError(
         f"{key}: {path} holds neither {FILE_NAME} nor {_TRANSFORMER}/: name the folder of a run that has ended "
         "(logging.output_dir), its ema/, or a .safetensors file"

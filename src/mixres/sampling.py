@@ -113,8 +113,11 @@ class HeldOutSampler:
         controls = [self.read(path) for path in item.record.controls]
         empty = [None] * (self.controls - len(controls))
         sizes = [f"control {control.width}x{control.height}" for control in controls]
-        pictures = (*controls, *empty, self.read(item.record.target), self._predict(item, controls))
-        return Row(pictures, item.record.prompt, ", ".join([*sizes, f"target {item.target_size}"]))
+        target = self.read(item.record.target)
+        pictures = (*controls, *empty, target, self._predict(item, controls))
+        own = f"target {target.width}x{target.height}"
+        trained = f", trained and predicted at {item.target_size}" if target.size != item.target_size else ""
+        return Row(pictures, item.record.prompt, ", ".join([*sizes, own]) + trained)
 
 
 def sheet_writer(

@@ -28,6 +28,13 @@ def picture(path: Path, size: tuple[int, int] = (90, 60), mode: str = "RGB") -> 
     return path
 
 
+def two_near(root: Path) -> None:
+    control = root / "control_images/b.png"
+    for number in (1, 2):
+        control.with_name(f"b-{number}.png").write_bytes(control.read_bytes())
+    control.unlink()
+
+
 def pair(root: Path, stem: str, prompt: str | bytes | None = "make it blue") -> None:
     picture(root / f"training_images/{stem}.png")
     picture(root / f"control_images/{stem}.png", (48, 64))
@@ -41,7 +48,7 @@ def found(source: Path, **options: object) -> tuple[list[EditRecord], list[str]]
 
 
 def scanned(source: Path, min_side: int = 16) -> tuple[list[ScannedRecord], list[str]]:
-    records, faults, _, _ = scan([str(source)], limits=Limits(), min_side=min_side)
+    records, faults, *_ = scan([str(source)], limits=Limits(), min_side=min_side)
     return records, [str(fault).replace(f"{source}", "ROOT") for fault in faults]
 
 
@@ -188,12 +195,21 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
         ),
         pytest.param(
             lambda root: (root / "control_images/b.png").rename(root / "control_images/B.png"),
-            [
-                "control_images/B.png: is a control image without a target of its name; "
-                "rename it: target 'b' differs in case only",
-                "training_images/b.png: has no control image control_images/b.*; add it",
-            ],
+            ["training_images/b.png: has no control image control_images/b.*; B.png may be meant: rename it"],
             id="control_in_other_case",
+        ),
+        pytest.param(
+            lambda root: (root / "control_images/b.png").rename(root / "control_images/b_control.png"),
+            ["training_images/b.png: has no control image control_images/b.*; b_control.png may be meant: rename it"],
+            id="control_with_a_suffix",
+        ),
+        pytest.param(
+            two_near,
+            [
+                "control_images/b-2.png: is a control image without a target of its name; add that, or take it out",
+                "training_images/b.png: has no control image control_images/b.*; b-1.png may be meant: rename it",
+            ],
+            id="two_controls_of_nearly_its_name",
         ),
         pytest.param(
             add("training_images/b.jpg"),
@@ -637,7 +653,7 @@ def test_scan_keeps_the_order_of_sources_and_decodes_a_shared_control_once(tmp_p
     path = manifest(tmp_path / "three", *[GOOD] * 5)
     sources = [str(tmp_path / "one"), str(path), str(tmp_path / "two")]
     for workers in (1, 4):
-        records, faults, _, _ = scan(sources, limits=Limits(), workers=workers)
+        records, faults, *_ = scan(sources, limits=Limits(), workers=workers)
         assert faults == []
         assert [r.record.target.name for r in records] == ["b.png", *["t.png"] * 5, "a.png"]
 

@@ -54,7 +54,7 @@ def save(folder: Path, *rows: dict[str, Any], shards: int = 1) -> Path:
 
 
 def scanned(folder: Path, **options: Any) -> tuple[list[Any], list[str]]:
-    records, faults, _, _ = scan([str(folder)], limits=Limits(), **options)
+    records, faults, *_ = scan([str(folder)], limits=Limits(), **options)
     return records, [str(fault).replace(f"{folder}", "ROOT") for fault in faults]
 
 

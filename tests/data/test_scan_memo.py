@@ -164,7 +164,7 @@ def test_a_picture_and_a_mask_of_one_file_are_two_things(data: Path, tmp_path: P
     (data / "as_picture.jsonl").write_text(json.dumps(row))
     (data / "as_mask.jsonl").write_text(json.dumps(row | {"path_mask": "training_images/0_mask.png"}))
     assert rescan(data / "as_picture.jsonl", tmp_path / "memo").decoded == 2
-    assert rescan(data / "as_mask.jsonl", tmp_path / "memo")[2:] == (1, 2)
+    assert rescan(data / "as_mask.jsonl", tmp_path / "memo")[2:] == (1, 2, 0)
 
 
 def other_version(memo: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from family_cases import CASES, FamilyCase
 from mixres.errors import UserError
@@ -20,6 +21,16 @@ def test_family_is_read_from_the_pipeline_class(tiny_base: Path) -> None:
     assert family_module("qwen_image_edit", str(tiny_base)) is family
     with pytest.raises(UserError, match=r"^model\.family: 'flux' does not fit"):
         family_module("flux", str(tiny_base))
+
+
+def test_what_is_loaded_draws_no_bars_into_a_log(tiny_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = family_module(None, str(tiny_base))
+    transformer = loaded.load_transformer(str(tiny_base), dtype=torch.float32, device="cpu")
+    loaded.load_encoders(str(tiny_base), dtype=torch.float32, device="cpu")
+    loaded.load_sampling_pipeline(
+        str(tiny_base), transformer=transformer, revision=None, dtype=torch.float32, device="cpu"
+    )
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("class_name", ["StableDiffusionPipeline", "FluxPipeline", None, ["module", "Class"]])

@@ -31,7 +31,12 @@ def test_weights_that_cannot_be_had_are_one_sentence_and_soon(monkeypatch: pytes
         family_module(None, "Qwen/Qwen-Image-Edit")
     assert time.monotonic() - started < 15
     (message,) = raised.value.messages
-    assert message.startswith("model.pretrained_model_name_or_path: no weights for 'Qwen/Qwen-Image-Edit'")
+    what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
+    assert message.startswith(f"model.pretrained_model_name_or_path: {what}")
+    with pytest.raises(
+        UserError, match=r"^model\.pretrained_model_name_or_path: no weights for 'Qwen/Qwen-Image-Edit'"
+    ):
+        family.load_encoders("Qwen/Qwen-Image-Edit", dtype=torch.float32, device="cpu")
     assert ("HF_HUB_OFFLINE is set" in message) is offline
     assert ("could not be reached" in message) is not offline
 

@@ -1,14 +1,19 @@
 """What a person watching sees of work that is counted."""
 
+import contextlib
+import fcntl
 import io
+import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
-from mixres.training.progress import counted
+from mixres.training.progress import Progress, counted
 
 
 class Terminal(io.StringIO):
@@ -38,6 +43,42 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "encode: 100%" in terminal.getvalue()
     assert "sample/s" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+LINE = {"step": 1, "samples": 8, "seconds": 2.5, "tokens": 90_000, "tokens_computed": 100_000, "loss": 0.5}
+
+
+def everything(terminal: int) -> str:
+    """What was written to a terminal whose other side is closed."""
+    parts = []
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 4096):
+            parts.append(part)
+    os.close(terminal)
+    return b"".join(parts).decode()
+
+
+@pytest.mark.parametrize(("columns", "rates"), [(80, False), (100, False), (160, True)])
+def test_the_bar_of_a_run_fits_its_terminal(columns: int, rates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        with Progress(first=0, last=10_000, enabled=True) as progress:
+            progress.step(LINE)
+            progress._bar.refresh()
+    shown = everything(ours).rstrip("\r\n").split("\r")[-1]
+    assert len(shown) <= columns
+    assert shown.endswith(", padding 10%]" if rates else ", loss 0.5000, 3.2 samples/s]")
+    assert ("36000 tokens/s" in shown) is rates
+    assert columns < 100 or len(shown.split("|")[1]) >= 10, "the bar itself"
+
+
+def test_without_a_terminal_a_run_says_all_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(first=0, last=10, enabled=True) as progress:
+        progress.step(LINE)
+    rates = r"3\.2 samples/s, 36000 tokens/s, padding 10%, left \d+:\d\d"
+    assert re.fullmatch(rf"step 1/10  loss 0\.5000  {rates}\n", capsys.readouterr().out)
 
 
 SAYS = """

@@ -9,6 +9,7 @@ A later scan with the same memo looks at the state of each file and decodes thos
 import contextlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from mixres.data.scan_memo import ScanMemo
 from mixres.errors import UserError
 from mixres.geometry import Size
 
+_NUMBER = re.compile(r"[\d.,]+ ?%?")  # 0,2 and 20% are texts
 _CHUNK = 256  # files that one thread looks up at a time
 
 
@@ -49,6 +51,7 @@ class Scan(NamedTuple):
     faults: list[Fault]
     decoded: int  # files that were decoded,
     unchanged: int  # and those that an earlier scan had decoded
+    unusable: int  # examples
 
 
 class _Job(NamedTuple):
@@ -66,6 +69,8 @@ def find_records(
     """
     path = Path(source)
     reason = "no such folder or manifest; correct the path"
+    if _NUMBER.fullmatch(source):
+        reason = "no such folder or manifest; correct the path, or write a share as a number such as 0.2"
     try:
         if path.is_dir() and is_saved_dataset(path):
             return records_from_saved_dataset(path, empty_caption=empty_caption)
@@ -84,6 +89,7 @@ def scan(
     sources: Sequence[str],
     *,
     limits: Limits,
+    key: str = "",
     empty_caption: EmptyCaption = "error",
     min_side: int = 16,
     workers: int | None = None,
@@ -92,15 +98,15 @@ def scan(
 ) -> Scan:
     """All usable examples of all sources in their order, and every fault.
 
-    `min_side`: pixels along the shorter side that still make one token. `workers`: threads, by default one a core and
-    at most 8. `progress`: a bar on stderr with rate and time left; where that is no terminal, a line every 10 s.
-    `memo`: a file that keeps what the scan found for the next one.
+    `key`: what named the sources, for messages. `min_side`: pixels along the shorter side that still make one token.
+    `workers`: threads, by default one a core and at most 8. `progress`: a bar on stderr with rate and time left; where
+    that is no terminal, a line every 10 s. `memo`: a file that keeps what the scan found for the next one.
 
     Raises:
         UserError: there are sources that are no data source; a message for each, and the faults of the others.
     """
     assert not isinstance(sources, str), "a sequence of sources"
-    records, faults, no_sources = _find_all(sources, limits.follow_symlinks, empty_caption)
+    records, faults, no_sources, unusable = _find_all(sources, key, limits.follow_symlinks, empty_caption)
     jobs = dict.fromkeys(job for record in records for job in _jobs(record))
     known = ScanMemo(memo)
     found, decoded = _inspect(list(jobs), limits, known, workers or min(8, os.cpu_count() or 1), progress)
@@ -114,7 +120,7 @@ def scan(
             scanned.append(_scanned(record, found))
     if no_sources:
         raise UserError([*no_sources, *map(str, faults)])
-    return Scan(scanned, faults, decoded, len(jobs) - decoded)
+    return Scan(scanned, faults, decoded, len(jobs) - decoded, unusable + len(records) - len(scanned))
 
 
 def split_held_out(
@@ -132,22 +138,40 @@ def split_held_out(
     return parts
 
 
+def never_trained(
+    train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord]
+) -> tuple[list[ScannedRecord], list[Fault]]:
+    """Held-out examples whose target is not trained on under any name, and the faults of the others."""
+    trained = {scanned.digests[0]: scanned.record for scanned in train}
+    kept, faults = [], []
+    for scanned in held_out:
+        twin = trained.get(scanned.digests[0])
+        if twin is None:
+            kept.append(scanned)
+        else:
+            reason = f"is held out and trained on, as {printable(twin.target)}; take one of the two out"
+            faults.append(Fault(printable(scanned.record.target), reason, example=scanned.record.name))
+    return kept, faults
+
+
 def _find_all(
-    sources: Sequence[str], follow_symlinks: bool, empty_caption: EmptyCaption
-) -> tuple[list[EditRecord], list[Fault], list[str]]:
-    """Records and faults of all sources, and what is wrong with those that are none."""
+    sources: Sequence[str], key: str, follow_symlinks: bool, empty_caption: EmptyCaption
+) -> tuple[list[EditRecord], list[Fault], list[str], int]:
+    """Records and faults of all sources, what is wrong with those that are none, and how many examples have faults."""
     records: list[EditRecord] = []
     faults: list[Fault] = []
     messages: list[str] = []
+    unusable = 0
     for source in sources:
         try:
             some, wrong = find_records(source, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
         except UserError as error:
-            messages += error.messages
+            messages += [f"{key}: {message}" if key else message for message in error.messages]
             continue
         records += some
         faults += wrong
-    return records, faults, messages
+        unusable += len({fault.example for fault in wrong} - {None})
+    return records, faults, messages, unusable
 
 
 def _jobs(record: EditRecord) -> list[_Job]:
@@ -201,15 +225,15 @@ def _record_faults(record: EditRecord, found: dict[_Job, ImageFacts | BadImageEr
         facts = found[job]
         of = "" if job.path == record.target else f" (belongs to {record.name})"
         if isinstance(facts, BadImageError):
-            faults.append(Fault(printable(job.path), f"{facts}{of}"))
+            faults.append(Fault(printable(job.path), f"{facts}{of}", example=record.name))
         elif min(facts.size) < min_side:
             reason = f"{facts.size} is too small: no side may be under {min_side} pixels; take it out{of}"
-            faults.append(Fault(printable(job.path), reason))
+            faults.append(Fault(printable(job.path), reason, example=record.name))
         elif job.is_mask:
             target = found[_Job(record.target, False)]
             if isinstance(target, ImageFacts) and facts.size != target.size:
                 reason = f"the mask is {facts.size} pixels, its target {target.size}; give it the target's size{of}"
-                faults.append(Fault(printable(job.path), reason))
+                faults.append(Fault(printable(job.path), reason, example=record.name))
     return faults
 
 

@@ -51,6 +51,7 @@ class _Item:
     masks: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     controls: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    misnamed: list[str] = field(default_factory=list)  # files that may be meant to be its control
 
 
 class _Stems:
@@ -110,13 +111,22 @@ def _check_folders(root: Path, follow_symlinks: bool) -> None:
     messages = []
     for folder in (root / TARGETS, root / CONTROLS):
         if folder.name == TARGETS and not folder.is_dir():
-            messages.append(
-                f"{printable(folder)}: no such folder: make it; data have {TARGETS}/ and, for edits, {CONTROLS}/"
-            )
+            messages.append(_no_targets(root))
         elif not follow_symlinks and not folder.resolve().is_relative_to(root.resolve()):
             messages.append(f"{printable(folder)}: is a link out of its data folder; set data.follow_symlinks=true")
     if messages:
         raise UserError(messages)
+
+
+def _no_targets(root: Path) -> str:
+    """What is wrong with a folder that has no `training_images`, as far as its name and what it holds tell."""
+    missing = f"{printable(root / TARGETS)}: no such folder"
+    if root.name in (TARGETS, CONTROLS) and (root.parent / TARGETS).is_dir():
+        return f"{printable(root)}: is one part of a data folder; name the folder above: {printable(root.parent)}"
+    if count := sum(path.suffix.lower() in SUFFIXES for path in root.iterdir()):
+        where = f"targets and captions to {TARGETS}/, controls to {CONTROLS}/ under their target's name"
+        return f"{missing}: make it; move the pictures that {printable(root)} holds itself ({count}): {where}"
+    return f"{missing}: make it; data have {TARGETS}/ and, for edits, {CONTROLS}/"
 
 
 def _list_files(root: Path, folder: str, follow_symlinks: bool) -> _Files:
@@ -202,17 +212,34 @@ def _pair_captions(root: Path, captions: dict[str, list[str]], items: dict[str, 
 
 
 def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Fault]:
-    faults = []
+    faults, strays = [], []
     for stem, names in images.items():
         owner, slot = stems.find(stem), 0
         match = _CONTROL_STEM.fullmatch(stem)
         if owner is None and match:
             owner, slot = stems.find(match[1]), int(match[2])
         if owner is None:
-            faults += _orphans(root / CONTROLS, names, "is a control image without a target of its name", stems, stem)
+            strays.append(stem)
         else:
             items[owner].controls[slot] += names
+    for stem in strays:
+        if (meant := _meant(stem, items, stems)) is not None:
+            items[meant].misnamed = images[stem]
+        else:
+            names = images[stem]
+            faults += _orphans(root / CONTROLS, names, "is a control image without a target of its name", stems, stem)
     return faults
+
+
+def _meant(stem: str, items: dict[str, _Item], stems: _Stems) -> str | None:
+    """The target without a control whose name this is in other case, or with more behind it (`a_control`, `a-old`)."""
+    start = stem.rfind("/") + 1
+    shorter = [stem[: start + end.start()] for end in re.finditer(r"[\W_]", stem[start:])][::-1]
+    for near in (*stems.case_twins(stem), *shorter):
+        owner = stems.find(near)
+        if owner is not None and not items[owner].controls and not items[owner].misnamed:
+            return owner
+    return None
 
 
 def _orphans(folder: Path, names: Iterable[str], reason: str, stems: _Stems, stem: str) -> list[Fault]:
@@ -239,11 +266,11 @@ def _record(
         except BadCaptionError as error:
             fault = Fault(printable(caption), str(error))
         faults += [fault] if fault else []
+    name = printable(f"{TARGETS}/{item.targets[0]}")
     if faults:
-        return None, faults
+        return None, [fault._replace(example=name) for fault in faults]
     controls = tuple(root / CONTROLS / item.controls[slot][0] for slot in sorted(item.controls))
     mask = root / TARGETS / item.masks[0] if item.masks else None
-    name = printable(f"{TARGETS}/{item.targets[0]}")
     return EditRecord(name=name, target=target, controls=controls, prompt=prompt, mask=mask), []
 
 
@@ -258,7 +285,10 @@ def _pairing_faults(stem: str, item: _Item, stems: _Stems, controlled: bool) -> 
         if len(names) > 1:
             yield f"has several {what}: {', '.join(map(printable, names))}; keep one"
     shown = printable(stem)
-    if controlled and not item.controls:
+    if controlled and not item.controls and item.misnamed:
+        meant = ", ".join(printable(Path(name).name) for name in item.misnamed)
+        yield f"has no control image {CONTROLS}/{shown}.*; {meant} may be meant: rename it"
+    elif controlled and not item.controls:
         yield f"has no control image {CONTROLS}/{shown}.*; add it"
     for slot in range(max(item.controls, default=-1)):
         if slot not in item.controls:

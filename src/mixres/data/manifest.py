@@ -61,7 +61,7 @@ def records_from_manifest(
     for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest):
         where = f"{printable(manifest)}:{number}"
         if isinstance(row, BadRowError):
-            faults.append(Fault(where, str(row)))
+            faults.append(Fault(where, str(row), example=where))
             continue
         record, found = record_from_row(row, where, picture=file, empty_caption=empty_caption)
         faults += found
@@ -90,7 +90,7 @@ def record_from_row(
     prompt, fault = _prompt(row.get("prompt"), where, empty_caption)
     faults += [fault] if fault else []
     if faults:
-        return None, faults
+        return None, [fault._replace(example=where) for fault in faults]
     target, mask = pictures.pop("path_target"), pictures.pop("path_mask", None)
     name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
     return EditRecord(name=name, target=target, controls=tuple(pictures.values()), prompt=prompt, mask=mask), []

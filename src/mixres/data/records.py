@@ -54,6 +54,7 @@ class Fault(NamedTuple):
     path: str
     reason: str
     skip: bool = False  # the configuration already says to leave this example out: list it, do not stop for it
+    example: str | None = None  # the name of the one that it keeps from being used; None for a file that has none
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

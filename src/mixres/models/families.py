@@ -5,6 +5,7 @@ diffusers with it, is imported only once chosen.
 """
 
 import importlib
+import sys
 from types import ModuleType
 
 from mixres.errors import UserError
@@ -30,4 +31,8 @@ def family_module(name: str | None, path: str, *, revision: str | None = None) -
         raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported; supported: {supported}")
     if name not in (None, family):
         raise UserError(f"model.family: {name!r} does not fit {path!r}, a {pipeline_class}: leave it out, or {family}")
-    return importlib.import_module(f"mixres.models.{family}")
+    module = importlib.import_module(f"mixres.models.{family}")
+    if not sys.stderr.isatty():  # in a log the libraries' bars of what they load would be lines of no news
+        for library in ("diffusers", "transformers"):
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    return module

@@ -129,7 +129,9 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
         reason = "the Hugging Face Hub has none of that name that you may read: correct the name, or `hf auth login`"
     except OSError as error:
         reason = _unreachable_reason(error)
-    raise UserError(f"{KEY}: no weights for {repository!r}: there is no such folder here, and {reason}")
+    small = all(pattern.startswith("tokenizer/") or pattern in ("model_index.json", *_CONFIGS) for pattern in patterns)
+    what = "no configuration or tokenizer (a few MB)" if small else "no weights"
+    raise UserError(f"{KEY}: {what} for {repository!r}: there is no such folder here, and {reason}")
 
 
 def _unreachable_reason(error: OSError) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
+_WIDE = 130  # columns of a terminal from which on a bar has room beside all rates
 T = TypeVar("T")
 
 
@@ -54,10 +55,9 @@ class Progress:
     """Steps of a run as they end. `enabled` is for the one process that speaks."""
 
     def __init__(self, *, first: int, last: int, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=last, initial=first, desc="train", unit="step", disable=not (enabled and sys.stderr.isatty())
-        )
         self._lines = enabled and not sys.stderr.isatty()
+        bar = enabled and not self._lines
+        self._bar = tqdm(total=last, initial=first, desc="train", unit="step", disable=not bar, dynamic_ncols=True)
         self._first, self._last = first, last
         self._started = self._spoken = time.perf_counter()
 
@@ -73,8 +73,10 @@ class Progress:
         """A step is done; `line` is what `metrics.jsonl` got of it."""
         step, samples, seconds = line["step"], line["samples"], line["seconds"]
         tokens, padding = line["tokens"], 1 - line["tokens"] / line["tokens_computed"]
-        rates = f"{samples / seconds:.1f} samples/s, {tokens / seconds:.0f} tokens/s, padding {padding:.0%}"
+        rates = f"{samples / seconds:.1f} samples/s"
         loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
+        wide = self._lines or (self._bar.format_dict["ncols"] or _WIDE) >= _WIDE
+        rates += f", {tokens / seconds:.0f} tokens/s, padding {padding:.0%}" if wide else ""
         self._bar.set_postfix_str(f"loss {loss}, {rates}", refresh=False)
         self._bar.update()
         now = time.perf_counter()
@@ -82,6 +84,11 @@ class Progress:
             self._spoken = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
             say(f"step {step}/{self._last}  loss {loss}  {rates}, left {clock(left)}")
+
+
+def amount(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def clock(seconds: float) -> str:
