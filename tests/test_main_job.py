@@ -207,14 +207,14 @@ def test_the_file_says_what_it_was_made_from(
     assert (recipe["base"], recipe["control_area"], recipe["r"], recipe["step"]) == (str(tiny_base), 4096, 4, STEPS)
 
 
-def test_a_second_run_encodes_nothing_and_rewrites_nothing(
+def test_a_second_run_does_nothing_and_rewrites_nothing(
     launched: "tuple[Path, subprocess.CompletedProcess[str]]", job: Job
 ) -> None:
     folder, _ = launched
     before = modified(folder)
     done = job("launched", "logging.report_to=tensorboard")
-    assert "0 encoded, 13 found" in done.stdout
-    assert f"all {STEPS} steps were done before" in done.stdout
+    assert f"done      {STEPS} steps were done before" in done.stdout
+    assert "encoded" not in done.stdout, "there is nothing to encode for"
     assert modified(folder) == before
     assert (status(folder)["state"], status(folder)["step"]) == ("done", STEPS)
 
@@ -227,7 +227,9 @@ def test_a_run_killed_before_its_result_was_written_writes_it(
     before = fingerprints(folder)
     (folder / LORA).unlink()
     (folder / "samples" / f"step-{STEPS:08d}.png").unlink()
-    (folder / "run_status.json").write_text(json.dumps(status(folder) | {"state": "running", "exit_code": None}))
+    (folder / "run_status.json").write_text(
+        json.dumps(status(folder) | {"state": "running", "exit_code": None, "done_before": None})
+    )
     full = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", sys.executable]  # KiB: no room for sheet or weights
     done = job("killed", launcher=full, code=1)
     assert f"step-{STEPS:08d}.png could not be written (File too large): the run goes on without it" in done.stdout

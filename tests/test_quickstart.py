@@ -60,7 +60,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 def test_make_test_checks_style_and_types_and_runs_the_fast_tier(clone: Clone) -> None:
     """Only what it would do: the tier cannot run inside itself."""
     commands = clone.make("-n", "test").stdout
-    for part in ("-e '.[demo,test,docs]'", "ruff check .", "ruff format --check .", "mypy", "python -m pytest\n"):
+    for part in ("-e '.[demo,test,docs]'", "ruff check .", "ruff format --check .", "mypy", "python -m pytest -"):
         assert part in commands, part
     assert '-m "slow and not gpu"' in clone.make("-n", "test-slow").stdout
 
