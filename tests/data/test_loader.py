@@ -1,12 +1,16 @@
 """Batches of the loader from real cache entries: the step number is the whole position, workers change nothing."""
 
 import multiprocessing
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 from mixres.batch import Batch, Sample
+from mixres.data import loader as loader_module
 from mixres.data.cache import Cache
 from mixres.data.collate import collate
 from mixres.data.keys import entry_key
@@ -178,3 +183,29 @@ def test_workers_outlive_signals_to_all_processes_but_not_the_run(cache: Cache, 
     assert done.stdout == (f"{len(list(loader(cache)))}\n" if last else "raising\n")
     assert done.returncode == (0 if last else 1)
     assert ("KeyError" in done.stderr) != last and "DataLoader" not in done.stderr
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_one(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection ends before the signal of its death comes, from which torch raises; or that never comes."""
+
+    def raises(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def results() -> Iterator[Batch]:
+        if told:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+        raise EOFError
+        yield
+
+    monkeypatch.setattr(loader_module, "_TOLD_S", 20 if told else 0)
+    before = signal.signal(signal.SIGCHLD, raises)
+    try:
+        with pytest.raises(RuntimeError if told else WorkError) as caught:
+            next(loader_module._raised(results(), SimpleNamespace(value=0)))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    expected = "DataLoader worker (pid 7)" if told else "data.num_workers: a process of the loader ended as it handed"
+    assert str(caught.value).startswith(expected)

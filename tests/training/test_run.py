@@ -65,6 +65,29 @@ def fail_at(held: RunFolder, step: int) -> None:
     raise WorkError("no")
 
 
+def test_a_child_that_dies_while_the_end_is_written_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's loader raises from the signal of a dead worker, be it in the middle of a write."""
+
+    def told(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    def fail(held: RunFolder) -> None:
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: (os.kill(os.getpid(), signal.SIGCHLD), fsync(file)))
+        raise WorkError("no")
+
+    before = signal.signal(signal.SIGCHLD, told)
+    try:
+        with pytest.raises(WorkError), open_run(tmp_path) as held:
+            fail(held)
+        assert signal.getsignal(signal.SIGCHLD) is told
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("failed", 1)
+
+
 def refuse(held: RunFolder) -> None:
     held.update(step=0)
     raise UserError("no")

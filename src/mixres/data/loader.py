@@ -8,6 +8,7 @@ import atexit
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
@@ -21,6 +22,8 @@ from mixres.data.collate import collate
 from mixres.data.plan import Layout, Microbatch, Plan
 from mixres.data.rounding import Rounding
 from mixres.errors import WorkError
+
+_TOLD_S = 5.0
 
 
 def samples_of(microbatch: Microbatch, read: Callable[[int], Sample]) -> list[Sample]:
@@ -77,7 +80,7 @@ def microbatch_loader(
     """Batches of `rank` for optimizer steps `first` to `last` - 1, one microbatch after the other.
 
     Raises:
-        WorkError: from the iterator, where a cache entry is damaged or missing.
+        WorkError: from the iterator, where a cache entry is damaged or missing, or a worker has died.
     """
     closing = RawValue("b", 0)
     loader: DataLoader[Batch | WorkError] = DataLoader(
@@ -99,6 +102,10 @@ def _raised(results: Iterator[Batch | WorkError], closing: Any) -> Iterator[Batc
             if isinstance(result, WorkError):
                 raise result
             yield result
+    except (EOFError, ConnectionError) as error:
+        time.sleep(_TOLD_S)  # a signal tells that a worker has died, soon after its end of the line: torch raises here
+        what = f"data.num_workers: a process of the loader ended as it handed over a batch ({type(error).__name__})"
+        raise WorkError(f"{what}: run the same command again; where memory is short, lower it") from error
     finally:
         del results  # ends the workers now: a traceback may hold this frame for long
         close()

@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -124,7 +126,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         state, code = _ending(error)
-        self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
+        with _children_ignored():
+            self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
         self._let_go()
 
     def update(self, **changes: Any) -> None:
@@ -167,6 +170,16 @@ class RunFolder:
         self.stop_requested, self._asked_at = True, time.monotonic()
         if self._stop_at_once:
             raise Stopped("stopped by a signal before the first step: run the same command to go on")
+
+
+@contextmanager
+def _children_ignored() -> Iterator[None]:
+    """Torch raises from a signal handler when a worker of its loader has died, wherever the process is just then."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def end_with_launcher() -> bool:
