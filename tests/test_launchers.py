@@ -5,6 +5,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_accelerate_returns_at_once_and_the_same_command_waits_for_what_still_sa
         with jobs.started("accelerate", ENDLESS, WORKERS, launcher=ACCELERATE) as again:
             while not any(holds(pid, folder / ".lock") for pid in children(again.pid)):
                 assert again.poll() is None
+                time.sleep(0.01)
             assert status(folder)["pid"] == trainer, "the one that waits for the lock has not touched the status"
             send(trainer, signal.SIGCONT)
             wait_for_steps(folder, done + 3, again)
