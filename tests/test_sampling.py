@@ -89,7 +89,7 @@ def test_captions_in_any_script_are_in_the_files_metadata(tmp_path: Path) -> Non
 def test_what_a_font_cannot_draw_is_spelled_out() -> None:
     font = sampling.ImageFont.load_default(14)
     assert sampling._drawable("naïve café", font) == "naïve café"
-    assert sampling._drawable("交换", font) == "\\u4ea4\\u6362"
+    assert sampling._drawable("交换", font).startswith("(no font here draws this caption")
 
 
 @pytest.fixture(scope="module")

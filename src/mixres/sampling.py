@@ -204,7 +204,7 @@ def _font() -> Any:
 
 
 def _drawable(text: str, font: Any) -> str:
-    """The text, or where the font lacks its script, its code points: boxes would tell nothing."""
+    """The text, or where the font lacks its script, where to find it: boxes and code points would tell nothing."""
     missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
     lacks = any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text)
-    return text.encode("ascii", "backslashreplace").decode() if lacks else text
+    return "(no font here draws this caption: it stands in the file's metadata)" if lacks else text

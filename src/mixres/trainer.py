@@ -9,7 +9,6 @@ import json
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -241,8 +240,9 @@ def _say_end(
     if tracked:
         say(f"tracker   {tracked}")
     images = " --image IMAGE" * family.CONTROLS[0]
-    sizes = Counter(str(item.target_size) for item in items)  # the stock pipelines' may be far from what was learnt
-    how = f"--size {sizes.most_common(1)[0][0]} --steps {config.sample.steps}"
+    sizes = sorted((item.target_size for item in items), key=math.prod)
+    size = sizes[len(sizes) // 2]  # the stock pipelines' own may be far from what was learnt
+    how = f"--size {size} --steps {config.sample.steps}"
     say(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")
 
 
