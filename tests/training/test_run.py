@@ -171,7 +171,7 @@ def test_a_writer_waits_for_one_that_is_stopping_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with holder(tmp_path) as process:
-        threading.Timer(1.5, process.kill).start()
+        threading.Timer(3, process.kill).start()
         start = time.monotonic()
         with open_run(tmp_path):
             assert time.monotonic() - start > 1.3
