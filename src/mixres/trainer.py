@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import Accelerator
 
 from mixres import atomic
@@ -67,7 +68,7 @@ def train(config: Config) -> None:
         family = family_of(config)
         check_early(config, family)
         found = examples(config, family, speak=run.main)
-        require_agreement(json.dumps([found.keys, public]))
+        require_agreement(xxhash.xxh3_128_hexdigest(json.dumps([found.keys, public]).encode()))
         frozen = frozen_of(config, found.train_keys(regularization=False), found.train_keys(regularization=True))
         checkpoints = Checkpoints(folder / "checkpoints", keep=keep, rank=rank, ranks=ranks, gather=gather)
         checkpoint = checkpoint_to_resume(checkpoints, config.resume, frozen, config.resume_allow_changes)
