@@ -149,6 +149,10 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda root: (root / name).unlink()
 
 
+def move(name: str, other: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).rename(root / other) and None
+
+
 def add(name: str, size: tuple[int, int] = (90, 60)) -> Callable[[Path], None]:
     return lambda root: picture(root / name, size) and None
 
@@ -174,7 +178,7 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
             id="gap_in_controls",
         ),
         pytest.param(
-            lambda root: (root / "control_images/b.png").rename(root / "control_images/b_control_1.png"),
+            move("control_images/b.png", "control_images/b_control_1.png"),
             ["training_images/b.png: its control images have a gap: control_images/b.* is missing; add it"],
             id="first_control_missing",
         ),
@@ -194,12 +198,12 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
             id="control_without_target",
         ),
         pytest.param(
-            lambda root: (root / "control_images/b.png").rename(root / "control_images/B.png"),
+            move("control_images/b.png", "control_images/B.png"),
             ["training_images/b.png: has no control image control_images/b.*; B.png may be meant: rename it"],
             id="control_in_other_case",
         ),
         pytest.param(
-            lambda root: (root / "control_images/b.png").rename(root / "control_images/b_control.png"),
+            move("control_images/b.png", "control_images/b_control.png"),
             ["training_images/b.png: has no control image control_images/b.*; b_control.png may be meant: rename it"],
             id="control_with_a_suffix",
         ),
