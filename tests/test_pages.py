@@ -17,7 +17,6 @@ KEYS = {name for name, _ in known_keys(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS if "." in name}
 PAGES = {page.name: page for page in [*sorted(DOCS.glob("*.md")), REPOSITORY / "README.md"]}
 FREE = ("optimizer.init_args.",)  # a section that holds any key
-NO_KEYS = {"messages.md"}  # written by a script
 
 
 def ours(text: str) -> str:
@@ -37,7 +36,7 @@ def named_keys(text: str) -> list[str]:
     return [key for key in keys if not key.endswith((".py", ".jsonl", ".json", ".png"))]
 
 
-@pytest.mark.parametrize("name", sorted(set(PAGES) - NO_KEYS))
+@pytest.mark.parametrize("name", sorted(PAGES))
 def test_keys_that_a_page_names_exist(name: str) -> None:
     text = PAGES[name].read_text(encoding="utf-8")
     unknown = [key for key in named_keys(ours(text) if name == "start.md" else text) if key not in KEYS]
