@@ -19,17 +19,17 @@ from types import ModuleType
 
 import torch
 
-from mixres.assemble import loader_of, plan_of
 from mixres.batch import Sample
-from mixres.caching import fill
-from mixres.config import Config, load_config
+from mixres.config.config import Config, load_config
+from mixres.console import say
 from mixres.data.cache import Cache
-from mixres.data.dataset import ScannedRecord
-from mixres.encoding import entry_sizes, example_inputs
-from mixres.precompute import Encoded, encode_all, examples, family_of
-from mixres.training.progress import say
+from mixres.data.scan import ScannedRecord
+from mixres.preprocessing.encode import entry_sizes, example_inputs
+from mixres.preprocessing.fill import fill
+from mixres.preprocessing.precompute import Encoded, encode_all, examples, family_of
+from mixres.training.setup import loader_of, plan_of
 from mixres.training.step import bare_step_seconds
-from mixres.workbench import Workbench, machine, one_process, precision_label, set_up
+from mixres.verification.setup import Workbench, machine, one_process, precision_label, set_up
 
 EXAMPLES, STEPS = 16, 4
 

@@ -1,7 +1,7 @@
 """Writes docs/configuration.md from the schema: `python scripts/configuration_page.py`.
 
-Promise: every key of `mixres.config.Config` with its type, range, default and meaning, as the schema has them; nothing
-is written by hand but the introduction. `tests/test_configuration_page.py` holds the page against it. Cost: none.
+Promise: every key of `mixres.config.config.Config` with its type, range, default and meaning, as the schema has
+them; nothing is written by hand but the introduction. `tests/test_configuration_page.py` holds the page against it.
 """
 
 import sys
@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from mixres.config import Config
-from mixres.config_faults import allowed, defaults, known_keys, section_of
-from mixres.config_rules import RULES
-from mixres.config_source import value_at
+from mixres.config.aliases import RULES
+from mixres.config.config import Config
+from mixres.config.load import value_at
+from mixres.config.problems import allowed, defaults, known_keys, section_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

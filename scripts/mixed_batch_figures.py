@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mixres.batch import Batch, Sample
-from mixres.bucketing import bucket_shapes, crop_loss, nearest
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.geometry import Size, control_size, target_size, token_grid
-from mixres.models.qwen_attention import joint_mask
-from mixres.token_layout import token_layout
+from mixres.inspection.buckets import bucket_shapes, crop_loss, nearest
+from mixres.models.qwen.attention import joint_mask
+from mixres.verification.batch_diagram import token_layout
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 AREA = 1024 * 1024
@@ -64,7 +64,7 @@ class Crop(NamedTuple):
 
 
 def bucket_crop(source: Size) -> Crop:
-    """What the bucket rule of `mixres.bucketing` does to a picture, at 1024 x 1024 pixels of area."""
+    """What the bucket rule of `mixres.inspection.buckets` does to a picture, at 1024 x 1024 pixels of area."""
     bucket = nearest(source, bucket_shapes(AREA))
     return Crop(bucket, crop_loss(source, bucket))
 

@@ -17,19 +17,21 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from mixres.assemble import load_trained, objective_of, plan_of
 from mixres.batch import Batch
-from mixres.config import Config, load_config
+from mixres.config.config import Config, load_config
 from mixres.data.collate import collate
-from mixres.data.dataset import ScannedRecord
-from mixres.demo import PROMPTS
+from mixres.data.scan import ScannedRecord
 from mixres.diffusion.flow_matching import make_flow_sample, resolution_shift
 from mixres.diffusion.loss import velocity_loss
-from mixres.examples import find_examples
-from mixres.models.tiny_pipeline import write_tiny_pipeline
-from mixres.precompute import encode_all, family_of
-from mixres.training.optim import schedule
+from mixres.preprocessing.precompute import encode_all, family_of
+from mixres.preprocessing.training_data import find_examples
+from mixres.quickstart.data import PROMPTS
+from mixres.training.optimizer import schedule
+from mixres.training.setup import load_trained, objective_of, plan_of
 from mixres.training.step import run_step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.tiny_pipeline import write_tiny_pipeline
 
 PAGE = Path(__file__).parents[1] / "docs" / "one_step.md"
 BLOCK = re.compile(r"```text\n(.*?)```", re.DOTALL)

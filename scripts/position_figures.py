@@ -1,6 +1,6 @@
 """Draws the pictures of docs/position_encoding.md from the code that trains: `python scripts/position_figures.py`.
 
-Promise: every number in a picture comes from `mixres.models.qwen_rope` or from a forward call of the tiny base; none
+Promise: every number in a picture comes from `mixres.models.qwen.rope` or from a forward call of the tiny base; none
 is written by hand. Needs Pillow alone. Cost: about ten seconds.
 """
 
@@ -20,9 +20,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mixres.models.qwen.rope import MultiResolutionRope, Shape, image_positions, text_positions
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
-from mixres.models.qwen_rope import MultiResolutionRope, Shape, image_positions, text_positions
-from mixres.models.tiny_pipeline import write_tiny_pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.tiny_pipeline import write_tiny_pipeline
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 AXES = ("frame", "row", "column")

@@ -27,8 +27,8 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `python -m mixres.demo` writes."""
-    from mixres.demo import write_demo
+    """What `python -m mixres.quickstart.data` writes."""
+    from mixres.quickstart.data import write_demo
 
     root = tmp_path_factory.mktemp("demo")
     write_demo(root)
@@ -38,8 +38,8 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen-Image-Edit pipeline on disk, in the stock layout. Read only."""
-    from mixres.demo import PROMPTS
-    from mixres.models.tiny_pipeline import write_tiny_pipeline
+    from mixres.quickstart.data import PROMPTS
+    from support.tiny_pipeline import write_tiny_pipeline
 
     base = tmp_path_factory.mktemp("base") / "base"
     write_tiny_pipeline(base, PROMPTS)
@@ -49,8 +49,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """The tiny random base of a row of `family_cases.CASES`, written when it is first asked for. Read only."""
-    from family_cases import CASES, PROMPTS
-    from mixres.models.tiny_pipeline import write_tiny_pipeline
+    from support.family_cases import CASES, PROMPTS
+    from support.tiny_pipeline import write_tiny_pipeline
 
     folders = {CASES["qwen_image_edit"].pipeline_class: {False: tiny_base}}
 
@@ -135,8 +135,8 @@ sample: {{every: 3, steps: 2}}
 @pytest.fixture(scope="session")
 def filled_cache(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The entries of `small_run` and no others. Read only: copy it to count what a pass encodes."""
-    from mixres.config import load_config
-    from mixres.precompute import run_cache
+    from mixres.config.config import load_config
+    from mixres.preprocessing.precompute import run_cache
 
     root = tmp_path_factory.mktemp("cache")
     run_cache(load_config(small_run, [f"cache.cache_dir={root}", f"logging.output_dir={root / 'none'}"]))

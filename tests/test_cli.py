@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from jobs import children
 from mixres import __version__, cli, cli_options
 from mixres.errors import WorkError
+from support.jobs import children
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "pydantic", "omegaconf", "yaml", "numpy", "diffusers", "transformers", "accelerate", "peft", "PIL")

@@ -8,16 +8,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import QwenImageEditPipeline
 from hypothesis import given, strategies as st
 
-from mixres.geometry import (
-    Grid,
-    Size,
-    control_size,
-    pack_latents,
-    target_size,
-    token_count,
-    token_grid,
-    unpack_latents,
-)
+from mixres.geometry import Grid, Size, control_size, pack_latents, target_size, token_count, token_grid, unpack_latents
 
 MEGAPIXEL = 1024 * 1024
 SIDES = st.integers(16, 12_000)

@@ -28,8 +28,10 @@ from transformer import initial_transformer
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vae import train_vae
 
-from mixres.demo import PROMPTS, TRAIN_SIZES
-from mixres.models.tiny_pipeline import save_pipeline, tiny_text_encoder, tiny_tokenizer
+from mixres.quickstart.data import PROMPTS, TRAIN_SIZES
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from support.tiny_pipeline import save_pipeline, tiny_text_encoder, tiny_tokenizer
 
 SEED = 0
 PAIRS = 5000

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixres.demo import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, Photograph
+from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, Photograph
 
 _TEXTURES = (
     Photograph("brick", "skimage", "CC0", "CC0Textures, Bricks25"),

@@ -13,11 +13,11 @@ from photographs import held_out_crops
 from PIL import Image
 from torch import Tensor
 
-from mixres.demo import HELD_OUT_SIZES
-from mixres.demo_results import psnr
 from mixres.geometry import Size
-from mixres.models import qwen_image_edit as family
-from mixres.models.qwen_latents import decode_latents
+from mixres.models.qwen import edit as family
+from mixres.models.qwen.latents import decode_latents
+from mixres.quickstart.data import HELD_OUT_SIZES
+from mixres.quickstart.results import psnr
 
 STEPS = 8
 SEED = 7

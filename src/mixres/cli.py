@@ -22,7 +22,7 @@ from mixres.cli_options import EXIT_CODES, OPTIONS, OPTIONS_OF, OWN_OPTIONS, OWN
 from mixres.errors import Stopped, UserError, WorkError
 
 if TYPE_CHECKING:
-    from mixres.config import Config
+    from mixres.config.config import Config
 
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -111,7 +111,7 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
     if not given.config:
         faults.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
         raise UserError(faults)
-    from mixres.config import load_config
+    from mixres.config.config import load_config
 
     try:
         config = load_config(Path(given.config), words)
@@ -125,10 +125,10 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
     """Launchers hide exit codes: under one `run_status.json` says it too, where it can be told whose."""
-    from mixres.config import Config
-    from mixres.config_faults import defaults
-    from mixres.config_source import read_source
-    from mixres.training.run import LAUNCHERS, RunFolder
+    from mixres.config.config import Config
+    from mixres.config.load import read_source
+    from mixres.config.problems import defaults
+    from mixres.training.run_folder import LAUNCHERS, RunFolder
 
     logging = read_source(file, words, defaults(Config)).resolved.get("logging")
     folder = logging.get("output_dir") if isinstance(logging, dict) else None
@@ -176,7 +176,7 @@ def _own_parser(verb: str) -> argparse.ArgumentParser:
 
 def _end_with_launcher() -> None:
     """Before the seconds that torch takes to be imported: a launcher may be killed in them."""
-    from mixres.training.run import end_with_launcher
+    from mixres.training.run_folder import end_with_launcher
 
     end_with_launcher()
 
@@ -220,49 +220,49 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _train(config: "Config") -> None:
-    from mixres.trainer import train
+    from mixres.training.trainer import train
 
     train(config)
 
 
 def _cache(config: "Config", *, verify: bool = False) -> None:
     if verify:
-        from mixres.cache_check import verify_cache
+        from mixres.preprocessing.verify_cache import verify_cache
 
         verify_cache(config)
     else:
-        from mixres.precompute import run_cache
+        from mixres.preprocessing.precompute import run_cache
 
         run_cache(config)
 
 
 def _inspect(config: "Config", **options: Any) -> None:
-    from mixres.inspect_data import inspect
+    from mixres.inspection.inspect import inspect
 
     inspect(config, **options)
 
 
 def _verify(config: "Config") -> None:
-    from mixres.verify import verify
+    from mixres.verification.verify import verify
 
     verify(config)
 
 
 def _bench(config: "Config", *, synthetic: bool = False) -> None:
-    from mixres.bench import bench
+    from mixres.verification.bench import bench
 
     bench(config, synthetic=synthetic)
 
 
 def _sample(**options: Any) -> Callable[[], None]:
-    from mixres.sample import sample
-    from mixres.sample_request import make_request
+    from mixres.inference.sample import sample
+    from mixres.inference.sample_request import make_request
 
     return partial(sample, make_request(**options))
 
 
 def _export(**options: Any) -> Callable[[], None]:
-    from mixres.export import export
-    from mixres.export_request import make_request
+    from mixres.inference.export import export
+    from mixres.inference.export_request import make_request
 
     return partial(export, make_request(**options))

@@ -16,15 +16,7 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from mixres.data.images import (
-    BadImageError,
-    Limits,
-    check_size,
-    inspect_image,
-    inspect_mask,
-    read_image,
-    read_mask,
-)
+from mixres.data.images import BadImageError, Limits, check_size, inspect_image, inspect_mask, read_image, read_mask
 from mixres.geometry import Size
 
 LIMITS, FIRST = Limits(), Limits(first_frame=True)

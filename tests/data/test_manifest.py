@@ -9,8 +9,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from mixres.data.dataset import find_records
 from mixres.data.records import EditRecord
+from mixres.data.scan import find_records
 
 HEAD = b"path_target,path_control,prompt\n"
 GOOD = b"t.png,c.png,make it blue\n"

@@ -1,13 +1,9 @@
 """Makes `mixes`, the builders of mixed batches, importable by the tests of this folder."""
 
 import logging
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from hypothesis import Phase, given, settings, strategies as st
-from mixes import (
+
+from mixres.models.qwen.edit import untrained_modules
+from support.mixes import (
     EVERY_LINEAR,
     FORWARDS,
     Mix,
@@ -20,8 +22,6 @@ from mixes import (
     run,
     stock_model,
 )
-
-from mixres.models.qwen_image_edit import untrained_modules
 
 # Without shrinking: it runs failing cases for minutes, and what is printed of the first one is enough to repeat it.
 drawn_alike = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])

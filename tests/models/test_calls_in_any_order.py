@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mixres.batch import Sample
 from mixres.data.collate import collate
 from mixres.geometry import Grid, Size
-from mixres.models import qwen_image_edit as family
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.qwen import edit as family
 
 AREA = 64 * 64
 SAMPLES = [  # grids of target and control, text tokens

@@ -16,12 +16,12 @@ from PIL import Image
 from skimage import data
 from torch import nn
 
-from family_cases import CASES, INTERFACE, PROMPTS, FamilyCase
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.geometry import Size, token_count
-from mixres.models import qwen_image_edit
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.qwen import edit as qwen_image_edit
+from support.family_cases import CASES, INTERFACE, PROMPTS, FamilyCase
 
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
 CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import QwenImageTransformer2DModel
-from mixes import EVERY_LINEAR, Result, forward_error, gradient_error, main_mix, patched_model, run, stock_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from mixres.models.qwen_rope import JointRotary
+from mixres.models.qwen.rope import JointRotary
+from support.mixes import EVERY_LINEAR, Result, forward_error, gradient_error, main_mix, patched_model, run, stock_model
 
 LAYOUTS = ("padded", "packed")
 

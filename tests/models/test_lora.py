@@ -13,9 +13,8 @@ from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch import nn
 
-from mixres.config_sections import ATTENTION
+from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
-from mixres.models import qwen_image_edit as family
 from mixres.models.lora import (
     PRESETS,
     add_lora,
@@ -26,6 +25,7 @@ from mixres.models.lora import (
     trainable_parameters,
 )
 from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
+from mixres.models.qwen import edit as family
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from mixes import (
+from torch import Tensor, nn
+
+from mixres.errors import UserError
+from mixres.models.blocks import recompute_blocks
+from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.quantize import Method, check_method, quantization_config
+from mixres.models.qwen.edit import untrained_modules
+from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
+from support.mixes import (
     ATTENTION_AND_MLP,
     FORWARDS,
     Mix,
@@ -23,14 +31,6 @@ from mixes import (
     stock_model,
     vanished,
 )
-from torch import Tensor, nn
-
-from mixres.errors import UserError
-from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
-from mixres.models.quantize import Method, check_method, quantization_config
-from mixres.models.qwen_image_edit import untrained_modules
-from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
-from mixres.models.repeated_blocks import recompute_blocks
 
 Load = Callable[..., QwenImageTransformer2DModel]
 CPU = torch.device("cpu")

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
-from mixes import (
+from torch import Tensor
+
+from mixres.models.qwen_multi_resolution_patch import (
+    patch_qwen_forward_for_multi_resolution,
+    patch_qwen_model_for_multi_resolution,
+)
+from support.mixes import (
     ATTENTION_AND_MLP,
     FORWARDS,
     MIXES,
@@ -29,12 +35,6 @@ from mixes import (
     random_mix,
     run,
     stock_model,
-)
-from torch import Tensor
-
-from mixres.models.qwen_multi_resolution_patch import (
-    patch_qwen_forward_for_multi_resolution,
-    patch_qwen_model_for_multi_resolution,
 )
 
 LORA = ATTENTION_AND_MLP

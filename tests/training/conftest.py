@@ -1,6 +1,5 @@
 """Makes `steps`, the builders of recorded steps, importable by the tests of this folder; models and accelerator."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,12 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 
 @pytest.fixture(scope="module")
 def models(tiny_base: Path) -> dict[torch.dtype, nn.Module]:
-    from steps import make_model
+    from support.steps import make_model
 
     return {dtype: make_model(tiny_base, dtype) for dtype in (torch.float32, torch.float64)}
 

@@ -8,7 +8,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from mixres.training.ema import Ema
-from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer
+from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
 
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {"lr": 0.1}),

@@ -11,7 +11,7 @@ from torch import nn
 from mixres.errors import UserError
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.ema import Ema
-from mixres.training.optim import check_step, optimizer_class, optimizer_tensors
+from mixres.training.optimizer import check_step, optimizer_class, optimizer_tensors
 from mixres.training.resume import restore_run, save_run
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

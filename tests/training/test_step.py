@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from steps import (
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixres.batch import Batch, FlowSample
+from mixres.data.collate import collate
+from mixres.data.plan import Layout, Plan
+from mixres.diffusion.flow_matching import make_flow_sample
+from mixres.diffusion.loss import velocity_loss
+from mixres.errors import WorkError
+from mixres.models.lora import trainable_parameters
+from mixres.models.qwen import edit as family
+from mixres.training.step import Objective, run_step
+from support.steps import (
     ALONE,
     LAYOUTS,
     SPLITS,
@@ -22,18 +34,6 @@ from steps import (
     objective_of,
     record,
 )
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-
-from mixres.batch import Batch, FlowSample
-from mixres.data.collate import collate
-from mixres.data.plan import Layout, Plan
-from mixres.diffusion.flow_matching import make_flow_sample
-from mixres.diffusion.loss import velocity_loss
-from mixres.errors import WorkError
-from mixres.models import qwen_image_edit as family
-from mixres.models.lora import trainable_parameters
-from mixres.training.step import Objective, run_step
 
 BARS = [pytest.param(torch.float32, 1e-5, id="float32"), pytest.param(torch.float64, 1e-10, id="float64")]
 

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from mixres.config_sections import ATTENTION
+from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
 from mixres.models.lora_file import LoraHeader, check_fit, load_adapters, read_header
 

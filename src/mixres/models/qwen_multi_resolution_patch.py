@@ -22,9 +22,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, Q
 from torch import Tensor
 
 from mixres.geometry import token_count
-from mixres.models.qwen_attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
-from mixres.models.qwen_packed import install_packed_hooks, plan_packed
-from mixres.models.qwen_rope import (
+from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
+from mixres.models.qwen.packed import install_packed_hooks, plan_packed
+from mixres.models.qwen.rope import (
     JointRotary,
     MultiResolutionRope,
     PlannedShapes,

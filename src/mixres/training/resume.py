@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mixres.config import Changeable
-from mixres.config_source import as_written, dotted, leaves
+from mixres.config.config import Changeable
+from mixres.config.load import as_written, dotted, leaves
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import placed_like, rows_of
-from mixres.training.optim import optimizer_scalars, optimizer_tensors, restore_optimizer
+from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
 
 OPTIMIZER = "optimizer.class_path"
 

@@ -1,0 +1,195 @@
+"""A scanned example under a configuration: its key, its size on disk, and the encoded sample.
+
+Promise: whatever the encoding of an example depends on is in its key, here, side by side; what is stored under a key
+was made of the very bytes that the key names. Cost: VAE and text encoder once an example, one more read of its files.
+"""
+
+import gc
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import xxhash
+from PIL import ImageColor
+
+from mixres.batch import Sample
+from mixres.config.config import Config
+from mixres.data.cache import Cache, CacheEntry
+from mixres.data.images import WHITE, BadImageError, read_image, read_mask
+from mixres.data.keys import entry_key
+from mixres.data.scan import ScannedRecord
+from mixres.errors import WorkError
+from mixres.geometry import token_grid
+from mixres.models.qwen.entry_size import EntrySize
+from mixres.preprocessing.fill import check_space, fill
+from mixres.preprocessing.training_data import control_areas, image_limits, target_size_of
+
+# Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
+# resized differently, and when a new release line of diffusers brings another prompt template.
+ENCODING = 2
+
+
+def entry_keys(
+    config: Config, family: ModuleType, records: Sequence[ScannedRecord], *, empty_prompt: bool = False
+) -> list[str]:
+    """For each record the hash over everything that its entry depends on; `empty_prompt`: it holds that one too.
+
+    Raises:
+        UserError: the base's encoders cannot be had.
+    """
+    memo = Path(config.cache.cache_dir) / "fingerprints.json"
+    encoders = family.encoder_fingerprint(
+        config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
+    )
+    colour = ImageColor.getrgb(config.data.background)
+    background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
+    return [
+        entry_key(
+            encoding=ENCODING,
+            encoders=encoders,
+            dtype=config.model.dtype,
+            target_size=target_size_of(config, scanned),
+            **control_areas(config, family, target_size_of(config, scanned)),
+            controls=len(scanned.record.controls),
+            files=scanned.digests,
+            prompt=scanned.record.prompt,
+            **({"empty_prompt": True} if empty_prompt else {}),
+            **(background if scanned.flattened else {}),
+        )
+        for scanned in records
+    ]
+
+
+def encode_missing(
+    config: Config,
+    family: ModuleType,
+    cache: Cache,
+    missing: Mapping[str, ScannedRecord],
+    with_empty: Collection[str],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> int:
+    """Fill the cache together with the other ranks; how many entries this process encoded. Its encoders are gone then.
+
+    The keys `with_empty` get the embeddings of the empty prompt too. They see the example's own control image, so they
+    are others for each example.
+
+    Raises:
+        UserError: the encoders cannot be loaded, or the disk has no room for all entries.
+        WorkError: the disk is full, or a file has changed since the scan.
+    """
+    sizes = entry_sizes(config, family, missing, with_empty)
+    check_space(cache.root, sizes.values())
+    wanted = {key: (scanned, key in with_empty) for key, scanned in missing.items()}
+    load = partial(_load, config, family, device)
+    encoded = fill(cache, wanted, sizes, load, rank=rank, world_size=world_size)
+    release(device)
+    return encoded
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:
+    """Loads the encoders; the function encodes an example, with its empty prompt where that is wanted."""
+    model, dtype = config.model, getattr(torch, config.model.dtype)
+    encoders = family.load_encoders(
+        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device=device
+    )
+
+    def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
+        scanned, empty = wanted
+        inputs = example_inputs(config, family, scanned)
+        sample: Sample = family.encode(encoders, **inputs)
+        if not empty:
+            return sample
+        return replace(sample, empty_embeds=family.encode(encoders, **inputs | {"prompt": ""}).prompt_embeds)
+
+    return encode
+
+
+def entry_sizes(
+    config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
+) -> dict[str, int]:
+    """The bytes that each entry will take; the keys `with_empty` hold the empty prompt too."""
+    return entry_bytes(config, foreseen_entries(config, family, missing, with_empty))
+
+
+def entry_bytes(config: Config, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
+    """The bytes of the files of such entries."""
+    model = config.model
+    size_of = EntrySize(model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype))
+    return {
+        key: size_of(
+            image_tokens=entry.image_tokens,
+            text_tokens=entry.text_tokens + entry.empty_tokens,
+            mask_tokens=entry.target_tokens if entry.has_mask else 0,
+        )
+        for key, entry in entries.items()
+    }
+
+
+def foreseen_entries(
+    config: Config, family: ModuleType, records: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
+) -> dict[str, CacheEntry]:
+    """What the cache will say of each record once it is encoded, exactly, from sizes and words alone.
+
+    Raises:
+        UserError: the base's tokenizer, processor or configuration cannot be had.
+    """
+    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    pixels_per_token = family.pixels_per_token(path, revision=revision)
+    preprocessors = family.load_preprocessors(path, revision=revision)
+    entries = {}
+    for key, scanned in records.items():
+        target, controls = target_size_of(config, scanned), scanned.control_sizes
+        areas = control_areas(config, family, target)
+        sizes = [target, *family.vae_sizes(controls, **areas)]
+        count = partial(family.text_tokens, preprocessors, controls=controls, **areas)
+        entries[key] = CacheEntry(
+            key=key,
+            img_shapes=tuple(token_grid(size, pixels_per_token) for size in sizes),
+            text_tokens=count(prompt=scanned.record.prompt),
+            has_mask=scanned.record.mask is not None,
+            empty_tokens=count(prompt="") if key in with_empty else 0,
+        )
+    return entries
+
+
+def example_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) -> dict[str, Any]:
+    """What the family's `encode` takes of an example, its pictures decoded.
+
+    Raises:
+        WorkError: a file is not the one that the scan saw, whose bytes the key is of.
+    """
+    limits, record = image_limits(config), scanned.record
+    files = (record.target, *record.controls, *([record.mask] if record.mask else []))
+    again = "has changed since the scan: run the same command again"
+    try:
+        target = read_image(record.target, limits)
+        controls = [read_image(path, limits) for path in record.controls]
+        mask = read_mask(record.mask, limits, scanned.target_size) if record.mask else None
+        digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
+    except (BadImageError, OSError) as error:
+        raise WorkError(f"{record.name}: a file {again} ({error})") from error
+    for path, digest, scanned_digest in zip(files, digests, scanned.digests, strict=True):
+        if digest != scanned_digest:
+            raise WorkError(f"{record.name}: {path} {again}")
+    return {
+        "name": record.name,
+        "target": target,
+        "target_size": target_size_of(config, scanned),
+        "controls": controls,
+        "prompt": record.prompt,
+        "mask": mask,
+        **control_areas(config, family, target_size_of(config, scanned)),
+    }

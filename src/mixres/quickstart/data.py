@@ -1,0 +1,230 @@
+"""`python -m mixres.quickstart.data DIR` writes the quickstart's data: ordinary folders, as a user's own would be.
+
+Promise: `DIR/train` and `DIR/held_out` hold an edit of freely licensed photographs; no photograph, no size and no
+aspect is in both; the same files every time; each folder is whole or absent, and written once.
+Cost: two seconds and 10 MB the first time, nothing after it.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from PIL import Image
+
+from mixres.errors import UserError
+from mixres.geometry import Size, control_size
+
+PARTS = ("train", "held_out")
+TRAIN_PAIRS = 72
+HELD_OUT_PAIRS = 16
+MULTIPLE_OF = 32  # the pipeline rounds the sides of controls to it; targets do the same, so that both have one grid
+# What the sides become when rounded. The tiny base has seen no other sizes either.
+TRAIN_SIZES = (*(Size(w, h) for w in (64, 96, 128) for h in (64, 96, 128)), Size(160, 64), Size(64, 160))
+HELD_OUT_SIZES = tuple(
+    Size(*sides) for w, h in ((160, 96), (160, 128), (192, 160), (224, 96)) for sides in ((w, h), (h, w))
+)
+_JITTER = 8  # pixels that a side of a file differs at most from its rounded size
+_MARKER = "demo.json"
+_VERSION = 2  # of what is written: a folder with another one is written anew
+_Pixels = NDArray[np.uint8]
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph that comes inside a Python package, and its licence."""
+
+    name: str
+    package: str  # "skimage" or "sklearn"
+    licence: str
+    source: str
+
+    def read(self) -> Image.Image:
+        """The whole photograph, RGB.
+
+        Raises:
+            UserError: scikit-image or scikit-learn is not installed.
+        """
+        try:
+            if self.package == "skimage":
+                from skimage import data
+
+                return Image.fromarray(getattr(data, self.name)())
+            from sklearn.datasets import load_sample_image
+
+            return Image.fromarray(load_sample_image(f"{self.name}.jpg"))
+        except ImportError as error:
+            raise UserError(f"the demo's photographs need {error.name}: pip install 'mixres[demo]'") from error
+
+
+_FLICKR = "https://www.flickr.com/photos"
+TRAIN_PHOTOGRAPHS = (
+    Photograph("astronaut", "skimage", "public domain, NASA", "NASA Great Images, https://flic.kr/p/r9qvLn"),
+    Photograph("china", "sklearn", "CC BY 2.0, danielbuechele", f"{_FLICKR}/danielbuechele/6061409035"),
+    Photograph("flower", "sklearn", "CC BY 2.0, vultilion", f"{_FLICKR}/vultilion/6056698931"),
+    Photograph("rocket", "skimage", "public domain, SpaceX", f"{_FLICKR}/spacexphotos/16511594820"),
+    Photograph("hubble_deep_field", "skimage", "public domain, NASA/ESA", "https://hubblesite.org, release 2012-37"),
+)
+HELD_OUT_PHOTOGRAPHS = (
+    Photograph("chelsea", "skimage", "CC0, Stefan van der Walt", "scikit-image, skimage.data.chelsea"),
+    Photograph("coffee", "skimage", "CC0, Rachel Michetti", "scikit-image, skimage.data.coffee"),
+)
+
+
+PROMPTS = ("swap red and blue", "交换红色和蓝色")
+
+
+def swap_red_and_blue(pixels: _Pixels) -> _Pixels:
+    """The edit to be learnt; the base knows the colours' names, but not this."""
+    return pixels[..., ::-1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where one training pair comes from: both pictures show `box` of the photograph."""
+
+    photograph: Photograph
+    instruction: str
+    box: _Box
+    target_size: Size
+    control_size: Size
+
+
+def plan_pairs(
+    photographs: Sequence[Photograph], resized: Sequence[Size], count: int, seed: int, taken: set[Size]
+) -> list[Pair]:
+    """`count` pairs whose targets become the sizes `resized`, in turn, when their sides are rounded to `MULTIPLE_OF`.
+
+    As files, targets have sizes of their own, none in `taken`, to which they are added; controls are larger, each by
+    its own factor.
+    """
+    rng = random.Random(seed)
+    extents = {photograph: Size(*photograph.read().size) for photograph in photographs}
+    pairs = []
+    for index in range(count):
+        photograph, size = photographs[index % len(photographs)], resized[index // len(photographs) % len(resized)]
+        target, control = _draw_sizes(rng, size, taken)
+        taken.add(target)
+        box = _draw_box(rng, target, extents[photograph])
+        pairs.append(Pair(photograph, rng.choice(PROMPTS), box, target, control))
+    return pairs
+
+
+def _draw_sizes(rng: random.Random, resized: Size, taken: set[Size]) -> tuple[Size, Size]:
+    """Sizes of a target and a control file which both become `resized`."""
+    while True:
+        target = Size(*(side + rng.randint(-_JITTER, _JITTER) for side in resized))
+        scale = rng.uniform(1.1, 1.8)
+        control = Size(*(round(side * scale) for side in target))
+        area = resized.width * resized.height
+        if target not in taken and control_size(control, area=area, multiple_of=MULTIPLE_OF) == resized:
+            return target, control
+
+
+def _draw_box(rng: random.Random, size: Size, extent: Size) -> _Box:
+    """A region with the aspect of `size`; up to 2.5 pixels of the photograph become one, none is enlarged."""
+    zoom = rng.uniform(1, min(2.5, extent.width / size.width, extent.height / size.height))
+    width, height = size.width * zoom, size.height * zoom
+    left, top = rng.uniform(0, extent.width - width), rng.uniform(0, extent.height - height)
+    return left, top, left + width, top + height
+
+
+def write_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
+    """Writes the folder layout: `training_images/` with captions, `control_images/`, and `ATTRIBUTION.md`."""
+    targets, controls = folder / "training_images", folder / "control_images"
+    targets.mkdir(parents=True)
+    controls.mkdir()
+    photographs = list(dict.fromkeys(pair.photograph for pair in pairs))
+    pictures = {photograph: photograph.read() for photograph in photographs}
+    for index, pair in enumerate(pairs):
+        picture, stem = pictures[pair.photograph], f"{index:03d}_{pair.photograph.name}"
+        control = picture.resize(pair.control_size, Image.Resampling.LANCZOS, box=pair.box)
+        target = picture.resize(pair.target_size, Image.Resampling.LANCZOS, box=pair.box)
+        control.save(controls / f"{stem}.png")
+        Image.fromarray(np.ascontiguousarray(swap_red_and_blue(np.asarray(target)))).save(targets / f"{stem}.png")
+        (targets / f"{stem}.txt").write_text(pair.instruction + "\n", encoding="utf-8")
+    lines = [f"- {photo.name}: {photo.licence}; {photo.source}" for photo in photographs]
+    text = "# Photographs\n\nCropped, resized and recoloured from:\n\n" + "\n".join(lines) + "\n"
+    (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
+
+
+def _writers() -> dict[str, tuple[Callable[[Path], None], str]]:
+    """How each folder is written, and a description of it."""
+    taken: set[Size] = set()
+    train = plan_pairs(TRAIN_PHOTOGRAPHS, TRAIN_SIZES, TRAIN_PAIRS, 0, taken)
+    held_out = plan_pairs(HELD_OUT_PHOTOGRAPHS, HELD_OUT_SIZES, HELD_OUT_PAIRS, 1, taken)
+    return {
+        "train": (lambda folder: write_pairs(folder, train), f"{TRAIN_PAIRS} pairs, every one its own size"),
+        "held_out": (
+            lambda folder: write_pairs(folder, held_out),
+            f"{HELD_OUT_PAIRS} pairs of other photographs in other sizes",
+        ),
+    }
+
+
+def write_demo(root: Path) -> list[str]:
+    """Writes `train` and `held_out` into `root` where they are missing or of an older version.
+
+    Returns a readable line for each. A write that was killed leaves nothing under the final name and is begun anew.
+
+    Raises:
+        UserError: one of the two names is taken by something this did not write; a package is not installed.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".demo.lock"):
+        missing = [part for part in PARTS if not _is_written(root / part)]
+        writers = _writers() if missing else {}
+        for part in missing:
+            _write_part(root / part, writers[part][0])
+    return [f"{root / part}: {writers[part][1] if part in missing else 'there already'}" for part in PARTS]
+
+
+def _is_written(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        version = json.loads((folder / _MARKER).read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} exists and is not the demo's: name another folder, or move it away") from error
+    return bool(version == _VERSION)
+
+
+def _write_part(folder: Path, write: Callable[[Path], None]) -> None:
+    tmp, old = (folder.with_name(f".tmp-{folder.name}-{kind}") for kind in ("new", "old"))
+    for leftover in (tmp, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(tmp)
+    (tmp / _MARKER).write_text(
+        json.dumps({"written_by": "mixres.quickstart.data", "version": _VERSION}), encoding="utf-8"
+    )
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mixres.quickstart.data", description="Write the quickstart's data."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where train/ and held_out/ go")
+    try:
+        lines = write_demo(parser.parse_args(arguments).folder)
+    except UserError as error:
+        sys.stderr.writelines(f"mixres: error: {message}\n" for message in error.messages)
+        return 2
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

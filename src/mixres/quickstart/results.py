@@ -1,0 +1,152 @@
+"""`python -m mixres.quickstart.results CONFIG` shows what the quickstart's LoRA learnt, on unseen photographs.
+
+Promise: the adapter is read from its file by the stock pipeline, so the pictures are what a user would get; beside them
+stand what the base alone makes of the instruction, the copied control, and what the VAE could show at best.
+Cost: two samplings a held-out pair, some ten seconds.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mixres import atomic
+from mixres.config.config import Config, load_config
+from mixres.errors import UserError
+from mixres.models.qwen.latents import decode_latents
+from mixres.preprocessing.precompute import Item, encode_all, family_of
+from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
+
+_SMOOTHED = 25  # steps in the mean of the loss curve's thick line
+_NEXT = (
+    "next      your own pairs on this base:  python train.py --config configs/quickstart.yaml data.train=my_pairs "
+    "data.held_out=null train.max_train_steps=20 logging.output_dir=output/rehearsal "
+    "cache.cache_dir=output/rehearsal_cache",
+    "          proof that batching is exact: python train.py verify --config configs/quickstart.yaml",
+)
+_LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """PSNR in dB of what each column of the sheet shows, against the target."""
+
+    name: str
+    size: str
+    copy: float
+    base: float
+    lora: float
+    ceiling: float
+
+
+def psnr(picture: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two RGB pictures of one size; 99 for equal ones."""
+    assert picture.size == reference.size, (picture.size, reference.size)
+    error = np.square(np.asarray(picture, float) - np.asarray(reference, float)).mean()
+    return float(10 * np.log10(255**2 / error)) if error else 99.0
+
+
+def show_results(config: Config) -> list[str]:
+    """Samples every held-out pair with and without the run's LoRA; writes results.png, results.json and loss.png.
+
+    Returns the table, and where the files are.
+
+    Raises:
+        UserError: the run has no finished LoRA, or there are no held-out pairs.
+    """
+    run = Path(config.logging.output_dir)
+    if not (run / _LORA).is_file():
+        raise UserError(f"{run}: there is no {_LORA}: train first")
+    family = family_of(config)
+    encoded = encode_all(config, family, device=torch.device("cpu"))
+    if not encoded.held_out:
+        raise UserError("data.held_out: name the pairs to be shown")
+    model = config.model
+    dtype = getattr(torch, model.dtype)
+    transformer = family.load_transformer(
+        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device="cpu"
+    )
+    sampler = HeldOutSampler(config, family, transformer, encoded)
+    before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="picture", disable=None)]
+    sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
+    after = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="LoRA", unit="picture", disable=None)]
+    results, rows = [], []
+    for item, base, lora in zip(encoded.held_out, before, after, strict=True):
+        result, row = _compare(sampler, item, base, lora)
+        results.append(result)
+        rows.append(row)
+    shown = [row for index, row in enumerate(rows) if index % 4 in (0, 3)]  # each size once, the photographs in turn
+    sheet = contact_sheet(("input", "target", "base", "base + LoRA"), shown)
+    save_png(sheet, run / "results.png", [row.caption for row in shown])
+    atomic.write_json(run / "results.json", [asdict(result) for result in results])
+    _draw_loss(run / "metrics.jsonl", run / "loss.png")
+    return [*_table(results), f"pictures  {run / 'results.png'}", f"loss      {run / 'loss.png'}", *_NEXT]
+
+
+def _compare(sampler: HeldOutSampler, item: Item, base: Image.Image, lora: Image.Image) -> tuple[Result, Row]:
+    target, control = (
+        sampler.pipeline.image_processor.resize(sampler.read(path), *reversed(item.target_size))
+        for path in (item.record.target, item.record.controls[0])
+    )
+    sample = sampler.cache.read(item.key, name=item.record.name)
+    ceiling = decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
+    scores = [round(psnr(picture, target), 2) for picture in (control, base, lora, ceiling)]
+    name = Path(item.record.name).stem
+    note = "{}  copy {:.1f}, base {:.1f}, LoRA {:.1f}, at best {:.1f} dB".format(item.target_size, *scores)
+    return Result(name, str(item.target_size), *scores), Row((control, target, base, lora), item.record.prompt, note)
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    lines = [f"{'held out':<14}{'size':>9}{'copy':>8}{'base':>8}{'LoRA':>8}{'VAE':>8}   PSNR in dB"]
+    columns = [(r.name, r.size, r.copy, r.base, r.lora, r.ceiling) for r in results]
+    means = [sum(column) / len(results) for column in list(zip(*columns, strict=True))[2:]]
+    for name, size, *scores in (*columns, ("mean", "", *means)):
+        lines.append(f"{name:<14}{size:>9}" + "".join(f"{score:8.1f}" for score in scores))
+    return lines
+
+
+def _draw_loss(metrics: Path, path: Path) -> None:
+    """The loss of every step and its running mean, on a logarithmic axis."""
+    from matplotlib.figure import Figure  # half a second, needed here only
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line), strict=True)
+    width = min(_SMOOTHED, len(losses))
+    means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="each step")
+    axes.plot(steps[width - 1 :], means, color="#08519c", linewidth=1.8, label=f"mean of {width} steps")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with atomic.replace(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mixres.quickstart.results", description="Show what a LoRA has learnt."
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the configuration that was trained")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the overrides that it was trained with")
+    options = parser.parse_args(arguments)
+    try:
+        lines = show_results(load_config(options.config, options.overrides))
+    except UserError as error:
+        sys.stderr.writelines(f"mixres: error: {message}\n" for message in error.messages)
+        return 2
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

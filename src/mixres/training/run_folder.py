@@ -1,0 +1,205 @@
+"""The run folder: one writer at a time, a status others can read, and a polite end when a signal comes.
+
+Promise: `run_status.json` says how a run ended even where a launcher hides its exit code; a second writer never
+touches it. SIGTERM, SIGINT, SIGUSR1 and the death of the launcher ask for the same: finish the step, save, end.
+Cost: one lock and a few small writes a run.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from mixres import atomic
+from mixres.console import say
+from mixres.errors import Stopped, UserError
+
+STATUS = "run_status.json"
+_LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
+_SILENT_S = 1.0
+_ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on what a process group has already got
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
+_log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
+
+
+def check_folder(folder: Path) -> None:
+    """That a run folder is there or can be made, before the work whose results it is to hold.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        reason = None if there.is_dir() else f"{there} is no folder"
+        reason = reason or (None if os.access(there, os.W_OK | os.X_OK) else "no permission")
+    except OSError as error:  # a name that is too long
+        reason = error.strerror
+    if reason:
+        raise UserError(f"logging.output_dir: {folder} cannot be written: {reason}; name another")
+
+
+class RunFolder:
+    """Holds the lock on `folder` and keeps its `run_status.json`; only the process of rank 0 does either.
+
+    Raises:
+        UserError: another process writes there, and did not stop within `wait_s` seconds (40 by default).
+    """
+
+    def __init__(
+        self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float | None = None
+    ) -> None:
+        self.folder, self.main = folder, rank == 0
+        self._wait_s = _LOCK_WAIT_S if wait_s is None else wait_s
+        self.stop_requested = False
+        self._stop_at_once = True
+        self._asked_at = 0.0
+        self._lock = FileLock(folder / ".lock")
+        self._handlers: dict[signal.Signals, Any] = {}
+        now = time.time()
+        self._status: dict[str, Any] = {
+            "state": "running",
+            "exit_code": None,
+            "reason": None,
+            "verb": verb,
+            "step": 0,
+            "max_train_steps": max_train_steps,
+            "done_before": None,  # the step that the last run in the folder ended with, until a step is trained
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": now,
+            "updated": now,
+        }
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        if end_with_launcher():
+            self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
+        try:
+            if self.main:
+                self._take_folder()
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    def _take_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            before = self._read()
+            self._status["done_before"] = before.get("step" if before.get("state") == "done" else "done_before")
+            self._write()
+        except Timeout:
+            raise UserError(
+                f"logging.output_dir: {self.folder} is in use by {self._holder()}: wait, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"logging.output_dir: {self.folder} cannot be written: {error.strerror or error}; name another"
+            ) from error
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.acquire(timeout=min(_SILENT_S, self._wait_s))
+        except Timeout:
+            say(f"waiting   up to {self._wait_s:.0f} s for {self._holder()}, which writes to {self.folder}")
+            self._lock.acquire(timeout=self._wait_s)
+
+    def _let_go(self) -> None:
+        self._lock.release()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        state, code = _ending(error)
+        with _children_ignored():
+            self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
+        self._let_go()
+
+    def update(self, **changes: Any) -> None:
+        """Write the status with `changes`; where it cannot be written the run goes on without."""
+        self._status |= {**changes, "updated": time.time()}
+        try:
+            if self.main:
+                self._write()
+        except OSError as error:
+            _log.warning("%s could not be written: %s", self.folder / STATUS, error.strerror or error)
+
+    def _write(self) -> None:
+        atomic.write_json(self.folder / STATUS, self._status)
+
+    def was_done(self, step: int) -> bool:
+        """Whether the last run that trained in the folder came to its end at `step`, its result written."""
+        return bool(self._status["done_before"] == step)
+
+    def stop_between_steps(self) -> None:
+        """From here on a signal sets `stop_requested`; up to here it ends the run at once, as nothing can be saved."""
+        self._stop_at_once = False
+        self._status["done_before"] = None
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            status = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def _holder(self) -> str:
+        status = self._read()
+        return f"process {status['pid']} on {status['host']}" if {"pid", "host"} <= status.keys() else "another process"
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            if number != signal.SIGUSR1 and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
+                os._exit(128 + number)  # the second one: at once, without touching a file
+            return
+        self.stop_requested, self._asked_at = True, time.monotonic()
+        if self._stop_at_once:
+            raise Stopped("stopped by a signal before the first step: run the same command to go on")
+
+
+@contextmanager
+def _children_ignored() -> Iterator[None]:
+    """Torch raises from a signal handler when a worker of its loader has died, wherever the process is just then."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+def end_with_launcher() -> bool:
+    """Whether a launcher started this process. One that is killed leaves its processes behind: they get SIGUSR1 then.
+
+    It ends a process at once, unless an open `RunFolder` takes it. To be called early: what was missed never comes.
+    Where there is no prctl nothing is sent.
+    """
+    launched = any(name in os.environ for name in LAUNCHERS)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if launched and prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGUSR1), 0, 0, 0)
+    return launched
+
+
+def _ending(error: BaseException | None) -> tuple[str, int]:
+    if error is None:
+        return "done", 0
+    endings: list[tuple[type[BaseException], tuple[str, int]]] = [
+        (Stopped, ("preempted", Stopped.exit_code)),
+        (UserError, ("refused", 2)),
+    ]
+    return next((ending for kind, ending in endings if isinstance(error, kind)), ("failed", 1))

@@ -1,0 +1,210 @@
+"""Held-out pairs through the stock pipeline while training, as one picture a person can judge.
+
+Promise: the sheet shows what the stock pipeline makes of the weights as they are, at the pairs' own sizes, and leaves
+the training untouched: its own random generators, no mode left over. Cost: `sample.steps` forward calls a row.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import nn
+
+from mixres import atomic
+from mixres.config.config import Config
+from mixres.console import say
+from mixres.data.images import read_image
+from mixres.data.records import Picture
+from mixres.preprocessing.precompute import Encoded, Item, spread
+from mixres.preprocessing.training_data import control_areas, image_limits
+from mixres.training.distributed import any_rank
+from mixres.training.ema import Ema
+from mixres.training.run_folder import RunFolder
+from mixres.training.setup import Trained
+
+ROWS = 6
+_CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
+_FONT_SIZE = 14
+# DejaVu lies with most systems, the others hold Chinese; the first that is there is taken, then Pillow's own.
+_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a contact sheet; None is an empty cell."""
+
+    pictures: tuple[Image.Image | None, ...]
+    caption: str
+    note: str
+
+
+class HeldOutSampler:
+    """Predicts a few held-out pairs of several sizes, always the same ones and from the same noise."""
+
+    def __init__(
+        self, config: Config, family: ModuleType, transformer: nn.Module, encoded: Encoded, ema: Ema | None = None
+    ) -> None:
+        model, self.ema = config.model, ema if config.sample.use_ema else None
+        self.config, self.family, self.cache = config, family, encoded.cache
+        self.items = spread(encoded.held_out, ROWS)
+        self.controls = max((len(item.record.controls) for item in self.items), default=0)
+        parameter = next(transformer.parameters())
+        self.pipeline = family.load_sampling_pipeline(
+            model.pretrained_model_name_or_path,
+            transformer=transformer,
+            revision=model.revision,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+
+    def write(
+        self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False
+    ) -> Image.Image | None:
+        """Sample every item, save the sheet and return it; a rank that only samples along does not `keep` it.
+
+        `stopping` is asked before each picture; once it says yes there is no sheet. Where it cannot be written, a line
+        says so.
+        """
+        rows = []
+        with self.ema.averaged() if self.ema else nullcontext():
+            for item in self.items:
+                if stopping():
+                    return None
+                rows.append(self._row(item))
+        if not keep:
+            return None
+        controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
+        headings = (*controls[: self.controls], "target", "prediction")
+        sheet = contact_sheet(headings, rows)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(sheet, path, [row.caption for row in rows])
+        except OSError as error:
+            say(f"samples   {path} could not be written ({error.strerror or error}): the run goes on without it")
+        return sheet
+
+    def predict(self, item: Item) -> Image.Image:
+        """The pipeline's picture for one held-out item, at the size of its target."""
+        return self._predict(item, [self.read(path) for path in item.record.controls])
+
+    def read(self, path: Picture) -> Image.Image:
+        """A held-out picture as it lies on disk, RGB."""
+        return read_image(path, image_limits(self.config))
+
+    def _predict(self, item: Item, controls: Sequence[Image.Image]) -> Image.Image:
+        picture: Image.Image = self.family.sample_image(
+            self.pipeline,
+            controls=controls,
+            prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
+            size=item.target_size,
+            steps=self.config.sample.steps,
+            seed=self.config.train.seed,
+            **control_areas(self.config, self.family, item.target_size),
+        )
+        return picture
+
+    def _row(self, item: Item) -> Row:
+        controls = [self.read(path) for path in item.record.controls]
+        empty = [None] * (self.controls - len(controls))
+        sizes = [f"control {control.width}x{control.height}" for control in controls]
+        target = self.read(item.record.target)
+        pictures = (*controls, *empty, target, self._predict(item, controls))
+        own = f"target {target.width}x{target.height}"
+        trained = f", trained and predicted at {item.target_size}" if target.size != item.target_size else ""
+        return Row(pictures, item.record.prompt, ", ".join([*sizes, own]) + trained)
+
+
+def sheet_writer(
+    config: Config,
+    accelerator: Accelerator,
+    family: ModuleType,
+    trained: Trained,
+    encoded: Encoded,
+    run: RunFolder,
+    show: Callable[[str, Image.Image, int], None],
+) -> Callable[[int], None] | None:
+    """Samples the held-out items at a step, into `samples/` of the run folder; None where this rank is not to.
+
+    `show` is handed each sheet with its name and step.
+    """
+    # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
+    together = config.train.parallel == "fsdp2"
+    if not (config.sample.every and encoded.held_out and (run.main or together)):
+        return None
+    sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
+
+    def stopping() -> bool:
+        return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
+
+    def write(step: int) -> None:
+        path = run.folder / "samples" / f"step-{step:08d}.png"
+        if sheet := sampler.write(path, keep=run.main, stopping=stopping):
+            show("samples", sheet, step)
+
+    return write
+
+
+def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
+    """Rows of pictures, each scaled to fit its cell with its aspect kept, under column headings."""
+    font = _font()
+    width = _GAP + len(headings) * (_CELL + _GAP)
+    heights = [_row_height(row) for row in rows]
+    sheet = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        draw.text((_left(column), 6), heading, fill="black", font=font)
+    top = _HEAD
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row.pictures):
+            if picture:
+                sheet.paste(_fitted(picture), (_left(column), top))
+        base = top + height - _CAPTION
+        draw.text((_GAP, base), _drawable(row.caption, font), fill="black", font=font)
+        draw.text((_GAP, base + 17), row.note, fill="gray", font=font)
+        top += height
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
+    """Write `image` in one rename; captions and texts, in any script, go into its metadata too."""
+    info = PngInfo()
+    for name, text in {**{f"caption-{number}": caption for number, caption in enumerate(captions)}, **texts}.items():
+        info.add_itxt(name, text)
+    with atomic.replace(path) as tmp:
+        image.save(tmp, format="PNG", pnginfo=info)
+
+
+def _left(column: int) -> int:
+    return _GAP + column * (_CELL + _GAP)
+
+
+def _row_height(row: Row) -> int:
+    return max(_fitted(picture).height for picture in row.pictures if picture) + _CAPTION + 6
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    scale = min(_CELL / picture.width, _CELL / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+
+
+def _font() -> Any:
+    for name in _FONTS:
+        try:
+            return ImageFont.truetype(name, _FONT_SIZE)
+        except OSError:
+            continue
+    return ImageFont.load_default(_FONT_SIZE)
+
+
+def _drawable(text: str, font: Any) -> str:
+    """The text, or where the font lacks its script, where to find it: boxes and code points would tell nothing."""
+    missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
+    lacks = any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text)
+    return "(no font here draws this caption: it stands in the file's metadata)" if lacks else text

@@ -1,0 +1,249 @@
+"""A validated configuration -> the parts of a run: model, plan, objective, loader.
+
+Promise: what trains, and what will verify and measure, is put together in one place, so that all of them mean the same
+run. Cost: loading the transformer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import xxhash
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from mixres import __version__
+from mixres.batch import Batch
+from mixres.config.config import Config
+from mixres.config.schema import LoraConfig
+from mixres.data.loader import MicrobatchDataset, microbatch_loader
+from mixres.data.plan import Layout, Lengths, Plan
+from mixres.data.rounding import MOST, Rounding, rounding_of
+from mixres.diffusion.flow_matching import NoiseLevels
+from mixres.errors import UserError
+from mixres.models import hub
+from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
+from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_targets, train_all, trainable_parameters
+from mixres.models.quantize import check_method
+from mixres.preprocessing.precompute import Encoded
+from mixres.preprocessing.training_data import stated_areas
+from mixres.training.distributed import launched, shard
+from mixres.training.ema import Ema
+from mixres.training.optimizer import check_step, optimizer_class
+from mixres.training.step import Objective
+
+# Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
+_LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
+_LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its file says
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The patched transformer and what is trained of it, by name in the optimizer's order."""
+
+    transformer: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    table: tuple[TargetMatch, ...]  # empty where all weights are trained
+    ema: Ema | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Parameters that are trained, and all there are."""
+        trained = sum(p.numel() for p in self.parameters.values())
+        return trained, self.transformer.num_parameters()  # type: ignore[operator] # 4-bit weights hold two in a byte
+
+    def lines(self) -> list[str]:
+        """What is trained, as runs and reports tell it: a row a target pattern, then the share."""
+        rows = [f"          {r.pattern:<16} {r.modules:>4} layers  {r.parameters:>12,} parameters" for r in self.table]
+        trained, total = self.counts
+        return [*rows, f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})"]
+
+
+def check_early(config: Config, family: ModuleType) -> None:
+    """What needs torch to be told and can be told before hours of encoding.
+
+    Raises:
+        UserError: the optimizer or its arguments, LoRA targets that match nothing, or a LoRA to go on from that does
+            not fit; all at once.
+    """
+    faults: list[str] = []
+    here, path, arguments = launched(), config.optimizer.class_path, config.optimizer.init_args
+    split = config.train.parallel == "fsdp2" and here.world_size > 1
+    try:
+        check_step(optimizer_class(path, arguments), path, arguments, device=here.device, split=split)
+    except UserError as error:
+        faults += error.messages
+    model = config.model
+    try:
+        if model.quantize:
+            check_method(model.quantize, here.device)
+        if config.train.compile:
+            check_compiler(here.device)
+    except UserError as error:
+        faults += error.messages
+    skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
+    try:
+        if model.lora:
+            _check_lora(model.lora, skeleton, family.untrained_modules(skeleton))
+    except UserError as error:
+        faults += error.messages
+    if faults:
+        raise UserError(faults)
+
+
+def _check_lora(lora: LoraConfig, skeleton: nn.Module, untrained: Sequence[str]) -> None:
+    check_targets(skeleton, lora.target_modules, untrained=untrained)
+    if lora.pretrained_weight is not None:
+        settings = lora.model_dump(exclude={"lora_dropout", "pretrained_weight"})
+        check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained)
+
+
+def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> Trained:
+    """The transformer on this rank's device, its adapters (or all its weights) trainable, the optimizer over them.
+
+    For `train.parallel: fsdp2` the weights are split over all ranks.
+    """
+    model = config.model
+    transformer = family.load_transformer(
+        model.pretrained_model_name_or_path,
+        revision=model.revision,
+        dtype=getattr(torch, model.dtype),
+        device=accelerator.device,
+        quantize=model.quantize,
+    )
+    untrained = family.untrained_modules(transformer)
+    if model.lora:
+        table = add_lora(transformer, **model.lora.model_dump(), untrained=untrained, seed=config.train.seed)
+    else:
+        table = train_all(transformer, untrained=untrained)
+    if config.train.gradient_checkpointing:
+        recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
+    if config.train.compile:
+        compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MOST))
+    if config.train.parallel == "fsdp2":
+        shard(transformer, accelerator)
+    parameters = trainable_parameters(transformer)
+    kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
+    optimizer = kind(parameters.values(), **config.optimizer.init_args)
+    ema = Ema(optimizer, config.train.ema_decay) if config.train.ema_decay else None
+    return Trained(transformer.train(), parameters, optimizer, tuple(table), ema)
+
+
+def objective_of(config: Config, family: ModuleType) -> Objective:
+    """What is minimised, with the shift constants of the base's own scheduler."""
+    model, flow = config.model, config.flow
+    return Objective(
+        predict_velocity=family.predict_velocity,
+        levels=NoiseLevels(**flow.model_dump(), weighting=config.loss.weighting),
+        shift_constants=family.flow_shift(model.pretrained_model_name_or_path, revision=model.revision),
+        normalization=config.loss.normalization,
+        foreground=config.data.mask_weight.foreground,
+        background=config.data.mask_weight.background,
+        seed=config.train.seed,
+        dtype=torch.float64 if model.dtype == "float64" else torch.float32,
+    )
+
+
+def plan_of(config: Config, encoded: Encoded, *, world_size: int) -> Plan:
+    """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
+    items = encoded.train
+    if all(item.regularization for item in items):
+        raise UserError("data.train: there is no usable sample; add some")
+    weights = [config.loss.prior_loss_weight if item.regularization else 1.0 for item in items]
+    lengths, names = [item.lengths for item in items], [item.record.name for item in items]
+    return make_plan(config, lengths, names, weights, layout=config.batch.layout, world_size=world_size)
+
+
+def make_plan(
+    config: Config,
+    lengths: Sequence[Lengths],
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    layout: Layout,
+    world_size: int,
+) -> Plan:
+    """The configuration's steps over these samples, each of which counts with its weight or 1.
+
+    Raises:
+        UserError: samples that are over `batch.max_tokens` alone, or no samples.
+    """
+    rounding = _rounding(config, lengths)
+    return Plan(
+        [rounding.lengths(length) for length in lengths],
+        names=names,
+        weights=weights,
+        seed=config.train.seed,
+        samples_per_step=config.batch.samples_per_step,
+        max_tokens=config.batch.max_tokens,
+        layout=layout,
+        world_size=world_size,
+        caption_dropout=config.data.caption_dropout,
+    )
+
+
+def _rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
+    """Compiled blocks want few different lengths; without them rows are filled up to the longest alone."""
+    return rounding_of(lengths) if config.train.compile else Rounding()
+
+
+def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first: int, workers: int) -> Iterator[Batch]:
+    """The batches of `rank` from optimizer step `first` to the run's end."""
+    keys, names = [item.key for item in encoded.train], [item.record.name for item in encoded.train]
+    rounding = _rounding(config, [item.lengths for item in encoded.train])
+    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
+    return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
+
+
+def frozen_of(config: Config, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from, by key; told before anything is encoded.
+
+    `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.
+    """
+    lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
+    return {
+        "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
+        "model.revision": _revision(config),
+        "model.dtype": config.model.dtype,
+        "model.quantize": config.model.quantize,
+        **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
+        "optimizer.class_path": config.optimizer.class_path,
+        "train.seed": config.train.seed,
+        "train.ema_decay": config.train.ema_decay,
+        "batch.samples_per_step": config.batch.samples_per_step,
+        "data.caption_dropout": config.data.caption_dropout,
+        "data.train": _fingerprint(own),
+        "data.regularization": _fingerprint(regularization),
+    }
+
+
+def _fingerprint(keys: Sequence[str]) -> str | None:
+    digest = xxhash.xxh3_64_hexdigest(" ".join(keys).encode())
+    return f"{len(keys)} samples of fingerprint {digest}" if keys else None
+
+
+def _revision(config: Config) -> str | None:
+    """The commit where the base is on the Hub: a branch may be another one tomorrow."""
+    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    return hub.commit(path, revision=revision) or revision
+
+
+def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
+    """What a LoRA file or a trained transformer says of itself, so that sampling needs no configuration."""
+    lora = config.model.lora
+    return {
+        "format": 1,
+        "mixres": __version__,
+        "family": family.NAME,
+        "base": config.model.pretrained_model_name_or_path,
+        "revision": _revision(config),
+        "quantize": config.model.quantize,
+        "background": config.data.background,
+        **(lora.model_dump(mode="json", include=_LORA_STATED) if lora else {}),
+        **stated_areas(config, family),
+        "step": step,
+    }

@@ -1,0 +1,149 @@
+"""The loss on held-out samples at fixed noise and fixed noise levels, while a run trains.
+
+Promise: a function of the weights, the held-out samples and the noise levels alone, so the same bits in the middle of
+a run, behind a resume and by itself. Every sample is computed alone, without dropout, on noise that no step draws; the
+ranks share the work, and who computes what changes nothing else. The training goes on as if nothing had been: no
+random generator is touched, no mode is left over. Cost: one forward pass a sample and noise level.
+
+The loss is the bare squared error of the velocity, a mean over target tokens and channels: without weights of noise
+levels, masks or sets, so that runs that differ in those can be compared.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mixres.config.config import Config
+from mixres.console import counted, say
+from mixres.data.loader import MicrobatchDataset
+from mixres.data.plan import Microbatch
+from mixres.diffusion.flow_matching import fixed_flow_sample
+from mixres.diffusion.loss import velocity_loss
+from mixres.errors import WorkError
+from mixres.preprocessing.precompute import Encoded, Item
+from mixres.training.distributed import any_rank, gather
+from mixres.training.run_folder import RunFolder
+from mixres.training.setup import Trained
+from mixres.training.step import Objective
+
+# Sides of the squares that resolution bands are named after; a target is in the band whose area is nearest to its own.
+SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+Losses = Mapping[tuple[int, float], float]  # by position of the sample and noise level
+
+
+class HeldOutLoss:
+    """Evaluates a run at step 0, every `evaluate.every` steps and at its end; with 0 there, or no samples, never.
+
+    Each of `sinks` is handed the line of metrics, on the first rank.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        objective: Objective,
+        trained: Trained,
+        encoded: Encoded,
+        run: RunFolder,
+        sinks: Sequence[Callable[[Mapping[str, Any]], None]],
+    ) -> None:
+        self.accelerator, self.objective, self.transformer = accelerator, objective, trained.transformer
+        self.run, self.sinks, self.sigmas = run, sinks, config.evaluate.sigmas
+        self.every, self.last = config.evaluate.every, config.train.max_train_steps
+        self.ema = trained.ema if config.evaluate.use_ema else None
+        self.items = encoded.held_out if self.every else []
+        keys, names = [item.key for item in self.items], [item.record.name for item in self.items]
+        self.samples = MicrobatchDataset(encoded.cache, keys, names, "padded")
+        longest_first = sorted(range(len(keys)), key=lambda i: (-self.items[i].lengths.total, keys[i]))
+        self.passes = list(itertools.product(longest_first, self.sigmas))
+
+    def due(self, step: int) -> bool:
+        """Whether the weights of `step` are to be evaluated."""
+        return bool(self.items) and (step % self.every == 0 or step == self.last)
+
+    def __call__(self, step: int) -> bool:
+        """Evaluate if it is due, on all ranks; False where a rank was asked to stop first: then there is no line.
+
+        Raises:
+            WorkError: a cache entry is damaged or missing.
+        """
+        if not self.due(step):
+            return True
+        losses = self.losses(lambda: any_rank(self.accelerator, self.run.stop_requested))
+        if losses is None:
+            return False
+        if self.run.main:
+            line = metrics_line(losses, self.items)
+            say(report(step, line, len(self.items)))
+            for sink in self.sinks:
+                sink({"step": step, **line})
+        return True
+
+    def losses(self, stopping: Callable[[], bool] = lambda: False) -> Losses | None:
+        """The loss of each sample at each noise level, on all ranks; None once `stopping`, alike on all, says yes."""
+        found: dict[tuple[int, float], float] = {}
+        own = self.share(self.accelerator.process_index, self.accelerator.num_processes)
+        with self._held_still():
+            for position, sigma in counted(own, "evaluate", "pass", enabled=self.run.main):
+                if stopping():
+                    return None
+                found[position, sigma] = self._loss(position, sigma)
+        return {key: loss for part in gather(found) for key, loss in part.items()}
+
+    def share(self, rank: int, ranks: int) -> list[tuple[int, float]]:
+        """What a rank computes: sample and level, one after the other.
+
+        As many for each, since sharded weights are gathered in every pass: one that has none left repeats the last.
+        """
+        end = -(-len(self.passes) // ranks) * ranks
+        return [self.passes[min(k, len(self.passes) - 1)] for k in range(rank, end, ranks)]
+
+    def _loss(self, position: int, sigma: float) -> float:
+        batch = self.samples[Microbatch((position,), (1.0,))]
+        if isinstance(batch, WorkError):
+            raise batch
+        batch = batch.to(self.accelerator.device)
+        flow = fixed_flow_sample(batch, keys=self.samples.keys[position : position + 1], sigma=sigma,
+                                 dtype=self.objective.dtype)  # fmt: skip
+        with self.accelerator.autocast():
+            velocity = self.objective.predict_velocity(self.transformer, batch, flow.noisy_latents, flow.sigmas)
+        return float(velocity_loss(velocity, batch, flow, normalization="sample").total)
+
+    @contextmanager
+    def _held_still(self) -> Iterator[None]:
+        """No gradient, no dropout, and the weights that are to be evaluated; behind it all is as it was."""
+        was_training = self.transformer.training
+        self.transformer.eval()
+        try:
+            with torch.no_grad(), self.ema.averaged() if self.ema else nullcontext():
+                yield
+        finally:
+            self.transformer.train(was_training)
+
+
+def resolution_band(pixels: int) -> int:
+    """The one of `SIDES` whose square is nearest in area, by ratio, to a target of so many pixels."""
+    return max([SIDES[0], *(upper for lower, upper in itertools.pairwise(SIDES) if pixels >= lower * upper)])
+
+
+def metrics_line(losses: Losses, items: Sequence[Item]) -> dict[str, float | None]:
+    """Means over all samples and noise levels, at each noise level, and over each resolution band; None: not finite."""
+    bands = [resolution_band(item.target_size.width * item.target_size.height) for item in items]
+    sigmas = sorted({sigma for _, sigma in losses})
+    groups = {"loss": list(losses)}
+    groups |= {f"sigma_{sigma}": [key for key in losses if key[1] == sigma] for sigma in sigmas}
+    groups |= {f"resolution_{band}": [key for key in losses if bands[key[0]] == band] for band in sorted(set(bands))}
+    means = {name: math.fsum(losses[key] for key in keys) / len(keys) for name, keys in groups.items()}
+    return {f"eval/{name}": mean if math.isfinite(mean) else None for name, mean in means.items()}
+
+
+def report(step: int, line: Mapping[str, float | None], samples: int) -> str:
+    """What a terminal gets of an evaluation."""
+    shown = {name: "not finite" if value is None else f"{value:.4f}" for name, value in line.items()}
+    bands = [f"{loss} at {name.rpartition('_')[2]}" for name, loss in shown.items() if "resolution_" in name]
+    return f"evaluate  step {step}: held-out loss {shown['eval/loss']} ({samples} samples; {', '.join(bands)})"

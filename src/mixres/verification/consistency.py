@@ -1,0 +1,140 @@
+"""How far samples that ride in one batch are from the same samples alone: outputs, and gradients of the training loss.
+
+Promise: every run goes through the objective of training, with the same noise and noise level for a sample however it
+rides. Cost: one forward and one backward a run; outputs and gradients are kept on the CPU.
+
+Measures: an output's error is ||d|| / ||reference|| over all image tokens of a sample, a gradient's is
+||d|| / max(||g||, 1e-6 ||g_all||) for each trainable tensor; both in float64, of each the worst. The floor keeps
+tensors whose gradient is all rounding from deciding.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixres.batch import Batch, Sample
+from mixres.data.collate import collate
+from mixres.geometry import token_count
+from mixres.models.qwen.rope import JointRotary
+from mixres.verification.setup import Workbench
+
+Ride = Literal["alone", "padded", "packed"]
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way of running the samples gave, on the CPU."""
+
+    outputs: list[Tensor]  # of each sample (S, P), in the model's dtype
+    gradients: dict[str, Tensor | None]
+    mask: Tensor | None  # (B, L) bool joint mask of the last forward call, None where nothing was masked
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Worst sample and worst tensor; `unequal` names the tensors that only one of the two runs gives a gradient."""
+
+    forward: float
+    gradient: float
+    unequal: tuple[str, ...]
+
+
+def batches_of(samples: Sequence[Sample], ride: Ride) -> list[Batch]:
+    """The samples alone, one batch each, or all in one batch."""
+    if ride == "alone":
+        return [collate([s], indices=[i], weights=[1.0], layout="padded") for i, s in enumerate(samples)]
+    return [collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=ride)]
+
+
+def run(bench: Workbench, samples: Sequence[Sample], ride: Ride, *, autocast: bool) -> Outcome:
+    """Forward and backward of the step's loss over all samples. No weight changes, no gradient is left behind."""
+    model, parameters = bench.trained.transformer, bench.trained.parameters
+    outputs: list[Tensor] = []
+
+    def predict(model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+        velocity = bench.objective.predict_velocity(model, batch, noisy_latents, sigmas)
+        outputs.extend(_per_sample(velocity.detach().cpu(), batch))
+        return velocity
+
+    objective = replace(bench.objective, predict_velocity=predict)
+    batches = batches_of(samples, ride)
+    divisor = objective.divisor(len(samples), sum(sum(batch.target_lengths) for batch in batches))
+    masks: list[Tensor | None] = []
+    try:
+        for batch in batches:
+            with _recorded_mask(model, masks), bench.accelerator.autocast() if autocast else nullcontext():
+                loss = objective.loss_sum(model, batch.to(bench.accelerator.device), step=0)
+            torch.autograd.backward(loss / divisor)
+        gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None
+    return Outcome(outputs, gradients, masks[-1] if masks else None)
+
+
+def errors(got: Outcome, reference: Outcome) -> Errors:
+    """Of `got` against `reference`, which may be of higher precision."""
+    forward = max(_relative(a, b, 0.0) for a, b in zip(got.outputs, reference.outputs, strict=True))
+    norms = [float(g.double().norm()) for g in reference.gradients.values() if g is not None]
+    floor = _FLOOR * float(torch.tensor(norms, dtype=torch.float64).norm())
+    unequal, worst = [], 0.0
+    for name, b in reference.gradients.items():
+        a = got.gradients[name]
+        if _kind(a) != _kind(b):
+            unequal.append(name)
+        elif a is not None and b is not None:
+            worst = max(worst, _relative(a, b, floor))
+    return Errors(forward, worst, tuple(unequal))
+
+
+@contextmanager
+def in_dtype(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """All `parameters` in a wider dtype for a while; what was rounded before comes back bit for bit."""
+    before = [p.dtype for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, own in zip(parameters, before, strict=True):
+            parameter.data = parameter.data.to(own)
+
+
+def _per_sample(velocity: Tensor, batch: Batch) -> list[Tensor]:
+    lengths = [token_count(grids) for grids in batch.img_shapes]
+    if batch.layout == "packed":
+        return list(torch.split(velocity[:, 0], lengths))
+    return [row[:tokens] for row, tokens in zip(velocity, lengths, strict=True)]
+
+
+def _relative(got: Tensor, reference: Tensor, floor: float) -> float:
+    difference = float((got.double() - reference.double()).norm())
+    scale = max(float(reference.double().norm()), floor)
+    error = difference / scale if scale else difference
+    return error if math.isfinite(error) else math.inf  # a NaN would be lost in the maximum
+
+
+def _kind(gradient: Tensor | None) -> str:
+    return "none" if gradient is None else "some" if bool(gradient.any()) else "zero"
+
+
+@contextmanager
+def _recorded_mask(model: Any, masks: list[Tensor | None]) -> Iterator[None]:
+    """Appends the joint mask that the first block is handed in a forward call, as the patch made it."""
+
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, JointRotary):
+                masks.append(None if value.mask is None else value.mask.detach().cpu().flatten(1))
+
+    handle = model.transformer_blocks[0].register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

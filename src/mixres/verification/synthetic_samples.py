@@ -1,0 +1,96 @@
+"""Random samples with the sizes of real edit data, for measuring without a data set.
+
+Promise: a function of (configuration, count, seed). Sizes are drawn, then go through the same rules as real images, so
+the configuration's limits hold. Cost: one Gaussian draw a sample.
+
+Drawn are: the source's aspect, log-uniform in [1/2, 2]; its area, log-uniform in [1/4, 2] x `max_pixels` (what is over
+is scaled down to it); a control's aspect, the target's own for half of them; the words, 10 to 150 tokens, behind the
+controls' tokens in the text encoder (28 x 28 pixels each). The numbers of controls that the family takes go round.
+"""
+
+import math
+import random
+from dataclasses import replace
+
+import torch
+
+from mixres.batch import Sample
+from mixres.config.config import Config
+from mixres.geometry import Grid, Size, control_area, control_size, target_size, token_grid
+
+_TEXT_PIXELS = 28 * 28
+
+
+def synthetic_samples(
+    config: Config,
+    count: int,
+    *,
+    channels: int,
+    text_width: int,
+    pixels_per_token: int,
+    controls: tuple[int, int] = (1, 1),
+    text_area: int | None = None,
+) -> list[Sample]:
+    """`count` samples in `model.dtype`: latents `(S, channels)`, prompt embeddings `(T, text_width)`.
+
+    `controls`: fewest and most of a sample; `text_area`: pixels of each for the text encoder, None: as for the VAE.
+    """
+    draw = random.Random(config.train.seed)
+    noise = torch.Generator().manual_seed(config.train.seed)
+    dtype = getattr(torch, config.model.dtype)
+    fewest, most = controls
+
+    samples = []
+    for number in range(count):
+        grids = draw_sizes(config, draw, pixels_per_token, controls=fewest + number % (most - fewest + 1))
+        seen = [text_area or grid.tokens * pixels_per_token**2 for grid in grids[1:]]
+        empty = sum(pixels // _TEXT_PIXELS for pixels in seen)
+        text = draw.randint(10, 150) + empty
+        sample = noise_sample(
+            f"synthetic-{number}", grids, text=text, channels=channels, text_width=text_width, dtype=dtype, noise=noise
+        )
+        if config.data.caption_dropout:
+            embeds = _gaussian(max(1, empty), text_width, dtype, noise)
+            sample = replace(sample, empty_embeds=embeds)
+        samples.append(sample)
+    return samples
+
+
+def noise_sample(
+    name: str,
+    grids: tuple[Grid, ...],
+    *,
+    text: int,
+    channels: int,
+    text_width: int,
+    dtype: torch.dtype,
+    noise: torch.Generator,
+) -> Sample:
+    """A sample with these token grids, target first, and `text` text tokens; its values are drawn from `noise`."""
+    target, *controls = (_gaussian(grid.tokens, channels, dtype, noise) for grid in grids)
+    embeds = _gaussian(text, text_width, dtype, noise)
+    return Sample(name, target, tuple(controls), embeds, grids)
+
+
+def _gaussian(rows: int, columns: int, dtype: torch.dtype, noise: torch.Generator) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=noise).to(dtype)
+
+
+def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int, *, controls: int) -> tuple[Grid, ...]:
+    """Token grids of one target and its controls."""
+    rule = config.data.resize.target
+    aspect = 2 ** draw.uniform(-1, 1)
+    pixels = rule.max_pixels * 2 ** draw.uniform(-2, 1)
+    target = target_size(
+        _size(pixels, aspect), max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
+    )
+    area, sizes = control_area(config.data.resize.control.area, target), [target]
+    for _ in range(controls):
+        own = draw.random() < 0.5
+        sizes.append(control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area))
+    return tuple(token_grid(size, pixels_per_token) for size in sizes)
+
+
+def _size(pixels: float, aspect: float) -> Size:
+    width = math.sqrt(pixels * aspect)
+    return Size(max(1, round(width)), max(1, round(width / aspect)))

@@ -1,0 +1,226 @@
+"""Hugging Face data sets that `save_to_disk` has written: their rows are examples, their folder is never left."""
+
+import io
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import skimage.data
+import xxhash
+from PIL import Image
+
+from mixres.data.images import Limits, read_image
+from mixres.data.scan import find_records, scan
+from mixres.errors import UserError
+
+PHOTO = Image.fromarray(skimage.data.chelsea()).resize((90, 60))
+PICTURES = ("path_target", "path_control", "path_control_1", "path_mask")
+
+
+@pytest.fixture(autouse=True)
+def no_bars() -> None:
+    datasets.disable_progress_bars()
+
+
+def png(size: tuple[int, int] = (90, 60), mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    PHOTO.resize(size).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def row(**values: Any) -> dict[str, Any]:
+    return {"path_target": png(), "path_control": png((48, 64)), "prompt": "make it blue"} | values
+
+
+def save(folder: Path, *rows: dict[str, Any], shards: int = 1) -> Path:
+    """Pictures are bytes or None; every column that a row names is one of all."""
+    columns = list(dict.fromkeys(key for values in rows for key in values))
+    kinds = {key: datasets.Image() if key in PICTURES else datasets.Value("string") for key in columns}
+    cells = [
+        {
+            key: {"bytes": values[key], "path": None} if key in PICTURES and values.get(key) else values.get(key)
+            for key in columns
+        }
+        for values in rows
+    ]
+    datasets.Dataset.from_list(cells, features=datasets.Features(kinds)).save_to_disk(folder, num_shards=shards)
+    return folder
+
+
+def scanned(folder: Path, **options: Any) -> tuple[list[Any], list[str]]:
+    records, faults, *_ = scan([str(folder)], limits=Limits(), **options)
+    return records, [str(fault).replace(f"{folder}", "ROOT") for fault in faults]
+
+
+def told(folder: Path) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        find_records(str(folder))
+    return [message.replace(str(folder), "ROOT") for message in caught.value.messages]
+
+
+def test_rows_are_examples_and_their_bytes_those_that_were_saved(tmp_path: Path) -> None:
+    rows = [
+        row(prompt=" 把猫变成蓝色 "),
+        row(path_control_1=png((33, 70)), path_mask=png((90, 60), "L")),
+        row(path_target=png((64, 64)), prompt="third"),
+    ]
+    records, faults = scanned(save(tmp_path / "set", *rows, shards=2))
+    assert faults == []
+    assert [item.record.prompt for item in records] == ["把猫变成蓝色", "make it blue", "third"]
+    assert [item.target_size for item in records] == [(90, 60), (90, 60), (64, 64)]
+    assert [item.control_sizes for item in records] == [((48, 64),), ((48, 64), (33, 70)), ((48, 64),)]
+    assert records[0].record.mask is None
+    assert records[1].record.mask is not None
+    for item, values in zip(records, rows, strict=True):
+        record = item.record
+        pictures = (record.target, *record.controls, *filter(None, [record.mask]))
+        saved = [values[key] for key in PICTURES if values.get(key)]
+        assert [picture.read_bytes() for picture in pictures] == saved
+        (tmp_path / "file.png").write_bytes(saved[0])
+        assert item.digests[0] == xxhash.xxh3_128_hexdigest(saved[0]), "the same key in the cache as the file"
+        assert np.array_equal(read_image(record.target, Limits()), read_image(tmp_path / "file.png", Limits()))
+
+
+def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
+    rows = [
+        row(),
+        row(path_target=png()[:300]),
+        row(path_control=None, path_control_1=png()),
+        row(prompt=""),
+        row(path_mask=png((89, 60), "L")),
+        row(path_control_1=None, path_control=b"<html>"),
+        row(prompt=None),
+    ]
+    records, faults = scanned(save(tmp_path / "set", *rows))
+    assert [item.record.name for item in records] == [f"{tmp_path}/set:0"]
+    empty = "write one, or set data.empty_caption to use_empty or skip"
+    (truncated,) = (fault for fault in faults if fault.startswith("ROOT:1:path_target: is damaged"))
+    assert sorted(set(faults) - {truncated}) == [
+        "ROOT:2: has no 'path_control'; add it",
+        f"ROOT:3: the prompt is empty; {empty}",
+        "ROOT:4:path_mask: the mask is 89x60 pixels, its target 90x60; give it the target's size (belongs to ROOT:4)",
+        "ROOT:5:path_control: is not a picture in a supported format (JPEG, PNG, WEBP, BMP, TIFF, GIF); convert it "
+        "(belongs to ROOT:5)",
+        f"ROOT:6: has no prompt; {empty}",
+    ]
+    assert len(scanned(tmp_path / "set", empty_caption="use_empty")[0]) == 3
+
+
+def test_a_gap_and_a_column_that_nothing_knows(tmp_path: Path) -> None:
+    gap = save(tmp_path / "gap", row(path_control_1=png()) | {"path_control_2": "x"})
+    assert find_records(str(gap))[1] != []
+    typo = save(tmp_path / "typo", row(path_masks="x"))
+    assert told(typo) == [
+        "ROOT: unknown key 'path_masks'; write one of: path_target, path_control, path_control_1, ..., path_mask"
+    ]
+    other = save(tmp_path / "other", {"image": "x", "prompt": "y"})
+    assert told(other) == [
+        "ROOT: has no column 'path_target'; rename one of: image, prompt",
+    ]
+    second = save(tmp_path / "second", {"path_target": png(), "path_control_1": png(), "prompt": "y"})
+    assert told(second) == ["ROOT: has no column 'path_control'; rename one of: path_target, path_control_1, prompt"]
+
+
+def test_rows_without_controls(tmp_path: Path) -> None:
+    """Text to image: no column for controls, or a cell without a picture."""
+    for name, given in (("none", {"path_target": png(), "prompt": "y"}), ("empty", row(path_control=None, prompt="y"))):
+        (item,), faults = scanned(save(tmp_path / name, given))
+        assert (item.record.controls, item.record.prompt, faults) == ((), "y", [])
+
+
+def test_text_is_no_picture_and_a_path_is_not_opened(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 60)).save(tmp_path / "secret.png")
+    secret = str(tmp_path / "secret.png")
+    text = datasets.Dataset.from_list([{"path_target": secret, "path_control": secret, "prompt": "x"}])
+    text.save_to_disk(tmp_path / "text")
+    storage = datasets.Features({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
+    paths = {"path_target": storage, "path_control": storage, "prompt": datasets.Value("string")}
+    cell = {"bytes": None, "path": secret}
+    linked = datasets.Dataset.from_list(
+        [{"path_target": cell, "path_control": cell, "prompt": "x"}], features=datasets.Features(paths)
+    )
+    linked.save_to_disk(tmp_path / "linked")
+    for name, reason in {
+        "text": "is not a picture; cast the column to datasets.Image",
+        "linked": "does not hold the bytes of its picture; save the data set with its pictures in it",
+    }.items():
+        records, faults = find_records(str(tmp_path / name))
+        assert records == []
+        assert [fault.reason for fault in faults] == [f"'path_target' {reason}", f"'path_control' {reason}"]
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "link.arrow", ".."])
+def test_a_file_outside_the_folder_is_not_opened(tmp_path: Path, name: str) -> None:
+    folder, _ = save(tmp_path / "set", row()), save(tmp_path / "other", row())
+    (folder / "link.arrow").symlink_to(tmp_path / "other" / "data-00000-of-00001.arrow")
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"][0]["filename"] = name
+    (folder / "state.json").write_text(json.dumps(state))
+    assert told(folder) == [f"ROOT/state.json: names a file outside its folder: {name}; save it again"]
+
+
+class Payload:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_planted_scripts_and_pickles_are_not_run(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", row())
+    mark = tmp_path / "mark"
+    for name in ("set.py", "dataset.py", "__init__.py"):
+        (folder / name).write_text(f"import os; os.mkdir({str(mark)!r})")
+    for name in ("dataset.pkl", "dataset.pickle", "indices.arrow"):
+        (folder / name).write_bytes(pickle.dumps(Payload(mark)))
+    assert len(scanned(folder)[0]) == 1
+    (folder / "data-00000-of-00001.arrow").write_bytes(pickle.dumps(Payload(mark)))
+    (message,) = told(folder)
+    assert message.startswith("ROOT: the data set cannot be read: ")
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "it would have left its mark"
+
+
+def test_a_data_set_of_splits_names_them(tmp_path: Path) -> None:
+    split = datasets.load_from_disk(str(save(tmp_path / "one", row())))
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "all")
+    assert told(tmp_path / "all") == [
+        "ROOT: holds several data sets; name one or a list of them: ROOT/test, ROOT/train"
+    ]
+    assert len(find_records(str(tmp_path / "all" / "train"))[0]) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"_data_files": [{}]}'])
+def test_a_damaged_state_is_one_line(tmp_path: Path, damage: bytes) -> None:
+    folder = save(tmp_path / "set", row())
+    (folder / "state.json").write_bytes(damage)
+    assert told(folder) == ["ROOT/state.json: cannot be read; save the data set again"]
+
+
+def test_a_truncated_or_missing_arrow_file_is_one_line(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", row())
+    arrow = folder / "data-00000-of-00001.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    (message,) = told(folder)
+    assert message.startswith("ROOT: the data set cannot be read: ")
+    arrow.unlink()
+    (message,) = told(folder)
+    assert message.startswith("ROOT: the data set cannot be read: ")
+
+
+def test_without_the_package_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path / "set", row())
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what Python itself does for a module that must not be found
+    assert told(folder) == [
+        "ROOT: is a Hugging Face data set, and 'datasets' is not installed: pip install 'mixres[datasets]'"
+    ]

@@ -1,0 +1,125 @@
+"""Positions: the stock's for one sample, each sample's own in a batch, none for filler; rotation in fp32 or wider."""
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+from torch import Tensor
+
+from mixres.models.qwen.rope import (
+    FILLER_POSITION,
+    TABLE_HALF,
+    apply_rotary_emb_qwen_batched,
+    as_shape_lists,
+    image_positions,
+    text_positions,
+)
+from support.mixes import patched_model, stock_model
+
+CPU = torch.device("cpu")
+SAMPLES = [[(1, 16, 32)], [(1, 24, 24), (1, 10, 14), (1, 6, 9)], [(1, 7, 5), (1, 1, 1)], [(3, 4, 5)], [(1, 20, 28)]]
+
+
+@pytest.mark.parametrize("shapes", SAMPLES)
+def test_one_sample_gets_the_stock_pair(shapes: list[tuple[int, int, int]]) -> None:
+    stock, patched = stock_model().pos_embed, patched_model().pos_embed
+    forms = ([shapes], [shapes, shapes], shapes, shapes[0]) if len(shapes) == 1 else ([shapes], [shapes, shapes])
+    for form in forms:
+        expected, found = (rope(form, max_txt_seq_len=11, device=CPU) for rope in (stock, patched))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert [x.dtype for x in found] == [torch.complex64] * 2
+    without_device, tensor_length = patched([shapes], None, 11), patched([shapes], CPU, torch.tensor(11))
+    assert torch.equal(without_device[1], found[1]) and torch.equal(tensor_length[1], found[1])
+
+
+def test_each_sample_of_a_batch_gets_the_pair_it_gets_alone_and_filler_gets_zero() -> None:
+    stock, patched = stock_model().pos_embed, patched_model().pos_embed
+    image, text = patched(SAMPLES, max_txt_seq_len=11, device=CPU)
+    for b, shapes in enumerate(SAMPLES):
+        expected = stock([shapes], max_txt_seq_len=11, device=CPU)
+        tokens = len(expected[0])
+        assert torch.equal(image[b, :tokens], expected[0]) and torch.equal(text[b], expected[1])
+        assert not image[b, tokens:].any()
+    assert not torch.equal(text[0], text[1])
+    assert not patched.frequencies(torch.full((2, 3), FILLER_POSITION), CPU).any()
+
+
+def test_positions_are_centred_and_text_starts_behind_the_largest_image() -> None:
+    shapes = [(1, 2, 3), (1, 1, 4)]
+    expected = [[0, r, c] for r in (-1, 0) for c in (-2, -1, 0)] + [[1, -1, c] for c in (-2, -1, 0, 1)]
+    assert image_positions(shapes).tolist() == expected
+    assert text_positions(shapes, 3).tolist() == [[2] * 3, [3] * 3, [4] * 3]
+    assert as_shape_lists([(1, 2, 3), [[1, 2, 3], (1, 4, 5)]]) == [[(1, 2, 3)], [(1, 2, 3), (1, 4, 5)]]
+
+
+def test_text_beyond_the_table_is_refused() -> None:
+    rope = patched_model().pos_embed
+    text = rope([[(1, 4, 4)]], max_txt_seq_len=TABLE_HALF - 2, device=CPU)[1]
+    assert text.shape[0] == TABLE_HALF - 2 and bool(text.abs().min() > 0)
+    with pytest.raises(ValueError, match="the rotary table ends at 4095"):
+        rope([[(1, 4, 4)]], max_txt_seq_len=TABLE_HALF - 1, device=CPU)
+    with pytest.raises(ValueError, match="max_txt_seq_len"):
+        rope([[(1, 4, 4)]], device=CPU)
+
+
+def heads_and_frequencies(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    noise = torch.Generator().manual_seed(0)
+    freqs, _ = patched_model().pos_embed(SAMPLES[:3], max_txt_seq_len=1, device=CPU)
+    return torch.randn(3, freqs.shape[1], 2, 32, generator=noise).to(dtype), freqs
+
+
+def test_rotation_equals_the_stock_one_sample_by_sample() -> None:
+    x, freqs = heads_and_frequencies()
+    batched = apply_rotary_emb_qwen_batched(x, freqs)
+    for b in range(3):
+        assert torch.equal(batched[b : b + 1], apply_rotary_emb_qwen(x[b : b + 1], freqs[b], use_real=False))
+    shared = apply_rotary_emb_qwen_batched(x, freqs[1])
+    assert torch.equal(shared, apply_rotary_emb_qwen(x, freqs[1], use_real=False))
+    assert torch.equal(shared, apply_rotary_emb_qwen_batched(x, freqs[1:2]))
+    across = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(batched, apply_rotary_emb_qwen_batched(across, freqs))
+    with pytest.raises(ValueError, match="do not fit"):
+        apply_rotary_emb_qwen_batched(x, freqs[:2])
+
+
+def test_complex_and_real_forms_agree() -> None:
+    x, freqs = heads_and_frequencies()
+    cos, sin = (part.repeat_interleave(2, dim=-1) for part in (freqs[0].real, freqs[0].imag))
+    real = apply_rotary_emb_qwen(x[:1].transpose(1, 2), (cos, sin), use_real=True).transpose(1, 2)
+    torch.testing.assert_close(apply_rotary_emb_qwen_batched(x[:1], freqs[0]), real, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rotated_in_fp32_and_keeps_its_dtype(dtype: torch.dtype) -> None:
+    x, freqs = heads_and_frequencies(dtype)
+    rotated = apply_rotary_emb_qwen_batched(x, freqs)
+    assert rotated.dtype == dtype
+    assert torch.equal(rotated, apply_rotary_emb_qwen_batched(x.float(), freqs).to(dtype))
+    real, imag = x[0].unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (part.to(dtype)[:, None] for part in (freqs[0].real, freqs[0].imag))
+    in_half = torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1).flatten(-2)
+    assert not torch.equal(rotated[0], in_half)
+
+
+def test_float64_is_rotated_in_float64() -> None:
+    x, freqs = heads_and_frequencies(torch.float64)
+    rotated = apply_rotary_emb_qwen_batched(x, freqs)
+    exact = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * freqs.to(torch.complex128)[:, :, None])
+    assert rotated.dtype == torch.float64
+    assert float((rotated - exact.flatten(-2)).abs().max()) < 1e-14
+    assert float((apply_rotary_emb_qwen_batched(x.float(), freqs) - rotated).abs().max()) > 1e-9
+
+
+def test_score_depends_on_relative_position_only() -> None:
+    rope, noise = patched_model().pos_embed, torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 32, dtype=torch.float64, generator=noise)
+    query_at, key_at = torch.tensor([0, 3, -5]), torch.tensor([2, -4, 7])
+
+    def score(first: Tensor, second: Tensor) -> float:
+        pair = zip((query, key), (first, second), strict=True)
+        turned = [apply_rotary_emb_qwen_batched(x, rope.frequencies(at[None], CPU)) for x, at in pair]
+        return float((turned[0] * turned[1]).sum())
+
+    for shift in ([0, 11, 0], [9, -20, 33], [100, 100, 100]):
+        moved = score(query_at + torch.tensor(shift), key_at + torch.tensor(shift))
+        assert moved == pytest.approx(score(query_at, key_at), rel=1e-4)
+    assert score(query_at, key_at + 1) != pytest.approx(score(query_at, key_at), rel=1e-2)

@@ -1,0 +1,137 @@
+"""What can be wrong with a base, each in a plain sentence and soon; and the fingerprint of its encoders."""
+
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixres.errors import UserError
+from mixres.models.qwen import edit as family
+from mixres.models.registry import family_module
+
+
+@pytest.fixture
+def _empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("_empty_hub_cache")
+@pytest.mark.parametrize("offline", [False, True], ids=["unreachable", "offline"])
+def test_weights_that_cannot_be_had_are_one_sentence_and_soon(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    # Nothing listens there, so the Hub is unreachable on any machine.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        family_module(None, "Qwen/Qwen-Image-Edit")
+    assert time.monotonic() - started < 15
+    (message,) = raised.value.messages
+    what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
+    assert message.startswith(f"model.pretrained_model_name_or_path: {what}")
+    with pytest.raises(
+        UserError, match=r"^model\.pretrained_model_name_or_path: no weights for 'Qwen/Qwen-Image-Edit'"
+    ):
+        family.load_encoders("Qwen/Qwen-Image-Edit", dtype=torch.float32, device="cpu")
+    assert ("HF_HUB_OFFLINE is set" in message) is offline
+    assert ("could not be reached" in message) is not offline
+
+
+@pytest.mark.usefixtures("_empty_hub_cache")
+@pytest.mark.parametrize("path", ["./no/such", "/no/such", "~/no_such_base", "one/two/three"])
+def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
+    with pytest.raises(UserError, match=r"^model\.pretrained_model_name_or_path: there is no folder"):
+        family.load_transformer(path, dtype=torch.float32, device="cpu")
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no model_index\.json"):
+        family_module(None, str(tmp_path))
+
+
+def test_all_missing_components_are_named_at_once(copy_of_base: Path) -> None:
+    shutil.rmtree(copy_of_base / "text_encoder")
+    (copy_of_base / "vae" / "config.json").unlink()
+    with pytest.raises(UserError) as raised:
+        family.load_encoders(str(copy_of_base), dtype=torch.float32, device="cpu")
+    assert len(raised.value.messages) == 2
+    assert "text_encoder is missing" in str(raised.value) and "vae/config.json is missing" in str(raised.value)
+
+
+class _Planted:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.trace}",)
+
+
+LOADERS = {
+    "vae": lambda base: family.load_encoders(base, dtype=torch.float32, device="cpu"),
+    "text_encoder": lambda base: family.load_encoders(base, dtype=torch.float32, device="cpu"),
+    "transformer": lambda base: family.load_transformer(base, dtype=torch.float32, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("component", LOADERS)
+def test_pickled_weights_are_refused_unread(copy_of_base: Path, tmp_path: Path, component: str) -> None:
+    (weights,) = (copy_of_base / component).glob("*.safetensors")
+    name = "pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin"
+    trace = tmp_path / "trace"
+    weights.with_name(name).write_bytes(pickle.dumps(_Planted(trace)))
+    LOADERS[component](str(copy_of_base))  # beside safetensors a pickle is left alone
+    weights.unlink()
+    with pytest.raises(UserError, match=rf"pickled weights \({name}\), which are never opened"):
+        LOADERS[component](str(copy_of_base))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("component", LOADERS)
+def test_truncated_weights_are_named(copy_of_base: Path, component: str) -> None:
+    (weights,) = (copy_of_base / component).glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"^model\.pretrained_model_name_or_path: .* cannot be loaded"):
+        LOADERS[component](str(copy_of_base))
+
+
+def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_path: Path) -> None:
+    memo = tmp_path / "cache" / "memo.json"
+    base = str(copy_of_base)
+    first = family.encoder_fingerprint(base)
+    assert len(first) == 32
+    assert family.encoder_fingerprint(base, memo=memo) == first
+    assert family.encoder_fingerprint(base, memo=memo) == first
+    (copy_of_base / "transformer" / "config.json").write_text("{}")
+    (copy_of_base / "vae" / "notes.md").write_text("not read by any loader")
+    assert family.encoder_fingerprint(base, memo=memo) == first
+
+    seen = {first}
+    for component in ("vae", "text_encoder", "tokenizer", "processor"):
+        for file in sorted((copy_of_base / component).iterdir()):
+            if file.suffix == ".md":
+                continue
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+            changed = family.encoder_fingerprint(base, memo=memo)
+            assert changed == family.encoder_fingerprint(base)
+            assert changed not in seen, file
+            seen.add(changed)
+
+
+def test_fingerprint_reads_weights_once(copy_of_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memo = tmp_path / "memo.json"
+    memo.write_text("not JSON")
+    first = family.encoder_fingerprint(str(copy_of_base), memo=memo)
+
+    def refuse(file: Path) -> str:
+        raise AssertionError(f"{file} read again")
+
+    monkeypatch.setattr("mixres.models.hub.file_digest", refuse)
+    assert family.encoder_fingerprint(str(copy_of_base), memo=memo) == first

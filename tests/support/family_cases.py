@@ -1,0 +1,92 @@
+"""The table of families that every suite goes through: a new family adds a row, and its tiny base."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from PIL import Image
+
+from mixres.models.qwen import edit as qwen_image_edit, edit_plus as qwen_image_edit_plus, image as qwen_image
+from mixres.models.qwen.processor import load_processor
+
+PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
+
+INTERFACE = (  # what docs/adding_a_model.md describes
+    "pixels_per_token",
+    "flow_shift",
+    "encoder_fingerprint",
+    "control_areas",
+    "example_fault",
+    "load_preprocessors",
+    "vae_sizes",
+    "text_tokens",
+    "vae_controls",
+    "text_controls",
+    "load_encoders",
+    "encode_prompt",
+    "encode",
+    "load_transformer",
+    "transformer_skeleton",
+    "untrained_modules",
+    "predict_velocity",
+    "load_sampling_pipeline",
+    "sample_image",
+)
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One family, or one kind of base of it."""
+
+    family: str
+    pipeline_class: type[DiffusionPipeline]
+    controls: tuple[int, ...]  # how many control images the samples of a mixed batch have
+    areas: dict[str, int] = field(default_factory=dict)  # small enough for a CPU
+    zero_cond_t: bool = False
+
+    @property
+    def module(self) -> ModuleType:
+        modules = {
+            "qwen_image": qwen_image,
+            "qwen_image_edit": qwen_image_edit,
+            "qwen_image_edit_plus": qwen_image_edit_plus,
+        }
+        return modules[self.family]
+
+    def call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        """How the stock pipeline takes the control images."""
+        return {0: {}, 1: {"image": controls[0] if controls else None}}.get(max(self.controls), {"image": [*controls]})
+
+    def stock_areas(self, areas: dict[str, int]) -> AbstractContextManager[None]:
+        """Within it the stock pipeline gives its controls these areas."""
+        if "text_area" in areas:
+            return qwen_image_edit_plus.control_areas_set(**areas)
+        return qwen_image_edit.control_area_set(areas["control_area"]) if areas else nullcontext()
+
+    def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
+        """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
+        processor = {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
+        pipeline = self.pipeline_class.from_pretrained(base, **processor, dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def overrides(self) -> list[str]:
+        """The areas as configuration, over that of another family."""
+        if not self.areas:
+            return ["data.resize.control.area=1048576"]
+        keys = {"control_area": "area", "text_area": "text_area"}
+        return [f"data.resize.control.{keys[name]}={value}" for name, value in self.areas.items()]
+
+
+_PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
+CASES = {
+    "qwen_image": FamilyCase("qwen_image", QwenImagePipeline, (0, 0, 0)),
+    "qwen_image_edit": FamilyCase("qwen_image_edit", QwenImageEditPipeline, (1, 1, 1), {"control_area": 112 * 112}),
+    "qwen_image_edit_plus": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS),
+    "zero_cond_t": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS, zero_cond_t=True),
+}

@@ -1,0 +1,153 @@
+"""Real runs of `train.py` on the small data set, for the tests that start, stop and kill them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mixres.training.sample_sheets import HeldOutSampler
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PYTHON = (sys.executable,)
+ACCELERATE = (str(BIN / "accelerate"), "launch", "--config_file", "configs/accelerate/single.yaml")
+LORA = "pytorch_lora_weights.safetensors"
+COMMON = ("sample.every=0", "checkpoint.every=2", "data.held_out=null", "optimizer.init_args.lr=2e-3")
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
+    """What `stock_process.py` is told of the pictures that the sampler makes."""
+    config = sampler.config
+    return [
+        {
+            "controls": [str(path) for path in item.record.controls],
+            "prompt": item.record.prompt,
+            "width": item.target_size.width,
+            "height": item.target_size.height,
+            "steps": config.sample.steps,
+            "seed": config.train.seed,
+        }
+        for item in sampler.items
+    ]
+
+
+class Jobs:
+    """Commands over one data set and one filled cache; each run has a folder of its own under `root`."""
+
+    def __init__(self, file: Path, cache: Path, root: Path) -> None:
+        self.file, self.cache, self.root = file, cache, root
+
+    def words(self, run: str, *overrides: str) -> list[str]:
+        folders = (f"cache.cache_dir={self.cache}", f"logging.output_dir={self.root / run}")
+        return ["--config", str(self.file), *folders, *COMMON, *overrides]
+
+    def __call__(
+        self, run: str, *overrides: str, launcher: Sequence[str] = PYTHON, before: str = "", code: int = 0
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run to the end; `before` is shell text, such as limits that the process gets."""
+        command = [*launcher, "train.py", *self.words(run, *overrides)]
+        if before:
+            command = ["bash", "-c", f'{before}; exec "$@"', "bash", *command]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == code, done.stderr[-3000:]
+        return done
+
+    @contextmanager
+    def started(
+        self, run: str, *overrides: str, launcher: Sequence[str] = PYTHON, extra: dict[str, str] | None = None
+    ) -> Iterator["subprocess.Popen[str]"]:
+        """A run in a session of its own; whatever is left of it in the end is killed."""
+        with (
+            (self.root / f"{run}.out").open("a") as out,
+            subprocess.Popen(
+                [*launcher, "train.py", *self.words(run, *overrides)],
+                cwd=REPOSITORY, env=environment() | (extra or {}), stdout=out, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True,
+            ) as process,
+        ):  # fmt: skip
+            try:
+                yield process
+            finally:
+                kill_all(self.root / run)
+
+    def output(self, run: str) -> str:
+        return (self.root / f"{run}.out").read_text()
+
+
+def processes(folder: Path) -> list[int]:
+    """Every process whose command line names the run folder: launchers, ranks and their loader workers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"logging.output_dir={folder}".encode() in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def kill_all(folder: Path) -> None:
+    while pids := processes(folder):
+        for pid in pids:
+            send(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """To a process that may be gone by now."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def children(pid: int) -> list[int]:
+    """Direct children, oldest first."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "run_status.json").read_text())
+    return values
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines without what a clock put in."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def wait_for_steps(folder: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    """Until `count` steps are in the metrics."""
+    while len(metrics(folder)) < count:
+        assert process.poll() is None, "it ended before"
+        time.sleep(0.01)
+
+
+def wait_until_ended(folder: Path, seconds: float) -> dict[str, Any]:
+    """The status after every process of the run is gone."""
+    end = time.monotonic() + seconds
+    while processes(folder):
+        assert time.monotonic() < end, f"still there: {processes(folder)}"
+        time.sleep(0.05)
+    return status(folder)

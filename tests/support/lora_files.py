@@ -1,0 +1,35 @@
+"""LoRA files whose adapters do something, without a run that trains them."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mixres.config.config import load_config
+from mixres.models.lora import add_lora, trainable_parameters
+from mixres.models.lora_file import FILE_NAME, lora_file
+from mixres.preprocessing.precompute import family_of
+from mixres.training.setup import recipe
+
+
+def write_lora(folder: Path, base: Path, *overrides: str, dtype: str = "float32") -> Path:
+    """`FILE_NAME` in `folder`, of adapters on `base` whose B is not zero and whose magnitudes are not the base's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.yaml"
+    file.write_text(
+        f"model: {{pretrained_model_name_or_path: {base}, lora: {{r: 4, lora_alpha: 6}}}}\ndata: {{train: x}}"
+    )
+    config = load_config(file, [f"model.dtype={dtype}", *overrides])
+    family: ModuleType = family_of(config)
+    transformer = family.load_transformer(str(base), dtype=getattr(torch, dtype), device="cpu")
+    assert config.model.lora
+    settings: dict[str, Any] = config.model.lora.model_dump()
+    add_lora(transformer, **settings, untrained=family.untrained_modules(transformer), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainable_parameters(transformer).items():
+        noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data * noise.exp() if "magnitude" in name else parameter.data + noise
+    path = folder / FILE_NAME
+    path.write_bytes(lora_file(trainable_parameters(transformer), transformer, recipe(config, family, 7)))
+    return path

@@ -1,0 +1,150 @@
+"""Samples, models and recorded steps for the tests of this folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixres.batch import Batch, Sample
+from mixres.data.collate import collate
+from mixres.data.plan import Layout, Lengths
+from mixres.diffusion.flow_matching import NoiseLevels
+from mixres.geometry import Grid
+from mixres.models.lora import add_lora, trainable_parameters
+from mixres.models.qwen import edit as family
+from mixres.training.step import Objective, StepResult, run_step
+
+CHANNELS, TEXT_WIDTH = 64, 64
+LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
+NORMALIZATIONS = ("sample", "token")
+TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+]
+SAMPLES = [  # grids of target and controls, text tokens
+    ((Grid(1, 6, 9), Grid(1, 4, 4)), 9),
+    ((Grid(1, 8, 5),), 4),
+    ((Grid(1, 3, 4), Grid(1, 7, 6), Grid(1, 2, 5)), 13),
+    ((Grid(1, 10, 6), Grid(1, 6, 10)), 6),
+    ((Grid(1, 2, 2), Grid(1, 2, 2)), 1),
+    ((Grid(1, 7, 7),), 11),
+]
+WHOLE = ((0, 1, 2, 3, 4, 5),)
+ALONE = ((0,), (1,), (2,), (3,), (4,), (5,))
+SPLITS = {
+    "whole": WHOLE,
+    "alone": ALONE,
+    "other_order": ((5, 2, 0, 4, 1, 3),),
+    "pairs": ((3, 0), (1, 5), (4, 2)),
+    "uneven": ((4,), (5, 3, 1, 0), (2,)),
+    "filler": ((1, 2, 3), (-1 - 4,), (0, 4, 5), (-1 - 0,)),  # -1 - i: sample i with weight 0
+}
+
+
+def make_sample(index: int) -> Sample:
+    shapes, text = SAMPLES[index]
+    draw = torch.Generator().manual_seed(index)
+    latents = [torch.randn(grid.tokens, CHANNELS, generator=draw) for grid in shapes]
+    mask = torch.rand(shapes[0].tokens, generator=draw).square() if index % 2 else None
+    prompt = torch.randn(text, TEXT_WIDTH, generator=draw)
+    return Sample(f"training_images/{index}.png", latents[0], tuple(latents[1:]), prompt, shapes, mask)
+
+
+def microbatch(indices: Sequence[int], layout: Layout = "padded") -> Batch:
+    real = [i if i >= 0 else -1 - i for i in indices]
+    weights = [1.0 if i >= 0 else 0.0 for i in indices]
+    return collate([make_sample(i) for i in real], indices=real, weights=weights, layout=layout)
+
+
+def microbatches(split: Sequence[Sequence[int]], layout: Layout) -> list[Batch]:
+    return [microbatch(indices, layout) for indices in split]
+
+
+def divisor_of(objective: Objective) -> int:
+    return objective.divisor(len(SAMPLES), sum(shapes[0].tokens for shapes, _ in SAMPLES))
+
+
+def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
+    """Adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
+    model = family.load_transformer(str(base), dtype=dtype, device="cpu")
+    untrained = family.untrained_modules(model)
+    add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=TARGETS, untrained=untrained, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.05)
+    return model
+
+
+def lengths_of(index: int) -> Lengths:
+    shapes, text = SAMPLES[index]
+    return Lengths(text, sum(grid.tokens for grid in shapes), shapes[0].tokens)
+
+
+def objective_of(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
+    return kind(
+        predict_velocity=family.predict_velocity,
+        levels=NoiseLevels(weighting="cosmap"),
+        shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
+        normalization=normalization,
+        foreground=3.0,
+        background=0.5,
+        seed=11,
+        dtype=dtype,
+    )
+
+
+class Recorder(torch.optim.SGD):
+    """In place of an update: keeps the gradients that one would see."""
+
+    gradients: dict[str, Tensor | None]
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.names = parameters
+        super().__init__(parameters.values(), lr=0.0)
+
+    def step(self, closure: Any = None) -> None:
+        self.gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.names.items()}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    result: StepResult
+    gradients: dict[str, Tensor | None]
+
+
+def record(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], divisor: int | None = None
+) -> Recorded:
+    optimizer = Recorder(trainable_parameters(model))
+    result = run_step(
+        accelerator,
+        model,
+        optimizer,
+        LambdaLR(optimizer, lambda step: 1.0),
+        objective,
+        iter(batches),
+        count=len(batches),
+        step=5,
+        divisor=divisor or divisor_of(objective),
+        max_grad_norm=1e9,
+    )
+    return Recorded(result, optimizer.gradients)
+
+
+def gradient_error(measured: Recorded, reference: Recorded) -> float:
+    """Largest ||d|| / max(||g||, 1e-6 ||g_all||); the same parameters have none, or zeros."""
+
+    def vanished(recorded: Recorded) -> set[str]:
+        return {name for name, g in recorded.gradients.items() if g is None or not g.any()}
+
+    assert vanished(measured) == vanished(reference) == set()
+    pairs = [(measured.gradients[name], g) for name, g in reference.gradients.items()]
+    whole = torch.stack([g.norm() for _, g in pairs if g is not None]).norm()
+    return max(float((a - g).norm() / torch.maximum(g.norm(), 1e-6 * whole)) for a, g in pairs if a is not None)

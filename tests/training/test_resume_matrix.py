@@ -1,0 +1,114 @@
+"""A run saved anywhere goes on to the same bits, with any number of loader processes: state, result and metrics."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixres.training.checkpoint import Checkpoint, Checkpoints
+from support.jobs import LORA, PYTHON, REPOSITORY, Jobs, environment, metrics, torchrun
+
+LAST = 7  # three steps an epoch, the third one short
+SAVED = {"in the middle of an epoch": 2, "at its end": 3, "after it": 4, "at the last step": LAST}
+DROPOUT = ("model.lora.lora_dropout=0.2",)
+DOUBLE = ("model.dtype=float64",)
+MANY = """
+import json, sys
+from mixres.cli import main
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0, arguments
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Matrix(Jobs):
+    """Many runs one after the other in one process (or one for each rank): a start costs more than so short a run."""
+
+    def many(self, runs: Sequence[tuple[str, tuple[str, ...]]], ranks: int) -> None:
+        program = self.root / "many.py"
+        program.write_text(MANY)
+        common = (f"train.max_train_steps={LAST}", "checkpoint.every=1", "checkpoint.keep=99")
+        arguments = [self.words(run, *common, *words) for run, words in runs]
+        launcher = PYTHON if ranks == 1 else torchrun(ranks)
+        done = subprocess.run(
+            [*launcher, str(program), json.dumps(arguments)],
+            cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def saved_at(self, reference: str, step: int, run: str) -> None:
+        """The reference's folder as it was after `step`."""
+        folder = self.root / run
+        shutil.copytree(self.root / reference, folder, symlinks=True)
+        shutil.rmtree(folder / "transformer", ignore_errors=True)
+        (folder / LORA).unlink(missing_ok=True)
+        (folder / "run_status.json").unlink()
+        for path in (folder / "checkpoints").glob("step-*"):
+            if path.name != f"step-{step:08d}":
+                shutil.rmtree(path)
+
+
+def newest(folder: Path) -> Checkpoint:
+    found = Checkpoints(folder / "checkpoints", keep=2).newest_valid()
+    assert found is not None
+    assert found.step == LAST
+    return found
+
+
+def bits(folder: Path) -> dict[str, Any]:
+    """Everything a run leaves, but for what names its folder and its number of workers."""
+    checkpoint = newest(folder)
+    files = [folder / LORA, *checkpoint.path.glob("*.safetensors")]
+    return {
+        **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "state": {key: value for key, value in checkpoint.state.items() if key != "config"},
+        "metrics": metrics(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def matrix(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(small_run, small_cache, tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.mark.parametrize("parallel", ["1 rank", "2 ranks", "2 ranks, sharded"])
+def test_the_same_bits_wherever_it_was_saved_and_with_any_workers(matrix: Matrix, parallel: str) -> None:
+    ranks = 1 if parallel == "1 rank" else 2
+    words = (*DROPOUT, *(("train.parallel=fsdp2",) if "sharded" in parallel else ()))
+    reference = f"reference {parallel}"
+    matrix.many([(reference, (*words, "data.num_workers=0"))], ranks)
+    cases = [(f"{reference} {where} {workers}", step, workers) for where, step in SAVED.items() for workers in (0, 2)]
+    for run, step, _ in cases:
+        matrix.saved_at(reference, step, run)
+    matrix.many([(run, (*words, f"data.num_workers={workers}")) for run, _, workers in cases], ranks)
+    whole = bits(matrix.root / reference)
+    assert len([name for name in whole if name.startswith("trainable")]) == (2 if "sharded" in parallel else 1)
+    for run, _, _ in cases:
+        assert bits(matrix.root / run) == whole, run
+
+
+def state_of(folder: Path) -> torch.Tensor:
+    checkpoint = newest(folder)
+    groups = [checkpoint.tensors(group) for group in ("trainable", "optimizer")]
+    return torch.cat([group[name].flatten().double() for group in groups for name in sorted(group)])
+
+
+@pytest.mark.parametrize("words", [(), ("train.parallel=fsdp2", "model.lora=null")], ids=["lora", "all, sharded"])
+def test_another_number_of_ranks_goes_on_to_the_same_numbers(
+    matrix: Matrix, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    kind = "all" if words else "lora"
+    for ranks in (1, 2):
+        matrix.many([(f"{kind} on {ranks}", (*DOUBLE, *words))], ranks)
+    for saved_by, read_by in ((1, 2), (2, 1)):
+        run = f"{kind} {saved_by} to {read_by}"
+        matrix.saved_at(f"{kind} on {saved_by}", 4, run)
+        matrix.many([(run, (*DOUBLE, *words))], read_by)
+        ours, theirs = state_of(matrix.root / run), state_of(matrix.root / f"{kind} on {saved_by}")
+        assert float((ours - theirs).norm() / theirs.norm()) <= 1e-10

@@ -1,0 +1,293 @@
+"""The run folder: one writer, a status that tells how the run ended, signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixres.errors import Stopped, UserError, WorkError
+from mixres.training import run_folder
+from mixres.training.run_folder import STATUS, RunFolder
+
+
+def open_run(folder: Path, *, rank: int = 0) -> RunFolder:
+    return RunFolder(folder, verb="train", max_train_steps=10, rank=rank)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / STATUS).read_text())
+    return values
+
+
+def test_the_status_tells_who_runs_and_how_far(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    with open_run(folder) as held:
+        assert held.main
+        first = status(folder)
+        expected = {"state": "running", "exit_code": None, "reason": None, "verb": "train", "step": 0}
+        assert expected.items() <= first.items()
+        assert (first["host"], first["pid"], first["max_train_steps"]) == (socket.gethostname(), os.getpid(), 10)
+        held.update(step=7)
+        assert status(folder)["step"] == 7
+        assert status(folder)["updated"] > first["updated"]
+        assert status(folder)["started"] == first["started"]
+    assert {"state": "done", "exit_code": 0, "reason": None, "step": 7}.items() <= status(folder).items()
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (Stopped("saved"), "preempted", 75),
+        (UserError(["a: wrong", "b: wrong"]), "refused", 2),
+        (WorkError("not finite"), "failed", 1),
+        (RuntimeError("a bug"), "failed", 1),
+        (KeyError(), "failed", 1),
+    ],
+)
+def test_the_status_tells_how_a_run_ended(tmp_path: Path, error: Exception, state: str, code: int) -> None:
+    with pytest.raises(type(error)), open_run(tmp_path):
+        raise error
+    ended = status(tmp_path)
+    assert (ended["state"], ended["exit_code"], ended["reason"]) == (state, code, str(error) or repr(error))
+
+
+def fail_at(held: RunFolder, step: int) -> None:
+    held.stop_between_steps()
+    held.update(step=step)
+    raise WorkError("no")
+
+
+def test_a_child_that_dies_while_the_end_is_written_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's loader raises from the signal of a dead worker, be it in the middle of a write."""
+
+    def told(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    def fail(held: RunFolder) -> None:
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: (os.kill(os.getpid(), signal.SIGCHLD), fsync(file)))
+        raise WorkError("no")
+
+    before = signal.signal(signal.SIGCHLD, told)
+    try:
+        with pytest.raises(WorkError), open_run(tmp_path) as held:
+            fail(held)
+        assert signal.getsignal(signal.SIGCHLD) is told
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("failed", 1)
+
+
+def refuse(held: RunFolder) -> None:
+    held.update(step=0)
+    raise UserError("no")
+
+
+def test_was_done_is_about_the_last_run_that_trained(tmp_path: Path) -> None:
+    with open_run(tmp_path) as first:
+        assert not first.was_done(0)
+        first.update(step=10)
+    with open_run(tmp_path) as second:
+        assert second.was_done(10)
+        assert not second.was_done(9)
+        second.update(step=10)
+    for _ in range(2):
+        with pytest.raises(UserError), open_run(tmp_path) as refused:
+            refuse(refused)
+    with open_run(tmp_path) as again:
+        assert again.was_done(10), "what was refused has changed nothing"
+        again.update(step=10)
+    with pytest.raises(WorkError), open_run(tmp_path) as third:
+        fail_at(third, 10)
+    with open_run(tmp_path) as fourth:
+        assert not fourth.was_done(10)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"state": "done"}'])
+def test_a_status_that_cannot_be_read_stops_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / STATUS).write_text(text)
+    with open_run(tmp_path) as held:
+        assert not held.was_done(0)
+
+
+def test_other_ranks_neither_lock_nor_write(tmp_path: Path) -> None:
+    with open_run(tmp_path, rank=1) as other:
+        other.update(step=3)
+    assert list(tmp_path.iterdir()) == []
+    with open_run(tmp_path), open_run(tmp_path, rank=1):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mixres.training.run import RunFolder
+with RunFolder(Path(sys.argv[1]), verb="train", max_train_steps=10, rank=0) as run:
+    if sys.argv[2] == "between":
+        run_folder.stop_between_steps()
+    print("held", flush=True)
+    for _ in range(600):
+        time.sleep(0.05)
+        if run_folder.stop_requested:
+            print("asked to stop", flush=True)
+"""
+
+
+def holder(folder: Path, mode: str = "between") -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_by_pid_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.2)
+    with holder(tmp_path) as process:
+        before = (tmp_path / STATUS).read_bytes()
+        with pytest.raises(UserError) as caught, open_run(tmp_path):
+            pass
+        process.kill()
+    (message,) = caught.value.messages
+    assert f"in use by process {process.pid} on {socket.gethostname()}" in message
+    assert message.startswith(f"logging.output_dir: {tmp_path}")
+    assert (tmp_path / STATUS).read_bytes() == before, "a refused writer leaves the status alone"
+    with open_run(tmp_path):  # a killed holder holds nothing
+        assert status(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_writer_waits_for_one_that_is_stopping_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with holder(tmp_path) as process:
+        threading.Timer(3, process.kill).start()
+        start = time.monotonic()
+        with open_run(tmp_path):
+            assert time.monotonic() - start > 1.3
+    who = f"process {process.pid} on {socket.gethostname()}"
+    assert capsys.readouterr().out == f"waiting   up to 40 s for {who}, which writes to {tmp_path}\n"
+
+
+def test_the_wait_outlasts_what_a_stopping_run_may_take() -> None:
+    assert run_folder._LOCK_WAIT_S == 40
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_steps_asks_and_the_old_handlers_come_back(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with open_run(tmp_path) as held:
+        held.stop_between_steps()
+        assert not held.stop_requested
+        os.kill(os.getpid(), number)
+        assert held.stop_requested
+    assert signal.getsignal(number) == before
+
+
+def signal_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    raise AssertionError("not reached")
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="before the first step"), open_run(tmp_path):
+        signal_this_process()
+    assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("preempted", 75)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once_and_touches_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asked to stop\n"
+        before = (tmp_path / STATUS).read_bytes()
+        time.sleep(run_folder._ONE_REQUEST_S)
+        process.send_signal(number)
+        assert process.wait(timeout=10) == code
+    assert (tmp_path / STATUS).read_bytes() == before
+    assert status(tmp_path)["state"] == "running"
+
+
+def test_a_signal_that_a_launcher_sends_on_is_no_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_ONE_REQUEST_S", 3600)
+    with open_run(tmp_path) as held:
+        held.stop_between_steps()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert held.stop_requested
+
+
+def test_sigusr1_asks_and_is_never_a_second_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_ONE_REQUEST_S", 0)
+    with open_run(tmp_path) as held:
+        held.stop_between_steps()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert held.stop_requested
+
+
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, *sys.argv[1:]])
+time.sleep(600)
+"""
+
+
+def read_line(path: Path, line: str) -> None:
+    """Wait until the file has the line."""
+    for _ in range(1000):
+        if path.exists() and line in path.read_text().splitlines():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} never said {line!r}")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_the_death_of_a_launcher_asks_its_processes_to_stop(tmp_path: Path, launched: bool) -> None:
+    """And that of a shell does not: `nohup python train.py &` outlives its terminal."""
+    said = tmp_path / "said"
+    program = tmp_path / "holder.py"
+    program.write_text(f"import sys\nsys.stdout = open({str(said)!r}, 'w', buffering=1)\n{HOLDER}")
+    environment = {key: value for key, value in os.environ.items() if key not in run_folder.LAUNCHERS}
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(program), str(tmp_path / "run"), "between"],
+        env=environment | ({"TORCHELASTIC_RUN_ID": "none"} if launched else {}),
+    ) as launcher:
+        read_line(said, "held")
+        launcher.kill()
+    pid = status(tmp_path / "run")["pid"]
+    if launched:
+        read_line(said, "asked to stop")
+    else:
+        time.sleep(0.5)
+        assert said.read_text().splitlines() == ["held"]
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_run(tmp_path / "run") as held:
+        (tmp_path / "run").rename(tmp_path / "gone")
+        held.update(step=3)
+        (tmp_path / "gone").rename(tmp_path / "run")
+    assert len(caplog.messages) == 1
+    assert "run_status.json could not be written: No such file or directory" in caplog.messages[0]
+    assert status(tmp_path / "run")["step"] == 3
+
+
+def test_a_folder_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"logging.output_dir: .*/file/run cannot be written: Not a directory"):
+        open_run(tmp_path / "file" / "run").__enter__()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,355 @@
+"""The parts of a run, put together from a configuration."""
+
+import gc
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mixres import __version__
+from mixres.config.config import Config, load_config
+from mixres.data.rounding import MOST, rounded, rounding_of
+from mixres.errors import UserError
+from mixres.geometry import Grid
+from mixres.models.blocks import repeated_blocks
+from mixres.models.qwen import edit as family
+from mixres.preprocessing.precompute import Encoded, encode_all
+from mixres.training.distributed import make_accelerator
+from mixres.training.setup import check_early, frozen_of, load_trained, loader_of, objective_of, plan_of, recipe
+
+
+class Setup:
+    """Configurations over the session's cache."""
+
+    def __init__(self, file: Path, cache: Path) -> None:
+        self.file, self.cache = file, cache
+
+    def __call__(self, *overrides: str) -> Config:
+        common = [f"cache.cache_dir={self.cache}", "logging.output_dir=/nowhere"]
+        return load_config(self.file, [*common, *overrides])
+
+
+@pytest.fixture(scope="module")
+def setup(small_run: Path, small_cache: Path) -> Setup:
+    return Setup(small_run, small_cache)
+
+
+@pytest.fixture(scope="module")
+def encoded(setup: Setup) -> Encoded:
+    return encode_all(setup(), family, device=torch.device("cpu"))
+
+
+def accelerator(folder: Path) -> object:
+    AcceleratorState._reset_state(True)
+    return make_accelerator(mixed_precision="no", report_to="none", folder=folder)
+
+
+def test_what_is_wrong_with_optimizer_and_targets_is_told_together(setup: Setup) -> None:
+    config = setup("optimizer.init_args={lr: 1e-3, speed: 2, beta: 3}", "model.lora.target_modules=[to_q, to_x, to_y]")
+    with pytest.raises(UserError) as caught:
+        check_early(config, family)
+    starts = [message.partition(" ")[0] for message in caught.value.messages]
+    expected = ["optimizer.init_args.speed:", "optimizer.init_args.beta:", *["model.lora.target_modules:"] * 2]
+    assert starts == expected
+    check_early(setup(), family)
+    check_early(setup("model.lora=null"), family)
+    with pytest.raises(UserError) as caught:
+        check_early(setup("model.lora.pretrained_weight=/nowhere", "optimizer.init_args={speed: 2}"), family)
+    starts = [message.partition(" ")[0] for message in caught.value.messages]
+    assert starts == ["optimizer.init_args.speed:", "model.lora.pretrained_weight:"]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, 2, False])
+def test_the_trained_parameters_are_the_optimizers_in_order(
+    setup: Setup, tmp_path: Path, lora: bool, checkpointing: bool | int
+) -> None:
+    words = [f"train.gradient_checkpointing={str(checkpointing).lower()}", *([] if lora else ["model.lora=null"])]
+    trained = load_trained(setup(*words), family, accelerator(tmp_path))
+    assert trained.transformer.training
+    assert trained.transformer.is_gradient_checkpointing == bool(checkpointing)
+    held = trained.optimizer.param_groups[0]["params"]
+    assert [id(p) for p in held] == [id(p) for p in trained.parameters.values()]
+    assert [name for name, p in trained.transformer.named_parameters() if p.requires_grad] == list(trained.parameters)
+    assert len(trained.table) == (8 if lora else 0)
+    assert trained.optimizer.param_groups[0]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize(("checkpointing", "calls"), [("true", [2, 2]), ("2", [2, 1]), ("false", [1, 1])])
+def test_those_blocks_are_recomputed_that_were_asked_for(
+    setup: Setup, encoded: Encoded, tmp_path: Path, checkpointing: str, calls: list[int]
+) -> None:
+    config = setup(f"train.gradient_checkpointing={checkpointing}")
+    transformer = load_trained(config, family, accelerator(tmp_path)).transformer
+    found = [0] * len(calls)
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            found[index] += 1
+
+        return hook
+
+    for index, block in enumerate(repeated_blocks(transformer)):
+        block.register_forward_pre_hook(count(index))
+    batch = next(loader_of(config, encoded, plan_of(config, encoded, world_size=1), rank=0, first=0, workers=0))
+    objective_of(config, family).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
+    assert found == calls
+
+
+def test_the_average_has_the_decay_that_was_asked_for(setup: Setup, tmp_path: Path) -> None:
+    """After two updates: at most 2 / 11 of the first one's weights stay, see `training/ema.py`."""
+    assert load_trained(setup(), family, accelerator(tmp_path)).ema is None
+    for decay, kept in ((0.05, 0.05), (0.9, 2 / 11)):
+        trained = load_trained(setup(f"train.ema_decay={decay}"), family, accelerator(tmp_path))
+        assert trained.ema is not None
+        (name, parameter), *_ = trained.parameters.items()
+        weights = []
+        for _ in range(2):
+            for each in trained.parameters.values():
+                each.grad = torch.ones_like(each)
+            trained.optimizer.step()
+            weights.append(parameter.detach().clone())
+        with trained.ema.averaged():
+            moved = (parameter.detach() - weights[1]).norm() / (weights[0] - weights[1]).norm()
+        assert float(moved) == pytest.approx(kept, rel=1e-3), name
+
+
+def test_no_encoder_lives_beside_the_transformer(setup: Setup, tmp_path: Path) -> None:
+    gc.collect()
+    kind = Qwen2_5_VLForConditionalGeneration
+    before = {id(thing) for thing in gc.get_objects() if type(thing) is kind}
+    config = setup(f"cache.cache_dir={tmp_path}")
+    encode_all(config, family, device=torch.device("cpu"))
+    assert list(tmp_path.glob("??/*.safetensors"))
+    load_trained(config, family, accelerator(tmp_path))
+    assert {id(thing) for thing in gc.get_objects() if type(thing) is kind} <= before
+
+
+def test_the_loader_gives_what_the_plan_says(setup: Setup, encoded: Encoded) -> None:
+    config = setup()
+    plan = plan_of(config, encoded, world_size=1)
+    loader = loader_of(config, encoded, plan, rank=0, first=2, workers=0)
+    for step in range(2, config.train.max_train_steps):
+        for microbatch in plan.step(step).ranks[0]:
+            batch = next(loader)
+            assert batch.indices == microbatch.indices
+            assert batch.names == tuple(encoded.train[i].record.name for i in microbatch.indices)
+            assert batch.tokens == sum(encoded.train[i].lengths.total for i in microbatch.indices)
+            assert batch.tokens_computed <= config.batch.max_tokens
+    assert next(loader, None) is None
+
+
+def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup, encoded: Encoded) -> None:
+    """The data here have four image lengths, which would stay; so they are said to be longer than they are."""
+    entries = [item.entry for item in encoded.train]
+    longer = [e._replace(img_shapes=(*e.img_shapes, Grid(1, 1, 1 + 9 * n))) for n, e in enumerate(entries)]
+    items = [replace(item, entry=entry) for item, entry in zip(encoded.train, longer, strict=True)]
+    many = Encoded(encoded.cache, items, [])
+    rounding = rounding_of([item.lengths for item in items])
+    assert rounding.image > 1
+    found = {}
+    for compiled in (False, True):
+        config = setup("batch.layout=padded", f"train.compile={str(compiled).lower()}")
+        plan = plan_of(config, many, world_size=1)
+        loader = loader_of(config, many, plan, rank=0, first=0, workers=0)
+        batches = [next(loader) for step in range(5) for _ in plan.step(step).ranks[0]]
+        found[compiled] = {batch.latents.shape[1] for batch in batches}
+        counted = {rounded(item.lengths.image, rounding.image if compiled else 1) for item in items}
+        assert {int(length) for length in plan.lengths[:, 1]} == counted
+    assert len(found[True]) <= len(counted) <= MOST
+    assert all(length % rounding.image == 0 for length in found[True])
+    assert any(length % rounding.image for length in found[False])
+
+
+def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:
+    objective = objective_of(setup("train.seed=5", "loss.normalization=token"), family)
+    assert dict(objective.shift_constants) == {
+        "base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
+    }  # fmt: skip
+    assert (objective.seed, objective.dtype, objective.divisor(4, 100)) == (5, torch.float32, 100)
+    assert objective_of(setup("model.dtype=float64"), family).dtype == torch.float64
+
+
+def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]:
+    config = setup(*overrides)
+    own, regular = ([x.key for x in encoded.train if x.regularization == which] for which in (False, True))
+    order = plan_of(config, encoded, world_size=1).order_hash([item.key for item in encoded.train])
+    return {**frozen_of(config, own, regular), "order": order}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("train.seed=1", {"train.seed", "order"}),
+        ("batch.samples_per_step=3", {"batch.samples_per_step", "order"}),
+        ("model.lora.r=8", {"model.lora.r"}),
+        ("model.lora.lora_alpha=8", {"model.lora.lora_alpha"}),
+        ("model.lora.target_modules=to_q", {"model.lora.target_modules"}),
+        ("model.lora.use_dora=true", {"model.lora.use_dora"}),
+        ("model.lora.pretrained_weight=earlier", {"model.lora.pretrained_weight"}),
+        ("model.lora.lora_dropout=0.5", set()),
+        ("optimizer.class_path=torch.optim.SGD", {"optimizer.class_path"}),
+        ("model.lora=null", {f"model.lora.{name}" for name in ("r", "lora_alpha", "target_modules", "use_dora")}),
+        ("train.ema_decay=0.9", {"train.ema_decay"}),
+        ("sample.steps=3", set()),
+        ("model.dtype=bfloat16", {"model.dtype"}),
+        ("model.quantize=int8", {"model.quantize"}),
+        ("optimizer.init_args.lr=1", set()),
+        ("train.max_train_steps=99", set()),
+        ("batch.max_tokens=400", set()),
+        ("batch.layout=padded", set()),
+        ("data.num_workers=1", set()),
+        ("checkpoint.keep=5", set()),
+    ],
+)
+def test_frozen_values_are_those_that_make_it_another_run(
+    setup: Setup, encoded: Encoded, override: str, changed: set[str]
+) -> None:
+    before, after = frozen(setup, encoded), frozen(setup, encoded, override)
+    assert {key for key in before if before[key] != after[key]} == changed
+
+
+def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded: Encoded) -> None:
+    items = [replace(item, entry=item.entry._replace(empty_tokens=3)) for item in encoded.train]
+    with_empty = Encoded(encoded.cache, items, encoded.held_out)
+    before, after = (frozen(setup, with_empty, f"data.caption_dropout={p}") for p in (0.0, 0.1))
+    assert {key for key in before if before[key] != after[key]} == {"data.caption_dropout"}
+
+
+def test_a_base_on_the_hub_is_known_by_its_commit(
+    setup: Setup, encoded: Encoded, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its branch may be at another one when the run goes on, or when the LoRA is sampled."""
+    commit, repository = "fedcba9876543210fedcba9876543210fedcba98", tmp_path / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(tiny_base)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for revision in ("null", "main", commit):
+        config = setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}")
+        assert frozen_of(config, [], [])["model.revision"] == recipe(config, family, 5)["revision"] == commit
+
+
+@pytest.fixture(scope="module")
+def regularised(encoded: Encoded) -> Encoded:
+    """The last three of the training samples as a regularisation set."""
+    items = [replace(item, regularization=i >= len(encoded.train) - 3) for i, item in enumerate(encoded.train)]
+    return Encoded(encoded.cache, items, encoded.held_out)
+
+
+REGULAR = ("data.regularization=regular", "loss.prior_loss_weight=0.25")
+
+
+def test_regularisation_samples_are_drawn_as_all_others_and_carry_their_weight(
+    setup: Setup, encoded: Encoded, regularised: Encoded
+) -> None:
+    config, count = setup(*REGULAR), len(encoded.train)
+    plan, plain = plan_of(config, regularised, world_size=1), plan_of(setup(), encoded, world_size=1)
+    epoch = [plan.step(step) for step in range(plan.steps_per_epoch)]
+    assert sorted(i for step in epoch for i in step.indices) == list(range(count))
+    for step in epoch:
+        assert (step.indices, step.samples) == (plain.step(step.step).indices, plain.step(step.step).samples)
+    loader = loader_of(config, regularised, plan, rank=0, first=0, workers=0)
+    for step in epoch:
+        for _ in step.ranks[0]:
+            batch = next(loader)
+            assert batch.sample_weights == tuple(0.25 if i >= count - 3 else 1.0 for i in batch.indices)
+
+
+def test_without_samples_of_its_own_a_run_is_refused(setup: Setup, encoded: Encoded) -> None:
+    only = Encoded(encoded.cache, [replace(item, regularization=True) for item in encoded.train], [])
+    with pytest.raises(UserError, match=r"data.train: there is no usable sample"):
+        plan_of(setup(), only, world_size=1)
+
+
+def test_another_regularisation_set_is_another_run_and_another_weight_is_not(
+    setup: Setup, encoded: Encoded, regularised: Encoded
+) -> None:
+    before = frozen(setup, regularised, *REGULAR)
+    assert frozen(setup, regularised, REGULAR[0]) == before
+    fewer = frozen(setup, Encoded(encoded.cache, regularised.train[:-1], []), *REGULAR)
+    assert {key for key in before if before[key] != fewer[key]} == {"data.regularization", "order"}
+    assert frozen(setup, encoded)["data.regularization"] is None
+    moved = {key for key in before if before[key] != frozen(setup, encoded)[key]}
+    assert moved == {"data.train", "data.regularization"}
+
+
+LOSS_SETTINGS = {
+    "default": (),
+    "uniform": ("flow.density=uniform",),
+    "mode": ("flow.density=mode",),
+    "mode_scale": ("flow.density=mode", "flow.mode_scale=-0.9"),
+    "logit_mean": ("flow.logit_mean=0.5",),
+    "logit_std": ("flow.logit_std=0.5",),
+    "no_shift": ("flow.shift=none",),
+    "constant": ("flow.shift=constant",),
+    "shift_value": ("flow.shift=constant", "flow.shift_value=2"),
+    "sigma_sqrt": ("loss.weighting=sigma_sqrt",),
+    "cosmap": ("loss.weighting=cosmap",),
+    "token": ("loss.normalization=token",),
+    "foreground": ("data.mask_weight.foreground=5",),
+    "background": ("data.mask_weight.background=3",),
+    "seed": ("train.seed=1",),
+    "prior_loss_weight": REGULAR,
+}
+
+
+def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularised: Encoded, tmp_path: Path) -> None:
+    """The loss of one batch, real model, objective and loader: each setting by itself is another number."""
+    transformer = load_trained(setup(), family, accelerator(tmp_path)).transformer
+    losses = {}
+    for name, words in LOSS_SETTINGS.items():
+        config = setup("batch.samples_per_step=10", "batch.max_tokens=99999", *words)
+        plan = plan_of(config, regularised, world_size=1)
+        batch = next(loader_of(config, regularised, plan, rank=0, first=0, workers=0))
+        half = torch.arange(len(batch.edit_mask)) % 2
+        masked = replace(batch, edit_mask=half.float(), has_mask=(True,) * 10)
+        objective = objective_of(config, family)
+        with torch.no_grad():
+            total = objective.loss_sum(transformer, masked, 0)
+        losses[name] = float(total) / objective.divisor(10, sum(batch.target_lengths))
+    ordered = sorted(losses.values())
+    assert min(b / a for a, b in itertools.pairwise(ordered)) > 1 + 1e-4, losses
+
+
+def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:
+    fewer = Encoded(encoded.cache, encoded.train[1:], encoded.held_out)
+    without_held_out = Encoded(encoded.cache, encoded.train, [])
+    before = frozen(setup, encoded)
+    after = frozen(setup, fewer)
+    assert {key for key in before if before[key] != after[key]} == {"data.train", "order"}
+    assert frozen(setup, without_held_out) == before
+
+
+def test_a_plan_without_samples_or_room_is_refused(setup: Setup, encoded: Encoded) -> None:
+    with pytest.raises(UserError, match="no usable sample"):
+        plan_of(setup(), Encoded(encoded.cache, [], []), world_size=1)
+    with pytest.raises(UserError, match=r"over batch\.max_tokens = 50") as caught:
+        plan_of(setup("batch.max_tokens=50"), encoded, world_size=1)
+    assert len(caught.value.messages) == sum(item.lengths.total > 50 for item in encoded.train)
+
+
+def test_the_recipe_is_what_sampling_needs(setup: Setup, tiny_base: Path) -> None:
+    values = recipe(setup(), family, 5)
+    assert values == {
+        "format": 1,
+        "mixres": __version__,
+        "family": "qwen_image_edit",
+        "base": str(tiny_base),
+        "revision": None,
+        "quantize": None,
+        "background": "white",
+        "r": 4,
+        "lora_alpha": 4.0,
+        "use_dora": False,
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"],
+        "control_area": 4096,
+        "step": 5,
+    }

@@ -1,0 +1,392 @@
+"""The loss on held-out samples: what it is, what it does not depend on, and that training goes on untouched."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from mixres.config.config import Config, load_config
+from mixres.data.cache import Cache
+from mixres.errors import Stopped, WorkError
+from mixres.geometry import Size
+from mixres.models.lora import fill_adapters
+from mixres.models.qwen import edit as family
+from mixres.preprocessing.precompute import Encoded, encode_all
+from mixres.training.checkpoint import Checkpoints
+from mixres.training.distributed import make_accelerator
+from mixres.training.ema import Ema
+from mixres.training.resume import restore_run
+from mixres.training.run_folder import RunFolder
+from mixres.training.setup import Trained, load_trained, objective_of
+from mixres.training.step import Objective
+from mixres.training.trainer import train
+from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
+from support.jobs import metrics
+
+STEPS, EVALUATED = 5, [0, 2, 4, 5]
+SIGMAS = (0.2, 0.7)
+WORDS = ("evaluate.every=2", "evaluate.sigmas=[0.2, 0.7]", "model.lora.lora_dropout=0.3", "sample.every=0")
+
+
+@pytest.fixture(scope="module")
+def config(small_run: Path, small_cache: Path) -> Config:
+    return load_config(small_run, [f"cache.cache_dir={small_cache}", "logging.output_dir=/nowhere", *WORDS])
+
+
+@pytest.fixture(scope="module")
+def encoded(config: Config) -> Encoded:
+    return encode_all(config, family, device=torch.device("cpu"))
+
+
+def new_accelerator(folder: Path) -> Accelerator:
+    AcceleratorState._reset_state(True)
+    return make_accelerator(mixed_precision="no", report_to="none", folder=folder)
+
+
+@pytest.fixture(scope="module")
+def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
+    return new_accelerator(tmp_path_factory.mktemp("accelerator"))
+
+
+@pytest.fixture(scope="module")
+def trained(config: Config, accelerator: Accelerator) -> Trained:
+    """With adapters that do something, dropout before them, in training mode."""
+    made = load_trained(config, family, accelerator)
+    fill_adapters(made.parameters, seed=0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def objective(config: Config) -> Objective:
+    return objective_of(config, family)
+
+
+Make = Callable[..., HeldOutLoss]
+
+
+@pytest.fixture
+def make(
+    config: Config, accelerator: Accelerator, objective: Objective, trained: Trained, encoded: Encoded, tmp_path: Path
+) -> Make:
+    """The evaluation of a run, of which each part may be another one."""
+
+    def made(**other: Any) -> HeldOutLoss:
+        parts: dict[str, Any] = {
+            "config": config, "accelerator": accelerator, "objective": objective, "trained": trained,
+            "encoded": encoded, "run": RunFolder(tmp_path, verb="train", max_train_steps=STEPS, rank=0), "sinks": (),
+        }  # fmt: skip
+        return HeldOutLoss(**parts | other)
+
+    return made
+
+
+def losses_of(evaluation: HeldOutLoss) -> dict[tuple[str, float], float]:
+    """By key of the sample."""
+    found = evaluation.losses()
+    assert found is not None
+    return {(evaluation.items[position].key, sigma): loss for (position, sigma), loss in found.items()}
+
+
+# --- What it is
+
+
+def test_it_is_the_velocity_error_of_each_sample_at_each_level(make: Make, trained: Trained, encoded: Encoded) -> None:
+    """Noise, interpolant and error once more by hand, through the stock call for one sample."""
+    found = losses_of(make())
+    assert len(found) == len(encoded.held_out) * len(SIGMAS) == 6
+    trained.transformer.eval()
+    for item in encoded.held_out:
+        sample = encoded.cache.read(item.key)
+        clean = sample.target_latents.float()
+        for sigma in SIGMAS:
+            seed = xxhash.xxh3_64_intdigest(f"{item.key} {sigma}".encode())
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+            tokens = torch.cat([(1 - sigma) * clean + sigma * noise, *sample.control_latents])
+            with torch.no_grad():
+                (velocity,) = trained.transformer(
+                    hidden_states=tokens[None],
+                    timestep=torch.tensor([sigma]),
+                    encoder_hidden_states=sample.prompt_embeds[None],
+                    encoder_hidden_states_mask=None,
+                    img_shapes=[[tuple(grid) for grid in sample.img_shapes]],
+                    return_dict=False,
+                )
+            error = (velocity[0, : len(clean)] - (noise - clean)).square().mean()
+            assert found[item.key, sigma] == pytest.approx(float(error), rel=1e-5)
+    trained.transformer.train()
+    assert len(set(found.values())) == 6
+
+
+def test_the_line_holds_means_over_all_levels_and_bands(encoded: Encoded) -> None:
+    sizes = [Size(128, 128), Size(1024, 768), Size(1184, 880)]
+    items = [replace(item, target_size=size) for item, size in zip(encoded.held_out, sizes, strict=True)]
+    losses = {(i, sigma): 10.0 * i + sigma for i in range(3) for sigma in (0.25, 0.75)}
+    line = metrics_line(losses, items)
+    assert line == {
+        "eval/loss": 10.5,
+        "eval/sigma_0.25": 10.25,
+        "eval/sigma_0.75": 10.75,
+        "eval/resolution_128": 0.5,
+        "eval/resolution_1024": 15.5,
+    }
+    assert report(250, line, 3) == (
+        "evaluate  step 250: held-out loss 10.5000 (3 samples; 0.5000 at 128, 15.5000 at 1024)"
+    )
+    broken = metrics_line(losses | {(0, 0.25): math.nan}, items)
+    assert json.loads(json.dumps(broken, allow_nan=False))["eval/loss"] is None
+    assert (broken["eval/resolution_128"], broken["eval/resolution_1024"]) == (None, 15.5)
+    assert "held-out loss not finite" in report(250, broken, 3)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "band"),
+    [
+        (16, 16, 128), (128, 128, 128), (192, 128, 192), (176, 128, 128), (512, 512, 512), (640, 432, 512),
+        (1024, 768, 1024), (1008, 768, 768), (1024, 1024, 1024), (1184, 880, 1024), (2896, 352, 1024),
+        (1536, 1008, 1024), (1536, 1024, 1536), (4096, 4096, 2048),
+    ],
+)  # fmt: skip
+def test_bands_have_the_nearest_square(width: int, height: int, band: int) -> None:
+    assert resolution_band(width * height) == band
+    ratios = {side: abs(math.log(width * height / side**2)) for side in SIDES}
+    assert ratios[band] == pytest.approx(min(ratios.values()))
+
+
+# --- What it does not depend on
+
+
+def test_the_same_bits_whatever_the_training_does(
+    make: Make, config: Config, objective: Objective, trained: Trained, encoded: Encoded
+) -> None:
+    """Seed, step, dropout, losses' weights, order and number of the samples, and calls before it."""
+    reference = losses_of(make())
+    torch.manual_seed(99)
+    assert losses_of(make()) == reference
+    other = replace(objective, seed=7, normalization="token", foreground=9.0, background=0.1,
+                    levels=replace(objective.levels, weighting="cosmap", shift="none", density="uniform"))  # fmt: skip
+    assert losses_of(make(objective=other)) == reference
+    trained.transformer.eval()
+    assert losses_of(make()) == reference
+    trained.transformer.train()
+    turned = Encoded(encoded.cache, encoded.train[1:], encoded.held_out[::-1])
+    assert losses_of(make(encoded=turned)) == reference
+    fewer = losses_of(make(encoded=Encoded(encoded.cache, encoded.train, encoded.held_out[1:])))
+    assert fewer == {key: reference[key] for key in fewer}
+    assert len(fewer) == 4
+    evaluate = config.evaluate.model_copy(update={"sigmas": (0.7, 0.5)})
+    levels = losses_of(make(config=config.model_copy(update={"evaluate": evaluate})))
+    assert {key: loss for key, loss in levels.items() if key[1] == 0.7} == {
+        key: loss for key, loss in reference.items() if key[1] == 0.7
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 100])
+def test_the_ranks_share_all_passes_and_have_equally_many(make: Make, ranks: int) -> None:
+    evaluation = make()
+    shares = [evaluation.share(rank, ranks) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {math.ceil(6 / ranks)}
+    assert {one for share in shares for one in share} == {(i, sigma) for i in range(3) for sigma in SIGMAS}
+    tokens = [evaluation.items[i].lengths.total for i, _ in shares[0]]
+    assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
+
+
+def test_the_weights_decide(make: Make, trained: Trained) -> None:
+    reference = losses_of(make())
+    name = next(name for name in trained.parameters if "lora_B" in name)
+    before = trained.parameters[name].detach().clone()
+    with torch.no_grad():
+        trained.parameters[name].mul_(1.5)
+    changed = losses_of(make())
+    with torch.no_grad():
+        trained.parameters[name].copy_(before)
+    assert all(changed[key] != loss for key, loss in reference.items())
+    assert losses_of(make()) == reference
+
+
+def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: Trained) -> None:
+    optimizer = torch.optim.SGD(trained.parameters.values(), lr=1.0)
+    ema = Ema(optimizer, 0.9)
+    before = {name: parameter.detach().clone() for name, parameter in trained.parameters.items()}
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        for parameter in trained.parameters.values():
+            parameter.grad = 0.05 * torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    kept = replace(trained, ema=ema)
+    asked = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"use_ema": True})})
+    plain, averaged = losses_of(make(trained=kept)), losses_of(make(trained=kept, config=asked))
+    assert all(plain[key] != averaged[key] for key in plain)
+    with ema.averaged():
+        assert losses_of(make(trained=kept)) == averaged
+    assert losses_of(make(trained=kept)) == plain, "the weights are back"
+    with torch.no_grad():
+        for name, parameter in trained.parameters.items():
+            parameter.copy_(before[name])
+
+
+def test_training_is_left_as_it_was(make: Make, trained: Trained, encoded: Encoded, tmp_path: Path) -> None:
+    def state() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), [module.training for module in trained.transformer.modules()]
+
+    weights = {name: tensor.clone() for name, tensor in trained.transformer.state_dict().items()}
+    before = state()
+    assert any(module.p > 0 for module in trained.transformer.modules() if isinstance(module, torch.nn.Dropout))
+    losses_of(make())
+    assert state() == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.transformer.state_dict().items())
+    assert all(parameter.grad is None for parameter in trained.parameters.values())
+    gone = Encoded(Cache(shutil.copytree(encoded.cache.root, tmp_path / "cache")), encoded.train, encoded.held_out)
+    for item in encoded.held_out:
+        next(gone.cache.root.glob(f"??/{item.key}*")).unlink()
+    with pytest.raises(WorkError, match="run the same command again"):
+        make(encoded=gone).losses()
+    assert state() == before, "behind an error too"
+
+
+# --- When it is computed
+
+
+def test_without_samples_or_interval_there_is_none(make: Make, config: Config, encoded: Encoded) -> None:
+    lines: list[Any] = []
+    never = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every": 0})})
+    for evaluation in (
+        make(config=never, sinks=(lines.append,)),
+        make(encoded=Encoded(encoded.cache, encoded.train, []), sinks=(lines.append,)),
+    ):
+        assert all(evaluation(step) for step in range(STEPS + 1))
+    assert lines == []
+
+
+def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = list[Any](), list[Any]()
+    evaluation = make(sinks=(first.append, second.append))
+    assert [step for step in range(STEPS + 1) if evaluation.due(step)] == EVALUATED
+    assert evaluation(1) and evaluation(2)
+    assert first == second
+    assert [line["step"] for line in first] == [2]
+    assert set(first[0]) == {"step", "eval/loss", "eval/sigma_0.2", "eval/sigma_0.7", *bands_of(evaluation)}
+    assert capsys.readouterr().out.startswith("evaluate  step 2: held-out loss ")
+    evaluation.run.stop_requested = True
+    assert evaluation(3), "nothing was due, so nothing was stopped"
+    assert not evaluation(4)
+    assert [line["step"] for line in first] == [2]
+    assert evaluation.transformer.training
+
+
+def bands_of(evaluation: HeldOutLoss) -> set[str]:
+    areas = (item.target_size.width * item.target_size.height for item in evaluation.items)
+    return {f"eval/resolution_{resolution_band(area)}" for area in areas}
+
+
+class Run:
+    """Runs of five steps that save each of them, every one in a folder of its own."""
+
+    def __init__(self, file: Path, cache: Path, root: Path) -> None:
+        self.file, self.cache, self.root = file, cache, root
+
+    def config(self, name: str, *overrides: str) -> Config:
+        folders = (f"cache.cache_dir={self.cache}", f"logging.output_dir={self.root / name}")
+        saving = (f"train.max_train_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=9")
+        return load_config(self.file, [*folders, *saving, *WORDS, *overrides])
+
+    def __call__(self, name: str, *overrides: str) -> Path:
+        AcceleratorState._reset_state(True)
+        train(self.config(name, *overrides))
+        return self.root / name
+
+    def copy_at(self, step: int, name: str) -> Path:
+        """The whole run's folder as it was behind `step`, but for lines that were written later."""
+        folder = shutil.copytree(self.root / "whole", self.root / name, symlinks=True)
+        for path in [*folder.glob("*.safetensors"), folder / "run_status.json"]:
+            path.unlink()
+        for path in (folder / "checkpoints").glob("step-*"):
+            if int(path.name.partition("-")[2]) > step:
+                shutil.rmtree(path)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def run(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    runs = Run(small_run, small_cache, tmp_path_factory.mktemp("runs"))
+    runs("whole")
+    return runs
+
+
+def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
+    found = {line["step"]: line for line in metrics(folder) if "eval/loss" in line}
+    assert not any("loss" in line for line in found.values())
+    return found
+
+
+def test_a_run_is_evaluated_before_its_first_step_at_each_interval_and_at_its_end(run: Run) -> None:
+    lines = metrics(run.root / "whole")
+    steps = [(line["step"], "eval/loss" in line) for line in lines]
+    assert steps == [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False),
+                     (5, True)]  # fmt: skip
+    assert len({line["eval/loss"] for line in evaluations(run.root / "whole").values()}) == 4
+
+
+def test_it_leaves_no_trace_in_the_training(run: Run) -> None:
+    plain = run("plain", "evaluate.every=0")
+    whole = run.root / "whole"
+    assert [line for line in metrics(whole) if "loss" in line] == metrics(plain)
+    last = f"checkpoints/step-{STEPS:08d}/trainable.safetensors"
+    assert (plain / last).read_bytes() == (whole / last).read_bytes()
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_resumed_run_writes_the_same_lines_each_once(run: Run, step: int) -> None:
+    run.copy_at(step, f"from {step}")
+    folder = run(f"from {step}")
+    assert metrics(folder) == metrics(run.root / "whole")
+
+
+def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the middle of the second evaluation, behind a step that would not be saved otherwise."""
+    passes, loss = [], HeldOutLoss._loss
+
+    def interrupted(self: HeldOutLoss, position: int, sigma: float) -> float:
+        passes.append((position, sigma))
+        if len(passes) == 6 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, position, sigma)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOutLoss, "_loss", interrupted)
+        with pytest.raises(Stopped, match="after step 2, which is saved"):
+            run("stopped", "checkpoint.every=4")
+    folder = run.root / "stopped"
+    assert len(passes) == 6 + 3
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000002"]
+    assert sorted(evaluations(folder)) == [0]
+    assert metrics(run("stopped", "checkpoint.every=4")) == metrics(run.root / "whole")
+
+
+def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Run, make: Make) -> None:
+    lines = evaluations(run.root / "whole")
+    for step in (2, 4):
+        folder = run.copy_at(step, f"saved {step}")
+        config = run.config(f"saved {step}")
+        accelerator = new_accelerator(folder)
+        trained = load_trained(config, family, accelerator)
+        checkpoint = Checkpoints(folder / "checkpoints", keep=9).newest_valid()
+        assert checkpoint is not None and checkpoint.step == step
+        restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
+        evaluation = make(config=config, accelerator=accelerator, trained=trained)
+        losses = evaluation.losses()
+        assert losses is not None
+        assert {"step": step, **metrics_line(losses, evaluation.items)} == lines[step]

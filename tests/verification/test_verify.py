@@ -1,0 +1,288 @@
+"""`verify` passes on the real thing, fails on planted bugs, and counts nothing as passed that it could not judge."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import QwenImageTransformer2DModel
+from PIL import Image
+
+from mixres import cli
+from mixres.batch import Batch
+from mixres.config.config import load_config
+from mixres.data.cache import CacheEntry
+from mixres.data.records import EditRecord
+from mixres.errors import UserError
+from mixres.geometry import Grid, Size
+from mixres.models import qwen_multi_resolution_patch as patch
+from mixres.models.qwen import packed
+from mixres.models.qwen.rope import MultiResolutionRope
+from mixres.models.qwen_multi_resolution_patch import PatchState, patch_qwen_model_for_multi_resolution, patch_state
+from mixres.preprocessing.precompute import Item
+from mixres.training import step as step_module
+from mixres.verification import consistency, verify as verify_module
+from mixres.verification.batch_diagram import COLOURS, padded_segments, runs, token_layout
+from mixres.verification.consistency import Outcome, batches_of, errors
+from mixres.verification.synthetic_samples import synthetic_samples
+from mixres.verification.verify import most_different
+
+Verify = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def verify(small_run: Path, small_cache: Path, tmp_path: Path) -> Verify:
+    """The verb through the command line; its exit code and its report."""
+
+    def run(*overrides: str) -> tuple[int, dict[str, Any]]:
+        AcceleratorState._reset_state(True)
+        words = ["verify", "--config", str(small_run), f"cache.cache_dir={small_cache}"]
+        code = cli.main([*words, f"logging.output_dir={tmp_path / 'run'}", *overrides])
+        report = tmp_path / "run" / "reports" / "verify.json"
+        return code, json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+
+    return run
+
+
+def test_the_real_thing_passes_and_only_reports_are_written(
+    verify: Verify, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report = verify()
+    assert (code, report["passed"], report["whole"]) == (0, True, True)
+    assert {"mixres", "torch", "diffusers", "transformers", "accelerate", "peft"} == set(report["versions"])
+    assert report["patch"] == {"processors": 2, "blocks": 2, "positions": True}
+    assert (report["lora"]["r"], report["lora"]["lora_alpha"], report["lora"]["as_configured"]) == (4, 4.0, True)
+    assert [(case["layout"], case["dtype"]) for case in report["cases"]] == [
+        ("padded", "float32"),
+        ("packed", "float32"),
+    ]
+    for case in report["cases"]:
+        assert set(case) == {"layout", "dtype", "samples", "forward", "gradient", "bar", "passed", "reason"}
+        assert case["samples"] == len(report["samples"]) >= 3
+        assert case["bar"] == {"forward": 1e-6, "gradient": 1e-5}
+        assert 0 < case["forward"] <= 1e-6 and 0 < case["gradient"] <= 1e-5
+        assert case["passed"] is True
+    files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {"reports/verify.json", "reports/verify.png"}
+    output = capsys.readouterr().out
+    assert "2 of 2 attention processors and the positions are those of mixres" in output
+    assert output.count("  passed") == 2
+    with Image.open(tmp_path / "run" / "reports" / "verify.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or ()}
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS.values()} <= colours
+
+
+PRECISIONS = {
+    "autocast": (("train.mixed_precision=bf16", "train.gradient_checkpointing=true"), "float32, autocast bf16"),
+    "bfloat16": (("model.dtype=bfloat16", "train.mixed_precision=bf16"), "bfloat16"),
+    "all_weights": (("model.dtype=bfloat16", "train.mixed_precision=bf16", "model.lora=null"), "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "label"), PRECISIONS.values(), ids=PRECISIONS)
+def test_lower_precision_is_held_against_float32(verify: Verify, overrides: tuple[str, ...], label: str) -> None:
+    code, report = verify(*overrides)
+    assert code == 0
+    assert [case["dtype"] for case in report["cases"]] == ["float32"] * 2 + [label] * 2
+    for case in report["cases"][2:]:
+        assert 1e-4 < case["forward"] <= case["bar"]["forward"] < 0.3
+        assert 1e-3 < case["gradient"] <= case["bar"]["gradient"] < 1
+
+
+def test_float64(verify: Verify) -> None:
+    code, report = verify("model.dtype=float64", "loss.normalization=token")
+    assert code == 0
+    assert [case["dtype"] for case in report["cases"]] == ["float64"] * 2
+    assert max(case["gradient"] for case in report["cases"]) < 1e-12
+
+
+def sample_0_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = MultiResolutionRope.padded_frequencies
+
+    def shared(self: Any, shapes: Any, *rest: Any) -> Any:
+        return stock(self, [shapes[0]] * len(shapes), *rest)
+
+    monkeypatch.setattr(MultiResolutionRope, "padded_frequencies", shared)
+
+
+def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch, "joint_mask", lambda *arguments: None)
+
+
+def image_mask_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = patch.joint_mask
+    monkeypatch.setattr(patch, "joint_mask", lambda text, *rest: stock(None, *rest))
+
+
+def sample_0_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = packed.expand_rows
+    monkeypatch.setattr(packed, "expand_rows", lambda rows, runs: stock(rows, tuple((0, n) for _, n in runs)))
+
+
+def batch_size_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = step_module.velocity_loss
+
+    def scaled(velocity: torch.Tensor, batch: Batch, *rest: Any, **named: Any) -> Any:
+        found = stock(velocity, batch, *rest, **named)
+        return type(found)(found.total * (1 + 1e-4 * (len(batch.names) > 1)), found.count)
+
+    monkeypatch.setattr(step_module, "velocity_loss", scaled)
+
+
+BUGS = {
+    "sample_0_positions": (sample_0_positions, {"padded"}, ("forward", "gradient")),
+    "no_mask": (no_mask, {"padded"}, ("forward", "gradient")),
+    "image_mask_only": (image_mask_only, {"padded"}, ("forward", "gradient")),
+    "sample_0_timestep": (sample_0_timestep, {"packed"}, ("forward", "gradient")),
+    "batch_size_in_the_loss": (batch_size_in_the_loss, {"padded", "packed"}, ("gradient",)),
+}
+
+
+@pytest.mark.parametrize(("plant", "layouts", "measures"), BUGS.values(), ids=BUGS)
+def test_a_planted_bug_fails_after_all_is_written(
+    verify: Verify,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    layouts: set[str],
+    measures: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    plant(monkeypatch)
+    code, report = verify()
+    assert (code, report["passed"]) == (1, False)
+    assert {case["layout"] for case in report["cases"] if not case["passed"]} == layouts
+    for case in report["cases"]:
+        over = tuple(name for name in ("forward", "gradient") if case[name] > case["bar"][name])
+        assert over == (measures if case["layout"] in layouts else ())
+    assert (tmp_path / "run" / "reports" / "verify.png").exists()
+    captured = capsys.readouterr()
+    (message,) = captured.err.splitlines()[-1:]
+    assert message.startswith("mixres: error: verify failed: a batch differs from its samples alone: ")
+    assert captured.out.count("FAILED") == len(layouts)
+
+
+def test_what_does_not_fit_is_told_and_does_not_pass(
+    verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify_module, "free_memory", lambda device: 10**6)
+    code, report = verify("model.dtype=bfloat16", "train.mixed_precision=bf16")
+    assert (code, report["passed"]) == (1, False)
+    assert [case["passed"] for case in report["cases"]] == [None] * 4
+    exact, rounded = report["cases"][0], report["cases"][2]
+    assert exact["forward"] is None and "float32 needs 0.0 GB more" in exact["reason"]
+    assert rounded["bar"] is None and 0 < rounded["forward"] < 0.1 and "no float32 reference" in rounded["reason"]
+    captured = capsys.readouterr()
+    assert captured.out.count("not judged: ") == 4
+    assert "no precision could be judged for every layout" in captured.err
+
+
+def test_a_layout_that_runs_out_of_memory_is_not_passed(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = consistency.run
+
+    def run(bench: Any, samples: Any, ride: str, *, autocast: bool) -> Outcome:
+        if ride == "packed":
+            raise torch.OutOfMemoryError("planted")
+        return stock(bench, samples, ride, autocast=autocast)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verify_module, "run", run)
+    code, report = verify()
+    assert code == 1
+    assert [case["passed"] for case in report["cases"]] == [True, None]
+    assert report["cases"][1]["reason"] == "does not fit: the device ran out of memory with the samples packed"
+
+
+def test_a_lost_patch_is_told(
+    verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify_module, "patch_state", lambda model: PatchState(2, 2, False))
+    code, report = verify()
+    assert (code, report["passed"], report["whole"]) == (1, False, False)
+    assert "positions are NOT those of mixres" in capsys.readouterr().out
+
+
+def test_the_patch_state_is_read_from_the_model() -> None:
+    def model() -> QwenImageTransformer2DModel:
+        return QwenImageTransformer2DModel(
+            num_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=1,
+            joint_attention_dim=8,
+            axes_dims_rope=(8, 12, 12),
+        )
+
+    assert patch_state(model()) == PatchState(0, 2, False)
+    patched = patch_qwen_model_for_multi_resolution(model())
+    assert patch_state(patched) == PatchState(2, 2, True) and patch_state(patched).whole
+    patched.transformer_blocks[1].attn.set_processor(model().transformer_blocks[1].attn.processor)
+    assert patch_state(patched) == PatchState(1, 2, True) and not patch_state(patched).whole
+
+
+def item(name: str, text: int, target: tuple[int, int], control: tuple[int, int] = (2, 2)) -> Item:
+    record = EditRecord(name=name, target=Path(name), controls=(), prompt="", mask=None)
+    return Item(record, Size(16, 16), name, CacheEntry(name, (Grid(1, *target), Grid(1, *control)), text, False))
+
+
+def names(items: list[Item]) -> list[str]:
+    return [item.key for item in items]
+
+
+def test_the_most_different_samples_are_taken() -> None:
+    items = [
+        *(item(f"plain{n}", 10, (8, 8)) for n in range(5)),
+        item("tall", 9, (32, 2)),
+        item("short", 3, (2, 2)),
+        item("long", 12, (20, 20)),
+        item("wordy", 90, (8, 7)),
+    ]
+    assert names(most_different(items, 10_000)) == ["short", "long", "tall", "wordy"]
+    # 2 x (12 + 404) fit, three rows of that do not: the extremes in length come first.
+    assert names(most_different(items, 832)) == ["short", "long"]
+    assert "long" not in names(most_different(items, 831))
+    with pytest.raises(UserError, match=r"batch\.max_tokens: no two of the 9 training samples fit 20 tokens together"):
+        most_different(items, 20)
+
+
+def test_errors_see_nan_missing_gradients_and_the_floor() -> None:
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    reference = Outcome([ones, ones], {"a": 1e9 * ones, "b": ones, "c": None, "d": zeros}, None)
+    assert errors(reference, reference) == consistency.Errors(0.0, 0.0, ())
+    off = Outcome([ones, 1.5 * ones], {"a": 1e9 * ones, "b": 2 * ones, "c": None, "d": zeros}, None)
+    found = errors(off, reference)
+    assert found.forward == pytest.approx(0.5)
+    assert found.gradient == pytest.approx(1e-3)  # b's own norm is under the floor, 1e-6 of a's
+    missing = Outcome([ones, ones], {"a": None, "b": zeros, "c": ones, "d": zeros}, None)
+    assert errors(missing, reference).unequal == ("a", "b", "c")
+    for bad in (math.nan, math.inf):
+        assert errors(Outcome([bad * ones, ones], reference.gradients, None), reference).forward == math.inf
+        broken = {**reference.gradients, "a": bad * ones}
+        assert errors(Outcome([ones, ones], broken, None), reference).gradient == math.inf
+
+
+def test_a_nan_fails(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consistency, "_relative", lambda *arguments: math.inf)
+    code, report = verify()
+    assert code == 1
+    assert {(case["passed"], case["forward"], case["reason"]) for case in report["cases"]} == {
+        (False, None, "outputs or gradients are not finite")
+    }
+
+
+def test_the_picture_accounts_for_every_token(small_run: Path, tmp_path: Path) -> None:
+    config = load_config(small_run, [f"cache.cache_dir={tmp_path}"])
+    samples = synthetic_samples(config, 3, channels=4, text_width=4, pixels_per_token=16)
+    (padded,), (packed,) = batches_of(samples, "padded"), batches_of(samples, "packed")
+    longest = padded.prompt_embeds.shape[1] + padded.latents.shape[1]
+    for b in range(3):
+        segments = padded_segments(padded, b)
+        assert sum(tokens for _, tokens in segments) == longest
+        filler = sum(tokens for what, tokens in segments if what == "filler")
+        valid = len(samples[b].prompt_embeds) + sum(grid.tokens for grid in samples[b].img_shapes)
+        assert longest - filler == valid
+    assert runs([True, True, False, True]) == [("attended key", 2), ("masked key", 1), ("attended key", 1)]
+    with_mask = token_layout(padded, packed, torch.ones(3, longest, dtype=torch.bool))
+    assert with_mask.size == token_layout(padded, packed, None).size
