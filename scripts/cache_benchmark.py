@@ -21,13 +21,13 @@ import torch
 
 from mixres.batch import Sample
 from mixres.config.config import Config, load_config
-from mixres.console import say
+from mixres.console import log
 from mixres.data.cache import Cache
 from mixres.data.scan import ScannedRecord
-from mixres.preprocessing.encode import entry_sizes, example_inputs
+from mixres.preprocessing.encode import encode_inputs, entry_sizes
 from mixres.preprocessing.fill import fill
-from mixres.preprocessing.precompute import Encoded, encode_all, examples, family_of
-from mixres.training.setup import loader_of, plan_of
+from mixres.preprocessing.precompute import CachedData, encode_all, family_of, keyed_records
+from mixres.training.setup import build_loader, build_plan
 from mixres.training.step import bare_step_seconds
 from mixres.verification.setup import Workbench, machine, one_process, precision_label, set_up
 
@@ -43,7 +43,7 @@ def main() -> None:
     config = load_config(Path(given.config), given.words)
     accelerator = one_process(config, "cache_benchmark")
     family = family_of(config)
-    say(f"machine   {machine(accelerator.device)}, {precision_label(config)}")
+    log(f"machine   {machine(accelerator.device)}, {precision_label(config)}")
     caching_over_encoders(config, family, accelerator.device, given.rounds)
     encoded = encode_all(config, family, device=accelerator.device)
     setting = set_up(config, family, accelerator)
@@ -52,17 +52,17 @@ def main() -> None:
 
 def caching_over_encoders(config: Config, family: ModuleType, device: torch.device, rounds: int) -> None:
     """Reading, decoding, checking, claiming, encoding and writing an entry, over encoding decoded pictures alone."""
-    _, train, _, keys = examples(config, family, speak=True)
+    _, train, _, keys = keyed_records(config, family, is_main=True)
     chosen = dict(islice(zip(keys, train, strict=False), EXAMPLES))
     model = config.model
     encoders = family.load_encoders(
         model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
     )
-    inputs = {key: example_inputs(config, family, scanned) for key, scanned in chosen.items()}
+    inputs = {key: encode_inputs(config, family, scanned) for key, scanned in chosen.items()}
     sizes = entry_sizes(config, family, chosen)
 
     def encode(scanned: ScannedRecord) -> Sample:
-        sample: Sample = family.encode(encoders, **example_inputs(config, family, scanned))
+        sample: Sample = family.encode(encoders, **encode_inputs(config, family, scanned))
         return sample
 
     def encode_bare(key: str) -> None:
@@ -83,16 +83,16 @@ def caching_over_encoders(config: Config, family: ModuleType, device: torch.devi
     tell(f"caching: throughput over that of the bare encoders at batch 1 ({len(chosen)} examples)", ratios[1:])
 
 
-def reading_over_step(config: Config, encoded: Encoded, setting: Workbench, rounds: int) -> None:
+def reading_over_step(config: Config, encoded: CachedData, setting: Workbench, rounds: int) -> None:
     """Reading and collating a step's samples in one process, over the step: below 1 the step never waits."""
-    plan = plan_of(config, encoded, world_size=1)
+    plan = build_plan(config, encoded, world_size=1)
     first_reads: list[float] = []
     reads: list[float] = []
     for round_ in range(rounds + 1):
-        fresh = Encoded(Cache(encoded.cache.root), encoded.train, encoded.held_out)  # verifies each entry once more
+        fresh = CachedData(Cache(encoded.cache.root), encoded.train, encoded.held_out)  # verifies each entry once more
         for ratios in (first_reads, reads):
             reading = stepping = 0.0
-            loader = loader_of(config, fresh, plan, rank=0, first=0, workers=0)
+            loader = build_loader(config, fresh, plan, rank=0, first=0, workers=0)
             for step in range(min(STEPS, config.train.max_train_steps)):
                 planned = plan.step(step)
                 start = time.perf_counter()
@@ -120,7 +120,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def tell(what: str, ratios: Sequence[float]) -> None:
-    say(f"{what}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds)")
+    log(f"{what}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} rounds)")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ INTRODUCTION = """\
 
 Every key, as the schema has it. `scripts/configuration_page.py` writes this page, and a test compares the two.
 
-- **Where values come from.** Defaults, then the YAML file behind `--config`, then `section.key=value` on the command
+- **Where values come from.** Deproblems, then the YAML file behind `--config`, then `section.key=value` on the command
   line; the later wins, key by key. A list replaces a list.
 - **A value may refer to another:** `${section.key}`, `${oc.env:NAME}` or `${oc.env:NAME,default}`. What an environment
   variable holds is text, and is never written to a message or to the run folder.
@@ -92,8 +92,8 @@ def _rules() -> str:
 
 
 def _rule_rows() -> Iterator[str]:
-    for names, _, mend in RULES:
-        yield f"| {', '.join(f'`{name}`' for name in names)} | {mend} |"
+    for names, _, fix in RULES:
+        yield f"| {', '.join(f'`{name}`' for name in names)} | {fix} |"
 
 
 def main() -> int:

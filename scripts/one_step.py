@@ -24,10 +24,10 @@ from mixres.data.scan import ScannedRecord
 from mixres.diffusion.flow_matching import make_flow_sample, resolution_shift
 from mixres.diffusion.loss import velocity_loss
 from mixres.preprocessing.precompute import encode_all, family_of
-from mixres.preprocessing.training_data import find_examples
+from mixres.preprocessing.training_data import usable_records
 from mixres.quickstart.data import PROMPTS
 from mixres.training.optimizer import schedule
-from mixres.training.setup import load_trained, objective_of, plan_of
+from mixres.training.setup import build_objective, build_plan, load_trained
 from mixres.training.step import run_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -87,7 +87,7 @@ def stations(root: Path, base: Path) -> list[str]:
 
 def _stations(config: Config) -> Iterator[list[str]]:
     family = family_of(config)
-    scanned = next(s for s in find_examples(config, family, speak=False)[0] if s.record.name == FOLLOWED)
+    scanned = next(s for s in usable_records(config, family, is_main=False)[0] if s.record.name == FOLLOWED)
     yield _record(scanned)
     encoded = encode_all(config, family, device=torch.device("cpu"), rank=0)
     number = next(n for n, item in enumerate(encoded.train) if item.record.name == FOLLOWED)
@@ -101,7 +101,7 @@ def _stations(config: Config) -> Iterator[list[str]]:
         f"cache entry               {len(item.key)} characters of hash, "
         f"{encoded.cache.path(item.key).stat().st_size} bytes",
     ]
-    plan = plan_of(config, encoded, world_size=1)
+    plan = build_plan(config, encoded, world_size=1)
     planned = plan.step(0)
     names = [one.record.name.rpartition("/")[2] for one in encoded.train]
     yield [
@@ -152,7 +152,7 @@ def _computed(config: Config, batches: list[Batch], batch: Batch, number: int, d
     ]
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     trained = load_trained(config, family, accelerator)
-    objective = objective_of(config, family)
+    objective = build_objective(config, family)
     flow = make_flow_sample(
         batch,
         seed=objective.seed,

@@ -88,7 +88,7 @@ import sys
 from mixres.training.progress import say
 sys.stdin.readline()
 for step in range(5000):
-    say(f"step {step}")
+    log(f"step {step}")
 sys.stderr.write("to the end")
 """
 

@@ -1,7 +1,7 @@
 """The command line: `train.py [VERB] --config FILE [key=value ...]`, verbs with options of their own, and what each way
 of ending means.
 
-Promise: `--help` needs no library beside Python's own; wrong input is told in full, one line a fault, before torch is
+Promise: `--help` needs no library beside Python's own; wrong input is told in full, one line a problem, before torch is
 imported. Cost: a few milliseconds until a verb runs.
 """
 
@@ -86,40 +86,40 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
-    """The verb, its configuration and its own options, or a UserError with every fault of all that was given."""
+    """The verb, its configuration and its own options, or a UserError with every problem of all that was given."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
-    faults = [_unknown_option(option) for option in unknown]
+    problems = [_unknown_option(option) for option in unknown]
     words: list[str] = given.words
     verb = words.pop(0) if words and not {"=", "."} & set(words[0]) else "train"
     if not argv:
         _parser().print_help(sys.stderr)
     if verb in OWN_VERBS:
-        faults.append(f"{verb}: takes no configuration: write it first, then its options, see {verb} --help")
-        raise UserError(faults)
+        problems.append(f"{verb}: takes no configuration: write it first, then its options, see {verb} --help")
+        raise UserError(problems)
     if verb not in VERBS:
         verbs = (*VERBS, *OWN_VERBS)
-        faults.append(f"{verb}: unknown verb{_nearest(verb, verbs)}; the verbs are: {', '.join(verbs)}")
+        problems.append(f"{verb}: unknown verb{_nearest(verb, verbs)}; the verbs are: {', '.join(verbs)}")
     verb = "cache" if given.cache else verb
     values = {option: getattr(given, option) for own in OPTIONS_OF.values() for option in own}
     options = {option: value for option, value in values.items() if value is not None and value is not False}
-    faults += [
+    problems += [
         f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
         for owner, own in OPTIONS_OF.items()
         for option in own
         if option in options and verb != owner and verb in VERBS
     ]
     if not given.config:
-        faults.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
-        raise UserError(faults)
+        problems.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
+        raise UserError(problems)
     from mixres.config.config import load_config
 
     try:
         config = load_config(Path(given.config), words)
     except UserError as error:
-        faults += error.messages
-    if faults:
-        _record_refusal(UserError(faults), verb, Path(given.config), words)
-        raise UserError(faults)
+        problems += error.messages
+    if problems:
+        _record_refusal(UserError(problems), verb, Path(given.config), words)
+        raise UserError(problems)
     return verb, config, options
 
 
@@ -142,7 +142,7 @@ def _run_own_verb(verb: str, argv: Sequence[str]) -> None:
     """Check everything that was given, then do it."""
     given, unknown = _own_parser(verb).parse_known_args(argv)
     names = [name for name, _, _ in OWN_OPTIONS[verb]]
-    faults = [
+    problems = [
         f"{word}: unknown option of {verb}; see {verb} --help{_nearest(word.partition('=')[0], names)}"
         for word in unknown
     ]
@@ -150,9 +150,9 @@ def _run_own_verb(verb: str, argv: Sequence[str]) -> None:
     try:
         work = {"sample": _sample, "export": _export}[verb](**vars(given))
     except UserError as error:
-        faults += error.messages
-    if faults or work is None:
-        raise UserError(faults)
+        problems += error.messages
+    if problems or work is None:
+        raise UserError(problems)
     work()
 
 

@@ -6,7 +6,7 @@ Promise: nothing is imported, so that `--help` costs nothing.
 VERBS = {
     "train": "fill the cache where it is not full, then train (also where no verb is given)",
     "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
-    "inspect": "show faults, sizes, tokens, plan, memory of the run to come, before any of it (--measure, --ranks N)",
+    "inspect": "show problems, sizes, tokens, plan, memory of the run to come, before any of it (--measure, --ranks N)",
     "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
     "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
 }
@@ -51,6 +51,6 @@ OPTIONS_OF = {  # that a verb alone has
 OPTIONS = ("--config", "--cache", *(f"--{o}" for of in OPTIONS_OF.values() for o in of), "--help", "--version")
 
 EXIT_CODES = (
-    "exit codes: 0 done, 1 failed at work, 2 wrong input (all faults are listed), 75 stopped by a signal after saving"
+    "exit codes: 0 done, 1 failed at work, 2 wrong input (all problems are listed), 75 stopped by a signal after saving"
     " (run the same command to go on), 130 or 143 interrupted"
 )

@@ -17,7 +17,7 @@ _WIDE = 130  # columns of a terminal from which on a bar has room beside all rat
 T = TypeVar("T")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """One line of the run's own output, past a bar if there is one.
 
     Where it cannot be written (a log on a full disk, a pipe that nobody reads any more) it goes nowhere, and so do all
@@ -48,7 +48,7 @@ def counted(
         elif lines and done < len(items) and now - spoken >= every_s:
             spoken = now
             rate = (done - 1) / (now - started)
-            say(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
+            log(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
 
 
 class Progress:
@@ -83,7 +83,7 @@ class Progress:
         if self._lines and (now - self._spoken >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
             self._spoken = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
-            say(f"step {step}/{self._last}  loss {loss}  {rates}, left {clock(left)}")
+            log(f"step {step}/{self._last}  loss {loss}  {rates}, left {clock(left)}")
 
 
 def amount(count: int, noun: str) -> str:

@@ -16,7 +16,7 @@ def one_line(text: str) -> str:
 class UserError(Exception):
     """Wrong input: configuration, data or arguments. The command line prints each message and exits 2.
 
-    Every message names the key, file or sample and what mends it; all faults found together are raised together.
+    Every message names the key, file or sample and what fixes it; all problems found together are raised together.
     """
 
     def __init__(self, messages: Sequence[str] | str) -> None:

@@ -20,7 +20,7 @@ def load(tmp_path: Path, text: str = REQUIRED, *overrides: str) -> Config:
     return load_config(path, list(overrides))
 
 
-def faults(tmp_path: Path, text: str = REQUIRED, *overrides: str) -> tuple[str, ...]:
+def problems(tmp_path: Path, text: str = REQUIRED, *overrides: str) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
         load(tmp_path, text, *overrides)
     assert caught.value.__cause__ is None
@@ -45,7 +45,7 @@ model: {pretrained_model_name_or_path: base, dtype: float16}
 data: {train: pairs, on_bad_itm: skip}
 train: {max_train_steps: 1.5, seed: 1, seed: 2}
 """
-    messages = faults(tmp_path, text, "checkpoint.keep=1")
+    messages = problems(tmp_path, text, "checkpoint.keep=1")
     assert sorted(messages) == [
         "checkpoint.keep: given 1, allowed: an integer >= 2 and <= 1000000",
         "data.on_bad_itm: unknown key; did you mean 'data.on_bad_item'?",
@@ -56,7 +56,7 @@ train: {max_train_steps: 1.5, seed: 1, seed: 2}
 
 
 def test_both_required_keys_are_missed_at_once(tmp_path: Path) -> None:
-    messages = faults(tmp_path, "")
+    messages = problems(tmp_path, "")
     assert [message.partition(",")[0] for message in messages] == [
         "model.pretrained_model_name_or_path: not given",
         "data.train: not given",
@@ -79,17 +79,19 @@ UNKNOWN = {
 
 @pytest.mark.parametrize(("override", "expected"), UNKNOWN.values(), ids=UNKNOWN)
 def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: str) -> None:
-    (message,) = faults(tmp_path, REQUIRED, override)
+    (message,) = problems(tmp_path, REQUIRED, override)
     assert expected in message
     assert message.startswith(override.partition(".")[0].partition("=")[0])
 
 
 def test_a_section_and_a_key_in_it_that_are_both_wrong_are_told_at_once(tmp_path: Path) -> None:
-    assert faults(tmp_path, REQUIRED, "trian.max_steps=5", "trian.seed=1") == (
+    assert problems(tmp_path, REQUIRED, "trian.max_steps=5", "trian.seed=1") == (
         "trian: unknown key; did you mean 'train'?",
         "trian.max_steps: unknown key; did you mean 'train.max_train_steps'?",
     )
-    assert faults(tmp_path, REQUIRED + "datset: {init_args: {dataset_path: a}}\n")[0].startswith("datset: unknown key")
+    assert problems(tmp_path, REQUIRED + "datset: {init_args: {dataset_path: a}}\n")[0].startswith(
+        "datset: unknown key"
+    )
 
 
 def test_names_of_elsewhere_stand_for_keys_and_none_is_a_key_itself() -> None:
@@ -103,13 +105,13 @@ def test_names_of_elsewhere_stand_for_keys_and_none_is_a_key_itself() -> None:
 def test_a_number_is_shown_as_it_was_written(tmp_path: Path) -> None:
     rest = "allowed: an integer >= 1 and <= 1000000000"
     text = REQUIRED + "train: {max_train_steps: 2e3}\n"
-    assert faults(tmp_path, text) == (f"train.max_train_steps: given 2e3, {rest}",)
-    assert faults(tmp_path, text, "train.max_train_steps=1e3") == (f"train.max_train_steps: given 1e3, {rest}",)
-    assert faults(tmp_path, text, "train.max_train_steps=[1]") == (f"train.max_train_steps: given [1], {rest}",)
+    assert problems(tmp_path, text) == (f"train.max_train_steps: given 2e3, {rest}",)
+    assert problems(tmp_path, text, "train.max_train_steps=1e3") == (f"train.max_train_steps: given 1e3, {rest}",)
+    assert problems(tmp_path, text, "train.max_train_steps=[1]") == (f"train.max_train_steps: given [1], {rest}",)
 
 
 def test_a_dotted_key_in_the_file_is_told_to_nest(tmp_path: Path) -> None:
-    assert faults(tmp_path, REQUIRED + "train.seed: 5\n") == (
+    assert problems(tmp_path, REQUIRED + "train.seed: 5\n") == (
         "train.seed: dots are for overrides; write it nested under 'train:' in the file",
     )
 
@@ -165,7 +167,7 @@ WRONG = {
 
 @pytest.mark.parametrize("override", WRONG.values(), ids=WRONG)
 def test_wrong_values_are_one_line_with_key_given_and_allowed(tmp_path: Path, override: str) -> None:
-    (message,) = faults(tmp_path, REQUIRED, override)
+    (message,) = problems(tmp_path, REQUIRED, override)
     key = override.partition("=")[0]
     assert message.startswith(key)
     assert "given " in message
@@ -242,12 +244,12 @@ CONFLICTS = {
 
 @pytest.mark.parametrize(("overrides", "expected"), CONFLICTS.values(), ids=CONFLICTS)
 def test_keys_that_clash(tmp_path: Path, overrides: tuple[str, ...], expected: str) -> None:
-    messages = faults(tmp_path, REQUIRED, *overrides, "loss.normalization=batch")
+    messages = problems(tmp_path, REQUIRED, *overrides, "loss.normalization=batch")
     assert len(messages) == 2
     assert expected in messages[1]
 
 
-def test_faults_of_overrides_are_told_beside_an_unreadable_file(tmp_path: Path) -> None:
+def test_problems_of_overrides_are_told_beside_an_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(tmp_path / "absent.yaml", ["train.sed=1", "train.seed=-1"])
     assert len(caught.value.messages) == 3
@@ -263,7 +265,7 @@ def test_the_config_is_frozen(tmp_path: Path) -> None:
 def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXRES_TEST", "s3cret")
     secret = "${oc.env:MIXRES_TEST}"
-    messages = faults(
+    messages = problems(
         tmp_path,
         REQUIRED,
         f"train.seed={secret}",
@@ -280,7 +282,9 @@ def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypat
     )
     assert len(messages) == 10
     assert "s3cret" not in "\n".join(messages)
-    assert "s3cret" not in "".join(faults(tmp_path, REQUIRED, "model.dtype=float64", "train.mixed_precision=" + secret))
+    assert "s3cret" not in "".join(
+        problems(tmp_path, REQUIRED, "model.dtype=float64", "train.mixed_precision=" + secret)
+    )
 
 
 def test_dump_keeps_references_hides_secrets_and_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ SCALARS = {
 @pytest.mark.parametrize(("text", "value"), SCALARS.values(), ids=SCALARS)
 def test_scalars_read_as_written_in_file_and_override(tmp_path: Path, text: str, value: object) -> None:
     for source in (read(tmp_path, f"x: {text}\n"), read(tmp_path, "", f"x={text}")):
-        assert not source.faults
+        assert not source.problems
         assert source.resolved == {"x": value}
         assert type(source.resolved["x"]) is type(value)
 
@@ -73,14 +73,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("text", "expected"), FAULTS.values(), ids=FAULTS)
-def test_faults_of_a_file(tmp_path: Path, text: str, expected: list[str]) -> None:
-    messages = "\n".join(message for _, message in read(tmp_path, text).faults)
+def test_problems_of_a_file(tmp_path: Path, text: str, expected: list[str]) -> None:
+    messages = "\n".join(message for _, message in read(tmp_path, text).problems)
     assert all(part in messages for part in expected), messages
 
 
 def test_an_override_that_is_none_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     source = read(tmp_path, "", "word", "=1", "a..b=1", "+a=1", "a.b=[1", "c=1")
-    messages = [message for _, message in source.faults]
+    messages = [message for _, message in source.problems]
     assert [message.partition(":")[0] for message in messages] == ["'word'", "'=1'", "'a..b'", "'+a'", "a.b"]
     assert source.resolved["c"] == 1
 
@@ -90,14 +90,14 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         source = read_source(path, ["a=1"], {})
         assert not source.file_is_read
         assert source.resolved == {"a": 1}
-        assert [str(path) in message for _, message in source.faults] == [True]
+        assert [str(path) in message for _, message in source.problems] == [True]
 
 
 def test_references_resolve_and_stay_as_written_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXRES_TEST", "s3cret")
     text = "a: {x: 1, y: '${a.x}'}\nb: ['${oc.env:MIXRES_TEST}/d']\nc: ${oc.env:MIXRES_NONE,5}\nd: ${a}\ne: p-${b[0]}\n"
     source = read(tmp_path, text)
-    assert not source.faults
+    assert not source.problems
     assert source.resolved == {
         "a": {"x": 1, "y": 1},
         "b": ["s3cret/d"],
@@ -128,15 +128,15 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED)
 def test_refused_references(tmp_path: Path, text: str) -> None:
     source = read(tmp_path, f"a: 1\nx: {text!r}\n" if "'" not in text else f'a: 1\nx: "{text}"\n')
-    assert [path for path, _ in source.faults] == [("x",)]
+    assert [path for path, _ in source.problems] == [("x",)]
     assert source.resolved == {"a": 1, "x": None}
 
 
 def test_references_that_multiply_are_refused_before_they_are_read(tmp_path: Path) -> None:
     doubled = "".join(f"x{i}: ${{x{i - 1}}}${{x{i - 1}}}\n" for i in range(1, 61))
     source = read(tmp_path, f"x0: aaaaaaaa\n{doubled}")
-    assert [path for path, _ in source.faults] == [(f"x{i}",) for i in range(9, 61)]
-    assert source.faults[0][1] == "x9: given ${x8}${x8}, allowed: 16 references in all: write some out"
+    assert [path for path, _ in source.problems] == [(f"x{i}",) for i in range(9, 61)]
+    assert source.problems[0][1] == "x9: given ${x8}${x8}, allowed: 16 references in all: write some out"
     assert source.resolved["x8"] == "aaaaaaaa" * 2**8
 
 

@@ -54,8 +54,8 @@ def save(folder: Path, *rows: dict[str, Any], shards: int = 1) -> Path:
 
 
 def scanned(folder: Path, **options: Any) -> tuple[list[Any], list[str]]:
-    records, faults, *_ = scan([str(folder)], limits=Limits(), **options)
-    return records, [str(fault).replace(f"{folder}", "ROOT") for fault in faults]
+    records, problems, *_ = scan([str(folder)], limits=Limits(), **options)
+    return records, [str(problem).replace(f"{folder}", "ROOT") for problem in problems]
 
 
 def told(folder: Path) -> list[str]:
@@ -70,8 +70,8 @@ def test_rows_are_examples_and_their_bytes_those_that_were_saved(tmp_path: Path)
         row(path_control_1=png((33, 70)), path_mask=png((90, 60), "L")),
         row(path_target=png((64, 64)), prompt="third"),
     ]
-    records, faults = scanned(save(tmp_path / "set", *rows, shards=2))
-    assert faults == []
+    records, problems = scanned(save(tmp_path / "set", *rows, shards=2))
+    assert problems == []
     assert [item.record.prompt for item in records] == ["把猫变成蓝色", "make it blue", "third"]
     assert [item.target_size for item in records] == [(90, 60), (90, 60), (64, 64)]
     assert [item.control_sizes for item in records] == [((48, 64),), ((48, 64), (33, 70)), ((48, 64),)]
@@ -97,11 +97,11 @@ def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
         row(path_control_1=None, path_control=b"<html>"),
         row(prompt=None),
     ]
-    records, faults = scanned(save(tmp_path / "set", *rows))
+    records, problems = scanned(save(tmp_path / "set", *rows))
     assert [item.record.name for item in records] == [f"{tmp_path}/set:0"]
     empty = "write one, or set data.empty_caption to use_empty or skip"
-    (truncated,) = (fault for fault in faults if fault.startswith("ROOT:1:path_target: is damaged"))
-    assert sorted(set(faults) - {truncated}) == [
+    (truncated,) = (problem for problem in problems if problem.startswith("ROOT:1:path_target: is damaged"))
+    assert sorted(set(problems) - {truncated}) == [
         "ROOT:2: has no 'path_control'; add it",
         f"ROOT:3: the prompt is empty; {empty}",
         "ROOT:4:path_mask: the mask is 89x60 pixels, its target 90x60; give it the target's size (belongs to ROOT:4)",
@@ -130,8 +130,8 @@ def test_a_gap_and_a_column_that_nothing_knows(tmp_path: Path) -> None:
 def test_rows_without_controls(tmp_path: Path) -> None:
     """Text to image: no column for controls, or a cell without a picture."""
     for name, given in (("none", {"path_target": png(), "prompt": "y"}), ("empty", row(path_control=None, prompt="y"))):
-        (item,), faults = scanned(save(tmp_path / name, given))
-        assert (item.record.controls, item.record.prompt, faults) == ((), "y", [])
+        (item,), problems = scanned(save(tmp_path / name, given))
+        assert (item.record.controls, item.record.prompt, problems) == ((), "y", [])
 
 
 def test_text_is_no_picture_and_a_path_is_not_opened(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_text_is_no_picture_and_a_path_is_not_opened(tmp_path: Path) -> None:
         "text": "is not a picture; cast the column to datasets.Image",
         "linked": "does not hold the bytes of its picture; save the data set with its pictures in it",
     }.items():
-        records, faults = find_records(str(tmp_path / name))
+        records, problems = find_records(str(tmp_path / name))
         assert records == []
-        assert [fault.reason for fault in faults] == [f"'path_target' {reason}", f"'path_control' {reason}"]
+        assert [problem.reason for problem in problems] == [f"'path_target' {reason}", f"'path_control' {reason}"]
 
 
 @pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "link.arrow", ".."])

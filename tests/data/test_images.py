@@ -42,7 +42,7 @@ def read(folder: Path, data: bytes, limits: Limits = LIMITS) -> Pixels:
     return np.asarray(image)
 
 
-def fault(folder: Path, data: bytes, limits: Limits = LIMITS) -> str:
+def problem(folder: Path, data: bytes, limits: Limits = LIMITS) -> str:
     with pytest.raises(BadImageError) as caught:
         read(folder, data, limits)
     return str(caught.value)
@@ -129,7 +129,7 @@ def test_16_bit_gray_that_counts_in_another_way_is_refused(tmp_path: Path, tag: 
     image = Image.fromarray(np.full((16, 16), 4095, np.uint16))
     assert (read(tmp_path, tiff_with(image, 258, 16)) == 16).all()
     reason = "is a TIFF whose gray is not 0 (black) to 65535 (white); save it as 8- or 16-bit PNG"
-    assert fault(tmp_path, tiff_with(image, tag, value)) == reason
+    assert problem(tmp_path, tiff_with(image, tag, value)) == reason
 
 
 def test_8_bit_gray_whose_white_is_zero_is_no_negative(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_opaque_alpha_changes_nothing_and_is_not_counted(tmp_path: Path, photo: 
 
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_pixels_without_a_defined_range_are_refused(tmp_path: Path, mode: str) -> None:
-    reason = fault(tmp_path, encode(Image.new(mode, (32, 32)), "TIFF"))
+    reason = problem(tmp_path, encode(Image.new(mode, (32, 32)), "TIFF"))
     assert reason == f"has pixels of mode {mode}, whose range is not defined; save it as 8- or 16-bit RGB or gray"
 
 
@@ -360,7 +360,7 @@ def test_profile_that_does_not_fit_is_ignored(tmp_path: Path, photo: Image.Image
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_truncated_file_is_refused(tmp_path: Path, photo: Image.Image, file_format: str, share: float) -> None:
     data = encode(photo, file_format)
-    reason = fault(tmp_path, data[: int(len(data) * share)])
+    reason = problem(tmp_path, data[: int(len(data) * share)])
     assert reason.startswith(("is damaged, it does not decode: ", "is not a picture in a supported format"))
     assert reason.isprintable()
 
@@ -382,19 +382,19 @@ def test_wherever_a_file_ends_it_is_whole_or_refused(tmp_path: Path, photo: Imag
 def test_damaged_exif_is_told_as_such(tmp_path: Path, photo: Image.Image) -> None:
     reason = "its EXIF data are damaged, so it is unknown which side is up; save it without"
     for file_format in ("PNG", "WEBP"):
-        assert fault(tmp_path, encode(photo, file_format, exif=b"Exif\0\0no TIFF header")) == reason
+        assert problem(tmp_path, encode(photo, file_format, exif=b"Exif\0\0no TIFF header")) == reason
 
 
 def test_corrupt_png_data_is_refused(tmp_path: Path, photo: Image.Image) -> None:
     data = bytearray(encode(photo, "PNG"))
     data[len(data) // 2] ^= 0xFF
-    assert fault(tmp_path, bytes(data)).startswith("is damaged, it does not decode: ")
+    assert problem(tmp_path, bytes(data)).startswith("is damaged, it does not decode: ")
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        b"<!DOCTYPE html><html><body>404 Not ScannedData</body></html>",
         b"\x89PNG\r\n\x1a\n",
         b"\xff\xd8\xff",
         b"GIF89a",
@@ -405,11 +405,11 @@ def test_corrupt_png_data_is_refused(tmp_path: Path, photo: Image.Image) -> None
     ids=["html", "png-magic", "jpeg-magic", "gif-magic", "ppm", "eps", "noise"],
 )
 def test_file_that_is_no_supported_picture_is_refused(tmp_path: Path, data: bytes) -> None:
-    assert fault(tmp_path, data).startswith(("is not a picture in a supported format (JPEG, PNG, ", "is damaged"))
+    assert problem(tmp_path, data).startswith(("is not a picture in a supported format (JPEG, PNG, ", "is damaged"))
 
 
 def test_empty_absent_and_odd_files_are_refused(tmp_path: Path) -> None:
-    assert fault(tmp_path, b"") == "is empty (0 bytes); copy it again"
+    assert problem(tmp_path, b"") == "is empty (0 bytes); copy it again"
     os.mkfifo(tmp_path / "pipe")
     for name, reason in {
         "none": "cannot be read: No such file or directory; make it readable",
@@ -424,8 +424,8 @@ def test_empty_absent_and_odd_files_are_refused(tmp_path: Path) -> None:
 def test_several_frames_are_refused(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
     options = {"lossless": True} if file_format == "WEBP" else {}
     data = encode(photo, file_format, save_all=True, append_images=[photo.rotate(90), photo.rotate(180)], **options)
-    mend = "save the one to train on as a still image, or set data.first_frame=true"
-    assert fault(tmp_path, data) == f"has 3 frames or pages; {mend}"
+    fix = "save the one to train on as a still image, or set data.first_frame=true"
+    assert problem(tmp_path, data) == f"has 3 frames or pages; {fix}"
     assert np.array_equal(read(tmp_path, data, FIRST), read(tmp_path, encode(photo, file_format, **options)))
 
 
@@ -455,25 +455,25 @@ def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
         "12000x12000 is 144000000 pixels, more than data.limits.max_source_pixels = 64000000; scale it down, or raise "
         "the limit"
     )
-    assert fault(tmp_path, data) == expected
-    assert fault(tmp_path, data[:60]) == expected, "no pixel data was needed to say so"
+    assert problem(tmp_path, data) == expected
+    assert problem(tmp_path, data[:60]) == expected, "no pixel data was needed to say so"
 
 
 def test_the_limit_is_the_users_and_not_pillows(tmp_path: Path) -> None:
     data = png_header(20_000, 10_000) + png_chunk(b"IDAT", zlib.compress(b"few"))
-    reason = fault(tmp_path, data, Limits(max_source_pixels=200_000_000))
+    reason = problem(tmp_path, data, Limits(max_source_pixels=200_000_000))
     assert reason.startswith("is damaged"), "200 megapixels pass the header check and fail for want of data"
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
 def test_picture_without_pixels_is_refused(tmp_path: Path, size: tuple[int, int]) -> None:
-    reason = fault(tmp_path, png_header(*size) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""))
+    reason = problem(tmp_path, png_header(*size) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""))
     assert "holds no pixel" in reason or reason.startswith("is")
 
 
 def test_file_over_the_byte_limit_is_refused(tmp_path: Path, photo: Image.Image) -> None:
     data = encode(photo, "BMP")
-    assert fault(tmp_path, data, Limits(max_bytes=len(data) - 1)) == (
+    assert problem(tmp_path, data, Limits(max_bytes=len(data) - 1)) == (
         f"{len(data)} bytes, more than data.limits.max_bytes = {len(data) - 1}; save it smaller, or raise the limit"
     )
     assert read(tmp_path, data, Limits(max_bytes=len(data))).shape == (80, 120, 3)

@@ -26,8 +26,8 @@ def root(tmp_path: Path) -> Path:
 
 def found(root: Path, data: bytes, **options: object) -> tuple[list[EditRecord], list[str]]:
     (root / "train.csv").write_bytes(data)
-    records, faults = find_records(str(root / "train.csv"), **options)  # type: ignore[arg-type]
-    return records, [str(fault).removeprefix(f"{root}/") for fault in faults]
+    records, problems = find_records(str(root / "train.csv"), **options)  # type: ignore[arg-type]
+    return records, [str(problem).removeprefix(f"{root}/") for problem in problems]
 
 
 def as_csv(rows: list[dict[str, str]], **options: object) -> bytes:
@@ -49,9 +49,9 @@ ROWS: list[dict[str, str]] = [
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_a_csv_manifest_says_what_the_same_json_lines_say(root: Path, quoting: int, line_end: str) -> None:
-    records, faults = found(root, as_csv(ROWS, quoting=quoting, lineterminator=line_end))
+    records, problems = found(root, as_csv(ROWS, quoting=quoting, lineterminator=line_end))
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    assert faults == []
+    assert problems == []
     assert (records, []) == find_records(str(root / "train.jsonl"))
     assert records[0].prompt == 'say "hello", twice\nand once more'
     assert records[1].controls == (root / "c.png", root / "c1.png")
@@ -59,8 +59,8 @@ def test_a_csv_manifest_says_what_the_same_json_lines_say(root: Path, quoting: i
 
 
 def test_the_last_line_needs_no_end_and_blank_lines_are_none(root: Path) -> None:
-    records, faults = found(root, HEAD + b"\n" + GOOD + b"\r\n" + GOOD.rstrip())
-    assert (len(records), faults) == (2, [])
+    records, problems = found(root, HEAD + b"\n" + GOOD + b"\r\n" + GOOD.rstrip())
+    assert (len(records), problems) == (2, [])
 
 
 @pytest.mark.parametrize(
@@ -93,26 +93,26 @@ def test_the_last_line_needs_no_end_and_blank_lines_are_none(root: Path) -> None
         pytest.param(b"link.png,c.png,a\n", "is a link out of the manifest's folder", id="link"),
     ],
 )
-def test_fault_of_a_csv_row(root: Path, data: bytes, reason: str) -> None:
+def test_problem_of_a_csv_row(root: Path, data: bytes, reason: str) -> None:
     (root / "link.png").symlink_to("/etc/passwd")
-    records, faults = found(root, HEAD + GOOD + data + GOOD)
+    records, problems = found(root, HEAD + GOOD + data + GOOD)
     assert len(records) == 2, "the rows around it are read"
-    assert len(faults) == 1
-    assert faults[0].startswith("train.csv:3: ")
-    assert reason in faults[0]
-    assert faults[0].isprintable()
+    assert len(problems) == 1
+    assert problems[0].startswith("train.csv:3: ")
+    assert reason in problems[0]
+    assert problems[0].isprintable()
 
 
 def test_rows_are_numbered_by_their_first_line(root: Path) -> None:
-    records, faults = found(root, HEAD + b't.png,c.png,"two\nlines"\n' + b"no.png,c.png,a\n" + GOOD)
+    records, problems = found(root, HEAD + b't.png,c.png,"two\nlines"\n' + b"no.png,c.png,a\n" + GOOD)
     assert len(records) == 2
-    assert faults == ["train.csv:4: 'path_target': no.png does not exist; correct the path"]
+    assert problems == ["train.csv:4: 'path_target': no.png does not exist; correct the path"]
 
 
-def test_a_quote_that_is_never_closed_is_a_fault_of_its_row(root: Path) -> None:
-    records, faults = found(root, HEAD + GOOD + b't.png,c.png,"open\n' + GOOD)
+def test_a_quote_that_is_never_closed_is_a_problem_of_its_row(root: Path) -> None:
+    records, problems = found(root, HEAD + GOOD + b't.png,c.png,"open\n' + GOOD)
     assert len(records) == 1
-    assert faults == ["train.csv:3: the row is not CSV: unexpected end of data; quote it as RFC 4180 says"]
+    assert problems == ["train.csv:3: the row is not CSV: unexpected end of data; quote it as RFC 4180 says"]
 
 
 @pytest.mark.parametrize(
@@ -163,29 +163,29 @@ def test_a_quote_that_is_never_closed_is_a_fault_of_its_row(root: Path) -> None:
     ],
 )
 def test_columns_that_cannot_be_meant_are_told_once(root: Path, head: bytes, reasons: list[str]) -> None:
-    records, faults = found(root, head + b"t.png,c.png,m.png,a\n" * 3)
+    records, problems = found(root, head + b"t.png,c.png,m.png,a\n" * 3)
     assert records == []
-    assert faults == [f"train.csv:1: {reason}" for reason in reasons]
+    assert problems == [f"train.csv:1: {reason}" for reason in reasons]
 
 
 def test_a_gap_in_the_controls_of_one_row(root: Path) -> None:
     head = b"path_target,path_control,path_control_1,path_control_2,prompt\n"
-    records, faults = found(root, head + b"t.png,c.png,,,a\nt.png,c.png,,c1.png,b\n")
+    records, problems = found(root, head + b"t.png,c.png,,,a\nt.png,c.png,,c1.png,b\n")
     assert [record.prompt for record in records] == ["a"]
-    assert faults == [
+    assert problems == [
         "train.csv:3: its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew"
     ]
 
 
 def test_empty_prompts_of_a_csv_follow_the_policy(root: Path) -> None:
-    records, faults = found(root, HEAD + b"t.png,c.png,\n", empty_caption="use_empty")
-    assert ([record.prompt for record in records], faults) == ([""], [])
+    records, problems = found(root, HEAD + b"t.png,c.png,\n", empty_caption="use_empty")
+    assert ([record.prompt for record in records], problems) == ([""], [])
 
 
 def test_rows_without_controls(root: Path) -> None:
     """Text to image: a table that has no column for controls, or a field that is empty."""
     for data in (b"path_target,prompt\nt.png,a\n", HEAD + b"t.png,,a\n"):
-        (record,), faults = found(root, data)
-        assert (record.controls, record.prompt, faults) == ((), "a", [])
-    records, faults = found(root, b"path_target,path_control,path_control_1,prompt\nt.png,,c1.png,a\n")
-    assert (records, faults) == ([], ["train.csv:2: has no 'path_control'; add it"])
+        (record,), problems = found(root, data)
+        assert (record.controls, record.prompt, problems) == ((), "a", [])
+    records, problems = found(root, b"path_target,path_control,path_control_1,prompt\nt.png,,c1.png,a\n")
+    assert (records, problems) == ([], ["train.csv:2: has no 'path_control'; add it"])

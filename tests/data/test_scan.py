@@ -14,7 +14,7 @@ import xxhash
 from PIL import Image
 
 from mixres.data.images import Limits
-from mixres.data.records import EditRecord, Fault
+from mixres.data.records import EditRecord, Problem
 from mixres.data.scan import ScannedRecord, find_records, scan
 from mixres.errors import UserError
 
@@ -43,13 +43,13 @@ def pair(root: Path, stem: str, prompt: str | bytes | None = "make it blue") -> 
 
 
 def found(source: Path, **options: object) -> tuple[list[EditRecord], list[str]]:
-    records, faults = find_records(str(source), **options)  # type: ignore[arg-type]
-    return records, [str(fault).replace(f"{source}", "ROOT") for fault in faults]
+    records, problems = find_records(str(source), **options)  # type: ignore[arg-type]
+    return records, [str(problem).replace(f"{source}", "ROOT") for problem in problems]
 
 
 def scanned(source: Path, min_side: int = 16) -> tuple[list[ScannedRecord], list[str]]:
-    records, faults, *_ = scan([str(source)], limits=Limits(), min_side=min_side)
-    return records, [str(fault).replace(f"{source}", "ROOT") for fault in faults]
+    records, problems, *_ = scan([str(source)], limits=Limits(), min_side=min_side)
+    return records, [str(problem).replace(f"{source}", "ROOT") for problem in problems]
 
 
 def names(records: list[EditRecord]) -> list[str]:
@@ -63,8 +63,8 @@ def test_everything_of_one_example(tmp_path: Path) -> None:
     pair(tmp_path, "a", "  make it blue\n")
     for name in ("control_images/a_control_1.jpg", "control_images/a_control_2.webp", "training_images/a_mask.png"):
         picture(tmp_path / name)
-    records, faults = found(tmp_path)
-    assert faults == []
+    records, problems = found(tmp_path)
+    assert problems == []
     assert records == [
         EditRecord(
             name="training_images/a.png",
@@ -81,8 +81,8 @@ def test_order_is_that_of_the_names_and_ten_controls_count_as_numbers(tmp_path: 
         pair(tmp_path, stem)
     for number in range(1, 12):
         picture(tmp_path / f"control_images/a_control_{number}.png")
-    records, faults = found(tmp_path)
-    assert faults == []
+    records, problems = found(tmp_path)
+    assert problems == []
     assert names(records) == ["10.png", "9.png", "B2.png", "a.png", "b.png", "sub/c.png"]
     controls = [path.stem for path in records[3].controls]
     assert controls == ["a", *(f"a_control_{number}" for number in range(1, 12))]
@@ -92,8 +92,8 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
     stems = ["with space", "line\nbreak", "-dash", "图片", "n" * 251, "dots.in.name", "quote'\"", "%s{}"]
     for stem in stems:
         pair(tmp_path, stem)
-    records, faults = scanned(tmp_path)
-    assert faults == []
+    records, problems = scanned(tmp_path)
+    assert problems == []
     assert sorted(r.record.target.stem for r in records) == sorted(stems)
     assert all(r.record.name.isprintable() for r in records)
 
@@ -101,8 +101,8 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
 def test_stems_that_look_like_masks_or_controls_but_are_targets(tmp_path: Path) -> None:
     for stem in ("b_mask", "a", "a_control_1"):
         pair(tmp_path, stem)
-    records, faults = found(tmp_path)
-    assert faults == []
+    records, problems = found(tmp_path)
+    assert problems == []
     assert names(records) == ["a.png", "a_control_1.png", "b_mask.png"]
     assert all(r.mask is None and len(r.controls) == 1 for r in records)
 
@@ -114,8 +114,8 @@ def test_unicode_forms_pair_and_twins_stay_apart(tmp_path: Path) -> None:
     (tmp_path / f"training_images/caf{NFD}.txt").write_text("x")
     for form in (NFC, NFD):
         pair(tmp_path, f"twin{form}", prompt=f"of {len(form)}")
-    records, faults = found(tmp_path)
-    assert faults == []
+    records, problems = found(tmp_path)
+    assert problems == []
     assert [r.prompt for r in records] == ["x", "of 2", "of 1"]
     assert records[0].controls == (tmp_path / f"control_images/caf{NFD}.png",), "the path is as it is on disk"
     assert records[0].mask is not None
@@ -127,9 +127,9 @@ def test_a_twin_never_takes_the_control_of_the_other(tmp_path: Path) -> None:
     pair(tmp_path, f"a{NFC}")
     pair(tmp_path, f"a{NFD}")
     (tmp_path / f"control_images/a{NFD}.png").unlink()
-    records, faults = found(tmp_path)
+    records, problems = found(tmp_path)
     assert [r.target.stem for r in records] == [f"a{NFC}"]
-    assert faults == [f"ROOT/training_images/a{NFD}.png: has no control image control_images/a{NFD}.*; add it"]
+    assert problems == [f"ROOT/training_images/a{NFD}.png: has no control image control_images/a{NFD}.*; add it"]
 
 
 def test_side_files_and_hidden_files_are_no_part_of_the_data(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_side_files_and_hidden_files_are_no_part_of_the_data(tmp_path: Path) -> 
         (tmp_path / "training_images" / name).write_bytes(b"x")
     (tmp_path / "control_images/a.txt").write_text("captions of controls are not read, and do no harm")
     (tmp_path / "control_images/.cache").mkdir()
-    records, faults = found(tmp_path)
-    assert (len(records), faults) == (1, [])
+    records, problems = found(tmp_path)
+    assert (len(records), problems) == (1, [])
 
 
 # --- Folders: what is wrong
@@ -303,7 +303,7 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
         ),
         pytest.param(
             lambda root: (root / "training_images/z.png").symlink_to("nowhere"),
-            ["training_images/z.png: is a broken link; mend it, or take it out"],
+            ["training_images/z.png: is a broken link; fix it, or take it out"],
             id="broken_link",
         ),
         pytest.param(
@@ -318,12 +318,12 @@ EMPTY = "; write one, or set data.empty_caption to use_empty or skip"
         ),
     ],
 )
-def test_fault_of_a_folder(tmp_path: Path, spoil: Callable[[Path], object], expected: list[str]) -> None:
+def test_problem_of_a_folder(tmp_path: Path, spoil: Callable[[Path], object], expected: list[str]) -> None:
     for stem in ("a", "b", "c"):
         pair(tmp_path, stem)
     spoil(tmp_path)
-    records, faults = found(tmp_path)
-    assert faults == [f"ROOT/{line}" for line in expected]
+    records, problems = found(tmp_path)
+    assert problems == [f"ROOT/{line}" for line in expected]
     unharmed = {"a.png", "c.png"} | (set() if any("/b." in line for line in expected) else {"b.png"})
     assert set(names(records)) == unharmed
 
@@ -337,17 +337,17 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
     (root / "training_images/b.txt").symlink_to("../../outside/deep/b.txt")
     (root / "training_images/deep").symlink_to(tmp_path / "outside/deep")
     (root / "control_images/b.png").symlink_to("a.png")
-    records, faults = found(root)
+    records, problems = found(root)
     assert names(records) == ["a.png"]
     reason = "is a link out of its data folder; set data.follow_symlinks=true"
     expected = [f"ROOT/training_images/{name}: {reason}" for name in ("b.png", "b.txt", "deep")]
-    assert faults[:3] == expected
-    assert faults[3:] == [
+    assert problems[:3] == expected
+    assert problems[3:] == [
         "ROOT/control_images/b.png: is a control image without a target of its name; add that, or take it out"
     ]
-    records, faults = found(root, follow_symlinks=True)
+    records, problems = found(root, follow_symlinks=True)
     assert names(records) == ["a.png", "b.png"]
-    assert faults == ["ROOT/training_images/deep/b.png: has no control image control_images/deep/b.*; add it"]
+    assert problems == ["ROOT/training_images/deep/b.png: has no control image control_images/deep/b.*; add it"]
 
 
 @pytest.mark.parametrize(
@@ -356,9 +356,9 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
 def test_empty_caption_policy(tmp_path: Path, policy: str, prompts: list[str], skips: list[bool]) -> None:
     pair(tmp_path, "a", "  ")
     pair(tmp_path, "b", None)
-    records, faults = find_records(str(tmp_path), empty_caption=policy)  # type: ignore[arg-type]
+    records, problems = find_records(str(tmp_path), empty_caption=policy)  # type: ignore[arg-type]
     assert [r.prompt for r in records] == prompts
-    assert [fault.skip for fault in faults] == skips
+    assert [problem.skip for problem in problems] == skips
 
 
 def test_examples_without_controls(tmp_path: Path) -> None:
@@ -369,10 +369,10 @@ def test_examples_without_controls(tmp_path: Path) -> None:
     (tmp_path / "control_images").rmdir()
     file = manifest(tmp_path, {"path_target": "pictures/t.png", "path_control": None, "prompt": "a dog"})
     for source, prompt in ((tmp_path, "a cat"), (file, "a dog")):
-        (record,), faults = find_records(str(source))
-        assert (record.controls, record.prompt, faults) == ((), prompt, [])
+        (record,), problems = find_records(str(source))
+        assert (record.controls, record.prompt, problems) == ((), prompt, [])
     found = scan([str(tmp_path)], limits=Limits())
-    assert ([item.control_sizes for item in found.records], found.faults) == ([()], [])
+    assert ([item.control_sizes for item in found.records], found.problems) == ([()], [])
 
 
 def test_source_that_is_none(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_source_that_is_none(tmp_path: Path) -> None:
     assert len(scan([sources[-1]], limits=Limits(follow_symlinks=True))[0]) == 1
 
 
-def test_sources_that_are_none_are_told_with_the_faults_of_the_others(tmp_path: Path) -> None:
+def test_sources_that_are_none_are_told_with_the_problems_of_the_others(tmp_path: Path) -> None:
     pair(tmp_path / "one", "a")
     pair(tmp_path / "one", "b", prompt=None)
     (tmp_path / "one/control_images/a.png").write_bytes(b"")
@@ -445,8 +445,8 @@ def test_manifest_rows_in_their_order(tmp_path: Path) -> None:
         "id": 7,
     }
     path = manifest(tmp_path, full, b"", GOOD | {"path_mask": None, "path_control_1": None})
-    records, faults = found(path)
-    assert faults == []
+    records, problems = found(path)
+    assert problems == []
     pictures = tmp_path / "pictures"
     assert records == [
         EditRecord(
@@ -548,24 +548,24 @@ def test_manifest_rows_in_their_order(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_fault_of_a_manifest_line(tmp_path: Path, row: object, reason: str) -> None:
+def test_problem_of_a_manifest_line(tmp_path: Path, row: object, reason: str) -> None:
     root = tmp_path / "data"
     picture(tmp_path / "secret.png")
     path = manifest(root, GOOD, row, GOOD)
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "linked").symlink_to(tmp_path)
-    records, faults = found(path)
+    records, problems = found(path)
     assert len(records) == 2
-    assert len(faults) == 1
-    assert faults[0].startswith("ROOT:2: ")
-    assert reason in faults[0]
-    assert faults[0].isprintable()
+    assert len(problems) == 1
+    assert problems[0].startswith("ROOT:2: ")
+    assert reason in problems[0]
+    assert problems[0].isprintable()
 
 
-def test_all_faults_of_one_line_are_listed(tmp_path: Path) -> None:
+def test_all_problems_of_one_line_are_listed(tmp_path: Path) -> None:
     bad = {"path_target": "../x", "path_control": "http://x/y.png", "path_mask": "none.png", "prompt": ""}
-    _, faults = found(manifest(tmp_path, bad))
-    assert len(faults) == 4
+    _, problems = found(manifest(tmp_path, bad))
+    assert len(problems) == 4
 
 
 def test_byte_order_mark_of_a_manifest(tmp_path: Path) -> None:
@@ -578,15 +578,15 @@ def test_manifest_may_follow_links_but_never_dots(tmp_path: Path) -> None:
     picture(tmp_path / "outside.png")
     path = manifest(root, GOOD | {"path_target": "link.png"}, GOOD | {"path_target": "../outside.png"})
     (root / "link.png").symlink_to(tmp_path / "outside.png")
-    records, faults = found(path, follow_symlinks=True)
+    records, problems = found(path, follow_symlinks=True)
     assert names(records) == ["link.png"]
-    assert faults == ["ROOT:2: 'path_target': ../outside.png is not below the manifest's folder; move it there"]
+    assert problems == ["ROOT:2: 'path_target': ../outside.png is not below the manifest's folder; move it there"]
 
 
 def test_manifest_finds_the_other_unicode_form(tmp_path: Path) -> None:
     picture(tmp_path / f"pictures/{NFD}.png")
-    records, faults = found(manifest(tmp_path, GOOD | {"path_target": f"pictures/{NFC}.png"}))
-    assert faults == []
+    records, problems = found(manifest(tmp_path, GOOD | {"path_target": f"pictures/{NFC}.png"}))
+    assert problems == []
     assert records[0].target.name == f"{NFD}.png"
 
 
@@ -600,8 +600,8 @@ def test_scan_returns_upright_sizes_and_digests(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     PHOTO.save(tmp_path / "training_images/a.png", exif=exif)
-    [item], faults = scanned(tmp_path)
-    assert faults == []
+    [item], problems = scanned(tmp_path)
+    assert problems == []
     assert item.target_size == (60, 90)
     assert item.control_sizes == ((48, 64), (70, 33))
     record = item.record
@@ -626,12 +626,12 @@ def test_scan_lists_every_bad_file_at_once(tmp_path: Path) -> None:
     PHOTO.save(target / "h.gif", save_all=True, append_images=[PHOTO.rotate(90)])
     (target / "h.png").unlink()
     (target / "i.txt").write_bytes(b"\xff")
-    records, faults = scanned(tmp_path)
+    records, problems = scanned(tmp_path)
     assert names([r.record for r in records]) == ["j.png"]
     formats = "JPEG, PNG, WEBP, BMP, TIFF, GIF"
-    [truncated] = [f for f in faults if "/a.png" in f]
+    [truncated] = [f for f in problems if "/a.png" in f]
     assert truncated.startswith("ROOT/training_images/a.png: is damaged, it does not decode: ")
-    assert sorted(f for f in faults if "/a.png" not in f) == sorted(
+    assert sorted(f for f in problems if "/a.png" not in f) == sorted(
         [
             "ROOT/training_images/i.txt: the caption is not UTF-8 (byte 0); save it as UTF-8",
             "ROOT/training_images/b.png: is empty (0 bytes); copy it again",
@@ -657,8 +657,8 @@ def test_scan_keeps_the_order_of_sources_and_decodes_a_shared_control_once(tmp_p
     path = manifest(tmp_path / "three", *[GOOD] * 5)
     sources = [str(tmp_path / "one"), str(path), str(tmp_path / "two")]
     for workers in (1, 4):
-        records, faults, *_ = scan(sources, limits=Limits(), workers=workers)
-        assert faults == []
+        records, problems, *_ = scan(sources, limits=Limits(), workers=workers)
+        assert problems == []
         assert [r.record.target.name for r in records] == ["b.png", *["t.png"] * 5, "a.png"]
 
 
@@ -667,8 +667,8 @@ def test_scan_counts_transparency_and_a_mask_may_serve_as_a_control(tmp_path: Pa
     see_through = PHOTO.copy()
     see_through.putalpha(100)
     see_through.save(tmp_path / "pictures/t.png")
-    [item], faults = scanned(path)
-    assert faults == []
+    [item], problems = scanned(path)
+    assert problems == []
     assert item.flattened
 
 
@@ -703,5 +703,5 @@ def test_scan_holds_no_pixels_of_what_it_has_seen(tmp_path: Path) -> None:
     assert threading.active_count() <= threads + 1, "at most the bar's own"
 
 
-def test_fault_reads_as_path_and_reason() -> None:
-    assert str(Fault("a/b.png", "is empty (0 bytes); copy it again")) == "a/b.png: is empty (0 bytes); copy it again"
+def test_problem_reads_as_path_and_reason() -> None:
+    assert str(Problem("a/b.png", "is empty (0 bytes); copy it again")) == "a/b.png: is empty (0 bytes); copy it again"

@@ -140,8 +140,8 @@ def test_the_first_of_several_pages_is_remembered_for_those_who_ask_for_it(settl
     asked = [rescan(settled / "pages", tmp_path / "memo", first_frame=True) for _ in range(2)]
     assert [found.decoded for found in asked] == [2, 0]
     assert [item.first_of_several for found in asked for item in found.records] == [True, True]
-    (fault,) = rescan(settled / "pages", tmp_path / "memo").faults
-    assert "a.tif: has 2 frames or pages" in str(fault)
+    (problem,) = rescan(settled / "pages", tmp_path / "memo").problems
+    assert "a.tif: has 2 frames or pages" in str(problem)
 
 
 def test_a_memo_that_cannot_be_written_is_done_without(data: Path, tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_a_memo_that_cannot_be_written_is_done_without(data: Path, tmp_path: Pat
 
 def test_a_bad_file_is_told_by_every_scan(data: Path, tmp_path: Path) -> None:
     (data / "control_images/1.bmp").write_bytes(b"<html>")
-    faults = [rescan(data, tmp_path / "memo").faults for _ in range(3)]
-    assert len(faults[0]) == 1
-    assert "is not a picture in a supported format" in str(faults[0][0])
-    assert faults[0] == faults[1] == faults[2]
+    problems = [rescan(data, tmp_path / "memo").problems for _ in range(3)]
+    assert len(problems[0]) == 1
+    assert "is not a picture in a supported format" in str(problems[0][0])
+    assert problems[0] == problems[1] == problems[2]
 
 
 def test_a_picture_and_a_mask_of_one_file_are_two_things(data: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_rescan_of_100_000_examples_decodes_nothing(tmp_path: Path, capsys: py
         started = time.perf_counter()
         found = rescan(tmp_path / "data", tmp_path / "memo")
         seconds.append(time.perf_counter() - started)
-        assert (len(found.records), found.faults, found.decoded) == (count, [], expected)
+        assert (len(found.records), found.problems, found.decoded) == (count, [], expected)
     with capsys.disabled():
         megabytes = (tmp_path / "memo").stat().st_size / 1e6
         scans = f"scan {seconds[0]:.1f} s, again {seconds[1]:.1f} s"

@@ -15,7 +15,7 @@ from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import (
     SMALLEST_WEIGHTED_SIGMA,
-    NoiseLevels,
+    TimestepSampler,
     fixed_flow_sample,
     make_flow_sample,
     resolution_shift,
@@ -48,7 +48,7 @@ def batch_of(indices: Sequence[int], layout: Layout = "padded", dtype: torch.dty
 
 
 def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float32, **kw: Any) -> FlowSample:
-    return make_flow_sample(batch, seed=seed, step=step, levels=NoiseLevels(**kw), constants=CONSTANTS, dtype=dtype)
+    return make_flow_sample(batch, seed=seed, step=step, levels=TimestepSampler(**kw), constants=CONSTANTS, dtype=dtype)
 
 
 def by_sample(batch: Batch, flow: FlowSample) -> dict[int, tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixres.batch import Batch, FlowSample, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
-from mixres.diffusion.flow_matching import NoiseLevels, make_flow_sample
+from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
 from mixres.diffusion.loss import LossSum, velocity_loss
 from mixres.geometry import Grid
 
@@ -45,7 +45,7 @@ def batch_of(indices: list[int], layout: Layout = "padded", weights: list[float]
 
 def flow_of(batch: Batch, **levels: Any) -> FlowSample:
     return make_flow_sample(
-        batch, seed=0, step=0, levels=NoiseLevels(**levels), constants=CONSTANTS, dtype=torch.float64
+        batch, seed=0, step=0, levels=TimestepSampler(**levels), constants=CONSTANTS, dtype=torch.float64
     )
 
 

@@ -1,4 +1,4 @@
-"""The page on data: every fault on it is what a run says of such a file, its trees and size tables are what is done."""
+"""The page on data: its problems are what a run reports of such files, its trees and size tables are what is done."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from mixres.errors import UserError
 from mixres.geometry import Size, control_size, target_size
 from mixres.models.qwen import edit as family
 from mixres.preprocessing.precompute import encode_all
-from mixres.preprocessing.training_data import find_examples
+from mixres.preprocessing.training_data import usable_records
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def bad_pictures(root: Path) -> None:
     jpeg = encode(PHOTO, "JPEG")
     put_pair(root, "truncated.jpg", jpeg[: len(jpeg) // 2])
     put_pair(root, "empty.png", b"")
-    put_pair(root, "page.png", b"<!DOCTYPE html><html>404 Not Found</html>")
+    put_pair(root, "page.png", b"<!DOCTYPE html><html>404 Not ScannedData</html>")
     put_pair(root, "float.tif", encode(PHOTO.convert("F"), "TIFF"))
     put_pair(root, "exif.png", encode(PHOTO, exif=b"Exif\0\0no TIFF header"))
     gray, bits = encode(Image.fromarray(np.zeros((60, 90), np.uint16)), "TIFF"), struct.pack("<HHI", 258, 3, 1)
@@ -144,7 +144,7 @@ def setup(small_run: Path, tmp_path: Path) -> Setup:
 
 def refusal(config: Config) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        find_examples(config, family, speak=True)
+        usable_records(config, family, is_main=True)
     return caught.value.messages
 
 
@@ -157,7 +157,7 @@ def shown(text: str, root: Path) -> str:
     ("title", "spoil"),
     [("Pictures", bad_pictures), ("Captions", bad_captions), ("Names and pairs", bad_names)],
 )
-def test_the_faults_of_a_folder(tmp_path: Path, setup: Setup, title: str, spoil: Callable[[Path], None]) -> None:
+def test_the_problems_of_a_folder(tmp_path: Path, setup: Setup, title: str, spoil: Callable[[Path], None]) -> None:
     spoil(tmp_path / "my_pairs")
     told = [shown(message, tmp_path / "my_pairs") for message in refusal(setup(tmp_path / "my_pairs"))[:-1]]
     assert sorted(lines(title)) == sorted(told)
@@ -166,7 +166,7 @@ def test_the_faults_of_a_folder(tmp_path: Path, setup: Setup, title: str, spoil:
 GOOD = {"path_target": "a.png", "path_control": "b.png", "prompt": "make it blue"}
 
 
-def test_the_faults_of_json_lines(tmp_path: Path) -> None:
+def test_the_problems_of_json_lines(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("a.png", "b.png"):
         put(root, name, PHOTO)
@@ -198,11 +198,11 @@ def test_the_faults_of_json_lines(tmp_path: Path) -> None:
     ]
     data = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     put(root, "my_pairs.jsonl", b"\xef\xbb\xbf{}\n" + b"\n".join(data))
-    faults = find_records(str(root / "my_pairs.jsonl"))[1]
-    assert lines("JSON lines") == [shown(str(fault), root) for fault in faults]
+    problems = find_records(str(root / "my_pairs.jsonl"))[1]
+    assert lines("JSON lines") == [shown(str(problem), root) for problem in problems]
 
 
-def test_the_faults_of_csv(tmp_path: Path) -> None:
+def test_the_problems_of_csv(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         put(tmp_path, name, PHOTO)
     told = []
@@ -217,7 +217,7 @@ def test_the_faults_of_csv(tmp_path: Path) -> None:
     rows = [b"a.png,b.png", b'a.png,b.png,"x"y', b"a.png,b.png,caf\xe9", b",b.png,x"]
     put(tmp_path, "my_pairs.csv", b"path_target,path_control,prompt\n" + b"\n".join(rows))
     told += find_records(str(tmp_path / "my_pairs.csv"))[1]
-    assert lines("CSV") == [shown(str(fault), tmp_path) for fault in told]
+    assert lines("CSV") == [shown(str(problem), tmp_path) for problem in told]
 
 
 def saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -235,18 +235,18 @@ def stored(folder: Path, row: dict[str, Any]) -> Path:
     return folder
 
 
-def test_the_faults_of_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_problems_of_a_saved_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
     cell = {"bytes": encode(PHOTO), "path": None}
     good = {"path_target": cell, "path_control": cell, "prompt": "x"}
     rows = [good | {"path_target": None}, good | {"prompt": ""}, good | {"path_target": {"bytes": b"", "path": None}}]
-    told = [str(fault) for fault in scan([str(saved(tmp_path / "my_set", rows))], limits=Limits()).faults]
+    told = [str(problem) for problem in scan([str(saved(tmp_path / "my_set", rows))], limits=Limits()).problems]
     datasets.Dataset.from_list([{"path_target": "a.png", "path_control": "b.png", "prompt": "x"}]).save_to_disk(
         tmp_path / "my_texts"
     )
-    told += [str(fault) for fault in find_records(str(tmp_path / "my_texts"))[1]]
+    told += [str(problem) for problem in find_records(str(tmp_path / "my_texts"))[1]]
     named = good | {"path_target": {"bytes": None, "path": "/data/a.png"}}
-    told += [str(fault) for fault in find_records(str(stored(tmp_path / "my_names", named)))[1]]
+    told += [str(problem) for problem in find_records(str(stored(tmp_path / "my_names", named)))[1]]
     sources = [saved(tmp_path / "my_images", [{"image": "a", "prompt": "x"}])]
     datasets.DatasetDict({"train": datasets.load_from_disk(str(tmp_path / "my_set"))}).save_to_disk(
         tmp_path / "my_sets"
@@ -269,7 +269,7 @@ def messages(source: Path | str) -> list[str]:
     return list(caught.value.messages)
 
 
-def test_the_faults_of_sources(tmp_path: Path) -> None:
+def test_the_problems_of_sources(tmp_path: Path) -> None:
     (tmp_path / "half" / CONTROLS).mkdir(parents=True)
     for name in (TARGETS, CONTROLS):
         (tmp_path / "bare" / name).mkdir(parents=True)
@@ -297,7 +297,7 @@ def test_what_is_held_out_and_the_last_line(tmp_path: Path, setup: Setup) -> Non
     assert lines("The scan") == [last]
 
 
-def test_the_faults_of_sizes(tmp_path: Path, setup: Setup) -> None:
+def test_the_problems_of_sizes(tmp_path: Path, setup: Setup) -> None:
     root = tmp_path / "my_pairs"
     put_pair(root, "slim.png", PHOTO.resize((480, 60)))
     put(root, f"{CONTROLS}/slim.png", PHOTO.resize((480, 60)))
@@ -320,7 +320,7 @@ def test_the_faults_of_sizes(tmp_path: Path, setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("title", ["A folder", "JSON lines and CSV"])
-def test_a_tree_of_the_page_is_read_without_a_fault(tmp_path: Path, title: str) -> None:
+def test_a_tree_of_the_page_is_read_without_a_problem(tmp_path: Path, title: str) -> None:
     tree = re.findall(r"```\n(\w+/\n.*?)```", section(title), re.DOTALL)[0]
     folders: list[str] = []
     for line in tree.splitlines():
@@ -341,7 +341,7 @@ def test_a_tree_of_the_page_is_read_without_a_fault(tmp_path: Path, title: str) 
     sources = [root] if title == "A folder" else [root / "my_pairs.jsonl", root / "my_pairs.csv"]
     for source in sources:
         found = scan([str(source)], limits=Limits())
-        assert found.faults == []
+        assert found.problems == []
         assert len(found.records) >= 2
         assert {len(item.record.controls) for item in found.records} == {1, 3} if title == "A folder" else {1, 2}
         assert any(item.record.mask for item in found.records)

@@ -101,22 +101,22 @@ def commands(text: str) -> list[list[str]]:
     return [m[1].split() for line, m in zip(lines, found, strict=True) if m and line.split()[0] in begun]
 
 
-def command_faults(words: list[str]) -> list[str]:
+def command_problems(words: list[str]) -> list[str]:
     verb = words[0] if not words[0].startswith("-") else "train"
     if verb in OWN_VERBS:
         known = {name for name, _, _ in OWN_OPTIONS[verb]} | {"--help"}
         return [word for word in words if word.startswith("--") and word not in known]
     options = {"--config", "--cache", "--help", *(f"--{name}" for name in OPTIONS_OF.get(verb, ()))}
-    faults = [] if verb in VERBS or verb == "VERB" else [verb]
-    faults += [word for word in words if word.startswith("--") and word not in options]
+    problems = [] if verb in VERBS or verb == "VERB" else [verb]
+    problems += [word for word in words if word.startswith("--") and word not in options]
     keys = [word.lstrip("['").partition("=")[0] for word in words if "=" in word and not word.startswith("-")]
-    return faults + [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
+    return problems + [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_options_and_keys_of_every_command_exist(name: str) -> None:
-    faults = {" ".join(words): command_faults(words) for words in commands(PAGES[name].read_text(encoding="utf-8"))}
-    assert not {command: found for command, found in faults.items() if found}
+    problems = {" ".join(words): command_problems(words) for words in commands(PAGES[name].read_text(encoding="utf-8"))}
+    assert not {command: found for command, found in problems.items() if found}
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
@@ -132,6 +132,6 @@ def test_the_recipes_take_what_every_command_overrides(name: str) -> None:
 def test_the_check_sees_commands() -> None:
     text = "a `train.py cache --verfy`\n\n```\npython train.py inspect --config F \\\n  data.tran=x 'data.train=[a]'\n"
     text += "```\n`mixres sample --lorra x`, `mixres frob x`, `mixres` and `train.py`\n"
-    found = [faults for words in commands(text) if (faults := command_faults(words))]
+    found = [problems for words in commands(text) if (problems := command_problems(words))]
     assert sorted(found) == [["--lorra"], ["--verfy"], ["data.tran"], ["frob"]]
     assert sum(len(commands(page.read_text(encoding="utf-8"))) for page in PAGES.values()) > 40

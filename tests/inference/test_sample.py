@@ -43,7 +43,7 @@ CALL = ("--size", "96x64", "--steps", "2", "--seed", "7")
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainState:
     """A run folder with a LoRA that changes pictures visibly, its base, and images to be edited."""
 
     case: FamilyCase
@@ -88,11 +88,11 @@ def trained_of(
     small_run: Path,
     demo_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Trained]:
+) -> Callable[[str], TrainState]:
     """By the name of a row of `CASES`; the LoRA is a DoRA for one of them."""
-    made: dict[str, Trained] = {}
+    made: dict[str, TrainState] = {}
 
-    def trained(name: str) -> Trained:
+    def trained(name: str) -> TrainState:
         if name not in made:
             case, folder = CASES[name], tmp_path_factory.mktemp("run")
             base = base_of(case)
@@ -109,19 +109,19 @@ def trained_of(
             said = recipe(config, case.module, 5)
             (folder / FILE_NAME).write_bytes(lora_file(parameters, transformer, said))
             images = sorted((demo_data / "control_images").glob("*.png"))[1:4]  # none is square
-            made[name] = Trained(case, base, folder, images)
+            made[name] = TrainState(case, base, folder, images)
         return made[name]
 
     return trained
 
 
 @pytest.fixture(params=CASES)
-def trained(request: pytest.FixtureRequest, trained_of: Callable[[str], Trained]) -> Trained:
+def trained(request: pytest.FixtureRequest, trained_of: Callable[[str], TrainState]) -> TrainState:
     return trained_of(request.param)
 
 
 @pytest.fixture
-def edit(trained_of: Callable[[str], Trained]) -> Trained:
+def edit(trained_of: Callable[[str], TrainState]) -> TrainState:
     return trained_of("qwen_image_edit")
 
 
@@ -144,7 +144,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str]) -> list[str]:
 # --- Pictures ------------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_is_the_stock_pipelines_with_the_lora(trained: Trained, tmp_path: Path) -> None:
+def test_the_picture_is_the_stock_pipelines_with_the_lora(trained: TrainState, tmp_path: Path) -> None:
     before = torch.get_rng_state(), random.getstate(), stock_edit.calculate_dimensions, stock_plus.VAE_IMAGE_SIZE
     assert cli.main([*trained.words("--compare"), "--out", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -163,7 +163,7 @@ def test_the_picture_is_the_stock_pipelines_with_the_lora(trained: Trained, tmp_
         assert sheet.text == {"caption-0": PROMPT}
 
 
-def test_the_picture_says_how_it_was_made(edit: Trained, tmp_path: Path) -> None:
+def test_the_picture_says_how_it_was_made(edit: TrainState, tmp_path: Path) -> None:
     words = edit.words("--compare", "--guidance", "2.5", "--negative-prompt", NEGATIVE)
     assert cli.main([*words, "--out", str(tmp_path)]) == 0
     file = edit.folder / FILE_NAME
@@ -182,7 +182,7 @@ def test_the_picture_says_how_it_was_made(edit: Trained, tmp_path: Path) -> None
         assert difference(edit.stock_picture(stock, **other), expected) > 1
 
 
-def test_transparent_images_lie_on_the_colour_of_the_training(edit: Trained, tmp_path: Path) -> None:
+def test_transparent_images_lie_on_the_colour_of_the_training(edit: TrainState, tmp_path: Path) -> None:
     """As if it had been laid on it before; without a word in the result it is white."""
     (path,), colour = edit.images[:1], "#ff0000"
     with Image.open(path) as image:
@@ -203,7 +203,7 @@ def test_transparent_images_lie_on_the_colour_of_the_training(edit: Trained, tmp
     assert not np.array_equal(red, white)
 
 
-def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], TrainState], tmp_path: Path) -> None:
     plus = trained_of("qwen_image_edit_plus")
     for number, path in enumerate(plus.images):
         shutil.copyfile(path, tmp_path / f"{number}.png")
@@ -229,7 +229,7 @@ def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], T
     assert difference(out / "0001.png", out / "0003.png") > 3
 
 
-def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Trained, tmp_path: Path) -> None:
+def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: TrainState, tmp_path: Path) -> None:
     family, seen, order = edit.case.module, list[Any](), list[str]()
 
     def encoders(*arguments: Any, **named: Any) -> Any:
@@ -255,7 +255,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Trained, tm
 
 
 def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(
-    edit: Trained, small_run: Path, tmp_path: Path
+    edit: TrainState, small_run: Path, tmp_path: Path
 ) -> None:
     words = [f"model.pretrained_model_name_or_path={edit.base}", "model.lora=null", *edit.case.overrides()]
     config, whole = load_config(small_run, words), tmp_path / "run" / "transformer"
@@ -312,7 +312,7 @@ def test_over_a_quantised_base_the_picture_is_that_of_the_runs_own_sheet(
 # --- What is asked for ----------------------------------------------------------------------------------------------
 
 
-def test_without_a_size_it_is_the_stock_pipelines(trained: Trained, tmp_path: Path) -> None:
+def test_without_a_size_it_is_the_stock_pipelines(trained: TrainState, tmp_path: Path) -> None:
     (wanted,) = trained.request(tmp_path / "out").wanted
     if not max(trained.case.controls):
         assert wanted.size == (1024, 1024)
@@ -322,7 +322,7 @@ def test_without_a_size_it_is_the_stock_pipelines(trained: Trained, tmp_path: Pa
     assert wanted.size[0] != wanted.size[1]
 
 
-def test_what_is_trained_is_found_by_file_folder_and_average(edit: Trained, tmp_path: Path) -> None:
+def test_what_is_trained_is_found_by_file_folder_and_average(edit: TrainState, tmp_path: Path) -> None:
     average = shutil.copytree(edit.folder, tmp_path / "run" / "ema")
     for given in (edit.folder / FILE_NAME, edit.folder, average):
         request = edit.request(tmp_path / "out", lora=str(given))
@@ -332,7 +332,7 @@ def test_what_is_trained_is_found_by_file_folder_and_average(edit: Trained, tmp_
     assert edit.request(tmp_path / "out", base=str(moved)).base.path == str(moved)
 
 
-def test_everything_wrong_is_told_at_once(edit: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_wrong_is_told_at_once(edit: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged, animated = tmp_path / "damaged.png", tmp_path / "animated.gif"
     damaged.write_bytes(edit.images[0].read_bytes()[:200])
     frames = [Image.new("L", (32, 32), shade) for shade in (0, 255)]
@@ -366,7 +366,7 @@ def test_everything_wrong_is_told_at_once(edit: Trained, tmp_path: Path, capsys:
     assert taken.read_bytes() == b"mine"
 
 
-def test_pictures_are_numbered_on_behind_those_that_are_there(edit: Trained, tmp_path: Path) -> None:
+def test_pictures_are_numbered_on_behind_those_that_are_there(edit: TrainState, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert [one.path.name for one in edit.request(out).wanted] == ["0001.png"]
     out.mkdir()
@@ -385,7 +385,7 @@ def test_pictures_are_numbered_on_behind_those_that_are_there(edit: Trained, tmp
     assert [one.path.name for one in many.wanted] == ["10000.png", "10001.png"]
 
 
-def test_wrong_lines_of_a_file_are_told_with_their_numbers(edit: Trained, tmp_path: Path) -> None:
+def test_wrong_lines_of_a_file_are_told_with_their_numbers(edit: TrainState, tmp_path: Path) -> None:
     outside = tmp_path / "outside.png"
     shutil.copyfile(edit.images[0], outside)
     folder = tmp_path / "data"
@@ -448,7 +448,7 @@ FEW = {
 
 @pytest.mark.parametrize(("words", "expected"), FEW.values(), ids=FEW)
 def test_options_that_do_not_fit_together(
-    words: list[str], expected: list[str], edit: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], expected: list[str], edit: TrainState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stands_for = {"RUN": str(edit.folder), "OUT": str(tmp_path / "out"), "IMAGE": str(edit.images[0])}
     lines = refused(capsys, ["sample", *(stands_for.get(word, word) for word in words)])
@@ -458,10 +458,10 @@ def test_options_that_do_not_fit_together(
     assert not (tmp_path / "out").exists(), "a refused request leaves nothing behind"
 
 
-def test_a_base_that_does_not_fit_is_refused(trained_of: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_a_base_that_does_not_fit_is_refused(trained_of: Callable[[str], TrainState], tmp_path: Path) -> None:
     edit, plus, plain = (trained_of(name) for name in ("qwen_image_edit", "qwen_image_edit_plus", "qwen_image"))
 
-    def reason(run: Trained, **options: Any) -> str:
+    def reason(run: TrainState, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
             run.request(tmp_path / "out", **options)
         (message,) = caught.value.messages
@@ -485,7 +485,7 @@ def test_a_base_that_does_not_fit_is_refused(trained_of: Callable[[str], Trained
         )
 
 
-def changed(run: Trained, folder: Path, **recipe: Any) -> Path:
+def changed(run: TrainState, folder: Path, **recipe: Any) -> Path:
     """The LoRA of `run` with other words about itself."""
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -503,7 +503,7 @@ def changed(run: Trained, folder: Path, **recipe: Any) -> Path:
 
 
 def test_how_the_base_is_rounded_is_as_under_the_lora_or_as_asked_for(
-    edit: Trained, small_run: Path, tmp_path: Path
+    edit: TrainState, small_run: Path, tmp_path: Path
 ) -> None:
     def method(stated: str | None, **options: Any) -> str | None:
         request = edit.request(tmp_path / "out", lora=str(changed(edit, tmp_path, quantize=stated)), **options)
@@ -530,14 +530,14 @@ def test_how_the_base_is_rounded_is_as_under_the_lora_or_as_asked_for(
     assert edit.request(tmp_path / "out", lora=str(whole)).quantize is None, "what has been merged is no base"
 
 
-def test_a_part_of_the_base_that_is_missing_is_told_as_the_bases(edit: Trained, tmp_path: Path) -> None:
+def test_a_part_of_the_base_that_is_missing_is_told_as_the_bases(edit: TrainState, tmp_path: Path) -> None:
     base = shutil.copytree(edit.base, tmp_path / "base")
     shutil.rmtree(base / "text_encoder")
     with pytest.raises(UserError, match=f"^--base: {base / 'text_encoder'} is missing: download it$"):
         sample(edit.request(tmp_path / "out", base=str(base)))
 
 
-def test_weights_that_do_not_say_what_they_are_of_are_refused(edit: Trained, tmp_path: Path) -> None:
+def test_weights_that_do_not_say_what_they_are_of_are_refused(edit: TrainState, tmp_path: Path) -> None:
     (tmp_path / "lora.bin").write_bytes(b"never opened")
     (tmp_path / "empty").mkdir()
     (tmp_path / "step-00000100").mkdir()

@@ -29,8 +29,8 @@ def write(path: Path) -> dict[str, str]:
     return write_tensors(path, ENTRIES, tensors, METADATA)
 
 
-def faults(path: Path, digests: dict[str, str]) -> list[str]:
-    return [fault for fault in differences(path, ENTRIES, METADATA, digests) if fault]
+def problems(path: Path, digests: dict[str, str]) -> list[str]:
+    return [problem for problem in differences(path, ENTRIES, METADATA, digests) if problem]
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_tensor_is_gone_before_the_next_is_made(tmp_path: Path) -> None:
 
     digests = write_tensors(tmp_path / "a", ENTRIES, made(), METADATA)
     assert len(alive) == len(TENSORS)
-    assert faults(tmp_path / "a", digests) == []
+    assert problems(tmp_path / "a", digests) == []
 
 
 DAMAGE = {
@@ -91,5 +91,5 @@ def test_what_is_not_as_it_was_written_is_seen(tmp_path: Path, kind: str) -> Non
     data = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(damage(data))
     assert (tmp_path / "a").read_bytes() != data
-    found = faults(tmp_path / "a", digests)
+    found = problems(tmp_path / "a", digests)
     assert found == expected if expected else len(found) == 1

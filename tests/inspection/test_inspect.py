@@ -24,7 +24,7 @@ from mixres.inspection.input_preview import chosen, input_sheet
 from mixres.inspection.statistics import histogram
 from mixres.models.qwen.inputs import text_picture, vae_picture
 from mixres.preprocessing.precompute import family_of
-from mixres.preprocessing.training_data import find_examples
+from mixres.preprocessing.training_data import usable_records
 from support.family_cases import CASES, FamilyCase
 from support.jobs import Jobs, metrics, torchrun
 
@@ -75,7 +75,7 @@ def check_terminal(out: str, report: dict[str, Any]) -> None:
 RUNS = {
     "packed": ["batch.layout=packed", "batch.max_tokens=120"],
     "padded, captions dropped": ["batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=150"],
-    "faults skipped, others' pictures beside": [
+    "problems skipped, others' pictures beside": [
         "data.train={damaged}", "data.regularization={held_out}", "data.held_out=null", "data.on_bad_item=skip",
         "batch.layout=padded", "batch.max_tokens=300", "data.caption_dropout=0.2",
     ],
@@ -257,7 +257,7 @@ def test_the_picture_whose_aspect_changes_most_is_named(inspect: Inspect) -> Non
 
 
 @pytest.mark.parametrize("verb", ["inspect", "cache"])
-def test_faults_of_the_data_are_told_beside_a_base_that_cannot_be_had(
+def test_problems_of_the_data_are_told_beside_a_base_that_cannot_be_had(
     verb: str, small_run: Path, few_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(few_pairs / "train", tmp_path / "data")
@@ -280,7 +280,7 @@ def test_faults_of_the_data_are_told_beside_a_base_that_cannot_be_had(
         assert said.out == f"model     {base} cannot be used; the data are looked at all the same\n"
 
 
-def test_all_faults_are_told_and_the_rest_is_reported(
+def test_all_problems_are_told_and_the_rest_is_reported(
     inspect: Inspect, few_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(few_pairs / "train", tmp_path / "data")
@@ -296,7 +296,7 @@ def test_all_faults_are_told_and_the_rest_is_reported(
     assert lines == report["faults"]
     wanted = ["to_qq", *(target.name for target in targets[:3])]
     assert [part for part in wanted if part in " ".join(lines)] == wanted
-    assert [line for line in lines if line.startswith("data: 2 faults; 11 of 13 examples can be used: mend the data,")]
+    assert [line for line in lines if line.startswith("data: 2 problems; 11 of 13 examples can be used: fix the data,")]
     over = [line for line in lines if "tokens alone are over batch.max_tokens = 75" in line]
     assert 1 <= len(over) < 8
     assert report["items"]["training_examples"] == 8
@@ -340,7 +340,7 @@ def test_the_sheet_shows_what_the_encoders_get(
     ]
     config = load_config(small_run, [*words, *case.overrides(), f"cache.cache_dir={tmp_path}"])
     assert family_of(config) is family
-    train, _ = find_examples(config, family, speak=False)
+    train, _ = usable_records(config, family, is_main=False)
     some = chosen(train)
     assert any(scanned.record.mask for scanned in some)
     sheet = input_sheet(config, family, some)

@@ -1,4 +1,4 @@
-"""A padded batch equals its samples alone, planted faults are seen, and a patched model is still the stock model."""
+"""A padded batch equals its samples alone, planted problems are seen, and a patched model is still the stock model."""
 
 import copy
 import functools
@@ -86,34 +86,34 @@ def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(layout: str) -> No
     assert gradient_error(measured, reference) <= 1.5 * gradient_error(single, reference)
 
 
-def planted(fault: str) -> Result:
-    """The main mix with one fault, through precomputed frequencies and masks or through the loss."""
+def planted(problem: str) -> Result:
+    """The main mix with one problem, through precomputed frequencies and masks or through the loss."""
     model, mix, call = patched_model(False, LORA), main_mix(), precomputed_call(main_mix())
     image, text = call["image_rotary_emb"]
-    if fault == "text positions of sample 0":
+    if problem == "text positions of sample 0":
         call["image_rotary_emb"] = (image, text[0])
-    if fault == "no mask":
+    if problem == "no mask":
         call["attention_kwargs"] = {}
-    if not fault.startswith("loss"):
+    if not problem.startswith("loss"):
         outputs = forward_padded(model, mix, **call)
         return backward(model, outputs, loss(outputs, mix))
     output = model(**call)[0]
     lengths = {"loss over filler": [output.shape[1]] * 3, "loss over controls": [len(x) for x in mix.images]}
     long = [
-        torch.nn.functional.pad(v, (0, 0, 0, n - len(v))) for v, n in zip(mix.velocities, lengths[fault], strict=True)
+        torch.nn.functional.pad(v, (0, 0, 0, n - len(v))) for v, n in zip(mix.velocities, lengths[problem], strict=True)
     ]
     value = loss(list(output), Mix(mix.shapes, mix.images, mix.texts, mix.timesteps, long))
     return backward(model, [row[: len(x)] for row, x in zip(output, mix.images, strict=True)], value)
 
 
-def test_the_measure_sees_planted_faults() -> None:
+def test_the_measure_sees_planted_problems() -> None:
     reference = alone("main", False)
     assert_same(planted("none"), reference)
-    for fault in ("text positions of sample 0", "no mask"):
-        assert forward_error(planted(fault), reference) > 1e-3, fault
-        assert gradient_error(planted(fault), reference) > 1e-2, fault
-    for fault in ("loss over filler", "loss over controls"):
-        assert gradient_error(planted(fault), reference) > 1e-2, fault
+    for problem in ("text positions of sample 0", "no mask"):
+        assert forward_error(planted(problem), reference) > 1e-3, problem
+        assert gradient_error(planted(problem), reference) > 1e-2, problem
+    for problem in ("loss over filler", "loss over controls"):
+        assert gradient_error(planted(problem), reference) > 1e-2, problem
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])

@@ -169,7 +169,7 @@ class Starter:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-            while not line.strip().isdigit():  # the ranks before it speak too
+            while not line.strip().isdigit():  # the ranks before it is_main too
                 line = self.process.stdout.readline()
             self.pids.append(int(line))
 

@@ -28,7 +28,7 @@ from mixres.errors import UserError, WorkError
 from mixres.geometry import Size, control_size, target_size
 from mixres.models.qwen import edit as family
 from mixres.preprocessing.encode import encode_missing, entry_keys, entry_sizes, foreseen_entries
-from mixres.preprocessing.precompute import Encoded, encode_all, examples, family_of, run_cache, spread
+from mixres.preprocessing.precompute import CachedData, encode_all, family_of, keyed_records, run_cache, spread
 from mixres.preprocessing.training_data import control_areas, image_limits
 from support.family_cases import CASES, FamilyCase
 
@@ -63,7 +63,7 @@ class Caching:
         assert counts
         return int(counts[1]), int(counts[2])
 
-    def encoded(self, *overrides: str) -> Encoded:
+    def encoded(self, *overrides: str) -> CachedData:
         config = self.config(*overrides)
         return encode_all(config, family_of(config), device=torch.device("cpu"))
 
@@ -210,8 +210,8 @@ def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(c
     rows = [row | {"path_control_1": one.name}, row | {"path_mask": one.name}]
     rows.append(row | {"path_control": one.name, "path_control_1": "other.png"})
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    records, faults, *_ = scan([str(root / "train.jsonl")], limits=Limits())
-    assert faults == []
+    records, problems, *_ = scan([str(root / "train.jsonl")], limits=Limits())
+    assert problems == []
     assert records[0].digests == records[1].digests
     assert len(set(entry_keys(caching.config(), family, records))) == 3
 
@@ -406,7 +406,7 @@ def test_the_encoders_are_gone_when_the_pass_returns(caching: Caching, tiny_base
 
 
 def damage(data: Path) -> list[str]:
-    """Four faults in both parts; what each message must name."""
+    """Four problems in both parts; what each message must name."""
     images, controls = data / "train" / "training_images", data / "train" / "control_images"
     names = sorted(path.name for path in images.glob("*.png"))
     (images / names[0]).write_bytes((images / names[0]).read_bytes()[:-200])
@@ -417,22 +417,22 @@ def damage(data: Path) -> list[str]:
     return [*names[:2], Path(names[2]).stem, held.name]
 
 
-def test_all_faults_are_told_at_once_before_anything_is_encoded(caching: Caching, tmp_path: Path) -> None:
+def test_all_problems_are_told_at_once_before_anything_is_encoded(caching: Caching, tmp_path: Path) -> None:
     expected = damage(caching.data)
     caching.cache = tmp_path / "empty"
     with pytest.raises(UserError) as caught:
         caching()
     *messages, summary = caught.value.messages
     assert len(messages) == 4
-    mend = "mend the data, or set data.on_bad_item=skip to go on with those"
-    assert summary == f"data: 4 faults; 9 of 13 examples can be used: {mend}"
+    fix = "fix the data, or set data.on_bad_item=skip to go on with those"
+    assert summary == f"data: 4 problems; 9 of 13 examples can be used: {fix}"
     for name in expected:
         assert sum(name in message for message in messages) == 1, name
     assert not list(tmp_path.glob("empty/??/*"))
     assert not (caching.data / "run").exists()
 
 
-def test_skip_lists_the_faults_and_goes_on(caching: Caching, few_pairs: Path) -> None:
+def test_skip_lists_the_problems_and_goes_on(caching: Caching, few_pairs: Path) -> None:
     expected = damage(caching.data)
     assert caching("data.on_bad_item=skip") == (0, 9)
     file = caching.data / "run" / "bad_items.jsonl"
@@ -459,10 +459,10 @@ def test_samples_over_the_budget_are_told_before_anything_is_encoded(caching: Ca
     words = [f"data.train={caching.data / 'train'}", "data.held_out=null", f"batch.max_tokens={most}"]
     words += [f"cache.cache_dir={caching.cache}", f"logging.output_dir={tmp_path / 'run'}"]
     assert cli.main(["cache", "--config", str(caching.file), *words]) == 2
-    mend = "raise it, or lower data.resize.target.max_pixels"
+    fix = "raise it, or lower data.resize.target.max_pixels"
     told = caching.capsys.readouterr().err.splitlines()
     assert sorted(told) == sorted(
-        f"mixres: error: {name}: its pictures alone are {tokens} tokens, over batch.max_tokens = {most}: {mend}"
+        f"mixres: error: {name}: its pictures alone are {tokens} tokens, over batch.max_tokens = {most}: {fix}"
         for name, tokens in expected.items()
         if tokens > most
     )
@@ -470,7 +470,7 @@ def test_samples_over_the_budget_are_told_before_anything_is_encoded(caching: Ca
     assert not list(caching.cache.glob("??"))
 
 
-def test_an_example_the_family_cannot_take_is_a_fault_like_others(caching: Caching) -> None:
+def test_an_example_the_family_cannot_take_is_a_problem_like_others(caching: Caching) -> None:
     control = first(caching.data, "control_images")
     shutil.copyfile(control, control.with_name(f"{control.stem}_control_1.png"))
     first(caching.data, "training_images", "held_out", ".txt").write_text("see <|image_pad|>", encoding="utf-8")
@@ -539,7 +539,7 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
     add_mask(caching.data)
     change_prompt(caching.data)
     config = caching.config()
-    cache, train, _, keys = examples(config, family, speak=False)
+    cache, train, _, keys = keyed_records(config, family, is_main=False)
     missing = {key: item for key, item in zip(keys, train, strict=False) if cache.lookup(key) is None}
     assert len(missing) == 1
     [item] = missing.values()
@@ -569,7 +569,7 @@ def test_the_space_that_entries_take_is_known_before(caching: Caching) -> None:
     add_mask(caching.data)
     for override in ("model.dtype=float32", "model.dtype=bfloat16", "data.resize.control.area=65536"):
         config = caching.config(override)
-        _, train, held_out, keys = examples(config, family, speak=False)
+        _, train, held_out, keys = keyed_records(config, family, is_main=False)
         estimated = entry_sizes(config, family, dict(zip(keys, [*train, *held_out], strict=True)))
         encoded = caching.encoded(override)
         for key, size in estimated.items():
@@ -591,7 +591,7 @@ def test_every_family_caches_the_empty_prompt_in_the_space_that_was_told(
     folders = [f"data.{part}={pairs / part}" for part in ("train", "held_out")]
     places = [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}"]
     config = load_config(small_run, [*common, *folders, *places, *case.overrides()])
-    _, train, held_out, keys = examples(config, module, speak=False)
+    _, train, held_out, keys = keyed_records(config, module, is_main=False)
     missing = dict(zip(keys, [*train, *held_out], strict=True))
     estimated = entry_sizes(config, module, missing, keys[: len(train)])
     foreseen = foreseen_entries(config, module, missing, keys[: len(train)])

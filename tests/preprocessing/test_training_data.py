@@ -15,7 +15,7 @@ from mixres.data.images import Limits
 from mixres.data.scan import ScannedRecord, scan, split_held_out
 from mixres.errors import UserError
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.training_data import find_examples
+from mixres.preprocessing.training_data import usable_records
 
 Setup = Callable[..., Config]
 
@@ -49,7 +49,7 @@ def first(data: Path, kind: str, part: str = "train", suffix: str = ".png") -> P
 
 def messages(config: Config) -> list[str]:
     with pytest.raises(UserError) as caught:
-        find_examples(config, family, speak=True)
+        usable_records(config, family, is_main=True)
     return list(caught.value.messages)
 
 
@@ -57,13 +57,13 @@ def messages(config: Config) -> list[str]:
 
 
 def test_a_share_holds_out_examples_that_are_not_trained(setup: Setup) -> None:
-    every = find_examples(setup("data.held_out=null"), family, speak=False)[0]
-    train, held_out = find_examples(setup("data.held_out=0.4"), family, speak=False)
+    every = usable_records(setup("data.held_out=null"), family, is_main=False)[0]
+    train, held_out = usable_records(setup("data.held_out=0.4"), family, is_main=False)
     assert len(every) == 10
     assert names(train) | names(held_out) == names(every)
     assert not names(train) & names(held_out)
     assert 0 < len(held_out) < 10
-    assert find_examples(setup("data.held_out=0.4"), family, speak=False) == (train, held_out)
+    assert usable_records(setup("data.held_out=0.4"), family, is_main=False) == (train, held_out)
 
 
 def test_a_share_follows_the_seed_and_is_about_its_size(demo_data: Path) -> None:
@@ -103,21 +103,21 @@ def test_one_target_under_several_names_and_prompts_is_on_one_side(demo_data: Pa
         assert {name.replace("copy_", "") for name in copies} == names(part) - copies
 
 
-def test_a_held_out_example_that_is_also_trained_is_a_fault(setup: Setup, data: Path) -> None:
+def test_a_held_out_example_that_is_also_trained_is_a_problem(setup: Setup, data: Path) -> None:
     target = first(data, "training_images")
     for file in (target, target.with_suffix(".txt"), data / "train" / "control_images" / target.name):
         shutil.copyfile(file, data / "held_out" / file.parent.name / f"twin{file.suffix}")
     config = setup()
     twin = data / "held_out/training_images/twin.png"
     assert messages(config)[:-1] == [f"{twin}: is held out and trained on, as {target}; take one of the two out"]
-    train, held_out = find_examples(setup("data.on_bad_item=skip"), family, speak=True)
+    train, held_out = usable_records(setup("data.on_bad_item=skip"), family, is_main=True)
     assert (len(train), len(held_out)) == (10, 3)
 
 
 @pytest.mark.parametrize(("share", "what"), [("0.0001", "none"), ("0.9999", "all")])
 def test_a_share_that_leaves_a_side_empty_is_told(setup: Setup, share: str, what: str) -> None:
-    mend = "give another share, or a folder"
-    assert messages(setup(f"data.held_out={share}")) == [f"data.held_out: {share} of 10 examples is {what}; {mend}"]
+    fix = "give another share, or a folder"
+    assert messages(setup(f"data.held_out={share}")) == [f"data.held_out: {share} of 10 examples is {what}; {fix}"]
 
 
 # --- Regularisation
@@ -137,7 +137,7 @@ def regular(data: Path) -> Path:
 def test_regularisation_examples_are_trained_behind_the_others_and_marked(
     setup: Setup, regular: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train, held_out = find_examples(setup(f"data.regularization={regular}"), family, speak=True)
+    train, held_out = usable_records(setup(f"data.regularization={regular}"), family, is_main=True)
     assert [scanned.regularization for scanned in train] == [False] * 7 + [True] * 3
     assert names(train[7:]) == {path.relative_to(regular).as_posix() for path in regular.glob("*/*.png")} & names(train)
     assert len(held_out) == 3 and not any(scanned.regularization for scanned in held_out)
@@ -147,23 +147,23 @@ def test_regularisation_examples_are_trained_behind_the_others_and_marked(
 
 def test_regularisation_examples_are_never_held_out(setup: Setup, data: Path, regular: Path) -> None:
     share = setup(f"data.regularization={regular}", "data.held_out=0.4")
-    train, held_out = find_examples(share, family, speak=False)
+    train, held_out = usable_records(share, family, is_main=False)
     assert sum(scanned.regularization for scanned in train) == 3
     assert 0 < len(held_out) < 7
     assert len(train) + len(held_out) == 10
     target = min((data / "held_out/training_images").glob("*.png"))
     for file in (target, target.with_suffix(".txt"), data / "held_out/control_images" / target.name):
         shutil.copyfile(file, regular / file.parent.name / file.name)
-    fault = messages(setup(f"data.regularization={regular}"))[0]
-    assert fault.startswith(f"{target}: is held out and trained on")
+    problem = messages(setup(f"data.regularization={regular}"))[0]
+    assert problem.startswith(f"{target}: is held out and trained on")
 
 
-def test_faults_of_the_regularisation_set_are_told_with_the_others(setup: Setup, data: Path, regular: Path) -> None:
+def test_problems_of_the_regularisation_set_are_told_with_the_others(setup: Setup, data: Path, regular: Path) -> None:
     min((regular / "training_images").glob("*.png")).write_bytes(b"")
     first(data, "training_images").write_bytes(b"")
-    *faults, summary = messages(setup(f"data.regularization={regular}"))
-    assert [fault.partition(": ")[2] for fault in faults] == ["is empty (0 bytes); copy it again"] * 2
-    assert summary.startswith("data: 2 faults; 11 of 13 examples can be used: mend the data, or")
+    *problems, summary = messages(setup(f"data.regularization={regular}"))
+    assert [problem.partition(": ")[2] for problem in problems] == ["is empty (0 bytes); copy it again"] * 2
+    assert summary.startswith("data: 2 problems; 11 of 13 examples can be used: fix the data, or")
     (missing, *_) = messages(setup(f"data.regularization={data / 'nowhere'}"))
     assert missing == f"data.regularization: {data / 'nowhere'}: no such folder or manifest; correct the path"
 
@@ -177,15 +177,15 @@ def test_the_summary_counts(setup: Setup, data: Path, capsys: pytest.CaptureFixt
             image.load()
         image.putalpha(number * 255)  # one of the two is opaque
         image.save(path)
-    find_examples(setup(), family, speak=True)
+    usable_records(setup(), family, is_main=True)
     assert capsys.readouterr().out.splitlines() == [
         "scan      26 pictures: 26 decoded, 0 unchanged since the last scan",
         "data      10 training and 3 held-out examples with 13 controls",
         "data      1 example with transparency, which is laid on white",
     ]
-    find_examples(setup("data.background=black"), family, speak=True)
+    usable_records(setup("data.background=black"), family, is_main=True)
     assert capsys.readouterr().out.endswith("data      1 example with transparency, which is laid on black\n")
-    find_examples(setup(), family, speak=False)
+    usable_records(setup(), family, is_main=False)
     assert capsys.readouterr().out == "", "the other ranks say nothing"
 
 
@@ -195,39 +195,39 @@ def test_the_first_of_several_frames_is_used_and_counted_where_that_is_asked_for
     path = first(data, "training_images")
     with Image.open(path) as image:
         image.save(path, save_all=True, append_images=[image.rotate(90)])
-    mend = "save the one to train on as a still image, or set data.first_frame=true"
-    assert messages(setup())[:-1] == [f"{path}: has 2 frames or pages; {mend}"]
-    train, _ = find_examples(setup("data.first_frame=true"), family, speak=True)
+    fix = "save the one to train on as a still image, or set data.first_frame=true"
+    assert messages(setup())[:-1] == [f"{path}: has 2 frames or pages; {fix}"]
+    train, _ = usable_records(setup("data.first_frame=true"), family, is_main=True)
     assert len(train) == 10
     said = "data      1 example with several frames or pages in a picture: the first counts\n"
     assert capsys.readouterr().out.endswith(said)
 
 
-def test_faults_of_all_kinds_and_parts_come_in_one_list(setup: Setup, data: Path) -> None:
+def test_problems_of_all_kinds_and_parts_come_in_one_list(setup: Setup, data: Path) -> None:
     images = sorted((data / "train/training_images").glob("*.png"))
     images[0].write_bytes(b"")
     images[1].with_suffix(".txt").write_text("long " * 300)
     images[2].with_suffix(".txt").write_text("see <|image_pad|>")
     first(data, "training_images", "held_out", ".txt").write_text(" ")
-    *faults, summary = messages(setup())
-    assert [fault.replace(f"{data}/", "").partition(": ")[2] for fault in sorted(faults)] == [
+    *problems, summary = messages(setup())
+    assert [problem.replace(f"{data}/", "").partition(": ")[2] for problem in sorted(problems)] == [
         "the caption is empty; write one, or set data.empty_caption to use_empty or skip",
         "is empty (0 bytes); copy it again",
         "the prompt is 1199 tokens long, more than 1024; shorten it, or set data.long_caption=truncate",
         "the prompt contains <|image_pad|>, a marker of the text encoder: take it out",
     ]
     assert summary.startswith(
-        "data: 4 faults; 9 of 13 examples can be used: mend the data, or set data.on_bad_item=skip"
+        "data: 4 problems; 9 of 13 examples can be used: fix the data, or set data.on_bad_item=skip"
     )
 
 
-def test_a_source_that_is_missing_is_told_with_the_faults_of_the_other(setup: Setup, data: Path) -> None:
+def test_a_source_that_is_missing_is_told_with_the_problems_of_the_other(setup: Setup, data: Path) -> None:
     first(data, "training_images").write_bytes(b"")
     found = messages(setup(f"data.held_out={data / 'nowhere'}"))
     assert found[0] == f"data.held_out: {data / 'nowhere'}: no such folder or manifest; correct the path"
     assert [line.partition(": ")[2] for line in found[1:]] == ["is empty (0 bytes); copy it again"]
-    mend = "correct the path, or write a share as a number such as 0.2"
-    assert messages(setup("data.held_out=0,2"))[0] == f"data.held_out: 0,2: no such folder or manifest; {mend}"
+    fix = "correct the path, or write a share as a number such as 0.2"
+    assert messages(setup("data.held_out=0,2"))[0] == f"data.held_out: 0,2: no such folder or manifest; {fix}"
 
 
 def test_long_captions_are_cut_where_that_is_asked_for(
@@ -235,9 +235,9 @@ def test_long_captions_are_cut_where_that_is_asked_for(
 ) -> None:
     text = first(data, "training_images", suffix=".txt")
     text.write_text("图片 " * 1000, encoding="utf-8")
-    (fault, _) = messages(setup())
-    assert re.search(r"the prompt is \d{4} tokens long, more than 1024", fault)
-    train, _ = find_examples(setup("data.long_caption=truncate"), family, speak=True)
+    (problem, _) = messages(setup())
+    assert re.search(r"the prompt is \d{4} tokens long, more than 1024", problem)
+    train, _ = usable_records(setup("data.long_caption=truncate"), family, is_main=True)
     assert len(train) == 10
     assert capsys.readouterr().out.endswith("data      1 prompt cut to 1024 tokens\n")
     prompt = train[0].record.prompt
@@ -255,9 +255,9 @@ def test_what_is_skipped_is_listed_with_names_of_any_kind(
         shutil.copyfile(first(data, "control_images"), data / f"train/control_images/{stem}.png")
     stray = data / "train/control_images/stray.png"
     shutil.copyfile(first(data, "control_images"), stray)
-    train, _ = find_examples(setup("data.on_bad_item=skip"), family, speak=True)
+    train, _ = usable_records(setup("data.on_bad_item=skip"), family, is_main=True)
     assert len(train) == 10
-    said = f"data      5 faults, listed in {tmp_path / 'run/bad_items.jsonl'}: 4 of 17 examples left out\n"
+    said = f"data      5 problems, listed in {tmp_path / 'run/bad_items.jsonl'}: 4 of 17 examples left out\n"
     assert said in capsys.readouterr().out
     listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
     assert [line["path"] for line in listed if line["example"] is None] == [str(stray)]
@@ -266,9 +266,9 @@ def test_what_is_skipped_is_listed_with_names_of_any_kind(
     assert all(line["path"].endswith(line["example"]) for line in listed if line["example"])
 
 
-def test_every_kind_of_fault_counts_the_examples_that_it_costs(setup: Setup, data: Path, tmp_path: Path) -> None:
+def test_every_kind_of_problem_counts_the_examples_that_it_costs(setup: Setup, data: Path, tmp_path: Path) -> None:
     images = sorted((data / "train/training_images").glob("*.png"))
-    images[0].write_bytes(b"")  # two faults of one example
+    images[0].write_bytes(b"")  # two problems of one example
     (data / "train/control_images" / images[0].name).write_bytes(b"")
     images[1].with_suffix(".txt").unlink()
     images[2].with_suffix(".txt").write_text("long " * 300)
@@ -279,10 +279,10 @@ def test_every_kind_of_fault_counts_the_examples_that_it_costs(setup: Setup, dat
     twin = data / "held_out/training_images" / "twin.png"
     for file in (images[5], images[5].with_suffix(".txt"), data / "train/control_images" / images[5].name):
         shutil.copyfile(file, data / "held_out" / file.parent.name / f"twin{file.suffix}")
-    *faults, summary = messages(setup())
-    assert len(faults) == 8
-    assert summary.startswith("data: 8 faults; 8 of 14 examples can be used: mend the data, or set")
-    find_examples(setup("data.on_bad_item=skip"), family, speak=True)
+    *problems, summary = messages(setup())
+    assert len(problems) == 8
+    assert summary.startswith("data: 8 problems; 8 of 14 examples can be used: fix the data, or set")
+    usable_records(setup("data.on_bad_item=skip"), family, is_main=True)
     listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
     examples = [line["example"] for line in listed]
     assert sorted(filter(None, examples)) == sorted(
@@ -309,9 +309,9 @@ def test_a_control_of_nearly_its_targets_name_is_named_with_it(tmp_path: Path, c
         Image.new("RGB", (32, 32)).save(root / name)
     for stem in "ab":
         (root / f"training_images/{stem}.txt").write_text("x")
-    told = [str(fault) for fault in scan([str(root)], limits=Limits()).faults]
-    mend = f"{meant} may be meant: rename it" if meant else "add it"
-    target = f"{root}/training_images/a.png: has no control image control_images/a.*; {mend}"
+    told = [str(problem) for problem in scan([str(root)], limits=Limits()).problems]
+    fix = f"{meant} may be meant: rename it" if meant else "add it"
+    target = f"{root}/training_images/a.png: has no control image control_images/a.*; {fix}"
     stray = (
         f"{root}/control_images/{control}: is a control image without a target of its name; add that, or take it out"
     )
@@ -321,9 +321,9 @@ def test_a_control_of_nearly_its_targets_name_is_named_with_it(tmp_path: Path, c
 def test_a_step_that_holds_more_samples_than_there_are_is_told(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find_examples(setup("batch.samples_per_step=10"), family, speak=True)
+    usable_records(setup("batch.samples_per_step=10"), family, is_main=True)
     assert "samples_per_step" not in capsys.readouterr().out
-    find_examples(setup("batch.samples_per_step=11"), family, speak=True)
+    usable_records(setup("batch.samples_per_step=11"), family, is_main=True)
     line = "data      10 training examples for batch.samples_per_step=11: every step is an epoch, and smaller than it "
     assert capsys.readouterr().out.endswith(f"{line}should be\n")
 

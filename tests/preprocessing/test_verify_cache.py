@@ -1,4 +1,4 @@
-"""`cache --verify`: what it finds, says and returns, and that the next caching pass mends exactly that."""
+"""`cache --verify`: what it finds, says and returns, and that the next caching pass fixes exactly that."""
 
 import shutil
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from mixres import cli
 from mixres.config.config import load_config
 from mixres.models.qwen import edit as qwen_image_edit
-from mixres.preprocessing.precompute import examples
+from mixres.preprocessing.precompute import keyed_records
 from support.jobs import Jobs
 
 ALL = 13
@@ -102,7 +102,7 @@ def test_without_verify_a_changed_bit_would_not_be_found(cache: Cache) -> None:
 def test_training_stops_at_a_damaged_entry_and_the_same_command_makes_it_again(cache: Cache, tmp_path: Path) -> None:
     before, jobs = cache.contents(), Jobs(cache.file, cache.root, tmp_path)
     config = load_config(cache.file, jobs.words("run")[2:])
-    key = examples(config, qwen_image_edit, speak=False)[3][0]
+    key = keyed_records(config, qwen_image_edit, is_main=False)[3][0]
     path = cache.root / key[:2] / f"{key}.safetensors"
     flip_bit(path, before[path])
     [line] = [line for line in jobs("run", code=1).stderr.splitlines() if line.startswith("mixres: error: ")]
@@ -125,7 +125,7 @@ def test_an_entry_of_files_as_they_were_is_not_one_of_files_as_they_are(cache: C
     assert len(cache.entries()) == ALL, "it is kept: another run may use it"
 
 
-def test_faults_of_data_and_configuration_come_first(cache: Cache) -> None:
+def test_problems_of_data_and_configuration_come_first(cache: Cache) -> None:
     min((cache.data / "train" / "training_images").glob("*.png")).write_bytes(b"")
     code, said, complaints = cache("--verify")
     assert code == 2

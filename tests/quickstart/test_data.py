@@ -23,8 +23,8 @@ from mixres.quickstart import data as demo
 
 
 def records(folder: Path) -> list[EditRecord]:
-    found, faults = find_records(str(folder))
-    assert faults == []
+    found, problems = find_records(str(folder))
+    assert problems == []
     return found
 
 
@@ -41,8 +41,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 def test_scan_takes_every_pair(demo_root: Path) -> None:
     limits = Limits(max_source_pixels=10**6, max_bytes=10**7, max_aspect=8, follow_symlinks=False)
-    scanned, faults, *_ = scan([str(demo_root / "train"), str(demo_root / "held_out")], limits=limits, progress=False)
-    assert faults == []
+    scanned, problems, *_ = scan([str(demo_root / "train"), str(demo_root / "held_out")], limits=limits, progress=False)
+    assert problems == []
     assert len(scanned) == demo.TRAIN_PAIRS + demo.HELD_OUT_PAIRS
 
 

@@ -23,11 +23,11 @@ from mixres.config.config import Config, load_config
 from mixres.data.collate import collate
 from mixres.data.plan import StepPlan
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import Encoded, encode_all
+from mixres.preprocessing.precompute import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
 from mixres.training.optimizer import schedule
 from mixres.training.sample_sheets import HeldOutSampler
-from mixres.training.setup import load_trained, objective_of, plan_of
+from mixres.training.setup import build_objective, build_plan, load_trained
 from mixres.training.step import run_step
 from support.jobs import stock_calls
 
@@ -125,7 +125,7 @@ def test_it_has_learnt_the_edit(quickstart: Quickstart) -> None:
     assert lora >= ceiling - 6, (lora, ceiling)
 
 
-def trained(clone: Clone, run: Path, tmp_path: Path) -> tuple[Config, Encoded, nn.Module]:
+def trained(clone: Clone, run: Path, tmp_path: Path) -> tuple[Config, CachedData, nn.Module]:
     """The quickstart's configuration and data, and the base with its LoRA."""
     paths = {
         "model.pretrained_model_name_or_path": clone.folder / "src" / "mixres" / "assets" / "tiny_base",
@@ -145,7 +145,7 @@ def trained(clone: Clone, run: Path, tmp_path: Path) -> tuple[Config, Encoded, n
 def test_it_edits_this_picture(clone: Clone, quickstart: Quickstart, tmp_path: Path) -> None:
     """With the control of another sample the loss is far worse: the picture is not made up from the noise alone."""
     config, encoded, transformer = trained(clone, quickstart[0], tmp_path)
-    objective = objective_of(config, family)
+    objective = build_objective(config, family)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.held_out]
     others = {sample.img_shapes: sample for sample in samples}  # the last of its size
     pairs = [(sample, others[sample.img_shapes]) for sample in samples if others[sample.img_shapes] is not sample]
@@ -183,7 +183,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
 
 
 def losses(
-    clone: Clone, config: Config, encoded: Encoded, groups: Callable[[StepPlan], list[tuple[int, ...]]]
+    clone: Clone, config: Config, encoded: CachedData, groups: Callable[[StepPlan], list[tuple[int, ...]]]
 ) -> list[float]:
     """The run's losses with the microbatches of each step as `groups` makes them, padded."""
     AcceleratorState._reset_state(True)
@@ -191,7 +191,7 @@ def losses(
     model = load_trained(config, family, accelerator)
     last = config.train.max_train_steps  # of the schedule
     scheduler = schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=0)
-    objective, plan = objective_of(config, family), plan_of(config, encoded, world_size=1)
+    objective, plan = build_objective(config, family), build_plan(config, encoded, world_size=1)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.train]
     curve = []
     for number in range(CURVE_STEPS):

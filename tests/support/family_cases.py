@@ -21,7 +21,7 @@ INTERFACE = (  # what docs/adding_a_model.md describes
     "flow_shift",
     "encoder_fingerprint",
     "control_areas",
-    "example_fault",
+    "record_problem",
     "load_preprocessors",
     "vae_sizes",
     "text_tokens",

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Lengths
-from mixres.diffusion.flow_matching import NoiseLevels
+from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.geometry import Grid
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.qwen import edit as family
@@ -87,10 +87,10 @@ def lengths_of(index: int) -> Lengths:
     return Lengths(text, sum(grid.tokens for grid in shapes), shapes[0].tokens)
 
 
-def objective_of(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
+def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
     return kind(
         predict_velocity=family.predict_velocity,
-        levels=NoiseLevels(weighting="cosmap"),
+        levels=TimestepSampler(weighting="cosmap"),
         shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
         normalization=normalization,
         foreground=3.0,

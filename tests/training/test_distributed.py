@@ -15,10 +15,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from mixres.errors import UserError
-from mixres.training.distributed import make_accelerator, require_agreement
+from mixres.training.distributed import make_accelerator, assert_same_on_all_ranks
 accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=Path("."))
 try:
-    require_agreement(sys.argv[1 + accelerator.process_index])
+    assert_same_on_all_ranks(sys.argv[1 + accelerator.process_index])
 except UserError as error:
     sys.stdout.write(f"{accelerator.process_index} refused: {error}" + chr(10))
 else:

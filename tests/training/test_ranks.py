@@ -18,7 +18,7 @@ from mixres.data.cache import Cache
 from mixres.models.qwen import edit as family
 from mixres.preprocessing.precompute import encode_all
 from mixres.training.checkpoint import Checkpoints
-from mixres.training.setup import plan_of
+from mixres.training.setup import build_plan
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 4
@@ -174,7 +174,7 @@ def test_a_sample_that_is_not_finite_is_left_out_by_all_ranks(runs: Runs, alone:
     config = load_config(Path(runs.common[1]), [*runs.common[2:], f"cache.cache_dir={runs.folder / 'float64'}",
                          "model.dtype=float64", f"logging.output_dir={runs.folder / 'none'}"])  # fmt: skip
     encoded = encode_all(config, family, device=torch.device("cpu"))
-    item = encoded.train[plan_of(config, encoded, world_size=1).step(1).indices[0]]
+    item = encoded.train[build_plan(config, encoded, world_size=1).step(1).indices[0]]
     poisoned = Cache(shutil.copytree(runs.folder / "float64", runs.folder / "poisoned"))
     sample = poisoned.read(item.key)
     poisoned.write(item.key, replace(sample, target_latents=sample.target_latents * torch.nan))

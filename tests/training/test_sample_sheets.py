@@ -13,7 +13,7 @@ from mixres.config.config import Config, load_config
 from mixres.data.images import read_image
 from mixres.geometry import Size
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import Encoded, encode_all
+from mixres.preprocessing.precompute import CachedData, encode_all
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
 from mixres.training.ema import Ema
@@ -98,12 +98,12 @@ def config(small_run: Path, small_cache: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def encoded(config: Config) -> Encoded:
+def encoded(config: Config) -> CachedData:
     return encode_all(config, family, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def sampler(config: Config, encoded: Encoded) -> HeldOutSampler:
+def sampler(config: Config, encoded: CachedData) -> HeldOutSampler:
     base = config.model.pretrained_model_name_or_path
     transformer = family.load_transformer(base, dtype=torch.float32, device="cpu")
     transformer.enable_gradient_checkpointing()
@@ -111,7 +111,7 @@ def sampler(config: Config, encoded: Encoded) -> HeldOutSampler:
 
 
 def test_a_sheet_shows_every_held_out_size_and_leaves_the_training_alone(
-    sampler: HeldOutSampler, encoded: Encoded, tmp_path: Path
+    sampler: HeldOutSampler, encoded: CachedData, tmp_path: Path
 ) -> None:
     transformer = sampler.pipeline.transformer
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -138,7 +138,7 @@ def test_a_prediction_has_the_targets_size_and_is_always_the_same(sampler: HeldO
         assert picture.tobytes() == sampler.predict(item).tobytes()
 
 
-def test_samples_are_made_with_the_average_on_request(config: Config, encoded: Encoded, tmp_path: Path) -> None:
+def test_samples_are_made_with_the_average_on_request(config: Config, encoded: CachedData, tmp_path: Path) -> None:
     base = config.model.pretrained_model_name_or_path
     transformer = family.load_transformer(base, dtype=torch.float32, device="cpu")
     optimizer = torch.optim.SGD([transformer.proj_out.weight], lr=1.0)

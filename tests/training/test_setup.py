@@ -18,9 +18,17 @@ from mixres.errors import UserError
 from mixres.geometry import Grid
 from mixres.models.blocks import repeated_blocks
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import Encoded, encode_all
+from mixres.preprocessing.precompute import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
-from mixres.training.setup import check_early, frozen_of, load_trained, loader_of, objective_of, plan_of, recipe
+from mixres.training.setup import (
+    build_loader,
+    build_objective,
+    build_plan,
+    check_early,
+    load_trained,
+    recipe,
+    run_identity,
+)
 
 
 class Setup:
@@ -40,7 +48,7 @@ def setup(small_run: Path, small_cache: Path) -> Setup:
 
 
 @pytest.fixture(scope="module")
-def encoded(setup: Setup) -> Encoded:
+def encoded(setup: Setup) -> CachedData:
     return encode_all(setup(), family, device=torch.device("cpu"))
 
 
@@ -82,7 +90,7 @@ def test_the_trained_parameters_are_the_optimizers_in_order(
 
 @pytest.mark.parametrize(("checkpointing", "calls"), [("true", [2, 2]), ("2", [2, 1]), ("false", [1, 1])])
 def test_those_blocks_are_recomputed_that_were_asked_for(
-    setup: Setup, encoded: Encoded, tmp_path: Path, checkpointing: str, calls: list[int]
+    setup: Setup, encoded: CachedData, tmp_path: Path, checkpointing: str, calls: list[int]
 ) -> None:
     config = setup(f"train.gradient_checkpointing={checkpointing}")
     transformer = load_trained(config, family, accelerator(tmp_path)).transformer
@@ -96,8 +104,8 @@ def test_those_blocks_are_recomputed_that_were_asked_for(
 
     for index, block in enumerate(repeated_blocks(transformer)):
         block.register_forward_pre_hook(count(index))
-    batch = next(loader_of(config, encoded, plan_of(config, encoded, world_size=1), rank=0, first=0, workers=0))
-    objective_of(config, family).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
+    batch = next(build_loader(config, encoded, build_plan(config, encoded, world_size=1), rank=0, first=0, workers=0))
+    build_objective(config, family).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
     assert found == calls
 
 
@@ -130,10 +138,10 @@ def test_no_encoder_lives_beside_the_transformer(setup: Setup, tmp_path: Path) -
     assert {id(thing) for thing in gc.get_objects() if type(thing) is kind} <= before
 
 
-def test_the_loader_gives_what_the_plan_says(setup: Setup, encoded: Encoded) -> None:
+def test_the_loader_gives_what_the_plan_says(setup: Setup, encoded: CachedData) -> None:
     config = setup()
-    plan = plan_of(config, encoded, world_size=1)
-    loader = loader_of(config, encoded, plan, rank=0, first=2, workers=0)
+    plan = build_plan(config, encoded, world_size=1)
+    loader = build_loader(config, encoded, plan, rank=0, first=2, workers=0)
     for step in range(2, config.train.max_train_steps):
         for microbatch in plan.step(step).ranks[0]:
             batch = next(loader)
@@ -144,19 +152,19 @@ def test_the_loader_gives_what_the_plan_says(setup: Setup, encoded: Encoded) -> 
     assert next(loader, None) is None
 
 
-def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup, encoded: Encoded) -> None:
+def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup, encoded: CachedData) -> None:
     """The data here have four image lengths, which would stay; so they are said to be longer than they are."""
     entries = [item.entry for item in encoded.train]
     longer = [e._replace(img_shapes=(*e.img_shapes, Grid(1, 1, 1 + 9 * n))) for n, e in enumerate(entries)]
     items = [replace(item, entry=entry) for item, entry in zip(encoded.train, longer, strict=True)]
-    many = Encoded(encoded.cache, items, [])
+    many = CachedData(encoded.cache, items, [])
     rounding = rounding_of([item.lengths for item in items])
     assert rounding.image > 1
     found = {}
     for compiled in (False, True):
         config = setup("batch.layout=padded", f"train.compile={str(compiled).lower()}")
-        plan = plan_of(config, many, world_size=1)
-        loader = loader_of(config, many, plan, rank=0, first=0, workers=0)
+        plan = build_plan(config, many, world_size=1)
+        loader = build_loader(config, many, plan, rank=0, first=0, workers=0)
         batches = [next(loader) for step in range(5) for _ in plan.step(step).ranks[0]]
         found[compiled] = {batch.latents.shape[1] for batch in batches}
         counted = {rounded(item.lengths.image, rounding.image if compiled else 1) for item in items}
@@ -167,19 +175,19 @@ def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup,
 
 
 def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:
-    objective = objective_of(setup("train.seed=5", "loss.normalization=token"), family)
+    objective = build_objective(setup("train.seed=5", "loss.normalization=token"), family)
     assert dict(objective.shift_constants) == {
         "base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
     }  # fmt: skip
     assert (objective.seed, objective.dtype, objective.divisor(4, 100)) == (5, torch.float32, 100)
-    assert objective_of(setup("model.dtype=float64"), family).dtype == torch.float64
+    assert build_objective(setup("model.dtype=float64"), family).dtype == torch.float64
 
 
-def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]:
+def frozen(setup: Setup, encoded: CachedData, *overrides: str) -> dict[str, object]:
     config = setup(*overrides)
     own, regular = ([x.key for x in encoded.train if x.regularization == which] for which in (False, True))
-    order = plan_of(config, encoded, world_size=1).order_hash([item.key for item in encoded.train])
-    return {**frozen_of(config, own, regular), "order": order}
+    order = build_plan(config, encoded, world_size=1).order_hash([item.key for item in encoded.train])
+    return {**run_identity(config, own, regular), "order": order}
 
 
 @pytest.mark.parametrize(
@@ -208,21 +216,21 @@ def frozen(setup: Setup, encoded: Encoded, *overrides: str) -> dict[str, object]
     ],
 )
 def test_frozen_values_are_those_that_make_it_another_run(
-    setup: Setup, encoded: Encoded, override: str, changed: set[str]
+    setup: Setup, encoded: CachedData, override: str, changed: set[str]
 ) -> None:
     before, after = frozen(setup, encoded), frozen(setup, encoded, override)
     assert {key for key in before if before[key] != after[key]} == changed
 
 
-def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded: Encoded) -> None:
+def test_another_share_of_dropped_captions_is_another_run(setup: Setup, encoded: CachedData) -> None:
     items = [replace(item, entry=item.entry._replace(empty_tokens=3)) for item in encoded.train]
-    with_empty = Encoded(encoded.cache, items, encoded.held_out)
+    with_empty = CachedData(encoded.cache, items, encoded.held_out)
     before, after = (frozen(setup, with_empty, f"data.caption_dropout={p}") for p in (0.0, 0.1))
     assert {key for key in before if before[key] != after[key]} == {"data.caption_dropout"}
 
 
 def test_a_base_on_the_hub_is_known_by_its_commit(
-    setup: Setup, encoded: Encoded, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, encoded: CachedData, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its branch may be at another one when the run goes on, or when the LoRA is sampled."""
     commit, repository = "fedcba9876543210fedcba9876543210fedcba98", tmp_path / "models--me--tiny"
@@ -234,47 +242,47 @@ def test_a_base_on_the_hub_is_known_by_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in ("null", "main", commit):
         config = setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}")
-        assert frozen_of(config, [], [])["model.revision"] == recipe(config, family, 5)["revision"] == commit
+        assert run_identity(config, [], [])["model.revision"] == recipe(config, family, 5)["revision"] == commit
 
 
 @pytest.fixture(scope="module")
-def regularised(encoded: Encoded) -> Encoded:
+def regularised(encoded: CachedData) -> CachedData:
     """The last three of the training samples as a regularisation set."""
     items = [replace(item, regularization=i >= len(encoded.train) - 3) for i, item in enumerate(encoded.train)]
-    return Encoded(encoded.cache, items, encoded.held_out)
+    return CachedData(encoded.cache, items, encoded.held_out)
 
 
 REGULAR = ("data.regularization=regular", "loss.prior_loss_weight=0.25")
 
 
 def test_regularisation_samples_are_drawn_as_all_others_and_carry_their_weight(
-    setup: Setup, encoded: Encoded, regularised: Encoded
+    setup: Setup, encoded: CachedData, regularised: CachedData
 ) -> None:
     config, count = setup(*REGULAR), len(encoded.train)
-    plan, plain = plan_of(config, regularised, world_size=1), plan_of(setup(), encoded, world_size=1)
+    plan, plain = build_plan(config, regularised, world_size=1), build_plan(setup(), encoded, world_size=1)
     epoch = [plan.step(step) for step in range(plan.steps_per_epoch)]
     assert sorted(i for step in epoch for i in step.indices) == list(range(count))
     for step in epoch:
         assert (step.indices, step.samples) == (plain.step(step.step).indices, plain.step(step.step).samples)
-    loader = loader_of(config, regularised, plan, rank=0, first=0, workers=0)
+    loader = build_loader(config, regularised, plan, rank=0, first=0, workers=0)
     for step in epoch:
         for _ in step.ranks[0]:
             batch = next(loader)
             assert batch.sample_weights == tuple(0.25 if i >= count - 3 else 1.0 for i in batch.indices)
 
 
-def test_without_samples_of_its_own_a_run_is_refused(setup: Setup, encoded: Encoded) -> None:
-    only = Encoded(encoded.cache, [replace(item, regularization=True) for item in encoded.train], [])
+def test_without_samples_of_its_own_a_run_is_refused(setup: Setup, encoded: CachedData) -> None:
+    only = CachedData(encoded.cache, [replace(item, regularization=True) for item in encoded.train], [])
     with pytest.raises(UserError, match=r"data.train: there is no usable sample"):
-        plan_of(setup(), only, world_size=1)
+        build_plan(setup(), only, world_size=1)
 
 
 def test_another_regularisation_set_is_another_run_and_another_weight_is_not(
-    setup: Setup, encoded: Encoded, regularised: Encoded
+    setup: Setup, encoded: CachedData, regularised: CachedData
 ) -> None:
     before = frozen(setup, regularised, *REGULAR)
     assert frozen(setup, regularised, REGULAR[0]) == before
-    fewer = frozen(setup, Encoded(encoded.cache, regularised.train[:-1], []), *REGULAR)
+    fewer = frozen(setup, CachedData(encoded.cache, regularised.train[:-1], []), *REGULAR)
     assert {key for key in before if before[key] != fewer[key]} == {"data.regularization", "order"}
     assert frozen(setup, encoded)["data.regularization"] is None
     moved = {key for key in before if before[key] != frozen(setup, encoded)[key]}
@@ -301,17 +309,17 @@ LOSS_SETTINGS = {
 }
 
 
-def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularised: Encoded, tmp_path: Path) -> None:
+def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularised: CachedData, tmp_path: Path) -> None:
     """The loss of one batch, real model, objective and loader: each setting by itself is another number."""
     transformer = load_trained(setup(), family, accelerator(tmp_path)).transformer
     losses = {}
     for name, words in LOSS_SETTINGS.items():
         config = setup("batch.samples_per_step=10", "batch.max_tokens=99999", *words)
-        plan = plan_of(config, regularised, world_size=1)
-        batch = next(loader_of(config, regularised, plan, rank=0, first=0, workers=0))
+        plan = build_plan(config, regularised, world_size=1)
+        batch = next(build_loader(config, regularised, plan, rank=0, first=0, workers=0))
         half = torch.arange(len(batch.edit_mask)) % 2
         masked = replace(batch, edit_mask=half.float(), has_mask=(True,) * 10)
-        objective = objective_of(config, family)
+        objective = build_objective(config, family)
         with torch.no_grad():
             total = objective.loss_sum(transformer, masked, 0)
         losses[name] = float(total) / objective.divisor(10, sum(batch.target_lengths))
@@ -319,20 +327,20 @@ def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularis
     assert min(b / a for a, b in itertools.pairwise(ordered)) > 1 + 1e-4, losses
 
 
-def test_other_data_are_another_run(setup: Setup, encoded: Encoded) -> None:
-    fewer = Encoded(encoded.cache, encoded.train[1:], encoded.held_out)
-    without_held_out = Encoded(encoded.cache, encoded.train, [])
+def test_other_data_are_another_run(setup: Setup, encoded: CachedData) -> None:
+    fewer = CachedData(encoded.cache, encoded.train[1:], encoded.held_out)
+    without_held_out = CachedData(encoded.cache, encoded.train, [])
     before = frozen(setup, encoded)
     after = frozen(setup, fewer)
     assert {key for key in before if before[key] != after[key]} == {"data.train", "order"}
     assert frozen(setup, without_held_out) == before
 
 
-def test_a_plan_without_samples_or_room_is_refused(setup: Setup, encoded: Encoded) -> None:
+def test_a_plan_without_samples_or_room_is_refused(setup: Setup, encoded: CachedData) -> None:
     with pytest.raises(UserError, match="no usable sample"):
-        plan_of(setup(), Encoded(encoded.cache, [], []), world_size=1)
+        build_plan(setup(), CachedData(encoded.cache, [], []), world_size=1)
     with pytest.raises(UserError, match=r"over batch\.max_tokens = 50") as caught:
-        plan_of(setup("batch.max_tokens=50"), encoded, world_size=1)
+        build_plan(setup("batch.max_tokens=50"), encoded, world_size=1)
     assert len(caught.value.messages) == sum(item.lengths.total > 50 for item in encoded.train)
 
 

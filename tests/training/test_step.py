@@ -25,13 +25,13 @@ from support.steps import (
     LAYOUTS,
     SPLITS,
     WHOLE,
+    build_objective,
     gradient_error,
     lengths_of,
     make_model,
     make_sample,
     microbatch,
     microbatches,
-    objective_of,
     record,
 )
 
@@ -42,7 +42,7 @@ BARS = [pytest.param(torch.float32, 1e-5, id="float32"), pytest.param(torch.floa
 def test_loss_and_gradients_do_not_change_with_the_split(
     accelerator: Accelerator, models: dict[torch.dtype, nn.Module], normalization: Any, dtype: torch.dtype, bar: float
 ) -> None:
-    objective = objective_of(normalization, dtype)
+    objective = build_objective(normalization, dtype)
     reference = record(accelerator, models[dtype], objective, microbatches(ALONE, "padded"))
     norm = torch.stack([g.norm() for g in reference.gradients.values() if g is not None]).norm()
     assert reference.result.grad_norm == pytest.approx(float(norm), rel=1e-5)
@@ -61,7 +61,7 @@ def test_loss_and_gradients_do_not_change_with_the_split(
 def test_a_batch_gives_each_sample_the_velocity_and_the_loss_it_has_alone(
     models: dict[torch.dtype, nn.Module], normalization: Any, layout: Layout
 ) -> None:
-    objective, model = objective_of(normalization, torch.float32), models[torch.float32]
+    objective, model = build_objective(normalization, torch.float32), models[torch.float32]
 
     def velocities(batch: Batch) -> tuple[Tensor, ...]:
         flow = make_flow_sample(
@@ -83,7 +83,7 @@ def test_a_batch_gives_each_sample_the_velocity_and_the_loss_it_has_alone(
 
 def trained(accelerator: Accelerator, base: Path, normalization: Any, max_tokens: int, layout: Layout) -> list[Tensor]:
     """Parameters after 4 clipped AdamW steps over planned microbatches: one epoch and a half, a short step between."""
-    model, objective = make_model(base, torch.float64), objective_of(normalization, torch.float64)
+    model, objective = make_model(base, torch.float64), build_objective(normalization, torch.float64)
     plan = Plan(
         [lengths_of(i) for i in range(6)], names=list("abcdef"), seed=2, samples_per_step=4,
         max_tokens=max_tokens, layout=layout,
@@ -126,7 +126,7 @@ def mean_over(velocity: Tensor, batch: Batch, flow: FlowSample, slots: list[Tens
 
 
 class Plain(Objective):
-    """The loss without masks, so that it is written in a line; the planted faults below differ in the slots alone."""
+    """The loss without masks, so that it is written in a line; the planted problems below differ in the slots alone."""
 
     def slots(self, batch: Batch) -> list[Tensor]:
         return [torch.arange(n) for n in batch.target_lengths]
@@ -165,26 +165,26 @@ class LocalCount(Objective):
         return loss.total / loss.count
 
 
-@pytest.mark.parametrize("fault", [None, PaddingInTheLoss, ControlsInTheLoss])
+@pytest.mark.parametrize("problem", [None, PaddingInTheLoss, ControlsInTheLoss])
 def test_padding_or_controls_in_the_loss_would_be_seen(
-    accelerator: Accelerator, models: dict[torch.dtype, nn.Module], fault: type[Plain] | None
+    accelerator: Accelerator, models: dict[torch.dtype, nn.Module], problem: type[Plain] | None
 ) -> None:
     model = models[torch.float32]
-    right = replace(objective_of("sample", torch.float32), foreground=1.0, background=1.0)
+    right = replace(build_objective("sample", torch.float32), foreground=1.0, background=1.0)
     reference = record(accelerator, model, right, microbatches(ALONE, "padded"))
-    planted = objective_of("sample", torch.float32, fault or Plain)
+    planted = build_objective("sample", torch.float32, problem or Plain)
     for name in ("whole", "pairs"):
         found = record(accelerator, model, planted, microbatches(SPLITS[name], "padded"))
-        assert (gradient_error(found, reference) > 1e-3) == (fault is not None)
-        assert (abs(found.result.loss - reference.result.loss) > 1e-3) == (fault is not None)
+        assert (gradient_error(found, reference) > 1e-3) == (problem is not None)
+        assert (abs(found.result.loss - reference.result.loss) > 1e-3) == (problem is not None)
 
 
 def test_division_by_the_local_count_would_be_seen(
     accelerator: Accelerator, models: dict[torch.dtype, nn.Module], normalization: Any
 ) -> None:
     model = models[torch.float32]
-    reference = record(accelerator, model, objective_of(normalization, torch.float32), microbatches(WHOLE, "packed"))
-    planted = objective_of(normalization, torch.float32, LocalCount)
+    reference = record(accelerator, model, build_objective(normalization, torch.float32), microbatches(WHOLE, "packed"))
+    planted = build_objective(normalization, torch.float32, LocalCount)
     whole = record(accelerator, model, planted, microbatches(WHOLE, "packed"), divisor=1)
     assert gradient_error(whole, reference) <= 1e-5  # in one microbatch it is right
     uneven = record(accelerator, model, planted, microbatches(SPLITS["uneven"], "packed"), divisor=3)
@@ -196,7 +196,7 @@ def test_division_by_the_local_count_would_be_seen(
 def test_a_loss_that_is_not_finite_names_the_samples_and_updates_nothing(
     accelerator: Accelerator, tiny_base: Path, where: str, value: float
 ) -> None:
-    model, objective = make_model(tiny_base, torch.float32), objective_of("sample", torch.float32)
+    model, objective = make_model(tiny_base, torch.float32), build_objective("sample", torch.float32)
     hurt = replace(make_sample(1), **{where: torch.full_like(getattr(make_sample(1), where), value)})
     bad = collate([make_sample(0), hurt], indices=[0, 1], weights=[1.0, 1.0], layout="packed")
     batches = [microbatch([2, 3], "packed"), bad]
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_updates_nothing(
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_a_step_left_out(
     accelerator: Accelerator, tiny_base: Path
 ) -> None:
-    model, objective = make_model(tiny_base, torch.float32), objective_of("sample", torch.float32)
+    model, objective = make_model(tiny_base, torch.float32), build_objective("sample", torch.float32)
     parameters = trainable_parameters(model)
     hurt = next(iter(parameters.values()))
     hurt.register_hook(lambda gradient: gradient * math.inf)
@@ -238,7 +238,7 @@ def test_a_device_without_room_names_the_microbatch(accelerator: Accelerator, ti
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     model = make_model(tiny_base, torch.float32)
-    objective = replace(objective_of("sample", torch.float32), predict_velocity=no_room)
+    objective = replace(build_objective("sample", torch.float32), predict_velocity=no_room)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
     with pytest.raises(WorkError) as caught:
         run_step(
@@ -261,7 +261,7 @@ class Endless(Objective):
 def test_a_loss_that_is_not_finite_over_finite_gradients_is_a_step_left_out(
     accelerator: Accelerator, models: dict[torch.dtype, nn.Module]
 ) -> None:
-    objective = objective_of("sample", torch.float32, Endless)
+    objective = build_objective("sample", torch.float32, Endless)
     optimizer = torch.optim.SGD(trainable_parameters(models[torch.float32]).values(), lr=0.0)
     result = run_step(
         accelerator, models[torch.float32], optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,

@@ -47,14 +47,14 @@ def test_a_skip_is_told_until_it_is_one_too_many(capsys: pytest.CaptureFixture[s
     left_out, skips = StepResult(math.nan, 1.0, 6, 6, stopping=False, skipped=names), Skips()
     for step in (7, 8):
         skips.count(True)
-        trainer._tell_skip(left_out, step, skips, 2, speak=True)
+        trainer._tell_skip(left_out, step, skips, 2, is_main=True)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("skipped   step 7: loss nan, gradient norm 1.0: not finite: nothing is updated (1 in a row")
     assert "(2 in a row, at most 2)" in second
     assert second.endswith("18.png, 19.png and 2 more")
     skips.count(True)
     with pytest.raises(WorkError, match=r"step 9: .* 3 steps in a row are more than train.max_skips = 2"):
-        trainer._tell_skip(left_out, 9, skips, 2, speak=True)
+        trainer._tell_skip(left_out, 9, skips, 2, is_main=True)
 
 
 def test_the_end_says_where_everything_is_and_what_to_type_next(

@@ -22,13 +22,13 @@ from mixres.errors import Stopped, WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import Encoded, encode_all
+from mixres.preprocessing.precompute import CachedData, encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 from mixres.training.ema import Ema
 from mixres.training.resume import restore_run
 from mixres.training.run_folder import RunFolder
-from mixres.training.setup import Trained, load_trained, objective_of
+from mixres.training.setup import TrainState, build_objective, load_trained
 from mixres.training.step import Objective
 from mixres.training.trainer import train
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
@@ -45,7 +45,7 @@ def config(small_run: Path, small_cache: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def encoded(config: Config) -> Encoded:
+def encoded(config: Config) -> CachedData:
     return encode_all(config, family, device=torch.device("cpu"))
 
 
@@ -60,7 +60,7 @@ def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
 
 
 @pytest.fixture(scope="module")
-def trained(config: Config, accelerator: Accelerator) -> Trained:
+def trained(config: Config, accelerator: Accelerator) -> TrainState:
     """With adapters that do something, dropout before them, in training mode."""
     made = load_trained(config, family, accelerator)
     fill_adapters(made.parameters, seed=0)
@@ -69,7 +69,7 @@ def trained(config: Config, accelerator: Accelerator) -> Trained:
 
 @pytest.fixture(scope="module")
 def objective(config: Config) -> Objective:
-    return objective_of(config, family)
+    return build_objective(config, family)
 
 
 Make = Callable[..., HeldOutLoss]
@@ -77,7 +77,12 @@ Make = Callable[..., HeldOutLoss]
 
 @pytest.fixture
 def make(
-    config: Config, accelerator: Accelerator, objective: Objective, trained: Trained, encoded: Encoded, tmp_path: Path
+    config: Config,
+    accelerator: Accelerator,
+    objective: Objective,
+    trained: TrainState,
+    encoded: CachedData,
+    tmp_path: Path,
 ) -> Make:
     """The evaluation of a run, of which each part may be another one."""
 
@@ -101,7 +106,9 @@ def losses_of(evaluation: HeldOutLoss) -> dict[tuple[str, float], float]:
 # --- What it is
 
 
-def test_it_is_the_velocity_error_of_each_sample_at_each_level(make: Make, trained: Trained, encoded: Encoded) -> None:
+def test_it_is_the_velocity_error_of_each_sample_at_each_level(
+    make: Make, trained: TrainState, encoded: CachedData
+) -> None:
     """Noise, interpolant and error once more by hand, through the stock call for one sample."""
     found = losses_of(make())
     assert len(found) == len(encoded.held_out) * len(SIGMAS) == 6
@@ -128,7 +135,7 @@ def test_it_is_the_velocity_error_of_each_sample_at_each_level(make: Make, train
     assert len(set(found.values())) == 6
 
 
-def test_the_line_holds_means_over_all_levels_and_bands(encoded: Encoded) -> None:
+def test_the_line_holds_means_over_all_levels_and_bands(encoded: CachedData) -> None:
     sizes = [Size(128, 128), Size(1024, 768), Size(1184, 880)]
     items = [replace(item, target_size=size) for item, size in zip(encoded.held_out, sizes, strict=True)]
     losses = {(i, sigma): 10.0 * i + sigma for i in range(3) for sigma in (0.25, 0.75)}
@@ -167,7 +174,7 @@ def test_bands_have_the_nearest_square(width: int, height: int, band: int) -> No
 
 
 def test_the_same_bits_whatever_the_training_does(
-    make: Make, config: Config, objective: Objective, trained: Trained, encoded: Encoded
+    make: Make, config: Config, objective: Objective, trained: TrainState, encoded: CachedData
 ) -> None:
     """Seed, step, dropout, losses' weights, order and number of the samples, and calls before it."""
     reference = losses_of(make())
@@ -179,9 +186,9 @@ def test_the_same_bits_whatever_the_training_does(
     trained.transformer.eval()
     assert losses_of(make()) == reference
     trained.transformer.train()
-    turned = Encoded(encoded.cache, encoded.train[1:], encoded.held_out[::-1])
+    turned = CachedData(encoded.cache, encoded.train[1:], encoded.held_out[::-1])
     assert losses_of(make(encoded=turned)) == reference
-    fewer = losses_of(make(encoded=Encoded(encoded.cache, encoded.train, encoded.held_out[1:])))
+    fewer = losses_of(make(encoded=CachedData(encoded.cache, encoded.train, encoded.held_out[1:])))
     assert fewer == {key: reference[key] for key in fewer}
     assert len(fewer) == 4
     evaluate = config.evaluate.model_copy(update={"sigmas": (0.7, 0.5)})
@@ -201,7 +208,7 @@ def test_the_ranks_share_all_passes_and_have_equally_many(make: Make, ranks: int
     assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
 
 
-def test_the_weights_decide(make: Make, trained: Trained) -> None:
+def test_the_weights_decide(make: Make, trained: TrainState) -> None:
     reference = losses_of(make())
     name = next(name for name in trained.parameters if "lora_B" in name)
     before = trained.parameters[name].detach().clone()
@@ -214,7 +221,7 @@ def test_the_weights_decide(make: Make, trained: Trained) -> None:
     assert losses_of(make()) == reference
 
 
-def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: Trained) -> None:
+def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: TrainState) -> None:
     optimizer = torch.optim.SGD(trained.parameters.values(), lr=1.0)
     ema = Ema(optimizer, 0.9)
     before = {name: parameter.detach().clone() for name, parameter in trained.parameters.items()}
@@ -236,7 +243,7 @@ def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained
             parameter.copy_(before[name])
 
 
-def test_training_is_left_as_it_was(make: Make, trained: Trained, encoded: Encoded, tmp_path: Path) -> None:
+def test_training_is_left_as_it_was(make: Make, trained: TrainState, encoded: CachedData, tmp_path: Path) -> None:
     def state() -> tuple[Any, ...]:
         return torch.get_rng_state().tolist(), [module.training for module in trained.transformer.modules()]
 
@@ -247,7 +254,7 @@ def test_training_is_left_as_it_was(make: Make, trained: Trained, encoded: Encod
     assert state() == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.transformer.state_dict().items())
     assert all(parameter.grad is None for parameter in trained.parameters.values())
-    gone = Encoded(Cache(shutil.copytree(encoded.cache.root, tmp_path / "cache")), encoded.train, encoded.held_out)
+    gone = CachedData(Cache(shutil.copytree(encoded.cache.root, tmp_path / "cache")), encoded.train, encoded.held_out)
     for item in encoded.held_out:
         next(gone.cache.root.glob(f"??/{item.key}*")).unlink()
     with pytest.raises(WorkError, match="run the same command again"):
@@ -258,12 +265,12 @@ def test_training_is_left_as_it_was(make: Make, trained: Trained, encoded: Encod
 # --- When it is computed
 
 
-def test_without_samples_or_interval_there_is_none(make: Make, config: Config, encoded: Encoded) -> None:
+def test_without_samples_or_interval_there_is_none(make: Make, config: Config, encoded: CachedData) -> None:
     lines: list[Any] = []
     never = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every": 0})})
     for evaluation in (
         make(config=never, sinks=(lines.append,)),
-        make(encoded=Encoded(encoded.cache, encoded.train, []), sinks=(lines.append,)),
+        make(encoded=CachedData(encoded.cache, encoded.train, []), sinks=(lines.append,)),
     ):
         assert all(evaluation(step) for step in range(STEPS + 1))
     assert lines == []

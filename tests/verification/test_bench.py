@@ -38,7 +38,7 @@ def setups(monkeypatch: pytest.MonkeyPatch) -> list[Workbench]:
 
     monkeypatch.setattr(bench_module, "set_up", recorded)
     monkeypatch.setattr(bench_module, "_LEAST_ROUNDS", 1)
-    monkeypatch.setattr(bench_module, "_MOST_ROUNDS", 2)
+    monkeypatch.setattr(bench_module, "_MAX_ROUNDS", 2)
     monkeypatch.setattr(bench_module, "_STEPS", 2)
     return found
 

@@ -23,7 +23,7 @@ from mixres.models import qwen_multi_resolution_patch as patch
 from mixres.models.qwen import packed
 from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import PatchState, patch_qwen_model_for_multi_resolution, patch_state
-from mixres.preprocessing.precompute import Item
+from mixres.preprocessing.precompute import CachedSample
 from mixres.training import step as step_module
 from mixres.verification import consistency, verify as verify_module
 from mixres.verification.batch_diagram import COLOURS, padded_segments, runs, token_layout
@@ -222,12 +222,14 @@ def test_the_patch_state_is_read_from_the_model() -> None:
     assert patch_state(patched) == PatchState(1, 2, True) and not patch_state(patched).whole
 
 
-def item(name: str, text: int, target: tuple[int, int], control: tuple[int, int] = (2, 2)) -> Item:
+def item(name: str, text: int, target: tuple[int, int], control: tuple[int, int] = (2, 2)) -> CachedSample:
     record = EditRecord(name=name, target=Path(name), controls=(), prompt="", mask=None)
-    return Item(record, Size(16, 16), name, CacheEntry(name, (Grid(1, *target), Grid(1, *control)), text, False))
+    return CachedSample(
+        record, Size(16, 16), name, CacheEntry(name, (Grid(1, *target), Grid(1, *control)), text, False)
+    )
 
 
-def names(items: list[Item]) -> list[str]:
+def names(items: list[CachedSample]) -> list[str]:
     return [item.key for item in items]
 
 

@@ -50,7 +50,7 @@ ELSEWHERE = {
 }
 OTHER_NAMES = {name: key for key, names in ELSEWHERE.items() for name in names.split()}
 
-# What no single key can tell: the keys, when they clash, and what mends it.
+# What no single key can tell: the keys, when they clash, and what fixes it.
 RULES: tuple[Rule, ...] = (
     (
         ("optimizer.init_args.lr",),

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from mixres.config.aliases import OTHER_NAMES, RULES
 from mixres.config.load import KeyPath, leaves, read_source, replaced, value_at
-from mixres.config.problems import conflicts, defaults, known_keys, schema_faults, validate
+from mixres.config.problems import conflicts, defaults, known_keys, schema_problems, validate
 from mixres.config.schema import (
     BatchConfig,
     CacheConfig,
@@ -82,16 +82,16 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < the YAML file < `section.key=value` overrides, validated.
+    """Deproblems < the YAML file < `section.key=value` overrides, validated.
 
     Raises:
-        UserError: with one line for every fault of the file and the overrides.
+        UserError: with one line for every problem of the file and the overrides.
     """
     source = read_source(path, overrides, defaults(Config))
-    source.faults += schema_faults(Config, source, OTHER_NAMES)
-    source.faults += conflicts(source, RULES)
-    if source.faults:
-        raise UserError(list(dict.fromkeys(message for _, message in source.faults)))
+    source.problems += schema_problems(Config, source, OTHER_NAMES)
+    source.problems += conflicts(source, RULES)
+    if source.problems:
+        raise UserError(list(dict.fromkeys(message for _, message in source.problems)))
     config = validate(Config, source.resolved)
     config._references.update({at: value_at(source.written, at) for at in source.references})
     return config

@@ -1,7 +1,7 @@
 """Where configuration values come from: a YAML file, dotted overrides, and `${...}` references between them.
 
-Promise: what is written is what is read (YAML 1.2 scalars: `no`, `012` and `3:30` stay text), all faults are collected
-in one pass, nothing in a file runs code or expands without bound, and no message holds the value behind a reference.
+Promise: what is written is what is read (YAML 1.2 scalars: `no`, `012` and `3:30` stay text), all problems are
+collected in one pass, nothing in a file runs code or expands without bound, and no message holds the value behind a reference.
 Cost: milliseconds; needs yaml and omegaconf, nothing of the schema.
 """
 
@@ -24,7 +24,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 # Only these two references are read: another key of the configuration, or an environment variable (with a default).
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.env\s*:\s*(?P<env>\w+)\s*(?:,[^${}]*)?|\.*[A-Za-z_][\w.\[\]]*\s*)\}", re.ASCII)
 _ALLOWED_REFERENCES = "${section.key}, ${oc.env:NAME} or ${oc.env:NAME,default}"
-_MOST_REFERENCES = 16  # each may name others: so many stand for some hundreds at most, without an end they fill memory
+_MAX_REFERENCES = 16  # each may name others: so many stand for some hundreds at most, without an end they fill memory
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Source:
     resolved: dict[str, Any] = field(default_factory=dict)  # references replaced; None where that failed
     references: set[KeyPath] = field(default_factory=set)  # where `written` holds a reference
     texts: dict[KeyPath, str] = field(default_factory=dict)  # of numbers, as the user wrote them: 1e3
-    faults: list[tuple[KeyPath, str]] = field(default_factory=list)  # the key (() for none) and the whole message
+    problems: list[tuple[KeyPath, str]] = field(default_factory=list)  # the key (() for none) and the whole message
     file_is_read: bool = True
 
 
@@ -56,7 +56,7 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 def read_source(path: Path, overrides: Sequence[str], defaults: Mapping[str, Any]) -> Source:
     """Merge `defaults` < the YAML file < `key=value` overrides, key by key, and resolve the references.
 
-    Lists replace each other. Faults are collected in the result, the values they concern are None in `resolved`.
+    Lists replace each other. Problems are collected in the result, the values they concern are None in `resolved`.
     """
     source = Source(written=dict(defaults))
     source.written = _merged(source.written, _read_file(path, source))
@@ -100,39 +100,41 @@ def _read_file(path: Path, source: Source) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        source.faults.append(((), f"--config {path}: cannot be read: {reason}; name another file"))
+        source.problems.append(((), f"--config {path}: cannot be read: {reason}; name another file"))
         source.file_is_read = False
         return {}
-    before = len(source.faults)
+    before = len(source.problems)
     values = _parse(text, (), f"--config {path}", source)
     if isinstance(values, dict):
         return values
-    source.file_is_read = values is None and len(source.faults) == before  # an empty file is read, a broken one is not
+    source.file_is_read = (
+        values is None and len(source.problems) == before
+    )  # an empty file is read, a broken one is not
     if values is None:
         return {}
-    source.faults.append(((), f"--config {path}: holds no `key: value` lines at its top level; write some"))
+    source.problems.append(((), f"--config {path}: holds no `key: value` lines at its top level; write some"))
     return {}
 
 
 def _with_values(overrides: Sequence[str], source: Source) -> Iterator[str]:
-    """The overrides; a key and the word behind it, without a `=` in either, are one fault."""
+    """The overrides; a key and the word behind it, without a `=` in either, are one problem."""
     words = itertools.pairwise([*overrides, "="])
     for word, after in words:
         if word.endswith((".yaml", ".yml")) and "=" not in word:
-            source.faults.append(((), f"{word}: is a file, not an override; write --config {word}"))
+            source.problems.append(((), f"{word}: is a file, not an override; write --config {word}"))
         elif "." not in word or not _KEY.fullmatch(word):
             yield word
         elif "=" in after:
-            source.faults.append(((), f"{word}: has no value; write {word}=VALUE"))
+            source.problems.append(((), f"{word}: has no value; write {word}=VALUE"))
         else:
-            source.faults.append(((), f"{word}: has no value; put = between them: {word}={after}"))
+            source.problems.append(((), f"{word}: has no value; put = between them: {word}={after}"))
             next(words, None)
 
 
 def _read_override(override: str, source: Source) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
-        source.faults.append(((), f"{key or override!r}: not an override; write section.key=value"))
+        source.problems.append(((), f"{key or override!r}: not an override; write section.key=value"))
         return {}
     parts = tuple(key.split("."))
     value = _parse(text, parts, key, source)
@@ -151,14 +153,14 @@ def _parse(text: str, path: KeyPath, where: str, source: Source) -> Any:
         problem = getattr(error, "problem", None) or "it holds a character that YAML does not take"
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        source.faults.append((path, f"{where}: not valid YAML: {problem}{at}; correct it"))
+        source.problems.append((path, f"{where}: not valid YAML: {problem}{at}; correct it"))
     except RecursionError:
-        source.faults.append((path, f"{where}: nested too deeply; flatten it"))
+        source.problems.append((path, f"{where}: nested too deeply; flatten it"))
     return None
 
 
 def _plain(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> Any:
-    """The node as dicts, lists and scalars. Its own constructor, so that each fault knows its dotted key."""
+    """The node as dicts, lists and scalars. Its own constructor, so that each problem knows its dotted key."""
     tag = node.tag.removeprefix("tag:yaml.org,2002:")
     if isinstance(node, yaml.MappingNode) and tag == "map":
         return _plain_section(loader, node, path, source)
@@ -168,8 +170,8 @@ def _plain(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> A
         source.texts[path] = node.value
         with contextlib.suppress(ValueError, KeyError):  # an integer of thousands of digits, `!!int x`, `!!bool x`
             return loader.construct_object(node)
-    fault = "tagged or oversized; write text, a number, true, false or null"
-    source.faults.append((path, f"{dotted(path)}: {fault}"))
+    problem = "tagged or oversized; write text, a number, true, false or null"
+    source.problems.append((path, f"{dotted(path)}: {problem}"))
     return None
 
 
@@ -179,7 +181,7 @@ def _plain_section(loader: _Loader, node: yaml.MappingNode, path: KeyPath, sourc
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         at = (*path, key)
         if key in values:
-            source.faults.append(
+            source.problems.append(
                 (at, f"{dotted(at)}: given twice, again at line {key_node.start_mark.line + 1}; take one out")
             )
         values[key] = _plain(loader, value_node, at, source)
@@ -187,31 +189,31 @@ def _plain_section(loader: _Loader, node: yaml.MappingNode, path: KeyPath, sourc
 
 
 def _resolve(source: Source) -> None:
-    faulty: set[KeyPath] = set()
+    bad: set[KeyPath] = set()
     count = 0
     for path, value in leaves(source.written):
         if not isinstance(value, str):
             continue
         count += value.count("${")
-        fault = _text_fault(value)
-        if not fault and "${" in value and count > _MOST_REFERENCES:
-            fault = f"given {value}, allowed: {_MOST_REFERENCES} references in all: write some out"
-        if fault:
-            source.faults.append((path, f"{dotted(path)}: {fault}"))
-            faulty.add(path)
+        problem = _text_problem(value)
+        if not problem and "${" in value and count > _MAX_REFERENCES:
+            problem = f"given {value}, allowed: {_MAX_REFERENCES} references in all: write some out"
+        if problem:
+            source.problems.append((path, f"{dotted(path)}: {problem}"))
+            bad.add(path)
         elif "${" in value:
             source.references.add(path)
-    clean = replaced(source.written, dict.fromkeys(faulty))
+    clean = replaced(source.written, dict.fromkeys(bad))
     config = OmegaConf.create(clean)
     found: dict[KeyPath, Any] = {}
     for path in sorted(source.references, key=dotted):
         found[path], reason = _reference(config, path)
         if reason:
-            source.faults.append((path, f"{dotted(path)}: given {value_at(source.written, path)}, {reason}"))
+            source.problems.append((path, f"{dotted(path)}: given {value_at(source.written, path)}, {reason}"))
     source.resolved = replaced(clean, found)
 
 
-def _text_fault(text: str) -> str | None:
+def _text_problem(text: str) -> str | None:
     """Why a text can be no value at all, or None."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         return "not valid Unicode text; write it anew"

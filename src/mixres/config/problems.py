@@ -20,7 +20,7 @@ from mixres.config.load import KeyPath, Source, dotted, leaves, value_at
 SHOWN_CHARACTERS = 120
 Model = TypeVar("Model", bound=BaseModel)
 
-# Dotted keys, what of their values clashes, and what mends it.
+# Dotted keys, what of their values clashes, and what fixes it.
 Rule = tuple[tuple[str, ...], Callable[..., bool], str]
 
 _BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
@@ -106,14 +106,16 @@ def shown(source: Source, path: KeyPath) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def schema_faults(model: type[BaseModel], source: Source, other_names: Mapping[str, str]) -> list[tuple[KeyPath, str]]:
-    """Every fault of the merged values against `model`, beside those that the source already has.
+def schema_problems(
+    model: type[BaseModel], source: Source, other_names: Mapping[str, str]
+) -> list[tuple[KeyPath, str]]:
+    """Every problem of the merged values against `model`, beside those that the source already has.
 
     `other_names`: what keys are called elsewhere; where such a name is written, the key is offered.
     """
     keys = dict(known_keys(model))
-    reported = [path for path, _ in source.faults if path]
-    faults: list[tuple[KeyPath, str]] = []
+    reported = [path for path, _ in source.problems if path]
+    problems: list[tuple[KeyPath, str]] = []
     errors = [
         (_given_part(source.resolved, error), error["type"]) for error in _validation_errors(model, source.resolved)
     ]
@@ -124,31 +126,31 @@ def schema_faults(model: type[BaseModel], source: Source, other_names: Mapping[s
             continue  # another choice of a union: the item inside says more
         if kind == "extra_forbidden":
             for line in unknown_keys(path, value_at(source.resolved, path), keys, other_names):
-                faults.append((path, line))
+                problems.append((path, line))
             continue
         name, field = _field_at(path, keys)
         given = "not given" if kind == "missing" else f"given {shown(source, path)}"
-        faults.append((path, f"{name}: {given}, allowed: {allowed(field)}"))
-    faults = list(dict.fromkeys(faults))
-    seen = [*reported, *(path for path, _ in faults)]
+        problems.append((path, f"{name}: {given}, allowed: {allowed(field)}"))
+    problems = list(dict.fromkeys(problems))
+    seen = [*reported, *(path for path, _ in problems)]
     for path, value in leaves(source.resolved):  # free sections hold any value, but never NaN or infinity
         if isinstance(value, float) and not math.isfinite(value) and not any(nested(path, other) for other in seen):
-            faults.append((path, f"{dotted(path)}: given {shown(source, path)}, allowed: a finite number"))
-    return faults
+            problems.append((path, f"{dotted(path)}: given {shown(source, path)}, allowed: a finite number"))
+    return problems
 
 
 def conflicts(source: Source, rules: Iterable[Rule]) -> list[tuple[KeyPath, str]]:
     """The rules that are broken; a rule is asked only where each of its keys is right by itself."""
-    wrong = [path for path, _ in source.faults if path]
-    faults: list[tuple[KeyPath, str]] = []
-    for names, clash, mend in rules:
+    wrong = [path for path, _ in source.problems if path]
+    problems: list[tuple[KeyPath, str]] = []
+    for names, clash, fix in rules:
         paths: list[KeyPath] = [tuple(name.split(".")) for name in names]
         if any(nested(path, other) for path in paths for other in wrong):
             continue
         if clash(*(value_at(source.resolved, path) for path in paths)):
             given = (f"{name}: given {shown(source, path)}" for name, path in zip(names, paths, strict=True))
-            faults.append((paths[0], f"{' with '.join(given)}; {mend}"))
-    return faults
+            problems.append((paths[0], f"{' with '.join(given)}; {fix}"))
+    return problems
 
 
 def unknown_keys(

@@ -110,16 +110,16 @@ class DataConfig(Section):
         "error", description="Unusable items: stop with the list of all of them, or list them and train on the others."
     )
     empty_caption: Literal["error", "use_empty", "skip"] = Field(
-        "error", description="Items without instruction: a fault, trained with the empty instruction, or left out."
+        "error", description="Items without instruction: a problem, trained with the empty instruction, or left out."
     )
     caption_dropout: float = Field(
         0.0, ge=0, le=1, description="Share of samples that a step trains on the empty instruction in place of theirs."
     )
     long_caption: Literal["error", "truncate"] = Field(
-        "error", description="Items whose instruction is over 1024 tokens: a fault, or trained with its beginning."
+        "error", description="Items whose instruction is over 1024 tokens: a problem, or trained with its beginning."
     )
     first_frame: bool = Field(
-        False, description="Train on the first picture of animations and of files of several pages, else faults."
+        False, description="Train on the first picture of animations and of files of several pages, else problems."
     )
     background: Annotated[str, StringConstraints(pattern=COLOUR)] = Field(
         "white",

@@ -1,4 +1,4 @@
-"""Encoded samples on disk: one safetensors file each, found by a key over everything that made it.
+"""CachedData samples on disk: one safetensors file each, found by a key over everything that made it.
 
 Promise: what is read is bit for bit what was written, under the key that was asked for, or `DamagedEntry` is raised
 and the file is gone; a kill at any instant leaves no partial entry; equal samples make byte-equal files. Only

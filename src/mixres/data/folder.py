@@ -22,8 +22,8 @@ from mixres.data.records import (
     BadCaptionError,
     EditRecord,
     EmptyCaption,
-    Fault,
-    empty_caption_fault,
+    Problem,
+    empty_caption_problem,
     printable,
     read_caption,
 )
@@ -40,7 +40,7 @@ class _Files:
 
     images: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    faults: list[Fault] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass
@@ -82,8 +82,8 @@ class _Stems:
 
 def records_from_folder(
     root: Path, *, follow_symlinks: bool, empty_caption: EmptyCaption
-) -> tuple[list[EditRecord], list[Fault]]:
-    """All examples under `root`, sorted by name, and all faults.
+) -> tuple[list[EditRecord], list[Problem]]:
+    """All examples under `root`, sorted by name, and all problems.
 
     Raises:
         UserError: `training_images` is missing or holds no picture, or one of the two folders leads out of `root`.
@@ -95,16 +95,16 @@ def records_from_folder(
     if not targets.images:
         raise UserError([f"{printable(root / TARGETS)}: holds no picture ({', '.join(sorted(SUFFIXES))}); add some"])
     items, stems = _pair_masks(targets.images)
-    faults = targets.faults + controls.faults
-    faults += _pair_captions(root, targets.captions, items, stems)
-    faults += _pair_controls(root, controls.images, items, stems)
+    problems = targets.problems + controls.problems
+    problems += _pair_captions(root, targets.captions, items, stems)
+    problems += _pair_controls(root, controls.images, items, stems)
     records = []
     for stem in sorted(items):
         record, found = _record(root, stem, items[stem], stems, empty_caption, controlled=controlled)
-        faults += found
+        problems += found
         if record and not found:
             records.append(record)
-    return records, faults
+    return records, problems
 
 
 def _check_folders(root: Path, follow_symlinks: bool) -> None:
@@ -132,7 +132,7 @@ def _no_targets(root: Path) -> str:
 def _list_files(root: Path, folder: str, follow_symlinks: bool) -> _Files:
     files = _Files()
     allowed = None if follow_symlinks else root.resolve()
-    for path in _walk(root / folder, allowed, (), files.faults):
+    for path in _walk(root / folder, allowed, (), files.problems):
         name = path.relative_to(root / folder).as_posix()
         suffix = PurePosixPath(name).suffix
         stem = name.removesuffix(suffix)
@@ -145,37 +145,37 @@ def _list_files(root: Path, folder: str, follow_symlinks: bool) -> _Files:
             reason = (
                 f"is neither a caption (.txt) nor a picture in a supported format ({known}); convert it, or take it out"
             )
-            files.faults.append(Fault(printable(path), reason))
+            files.problems.append(Problem(printable(path), reason))
     return files
 
 
-def _walk(folder: Path, allowed: Path | None, above: tuple[Path, ...], faults: list[Fault]) -> Iterator[Path]:
-    """Regular files below `folder`, sorted; links out of `allowed`, loops and odd files go to `faults`."""
+def _walk(folder: Path, allowed: Path | None, above: tuple[Path, ...], problems: list[Problem]) -> Iterator[Path]:
+    """Regular files below `folder`, sorted; links out of `allowed`, loops and odd files go to `problems`."""
     above = (*above, folder.resolve())
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        faults.append(Fault(printable(folder), f"the folder cannot be listed: {error.strerror}; make it readable"))
+        problems.append(Problem(printable(folder), f"the folder cannot be listed: {error.strerror}; make it readable"))
         return
     for entry in entries:
         path = folder / entry.name
         if entry.name.startswith("."):
             continue
-        reason = _entry_fault(entry, path, allowed, above)
+        reason = _entry_problem(entry, path, allowed, above)
         if reason:
-            faults.append(Fault(printable(path), reason))
+            problems.append(Problem(printable(path), reason))
         elif entry.is_dir():
-            yield from _walk(path, allowed, above, faults)
+            yield from _walk(path, allowed, above, problems)
         else:
             yield path
 
 
-def _entry_fault(entry: os.DirEntry[str], path: Path, allowed: Path | None, above: tuple[Path, ...]) -> str | None:
+def _entry_problem(entry: os.DirEntry[str], path: Path, allowed: Path | None, above: tuple[Path, ...]) -> str | None:
     if not entry.name.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.name):
         return "the name is not UTF-8; rename the file"
     if entry.is_symlink():
         if not path.exists():
-            return "is a broken link; mend it, or take it out"
+            return "is a broken link; fix it, or take it out"
         real = path.resolve()
         if allowed is not None and not real.is_relative_to(allowed):
             return "is a link out of its data folder; set data.follow_symlinks=true"
@@ -200,19 +200,21 @@ def _pair_masks(images: dict[str, list[str]]) -> tuple[dict[str, _Item], _Stems]
     return items, stems
 
 
-def _pair_captions(root: Path, captions: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Fault]:
-    faults = []
+def _pair_captions(root: Path, captions: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Problem]:
+    problems = []
     for stem, names in captions.items():
         owner = stems.find(stem)
         if owner is None:
-            faults += _orphans(root / TARGETS, names, "is a caption without a target picture of its name", stems, stem)
+            problems += _orphans(
+                root / TARGETS, names, "is a caption without a target picture of its name", stems, stem
+            )
         else:
             items[owner].captions += names
-    return faults
+    return problems
 
 
-def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Fault]:
-    faults, strays = [], []
+def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _Item], stems: _Stems) -> list[Problem]:
+    problems, strays = [], []
     for stem, names in images.items():
         owner, slot = stems.find(stem), 0
         match = _CONTROL_STEM.fullmatch(stem)
@@ -227,8 +229,8 @@ def _pair_controls(root: Path, images: dict[str, list[str]], items: dict[str, _I
             items[meant].misnamed = images[stem]
         else:
             names = images[stem]
-            faults += _orphans(root / CONTROLS, names, "is a control image without a target of its name", stems, stem)
-    return faults
+            problems += _orphans(root / CONTROLS, names, "is a control image without a target of its name", stems, stem)
+    return problems
 
 
 def _meant(stem: str, items: dict[str, _Item], stems: _Stems) -> str | None:
@@ -242,39 +244,41 @@ def _meant(stem: str, items: dict[str, _Item], stems: _Stems) -> str | None:
     return None
 
 
-def _orphans(folder: Path, names: Iterable[str], reason: str, stems: _Stems, stem: str) -> list[Fault]:
+def _orphans(folder: Path, names: Iterable[str], reason: str, stems: _Stems, stem: str) -> list[Problem]:
     twins = ", ".join(map(printable, stems.case_twins(stem)))
     hint = f"; rename it: target '{twins}' differs in case only" if twins else "; add that, or take it out"
-    return [Fault(printable(folder / name), reason + hint) for name in names]
+    return [Problem(printable(folder / name), reason + hint) for name in names]
 
 
 def _record(
     root: Path, stem: str, item: _Item, stems: _Stems, empty_caption: EmptyCaption, *, controlled: bool
-) -> tuple[EditRecord | None, list[Fault]]:
+) -> tuple[EditRecord | None, list[Problem]]:
     target = root / TARGETS / item.targets[0]
     shown = printable(target)
-    faults = [Fault(shown, reason) for reason in _pairing_faults(stem, item, stems, controlled)]
+    problems = [Problem(shown, reason) for reason in _pairing_problems(stem, item, stems, controlled)]
     prompt = ""
     if not item.captions:
-        fault = empty_caption_fault(shown, f"has no caption file {printable(Path(stem).name)}.txt", empty_caption)
-        faults += [fault] if fault else []
+        problem = empty_caption_problem(shown, f"has no caption file {printable(Path(stem).name)}.txt", empty_caption)
+        problems += [problem] if problem else []
     elif len(item.captions) == 1:
         caption = root / TARGETS / item.captions[0]
         try:
             prompt = read_caption(caption)
-            fault = None if prompt else empty_caption_fault(printable(caption), "the caption is empty", empty_caption)
+            problem = (
+                None if prompt else empty_caption_problem(printable(caption), "the caption is empty", empty_caption)
+            )
         except BadCaptionError as error:
-            fault = Fault(printable(caption), str(error))
-        faults += [fault] if fault else []
+            problem = Problem(printable(caption), str(error))
+        problems += [problem] if problem else []
     name = printable(f"{TARGETS}/{item.targets[0]}")
-    if faults:
-        return None, [fault._replace(example=name) for fault in faults]
+    if problems:
+        return None, [problem._replace(example=name) for problem in problems]
     controls = tuple(root / CONTROLS / item.controls[slot][0] for slot in sorted(item.controls))
     mask = root / TARGETS / item.masks[0] if item.masks else None
     return EditRecord(name=name, target=target, controls=controls, prompt=prompt, mask=mask), []
 
 
-def _pairing_faults(stem: str, item: _Item, stems: _Stems, controlled: bool) -> Iterator[str]:
+def _pairing_problems(stem: str, item: _Item, stems: _Stems, controlled: bool) -> Iterator[str]:
     twins = stems.case_twins(stem)
     if twins:
         yield f"the name differs only in case from that of '{', '.join(map(printable, twins))}'; rename one"

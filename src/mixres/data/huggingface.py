@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixres.data.manifest import BadRowError, control_keys, key_faults, record_from_row
-from mixres.data.records import EditRecord, EmptyCaption, Fault, printable
+from mixres.data.manifest import BadRowError, control_keys, key_problems, record_from_row
+from mixres.data.records import EditRecord, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -51,8 +51,8 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / STATE).is_file() or (folder / SPLITS).is_file()
 
 
-def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tuple[list[EditRecord], list[Fault]]:
-    """All examples of the data set at `root` in the order of its rows, and all faults (`path` is `folder:row`).
+def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tuple[list[EditRecord], list[Problem]]:
+    """All examples of the data set at `root` in the order of its rows, and all problems (`path` is `folder:row`).
 
     Raises:
         UserError: it cannot be read, holds several splits, or `datasets` is not installed.
@@ -60,12 +60,12 @@ def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tu
     arrow_files = _arrow_files(root)
     columns = _columns(root)
     wanted = [key for key in columns if key.startswith("path_")]
-    if reasons := list(key_faults(dict.fromkeys(wanted, ""))):
+    if reasons := list(key_problems(dict.fromkeys(wanted, ""))):
         raise UserError([f"{printable(root)}: {reason}" for reason in reasons])
     files = _status(arrow_files)
     prompts = columns.get("prompt")
     records: list[EditRecord] = []
-    faults: list[Fault] = []
+    problems: list[Problem] = []
     for row in range(len(columns["path_target"])):
         where = f"{printable(root)}:{row}"
 
@@ -77,10 +77,10 @@ def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tu
         record, found = record_from_row(
             values | {"prompt": prompt}, where, picture=picture, empty_caption=empty_caption
         )
-        faults += found
+        problems += found
         if record:
             records.append(record)
-    return records, faults
+    return records, problems
 
 
 def _arrow_files(root: Path) -> list[Path]:
@@ -105,9 +105,9 @@ def _columns(root: Path) -> dict[str, Any]:
     try:
         import datasets  # optional, and slow to import
     except ImportError:
-        mend = "pip install 'mixres[datasets]'"
+        fix = "pip install 'mixres[datasets]'"
         raise UserError(
-            f"{printable(root)}: is a Hugging Face data set, and 'datasets' is not installed: {mend}"
+            f"{printable(root)}: is a Hugging Face data set, and 'datasets' is not installed: {fix}"
         ) from None
     try:
         table = datasets.load_from_disk(str(root.resolve()), keep_in_memory=False).data

@@ -56,7 +56,7 @@ class Limits:
     max_bytes: int = 512 * 2**20
     max_aspect: float = 8.0
     follow_symlinks: bool = False
-    first_frame: bool = False  # of several frames or pages the first is the picture, instead of a fault
+    first_frame: bool = False  # of several frames or pages the first is the picture, instead of a problem
     background: str = WHITE  # the sRGB colour under transparent pixels, a name or #rrggbb
 
 
@@ -181,11 +181,11 @@ def _check_header(image: Image.Image, limits: Limits) -> bool:
     # The pictures behind the first of an MPO (many phones' JPEG) are its previews and depth maps, not frames.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1 and not limits.first_frame:
-        mend = "save the one to train on as a still image, or set data.first_frame=true"
-        raise BadImageError(f"has {frames} frames or pages; {mend}")
+        fix = "save the one to train on as a still image, or set data.first_frame=true"
+        raise BadImageError(f"has {frames} frames or pages; {fix}")
     if image.mode not in _MODES:
-        mend = "save it as 8- or 16-bit RGB or gray"
-        raise BadImageError(f"has pixels of mode {image.mode}, whose range is not defined; {mend}")
+        fix = "save it as 8- or 16-bit RGB or gray"
+        raise BadImageError(f"has pixels of mode {image.mode}, whose range is not defined; {fix}")
     if isinstance(image, TiffImageFile) and image.mode in _GRAY_16 and not _is_16_bit_black_to_white(image):
         raise BadImageError("is a TIFF whose gray is not 0 (black) to 65535 (white); save it as 8- or 16-bit PNG")
     return frames > 1

@@ -22,10 +22,10 @@ from mixres.data.records import (
     BadCaptionError,
     EditRecord,
     EmptyCaption,
-    Fault,
     Picture,
+    Problem,
     check_caption,
-    empty_caption_fault,
+    empty_caption_problem,
     printable,
 )
 
@@ -48,10 +48,10 @@ T = TypeVar("T")
 
 def records_from_manifest(
     manifest: Path, *, follow_symlinks: bool, empty_caption: EmptyCaption
-) -> tuple[list[EditRecord], list[Fault]]:
-    """All examples of `manifest` in the order of its rows, and all faults (`path` is `manifest:line`)."""
+) -> tuple[list[EditRecord], list[Problem]]:
+    """All examples of `manifest` in the order of its rows, and all problems (`path` is `manifest:line`)."""
     records: list[EditRecord] = []
-    faults: list[Fault] = []
+    problems: list[Problem] = []
     root = manifest.parent
     allowed = None if follow_symlinks else root.resolve()
 
@@ -61,23 +61,23 @@ def records_from_manifest(
     for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest):
         where = f"{printable(manifest)}:{number}"
         if isinstance(row, BadRowError):
-            faults.append(Fault(where, str(row), example=where))
+            problems.append(Problem(where, str(row), example=where))
             continue
         record, found = record_from_row(row, where, picture=file, empty_caption=empty_caption)
-        faults += found
+        problems += found
         if record:
             records.append(record)
-    return records, faults
+    return records, problems
 
 
 def record_from_row(
     row: Mapping[str, Any], where: str, *, picture: Callable[[str, Any], Picture], empty_caption: EmptyCaption
-) -> tuple[EditRecord | None, list[Fault]]:
+) -> tuple[EditRecord | None, list[Problem]]:
     """The example in `row`, or every reason why there is none; `picture` makes one of a key and its value.
 
     The record's name is the text of `path_target` where that is text, else `where`.
     """
-    reasons = list(key_faults(row))
+    reasons = list(key_problems(row))
     pictures = {}
     for key in ["path_target", *control_keys(row), *(["path_mask"] if row.get("path_mask") is not None else [])]:
         try:
@@ -86,17 +86,17 @@ def record_from_row(
             pictures[key] = picture(key, row[key])
         except BadRowError as error:
             reasons.append(str(error))
-    faults = [Fault(where, reason) for reason in reasons]
-    prompt, fault = _prompt(row.get("prompt"), where, empty_caption)
-    faults += [fault] if fault else []
-    if faults:
-        return None, [fault._replace(example=where) for fault in faults]
+    problems = [Problem(where, reason) for reason in reasons]
+    prompt, problem = _prompt(row.get("prompt"), where, empty_caption)
+    problems += [problem] if problem else []
+    if problems:
+        return None, [problem._replace(example=where) for problem in problems]
     target, mask = pictures.pop("path_target"), pictures.pop("path_mask", None)
     name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
     return EditRecord(name=name, target=target, controls=tuple(pictures.values()), prompt=prompt, mask=mask), []
 
 
-def key_faults(row: Mapping[str, Any]) -> Iterator[str]:
+def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the keys of a row: a path that nothing knows, a gap in the controls."""
     known = {"path_target", "path_control", "path_mask"}
     for key in row:
@@ -192,7 +192,7 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
         lines = _CsvLines(file)
         reader = csv.reader(lines, strict=True)
         columns = _tried(next, reader, [])
-        reasons = [columns] if isinstance(columns, BadRowError) else list(map(BadRowError, _column_faults(columns)))
+        reasons = [columns] if isinstance(columns, BadRowError) else list(map(BadRowError, _column_problems(columns)))
         yield from ((1, reason) for reason in reasons)
         while not reasons:
             number = lines.count + 1
@@ -215,7 +215,7 @@ def _csv_row(fields: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
     return {key: value or None for key, value in zip(columns, fields, strict=True)}
 
 
-def _column_faults(columns: Sequence[str]) -> Iterator[str]:
+def _column_problems(columns: Sequence[str]) -> Iterator[str]:
     if any(_has_surrogate(column) for column in columns):
         yield "the row is not UTF-8; save it as UTF-8"
     for key in sorted({key for key in columns if columns.count(key) > 1}):
@@ -223,23 +223,23 @@ def _column_faults(columns: Sequence[str]) -> Iterator[str]:
     for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))):
         if key not in columns:
             yield f"the first line names no column '{key}'; add it to: {', '.join(map(printable, columns))}"
-    yield from key_faults(dict.fromkeys(columns, ""))
+    yield from key_problems(dict.fromkeys(columns, ""))
 
 
 def _has_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _prompt(value: Any, where: str, empty_caption: EmptyCaption) -> tuple[str, Fault | None]:
+def _prompt(value: Any, where: str, empty_caption: EmptyCaption) -> tuple[str, Problem | None]:
     if value is None:
-        return "", empty_caption_fault(where, "has no prompt", empty_caption)
+        return "", empty_caption_problem(where, "has no prompt", empty_caption)
     if not isinstance(value, str):
-        return "", Fault(where, "'prompt' is not a string; write it in quotes")
+        return "", Problem(where, "'prompt' is not a string; write it in quotes")
     try:
         prompt = check_caption(value)
     except BadCaptionError as error:
-        return "", Fault(where, str(error))
-    return prompt, None if prompt else empty_caption_fault(where, "the prompt is empty", empty_caption)
+        return "", Problem(where, str(error))
+    return prompt, None if prompt else empty_caption_problem(where, "the prompt is empty", empty_caption)
 
 
 def control_keys(row: Mapping[str, Any]) -> list[str]:
@@ -253,10 +253,10 @@ def _numbered_controls(row: Mapping[str, Any]) -> list[str]:
     return [f"path_control_{number}" for number in sorted(numbers)]
 
 
-def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, mend: str = FOLLOW_LINKS) -> Path:
+def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, fix: str = FOLLOW_LINKS) -> Path:
     """The file that `value` names, checked to lie below `root`.
 
-    A link may not lead out of `allowed` (None: it may), `mend` says what then; the text of the path never leads out of
+    A link may not lead out of `allowed` (None: it may), `fix` says what then; the text of the path never leads out of
     `root`.
 
     Raises:
@@ -274,7 +274,7 @@ def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, mend: 
     try:
         path = _existing(root, value)
         if allowed is not None and not path.resolve().is_relative_to(allowed):
-            raise BadRowError(f"{shown} is a link out of the manifest's folder; {mend}")
+            raise BadRowError(f"{shown} is a link out of the manifest's folder; {fix}")
         if not path.exists():
             raise BadRowError(f"{shown} does not exist; correct the path")
         if not path.is_file():

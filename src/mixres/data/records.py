@@ -48,7 +48,7 @@ class EditRecord:
     mask: Picture | None = None
 
 
-class Fault(NamedTuple):
+class Problem(NamedTuple):
     """One thing that keeps an example, or a file that should belong to one, from being used."""
 
     path: str
@@ -110,9 +110,9 @@ def check_caption(text: str) -> str:
     return text.strip()
 
 
-def empty_caption_fault(path: str, what: str, policy: EmptyCaption) -> Fault | None:
-    """The fault of an example whose caption is `what` (empty, missing), None where `policy` uses the empty prompt."""
+def empty_caption_problem(path: str, what: str, policy: EmptyCaption) -> Problem | None:
+    """The problem of an example whose caption is `what` (empty, missing), None where `policy` uses the empty prompt."""
     if policy == "use_empty":
         return None
-    mend = "write one, or set data.empty_caption to use_empty or skip"
-    return Fault(path, f"{what}; {mend}", skip=True) if policy == "skip" else Fault(path, f"{what}; {mend}")
+    fix = "write one, or set data.empty_caption to use_empty or skip"
+    return Problem(path, f"{what}; {fix}", skip=True) if policy == "skip" else Problem(path, f"{what}; {fix}")

@@ -1,6 +1,6 @@
 """Folders, manifests and saved data sets -> records, and the scan that decodes every picture before any training.
 
-Promise: all faults of all sources are found in one pass and returned together; what the scan returns has been decoded
+Promise: all problems of all sources are found in one pass and returned together; what the scan returns has been decoded
 in full, with its upright sizes and the digests of its bytes. Cost: the scan reads and decodes every file once, 5 ms
 (JPEG) to 25 ms (PNG) a megapixel, on threads: Pillow releases the GIL while it decodes, two threads take 0.55 the time.
 A later scan with the same memo looks at the state of each file and decodes those that have changed.
@@ -23,7 +23,7 @@ from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
 from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image, inspect_mask
 from mixres.data.manifest import SUFFIXES, records_from_manifest
-from mixres.data.records import EditRecord, EmptyCaption, Fault, Picture, printable
+from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, printable
 from mixres.data.scan_cache import ScanMemo
 from mixres.errors import UserError
 from mixres.geometry import Size
@@ -48,7 +48,7 @@ class Scan(NamedTuple):
     """What a scan has found."""
 
     records: list[ScannedRecord]
-    faults: list[Fault]
+    problems: list[Problem]
     decoded: int  # files that were decoded,
     unchanged: int  # and those that an earlier scan had decoded
     unusable: int  # examples
@@ -61,8 +61,8 @@ class _Job(NamedTuple):
 
 def find_records(
     source: str, *, follow_symlinks: bool = False, empty_caption: EmptyCaption = "error"
-) -> tuple[list[EditRecord], list[Fault]]:
-    """All examples of a folder (sorted by name), a manifest or a saved data set (in their order), and all faults.
+) -> tuple[list[EditRecord], list[Problem]]:
+    """All examples of a folder (sorted by name), a manifest or a saved data set (in their order), and all problems.
 
     Raises:
         UserError: `source` itself is no data source, or cannot be read.
@@ -96,17 +96,17 @@ def scan(
     progress: bool = True,
     memo: Path | None = None,
 ) -> Scan:
-    """All usable examples of all sources in their order, and every fault.
+    """All usable examples of all sources in their order, and every problem.
 
     `key`: what named the sources, for messages. `min_side`: pixels along the shorter side that still make one token.
     `workers`: threads, by default one a core and at most 8. `progress`: a bar on stderr with rate and time left; where
     that is no terminal, a line every 10 s. `memo`: a file that keeps what the scan found for the next one.
 
     Raises:
-        UserError: there are sources that are no data source; a message for each, and the faults of the others.
+        UserError: there are sources that are no data source; a message for each, and the problems of the others.
     """
     assert not isinstance(sources, str), "a sequence of sources"
-    records, faults, no_sources, unusable = _find_all(sources, key, limits.follow_symlinks, empty_caption)
+    records, problems, no_sources, unusable = _find_all(sources, key, limits.follow_symlinks, empty_caption)
     jobs = dict.fromkeys(job for record in records for job in _jobs(record))
     known = ScanMemo(memo)
     found, decoded = _inspect(list(jobs), limits, known, workers or min(8, os.cpu_count() or 1), progress)
@@ -114,13 +114,13 @@ def scan(
         known.save()
     scanned = []
     for record in records:
-        reasons = _record_faults(record, found, min_side)
-        faults += reasons
+        reasons = _record_problems(record, found, min_side)
+        problems += reasons
         if not reasons:
             scanned.append(_scanned(record, found))
     if no_sources:
-        raise UserError([*no_sources, *map(str, faults)])
-    return Scan(scanned, faults, decoded, len(jobs) - decoded, unusable + len(records) - len(scanned))
+        raise UserError([*no_sources, *map(str, problems)])
+    return Scan(scanned, problems, decoded, len(jobs) - decoded, unusable + len(records) - len(scanned))
 
 
 def split_held_out(
@@ -140,26 +140,26 @@ def split_held_out(
 
 def never_trained(
     train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord]
-) -> tuple[list[ScannedRecord], list[Fault]]:
-    """Held-out examples whose target is not trained on under any name, and the faults of the others."""
+) -> tuple[list[ScannedRecord], list[Problem]]:
+    """Held-out examples whose target is not trained on under any name, and the problems of the others."""
     trained = {scanned.digests[0]: scanned.record for scanned in train}
-    kept, faults = [], []
+    kept, problems = [], []
     for scanned in held_out:
         twin = trained.get(scanned.digests[0])
         if twin is None:
             kept.append(scanned)
         else:
             reason = f"is held out and trained on, as {printable(twin.target)}; take one of the two out"
-            faults.append(Fault(printable(scanned.record.target), reason, example=scanned.record.name))
-    return kept, faults
+            problems.append(Problem(printable(scanned.record.target), reason, example=scanned.record.name))
+    return kept, problems
 
 
 def _find_all(
     sources: Sequence[str], key: str, follow_symlinks: bool, empty_caption: EmptyCaption
-) -> tuple[list[EditRecord], list[Fault], list[str], int]:
-    """Records and faults of all sources, what is wrong with those that are none, and how many examples have faults."""
+) -> tuple[list[EditRecord], list[Problem], list[str], int]:
+    """Records and problems of all sources, what is wrong with the others, and how many records have problems."""
     records: list[EditRecord] = []
-    faults: list[Fault] = []
+    problems: list[Problem] = []
     messages: list[str] = []
     unusable = 0
     for source in sources:
@@ -169,9 +169,9 @@ def _find_all(
             messages += [f"{key}: {message}" if key else message for message in error.messages]
             continue
         records += some
-        faults += wrong
-        unusable += len({fault.example for fault in wrong} - {None})
-    return records, faults, messages, unusable
+        problems += wrong
+        unusable += len({problem.example for problem in wrong} - {None})
+    return records, problems, messages, unusable
 
 
 def _jobs(record: EditRecord) -> list[_Job]:
@@ -219,22 +219,22 @@ def _bar(total: int, progress: bool) -> "tqdm[Never]":
     return tqdm(total=total, desc="scan", unit="file", disable=not progress, delay=pause, mininterval=pause or 0.1)
 
 
-def _record_faults(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError], min_side: int) -> list[Fault]:
-    faults = []
+def _record_problems(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError], min_side: int) -> list[Problem]:
+    problems = []
     for job in _jobs(record):
         facts = found[job]
         of = "" if job.path == record.target else f" (belongs to {record.name})"
         if isinstance(facts, BadImageError):
-            faults.append(Fault(printable(job.path), f"{facts}{of}", example=record.name))
+            problems.append(Problem(printable(job.path), f"{facts}{of}", example=record.name))
         elif min(facts.size) < min_side:
             reason = f"{facts.size} is too small: no side may be under {min_side} pixels; take it out{of}"
-            faults.append(Fault(printable(job.path), reason, example=record.name))
+            problems.append(Problem(printable(job.path), reason, example=record.name))
         elif job.is_mask:
             target = found[_Job(record.target, False)]
             if isinstance(target, ImageFacts) and facts.size != target.size:
                 reason = f"the mask is {facts.size} pixels, its target {target.size}; give it the target's size{of}"
-                faults.append(Fault(printable(job.path), reason, example=record.name))
-    return faults
+                problems.append(Problem(printable(job.path), reason, example=record.name))
+    return problems
 
 
 def _scanned(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError]) -> ScannedRecord:

@@ -29,7 +29,7 @@ SMALLEST_WEIGHTED_SIGMA = 1e-3
 
 
 @dataclass(frozen=True)
-class NoiseLevels:
+class TimestepSampler:
     """How noise levels are drawn, shifted and weighted; fields as the configuration's `flow` and `loss.weighting`."""
 
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
@@ -62,7 +62,7 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 def make_flow_sample(
-    batch: Batch, *, seed: int, step: int, levels: NoiseLevels, constants: Mapping[str, float], dtype: torch.dtype
+    batch: Batch, *, seed: int, step: int, levels: TimestepSampler, constants: Mapping[str, float], dtype: torch.dtype
 ) -> FlowSample:
     """Noise the batch's target tokens; controls and filler stay. Tensors are on the batch's device, in `dtype`.
 
@@ -107,7 +107,7 @@ def _noised(batch: Batch, sigma: Tensor, noise: Tensor, weights: Tensor) -> Flow
 
 
 def _draw_sigma(
-    generator: torch.Generator, target_tokens: int, levels: NoiseLevels, constants: Mapping[str, float]
+    generator: torch.Generator, target_tokens: int, levels: TimestepSampler, constants: Mapping[str, float]
 ) -> Tensor:
     """`(1,)` noise level in [0, 1]."""
     sigma: Tensor = compute_density_for_timestep_sampling(

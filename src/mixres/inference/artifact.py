@@ -20,7 +20,7 @@ from mixres.data.images import WHITE
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area
 from mixres.models import hub, quantize
-from mixres.models.lora import base_fault
+from mixres.models.lora import base_problem
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, LoraHeader, read_header
 from mixres.models.quantize import Method, check_method
 from mixres.models.registry import family_module
@@ -29,7 +29,7 @@ from mixres.training.checkpoint import MANIFEST
 FORMAT = 1  # of the recipe, see `assemble.recipe`
 NOT_QUANTIZED = "null"  # as in the configuration
 _TRANSFORMER = "transformer"
-_LEAST_AREA, _MOST_AREA = 1024, 2**28  # those of data.resize.control
+_LEAST_AREA, _MAX_AREA = 1024, 2**28  # those of data.resize.control
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ def find_base(result: RunResult, given: str | None, key: str) -> Base:
     what = key if given is not None else f"{key}: not given, and {result.path} names {path!r}"
     try:
         family = family_module(None, path, revision=revision)
-        fault = _family_fault(family, recipe) or _shape_fault(family, result, path, revision)
+        problem = _family_problem(family, recipe) or _shape_problem(family, result, path, revision)
         token = family.pixels_per_token(path, revision=revision)
     except UserError as error:
         raise renamed(error, what) from error
-    if fault:
-        raise UserError(f"{what}: {path} does not fit {result.path}: {fault}; name another")
+    if problem:
+        raise UserError(f"{what}: {path} does not fit {result.path}: {problem}; name another")
     rules = {name: recipe[name] for name in ("control_area", "text_area") if name in recipe}
     return Base(path, revision, family, token, rules)
 
@@ -184,7 +184,7 @@ def renamed(error: UserError, key: str, *, of: str = hub.KEY) -> UserError:
     return UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages])
 
 
-def _family_fault(family: ModuleType, recipe: Mapping[str, Any]) -> str | None:
+def _family_problem(family: ModuleType, recipe: Mapping[str, Any]) -> str | None:
     name = family.NAME
     if name != recipe["family"]:
         return f"it is a {name}, trained was a {recipe['family']}"
@@ -196,13 +196,13 @@ def _family_fault(family: ModuleType, recipe: Mapping[str, Any]) -> str | None:
 
 
 def _is_area(rule: Any) -> bool:
-    return rule == "target" or (type(rule) is int and _LEAST_AREA <= rule <= _MOST_AREA)
+    return rule == "target" or (type(rule) is int and _LEAST_AREA <= rule <= _MAX_AREA)
 
 
-def _shape_fault(family: ModuleType, result: RunResult, path: str, revision: str | None) -> str | None:
+def _shape_problem(family: ModuleType, result: RunResult, path: str, revision: str | None) -> str | None:
     skeleton = family.transformer_skeleton(path, revision=revision)
     if result.lora:
-        return base_fault(skeleton, result.lora)
+        return base_problem(skeleton, result.lora)
     try:
         own = json.loads((result.path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixres import atomic
-from mixres.console import counted, say
+from mixres.console import counted, log
 from mixres.errors import UserError, WorkError
 from mixres.inference.comfyui import ZERO_COND_T, lora_tensors
 from mixres.inference.export_request import Request
@@ -44,7 +44,7 @@ def export(request: Request) -> None:
         WorkError: what was written is not what comes back, or something has come to lie in its place.
         OSError: the disk is full, or cannot be written. Nothing is left then.
     """
-    say(f"source    {request.source}, step {request.recipe.get('step')}")
+    log(f"source    {request.source}, step {request.recipe.get('step')}")
     metadata = {"format": "pt", RECIPE_KEY: json.dumps(request.recipe, sort_keys=True)}
     with placed(request.out) as partial:
         if request.model:
@@ -57,8 +57,8 @@ def export(request: Request) -> None:
             assert request.lora is not None
             atomic.write_bytes(partial, request.lora)
             _require(partial, None if partial.read_bytes() == request.lora else "other bytes")
-    say(f"result    {request.out}")
-    say(f"use       {_USE[request.format, request.model is not None].format(out=str(request.out))}")
+    log(f"result    {request.out}")
+    log(f"use       {_USE[request.format, request.model is not None].format(out=str(request.out))}")
 
 
 def _write_weights(request: Request, model: ModelFiles, partial: Path, metadata: Mapping[str, str]) -> None:
@@ -83,7 +83,7 @@ def _write_weights(request: Request, model: ModelFiles, partial: Path, metadata:
     if request.adapters:
         layer = next(iter(request.adapters))
         dtype, share = model.entries[f"{layer}.weight"].dtype, merged.rounding()
-        say(f"rounding  to {dtype} moves the weights by {share:.2%} of what the adapters move them by")
+        log(f"rounding  to {dtype} moves the weights by {share:.2%} of what the adapters move them by")
 
 
 def write_checked(
@@ -103,16 +103,16 @@ def write_checked(
     next(writing, None)  # closes the bar
     reading = iter(counted(names, "check", "tensor", enabled=True))
     for path, entries in files.items():
-        for fault in differences(path, entries, metadata, digests[path]):
-            _require(path, fault)
+        for problem in differences(path, entries, metadata, digests[path]):
+            _require(path, problem)
             next(reading)
     next(reading, None)
-    say(f"checked   {len(names)} tensors read back, bit for bit")
+    log(f"checked   {len(names)} tensors read back, bit for bit")
 
 
-def _require(path: Path, fault: str | None) -> None:
-    if fault:
-        raise WorkError(f"{path}: reading it back gives something else ({fault}): nothing is kept; try another disk")
+def _require(path: Path, problem: str | None) -> None:
+    if problem:
+        raise WorkError(f"{path}: reading it back gives something else ({problem}): nothing is kept; try another disk")
 
 
 @contextlib.contextmanager

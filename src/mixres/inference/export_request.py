@@ -20,7 +20,7 @@ from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, LoraHeader, lora_file
 from mixres.models.registry import family_module
-from mixres.training.checkpoint import MANIFEST, Checkpoint, fault_of
+from mixres.training.checkpoint import MANIFEST, Checkpoint, problem_of
 from mixres.training.setup import recipe
 
 FORMATS = ("diffusers", "comfyui")
@@ -56,36 +56,36 @@ def make_request(
     """The arguments of the command line, as text.
 
     Raises:
-        UserError: one line for every fault of all of them.
+        UserError: one line for every problem of all of them.
     """
-    faults = list(_argument_faults(run, format, out))
+    problems = list(_argument_problems(run, format, out))
 
     def tried(make: Callable[..., T], *arguments: Any) -> T | None:
         try:
             return make(*arguments)
         except UserError as error:
-            faults.extend(error.messages)
+            problems.extend(error.messages)
             return None
 
     found = tried(_source, run) if run else None
     result, lora = found or (None, None)
     model = None
     if result:
-        faults += _format_faults(result, format, merge, base)
+        problems += _format_problems(result, format, merge, base)
         model = tried(_model, result, base) if merge else None
     path = Path(out or ".").expanduser()
     if out and format in FORMATS:
         needed = model.nbytes if model else len(lora or b"")
-        faults += _out_faults(path, needed, folder=format == "diffusers" and merge)
-    if faults:
-        raise UserError(list(dict.fromkeys(faults)))
+        problems += _out_problems(path, needed, folder=format == "diffusers" and merge)
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
     assert result and format
     adapters = adapters_of(result.lora, lora) if result.lora and lora else {}
     stated = {**result.recipe, "merged": True} if model and adapters else result.recipe
     return Request(result.path, stated, format, path, lora, adapters, model)
 
 
-def _argument_faults(run: str | None, format: str | None, out: str | None) -> Iterator[str]:
+def _argument_problems(run: str | None, format: str | None, out: str | None) -> Iterator[str]:
     if run is None:
         yield f"{_KEY}: not given; write export RUN, a run folder, one of its checkpoints, or a .safetensors file"
     if format not in FORMATS:
@@ -95,7 +95,7 @@ def _argument_faults(run: str | None, format: str | None, out: str | None) -> It
         yield "--out: not given; write --out FILE, which ends in .safetensors (a folder for diffusers with --merge)"
 
 
-def _format_faults(result: RunResult, format: str | None, merge: bool, base: str | None) -> Iterator[str]:
+def _format_problems(result: RunResult, format: str | None, merge: bool, base: str | None) -> Iterator[str]:
     """What cannot be made of this result."""
     if base is not None and not (merge and result.lora):
         yield "--base: has no effect where no LoRA is merged into it: leave it out"
@@ -126,8 +126,8 @@ def _source(run: str) -> tuple[RunResult, bytes | None]:
 
 def _of_checkpoint(path: Path) -> tuple[RunResult, bytes]:
     """The LoRA as it was at a checkpoint: the file that the run would have ended with there."""
-    if fault := fault_of(path):
-        raise UserError(f"{_KEY}: {path} is damaged ({fault}): name another checkpoint")
+    if problem := problem_of(path):
+        raise UserError(f"{_KEY}: {path} is damaged ({problem}): name another checkpoint")
     config = load_config(path.resolve().parents[1] / "config.yaml")
     lora, model = config.model.lora, config.model
     if lora is None:
@@ -165,7 +165,7 @@ def _model(result: RunResult, base: str | None) -> ModelFiles:
     return model
 
 
-def _out_faults(out: Path, needed: int, *, folder: bool) -> Iterator[str]:
+def _out_problems(out: Path, needed: int, *, folder: bool) -> Iterator[str]:
     shown = printable(out)
     if folder and out.suffix == _SUFFIX:
         yield f"--out: {shown} is to be a folder, the merged transformer/ in diffusers' format: leave {_SUFFIX} out"

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixres import __version__
-from mixres.console import counted, say
+from mixres.console import counted, log
 from mixres.data.images import BadImageError, read_image
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
@@ -45,15 +45,15 @@ def sample(request: Request) -> None:
         raise UserError(f"--out: {printable(folder)} cannot be made: {error.strerror}; name another folder") from error
     dtype = str(request.dtype).removeprefix("torch.")
     rounded = f", weights in {request.quantize}" if request.quantize else ""
-    say(f"model     {request.base.path}, {dtype}{rounded} on {request.device}")
-    say(f"weights   {printable(request.result.path)}")
+    log(f"model     {request.base.path}, {dtype}{rounded} on {request.device}")
+    log(f"weights   {printable(request.result.path)}")
     try:
         made = _make(request)
     except UserError as error:
         raise renamed(error, "--base") from error
     if request.compare:
         _write_sheets(request)
-    say(f"pictures  {made} in {printable(folder)}")
+    log(f"pictures  {made} in {printable(folder)}")
 
 
 def _make(request: Request) -> int:
@@ -68,7 +68,7 @@ def _make(request: Request) -> int:
             pipeline = None  # it may have to go before there is room for the next
             pipeline, current = next(pipelines), trained
         path = one.path if trained else beside(one.path)[0]
-        say(f"picture   {path.name}: {one.size}, {request.steps} steps")
+        log(f"picture   {path.name}: {one.size}, {request.steps} steps")
         picture = _picture(request, pipeline, one, embeds)
         settings = json.dumps(_settings(request, one, digest if trained else None), ensure_ascii=False)
         _save(picture, path, mixres=settings)

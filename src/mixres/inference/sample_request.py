@@ -21,10 +21,10 @@ from mixres.data.records import BadCaptionError, check_caption, printable
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size, target_size
 from mixres.inference.artifact import Base, RunResult, find_base, find_quantization, find_result
-from mixres.inference.sample_rows import LIMITS, MOST_SEED, Row, given_row, parsed_size, rows_of
+from mixres.inference.sample_rows import LIMITS, MAX_SEED, Row, given_row, parsed_size, rows_of
 from mixres.models.quantize import Method
 from mixres.models.qwen.prompts import over_long
-from mixres.training.distributed import launched
+from mixres.training.distributed import dist_env
 
 NEGATIVE_PROMPT = " "  # what the model cards give where nothing is to be kept away
 _DTYPES = ("bfloat16", "float32")
@@ -67,9 +67,9 @@ class Request:
     compare: bool  # each picture without the trained weights too
 
 
-class _Faults(list[str]):
+class _Problems(list[str]):
     def tried(self, make: Callable[..., T | None], *arguments: Any) -> T | None:
-        """What `make` returns; None where it raises, and its faults are kept."""
+        """What `make` returns; None where it raises, and its problems are kept."""
         try:
             return make(*arguments)
         except UserError as error:
@@ -93,23 +93,23 @@ def make_request(
     """The options of the command line, as text; `settings` are those of `_settings`.
 
     Raises:
-        UserError: one line for every fault of all of them.
+        UserError: one line for every problem of all of them.
     """
-    faults = _Faults(_missing(lora, out, image, prompt, prompts))
-    result = None if lora is None else faults.tried(find_result, lora, "--lora")
-    how = _settings(faults, result, **settings)
-    negative = faults.tried(_negative, negative_prompt, how["guidance"] != 1)
-    fixed = faults.tried(_option_size, size)
-    rows = _rows(faults, image or (), prompt, prompts)
-    sizes = _image_sizes(faults, rows)
-    found = faults.tried(find_base, result, base, "--base") if result else None
+    problems = _Problems(_missing(lora, out, image, prompt, prompts))
+    result = None if lora is None else problems.tried(find_result, lora, "--lora")
+    how = _settings(problems, result, **settings)
+    negative = problems.tried(_negative, negative_prompt, how["guidance"] != 1)
+    fixed = problems.tried(_option_size, size)
+    rows = _rows(problems, image or (), prompt, prompts)
+    sizes = _image_sizes(problems, rows)
+    found = problems.tried(find_base, result, base, "--base") if result else None
     if found:
-        faults += _fit_faults(found, rows, negative, fixed)
-        faults.tried(_check_lengths, found, rows, negative)
+        problems += _fit_problems(found, rows, negative, fixed)
+        problems.tried(_check_lengths, found, rows, negative)
     folder = Path(out or ".").expanduser()
-    faults += _out_faults(folder)
-    if faults:
-        raise UserError(list(dict.fromkeys(faults)))
+    problems += _out_problems(folder)
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
     assert result and found
     seed = how.pop("seed")
     wanted = [
@@ -120,7 +120,7 @@ def make_request(
 
 
 def _settings(
-    faults: _Faults,
+    problems: _Problems,
     result: RunResult | None,
     *,
     steps: str | None = None,
@@ -130,14 +130,14 @@ def _settings(
     dtype: str | None = None,
     quantize: str | None = None,
 ) -> dict[str, Any]:
-    place = faults.tried(_device, device)
+    place = problems.tried(_device, device)
     return {
-        "steps": faults.tried(_number, "--steps", steps, SampleConfig().steps, int, 2, 1000),
-        "seed": faults.tried(_number, "--seed", seed, 0, int, 0, MOST_SEED),
-        "guidance": faults.tried(_number, "--guidance", guidance, 1.0, float, 1.0, 100.0),
+        "steps": problems.tried(_number, "--steps", steps, SampleConfig().steps, int, 2, 1000),
+        "seed": problems.tried(_number, "--seed", seed, 0, int, 0, MAX_SEED),
+        "guidance": problems.tried(_number, "--guidance", guidance, 1.0, float, 1.0, 100.0),
         "device": place,
-        "dtype": faults.tried(_dtype, dtype, place),
-        "quantize": faults.tried(find_quantization, result, quantize, "--quantize", place)
+        "dtype": problems.tried(_dtype, dtype, place),
+        "quantize": problems.tried(find_quantization, result, quantize, "--quantize", place)
         if result and place
         else None,
     }
@@ -169,12 +169,12 @@ def _missing(
             yield f"{name}: given with --prompts, whose lines say it: leave one of the two out"
 
 
-def _rows(faults: _Faults, image: Sequence[str], prompt: str | None, prompts: str | None) -> list[Row]:
+def _rows(problems: _Problems, image: Sequence[str], prompt: str | None, prompts: str | None) -> list[Row]:
     if prompts is not None:
-        rows, wrong = faults.tried(rows_of, Path(prompts).expanduser()) or ([], [])
-        faults += wrong
+        rows, wrong = problems.tried(rows_of, Path(prompts).expanduser()) or ([], [])
+        problems += wrong
         return rows
-    row = None if prompt is None else faults.tried(given_row, prompt, image)
+    row = None if prompt is None else problems.tried(given_row, prompt, image)
     return [row] if row else []
 
 
@@ -209,7 +209,7 @@ def _option_size(text: str | None) -> Size | None:
 
 def _device(text: str | None) -> torch.device:
     try:
-        device = launched().device if text is None else torch.device(text)
+        device = dist_env().device if text is None else torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
@@ -226,27 +226,27 @@ def _dtype(text: str | None, device: torch.device | None) -> torch.dtype:
     return dtype
 
 
-def _image_sizes(faults: _Faults, rows: Sequence[Row]) -> dict[Path, Size]:
+def _image_sizes(problems: _Problems, rows: Sequence[Row]) -> dict[Path, Size]:
     """The upright size of every image that can be used; each is decoded once."""
     sizes = {}
     for path, where in {path: row.images_at for row in rows for path in row.images}.items():
         try:
             sizes[path] = inspect_image(path, LIMITS).size
         except BadImageError as error:
-            faults.append(f"{where}: {printable(path)}: {error}")
+            problems.append(f"{where}: {printable(path)}: {error}")
     return sizes
 
 
-def _fit_faults(base: Base, rows: Sequence[Row], negative: str | None, fixed: Size | None) -> Iterator[str]:
+def _fit_problems(base: Base, rows: Sequence[Row], negative: str | None, fixed: Size | None) -> Iterator[str]:
     """What of the rows this base cannot take."""
     family, token = base.family, base.pixels_per_token
     fewest = family.CONTROLS[0]
     for row in rows:
-        if fault := family.example_fault(controls=len(row.images), prompt=""):
-            yield f"{row.images_at}: {fault}"
+        if problem := family.record_problem(controls=len(row.images), prompt=""):
+            yield f"{row.images_at}: {problem}"
     for where, prompt in [*((row.prompt_at, row.prompt) for row in rows), ("--negative-prompt", negative or "")]:
-        if fault := family.example_fault(controls=fewest, prompt=prompt):
-            yield f"{where}: {fault}"
+        if problem := family.record_problem(controls=fewest, prompt=prompt):
+            yield f"{where}: {problem}"
     for where, size in [("--size", fixed), *((row.size_at, row.size) for row in rows)]:
         if size and (size.width % token or size.height % token):
             near = target_size(size, max_pixels=LIMITS.max_source_pixels, multiple_of=token)
@@ -256,7 +256,7 @@ def _fit_faults(base: Base, rows: Sequence[Row], negative: str | None, fixed: Si
 def _check_lengths(base: Base, rows: Sequence[Row], negative: str | None) -> None:
     """Raises UserError with every prompt that is too long for the text encoder."""
     at = {row.prompt: row.prompt_at for row in rows} | ({negative: "--negative-prompt"} if negative else {})
-    most: int = base.family.MOST_PROMPT_TOKENS
+    most: int = base.family.MAX_PROMPT_TOKENS
     long = over_long(at, base.path, most=most, revision=base.revision)
     if long:
         told = {at[text]: f"the prompt is {tokens} tokens long, more than {most}" for text, (tokens, _) in long.items()}
@@ -278,7 +278,7 @@ def _paths(folder: Path, count: int) -> list[Path]:
     return [folder / f"{number:0{digits}d}.png" for number in range(last - count + 1, last + 1)]
 
 
-def _out_faults(folder: Path) -> Iterator[str]:
+def _out_problems(folder: Path) -> Iterator[str]:
     there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not there.is_dir():
         yield f"--out: {printable(there)} is no folder: choose another"

@@ -1,6 +1,6 @@
 """What is to be sampled: one prompt with its images, or a file with a JSON object a line.
 
-Promise: every fault of every line is told; no path leads out of the file's folder. Lines use the names of a data
+Promise: every problem of every line is told; no path leads out of the file's folder. Lines use the names of a data
 manifest (`prompt`, `path_control`, `path_control_1`, ...), so one of held-out data can be given as it is: its targets
 and masks are not opened. `seed` and `size` may stand besides. Cost: one pass, one `stat` a path.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mixres.data.images import BadImageError, Limits, check_size
-from mixres.data.manifest import BadRowError, control_keys, file_below, json_rows, key_faults
+from mixres.data.manifest import BadRowError, control_keys, file_below, json_rows, key_problems
 from mixres.data.records import BadCaptionError, check_caption, printable
 from mixres.errors import UserError
 from mixres.geometry import Size
 
 LIMITS = Limits()
-MOST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 _KEYS = ("prompt", "seed", "size")
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 
@@ -55,7 +55,7 @@ def rows_of(file: Path) -> tuple[list[Row], list[str]]:
     Raises:
         UserError: it cannot be read.
     """
-    rows, faults = [], []
+    rows, problems = [], []
     try:
         lines = list(json_rows(file))
         root = file.parent.resolve()
@@ -65,13 +65,13 @@ def rows_of(file: Path) -> tuple[list[Row], list[str]]:
         ) from error
     for number, line in lines:
         where = f"{printable(file)}:{number}"
-        found = list(_faults(line, file.parent, root))
-        faults += [f"{where}: {fault}" for fault in found]
+        found = list(_problems(line, file.parent, root))
+        problems += [f"{where}: {problem}" for problem in found]
         if not (found or isinstance(line, BadRowError)):
             rows.append(_row(line, file.parent, where))
-    if not (rows or faults):
-        faults.append(f"--prompts: {printable(file)} has no lines: write one for each picture")
-    return rows, faults
+    if not (rows or problems):
+        problems.append(f"--prompts: {printable(file)} has no lines: write one for each picture")
+    return rows, problems
 
 
 def parsed_size(text: Any) -> Size:
@@ -99,11 +99,11 @@ def _prompt(text: Any) -> str:
     return prompt
 
 
-def _faults(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path) -> Iterator[str]:
+def _problems(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path) -> Iterator[str]:
     if isinstance(line, BadRowError):
         yield str(line)
         return
-    yield from key_faults(line)
+    yield from key_problems(line)
     for key in line:
         if not key.startswith("path") and key not in _KEYS:
             close = get_close_matches(key, _KEYS, n=1)
@@ -111,7 +111,7 @@ def _faults(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path) -> 
             yield f"unknown key '{printable(key)}'; {hint}"
     for key in control_keys(line):
         try:
-            file_below(folder, root, key, line.get(key), mend="put the file itself there")
+            file_below(folder, root, key, line.get(key), fix="put the file itself there")
         except BadRowError as error:
             yield str(error)
     for key, read in (("prompt", _prompt), ("seed", _seed), ("size", parsed_size)):
@@ -137,5 +137,5 @@ def _row(line: Mapping[str, Any], folder: Path, where: str) -> Row:
 
 
 def _seed(value: Any) -> None:
-    if type(value) is not int or not 0 <= value <= MOST_SEED:
-        raise ValueError(f"given {value}, allowed: an integer >= 0 and <= {MOST_SEED}")
+    if type(value) is not int or not 0 <= value <= MAX_SEED:
+        raise ValueError(f"given {value}, allowed: an integer >= 0 and <= {MAX_SEED}")

@@ -4,7 +4,7 @@ Promise: one stated rule, the common one, taken at its kindest: buckets by targe
 largest crop that fits it, nothing thrown out for its aspect. Cost: one pass over sizes.
 
 The rule. Buckets: for each width that is a multiple of `STEP`, the largest height that is one and keeps width x height
-within `max_pixels`, and the same with width and height exchanged, no bucket longer than `MOST_ASPECT` to 1. This is
+within `max_pixels`, and the same with width and height exchanged, no bucket longer than `MAX_ASPECT` to 1. This is
 how NovelAI described it in 2022 and what `make_bucket_resolutions` of kohya's sd-scripts does but for its bounds on
 sides. A picture goes to the bucket that is nearest in log(width / height), is scaled to cover it and cropped at the
 centre. Batches are of one bucket; the rest of a bucket that does not fill a batch is dropped in each epoch
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from mixres.geometry import Size
 
 STEP = 64
-MOST_ASPECT = 4.0
+MAX_ASPECT = 4.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def bucket_shapes(max_pixels: int) -> list[Size]:
     shapes = {Size(STEP, STEP)} if max_pixels < 2 * STEP**2 else set[Size]()
     for width in range(STEP, max_pixels // STEP + 1, STEP):
         height = max_pixels // width // STEP * STEP
-        if height and max(width, height) <= MOST_ASPECT * min(width, height):
+        if height and max(width, height) <= MAX_ASPECT * min(width, height):
             shapes |= {Size(width, height), Size(height, width)}
     return sorted(shapes)
 

@@ -18,7 +18,7 @@ from mixres.geometry import Grid, Size, token_grid
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.qwen.inputs import text_picture, vae_picture
 from mixres.models.qwen.latents import decode_latents
-from mixres.preprocessing.encode import entry_keys, example_inputs
+from mixres.preprocessing.encode import encode_inputs, entry_keys
 from mixres.preprocessing.precompute import evenly
 from mixres.training.sample_sheets import Row, contact_sheet
 
@@ -43,7 +43,7 @@ def input_sheet(
     path, revision = config.model.pretrained_model_name_or_path, config.model.revision
     preprocessors = family.load_preprocessors(path, revision=revision)
     token = family.pixels_per_token(path, revision=revision)
-    given = [_pictures(family, preprocessors, example_inputs(config, family, scanned), token) for scanned in some]
+    given = [_pictures(family, preprocessors, encode_inputs(config, family, scanned), token) for scanned in some]
     headings = dict.fromkeys(heading for pictures in given for heading in pictures)
     columns = sorted(headings, key=_order)
     latents = max(map(len, decoded), default=0)

@@ -1,8 +1,8 @@
 """The verb `inspect`: what a run would do, from scan and plan alone, before anything is encoded or trained.
 
-Promise: token totals, steps, microbatches and filler are those that the run will have, exactly; every fault of data and
-configuration is told at once, and what is usable is reported all the same. Cost: the scan, the tokenizer once an
-example, planning (at most `MOST_STEPS` steps); no weights but with `measure` (the transformer) and `decode` (the VAE).
+Promise: token totals, steps, microbatches and filler are those that the run will have, exactly; every problem of data
+and configuration is reported at once, and what is usable is reported all the same. Cost: the scan, the tokenizer once an
+example, planning (at most `MAX_STEPS` steps); no weights but with `measure` (the transformer) and `decode` (the VAE).
 """
 
 import shutil
@@ -13,7 +13,7 @@ from types import ModuleType
 
 from mixres import atomic
 from mixres.config.config import Config
-from mixres.console import say
+from mixres.console import log
 from mixres.data.cache import Cache
 from mixres.data.plan import Lengths, Plan, computed_tokens
 from mixres.errors import UserError, WorkError
@@ -28,13 +28,13 @@ from mixres.inspection.statistics import Figures, item_figures, notices, seen_si
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries
 from mixres.preprocessing.fill import make_folder
 from mixres.preprocessing.precompute import family_of, lengths_of
-from mixres.preprocessing.training_data import Found, look_for_examples, tell
-from mixres.training.distributed import launched
+from mixres.preprocessing.training_data import ScannedData, scan_records, tell
+from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import save_png
 from mixres.training.setup import check_early, make_plan
 from mixres.verification.setup import precision_label, report_path, versions
 
-MOST_STEPS = 20_000  # that are planned for the sums over a run
+MAX_STEPS = 20_000  # that are planned for the sums over a run
 
 
 def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bool = False) -> None:
@@ -48,22 +48,22 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     """
     _check_ranks(ranks)
     family = family_of(config)
-    faults = _early_faults(config, family)
+    problems = _early_problems(config, family)
     make_folder(Path(config.cache.cache_dir))
     try:
-        found = look_for_examples(config, family, speak=True)
+        found = scan_records(config, family, is_main=True)
     except UserError as error:
-        raise UserError([*faults, *error.messages]) from error
-    tell(found, family.MOST_PROMPT_TOKENS, config.data.background)
-    look = _Look(config, family, found, ranks, estimate=not faults)
-    faults += [*map(str, found.faults), found.summary()] if found.stop(config) else []
-    faults += [*filter(None, [found.share_fault(config)]), *look.faults]
-    report = look.report(faults)
-    if measure and look.plan and not faults:
+        raise UserError([*problems, *error.messages]) from error
+    tell(found, family.MAX_PROMPT_TOKENS, config.data.background)
+    look = _Look(config, family, found, ranks, estimate=not problems)
+    problems += [*map(str, found.problems), found.summary()] if found.stop(config) else []
+    problems += [*filter(None, [found.share_problem(config)]), *look.problems]
+    report = look.report(problems)
+    if measure and look.plan and not problems:
         report["measured"] = look.measured()
     _write(config, family, look, report, decode=decode)
-    if faults:
-        raise UserError(faults)
+    if problems:
+        raise UserError(problems)
     if report["measured"] and not report["measured"]["fits"]:
         raise WorkError(
             f"the largest microbatch does not fit {report['measured']['device']}: lower batch.max_tokens, set "
@@ -72,13 +72,13 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
 
 
 def _check_ranks(ranks: int) -> None:
-    if (started := launched().world_size) > 1:
+    if (started := dist_env().world_size) > 1:
         raise UserError(f"inspect: works on one process, {started} were started: python train.py inspect --ranks N")
     if ranks < 1:
         raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
 
 
-def _early_faults(config: Config, family: ModuleType) -> list[str]:
+def _early_problems(config: Config, family: ModuleType) -> list[str]:
     try:
         check_early(config, family)
     except UserError as error:
@@ -89,15 +89,15 @@ def _early_faults(config: Config, family: ModuleType) -> list[str]:
 class _Look:
     """A configuration's usable examples, and the plan of those among them that fit a microbatch."""
 
-    def __init__(self, config: Config, family: ModuleType, found: Found, ranks: int, *, estimate: bool) -> None:
+    def __init__(self, config: Config, family: ModuleType, found: ScannedData, ranks: int, *, estimate: bool) -> None:
         self.config, self.family, self.found, self.ranks = config, family, found, ranks
-        self.device = launched().device
+        self.device = dist_env().device
         everything = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
         train = list(everything)[: len(found.train)]
         with_empty = train if config.data.caption_dropout > 0 else []
         self.foreseen = foreseen_entries(config, family, everything, with_empty)
         self.entries = [self.foreseen[key] for key in train]
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         planned: Sequence[int] = range(len(self.entries))
         self.plan = self._planned(planned)
         if self.plan is None:
@@ -108,7 +108,7 @@ class _Look:
         self.memory = MemoryEstimate(config, family, ranks=ranks, cuda=cuda) if estimate else None
         self.epoch: Totals | None = None
         if self.plan:
-            epoch, run = (min(n, MOST_STEPS) for n in (self.plan.steps_per_epoch, config.train.max_train_steps))
+            epoch, run = (min(n, MAX_STEPS) for n in (self.plan.steps_per_epoch, config.train.max_train_steps))
             self.epoch, _ = totals(self.plan, valid, range(epoch), self._cost)
             self.run, self.largest = totals(self.plan, valid, range(run), self._cost)
 
@@ -119,7 +119,7 @@ class _Look:
         try:
             return make_plan(self.config, lengths, names, layout=layout, world_size=self.ranks)
         except UserError as error:
-            self.faults += error.messages
+            self.problems += error.messages
             return None
 
     def _cost(self, lengths: Sequence[Lengths]) -> int:
@@ -129,13 +129,13 @@ class _Look:
             return computed_tokens(lengths, layout)
         return self.memory.activations.peak(rows_of(lengths, layout), checkpointing=checkpointing)
 
-    def report(self, faults: Sequence[str]) -> Figures:
+    def report(self, problems: Sequence[str]) -> Figures:
         """Everything that `inspect.json` says, `measured` left out."""
         config, found = self.config, self.found
-        left_out = [] if found.stop(config) else [str(fault) for fault in found.faults]
+        left_out = [] if found.stop(config) else [str(problem) for problem in found.problems]
         report: Figures = {
             "model": self._model_figures(),
-            "faults": list(faults),
+            "faults": list(problems),
             "left_out": left_out,
             "notices": [],
             "items": item_figures(found),
@@ -223,7 +223,7 @@ class _Look:
     def measured(self) -> Figures:
         """The largest microbatch, computed; and how long epoch and run take at its rate."""
         assert self.plan and self.epoch
-        entries = [self.entries[i] for i in self.largest.microbatch.indices]  # all fit: there are no faults
+        entries = [self.entries[i] for i in self.largest.microbatch.indices]  # all fit: there are no problems
         found = memory_probe.measure(self.config, self.family, entries, self.largest.lengths)
         figures: Figures = asdict(found)
         if found.seconds is None:
@@ -248,7 +248,7 @@ def _write(config: Config, family: ModuleType, look: _Look, report: Figures, *, 
     else:
         paths.pop().unlink(missing_ok=True)  # an earlier look's
     for line in summary_lines(report):
-        say(line)
+        log(line)
     atomic.write_json(paths[0], report)
     atomic.write_text(paths[1], page(report, picture))
-    say(f"report    {', '.join(map(str, paths))}")
+    log(f"report    {', '.join(map(str, paths))}")

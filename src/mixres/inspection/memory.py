@@ -20,7 +20,7 @@ from mixres.data.plan import Layout
 from mixres.inspection.activations import ActivationBytes, Rows
 from mixres.models.lora import add_lora, train_all, trainable_parameters
 from mixres.models.quantize import stored_bytes
-from mixres.training.distributed import launched
+from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step, state_parts
 
 _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
@@ -132,6 +132,6 @@ def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
 def _state_bytes(config: Config, size: int) -> int:
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for a minute
-        state = state_of_a_step(kind, config.optimizer.init_args, device=launched().device, size=size)
+        state = state_of_a_step(kind, config.optimizer.init_args, device=dist_env().device, size=size)
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
     return sum(part.nbytes for name, value in tensors.items() for part in state_parts(name, value).values())

@@ -17,7 +17,7 @@ Figures = Mapping[str, Any]
 _LARGE = 10**6  # bytes that are also said in MB or GB
 
 SECTIONS = {  # in the order of the page: title, and what to know to read it
-    "faults": ("Faults", "What keeps the run from training. All that follows is of the examples that are usable."),
+    "faults": ("Problems", "What keeps the run from training. All that follows is of the examples that are usable."),
     "left_out": ("Left out", "Examples that are not trained, as the configuration says."),
     "notices": ("Notices", "Allowed, and perhaps not meant."),
     "items": ("Items", "What was found, training and held-out data together where it is not said."),
@@ -64,7 +64,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } h3 { 
 p { margin: .2rem 0 .6rem; color: #555; max-width: 50rem; }
 table { border-collapse: collapse; margin: .4rem 0 1rem; } th, td { padding: .15rem .7rem; text-align: right; }
 tr { border-bottom: 1px solid #ddd; } th { font-weight: normal; color: #555; } th[scope=row] { text-align: left; }
-td.text, ol { text-align: left; overflow-wrap: anywhere; } #faults li { color: #a00; } img, svg { max-width: 100%; }
+td.text, ol { text-align: left; overflow-wrap: anywhere; } #problems li { color: #a00; } img, svg { max-width: 100%; }
 section, table, svg, img { break-inside: avoid; } h2 { break-after: avoid; }
 @media print { body { margin: 0; max-width: none; font-size: 11px; } th, td { padding: .1rem .4rem; }
   img { max-height: 24cm; } @page { margin: 1.5cm; } }

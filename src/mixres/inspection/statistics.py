@@ -15,7 +15,7 @@ from mixres.data.cache import CacheEntry
 from mixres.data.scan import ScannedRecord
 from mixres.geometry import Size
 from mixres.inspection.plan_figures import Totals
-from mixres.preprocessing.training_data import Found
+from mixres.preprocessing.training_data import ScannedData
 
 _BINS = 12
 _APART = 1.1  # aspects of control and target that differ by this factor are counted
@@ -54,7 +54,7 @@ def histogram(values: Sequence[float]) -> list[Figures]:
     ]
 
 
-def item_figures(found: Found) -> Figures:
+def item_figures(found: ScannedData) -> Figures:
     """How many there are of each kind."""
     records = [scanned.record for scanned in (*found.train, *found.held_out)]
     return {
@@ -68,7 +68,7 @@ def item_figures(found: Found) -> Figures:
         "with_transparency": sum(scanned.flattened for scanned in (*found.train, *found.held_out)),
         "with_several_frames": sum(scanned.first_of_several for scanned in (*found.train, *found.held_out)),
         "pictures": found.decoded + found.unchanged,
-        "data_faults": len(found.faults),
+        "data_faults": len(found.problems),
     }
 
 
@@ -162,13 +162,13 @@ def _example(scanned: ScannedRecord, entry: CacheEntry) -> Figures:
     }
 
 
-def notices(config: Config, found: Found, sizes: Figures, epoch: Totals, ranks: int) -> list[str]:
+def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Totals, ranks: int) -> list[str]:
     """What is allowed and may not be meant."""
     said = [*_data_notices(config, found, sizes), *_plan_notices(config, found, epoch, ranks)]
     return [text for holds, text in said if holds]
 
 
-def _data_notices(config: Config, found: Found, sizes: Figures) -> list[tuple[object, str]]:
+def _data_notices(config: Config, found: ScannedData, sizes: Figures) -> list[tuple[object, str]]:
     train = found.train
     same = sum(len(set(s.digests[: 1 + len(s.control_sizes)])) <= len(s.control_sizes) for s in train)
     twins = len(train) - len({(scanned.digests, scanned.record.prompt) for scanned in train})
@@ -200,7 +200,7 @@ def _data_notices(config: Config, found: Found, sizes: Figures) -> list[tuple[ob
     ]
 
 
-def _plan_notices(config: Config, found: Found, epoch: Totals, ranks: int) -> list[tuple[object, str]]:
+def _plan_notices(config: Config, found: ScannedData, epoch: Totals, ranks: int) -> list[tuple[object, str]]:
     wanted, steps, count = config.batch.samples_per_step, config.train.max_train_steps, len(found.train)
     rest, few = count % wanted, found.few(config)
     return [

@@ -37,9 +37,9 @@ def pipeline_folder(path: str, components: Sequence[str], *, revision: str | Non
         UserError: the folder or repository, or a component's files, cannot be had. One line each.
     """
     folder = _locate(path, revision, tuple(f"{component}/*{end}" for component in components for end in _OPENED))
-    faults = [fault for component in components if (fault := _component_fault(folder / component))]
-    if faults:
-        raise UserError([f"{KEY}: {fault}" for fault in faults])
+    problems = [problem for component in components if (problem := _component_problem(folder / component))]
+    if problems:
+        raise UserError([f"{KEY}: {problem}" for problem in problems])
     return folder
 
 
@@ -142,7 +142,7 @@ def _unreachable_reason(error: OSError) -> str:
     )
 
 
-def _component_fault(folder: Path) -> str | None:
+def _component_problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"{folder} is missing: download it"
     if folder.name in ("tokenizer", "processor", "scheduler"):

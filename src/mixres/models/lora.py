@@ -51,7 +51,7 @@ def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained:
     """
     names = _linear_layers(transformer)
     endings = sorted({".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 3)})
-    faults = []
+    problems = []
     for pattern in expanded(patterns):
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
@@ -59,11 +59,13 @@ def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained:
             close = difflib.get_close_matches(pattern.lower(), [*PRESETS, *endings], n=1, cutoff=0.77)
             words = f"write one of {', '.join(PRESETS)}, or the ending of a layer's name"
             hint = f"did you mean '{close[0]}'?" if close else words
-            faults.append(f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer; {hint}")
+            problems.append(
+                f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer; {hint}"
+            )
         elif all(_within(name, untrained) for name in matched):
-            faults.append(f"model.lora.target_modules: the output of '{pattern}' reaches no loss: take it out")
-    if faults:
-        raise UserError(faults)
+            problems.append(f"model.lora.target_modules: the output of '{pattern}' reaches no loss: take it out")
+    if problems:
+        raise UserError(problems)
 
 
 def add_lora(
@@ -125,7 +127,7 @@ def check_pretrained(
     check_fit(read_header(pretrained_weight), layers, r=r, lora_alpha=lora_alpha, use_dora=use_dora)
 
 
-def base_fault(transformer: nn.Module, header: LoraHeader) -> str | None:
+def base_problem(transformer: nn.Module, header: LoraHeader) -> str | None:
     """Why `transformer` (a meta-device model will do) cannot carry the adapters of a file; None where it can."""
     linears = _linear_layers(transformer)
     for name, (inputs, outputs) in sorted(header.layers.items()):

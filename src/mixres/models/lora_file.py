@@ -108,7 +108,7 @@ def check_fit(
     Raises:
         UserError: every setting that differs, with the value that fits.
     """
-    faults = []
+    problems = []
     for name, own, theirs in (
         ("r", r, header.r),
         ("lora_alpha", lora_alpha, header.lora_alpha),
@@ -117,20 +117,22 @@ def check_fit(
         if own != theirs:
             there = as_written(theirs)
             what = f"model.lora.{name}: {as_written(own)} does not fit {header.path}"
-            faults.append(f"{what}, which has {there}: write {there}")
+            problems.append(f"{what}, which has {there}: write {there}")
     missing, extra = sorted(layers.keys() - header.layers.keys()), sorted(header.layers.keys() - layers.keys())
     if missing or extra:
         told = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
         told += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
-        faults.append(
+        problems.append(
             f"model.lora.target_modules: the adapters of {header.path} are for others: write those it was made with; "
             f"{'; '.join(told)}"
         )
     other = [name for name in layers.keys() & header.layers.keys() if layers[name] != header.layers[name]]
     if other:
-        faults.append(f"{KEY}: {header.path} is of a base of another size: {min(other)} differs; name one of this base")
-    if faults:
-        raise UserError(faults)
+        problems.append(
+            f"{KEY}: {header.path} is of a base of another size: {min(other)} differs; name one of this base"
+        )
+    if problems:
+        raise UserError(problems)
 
 
 def load_adapters(header: LoraHeader, parameters: Mapping[str, nn.Parameter]) -> None:

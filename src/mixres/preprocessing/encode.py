@@ -108,7 +108,7 @@ def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[
 
     def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
         scanned, empty = wanted
-        inputs = example_inputs(config, family, scanned)
+        inputs = encode_inputs(config, family, scanned)
         sample: Sample = family.encode(encoders, **inputs)
         if not empty:
             return sample
@@ -165,7 +165,7 @@ def foreseen_entries(
     return entries
 
 
-def example_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) -> dict[str, Any]:
+def encode_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) -> dict[str, Any]:
     """What the family's `encode` takes of an example, its pictures decoded.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from mixres.batch import Sample
-from mixres.console import counted, say
+from mixres.console import counted, log
 from mixres.data.cache import Cache
 from mixres.data.claims import Claims
 from mixres.errors import UserError, WorkError
@@ -78,7 +78,7 @@ def fill(
         left = [key for key in counted(own, "encode", "sample", enabled=rank == 0) if not worker.take(key)]
         left = worker.rest([*left, *(key for share in others for key in share)])
         if left and rank == 0:
-            say(f"cache     waits for {len(left)} entries that other processes are encoding")
+            log(f"cache     waits for {len(left)} entries that other processes are encoding")
         while left:
             time.sleep(_POLL_S)
             left = worker.rest(left)

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mixres.config.config import Config
-from mixres.console import say
+from mixres.console import log
 from mixres.data.cache import Cache, CacheEntry
 from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord
@@ -24,14 +24,14 @@ from mixres.geometry import Size, control_size, token_grid
 from mixres.models.registry import family_module
 from mixres.preprocessing.encode import encode_missing, entry_keys
 from mixres.preprocessing.fill import make_folder
-from mixres.preprocessing.training_data import SOURCES, control_areas, find_examples, scan_of, target_size_of
-from mixres.training.distributed import launched
+from mixres.preprocessing.training_data import SOURCES, control_areas, scan_of, target_size_of, usable_records
+from mixres.training.distributed import dist_env
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Item:
+class CachedSample:
     """A usable example: its files, the size it is trained at, and its entry in the cache."""
 
     record: EditRecord
@@ -50,7 +50,7 @@ def lengths_of(entry: CacheEntry) -> Lengths:
     return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
 
 
-class Examples(NamedTuple):
+class KeyedRecords(NamedTuple):
     """What a run is of, before anything is encoded."""
 
     cache: Cache
@@ -64,22 +64,22 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class CachedData:
     """What training reads: the cache, and the examples in it."""
 
     cache: Cache
-    train: list[Item]
-    held_out: list[Item]
+    train: list[CachedSample]
+    held_out: list[CachedSample]
 
 
 def run_cache(config: Config) -> None:
     """The verb `cache`: fill it, say what was done. Several processes share the work.
 
     Raises:
-        UserError: data, base or sizes are wrong; every fault there is. There is no room for the entries.
+        UserError: data, base or sizes are wrong; every problem there is. There is no room for the entries.
         WorkError: the disk is full, or a file has changed meanwhile.
     """
-    rank, world_size, device = launched()
+    rank, world_size, device = dist_env()
     encode_all(config, family_of(config), device=device, rank=rank, world_size=world_size)
 
 
@@ -87,46 +87,52 @@ def family_of(config: Config) -> ModuleType:
     """The module of the base's model family.
 
     Raises:
-        UserError: the base cannot be found or is of no family that is known; then the faults of the data are told too.
+        UserError: the base cannot be found or is of no known family; the problems of the data are reported too.
     """
     model = config.model
     try:
         return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
     except UserError as error:
-        raise UserError([*error.messages, *_file_faults(config)]) from error
+        raise UserError([*error.messages, *_file_problems(config)]) from error
 
 
-def _file_faults(config: Config) -> list[str]:
+def _file_problems(config: Config) -> list[str]:
     """What keeps the data from being used, as far as the files tell it without the base."""
-    speak, stop = launched().rank == 0, config.data.on_bad_item == "error"
-    if speak:
+    is_main, stop = dist_env().rank == 0, config.data.on_bad_item == "error"
+    if is_main:
         base = config.model.pretrained_model_name_or_path
-        say(f"model     {base} cannot be used; the data are looked at all the same")
-    faults: list[str] = []
+        log(f"model     {base} cannot be used; the data are looked at all the same")
+    problems: list[str] = []
     for key in SOURCES:
         try:
-            found = scan_of(config, key, speak=speak).faults
-            faults += [str(fault) for fault in found if stop and not fault.skip]
+            found = scan_of(config, key, is_main=is_main).problems
+            problems += [str(problem) for problem in found if stop and not problem.skip]
         except UserError as error:
-            faults += error.messages
-    return faults
+            problems += error.messages
+    return problems
 
 
 def encode_all(
     config: Config, family: ModuleType, *, device: torch.device, rank: int = 0, world_size: int = 1
-) -> Encoded:
+) -> CachedData:
     """Scan training and held-out data, and return when every example is in the cache; the ranks share the encoding.
 
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    found = examples(config, family, speak=rank == 0)
+    found = keyed_records(config, family, is_main=rank == 0)
     return encode(config, family, found, device=device, rank=rank, world_size=world_size)
 
 
 def encode(
-    config: Config, family: ModuleType, scanned: Examples, *, device: torch.device, rank: int = 0, world_size: int = 1
-) -> Encoded:
+    config: Config,
+    family: ModuleType,
+    scanned: KeyedRecords,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> CachedData:
     """Return when every example is in the cache; the ranks share the encoding.
 
     Raises:
@@ -144,14 +150,14 @@ def encode(
         save_index(cache)
         others = f", {len(missing) - encoded} by other processes" if encoded < len(missing) else ""
         found = len(wanted) - len(missing)
-        say(f"cache     {len(wanted)} entries in {cache.root}: {encoded} encoded, {found} found{others}")
+        log(f"cache     {len(wanted)} entries in {cache.root}: {encoded} encoded, {found} found{others}")
     elif encoded:
-        say(f"cache     rank {rank}: {encoded} encoded")
+        log(f"cache     rank {rank}: {encoded} encoded")
     items = [_item(config, record, key, cache) for key, record in zip(keys, [*train, *held_out], strict=True)]
-    return Encoded(cache, items[: len(train)], items[len(train) :])
+    return CachedData(cache, items[: len(train)], items[len(train) :])
 
 
-def examples(config: Config, family: ModuleType, *, speak: bool) -> Examples:
+def keyed_records(config: Config, family: ModuleType, *, is_main: bool) -> KeyedRecords:
     """Scan training and held-out data; the usable examples and what their entries are called.
 
     Raises:
@@ -159,9 +165,9 @@ def examples(config: Config, family: ModuleType, *, speak: bool) -> Examples:
     """
     root = Path(config.cache.cache_dir)
     make_folder(root)
-    train, held_out = find_examples(config, family, speak=speak)
+    train, held_out = usable_records(config, family, is_main=is_main)
     keys = entry_keys(config, family, train, empty_prompt=config.data.caption_dropout > 0)
-    return Examples(Cache(root), train, held_out, keys + entry_keys(config, family, held_out))
+    return KeyedRecords(Cache(root), train, held_out, keys + entry_keys(config, family, held_out))
 
 
 def _check_budget(config: Config, family: ModuleType, train: Iterable[ScannedRecord]) -> None:
@@ -187,16 +193,16 @@ def save_index(cache: Cache) -> None:
     try:
         cache.save_index()
     except OSError as error:  # every entry is found without it
-        say(f"cache     the index could not be written ({error.strerror}): the next start takes longer")
+        log(f"cache     the index could not be written ({error.strerror}): the next start takes longer")
 
 
-def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> Item:
+def _item(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
     entry = cache.lookup(key)
     assert entry is not None, key
-    return Item(scanned.record, target_size_of(config, scanned), key, entry, scanned.regularization)
+    return CachedSample(scanned.record, target_size_of(config, scanned), key, entry, scanned.regularization)
 
 
-def spread(items: Iterable[Item], count: int) -> list[Item]:
+def spread(items: Iterable[CachedSample], count: int) -> list[CachedSample]:
     """At most `count` of the items, evenly over their target areas, smallest first."""
     return evenly(sorted(items, key=lambda item: (item.entry.target_tokens, item.record.name)), count)
 

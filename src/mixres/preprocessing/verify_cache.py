@@ -5,12 +5,12 @@ pass makes it again. Cost: the scan, and one read of every entry.
 """
 
 from mixres.config.config import Config
-from mixres.console import counted, say
+from mixres.console import counted, log
 from mixres.data.cache import DamagedEntry
 from mixres.errors import UserError, WorkError
 from mixres.preprocessing.fill import readable_size
-from mixres.preprocessing.precompute import examples, family_of, save_index
-from mixres.training.distributed import launched
+from mixres.preprocessing.precompute import family_of, keyed_records, save_index
+from mixres.training.distributed import dist_env
 
 
 def verify_cache(config: Config) -> None:
@@ -20,9 +20,9 @@ def verify_cache(config: Config) -> None:
         UserError: as `run_cache`, or several processes were started.
         WorkError: an entry is damaged or missing; each has been named by then.
     """
-    if (world_size := launched().world_size) > 1:
+    if (world_size := dist_env().world_size) > 1:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
-    cache, train, held_out, keys = examples(config, family_of(config), speak=True)
+    cache, train, held_out, keys = keyed_records(config, family_of(config), is_main=True)
     names = {key: scanned.record.name for key, scanned in zip(keys, [*train, *held_out], strict=True)}
     damaged, missing = [], []
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
@@ -34,13 +34,13 @@ def verify_cache(config: Config) -> None:
             missing.append(f"{name}: missing, there is no entry of its files, caption and configuration as they are")
     save_index(cache)
     for line in (*damaged, *missing):
-        say(f"cache     {line}")
+        log(f"cache     {line}")
     counts = f"{len(names) - len(damaged) - len(missing)} whole, {len(damaged)} damaged, {len(missing)} missing"
     present = list(cache.root.glob("??/*.safetensors"))
     others = [path for path in present if path.stem not in names]
-    say(f"cache     {len(names)} entries in {cache.root}: {counts}")
+    log(f"cache     {len(names)} entries in {cache.root}: {counts}")
     if others:
         size = readable_size(sum(path.stat().st_size for path in others))
-        say(f"cache     {len(others)} more entries there ({size}) are of other data or configurations")
+        log(f"cache     {len(others)} more entries there ({size}) are of other data or configurations")
     if damaged or missing:
         raise WorkError(f"cache.cache_dir: {cache.root}: {counts}: run `cache` without --verify to encode them")

@@ -21,7 +21,7 @@ from mixres import atomic
 from mixres.config.config import Config, load_config
 from mixres.errors import UserError
 from mixres.models.qwen.latents import decode_latents
-from mixres.preprocessing.precompute import Item, encode_all, family_of
+from mixres.preprocessing.precompute import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
 
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line
@@ -90,7 +90,7 @@ def show_results(config: Config) -> list[str]:
     return [*_table(results), f"pictures  {run / 'results.png'}", f"loss      {run / 'loss.png'}", *_NEXT]
 
 
-def _compare(sampler: HeldOutSampler, item: Item, base: Image.Image, lora: Image.Image) -> tuple[Result, Row]:
+def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lora: Image.Image) -> tuple[Result, Row]:
     target, control = (
         sampler.pipeline.image_processor.resize(sampler.read(path), *reversed(item.target_size))
         for path in (item.record.target, item.record.controls[0])

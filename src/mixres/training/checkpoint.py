@@ -138,12 +138,12 @@ class Checkpoints:
         """
         for name in reversed(self.gather([path.name for path in self._all()])[0]):
             path = self.root / name
-            faults = [fault for fault in self.gather(self._fault(path)) if fault]
-            if not faults:
+            problems = [problem for problem in self.gather(self._problem(path)) if problem]
+            if not problems:
                 return Checkpoint(path)
             self._damaged.add(name)
             if self.rank == 0:
-                _log.warning("%s is damaged (%s): trying the checkpoint before it", path, faults[0])
+                _log.warning("%s is damaged (%s): trying the checkpoint before it", path, problems[0])
         return None
 
     def any(self) -> bool:
@@ -222,12 +222,12 @@ class Checkpoints:
         link.symlink_to(final.name)
         link.replace(self.root / "latest")
 
-    def _fault(self, path: Path) -> str | None:
+    def _problem(self, path: Path) -> str | None:
         """By this rank's share of the files."""
-        return fault_of(path, rank=self.rank, ranks=self.ranks)
+        return problem_of(path, rank=self.rank, ranks=self.ranks)
 
 
-def fault_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
+def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
     """Why the files of a checkpoint, of which each of `ranks` reads a share, are not as saved; None if they are."""
     try:
         manifest = _manifest(path)

@@ -36,7 +36,7 @@ _PLUGINS = {
 }
 
 
-class Launched(NamedTuple):
+class DistEnv(NamedTuple):
     """Which of how many processes a launcher made this one."""
 
     rank: int
@@ -44,11 +44,11 @@ class Launched(NamedTuple):
     device: torch.device
 
 
-def launched() -> Launched:
+def dist_env() -> DistEnv:
     """What torchrun and accelerate tell their processes; no connection between them is opened."""
     said = os.environ.get
     device = torch.device("cuda", int(said("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    return Launched(int(said("RANK", 0)), int(said("WORLD_SIZE", 1)), device)
+    return DistEnv(int(said("RANK", 0)), int(said("WORLD_SIZE", 1)), device)
 
 
 def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> Accelerator:
@@ -58,16 +58,16 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
         UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
             (accelerate would leave it out without a word).
     """
-    faults = [
+    problems = [
         f"accelerate launch: its configuration turns on {name}, which mixres does not use: turn it off there (or take "
         "one of configs/accelerate/), and choose train.parallel=ddp or fsdp2 here"
         for variable, name in _PLUGINS.items()
         if os.environ.get(variable, "false").lower() == "true"
     ]
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        faults.append(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
-    if faults:
-        raise UserError(faults)
+        problems.append(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
+    if problems:
+        raise UserError(problems)
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
         mixed_precision=mixed_precision,
@@ -90,7 +90,7 @@ def any_rank(accelerator: Accelerator, word: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(word), device=accelerator.device), "sum"))
 
 
-def require_agreement(digest: str) -> None:
+def assert_same_on_all_ranks(digest: str) -> None:
     """All ranks stop, together and before the first step, where they would not follow one plan.
 
     Raises:
@@ -152,7 +152,9 @@ def gradient_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def whole(tensors: Mapping[str, Tensor], *, keep: bool = True, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def full_tensors(
+    tensors: Mapping[str, Tensor], *, keep: bool = True, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The tensors with sharded ones put together: all ranks must call it, in the same order.
 
     One that is not to `keep` them only sends its part and gets none, so that one copy is made and not one a rank.
@@ -166,7 +168,7 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool = True, dtype: torch.dtyp
     return found
 
 
-def rows_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def local_shards(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors that are the same on all ranks, and this rank's rows of those that are split over them by rows."""
     alike, rows = {}, {}
     for name, tensor in tensors.items():
@@ -177,7 +179,7 @@ def rows_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return alike, rows
 
 
-def placed_like(parameter: Tensor, shape: Sequence[int], read: Callable[[range | None], Tensor]) -> Tensor:
+def distribute_like(parameter: Tensor, shape: Sequence[int], read: Callable[[range | None], Tensor]) -> Tensor:
     """A tensor of `shape` on the device of `parameter` and split as it is; `read` gives the rows asked for, or all.
 
     A number, of no shape, stays on the CPU. Always a copy: what was read may be a view of a file.

@@ -34,20 +34,20 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         package = getattr(error, "name", None)
-        mend = f"pip install {package}" if package in _OPTIONAL else "install or correct it"
-        raise UserError(f"{KEY}: {class_path} cannot be imported ({error}): {mend}") from error
+        fix = f"pip install {package}" if package in _OPTIONAL else "install or correct it"
+        raise UserError(f"{KEY}: {class_path} cannot be imported ({error}): {fix}") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise UserError(f"{KEY}: {class_path} is no torch optimizer: name one")
     _, *arguments = inspect.signature(found).parameters.values()  # the first takes the parameters
     known = [a.name for a in arguments if a.kind is not inspect.Parameter.VAR_KEYWORD]
     takes_any = len(known) < len(arguments)
-    faults = [
+    problems = [
         f"optimizer.init_args.{key}: {name} does not take it; it takes: {', '.join(known)}"
         for key in init_args
         if key not in known and not takes_any
     ]
-    if faults:
-        raise UserError(faults)
+    if problems:
+        raise UserError(problems)
     try:
         found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers take nothing else
     except (TypeError, ValueError) as error:

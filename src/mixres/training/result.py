@@ -15,11 +15,13 @@ from mixres import atomic
 from mixres.config.config import Config
 from mixres.errors import WorkError
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
-from mixres.training.distributed import whole
-from mixres.training.setup import Trained, recipe
+from mixres.training.distributed import full_tensors
+from mixres.training.setup import TrainState, recipe
 
 
-def write_results(config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool) -> Path:
+def write_results(
+    config: Config, family: ModuleType, trained: TrainState, folder: Path, *, step: int, keep: bool
+) -> Path:
     """What was trained and, where one is kept, its average in `ema/`; the path of the first.
 
     On all ranks; the one that is to `keep` them writes.
@@ -38,16 +40,18 @@ def write_results(config: Config, family: ModuleType, trained: Trained, folder: 
     return path
 
 
-def _write_result(config: Config, family: ModuleType, trained: Trained, folder: Path, *, step: int, keep: bool) -> Path:
+def _write_result(
+    config: Config, family: ModuleType, trained: TrainState, folder: Path, *, step: int, keep: bool
+) -> Path:
     """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
     path = folder / (FILE_NAME if config.model.lora else "transformer")
     folder.mkdir(exist_ok=True)
     if config.model.lora:
-        weights = whole(trained.parameters, keep=keep)
+        weights = full_tensors(trained.parameters, keep=keep)
         if keep:
             atomic.write_bytes(path, lora_file(weights, trained.transformer, recipe(config, family, step)))
         return path
-    weights = whole(trained.transformer.state_dict(), keep=keep, dtype=getattr(torch, config.model.dtype))
+    weights = full_tensors(trained.transformer.state_dict(), keep=keep, dtype=getattr(torch, config.model.dtype))
     if keep:  # through a model of the same shape: the trained one may be sharded
         model = family.transformer_skeleton(config.model.pretrained_model_name_or_path, revision=config.model.revision)
         model.load_state_dict(weights, assign=True)

@@ -17,7 +17,7 @@ from mixres.config.config import Changeable
 from mixres.config.load import as_written, dotted, leaves
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.distributed import placed_like, rows_of
+from mixres.training.distributed import distribute_like, local_shards
 from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
 
 OPTIMIZER = "optimizer.class_path"
@@ -126,14 +126,14 @@ def save_run(
     Raises:
         WorkError: on all ranks; the weights are not finite, or the checkpoint could not be written.
     """
-    finite = all(bool(part.detach().isfinite().all()) for group in rows_of(parameters) for part in group.values())
+    finite = all(bool(part.detach().isfinite().all()) for group in local_shards(parameters) for part in group.values())
     if not all(checkpoints.gather(finite)):
         raise WorkError(
             f"step {step}: the weights are not finite, so this step is not saved; the last checkpoint is intact: "
             "lower optimizer.init_args.lr and run the same command again"
         )
     groups = {"trainable": parameters, "optimizer": optimizer_tensors(optimizer, parameters)}
-    parts = {name: rows_of(tensors) for name, tensors in groups.items()}
+    parts = {name: local_shards(tensors) for name, tensors in groups.items()}
     split = any(rows for _, rows in parts.values())
     scalars = optimizer_scalars(optimizer, parameters)
     try:
@@ -184,4 +184,4 @@ def restore_run(
 
 
 def _read(checkpoint: Checkpoint, group: str, key: str, parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    return placed_like(parameter, shape, lambda rows: checkpoint.tensor(group, key, rows))
+    return distribute_like(parameter, shape, lambda rows: checkpoint.tensor(group, key, rows))

@@ -21,7 +21,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from mixres import atomic
-from mixres.console import say
+from mixres.console import log
 from mixres.errors import Stopped, UserError
 
 STATUS = "run_status.json"
@@ -114,7 +114,7 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=min(_SILENT_S, self._wait_s))
         except Timeout:
-            say(f"waiting   up to {self._wait_s:.0f} s for {self._holder()}, which writes to {self.folder}")
+            log(f"waiting   up to {self._wait_s:.0f} s for {self._holder()}, which writes to {self.folder}")
             self._lock.acquire(timeout=self._wait_s)
 
     def _let_go(self) -> None:

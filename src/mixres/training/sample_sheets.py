@@ -18,15 +18,15 @@ from torch import nn
 
 from mixres import atomic
 from mixres.config.config import Config
-from mixres.console import say
+from mixres.console import log
 from mixres.data.images import read_image
 from mixres.data.records import Picture
-from mixres.preprocessing.precompute import Encoded, Item, spread
+from mixres.preprocessing.precompute import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import control_areas, image_limits
 from mixres.training.distributed import any_rank
 from mixres.training.ema import Ema
 from mixres.training.run_folder import RunFolder
-from mixres.training.setup import Trained
+from mixres.training.setup import TrainState
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -48,7 +48,7 @@ class HeldOutSampler:
     """Predicts a few held-out pairs of several sizes, always the same ones and from the same noise."""
 
     def __init__(
-        self, config: Config, family: ModuleType, transformer: nn.Module, encoded: Encoded, ema: Ema | None = None
+        self, config: Config, family: ModuleType, transformer: nn.Module, encoded: CachedData, ema: Ema | None = None
     ) -> None:
         model, self.ema = config.model, ema if config.sample.use_ema else None
         self.config, self.family, self.cache = config, family, encoded.cache
@@ -86,10 +86,10 @@ class HeldOutSampler:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(sheet, path, [row.caption for row in rows])
         except OSError as error:
-            say(f"samples   {path} could not be written ({error.strerror or error}): the run goes on without it")
+            log(f"samples   {path} could not be written ({error.strerror or error}): the run goes on without it")
         return sheet
 
-    def predict(self, item: Item) -> Image.Image:
+    def predict(self, item: CachedSample) -> Image.Image:
         """The pipeline's picture for one held-out item, at the size of its target."""
         return self._predict(item, [self.read(path) for path in item.record.controls])
 
@@ -97,7 +97,7 @@ class HeldOutSampler:
         """A held-out picture as it lies on disk, RGB."""
         return read_image(path, image_limits(self.config))
 
-    def _predict(self, item: Item, controls: Sequence[Image.Image]) -> Image.Image:
+    def _predict(self, item: CachedSample, controls: Sequence[Image.Image]) -> Image.Image:
         picture: Image.Image = self.family.sample_image(
             self.pipeline,
             controls=controls,
@@ -109,7 +109,7 @@ class HeldOutSampler:
         )
         return picture
 
-    def _row(self, item: Item) -> Row:
+    def _row(self, item: CachedSample) -> Row:
         controls = [self.read(path) for path in item.record.controls]
         empty = [None] * (self.controls - len(controls))
         sizes = [f"control {control.width}x{control.height}" for control in controls]
@@ -124,8 +124,8 @@ def sheet_writer(
     config: Config,
     accelerator: Accelerator,
     family: ModuleType,
-    trained: Trained,
-    encoded: Encoded,
+    trained: TrainState,
+    encoded: CachedData,
     run: RunFolder,
     show: Callable[[str, Image.Image, int], None],
 ) -> Callable[[int], None] | None:

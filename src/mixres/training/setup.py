@@ -22,15 +22,15 @@ from mixres.config.schema import LoraConfig
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.data.rounding import MOST, Rounding, rounding_of
-from mixres.diffusion.flow_matching import NoiseLevels
+from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.errors import UserError
 from mixres.models import hub
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_targets, train_all, trainable_parameters
 from mixres.models.quantize import check_method
-from mixres.preprocessing.precompute import Encoded
+from mixres.preprocessing.precompute import CachedData
 from mixres.preprocessing.training_data import stated_areas
-from mixres.training.distributed import launched, shard
+from mixres.training.distributed import dist_env, shard
 from mixres.training.ema import Ema
 from mixres.training.optimizer import check_step, optimizer_class
 from mixres.training.step import Objective
@@ -41,7 +41,7 @@ _LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainState:
     """The patched transformer and what is trained of it, by name in the optimizer's order."""
 
     transformer: nn.Module
@@ -70,13 +70,13 @@ def check_early(config: Config, family: ModuleType) -> None:
         UserError: the optimizer or its arguments, LoRA targets that match nothing, or a LoRA to go on from that does
             not fit; all at once.
     """
-    faults: list[str] = []
-    here, path, arguments = launched(), config.optimizer.class_path, config.optimizer.init_args
+    problems: list[str] = []
+    here, path, arguments = dist_env(), config.optimizer.class_path, config.optimizer.init_args
     split = config.train.parallel == "fsdp2" and here.world_size > 1
     try:
         check_step(optimizer_class(path, arguments), path, arguments, device=here.device, split=split)
     except UserError as error:
-        faults += error.messages
+        problems += error.messages
     model = config.model
     try:
         if model.quantize:
@@ -84,15 +84,15 @@ def check_early(config: Config, family: ModuleType) -> None:
         if config.train.compile:
             check_compiler(here.device)
     except UserError as error:
-        faults += error.messages
+        problems += error.messages
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
     try:
         if model.lora:
             _check_lora(model.lora, skeleton, family.untrained_modules(skeleton))
     except UserError as error:
-        faults += error.messages
-    if faults:
-        raise UserError(faults)
+        problems += error.messages
+    if problems:
+        raise UserError(problems)
 
 
 def _check_lora(lora: LoraConfig, skeleton: nn.Module, untrained: Sequence[str]) -> None:
@@ -102,7 +102,7 @@ def _check_lora(lora: LoraConfig, skeleton: nn.Module, untrained: Sequence[str])
         check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained)
 
 
-def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> Trained:
+def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> TrainState:
     """The transformer on this rank's device, its adapters (or all its weights) trainable, the optimizer over them.
 
     For `train.parallel: fsdp2` the weights are split over all ranks.
@@ -130,15 +130,15 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     optimizer = kind(parameters.values(), **config.optimizer.init_args)
     ema = Ema(optimizer, config.train.ema_decay) if config.train.ema_decay else None
-    return Trained(transformer.train(), parameters, optimizer, tuple(table), ema)
+    return TrainState(transformer.train(), parameters, optimizer, tuple(table), ema)
 
 
-def objective_of(config: Config, family: ModuleType) -> Objective:
+def build_objective(config: Config, family: ModuleType) -> Objective:
     """What is minimised, with the shift constants of the base's own scheduler."""
     model, flow = config.model, config.flow
     return Objective(
         predict_velocity=family.predict_velocity,
-        levels=NoiseLevels(**flow.model_dump(), weighting=config.loss.weighting),
+        levels=TimestepSampler(**flow.model_dump(), weighting=config.loss.weighting),
         shift_constants=family.flow_shift(model.pretrained_model_name_or_path, revision=model.revision),
         normalization=config.loss.normalization,
         foreground=config.data.mask_weight.foreground,
@@ -148,7 +148,7 @@ def objective_of(config: Config, family: ModuleType) -> Objective:
     )
 
 
-def plan_of(config: Config, encoded: Encoded, *, world_size: int) -> Plan:
+def build_plan(config: Config, encoded: CachedData, *, world_size: int) -> Plan:
     """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
     items = encoded.train
     if all(item.regularization for item in items):
@@ -191,7 +191,9 @@ def _rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
     return rounding_of(lengths) if config.train.compile else Rounding()
 
 
-def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first: int, workers: int) -> Iterator[Batch]:
+def build_loader(
+    config: Config, encoded: CachedData, plan: Plan, *, rank: int, first: int, workers: int
+) -> Iterator[Batch]:
     """The batches of `rank` from optimizer step `first` to the run's end."""
     keys, names = [item.key for item in encoded.train], [item.record.name for item in encoded.train]
     rounding = _rounding(config, [item.lengths for item in encoded.train])
@@ -199,7 +201,7 @@ def loader_of(config: Config, encoded: Encoded, plan: Plan, *, rank: int, first:
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
-def frozen_of(config: Config, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
+def run_identity(config: Config, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, by key; told before anything is encoded.
 
     `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.

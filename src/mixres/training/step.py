@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.batch import Batch
-from mixres.diffusion.flow_matching import NoiseLevels, make_flow_sample
+from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
 from mixres.diffusion.loss import velocity_loss
 from mixres.errors import WorkError
-from mixres.training.distributed import gather, gradient_sync, whole
+from mixres.training.distributed import full_tensors, gather, gradient_sync
 
 PredictVelocity = Callable[[nn.Module, Batch, Tensor, Tensor], Tensor]
 
@@ -32,7 +32,7 @@ class Objective:
     """What is minimised: everything between a batch and a loss that stays the same over a run."""
 
     predict_velocity: PredictVelocity
-    levels: NoiseLevels
+    levels: TimestepSampler
     shift_constants: Mapping[str, float]
     normalization: Literal["sample", "token"]
     foreground: float
@@ -101,7 +101,7 @@ def run_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     done = _accumulate(accelerator, model, objective, microbatches, count=count, step=step, divisor=divisor)
-    grad_norm = float(whole({"norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)})["norm"])
+    grad_norm = float(full_tensors({"norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)})["norm"])
     flags = done.sums.new_tensor([stop_requested, not math.isfinite(grad_norm)])
     loss, tokens, tokens_computed, stops, bad = accelerator.reduce(torch.cat([done.sums, flags]), "sum").tolist()
     skipped: tuple[str, ...] = ()

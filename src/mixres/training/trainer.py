@@ -23,19 +23,34 @@ from accelerate import Accelerator
 
 from mixres import atomic
 from mixres.config.config import Config, dump_config, public_config
-from mixres.console import Progress, say
+from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
-from mixres.preprocessing.precompute import Encoded, Item, encode, examples, family_of
+from mixres.preprocessing.precompute import CachedData, CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
-from mixres.training.distributed import any_rank, gather, launched, make_accelerator, replicate, require_agreement
+from mixres.training.distributed import (
+    any_rank,
+    assert_same_on_all_ranks,
+    dist_env,
+    gather,
+    make_accelerator,
+    replicate,
+)
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optimizer import schedule
 from mixres.training.result import write_results
 from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.sample_sheets import sheet_writer
-from mixres.training.setup import Trained, check_early, frozen_of, load_trained, loader_of, objective_of, plan_of
+from mixres.training.setup import (
+    TrainState,
+    build_loader,
+    build_objective,
+    build_plan,
+    check_early,
+    load_trained,
+    run_identity,
+)
 from mixres.training.step import Objective, StepResult, bare_step_seconds, run_step
 from mixres.training.validation import HeldOutLoss
 
@@ -52,7 +67,7 @@ def train(config: Config) -> None:
         Stopped: a signal came; the run has saved.
     """
     logging, last, keep = config.logging, config.train.max_train_steps, config.checkpoint.keep
-    folder, rank, public = Path(logging.output_dir), launched().rank, public_config(config)
+    folder, rank, public = Path(logging.output_dir), dist_env().rank, public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
         accelerator = make_accelerator(
             mixed_precision=config.train.mixed_precision, report_to=logging.report_to, folder=folder
@@ -60,21 +75,21 @@ def train(config: Config) -> None:
         ranks = accelerator.num_processes
         family = family_of(config)
         check_early(config, family)
-        found = examples(config, family, speak=run.main)
-        require_agreement(xxhash.xxh3_128_hexdigest(json.dumps([found.keys, public]).encode()))
-        frozen = frozen_of(config, found.train_keys(regularization=False), found.train_keys(regularization=True))
+        found = keyed_records(config, family, is_main=run.main)
+        assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([found.keys, public]).encode()))
+        frozen = run_identity(config, found.train_keys(regularization=False), found.train_keys(regularization=True))
         checkpoints = Checkpoints(folder / "checkpoints", keep=keep, rank=rank, ranks=ranks, gather=gather)
         checkpoint = checkpoint_to_resume(checkpoints, config.resume, frozen, config.resume_allow_changes)
         first, skips, seconds = checkpoint.step if checkpoint else 0, Skips(), list[float]()
         run.update(step=first)
         if first >= last and any_rank(accelerator, run.was_done(first)):
             if run.main:
-                say(f"done      {first} steps were done before; raise train.max_train_steps, now {last}, to go on")
+                log(f"done      {first} steps were done before; raise train.max_train_steps, now {last}, to go on")
             return
         encoded = encode(config, family, found, device=accelerator.device, rank=rank, world_size=ranks)
-        plan = plan_of(config, encoded, world_size=ranks)
+        plan = build_plan(config, encoded, world_size=ranks)
         keys = [item.key for item in encoded.train]
-        require_agreement(plan.plan_hash(keys))
+        assert_same_on_all_ranks(plan.plan_hash(keys))
         identity = {"frozen": frozen, "order": plan.order_hash(keys)}
         check_order(checkpoint, identity)
         if run.main:
@@ -84,9 +99,9 @@ def train(config: Config) -> None:
             restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
             skips = Skips(**checkpoint.state["skips"])
         scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
-        objective = objective_of(config, family)
+        objective = build_objective(config, family)
         model = replicate(trained.transformer, accelerator)
-        loader = loader_of(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
+        loader = build_loader(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         if run.main:
             _banner(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
         metrics = stack.enter_context(MetricsLog(folder if run.main else None, step=first))
@@ -119,7 +134,7 @@ def train(config: Config) -> None:
             seconds.append(time.perf_counter() - start)
             done = step + 1
             skips.count(bool(result.skipped))
-            _tell_skip(result, done, skips, config.train.max_skips, speak=run.main)
+            _tell_skip(result, done, skips, config.train.max_skips, is_main=run.main)
             line = _metrics_line(planned, result, lr, seconds[-1])
             metrics.write(line)
             tracker.log(line)
@@ -150,7 +165,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, speak: bool) -> None:
+def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, is_main: bool) -> None:
     """A line about a step that was left out.
 
     Raises:
@@ -167,8 +182,8 @@ def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, speak:
             f"{what}, and {skips.consecutive} steps in a row are more than train.max_skips = {most}; the last "
             f"checkpoint is intact: lower optimizer.init_args.lr, or look at the samples: {shown}"
         )
-    if speak:
-        say(f"skipped   {what}: nothing is updated ({skips.consecutive} in a row, at most {most}). Samples: {shown}")
+    if is_main:
+        log(f"skipped   {what}: nothing is updated ({skips.consecutive} in a row, at most {most}). Samples: {shown}")
 
 
 def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
@@ -189,36 +204,36 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
 
 
 def _banner(
-    config: Config, accelerator: Accelerator, trained: Trained, plan: Plan, first: int, changed: list[str]
+    config: Config, accelerator: Accelerator, trained: TrainState, plan: Plan, first: int, changed: list[str]
 ) -> None:
     model, train = config.model, config.train
     name = model.pretrained_model_name_or_path
-    say(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
+    log(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
     for line in trained.lines():
-        say(line)
+        log(line)
     epochs = math.ceil(train.max_train_steps / plan.steps_per_epoch)
     if first >= train.max_train_steps:
-        say(f"plan      no step is left, {first} are saved: their result is written")
+        log(f"plan      no step is left, {first} are saved: their result is written")
         return
-    say(
+    log(
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
     if plan.caption_dropout:
-        say(
+        log(
             f"          each sample trains on the empty instruction in {plan.caption_dropout:.1%} of the steps it is in"
         )
     if model.lora and model.lora.lora_dropout > 0:
-        say("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
+        log("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
     for change in changed:
-        say(f"changed   since the checkpoint: {change}")
+        log(f"changed   since the checkpoint: {change}")
 
 
 def _say_end(
     config: Config,
     result: Path,
     family: ModuleType,
-    items: Sequence[Item],
+    items: Sequence[CachedSample],
     skips: Skips,
     tracked: Path | None,
     *,
@@ -226,26 +241,26 @@ def _say_end(
 ) -> None:
     folder = Path(config.logging.output_dir)
     if skips.total:
-        say(f"skipped   {skips.total} steps whose numbers were not finite, see {folder / 'metrics.jsonl'}")
-    say(f"result    {result}{f', its average in {folder}/ema' if config.train.ema_decay else ''}")
+        log(f"skipped   {skips.total} steps whose numbers were not finite, see {folder / 'metrics.jsonl'}")
+    log(f"result    {result}{f', its average in {folder}/ema' if config.train.ema_decay else ''}")
     if sampled:
-        say(f"samples   {folder / 'samples'}")
-    say(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
+        log(f"samples   {folder / 'samples'}")
+    log(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
     if tracked:
-        say(f"tracker   {tracked}")
+        log(f"tracker   {tracked}")
     images = " --image IMAGE" * family.CONTROLS[0]
     sizes = sorted((item.target_size for item in items), key=math.prod)
     size = sizes[len(sizes) // 2]  # the stock pipelines' own may be far from what was learnt
     how = f"--size {size} --steps {config.sample.steps}"
-    say(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")
+    log(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")
 
 
 def _say_overhead(
     config: Config,
     accelerator: Accelerator,
-    trained: Trained,
+    trained: TrainState,
     objective: Objective,
-    encoded: Encoded,
+    encoded: CachedData,
     plan: Plan,
     seconds: list[float],
 ) -> None:
@@ -254,7 +269,7 @@ def _say_overhead(
         return  # the other ranks are done, or no step was left to do
     last = config.train.max_train_steps
     first = last - min(_BARE_STEPS, len(seconds))
-    loader = loader_of(config, encoded, plan, rank=0, first=first, workers=0)
+    loader = build_loader(config, encoded, plan, rank=0, first=first, workers=0)
     ratios = []
     for step in range(first, last):
         planned = plan.step(step)
@@ -265,4 +280,4 @@ def _say_overhead(
         )
         ratios.append(seconds[step - last] / bare)
     ratio = statistics.median(ratios)
-    say(f"overhead  a step took {ratio:.3f} x its bare forward, backward and update ({len(ratios)} steps)")
+    log(f"overhead  a step took {ratio:.3f} x its bare forward, backward and update ({len(ratios)} steps)")

@@ -19,16 +19,16 @@ import torch
 from accelerate import Accelerator
 
 from mixres.config.config import Config
-from mixres.console import counted, say
+from mixres.console import counted, log
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
 from mixres.diffusion.loss import velocity_loss
 from mixres.errors import WorkError
-from mixres.preprocessing.precompute import Encoded, Item
+from mixres.preprocessing.precompute import CachedData, CachedSample
 from mixres.training.distributed import any_rank, gather
 from mixres.training.run_folder import RunFolder
-from mixres.training.setup import Trained
+from mixres.training.setup import TrainState
 from mixres.training.step import Objective
 
 # Sides of the squares that resolution bands are named after; a target is in the band whose area is nearest to its own.
@@ -47,8 +47,8 @@ class HeldOutLoss:
         config: Config,
         accelerator: Accelerator,
         objective: Objective,
-        trained: Trained,
-        encoded: Encoded,
+        trained: TrainState,
+        encoded: CachedData,
         run: RunFolder,
         sinks: Sequence[Callable[[Mapping[str, Any]], None]],
     ) -> None:
@@ -79,7 +79,7 @@ class HeldOutLoss:
             return False
         if self.run.main:
             line = metrics_line(losses, self.items)
-            say(report(step, line, len(self.items)))
+            log(report(step, line, len(self.items)))
             for sink in self.sinks:
                 sink({"step": step, **line})
         return True
@@ -131,7 +131,7 @@ def resolution_band(pixels: int) -> int:
     return max([SIDES[0], *(upper for lower, upper in itertools.pairwise(SIDES) if pixels >= lower * upper)])
 
 
-def metrics_line(losses: Losses, items: Sequence[Item]) -> dict[str, float | None]:
+def metrics_line(losses: Losses, items: Sequence[CachedSample]) -> dict[str, float | None]:
     """Means over all samples and noise levels, at each noise level, and over each resolution band; None: not finite."""
     bands = [resolution_band(item.target_size.width * item.target_size.height) for item in items]
     sigmas = sorted({sigma for _, sigma in losses})

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixres import atomic
 from mixres.batch import Sample
 from mixres.config.config import Config
-from mixres.console import say
+from mixres.console import log
 from mixres.data.plan import Lengths
 from mixres.geometry import token_count
 from mixres.preprocessing.precompute import encode_all, family_of
@@ -47,7 +47,7 @@ from mixres.verification.synthetic import synthetic_family
 from mixres.verification.synthetic_samples import synthetic_samples
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets (SXM)
-_STEPS, _LEAST_ROUNDS, _MOST_ROUNDS, _BUDGET_S = 4, 3, 15, 120.0
+_STEPS, _LEAST_ROUNDS, _MAX_ROUNDS, _BUDGET_S = 4, 3, 15, 120.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def bench(config: Config, *, synthetic: bool = False) -> None:
     still = LambdaLR(setting.trained.optimizer, lambda step: 0.0)
     name = config.model.pretrained_model_name_or_path
     weights = "random weights and samples, " if synthetic else ""
-    say(f"model     {name}, {weights}{precision_label(config)} on {accelerator.device}")
+    log(f"model     {name}, {weights}{precision_label(config)} on {accelerator.device}")
     peaks, seconds = _time(setting, work)
     peak_flops = _peak_flops(config, accelerator.device)
     rows = [_row(way, work, flops, seconds, peaks[way], peak_flops) for way in seconds]
@@ -159,7 +159,7 @@ def _time(setting: Workbench, work: Work) -> tuple[dict[str, int | None], dict[s
         for k in steps:
             seconds_of(name, k)
     round_s = time.perf_counter() - start
-    rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(_BUDGET_S / round_s)))
+    rounds = max(_LEAST_ROUNDS, min(_MAX_ROUNDS, int(_BUDGET_S / round_s)))
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in names}
     for number in range(rounds):
         for k in steps:
@@ -263,19 +263,19 @@ def _report(
         "trainer_step": trainer,
     }
     _say_table(rows)
-    say(f"trainer   a {config.batch.layout} step as training does it takes {trainer['ratio']:.3f} x its bare forward, "
+    log(f"trainer   a {config.batch.layout} step as training does it takes {trainer['ratio']:.3f} x its bare forward, "
         f"backward and update ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
     path = report_path(config, "bench.json")
     atomic.write_json(path, found)
-    say(f"report    {path}: {len(work.steps)} steps of {config.batch.samples_per_step} samples, {rounds} rounds")
+    log(f"report    {path}: {len(work.steps)} steps of {config.batch.samples_per_step} samples, {rounds} rounds")
 
 
 def _say_table(rows: Sequence[Row]) -> None:
-    say(f"{'':<14} {'time':>6} {'(low  high)':>13} {'s/step':>8} {'mb/step':>7} {'tokens/s':>9} {'useful/s':>9} "
+    log(f"{'':<14} {'time':>6} {'(low  high)':>13} {'s/step':>8} {'mb/step':>7} {'tokens/s':>9} {'useful/s':>9} "
         f"{'padding':>7} {'GFLOP/step':>11} {'MFU':>6} {'peak MB':>8}")  # fmt: skip
     for row in rows:
         mfu = "-" if row.mfu is None else f"{row.mfu:.1%}"
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-        say(f"{row.name:<14} {row.ratio:>6.3f} ({row.low:.3f} {row.high:.3f}) {row.seconds:>8.3f} "
+        log(f"{row.name:<14} {row.ratio:>6.3f} ({row.low:.3f} {row.high:.3f}) {row.seconds:>8.3f} "
             f"{row.microbatches:>7.1f} {row.tokens_per_s:>9.0f} {row.useful_tokens_per_s:>9.0f} {row.padding:>7.1%} "
             f"{row.flops / 1e9:>11.1f} {mfu:>6} {peak:>8}")  # fmt: skip

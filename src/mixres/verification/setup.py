@@ -23,7 +23,7 @@ from mixres.config.config import Config
 from mixres.errors import UserError
 from mixres.training.distributed import make_accelerator
 from mixres.training.run_folder import check_folder
-from mixres.training.setup import Trained, load_trained, objective_of
+from mixres.training.setup import TrainState, build_objective, load_trained
 from mixres.training.step import Objective
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -35,7 +35,7 @@ class Workbench:
 
     config: Config
     accelerator: Accelerator
-    trained: Trained
+    trained: TrainState
     objective: Objective
 
 
@@ -64,7 +64,7 @@ def set_up(config: Config, family: ModuleType, accelerator: Accelerator) -> Work
     # One process has nothing to split; compiled blocks are for the lengths of a plan, these verbs batch otherwise.
     whole = config.train.model_copy(update={"parallel": "ddp", "compile": False})
     config = config.model_copy(update={"train": whole})
-    return Workbench(config, accelerator, load_trained(config, family, accelerator), objective_of(config, family))
+    return Workbench(config, accelerator, load_trained(config, family, accelerator), build_objective(config, family))
 
 
 def report_path(config: Config, name: str) -> Path:

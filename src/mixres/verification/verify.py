@@ -19,12 +19,12 @@ import torch
 from mixres import atomic
 from mixres.batch import Sample
 from mixres.config.config import Config
-from mixres.console import say
+from mixres.console import log
 from mixres.data.plan import computed_tokens
 from mixres.errors import UserError, WorkError
 from mixres.models.lora import fill_adapters
 from mixres.models.qwen_multi_resolution_patch import PatchState, patch_state
-from mixres.preprocessing.precompute import Item, encode_all, family_of
+from mixres.preprocessing.precompute import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
 from mixres.verification.batch_diagram import token_layout
 from mixres.verification.consistency import Outcome, Ride, batches_of, errors, in_dtype, run
@@ -41,7 +41,7 @@ from mixres.verification.setup import (
 LAYOUTS: tuple[Ride, ...] = ("padded", "packed")
 BARS = {"float32": (1e-6, 1e-5), "float64": (1e-12, 1e-11)}
 ROUNDING_FACTOR = 1.5
-MOST_SAMPLES = 4
+MAX_SAMPLES = 4
 _CPU_PARAMETERS = 2_000_000_000  # a larger model takes a CPU hours in float32
 
 
@@ -85,7 +85,7 @@ def verify(config: Config) -> None:
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in chosen]
     for sample in samples:
         target, *controls = (f"{grid.rows}x{grid.columns}" for grid in sample.img_shapes)
-        say(f"sample    {sample.name}: target {target}, control {', '.join(controls) or 'none'}, "
+        log(f"sample    {sample.name}: target {target}, control {', '.join(controls) or 'none'}, "
             f"text {len(sample.prompt_embeds)} tokens")  # fmt: skip
     trial = _Trial(bench, samples)
     cases = trial.cases()
@@ -96,25 +96,25 @@ def verify(config: Config) -> None:
         raise WorkError(_verdict(cases, header, config))
 
 
-def most_different(items: Sequence[Item], max_tokens: int) -> list[Item]:
+def most_different(items: Sequence[CachedSample], max_tokens: int) -> list[CachedSample]:
     """The shortest, the longest, the widest or tallest and the longest text, as far as they fit one padded batch.
 
     Raises:
         UserError: no two samples do.
     """
 
-    def aspect(item: Item) -> float:
+    def aspect(item: CachedSample) -> float:
         _, rows, columns = item.entry.img_shapes[0]
         return max(rows / columns, columns / rows)
 
-    rankings: tuple[Callable[[Item], float], ...] = (
+    rankings: tuple[Callable[[CachedSample], float], ...] = (
         lambda item: item.lengths.total,
         lambda item: -item.lengths.total,
         lambda item: -aspect(item),
         lambda item: -item.lengths.text,
     )
-    chosen: list[Item] = []
-    for ranking in rankings[:MOST_SAMPLES]:
+    chosen: list[CachedSample] = []
+    for ranking in rankings[:MAX_SAMPLES]:
         for item in sorted(items, key=lambda item: (ranking(item), item.record.name)):
             batch = [*chosen, item]
             if item not in chosen and computed_tokens([i.lengths for i in batch], "padded") <= max_tokens:
@@ -140,7 +140,7 @@ class _Trial:
         """In float32 (or the base's float64) first; it is the reference of what rounds more."""
         model, train = self.bench.config.model, self.bench.config.train
         exact = "float64" if model.dtype == "float64" else "float32"
-        reason = self._exact_fault() if model.dtype == "bfloat16" else None
+        reason = self._exact_problem() if model.dtype == "bfloat16" else None
         reference: Outcome | str = reason or ""
         found: list[Case] = []
         if reason is None:
@@ -201,7 +201,7 @@ class _Trial:
         except torch.OutOfMemoryError:
             return f"does not fit: the device ran out of memory with the samples {ride}"
 
-    def _exact_fault(self) -> str | None:
+    def _exact_problem(self) -> str | None:
         """Why this model cannot be computed in float32 here."""
         device = self.bench.accelerator.device
         trained, count = self.bench.trained.counts
@@ -219,8 +219,8 @@ def _header(bench: Workbench) -> dict[str, Any]:
     trained, config = bench.trained, bench.config
     patch: PatchState = patch_state(trained.transformer)
     found = versions()
-    say("versions  " + ", ".join(f"{name} {number}" for name, number in found.items()))
-    say(
+    log("versions  " + ", ".join(f"{name} {number}" for name, number in found.items()))
+    log(
         f"patch     {patch.processors} of {patch.blocks} attention processors and the positions "
         f"{'are' if patch.positions else 'are NOT'} those of mixres"
     )
@@ -228,10 +228,10 @@ def _header(bench: Workbench) -> dict[str, Any]:
     if config.model.lora:
         lora = _lora_state(bench)
         whole = whole and lora["as_configured"]
-        say(f"lora      r {lora['r']}, lora_alpha {lora['lora_alpha']}: "
+        log(f"lora      r {lora['r']}, lora_alpha {lora['lora_alpha']}: "
             f"{'as configured' if lora['as_configured'] else 'NOT as configured'}")  # fmt: skip
     for line in trained.lines():
-        say(line)
+        log(line)
     count, total = trained.counts
     share = {"trained_parameters": count, "parameters": total}
     return {"versions": found, "patch": patch._asdict(), "lora": lora, **share, "whole": whole}
@@ -261,13 +261,13 @@ def _say_table(cases: Sequence[Case]) -> None:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.1e}"
 
-    say(f"{'layout':<8} {'dtype':<24} {'samples':>7} {'forward':>9} {'bar':>9} {'gradient':>9} {'bar':>9}")
+    log(f"{'layout':<8} {'dtype':<24} {'samples':>7} {'forward':>9} {'bar':>9} {'gradient':>9} {'bar':>9}")
     for case in cases:
         bars = (case.bar.forward, case.bar.gradient) if case.bar else (None, None)
         word = {True: "passed", False: "FAILED", None: "not judged"}[case.passed]
         numbers = " ".join(f"{number(x):>9}" for x in (case.forward, bars[0], case.gradient, bars[1]))
         note = f": {case.reason}" if case.reason else ""
-        say(f"{case.layout:<8} {case.dtype:<24} {case.samples:>7} {numbers}  {word}{note}")
+        log(f"{case.layout:<8} {case.dtype:<24} {case.samples:>7} {numbers}  {word}{note}")
 
 
 def _write(config: Config, report: dict[str, Any], trial: _Trial) -> None:
@@ -279,7 +279,7 @@ def _write(config: Config, report: dict[str, Any], trial: _Trial) -> None:
     path, picture = report_path(config, "verify.json"), report_path(config, "verify.png")
     atomic.write_json(path, {**report, "device": str(trial.bench.accelerator.device), "samples": samples})
     save_png(token_layout(padded, packed, trial.mask), picture, padded.names)
-    say(f"report    {path}, {picture}")
+    log(f"report    {path}, {picture}")
 
 
 def _verdict(cases: Sequence[Case], header: dict[str, Any], config: Config) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models.qwen import image as family
-from mixres.models.qwen.prompts import MAX_PROMPT_TOKENS
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 from support.family_cases import CASES
 
 SQUARE = Size(64, 64)
@@ -30,7 +30,7 @@ def encode(encoders: Any, controls: int, prompt: str) -> torch.Tensor:
 
 
 def test_a_long_prompt_is_whole(encoders: Any) -> None:
-    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always; see `MOST_PROMPT_TOKENS`."""
+    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always; see `MAX_PROMPT_TOKENS`."""
     embeds = encode(encoders, 0, "z" * 700)
     assert 700 <= len(embeds) <= 710
     stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
@@ -40,14 +40,14 @@ def test_a_long_prompt_is_whole(encoders: Any) -> None:
 
 def test_the_longest_prompt_is_the_longest_that_the_stock_pipeline_leaves_whole(encoders: Any) -> None:
     """It counts what its template has behind the prompt too."""
-    most = family.MOST_PROMPT_TOKENS
-    assert len(encode(encoders, 0, "z" * most)) == MAX_PROMPT_TOKENS
+    most = family.MAX_PROMPT_TOKENS
+    assert len(encode(encoders, 0, "z" * most)) == TOKENIZER_MAX_LENGTH
     whole, longer = ("z" * count + "y" for count in (most - 1, most))
     end = encode(encoders, 0, "z" * (most - 8) + "y")
-    assert len(end) == MAX_PROMPT_TOKENS - 7
+    assert len(end) == TOKENIZER_MAX_LENGTH - 7
     ids = [encoders.tokenizer(encoders.prompt_template_encode.format(text)).input_ids for text in (whole, longer)]
     kept = [len(tokens) - encoders.prompt_template_encode_start_idx for tokens in ids]
-    assert kept == [MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS + 1]
+    assert kept == [TOKENIZER_MAX_LENGTH, TOKENIZER_MAX_LENGTH + 1]
 
 
 def test_controls_are_refused_by_name(encoders: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mixres.errors import UserError
-from mixres.models.qwen.prompts import MAX_PROMPT_TOKENS, over_long
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 
 LIMIT = 1024
 
@@ -20,7 +20,7 @@ def test_the_limit_is_that_of_the_stock_pipeline(tiny_base: Path) -> None:
     from mixres.models.qwen import edit as family
 
     pipeline = family.load_sampling_pipeline(str(tiny_base), transformer=None, dtype=None, device="cpu")  # type: ignore[arg-type]
-    assert pipeline.tokenizer_max_length == LIMIT == MAX_PROMPT_TOKENS
+    assert pipeline.tokenizer_max_length == LIMIT == TOKENIZER_MAX_LENGTH
 
 
 def test_only_what_is_over_the_limit_is_found(tiny_base: Path) -> None:

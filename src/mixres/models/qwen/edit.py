@@ -29,11 +29,11 @@ from mixres.models.qwen.family import (
     transformer_skeleton as transformer_skeleton,
     untrained_modules as untrained_modules,
 )
-from mixres.models.qwen.prompts import MAX_PROMPT_TOKENS
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 
 NAME = "qwen_image_edit"  # as `model.family`, LoRA files and reports have it
 CONTROLS = (1, 1)  # fewest and most control images of a sample
-MOST_PROMPT_TOKENS = MAX_PROMPT_TOKENS  # the pipeline does not hold to it
+MAX_PROMPT_TOKENS = TOKENIZER_MAX_LENGTH  # the pipeline does not hold to it
 _ENCODERS = ("vae", "text_encoder", "tokenizer", "processor")
 _MULTIPLE_OF = 32
 
@@ -57,11 +57,11 @@ def control_areas(area: int | Literal["target"], text_area: int | None) -> dict[
     return {"control_area": area}
 
 
-def example_fault(*, controls: int, prompt: str) -> str | None:
+def record_problem(*, controls: int, prompt: str) -> str | None:
     """Why this family cannot take an example with so many controls and this prompt; None where it can."""
     if controls != 1:
         return f"Qwen-Image-Edit takes exactly one control image, there are {controls}; give it one"
-    return shared.prompt_fault(prompt)
+    return shared.prompt_problem(prompt)
 
 
 def vae_sizes(controls: Sequence[Size], *, control_area: int = STOCK_CONTROL_AREA) -> list[Size]:
@@ -111,8 +111,8 @@ def encode(
     Raises:
         UserError: not exactly one control, or a prompt with the text encoder's own image markers in it.
     """
-    if fault := example_fault(controls=len(controls), prompt=prompt):
-        raise UserError(f"{name}: {fault}")
+    if problem := record_problem(controls=len(controls), prompt=prompt):
+        raise UserError(f"{name}: {problem}")
     return shared.assembled(
         pipeline,
         name=name,

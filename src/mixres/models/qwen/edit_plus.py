@@ -30,12 +30,12 @@ from mixres.models.qwen.family import (
     transformer_skeleton as transformer_skeleton,
     untrained_modules as untrained_modules,
 )
-from mixres.models.qwen.prompts import MAX_PROMPT_TOKENS
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 
 NAME = "qwen_image_edit_plus"  # as `model.family`, LoRA files and reports have it
 CONTROLS = (1, 3)  # fewest and most control images of a sample; the model's authors name three as the most
 STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
-MOST_PROMPT_TOKENS = MAX_PROMPT_TOKENS  # the pipeline does not hold to it
+MAX_PROMPT_TOKENS = TOKENIZER_MAX_LENGTH  # the pipeline does not hold to it
 _ENCODERS = ("vae", "text_encoder", "tokenizer", "processor")
 _MULTIPLE_OF = 32
 _PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # how the pipeline names each picture
@@ -51,12 +51,12 @@ def control_areas(area: int | Literal["target"], text_area: int | None) -> dict[
     return {"control_area": area, "text_area": STOCK_TEXT_AREA if text_area is None else text_area}
 
 
-def example_fault(*, controls: int, prompt: str) -> str | None:
+def record_problem(*, controls: int, prompt: str) -> str | None:
     """Why this family cannot take an example with so many controls and this prompt; None where it can."""
     fewest, most = CONTROLS
     if not fewest <= controls <= most:
         return f"Qwen-Image-Edit-Plus takes {fewest} to {most} control images, there are {controls}; give it so many"
-    return shared.prompt_fault(prompt)
+    return shared.prompt_problem(prompt)
 
 
 def vae_sizes(
@@ -126,8 +126,8 @@ def encode(
     Raises:
         UserError: too few or too many controls, or a prompt with the text encoder's own image markers in it.
     """
-    if fault := example_fault(controls=len(controls), prompt=prompt):
-        raise UserError(f"{name}: {fault}")
+    if problem := record_problem(controls=len(controls), prompt=prompt):
+        raise UserError(f"{name}: {problem}")
     return shared.assembled(
         pipeline,
         name=name,

@@ -99,7 +99,7 @@ def load_encoders(
     return pipeline.to(device)
 
 
-def prompt_fault(prompt: str) -> str | None:
+def prompt_problem(prompt: str) -> str | None:
     """Why no family can take this prompt; None where they can."""
     markers = [token for token in _VISION_TOKENS if token in prompt]
     return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
@@ -194,7 +194,7 @@ def transformer_skeleton(path: str, *, revision: str | None = None) -> QwenImage
 def untrained_modules(transformer: QwenImageTransformer2DModel) -> tuple[str, ...]:
     """Modules whose output reaches no loss: the last block's text stream ends there but for its keys and values.
 
-    Trained, they would get no gradient or zeros, and data-parallel wrappers would wait for them in vain.
+    TrainState, they would get no gradient or zeros, and data-parallel wrappers would wait for them in vain.
     """
     last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
     return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"))

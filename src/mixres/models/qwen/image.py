@@ -1,7 +1,7 @@
 """The family Qwen-Image: text to image, no control images.
 
 Promise: what `encode` returns is what the stock `QwenImagePipeline` hands to its transformer for the same words, bit
-for bit; no prompt of up to `MOST_PROMPT_TOKENS` is cut. Cost: VAE and Qwen2.5-VL once a sample in `encode`; the stock
+for bit; no prompt of up to `MAX_PROMPT_TOKENS` is cut. Cost: VAE and Qwen2.5-VL once a sample in `encode`; the stock
 loop in `sample_image`.
 
 Legend: T text token, D text width.
@@ -28,14 +28,14 @@ from mixres.models.qwen.family import (
     transformer_skeleton as transformer_skeleton,
     untrained_modules as untrained_modules,
 )
-from mixres.models.qwen.prompts import MAX_PROMPT_TOKENS
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 
 NAME = "qwen_image"  # as `model.family`, LoRA files and reports have it
 CONTROLS = (0, 0)  # fewest and most control images of a sample
 # The pipeline cuts what is over; its call cuts at 512 unless `max_sequence_length` says more. The five tokens of the
 # template behind the prompt count too.
-_MOST_TEXT_TOKENS = MAX_PROMPT_TOKENS
-MOST_PROMPT_TOKENS = _MOST_TEXT_TOKENS - 5
+_MAX_TEXT_TOKENS = TOKENIZER_MAX_LENGTH
+MAX_PROMPT_TOKENS = _MAX_TEXT_TOKENS - 5
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 encoder_fingerprint = partial(shared.encoder_fingerprint, _ENCODERS)
@@ -51,21 +51,21 @@ def control_areas(area: int | Literal["target"], text_area: int | None) -> dict[
         UserError: a size of controls is given.
     """
     given = {"area": area != STOCK_CONTROL_AREA, "text_area": text_area is not None}
-    faults = [
+    problems = [
         f"data.resize.control.{name}: Qwen-Image takes no control images: leave it out"
         for name, is_given in given.items()
         if is_given
     ]
-    if faults:
-        raise UserError(faults)
+    if problems:
+        raise UserError(problems)
     return {}
 
 
-def example_fault(*, controls: int, prompt: str) -> str | None:
+def record_problem(*, controls: int, prompt: str) -> str | None:
     """Why this family cannot take an example with so many controls and this prompt; None where it can."""
     if controls:
         return f"Qwen-Image takes no control images, there are {controls}: train an edit model, or take them out"
-    return shared.prompt_fault(prompt)
+    return shared.prompt_problem(prompt)
 
 
 def vae_sizes(controls: Sequence[Size]) -> list[Size]:
@@ -108,8 +108,8 @@ def encode(
     Raises:
         UserError: there are controls, or the prompt has the text encoder's own image markers in it.
     """
-    if fault := example_fault(controls=len(controls), prompt=prompt):
-        raise UserError(f"{name}: {fault}")
+    if problem := record_problem(controls=len(controls), prompt=prompt):
+        raise UserError(f"{name}: {problem}")
     return shared.assembled(
         pipeline,
         name=name,
@@ -124,7 +124,7 @@ def encode(
 def encode_prompt(pipeline: QwenImagePipeline, *, controls: Sequence[Image.Image], prompt: str) -> Tensor:
     """`(T, D)` on the CPU: the prompt as the text encoder reads it. There are no controls."""
     assert not controls
-    return shared.prompt_embeds(pipeline, prompt, max_sequence_length=_MOST_TEXT_TOKENS)
+    return shared.prompt_embeds(pipeline, prompt, max_sequence_length=_MAX_TEXT_TOKENS)
 
 
 def sample_image(
@@ -148,5 +148,5 @@ def sample_image(
         seed=seed,
         negative_embeds=negative_embeds,
         guidance=guidance,
-        max_sequence_length=_MOST_TEXT_TOKENS,
+        max_sequence_length=_MAX_TEXT_TOKENS,
     )

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from mixres.models import hub
 
-MAX_PROMPT_TOKENS = 1024  # `tokenizer_max_length` of the Qwen-Image pipelines
+TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the Qwen-Image pipelines
 
 
 def over_long(
