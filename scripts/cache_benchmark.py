@@ -20,13 +20,13 @@ from types import ModuleType
 import torch
 
 from mixres.batch import Sample
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.cache import Cache
 from mixres.data.scan import ScannedRecord
 from mixres.preprocessing.encode import encode_inputs, entry_sizes
-from mixres.preprocessing.fill import fill
-from mixres.preprocessing.precompute import CachedData, encode_all, family_of, keyed_records
+from mixres.preprocessing.fill import CachedData, encode_all, family_of, fill, keyed_records
 from mixres.training.setup import build_loader, build_plan
 from mixres.training.step import bare_step_seconds
 from mixres.verification.setup import Workbench, machine, one_process, precision_label, set_up

@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the schema: `python scripts/configuration_page.py`.
 
-Promise: every key of `mixres.config.config.Config` with its type, range, default and meaning, as the schema has
+Promise: every key of `mixres.config.schema.Config` with its type, range, default and meaning, as the schema has
 them; nothing is written by hand but the introduction. `tests/test_configuration_page.py` holds the page against it.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from mixres.config.aliases import RULES
-from mixres.config.config import Config
-from mixres.config.load import value_at
 from mixres.config.problems import allowed, defaults, known_keys, section_of
+from mixres.config.schema import Config
+from mixres.config.source import value_at
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -23,7 +23,7 @@ INTRODUCTION = """\
 
 Every key, as the schema has it. `scripts/configuration_page.py` writes this page, and a test compares the two.
 
-- **Where values come from.** Deproblems, then the YAML file behind `--config`, then `section.key=value` on the command
+- **Where values come from.** Defaults, then the YAML file behind `--config`, then `section.key=value` on the command
   line; the later wins, key by key. A list replaces a list.
 - **A value may refer to another:** `${section.key}`, `${oc.env:NAME}` or `${oc.env:NAME,default}`. What an environment
   variable holds is text, and is never written to a message or to the run folder.

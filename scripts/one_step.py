@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from mixres.batch import Batch
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.data.scan import ScannedRecord
 from mixres.diffusion.flow_matching import make_flow_sample, resolution_shift
 from mixres.diffusion.loss import velocity_loss
-from mixres.preprocessing.precompute import encode_all, family_of
+from mixres.preprocessing.fill import encode_all, family_of
 from mixres.preprocessing.training_data import usable_records
 from mixres.quickstart.data import PROMPTS
 from mixres.training.optimizer import schedule

@@ -135,8 +135,8 @@ sample: {{every: 3, steps: 2}}
 @pytest.fixture(scope="session")
 def filled_cache(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The entries of `small_run` and no others. Read only: copy it to count what a pass encodes."""
-    from mixres.config.config import load_config
-    from mixres.preprocessing.precompute import run_cache
+    from mixres.config.load import load_config
+    from mixres.preprocessing.fill import run_cache
 
     root = tmp_path_factory.mktemp("cache")
     run_cache(load_config(small_run, [f"cache.cache_dir={root}", f"logging.output_dir={root / 'none'}"]))

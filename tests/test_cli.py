@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from mixres import __version__, cli, cli_options
+from mixres import __version__, cli
 from mixres.errors import WorkError
 from support.jobs import children
 
@@ -64,7 +64,7 @@ def test_a_verbs_own_help_is_fast_too_and_names_its_options(verb: str, first: st
     done = train_py(verb, "--help")
     assert done.returncode == 0
     assert f"usage: train.py {verb} [-h] {first}" in done.stdout
-    shown = [name if name.startswith("-") else value for name, value, _ in cli_options.OWN_OPTIONS[verb]]
+    shown = [name if name.startswith("-") else value for name, value, _ in cli.OWN_OPTIONS[verb]]
     assert all(word in done.stdout for word in shown)
     assert imported(done).isdisjoint(HEAVY)
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
-from mixres.cli_options import EXIT_CODES, OPTIONS, OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, REPEATED, VERBS
 from mixres.errors import Stopped, UserError, WorkError
 
 if TYPE_CHECKING:
-    from mixres.config.config import Config
+    from mixres.config.schema import Config
 
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -111,7 +110,7 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
     if not given.config:
         problems.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
         raise UserError(problems)
-    from mixres.config.config import load_config
+    from mixres.config.load import load_config
 
     try:
         config = load_config(Path(given.config), words)
@@ -125,9 +124,9 @@ def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
     """Launchers hide exit codes: under one `run_status.json` says it too, where it can be told whose."""
-    from mixres.config.config import Config
-    from mixres.config.load import read_source
     from mixres.config.problems import defaults
+    from mixres.config.schema import Config
+    from mixres.config.source import read_source
     from mixres.training.run_folder import LAUNCHERS, RunFolder
 
     logging = read_source(file, words, defaults(Config)).resolved.get("logging")
@@ -226,14 +225,17 @@ def _train(config: "Config") -> None:
 
 
 def _cache(config: "Config", *, verify: bool = False) -> None:
+    from mixres.training.distributed import dist_env
+
+    rank, world_size, device = dist_env()
     if verify:
         from mixres.preprocessing.verify_cache import verify_cache
 
-        verify_cache(config)
+        verify_cache(config, world_size=world_size)
     else:
-        from mixres.preprocessing.precompute import run_cache
+        from mixres.preprocessing.fill import run_cache
 
-        run_cache(config)
+        run_cache(config, device=device, rank=rank, world_size=world_size)
 
 
 def _inspect(config: "Config", **options: Any) -> None:
@@ -266,3 +268,56 @@ def _export(**options: Any) -> Callable[[], None]:
     from mixres.inference.export_request import make_request
 
     return partial(export, make_request(**options))
+
+
+VERBS = {
+    "train": "fill the cache where it is not full, then train (also where no verb is given)",
+    "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
+    "inspect": "show problems, sizes, tokens, plan, memory of the run to come, before any of it (--measure, --ranks N)",
+    "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
+    "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
+}
+# Verbs with options of their own, which come behind them: name, its value (None: a switch), meaning. All are text here;
+# the verb checks them, together with what they name.
+OWN_VERBS = {
+    "sample": "make pictures with what a run has trained (its options: sample --help)",
+    "export": "write what a run has trained for diffusers or ComfyUI (its options: export --help)",
+}
+REPEATED = ("--image",)
+OWN_OPTIONS = {
+    "sample": (
+        ("--lora", "RUN|FILE", "what was trained: a run folder, its ema/, or a .safetensors file"),
+        ("--image", "FILE", "an image to be edited; once for each, in their order"),
+        ("--prompt", "TEXT", "what is to be made"),
+        ("--prompts", "FILE", "instead of both: JSON lines with prompt, path_control, ..., also seed and size"),
+        ("--out", "DIR", "the folder for the pictures; they are numbered on behind those that are there"),
+        ("--size", "WxH", "pixels of the pictures (the stock pipeline's: 1024 x 1024 in area, as the last image)"),
+        ("--steps", "N", "denoising steps (20)"),
+        ("--seed", "N", "seed of the noise (0)"),
+        ("--guidance", "G", "strength of guidance, the stock pipelines' true_cfg_scale (1: none)"),
+        ("--negative-prompt", "TEXT", "what guidance leads away from (' ')"),
+        ("--compare", None, "also without what was trained, and sheets of both side by side"),
+        ("--base", "PATH", "the base, where it is no longer where the run had it"),
+        ("--device", "NAME", "cuda, cuda:1, cpu (cuda where there is one)"),
+        ("--dtype", "NAME", "bfloat16 or float32 (float32 on a CPU)"),
+        ("--quantize", "NAME", "null, int8, fp8, nf4 or bnb_int8: the base under a LoRA (as it was trained)"),
+    ),
+    "export": (
+        ("run", "RUN|FILE", "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"),
+        ("--format", "NAME", "diffusers or comfyui: whose names the file is to have"),
+        ("--merge", None, "the base's weights with the LoRA in them instead of the LoRA"),
+        ("--out", "FILE", "where to, a .safetensors file; a folder for diffusers with --merge"),
+        ("--base", "PATH", "to merge: the base, where it is no longer where the run had it"),
+    ),
+}
+OPTIONS_OF = {  # that a verb alone has
+    "cache": ("verify",),
+    "bench": ("synthetic",),
+    "inspect": ("measure", "decode", "ranks"),
+}
+OPTIONS = ("--config", "--cache", *(f"--{o}" for of in OPTIONS_OF.values() for o in of), "--help", "--version")
+
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed at work, 2 wrong input (all problems are listed), 75 stopped by a signal after saving"
+    " (run the same command to go on), 130 or 143 interrupted"
+)

@@ -6,8 +6,9 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from mixres.config.aliases import ELSEWHERE, OTHER_NAMES
-from mixres.config.config import Config, dump_config, load_config, public_config
+from mixres.config.load import dump_config, load_config, public_config
 from mixres.config.problems import allowed, known_keys, section_of
+from mixres.config.schema import Config
 from mixres.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry
-from mixres.data.keys import entry_key
+from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key
 from mixres.geometry import Grid
 
 KEY, OTHER = entry_key(name="one"), entry_key(name="other")
@@ -452,7 +451,7 @@ WRITER = """
 import sys, torch
 from mixres.batch import Sample
 from mixres.data.cache import Cache
-from mixres.data.keys import entry_key
+from mixres.data.cache import entry_key
 from mixres.geometry import Grid
 cache = Cache(sys.argv[1])
 print("ready", flush=True)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Lengths, computed_tokens
-from mixres.data.rounding import Rounding, rounded
+from mixres.data.plan import Layout, Lengths, Rounding, computed_tokens, rounded
 from mixres.geometry import Grid
 
 CHANNELS, WIDTH = 4, 3

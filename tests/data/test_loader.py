@@ -19,9 +19,8 @@ import torch
 
 from mixres.batch import Batch, Sample
 from mixres.data import loader as loader_module
-from mixres.data.cache import Cache
+from mixres.data.cache import Cache, entry_key
 from mixres.data.collate import collate
-from mixres.data.keys import entry_key
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.errors import WorkError

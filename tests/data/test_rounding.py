@@ -2,8 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from mixres.data.plan import Lengths
-from mixres.data.rounding import MOST, Rounding, rounded, rounding_of
+from mixres.data.plan import MAX_LENGTHS, Lengths, Rounding, rounded, rounding_of
 
 samples = st.builds(Lengths, st.integers(1, 1500), st.integers(1, 20000), st.just(1), st.sampled_from([0, 3, 700]))
 
@@ -13,8 +12,8 @@ def test_few_lengths_are_left_and_none_is_shortened(lengths: list[Lengths]) -> N
     rounding = rounding_of(lengths)
     after = [rounding.lengths(length) for length in lengths]
     texts = {length.text for length in after} | {length.empty_text for length in after} - {0}
-    assert len(texts) <= MOST
-    assert len({length.image for length in after}) <= MOST
+    assert len(texts) <= MAX_LENGTHS
+    assert len({length.image for length in after}) <= MAX_LENGTHS
     for old, new in zip(lengths, after, strict=True):
         assert (old.text <= new.text, old.image <= new.image, old.empty_text <= new.empty_text) == (True, True, True)
         assert new.text - old.text < rounding.text and new.image - old.image < rounding.image

@@ -2,8 +2,8 @@
 
 import re
 
-from mixres.config.config import Config
 from mixres.config.problems import known_keys, section_of
+from mixres.config.schema import Config
 from support.pages import DOCS, script
 
 PAGE = (DOCS / "configuration.md").read_text(encoding="utf-8")

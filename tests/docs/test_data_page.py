@@ -17,14 +17,15 @@ import skimage.data
 import torch
 from PIL import Image
 
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.images import Limits
 from mixres.data.plan import Lengths, Plan
 from mixres.data.scan import find_records, scan
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size, target_size
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import encode_all
+from mixres.preprocessing.fill import encode_all
 from mixres.preprocessing.training_data import usable_records
 
 REPOSITORY = Path(__file__).parents[2]

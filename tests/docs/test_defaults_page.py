@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.diffusion.flow_matching import resolution_shift
 from mixres.inference.sample_request import NEGATIVE_PROMPT
 

@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from mixres.cli_options import OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, VERBS
-from mixres.config.config import Config, load_config
+from mixres.cli import OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, VERBS
+from mixres.config.load import load_config
 from mixres.config.problems import known_keys
+from mixres.config.schema import Config
 from support.pages import DOCS, REPOSITORY
 
 KEYS = {name for name, _ in known_keys(Config)}

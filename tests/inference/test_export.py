@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixres import cli
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
 from mixres.inference.artifact import find_base, find_result

@@ -22,7 +22,7 @@ from diffusers.pipelines.qwenimage import (
 from PIL import Image
 
 from mixres import __version__, cli
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.errors import UserError
 from mixres.inference.sample import sample
 from mixres.inference.sample_request import make_request
@@ -30,7 +30,7 @@ from mixres.models.hub import file_digest
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.models.qwen import edit as stock_family
-from mixres.preprocessing.precompute import encode_all, spread
+from mixres.preprocessing.fill import encode_all, spread
 from mixres.training.checkpoint import MANIFEST
 from mixres.training.sample_sheets import ROWS, Row, contact_sheet
 from mixres.training.setup import recipe

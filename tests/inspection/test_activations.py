@@ -10,13 +10,13 @@ import torch
 from accelerate.state import AcceleratorState
 
 from mixres.batch import Batch, Sample
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.data.plan import Layout, Lengths
 from mixres.geometry import token_count
 from mixres.inspection.activations import rows_of
 from mixres.inspection.memory import MemoryEstimate, optimizer_bytes
 from mixres.models.lora import fill_adapters
-from mixres.preprocessing.precompute import family_of
+from mixres.preprocessing.fill import family_of
 from mixres.training.optimizer import optimizer_tensors
 from mixres.verification.consistency import batches_of
 from mixres.verification.setup import Workbench, one_process, set_up

@@ -18,12 +18,12 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from mixres import cli
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.inspection.charts import columns
 from mixres.inspection.input_preview import chosen, input_sheet
 from mixres.inspection.statistics import histogram
 from mixres.models.qwen.inputs import text_picture, vae_picture
-from mixres.preprocessing.precompute import family_of
+from mixres.preprocessing.fill import family_of
 from mixres.preprocessing.training_data import usable_records
 from support.family_cases import CASES, FamilyCase
 from support.jobs import Jobs, metrics, torchrun

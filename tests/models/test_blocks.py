@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from mixres.data.rounding import Rounding, rounded
+from mixres.data.plan import Rounding, rounded
 from mixres.errors import UserError
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks, repeated_blocks
 from mixres.models.lora import add_lora, fill_adapters, train_all, trainable_parameters

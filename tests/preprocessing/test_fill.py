@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from mixres.batch import Sample
-from mixres.data.cache import Cache
-from mixres.data.keys import entry_key
+from mixres.data.cache import Cache, entry_key
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Grid
 from mixres.preprocessing.fill import check_space, fill, make_folder

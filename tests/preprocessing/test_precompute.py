@@ -21,14 +21,23 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mixres import cli
 from mixres.batch import Sample
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.images import Limits, read_image
 from mixres.data.scan import scan
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size, control_size, target_size
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.encode import encode_missing, entry_keys, entry_sizes, foreseen_entries
-from mixres.preprocessing.precompute import CachedData, encode_all, family_of, keyed_records, run_cache, spread
+from mixres.preprocessing.encode import entry_keys, entry_sizes, foreseen_entries
+from mixres.preprocessing.fill import (
+    CachedData,
+    encode_all,
+    encode_missing,
+    family_of,
+    keyed_records,
+    run_cache,
+    spread,
+)
 from mixres.preprocessing.training_data import control_areas, image_limits
 from support.family_cases import CASES, FamilyCase
 

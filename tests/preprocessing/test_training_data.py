@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mixres import cli
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.images import Limits
 from mixres.data.scan import ScannedRecord, scan, split_held_out
 from mixres.errors import UserError

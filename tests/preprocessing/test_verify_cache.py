@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mixres import cli
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.models.qwen import edit as qwen_image_edit
-from mixres.preprocessing.precompute import keyed_records
+from mixres.preprocessing.fill import keyed_records
 from support.jobs import Jobs
 
 ALL = 13

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mixres.batch import Sample
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.data.plan import StepPlan
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import CachedData, encode_all
+from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
 from mixres.training.optimizer import schedule
 from mixres.training.sample_sheets import HeldOutSampler

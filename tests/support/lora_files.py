@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, lora_file
-from mixres.preprocessing.precompute import family_of
+from mixres.preprocessing.fill import family_of
 from mixres.training.setup import recipe
 
 

@@ -19,8 +19,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 
-from mixres.config.config import Config, load_config
-from mixres.preprocessing.precompute import encode_all
+from mixres.config.load import load_config
+from mixres.config.schema import Config
+from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.trainer import train

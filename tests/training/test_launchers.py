@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import encode_all
+from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.setup import build_plan
 from support.jobs import (

@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from mixres.config.config import Config, load_config
-from mixres.config.schema import ATTENTION
+from mixres.config.load import load_config
+from mixres.config.schema import ATTENTION, Config
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import encode_all
+from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 from mixres.training.sample_sheets import HeldOutSampler

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.data.cache import Cache
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import encode_all
+from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.setup import build_plan
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.images import read_image
 from mixres.geometry import Size
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import CachedData, encode_all
+from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
 from mixres.training.ema import Ema

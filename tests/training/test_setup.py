@@ -12,13 +12,14 @@ from accelerate.state import AcceleratorState
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mixres import __version__
-from mixres.config.config import Config, load_config
-from mixres.data.rounding import MOST, rounded, rounding_of
+from mixres.config.load import load_config
+from mixres.config.schema import Config
+from mixres.data.plan import MAX_LENGTHS, rounded, rounding_of
 from mixres.errors import UserError
 from mixres.geometry import Grid
 from mixres.models.blocks import repeated_blocks
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import CachedData, encode_all
+from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import (
     build_loader,
@@ -169,7 +170,7 @@ def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup,
         found[compiled] = {batch.latents.shape[1] for batch in batches}
         counted = {rounded(item.lengths.image, rounding.image if compiled else 1) for item in items}
         assert {int(length) for length in plan.lengths[:, 1]} == counted
-    assert len(found[True]) <= len(counted) <= MOST
+    assert len(found[True]) <= len(counted) <= MAX_LENGTHS
     assert all(length % rounding.image == 0 for length in found[True])
     assert any(length % rounding.image for length in found[False])
 

@@ -16,13 +16,14 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.cache import Cache
 from mixres.errors import Stopped, WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.models.qwen import edit as family
-from mixres.preprocessing.precompute import CachedData, encode_all
+from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 from mixres.training.ema import Ema

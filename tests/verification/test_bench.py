@@ -11,10 +11,11 @@ from accelerate.state import AcceleratorState
 from torch.utils import flop_counter
 
 from mixres import cli
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.data.plan import Lengths, computed_tokens
 from mixres.geometry import token_count
-from mixres.preprocessing.precompute import family_of
+from mixres.preprocessing.fill import family_of
 from mixres.verification import bench as bench_module
 from mixres.verification.batching import Source, make_work, unsorted
 from mixres.verification.consistency import batches_of

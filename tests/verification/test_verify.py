@@ -14,7 +14,7 @@ from PIL import Image
 
 from mixres import cli
 from mixres.batch import Batch
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.data.cache import CacheEntry
 from mixres.data.records import EditRecord
 from mixres.errors import UserError
@@ -23,7 +23,7 @@ from mixres.models import qwen_multi_resolution_patch as patch
 from mixres.models.qwen import packed
 from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import PatchState, patch_qwen_model_for_multi_resolution, patch_state
-from mixres.preprocessing.precompute import CachedSample
+from mixres.preprocessing.fill import CachedSample
 from mixres.training import step as step_module
 from mixres.verification import consistency, verify as verify_module
 from mixres.verification.batch_diagram import COLOURS, padded_segments, runs, token_layout

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mixres.config.load import KeyPath, Source, dotted, leaves, value_at
+from mixres.config.source import KeyPath, Source, dotted, leaves, value_at
 
 SHOWN_CHARACTERS = 120
 Model = TypeVar("Model", bound=BaseModel)

@@ -4,9 +4,11 @@ Promise: a section that exists is valid by itself and never changes; what keys m
 Cost: none beyond pydantic's.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
+
+from mixres.config.source import KeyPath
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MEBIBYTE = 2**20
@@ -244,3 +246,46 @@ class LoggingConfig(Section):
     output_dir: Text = Field("./output", description="The run folder: config, metrics, checkpoints, samples, result.")
     report_to: Literal["none", "wandb", "tensorboard"] = Field("none", description="Tracker besides metrics.jsonl.")
     tracker_project_name: Text = Field("mixres", description="Project name in the tracker.")
+
+
+# What a checkpoint fixes and a resumed run may change all the same; the adapters' shape it cannot.
+Changeable = Literal[
+    "model.pretrained_model_name_or_path",
+    "model.revision",
+    "model.dtype",
+    "model.quantize",
+    "model.lora.lora_alpha",
+    "optimizer.class_path",
+    "train.seed",
+    "batch.samples_per_step",
+    "data.caption_dropout",
+    "data.train",
+    "data.regularization",
+]
+
+
+class Config(Section):
+    """A whole run. Load it with `load_config`; what may be shown of it comes from `public_config`."""
+
+    model: ModelConfig = Field(description="The base model and what is trained of it.")
+    data: DataConfig = Field(description="What is trained on, and what an image file may be.")
+    batch: BatchConfig = Field(BatchConfig(), description="How many samples make a step, and a microbatch.")
+    flow: FlowConfig = Field(FlowConfig(), description="Noise levels of flow matching.")
+    loss: LossConfig = Field(LossConfig(), description="How errors are added up.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
+    lr_scheduler: SchedulerConfig = Field(SchedulerConfig(), description="The learning rate over the run.")
+    train: TrainConfig = Field(TrainConfig(), description="The training loop.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where encoded samples lie.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When the run is saved.")
+    sample: SampleConfig = Field(SampleConfig(), description="Pictures of held-out pairs while training.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Loss on held-out samples while training.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Where the run writes and reports.")
+    resume: Literal["auto", "required", "never"] = Field(
+        "auto", description="Go on from the newest checkpoint: if there is one, or fail, or start afresh."
+    )
+    resume_allow_changes: Annotated[tuple[Changeable, ...], BeforeValidator(as_tuple)] = Field(
+        (),
+        description="Keys that may differ from the checkpoint's; without this such a change is refused.",
+        json_schema_extra={"allowed": f"a list of: {', '.join(get_args(Changeable))}"},
+    )
+    _references: dict[KeyPath, str] = PrivateAttr(default_factory=dict)

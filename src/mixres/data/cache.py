@@ -286,3 +286,13 @@ def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:
         return entry if indexed_size == size and entry.img_shapes else None
     except (TypeError, ValueError):
         return None
+
+
+def entry_key(**parts: Any) -> str:
+    """32 hex characters over named JSON values and the cache format; a change of any value changes the key.
+
+    Raises:
+        TypeError, ValueError: a part has no exact JSON form (a path, a dtype, NaN); hand in its string or digest.
+    """
+    text = json.dumps({"format": FORMAT, "parts": parts}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mixres.batch import Batch, Sample
-from mixres.data.plan import Layout
-from mixres.data.rounding import Rounding, rounded
+from mixres.data.plan import Layout, Rounding, rounded
 
 
 def collate(

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mixres.batch import Batch, Sample
 from mixres.data.cache import Cache, DamagedEntry
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Microbatch, Plan
-from mixres.data.rounding import Rounding
+from mixres.data.plan import Layout, Microbatch, Plan, Rounding
 from mixres.errors import WorkError
 
 _TOLD_S = 5.0

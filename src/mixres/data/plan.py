@@ -21,7 +21,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -298,3 +298,39 @@ def _filled(row: Sequence[Lengths], budget: int, most: int) -> list[int]:
                 return cuts
             rows, text, image = 1, length.text, length.image
     return cuts
+
+
+MAX_LENGTHS = 4
+
+
+class Rounding(NamedTuple):
+    """What text and image lengths of a padded microbatch are rounded up to multiples of."""
+
+    text: int = 1
+    image: int = 1
+
+    def lengths(self, of: Lengths) -> Lengths:
+        """As the plan is to count them; the target's stay, they are what the loss is over."""
+        return of._replace(
+            text=rounded(of.text, self.text),
+            image=rounded(of.image, self.image),
+            empty_text=rounded(of.empty_text, self.text),
+        )
+
+
+def rounding_of(lengths: Sequence[Lengths], most: int = MAX_LENGTHS) -> Rounding:
+    """The smallest powers of two whose multiples are at most `most` text and `most` image lengths."""
+    texts = {length.text for length in lengths} | {length.empty_text for length in lengths if length.empty_text}
+    return Rounding(_multiple(texts, most), _multiple({length.image for length in lengths}, most))
+
+
+def rounded(length: int, multiple: int) -> int:
+    """The smallest multiple that is not below `length`."""
+    return -(-length // multiple) * multiple
+
+
+def _multiple(lengths: Iterable[int], most: int) -> int:
+    multiple, found = 1, set(lengths)
+    while len({rounded(length, multiple) for length in found}) > most:
+        multiple *= 2
+    return multiple

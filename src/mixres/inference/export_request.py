@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mixres.config.config import load_config
+from mixres.config.load import load_config
 from mixres.data.records import printable
 from mixres.errors import UserError
 from mixres.inference.artifact import RunResult, find_base, find_result

@@ -25,7 +25,7 @@ from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import renamed
 from mixres.inference.sample_request import Request, Text, Wanted, beside
 from mixres.inference.sample_rows import LIMITS
-from mixres.preprocessing.encode import release
+from mixres.preprocessing.fill import release
 from mixres.training.sample_sheets import Row, contact_sheet, save_png
 
 _SHEET_ROWS = 12

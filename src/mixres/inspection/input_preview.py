@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.data.cache import Cache
 from mixres.data.scan import ScannedRecord
 from mixres.geometry import Grid, Size, token_grid
@@ -19,7 +19,7 @@ from mixres.models.edit_mask import mask_on_grid
 from mixres.models.qwen.inputs import text_picture, vae_picture
 from mixres.models.qwen.latents import decode_latents
 from mixres.preprocessing.encode import encode_inputs, entry_keys
-from mixres.preprocessing.precompute import evenly
+from mixres.preprocessing.fill import evenly
 from mixres.training.sample_sheets import Row, contact_sheet
 
 ROWS = 6

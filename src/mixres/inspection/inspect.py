@@ -1,7 +1,7 @@
 """The verb `inspect`: what a run would do, from scan and plan alone, before anything is encoded or trained.
 
 Promise: token totals, steps, microbatches and filler are those that the run will have, exactly; every problem of data
-and configuration is reported at once, and what is usable is reported all the same. Cost: the scan, the tokenizer once an
+and configuration is reported, and what is usable is reported all the same. Cost: the scan, the tokenizer once an
 example, planning (at most `MAX_STEPS` steps); no weights but with `measure` (the transformer) and `decode` (the VAE).
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mixres import atomic
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.cache import Cache
 from mixres.data.plan import Lengths, Plan, computed_tokens
@@ -26,8 +26,7 @@ from mixres.inspection.plan_figures import Totals, totals
 from mixres.inspection.report import page, summary_lines
 from mixres.inspection.statistics import Figures, item_figures, notices, seen_sizes, size_figures, token_figures
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries
-from mixres.preprocessing.fill import make_folder
-from mixres.preprocessing.precompute import family_of, lengths_of
+from mixres.preprocessing.fill import family_of, lengths_of, make_folder
 from mixres.preprocessing.training_data import ScannedData, scan_records, tell
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import save_png

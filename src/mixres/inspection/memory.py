@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.data.plan import Layout
 from mixres.inspection.activations import ActivationBytes, Rows
 from mixres.models.lora import add_lora, train_all, trainable_parameters

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mixres.batch import Batch
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.data.cache import CacheEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Lengths

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import amount
 from mixres.data.cache import CacheEntry
 from mixres.data.scan import ScannedRecord

@@ -4,9 +4,7 @@ Promise: whatever the encoding of an example depends on is in its key, here, sid
 was made of the very bytes that the key names. Cost: VAE and text encoder once an example, one more read of its files.
 """
 
-import gc
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,16 +14,13 @@ import torch
 import xxhash
 from PIL import ImageColor
 
-from mixres.batch import Sample
-from mixres.config.config import Config
-from mixres.data.cache import Cache, CacheEntry
+from mixres.config.schema import Config
+from mixres.data.cache import CacheEntry, entry_key
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
-from mixres.data.keys import entry_key
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
 from mixres.geometry import token_grid
 from mixres.models.qwen.entry_size import EntrySize
-from mixres.preprocessing.fill import check_space, fill
 from mixres.preprocessing.training_data import control_areas, image_limits, target_size_of
 
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
@@ -62,59 +57,6 @@ def entry_keys(
         )
         for scanned in records
     ]
-
-
-def encode_missing(
-    config: Config,
-    family: ModuleType,
-    cache: Cache,
-    missing: Mapping[str, ScannedRecord],
-    with_empty: Collection[str],
-    device: torch.device,
-    rank: int,
-    world_size: int,
-) -> int:
-    """Fill the cache together with the other ranks; how many entries this process encoded. Its encoders are gone then.
-
-    The keys `with_empty` get the embeddings of the empty prompt too. They see the example's own control image, so they
-    are others for each example.
-
-    Raises:
-        UserError: the encoders cannot be loaded, or the disk has no room for all entries.
-        WorkError: the disk is full, or a file has changed since the scan.
-    """
-    sizes = entry_sizes(config, family, missing, with_empty)
-    check_space(cache.root, sizes.values())
-    wanted = {key: (scanned, key in with_empty) for key, scanned in missing.items()}
-    load = partial(_load, config, family, device)
-    encoded = fill(cache, wanted, sizes, load, rank=rank, world_size=world_size)
-    release(device)
-    return encoded
-
-
-def release(device: torch.device) -> None:
-    """Give back the memory of what nothing refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:
-    """Loads the encoders; the function encodes an example, with its empty prompt where that is wanted."""
-    model, dtype = config.model, getattr(torch, config.model.dtype)
-    encoders = family.load_encoders(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device=device
-    )
-
-    def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
-        scanned, empty = wanted
-        inputs = encode_inputs(config, family, scanned)
-        sample: Sample = family.encode(encoders, **inputs)
-        if not empty:
-            return sample
-        return replace(sample, empty_embeds=family.encode(encoders, **inputs | {"prompt": ""}).prompt_embeds)
-
-    return encode
 
 
 def entry_sizes(

@@ -5,6 +5,7 @@ anything is encoded; what is held out is never trained. Cost: the scan; see `mix
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import Literal, NamedTuple
 
 from mixres import atomic
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import amount, log
 from mixres.data.images import Limits
 from mixres.data.records import Problem, printable
@@ -20,7 +21,6 @@ from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_hel
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
 from mixres.models.qwen.prompts import over_long
-from mixres.training.run_folder import check_folder
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
@@ -298,3 +298,19 @@ def tell(found: ScannedData, most_tokens: int, background: str) -> None:
         log(f"data      {amount(several, 'example')} with several frames or pages in a picture: the first counts")
     if found.cut:
         log(f"data      {amount(found.cut, 'prompt')} cut to {most_tokens} tokens")
+
+
+def check_folder(folder: Path) -> None:
+    """That a run folder is there or can be made, before the work whose results it is to hold.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        reason = None if there.is_dir() else f"{there} is no folder"
+        reason = reason or (None if os.access(there, os.W_OK | os.X_OK) else "no permission")
+    except OSError as error:  # a name that is too long
+        reason = error.strerror
+    if reason:
+        raise UserError(f"logging.output_dir: {folder} cannot be written: {reason}; name another")

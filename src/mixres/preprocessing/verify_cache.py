@@ -4,23 +4,21 @@ Promise: nothing is encoded and no weight is loaded; what is damaged is named an
 pass makes it again. Cost: the scan, and one read of every entry.
 """
 
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import counted, log
 from mixres.data.cache import DamagedEntry
 from mixres.errors import UserError, WorkError
-from mixres.preprocessing.fill import readable_size
-from mixres.preprocessing.precompute import family_of, keyed_records, save_index
-from mixres.training.distributed import dist_env
+from mixres.preprocessing.fill import family_of, keyed_records, readable_size, save_index
 
 
-def verify_cache(config: Config) -> None:
+def verify_cache(config: Config, *, world_size: int = 1) -> None:
     """Check size and checksums of every entry, under the keys of files, captions and configuration as they are now.
 
     Raises:
         UserError: as `run_cache`, or several processes were started.
         WorkError: an entry is damaged or missing; each has been named by then.
     """
-    if (world_size := dist_env().world_size) > 1:
+    if world_size > 1:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
     cache, train, held_out, keys = keyed_records(config, family_of(config), is_main=True)
     names = {key: scanned.record.name for key, scanned in zip(keys, [*train, *held_out], strict=True)}

@@ -18,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from mixres import atomic
-from mixres.config.config import Config, load_config
+from mixres.config.load import load_config
+from mixres.config.schema import Config
 from mixres.errors import UserError
 from mixres.models.qwen.latents import decode_latents
-from mixres.preprocessing.precompute import CachedSample, encode_all, family_of
+from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
 
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line

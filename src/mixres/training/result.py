@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from mixres import atomic
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.errors import WorkError
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.training.distributed import full_tensors

@@ -33,22 +33,6 @@ _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
 
 
-def check_folder(folder: Path) -> None:
-    """That a run folder is there or can be made, before the work whose results it is to hold.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        reason = None if there.is_dir() else f"{there} is no folder"
-        reason = reason or (None if os.access(there, os.W_OK | os.X_OK) else "no permission")
-    except OSError as error:  # a name that is too long
-        reason = error.strerror
-    if reason:
-        raise UserError(f"logging.output_dir: {folder} cannot be written: {reason}; name another")
-
-
 class RunFolder:
     """Holds the lock on `folder` and keeps its `run_status.json`; only the process of rank 0 does either.
 

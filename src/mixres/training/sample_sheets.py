@@ -17,11 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from mixres import atomic
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.images import read_image
 from mixres.data.records import Picture
-from mixres.preprocessing.precompute import CachedData, CachedSample, spread
+from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import control_areas, image_limits
 from mixres.training.distributed import any_rank
 from mixres.training.ema import Ema

@@ -17,18 +17,16 @@ from torch.optim import Optimizer
 
 from mixres import __version__
 from mixres.batch import Batch
-from mixres.config.config import Config
-from mixres.config.schema import LoraConfig
+from mixres.config.schema import Config, LoraConfig
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
-from mixres.data.plan import Layout, Lengths, Plan
-from mixres.data.rounding import MOST, Rounding, rounding_of
+from mixres.data.plan import MAX_LENGTHS, Layout, Lengths, Plan, Rounding, rounding_of
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.errors import UserError
 from mixres.models import hub
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_targets, train_all, trainable_parameters
 from mixres.models.quantize import check_method
-from mixres.preprocessing.precompute import CachedData
+from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import stated_areas
 from mixres.training.distributed import dist_env, shard
 from mixres.training.ema import Ema
@@ -123,7 +121,7 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
     if config.train.gradient_checkpointing:
         recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
     if config.train.compile:
-        compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MOST))
+        compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MAX_LENGTHS))
     if config.train.parallel == "fsdp2":
         shard(transformer, accelerator)
     parameters = trainable_parameters(transformer)

@@ -22,11 +22,12 @@ import xxhash
 from accelerate import Accelerator
 
 from mixres import atomic
-from mixres.config.config import Config, dump_config, public_config
+from mixres.config.load import dump_config, public_config
+from mixres.config.schema import Config
 from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
-from mixres.preprocessing.precompute import CachedData, CachedSample, encode, family_of, keyed_records
+from mixres.preprocessing.fill import CachedData, CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
     any_rank,
@@ -73,7 +74,7 @@ def train(config: Config) -> None:
             mixed_precision=config.train.mixed_precision, report_to=logging.report_to, folder=folder
         )
         ranks = accelerator.num_processes
-        family = family_of(config)
+        family = family_of(config, is_main=run.main)
         check_early(config, family)
         found = keyed_records(config, family, is_main=run.main)
         assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([found.keys, public]).encode()))

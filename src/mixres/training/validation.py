@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import counted, log
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
 from mixres.diffusion.loss import velocity_loss
 from mixres.errors import WorkError
-from mixres.preprocessing.precompute import CachedData, CachedSample
+from mixres.preprocessing.fill import CachedData, CachedSample
 from mixres.training.distributed import any_rank, gather
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mixres.batch import Batch, Sample
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.data.loader import samples_of
 from mixres.data.plan import Layout, Lengths, Microbatch, Plan, StepPlan, computed_tokens

@@ -25,11 +25,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.plan import Lengths
 from mixres.geometry import token_count
-from mixres.preprocessing.precompute import encode_all, family_of
+from mixres.preprocessing.fill import encode_all, family_of
 from mixres.training.step import bare_step_seconds, run_step
 from mixres.verification.batching import BASELINE, Source, Work, collated, make_work, plan_in
 from mixres.verification.flops import TrainingFlops

@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator
 
 from mixres import __version__
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.errors import UserError
+from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
-from mixres.training.run_folder import check_folder
 from mixres.training.setup import TrainState, build_objective, load_trained
 from mixres.training.step import Objective
 

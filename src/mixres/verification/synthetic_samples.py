@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from mixres.batch import Sample
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.geometry import Grid, Size, control_area, control_size, target_size, token_grid
 
 _TEXT_PIXELS = 28 * 28

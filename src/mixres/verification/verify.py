@@ -18,13 +18,13 @@ import torch
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.config.config import Config
+from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.plan import computed_tokens
 from mixres.errors import UserError, WorkError
 from mixres.models.lora import fill_adapters
 from mixres.models.qwen_multi_resolution_patch import PatchState, patch_state
-from mixres.preprocessing.precompute import CachedSample, encode_all, family_of
+from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
 from mixres.verification.batch_diagram import token_layout
 from mixres.verification.consistency import Outcome, Ride, batches_of, errors, in_dtype, run

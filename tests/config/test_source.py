@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from mixres.config.load import Source, dotted, leaves, read_source
+from mixres.config.source import Source, dotted, leaves, read_source
 
 
 def read(tmp_path: Path, text: str, *overrides: str, defaults: dict[str, Any] | None = None) -> Source:
