@@ -69,7 +69,7 @@ VERBS = {
 }
 RECIPES = ("qwen_image_edit_lora", "qwen_image_edit_plus_lora", "qwen_image_lora")
 CLOCK = {"seconds"}
-TOLERANCE = 1e-6  # of a loss, relative
+TOLERANCE, TOLERANCE_ELSEWHERE = 1e-6, 1e-5  # of losses and gradient norms, relative
 
 
 # Observations that need no run.
@@ -276,9 +276,10 @@ def stopped_run(root: Path, *, after: int) -> int:
 
 def assert_same_metrics(found: Sequence[Mapping[str, Any]], golden: Mapping[str, Any]) -> None:
     wanted = golden["metrics"]
+    near = TOLERANCE if machine() == golden["machine"] else TOLERANCE_ELSEWHERE
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
     for line, recorded in zip(found, wanted, strict=True):
-        assert {key: line.get(key, "is gone") for key in recorded} == pytest.approx(recorded, rel=TOLERANCE, abs=0)
+        assert {key: line.get(key, "is gone") for key in recorded} == pytest.approx(recorded, rel=near, abs=0)
 
 
 def assert_same_lora(path: Path, golden: Mapping[str, Any]) -> None:
@@ -313,10 +314,10 @@ def record() -> None:
         }
         sampled(root / "run", root / "picture").save(FIXTURES / "sample.png")
         shutil.copytree(root / "cache", stopped / "cache")
-        assert stopped_run(stopped, after=2) == 75
+        assert stopped_run(stopped, after=1) == 75
     status_file = stopped / "run" / "run_status.json"
     status = json.loads(status_file.read_text(encoding="utf-8"))
-    assert 2 <= status["step"] < status["max_train_steps"], "it was stopped too late: run this once more"
+    assert status["step"] < status["max_train_steps"], "it was stopped too late: run this once more"
     status_file.write_text(json.dumps({**status, "host": "recorded", "pid": 1}, indent=2), encoding="utf-8")
     GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for source, name in ((stopped / "run", "run"), (stopped / "cache", "cache")):

@@ -29,7 +29,7 @@ from contract.record import (
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """`run`, stopped after step 3 of 5, and `cache`, to be written to."""
+    """`run`, stopped by a signal before its last step, and `cache`, to be written to."""
     for name in ("run", "cache"):
         shutil.copytree(FIXTURES / name, tmp_path / name, symlinks=True)
     return tmp_path
@@ -52,7 +52,7 @@ def test_an_old_cache_is_found_and_an_old_run_goes_on_to_the_same_end(old: Path,
     assert command("train", *given, "resume=required") == 0
     assert written(old / "cache") == before
     lines = (old / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    assert lines.startswith(recorded) and recorded.count('"loss"') == 3
+    assert lines.startswith(recorded) and 0 < recorded.count('"loss"') < lines.count('"loss"')
     assert_same_metrics(json_lines(old / "run" / "metrics.jsonl"), golden["numbers"])
     assert_same_lora(old / "run" / LORA, golden["numbers"])
     status = json.loads((old / "run" / "run_status.json").read_bytes())
@@ -67,8 +67,9 @@ def test_an_old_run_refuses_what_would_make_it_another(old: Path, capsys: pytest
     assert not (old / "run" / LORA).exists()
 
 
-def test_an_old_checkpoint_is_exported(tmp_path: Path, golden: dict[str, Any]) -> None:
-    checkpoint, out = FIXTURES / "run" / "checkpoints" / "step-00000003", tmp_path / "of_step_3.safetensors"
+def test_an_old_checkpoint_is_exported(tmp_path: Path) -> None:
+    (checkpoint,) = (FIXTURES / "run" / "checkpoints").glob("step-*")
+    out = tmp_path / "of_checkpoint.safetensors"
     assert exported(checkpoint, "diffusers", out)["tensors"] == contents(FIXTURES / "lora" / LORA)["tensors"]
 
 
