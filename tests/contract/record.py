@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mixres.cli import main
-from mixres.config import dump_config, load_config
+from mixres.config.load import dump_config, load_config
 from mixres.data.plan import Lengths, Plan
 
 HERE = Path(__file__).parent
@@ -81,7 +82,8 @@ def signatures() -> dict[str, str]:
             value: Any = import_module(module)
             for part in name.split("."):
                 value = getattr(value, part)
-            found[f"{module}.{name}"] = str(inspect.signature(value))
+            # Where a private class of an annotation lives may change.
+            found[f"{module}.{name}"] = re.sub(r"\bmixres\.[a-z_.]+\.", "", str(inspect.signature(value)))
     return found
 
 
