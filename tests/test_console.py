@@ -85,7 +85,7 @@ def test_without_a_terminal_a_run_says_all_rates(capsys: pytest.CaptureFixture[s
 
 SAYS = """
 import sys
-from mixres.training.progress import say
+from mixres.console import log
 sys.stdin.readline()
 for step in range(5000):
     log(f"step {step}")

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STARTER = """
 import json, os, signal, sys
 from mixres import cli
-import mixres.precompute, mixres.models.qwen_image_edit
+import mixres.preprocessing.fill, mixres.models.qwen.edit
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     order = json.loads(line)

@@ -131,7 +131,7 @@ def test_other_ranks_neither_lock_nor_write(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mixres.training.run import RunFolder
+from mixres.training.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1]), verb="train", max_train_steps=10, rank=0) as run:
     if sys.argv[2] == "between":
         run_folder.stop_between_steps()
