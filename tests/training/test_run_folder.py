@@ -134,11 +134,11 @@ from pathlib import Path
 from mixres.training.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1]), verb="train", max_train_steps=10, rank=0) as run:
     if sys.argv[2] == "between":
-        run_folder.stop_between_steps()
+        run.stop_between_steps()
     print("held", flush=True)
     for _ in range(600):
         time.sleep(0.05)
-        if run_folder.stop_requested:
+        if run.stop_requested:
             print("asked to stop", flush=True)
 """
 
