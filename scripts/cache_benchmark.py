@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -25,6 +24,7 @@ from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.cache import Cache
 from mixres.data.scan import ScannedRecord
+from mixres.models.family import Family
 from mixres.preprocessing.encode import encode_inputs, entry_sizes
 from mixres.preprocessing.fill import CachedData, encode_all, family_of, fill, keyed_records
 from mixres.training.setup import build_loader, build_plan
@@ -50,14 +50,11 @@ def main() -> None:
     reading_over_step(config, encoded, setting, given.rounds)
 
 
-def caching_over_encoders(config: Config, family: ModuleType, device: torch.device, rounds: int) -> None:
+def caching_over_encoders(config: Config, family: Family, device: torch.device, rounds: int) -> None:
     """Reading, decoding, checking, claiming, encoding and writing an entry, over encoding decoded pictures alone."""
     _, train, _, keys = keyed_records(config, family, is_main=True)
     chosen = dict(islice(zip(keys, train, strict=False), EXAMPLES))
-    model = config.model
-    encoders = family.load_encoders(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype), device=device
-    )
+    encoders = family.load_encoders(dtype=getattr(torch, config.model.dtype), device=device)
     inputs = {key: encode_inputs(config, family, scanned) for key, scanned in chosen.items()}
     sizes = entry_sizes(config, family, chosen)
 

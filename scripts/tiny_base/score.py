@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixres.geometry import Size
-from mixres.models.qwen import edit as family
-from mixres.models.qwen.latents import decode_latents
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.quickstart.data import HELD_OUT_SIZES
 from mixres.quickstart.results import psnr
 
@@ -35,9 +34,11 @@ class Score:
 
 def score_base(base: Path, edits: Sequence[str] = tuple(EDITS)) -> list[Score]:
     """One score an edit, each over one crop of every held-out size."""
-    encoders = family.load_encoders(str(base), dtype=torch.float32, device="cpu")
-    transformer = family.load_transformer(str(base), dtype=torch.float32, device="cpu")
-    sampling = family.load_sampling_pipeline(str(base), transformer=transformer, dtype=torch.float32, device="cpu")
+    encoders = QwenImageEdit(str(base)).load_encoders(dtype=torch.float32, device="cpu")
+    transformer = QwenImageEdit(str(base)).load_transformer(dtype=torch.float32, device="cpu")
+    sampling = QwenImageEdit(str(base)).load_sampling_pipeline(
+        transformer=transformer, dtype=torch.float32, device="cpu"
+    )
     crops = held_out_crops([(size.height, size.width) for size in HELD_OUT_SIZES], SEED)
     scores = []
     for name in edits:
@@ -46,28 +47,28 @@ def score_base(base: Path, edits: Sequence[str] = tuple(EDITS)) -> list[Score]:
     return scores
 
 
-def _score(encoders: family.QwenImageEditPipeline, sampling: object, edit: Edit, crop: Tensor) -> list[float]:
+def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list[float]:
     control, target = to_image(crop), to_image(edit.apply(crop))
     size, area = Size(*target.size), target.width * target.height
-    sample = family.encode(
+    sample = QwenImageEdit("").encode(
         encoders,
         name="crop",
         target=target,
         target_size=size,
         controls=[control],
         prompt=edit.instructions[0],
-        control_area=area,
+        areas={"control_area": area},
     )
-    picture = family.sample_image(
+    picture = QwenImageEdit("").sample_image(
         sampling,
         controls=[control],
         prompt_embeds=sample.prompt_embeds,
         size=size,
         steps=STEPS,
         seed=SEED,
-        control_area=area,
+        areas={"control_area": area},
     )
-    ceiling = decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
+    ceiling = QwenImageEdit("").decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
     return [psnr(shown, target) for shown in (control, picture, ceiling)]
 
 

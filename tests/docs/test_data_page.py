@@ -24,9 +24,9 @@ from mixres.data.plan import Lengths, Plan
 from mixres.data.scan import find_records, scan
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size, target_size
-from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import encode_all
 from mixres.preprocessing.training_data import usable_records
+from support.family_cases import with_family
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/data.md").read_text(encoding="utf-8")
@@ -145,7 +145,7 @@ def setup(small_run: Path, tmp_path: Path) -> Setup:
 
 def refusal(config: Config) -> tuple[str, ...]:
     with pytest.raises(UserError) as caught:
-        usable_records(config, family, is_main=True)
+        usable_records(*with_family(config), is_main=True)
     return caught.value.messages
 
 
@@ -307,7 +307,7 @@ def test_the_problems_of_sizes(tmp_path: Path, setup: Setup) -> None:
         path.unlink()
     put_pair(root, "large.png", PHOTO.resize((184, 64)))
     with pytest.raises(UserError) as caught:
-        encode_all(setup(root, "batch.max_tokens=60"), family, device=torch.device("cpu"))
+        encode_all(*with_family(setup(root, "batch.max_tokens=60")), device=torch.device("cpu"))
     told += caught.value.messages
     assert not list(tmp_path.glob("cache/??")), "nothing has been encoded"
     lengths, plan = [Lengths(30, 42, 30)], {"seed": 0, "samples_per_step": 1, "max_tokens": 60}

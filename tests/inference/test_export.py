@@ -26,8 +26,8 @@ from mixres.inference.artifact import find_base, find_result
 from mixres.inference.export import export, placed, write_checked
 from mixres.inference.export_request import make_request
 from mixres.inference.tensor_file import Entry
-from mixres.models.lora import PRESETS
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
+from mixres.models.qwen.layers import LORA_PRESETS
 from mixres.training.trainer import train
 from support.family_cases import CASES
 from support.lora_files import write_lora
@@ -76,7 +76,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.fixture(scope="module", params=[(preset, dora) for preset in PRESETS for dora in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[(preset, dora) for preset in LORA_PRESETS for dora in (False, True)], ids=str)
 def adapters(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[Path, bool]:

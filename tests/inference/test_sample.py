@@ -29,13 +29,12 @@ from mixres.inference.sample_request import make_request
 from mixres.models.hub import file_digest
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
-from mixres.models.qwen import edit as stock_family
 from mixres.preprocessing.fill import encode_all, spread
 from mixres.training.checkpoint import MANIFEST
 from mixres.training.sample_sheets import ROWS, Row, contact_sheet
 from mixres.training.setup import recipe
 from mixres.training.trainer import train
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import CASES, FamilyCase, with_family
 
 PROMPT, NEGATIVE = "swap red and blue", "交换红色和蓝色"
 SIZE = (96, 64)
@@ -99,14 +98,15 @@ def trained_of(
             words = [f"model.pretrained_model_name_or_path={base}", *case.overrides()]
             config = load_config(small_run, [*words, f"model.lora.use_dora={str(case.zero_cond_t).lower()}"])
             assert config.model.lora is not None
-            transformer = case.module.load_transformer(str(base), dtype=torch.float32, device="cpu")
-            untrained = case.module.untrained_modules(transformer)
-            add_lora(transformer, **config.model.lora.model_dump(), untrained=untrained, seed=1)
+            transformer = case.at(base).load_transformer(dtype=torch.float32, device="cpu")
+            untrained = case.at("").untrained_modules(transformer)
+            settings, presets = config.model.lora.model_dump(), case.at(base).lora_presets
+            add_lora(transformer, **settings, untrained=untrained, seed=1, presets=presets)
             parameters = trainable_parameters(transformer)
             fill_adapters(parameters, seed=2)
             for key, parameter in parameters.items():
                 parameter.data *= 10.0 if ".lora_B." in key else 1.0
-            said = recipe(config, case.module, 5)
+            said = recipe(config, case.at(base), 5)
             (folder / FILE_NAME).write_bytes(lora_file(parameters, transformer, said))
             images = sorted((demo_data / "control_images").glob("*.png"))[1:4]  # none is square
             made[name] = TrainState(case, base, folder, images)
@@ -230,7 +230,7 @@ def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], T
 
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: TrainState, tmp_path: Path) -> None:
-    family, seen, order = edit.case.module, list[Any](), list[str]()
+    family, seen, order = edit.case.at(edit.base), list[Any](), list[str]()
 
     def encoders(*arguments: Any, **named: Any) -> Any:
         order.append("encoders")
@@ -263,7 +263,7 @@ def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(
     with torch.no_grad():
         transformer.proj_out.weight *= 0.5
     transformer.save_pretrained(whole)
-    (whole / RECIPE_FILE).write_text(json.dumps(recipe(config, edit.case.module, 3)))
+    (whole / RECIPE_FILE).write_text(json.dumps(recipe(config, edit.case.at(edit.base), 3)))
     given = replace(edit, folder=tmp_path / "run")
     assert cli.main([*given.words("--compare"), "--out", str(tmp_path / "out")]) == 0
     stock = edit.stock(lora=False)
@@ -288,7 +288,7 @@ def test_over_a_quantised_base_the_picture_is_that_of_the_runs_own_sheet(
     config = load_config(small_run, [*words, "train.max_train_steps=1", "train.seed=7"])
     AcceleratorState._reset_state(True)
     train(config)
-    item = spread(encode_all(config, stock_family, device=torch.device("cpu")).held_out, ROWS)[0]
+    item = spread(encode_all(*with_family(config), device=torch.device("cpu")).held_out, ROWS)[0]
     command = [
         "sample", "--lora", str(run), "--image", str(item.record.controls[0]), "--prompt", item.record.prompt,
         "--size", str(item.target_size), "--steps", str(config.sample.steps), "--seed", "7",
@@ -525,7 +525,9 @@ def test_how_the_base_is_rounded_is_as_under_the_lora_or_as_asked_for(
             method(stated, **options)
     whole = tmp_path / "whole"
     shutil.copytree(edit.base / "transformer", whole)
-    said_of_it = recipe(load_config(small_run, edit.case.overrides()), edit.case.module, 3) | {"quantize": "int8"}
+    said_of_it = recipe(load_config(small_run, edit.case.overrides()), edit.case.at(edit.base), 3) | {
+        "quantize": "int8"
+    }
     (whole / RECIPE_FILE).write_text(json.dumps(said_of_it | {"merged": True, "base": str(edit.base)}))
     assert edit.request(tmp_path / "out", lora=str(whole)).quantize is None, "what has been merged is no base"
 

@@ -22,8 +22,7 @@ from mixres.config.load import load_config
 from mixres.inspection.charts import columns
 from mixres.inspection.input_preview import chosen, input_sheet
 from mixres.inspection.statistics import histogram
-from mixres.models.qwen.inputs import text_picture, vae_picture
-from mixres.preprocessing.fill import family_of
+from mixres.models.qwen.family import _text_preview, _vae_preview
 from mixres.preprocessing.training_data import usable_records
 from support.family_cases import CASES, FamilyCase
 from support.jobs import Jobs, metrics, torchrun
@@ -329,7 +328,7 @@ def test_the_sheet_shows_what_the_encoders_get(
 ) -> None:
     """Pixels against what the encoders themselves are called with."""
     case = CASES[name]
-    pairs, family = pairs_of(case), case.module
+    pairs, family = pairs_of(case), case.at(base_of(case))
     target = min((pairs / "train" / "training_images").glob("*.png"))
     with Image.open(target) as image:
         Image.new("L", image.size, 255).save(target.with_name(f"{target.stem}_mask.png"))
@@ -339,24 +338,23 @@ def test_the_sheet_shows_what_the_encoders_get(
         "data.held_out=null",
     ]
     config = load_config(small_run, [*words, *case.overrides(), f"cache.cache_dir={tmp_path}"])
-    assert family_of(config) is family
     train, _ = usable_records(config, family, is_main=False)
     some = chosen(train)
     assert any(scanned.record.mask for scanned in some)
     sheet = input_sheet(config, family, some)
     columns = 2 + 2 * max(len(scanned.record.controls) for scanned in some)
     assert sheet.width == 12 + columns * (224 + 12)
-    encoders = family.load_encoders(str(base_of(case)), dtype=torch.float32, device="cpu")
-    preprocessors = family.load_preprocessors(str(base_of(case)))
+    encoders = family.load_encoders(dtype=torch.float32, device="cpu")
+    preprocessors = family.load_preprocessors()
     controls = [Image.open(control).convert("RGB") for control in some[0].record.controls]
     areas = case.areas
-    for image, size in family.vae_controls(preprocessors, controls, **areas):
-        shown = np.asarray(vae_picture(preprocessors, image, size), dtype=float)
+    for image, size in family.vae_controls(preprocessors, controls, areas):
+        shown = np.asarray(_vae_preview(preprocessors, image, size), dtype=float)
         pixels = encoders.image_processor.preprocess(image, size.height, size.width)[0].permute(1, 2, 0)
         assert shown.shape == (size.height, size.width, 3)
         assert np.abs((pixels.numpy() + 1) * 127.5 - shown).max() <= 0.5 + 1e-4
-    for image in family.text_controls(preprocessors, controls, **areas):
-        shown = text_picture(preprocessors, image)
+    for image in family.text_controls(preprocessors, controls, areas):
+        shown = _text_preview(preprocessors, image)
         grid = encoders.processor(text=["<|image_pad|>"], images=[image], return_tensors="pt")["image_grid_thw"][0]
         assert shown.size == (14 * int(grid[2]), 14 * int(grid[1]))
         resized = image.resize(shown.size, Image.Resampling.BICUBIC)

@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from hypothesis import Phase, given, settings, strategies as st
 
-from mixres.models.qwen.edit import untrained_modules
+from mixres.models.qwen.layers import untrained_modules
 from support.mixes import (
     EVERY_LINEAR,
     FORWARDS,

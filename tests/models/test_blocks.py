@@ -19,7 +19,7 @@ from mixres.data.plan import Rounding, rounded
 from mixres.errors import UserError
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks, repeated_blocks
 from mixres.models.lora import add_lora, fill_adapters, train_all, trainable_parameters
-from mixres.models.qwen.edit import untrained_modules
+from mixres.models.qwen.layers import untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.training.ema import Ema
 from support.mixes import (

@@ -15,7 +15,7 @@ from mixres.batch import Sample
 from mixres.data.collate import collate
 from mixres.geometry import Grid, Size
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
 
 AREA = 64 * 64
 SAMPLES = [  # grids of target and control, text tokens
@@ -35,11 +35,11 @@ def make_sample(number: int) -> Sample:
 
 def make_pipeline(base: Path) -> QwenImageEditPipeline:
     """The stock pipeline around a patched transformer with adapters on attention and modulation, set to train."""
-    model = family.load_transformer(str(base), dtype=torch.float32, device="cpu")
+    model = QwenImageEdit(str(base)).load_transformer(dtype=torch.float32, device="cpu")
     targets = ["to_q", "to_v", "img_mod.1", "norm_out.linear", "proj_out"]
     add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=targets, untrained=(), seed=0)
     fill_adapters(trainable_parameters(model), seed=0)
-    return family.load_sampling_pipeline(str(base), transformer=model.train(), dtype=torch.float32, device="cpu")
+    return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model.train(), dtype=torch.float32, device="cpu")
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
         pipeline.transformer.enable_gradient_checkpointing()
     try:
         sigmas = torch.tensor([0.2, 0.5, 0.9])[list(numbers)]
-        velocity = family.predict_velocity(model, batch, batch.latents, sigmas)
+        velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
         velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
     finally:
         pipeline.transformer.disable_gradient_checkpointing()
@@ -71,9 +71,9 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
     try:
-        picture = family.sample_image(
+        picture = QwenImageEdit("").sample_image(
             pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
-            control_area=AREA,
+            areas={"control_area": AREA},
         )  # fmt: skip
     finally:
         handle.remove()

@@ -3,7 +3,6 @@
 A family comes into these tests by its row in `family_cases.CASES`.
 """
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.geometry import Size, token_count
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
-from mixres.models.qwen import edit as qwen_image_edit
-from support.family_cases import CASES, INTERFACE, PROMPTS, FamilyCase
+from support.family_cases import CASES, PROMPTS, FamilyCase
 
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
-CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))
+controls = (Size(200, 75), Size(61, 190), Size(96, 96))
 FLOAT32 = torch.float32
 
 
@@ -34,7 +32,7 @@ def photograph(size: Size, turned: int = 0) -> Image.Image:
 
 def pictures(count: int, first: int = 0) -> list[Image.Image]:
     """So many controls, each of another size; `first` says which size comes first."""
-    return [photograph(CONTROLS[(first + k) % 3], k) for k in range(count)]
+    return [photograph(controls[(first + k) % 3], k) for k in range(count)]
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
@@ -54,7 +52,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def encoders(case: FamilyCase, base: Path, dtype: torch.dtype) -> Any:
-    return case.module.load_encoders(str(base), dtype=dtype, device="cpu")
+    return case.at(base).load_encoders(dtype=dtype, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,9 @@ def encode(
     areas: Any = None,
 ) -> Sample:
     areas = case.areas if areas is None else areas
-    return case.module.encode(
+    return case.at("").encode(
         encoders, name="a", target=photograph(Size(170, 90), 2), target_size=size, controls=controls, prompt=prompt,
-        **areas,
+        areas=areas,
     )  # fmt: skip
 
 
@@ -103,22 +101,11 @@ def transformer_arguments(
     return captured
 
 
-SIZED = ("vae_sizes", "vae_controls", "text_controls")
-
-
-def test_the_interface_is_the_same_for_all(case: FamilyCase) -> None:
-    """The parameters of Qwen-Image-Edit's functions, but that those that see controls take the family's own areas."""
-    fewest, most = case.module.CONTROLS
+def test_what_a_case_says_is_what_its_family_takes(case: FamilyCase) -> None:
+    family = case.at("")
+    fewest, most = family.controls
     assert 0 <= fewest <= min(case.controls) and max(case.controls) <= most
-    stated = case.module.control_areas(1024 * 1024, None)
-    assert stated.keys() == case.areas.keys()
-    assert list(inspect.signature(case.module.control_areas).parameters) == ["area", "text_area"]
-    for name in set(INTERFACE) - {"control_areas"}:
-        own = set(inspect.signature(getattr(case.module, name)).parameters)
-        theirs = set(inspect.signature(getattr(qwen_image_edit, name)).parameters) - {"control_area"}
-        assert own - stated.keys() == theirs, name
-        sees_controls = name in ("encode", "encode_prompt", "sample_image", "text_tokens") or name in SIZED
-        assert own & {"control_area", "text_area"} == (stated.keys() if sees_controls else set()), name
+    assert family.control_areas(1024 * 1024, None).keys() == case.areas.keys()
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS, "a word {that} was never seen: zebra", ""])
@@ -143,7 +130,7 @@ def test_a_sample_is_what_the_stock_transformer_is_handed(
 def test_prompts_depend_on_what_the_text_encoder_sees(case: FamilyCase, encoders: Any) -> None:
     def prompt_of(count: int, **areas: int) -> torch.Tensor:
         areas = {**case.areas, **areas}
-        return case.module.encode_prompt(encoders, controls=pictures(count), prompt=PROMPTS[0], **areas)
+        return case.at("").encode_prompt(encoders, controls=pictures(count), prompt=PROMPTS[0], areas=areas)
 
     most = max(case.controls)
     reference = prompt_of(most)
@@ -183,11 +170,11 @@ def test_a_predicted_velocity_is_that_of_the_stock_call(
     controls = pictures(max(case.controls))
     sample = encode(case, encoders, controls, PROMPTS[0], Size(64, 48))
     seen = transformer_arguments(case, stock, case.areas, controls, prompt=PROMPTS[0], width=64, height=48)
-    transformer = case.module.load_transformer(str(base), dtype=stock.vae.dtype, device="cpu")
+    transformer = case.at(base).load_transformer(dtype=stock.vae.dtype, device="cpu")
     assert transformer.zero_cond_t is case.zero_cond_t
     with torch.no_grad():
         expected = stock.transformer(**seen)[0]
-        velocity = case.module.predict_velocity(
+        velocity = case.at("").predict_velocity(
             transformer, batch_of([sample], "padded"), seen["hidden_states"].float(), torch.ones(1)
         )
     assert velocity.dtype == stock.vae.dtype
@@ -199,15 +186,16 @@ def largest_difference(image: Image.Image, other: Image.Image) -> int:
 
 
 def test_a_picture_from_cached_embeddings_is_the_stock_picture(case: FamilyCase, base: Path) -> None:
-    encoders, stock = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu"), case.load_stock(base, FLOAT32)
-    transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
-    sampling = case.module.load_sampling_pipeline(str(base), transformer=transformer, dtype=FLOAT32, device="cpu")
+    encoders, stock = case.at(base).load_encoders(dtype=FLOAT32, device="cpu"), case.load_stock(base, FLOAT32)
+    transformer = case.at(base).load_transformer(dtype=FLOAT32, device="cpu")
+    sampling = case.at(base).load_sampling_pipeline(transformer=transformer, dtype=FLOAT32, device="cpu")
     assert sampling.text_encoder is None and sampling.tokenizer is None
     size = Size(64, 48)
     for count in sorted(set(case.controls)):
         embeds = encode(case, encoders, pictures(count), PROMPTS[0]).prompt_embeds
-        call = {"controls": pictures(count), "prompt_embeds": embeds, "size": size, "steps": 3, "seed": 7, **case.areas}
-        image = case.module.sample_image(sampling, **call)
+        call = {"controls": pictures(count), "prompt_embeds": embeds, "size": size, "steps": 3, "seed": 7}
+        call["areas"] = case.areas
+        image = case.at("").sample_image(sampling, **call)
         with case.stock_areas(case.areas):
             expected = stock(
                 **case.call(pictures(count)), prompt=PROMPTS[0], true_cfg_scale=1.0, width=size.width,
@@ -218,26 +206,30 @@ def test_a_picture_from_cached_embeddings_is_the_stock_picture(case: FamilyCase,
         # The bound means something: another prompt, seed, control or area is a picture farther away.
         changes: list[dict[str, Any]] = [{"prompt_embeds": -embeds}, {"seed": 8}]
         if count:
-            changes += [{"controls": [*pictures(count)[:-1], photograph(CONTROLS[0], 3)]}, {"control_area": 64 * 64}]
+            changes += [
+                {"controls": [*pictures(count)[:-1], photograph(controls[0], 3)]},
+                {"areas": case.areas | {"control_area": 64 * 64}},
+            ]
         for change in changes:
-            assert largest_difference(case.module.sample_image(sampling, **(call | change)), expected) > 2, change
+            assert largest_difference(case.at("").sample_image(sampling, **(call | change)), expected) > 2, change
 
 
 def test_guidance_is_the_stock_pipelines(case: FamilyCase, base: Path) -> None:
-    encoders, stock = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu"), case.load_stock(base, FLOAT32)
-    transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
-    sampling = case.module.load_sampling_pipeline(str(base), transformer=transformer, dtype=FLOAT32, device="cpu")
+    encoders, stock = case.at(base).load_encoders(dtype=FLOAT32, device="cpu"), case.load_stock(base, FLOAT32)
+    transformer = case.at(base).load_transformer(dtype=FLOAT32, device="cpu")
+    sampling = case.at(base).load_sampling_pipeline(transformer=transformer, dtype=FLOAT32, device="cpu")
     count, size, words = max(case.controls), Size(64, 48), PROMPTS[:2]
     embeds, negative = (encode(case, encoders, pictures(count), text).prompt_embeds for text in words)
-    call = {"controls": pictures(count), "prompt_embeds": embeds, "size": size, "steps": 2, "seed": 7, **case.areas}
-    guided = case.module.sample_image(sampling, **call, negative_embeds=negative, guidance=4.0)
+    call = {"controls": pictures(count), "prompt_embeds": embeds, "size": size, "steps": 2, "seed": 7}
+    call["areas"] = case.areas
+    guided = case.at("").sample_image(sampling, **call, negative_embeds=negative, guidance=4.0)
     with case.stock_areas(case.areas):
         expected = stock(
             **case.call(pictures(count)), prompt=words[0], negative_prompt=words[1], true_cfg_scale=4.0,
             width=size.width, height=size.height, num_inference_steps=2, generator=torch.Generator().manual_seed(7),
         ).images[0]  # fmt: skip
     assert largest_difference(guided, expected) <= 1
-    assert largest_difference(case.module.sample_image(sampling, **call), expected) > 2
+    assert largest_difference(case.at("").sample_image(sampling, **call), expected) > 2
 
 
 # --- A batch and alone ---------------------------------------------------------------------------------------------
@@ -254,7 +246,7 @@ def trained_on(
     outputs, position = [], 0
     for batch in batches:
         count = len(batch.names)
-        velocity = case.module.predict_velocity(
+        velocity = case.at("").predict_velocity(
             transformer, batch, batch.latents, sigmas[position : position + count]
         )  # fmt: skip
         position += count
@@ -272,16 +264,16 @@ def trained_on(
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_a_batch_of_all_control_counts_is_its_samples_alone(case: FamilyCase, base: Path, use_dora: bool) -> None:
-    encoders = case.module.load_encoders(str(base), dtype=FLOAT32, device="cpu")
+    encoders = case.at(base).load_encoders(dtype=FLOAT32, device="cpu")
     samples = [
         encode(case, encoders, pictures(count), prompt, size)
         for count, prompt, size in zip(case.controls, PROMPTS, TARGETS, strict=True)
     ]
     assert [len(s.control_latents) for s in samples] == list(case.controls)
-    transformer = case.module.load_transformer(str(base), dtype=FLOAT32, device="cpu")
+    transformer = case.at(base).load_transformer(dtype=FLOAT32, device="cpu")
     add_lora(
         transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=["attention"], seed=0, use_dora=use_dora,
-        untrained=case.module.untrained_modules(transformer),
+        presets=case.at("").lora_presets, untrained=case.at("").untrained_modules(transformer),
     )  # fmt: skip
     fill_adapters(trainable_parameters(transformer), seed=1)
     sigmas = torch.tensor([0.9, 0.2, 0.5])

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mixres.errors import UserError
-from mixres.models.qwen import edit as family
-from mixres.models.registry import family_module
+from mixres.models.qwen.edit import QwenImageEdit
+from mixres.models.registry import load_family
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_weights_that_cannot_be_had_are_one_sentence_and_soon(monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(UserError) as raised:
-        family_module(None, "Qwen/Qwen-Image-Edit")
+        load_family(None, "Qwen/Qwen-Image-Edit")
     assert time.monotonic() - started < 15
     (message,) = raised.value.messages
     what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
@@ -36,7 +36,7 @@ def test_weights_that_cannot_be_had_are_one_sentence_and_soon(monkeypatch: pytes
     with pytest.raises(
         UserError, match=r"^model\.pretrained_model_name_or_path: no weights for 'Qwen/Qwen-Image-Edit'"
     ):
-        family.load_encoders("Qwen/Qwen-Image-Edit", dtype=torch.float32, device="cpu")
+        QwenImageEdit("Qwen/Qwen-Image-Edit").load_encoders(dtype=torch.float32, device="cpu")
     assert ("HF_HUB_OFFLINE is set" in message) is offline
     assert ("could not be reached" in message) is not offline
 
@@ -45,19 +45,19 @@ def test_weights_that_cannot_be_had_are_one_sentence_and_soon(monkeypatch: pytes
 @pytest.mark.parametrize("path", ["./no/such", "/no/such", "~/no_such_base", "one/two/three"])
 def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
     with pytest.raises(UserError, match=r"^model\.pretrained_model_name_or_path: there is no folder"):
-        family.load_transformer(path, dtype=torch.float32, device="cpu")
+        QwenImageEdit(path).load_transformer(dtype=torch.float32, device="cpu")
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model_index\.json"):
-        family_module(None, str(tmp_path))
+        load_family(None, str(tmp_path))
 
 
 def test_all_missing_components_are_named_at_once(copy_of_base: Path) -> None:
     shutil.rmtree(copy_of_base / "text_encoder")
     (copy_of_base / "vae" / "config.json").unlink()
     with pytest.raises(UserError) as raised:
-        family.load_encoders(str(copy_of_base), dtype=torch.float32, device="cpu")
+        QwenImageEdit(str(copy_of_base)).load_encoders(dtype=torch.float32, device="cpu")
     assert len(raised.value.messages) == 2
     assert "text_encoder is missing" in str(raised.value) and "vae/config.json is missing" in str(raised.value)
 
@@ -73,9 +73,9 @@ class _Planted:
 
 
 LOADERS = {
-    "vae": lambda base: family.load_encoders(base, dtype=torch.float32, device="cpu"),
-    "text_encoder": lambda base: family.load_encoders(base, dtype=torch.float32, device="cpu"),
-    "transformer": lambda base: family.load_transformer(base, dtype=torch.float32, device="cpu"),
+    "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
+    "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
+    "transformer": lambda base: QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu"),
 }
 
 
@@ -103,13 +103,13 @@ def test_truncated_weights_are_named(copy_of_base: Path, component: str) -> None
 def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_path: Path) -> None:
     memo = tmp_path / "cache" / "memo.json"
     base = str(copy_of_base)
-    first = family.encoder_fingerprint(base)
+    first = QwenImageEdit(base).encoder_fingerprint()
     assert len(first) == 32
-    assert family.encoder_fingerprint(base, memo=memo) == first
-    assert family.encoder_fingerprint(base, memo=memo) == first
+    assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
+    assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
     (copy_of_base / "transformer" / "config.json").write_text("{}")
     (copy_of_base / "vae" / "notes.md").write_text("not read by any loader")
-    assert family.encoder_fingerprint(base, memo=memo) == first
+    assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
 
     seen = {first}
     for component in ("vae", "text_encoder", "tokenizer", "processor"):
@@ -119,8 +119,8 @@ def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_p
             content = bytearray(file.read_bytes())
             content[-1] ^= 1
             file.write_bytes(content)
-            changed = family.encoder_fingerprint(base, memo=memo)
-            assert changed == family.encoder_fingerprint(base)
+            changed = QwenImageEdit(base).encoder_fingerprint(memo=memo)
+            assert changed == QwenImageEdit(base).encoder_fingerprint()
             assert changed not in seen, file
             seen.add(changed)
 
@@ -128,10 +128,10 @@ def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_p
 def test_fingerprint_reads_weights_once(copy_of_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memo = tmp_path / "memo.json"
     memo.write_text("not JSON")
-    first = family.encoder_fingerprint(str(copy_of_base), memo=memo)
+    first = QwenImageEdit(str(copy_of_base)).encoder_fingerprint(memo=memo)
 
     def refuse(file: Path) -> str:
         raise AssertionError(f"{file} read again")
 
     monkeypatch.setattr("mixres.models.hub.file_digest", refuse)
-    assert family.encoder_fingerprint(str(copy_of_base), memo=memo) == first
+    assert QwenImageEdit(str(copy_of_base)).encoder_fingerprint(memo=memo) == first

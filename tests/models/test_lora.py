@@ -16,7 +16,6 @@ from torch import nn
 from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
 from mixres.models.lora import (
-    PRESETS,
     add_lora,
     check_pretrained,
     check_targets,
@@ -25,26 +24,28 @@ from mixres.models.lora import (
     trainable_parameters,
 )
 from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
+from mixres.models.qwen.layers import LORA_PRESETS, untrained_modules
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
 
 
 def transformer_of(base: Path, dtype: torch.dtype = torch.float32) -> QwenImageTransformer2DModel:
-    return family.load_transformer(str(base), dtype=dtype, device="cpu")
+    return QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
 
 
 def with_lora(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> QwenImageTransformer2DModel:
     transformer = transformer_of(base, dtype)
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": ATTENTION, "seed": 0}
-    add_lora(transformer, **(options | changes), untrained=family.untrained_modules(transformer))
+    options["presets"] = LORA_PRESETS
+    add_lora(transformer, **(options | changes), untrained=untrained_modules(transformer))
     return transformer
 
 
 @pytest.fixture(scope="module")
 def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
-    return family.transformer_skeleton(str(tiny_base))
+    return QwenImageEdit(str(tiny_base)).transformer_skeleton()
 
 
 def test_the_default_targets_match(skeleton: nn.Module) -> None:
@@ -64,33 +65,33 @@ def test_all_patterns_that_match_nothing_are_told_at_once_with_the_nearest(skele
 
 
 def test_a_preset_stands_for_its_layers(skeleton: nn.Module) -> None:
-    assert expanded(["attention"]) == list(ATTENTION)
-    assert expanded(["to_q", "attention+mlp", "x"])[0] == "to_q"
-    assert len(expanded(["to_q", "attention+mlp", "x"])) == len(set(PRESETS["attention+mlp"])) + 1
+    assert expanded(["attention"], LORA_PRESETS) == list(ATTENTION)
+    assert expanded(["to_q", "attention+mlp", "x"], LORA_PRESETS)[0] == "to_q"
+    assert len(expanded(["to_q", "attention+mlp", "x"], LORA_PRESETS)) == len(set(LORA_PRESETS["attention+mlp"])) + 1
     matched = {
         preset: {
             name
             for name, module in skeleton.named_modules()
-            if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in PRESETS[preset])
+            if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in LORA_PRESETS[preset])
         }
-        for preset in PRESETS
+        for preset in LORA_PRESETS
     }
     every = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     assert matched["attention"] < matched["attention+mlp"] < matched["all"] == every
-    for preset in PRESETS:
-        check_targets(skeleton, [preset])
+    for preset in LORA_PRESETS:
+        check_targets(skeleton, [preset], presets=LORA_PRESETS)
     for near, preset in (("atention", "attention"), ("ALL", "all"), ("attention,mlp", "attention+mlp")):
         with pytest.raises(
             UserError, match=rf"'{near}' matches no linear layer .* did you mean '{re.escape(preset)}'\?$"
         ):
-            check_targets(skeleton, [near])
+            check_targets(skeleton, [near], presets=LORA_PRESETS)
     for far in ("mlp", "all-linear", "everything"):
         with pytest.raises(UserError, match=r"write one of attention, attention\+mlp, all, or the ending of a layer's"):
-            check_targets(skeleton, [far])
+            check_targets(skeleton, [far], presets=LORA_PRESETS)
 
 
 def test_patterns_that_match_only_what_cannot_learn_are_told(skeleton: QwenImageTransformer2DModel) -> None:
-    untrained = family.untrained_modules(skeleton)
+    untrained = untrained_modules(skeleton)
     check_targets(skeleton, ["to_add_out", "txt_mlp.net.2"], untrained=untrained)
     with pytest.raises(UserError) as caught:
         check_targets(skeleton, [f"{LAST}attn.to_add_out", "to_q", f"{LAST}txt_mlp.net.2"], untrained=untrained)
@@ -105,7 +106,7 @@ def test_the_table_counts_what_was_added(tiny_base: Path) -> None:
     transformer = transformer_of(tiny_base)
     table = add_lora(
         transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=[*ATTENTION, "img_mlp.net.2"], seed=0,
-        untrained=family.untrained_modules(transformer),
+        untrained=untrained_modules(transformer),
     )  # fmt: skip
     counts = {row.pattern: row.modules for row in table}
     assert counts == dict.fromkeys([*ATTENTION, "img_mlp.net.2"], 2) | {"add_q_proj": 1, "to_add_out": 1}
@@ -126,7 +127,7 @@ def test_dora_trains_the_lengths_too(tiny_base: Path) -> None:
     transformer = transformer_of(tiny_base, torch.bfloat16)
     table = add_lora(
         transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=["all"], seed=0, use_dora=True,
-        untrained=family.untrained_modules(transformer),
+        presets=LORA_PRESETS, untrained=untrained_modules(transformer),
     )  # fmt: skip
     trained = trainable_parameters(transformer)
     lengths = [name for name in trained if "lora_magnitude_vector" in name]
@@ -165,7 +166,7 @@ def test_adapters_are_float32_or_better(tiny_base: Path, base_dtype: torch.dtype
 def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base: Path) -> None:
     """One precision throughout: mixed ones cannot be multiplied where there is no autocast, in sampling for one."""
     transformer = transformer_of(tiny_base, torch.bfloat16)
-    untrained = family.untrained_modules(transformer)
+    untrained = untrained_modules(transformer)
     assert train_all(transformer, untrained=untrained) == []
     assert {p.dtype for p in transformer.parameters()} == {torch.float32}
     frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
@@ -244,7 +245,7 @@ def test_the_stock_pipeline_loads_the_file(
 
 def settings(transformer: QwenImageTransformer2DModel, **changes: Any) -> dict[str, Any]:
     own = {"r": 4, "lora_alpha": 8.0, "use_dora": transformer.peft_config["default"].use_dora}
-    return own | {"target_modules": ["attention"]} | changes
+    return own | {"target_modules": ["attention"], "presets": LORA_PRESETS} | changes
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
@@ -252,8 +253,8 @@ def test_training_goes_on_from_a_file(
     tiny_base: Path, filled: QwenImageTransformer2DModel, file: Path, whole_folder: bool
 ) -> None:
     given = str(file.parent if whole_folder else file)
-    skeleton = family.transformer_skeleton(str(tiny_base))
-    check_pretrained(skeleton, given, **settings(filled), untrained=family.untrained_modules(skeleton))
+    skeleton = QwenImageEdit(str(tiny_base)).transformer_skeleton()
+    check_pretrained(skeleton, given, **settings(filled), untrained=untrained_modules(skeleton))
     gone_on = with_lora(tiny_base, seed=5, pretrained_weight=given, **settings(filled))
     own, theirs = trainable_parameters(gone_on), trainable_parameters(filled)
     assert own.keys() == theirs.keys()
@@ -263,11 +264,11 @@ def test_training_goes_on_from_a_file(
 def test_every_setting_that_does_not_fit_a_file_is_told_with_the_one_that_does(
     tiny_base: Path, filled: QwenImageTransformer2DModel, file: Path
 ) -> None:
-    skeleton = family.transformer_skeleton(str(tiny_base))
+    skeleton = QwenImageEdit(str(tiny_base)).transformer_skeleton()
     dora = settings(filled)["use_dora"]
     wrong = {"r": 8, "lora_alpha": 4.0, "use_dora": not dora, "target_modules": ["to_q", "img_mlp.net.2"]}
     with pytest.raises(UserError) as caught:
-        check_pretrained(skeleton, str(file), **wrong, untrained=family.untrained_modules(skeleton))
+        check_pretrained(skeleton, str(file), **wrong, untrained=untrained_modules(skeleton))
     lines = [message.replace(str(file), "FILE") for message in caught.value.messages]
     assert lines[:3] == [
         "model.lora.r: 8 does not fit FILE, which has 4: write 4",
@@ -285,13 +286,12 @@ def test_a_lora_of_a_base_of_another_size_is_refused(file: Path) -> None:
         num_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64
     )
     header = read_header(str(file))
-    wanted = {"r": header.r, "lora_alpha": header.lora_alpha, "use_dora": header.use_dora}
+    untrained = untrained_modules(other)
+    wanted = {"presets": LORA_PRESETS, "r": header.r, "lora_alpha": header.lora_alpha, "use_dora": header.use_dora}
     with pytest.raises(
         UserError, match=r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
     ):
-        check_pretrained(
-            other, str(file), **wanted, target_modules=["attention"], untrained=family.untrained_modules(other)
-        )
+        check_pretrained(other, str(file), **wanted, target_modules=["attention"], untrained=untrained)
 
 
 def test_what_is_no_lora_is_told(tmp_path: Path, file: Path, tiny_base: Path) -> None:

@@ -16,7 +16,7 @@ from mixres.errors import UserError
 from mixres.models.blocks import recompute_blocks
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.quantize import Method, check_method, quantization_config
-from mixres.models.qwen.edit import untrained_modules
+from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS, untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support.mixes import (
     ATTENTION_AND_MLP,
@@ -59,7 +59,7 @@ def load(saved: dict[bool, Path]) -> Load:
             saved[zero_cond_t],
             dtype=torch.float32,
             use_safetensors=True,
-            quantization_config=quantization_config(method, dtype=torch.float32, device=device),
+            quantization_config=quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device),
         ).to(device)
         untrained = untrained_modules(model)
         add_lora(

@@ -27,7 +27,7 @@ from mixres.data.images import Limits, read_image
 from mixres.data.scan import scan
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size, control_size, target_size
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.encode import entry_keys, entry_sizes, foreseen_entries
 from mixres.preprocessing.fill import (
     CachedData,
@@ -39,7 +39,7 @@ from mixres.preprocessing.fill import (
     spread,
 )
 from mixres.preprocessing.training_data import control_areas, image_limits
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import CASES, FamilyCase, with_family
 
 ALL, FEW = 13, 3
 
@@ -222,7 +222,7 @@ def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(c
     records, problems, *_ = scan([str(root / "train.jsonl")], limits=Limits())
     assert problems == []
     assert records[0].digests == records[1].digests
-    assert len(set(entry_keys(caching.config(), family, records))) == 3
+    assert len(set(entry_keys(*with_family(caching.config()), records))) == 3
 
 
 TURNED = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 5: Image.Transpose.TRANSPOSE}
@@ -373,13 +373,13 @@ def test_what_is_read_back_is_what_the_family_encodes(caching: Caching, dtype: s
     add_mask(caching.data)
     config = caching.config(f"model.dtype={dtype}")
     encoded = caching.encoded(f"model.dtype={dtype}")
-    encoders = family.load_encoders(
-        config.model.pretrained_model_name_or_path, dtype=getattr(torch, dtype), device="cpu"
+    encoders = QwenImageEdit(config.model.pretrained_model_name_or_path).load_encoders(
+        dtype=getattr(torch, dtype), device="cpu"
     )
     limits = image_limits(config)
     for item in [*encoded.train, *encoded.held_out]:
         record = item.record
-        direct = family.encode(
+        direct = QwenImageEdit("").encode(
             encoders,
             name=record.name,
             target=read_image(record.target, limits),
@@ -387,7 +387,7 @@ def test_what_is_read_back_is_what_the_family_encodes(caching: Caching, dtype: s
             controls=[read_image(path, limits) for path in record.controls],
             prompt=record.prompt,
             mask=Image.new("L", read_image(record.target, limits).size, 255) if record.mask else None,
-            control_area=4096,
+            areas={"control_area": 4096},
         )
         assert same(encoded.cache.read(item.key, name=record.name), direct)
         assert item.lengths.target == len(direct.target_latents)
@@ -409,7 +409,7 @@ def test_the_encoders_are_gone_when_the_pass_returns(caching: Caching, tiny_base
     caching.encoded()
     assert "1 encoded" in caching.capsys.readouterr().out
     assert living_encoders() <= before
-    held = family.load_encoders(str(tiny_base), dtype=torch.float32, device="cpu")
+    held = QwenImageEdit(str(tiny_base)).load_encoders(dtype=torch.float32, device="cpu")
     assert len(living_encoders() - before) == 2, "the check sees encoders that live"
     del held
 
@@ -527,7 +527,7 @@ def test_sides_must_be_whole_tokens(caching: Caching, multiple: int) -> None:
 
 def test_a_rank_that_finds_everything_says_nothing(caching: Caching) -> None:
     config = caching.config()
-    other = encode_all(config, family, device=torch.device("cpu"), rank=1, world_size=2)
+    other = encode_all(*with_family(config), device=torch.device("cpu"), rank=1, world_size=2)
     assert caching.capsys.readouterr().out == "", "one process speaks"
     assert [item.key for item in other.train] == [item.key for item in caching.encoded().train]
 
@@ -535,7 +535,7 @@ def test_a_rank_that_finds_everything_says_nothing(caching: Caching) -> None:
 def test_a_rank_whose_rank_0_has_failed_fills_the_cache_alone(caching: Caching, tmp_path: Path) -> None:
     keep_few(caching.data)
     caching.cache = tmp_path / "empty"
-    encode_all(caching.config(), family, device=torch.device("cpu"), rank=1, world_size=2)
+    encode_all(*with_family(caching.config()), device=torch.device("cpu"), rank=1, world_size=2)
     assert caching.capsys.readouterr().out == f"cache     rank 1: {FEW} encoded\n"
     assert caching() == (0, FEW)
 
@@ -548,7 +548,7 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
     add_mask(caching.data)
     change_prompt(caching.data)
     config = caching.config()
-    cache, train, _, keys = keyed_records(config, family, is_main=False)
+    cache, train, _, keys = keyed_records(*with_family(config), is_main=False)
     missing = {key: item for key, item in zip(keys, train, strict=False) if cache.lookup(key) is None}
     assert len(missing) == 1
     [item] = missing.values()
@@ -562,7 +562,7 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
     again = "has changed since the scan: run the same command again"
     for reason in (f"{changed} {again}", f"a file {again} (is empty (0 bytes); copy it again)"):
         with pytest.raises(WorkError, match=re.escape(f"{item.record.name}: {reason}")):
-            encode_missing(config, family, cache, missing, (), torch.device("cpu"), 0, 1)
+            encode_missing(*with_family(config), cache, missing, (), torch.device("cpu"), 0, 1)
         changed.write_bytes(b"")
     assert all(cache.lookup(key) is None for key in missing)
 
@@ -578,8 +578,8 @@ def test_the_space_that_entries_take_is_known_before(caching: Caching) -> None:
     add_mask(caching.data)
     for override in ("model.dtype=float32", "model.dtype=bfloat16", "data.resize.control.area=65536"):
         config = caching.config(override)
-        _, train, held_out, keys = keyed_records(config, family, is_main=False)
-        estimated = entry_sizes(config, family, dict(zip(keys, [*train, *held_out], strict=True)))
+        _, train, held_out, keys = keyed_records(*with_family(config), is_main=False)
+        estimated = entry_sizes(*with_family(config), dict(zip(keys, [*train, *held_out], strict=True)))
         encoded = caching.encoded(override)
         for key, size in estimated.items():
             real = encoded.cache.path(key).stat().st_size
@@ -595,7 +595,7 @@ def test_every_family_caches_the_empty_prompt_in_the_space_that_was_told(
     tmp_path: Path,
 ) -> None:
     case = CASES[name]
-    base, pairs, module = base_of(case), pairs_of(case), case.module
+    base, pairs, module = base_of(case), pairs_of(case), case.at(base_of(case))
     common = [f"model.pretrained_model_name_or_path={base}", "data.caption_dropout=0.5"]
     folders = [f"data.{part}={pairs / part}" for part in ("train", "held_out")]
     places = [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}"]
@@ -609,11 +609,11 @@ def test_every_family_caches_the_empty_prompt_in_the_space_that_was_told(
     for key, size in estimated.items():
         real = encoded.cache.path(key).stat().st_size
         assert real < size < 1.1 * real + 25_000
-    encoders = module.load_encoders(str(base), dtype=torch.float32, device="cpu")
+    encoders = module.load_encoders(dtype=torch.float32, device="cpu")
     for item in encoded.train[:3]:
         controls = [read_image(path, image_limits(config)) for path in item.record.controls]
         areas = control_areas(config, module, item.target_size)
-        empty = module.encode_prompt(encoders, controls=controls, prompt="", **areas)
+        empty = module.encode_prompt(encoders, controls=controls, prompt="", areas=areas)
         cached = encoded.cache.read(item.key).empty_embeds
         assert cached is not None
         assert torch.equal(cached, empty)

@@ -15,8 +15,8 @@ from mixres.config.schema import Config
 from mixres.data.images import Limits
 from mixres.data.scan import ScannedRecord, scan, split_held_out
 from mixres.errors import UserError
-from mixres.models.qwen import edit as family
 from mixres.preprocessing.training_data import usable_records
+from support.family_cases import with_family
 
 Setup = Callable[..., Config]
 
@@ -50,7 +50,7 @@ def first(data: Path, kind: str, part: str = "train", suffix: str = ".png") -> P
 
 def messages(config: Config) -> list[str]:
     with pytest.raises(UserError) as caught:
-        usable_records(config, family, is_main=True)
+        usable_records(*with_family(config), is_main=True)
     return list(caught.value.messages)
 
 
@@ -58,13 +58,13 @@ def messages(config: Config) -> list[str]:
 
 
 def test_a_share_holds_out_examples_that_are_not_trained(setup: Setup) -> None:
-    every = usable_records(setup("data.held_out=null"), family, is_main=False)[0]
-    train, held_out = usable_records(setup("data.held_out=0.4"), family, is_main=False)
+    every = usable_records(*with_family(setup("data.held_out=null")), is_main=False)[0]
+    train, held_out = usable_records(*with_family(setup("data.held_out=0.4")), is_main=False)
     assert len(every) == 10
     assert names(train) | names(held_out) == names(every)
     assert not names(train) & names(held_out)
     assert 0 < len(held_out) < 10
-    assert usable_records(setup("data.held_out=0.4"), family, is_main=False) == (train, held_out)
+    assert usable_records(*with_family(setup("data.held_out=0.4")), is_main=False) == (train, held_out)
 
 
 def test_a_share_follows_the_seed_and_is_about_its_size(demo_data: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_held_out_example_that_is_also_trained_is_a_problem(setup: Setup, data
     config = setup()
     twin = data / "held_out/training_images/twin.png"
     assert messages(config)[:-1] == [f"{twin}: is held out and trained on, as {target}; take one of the two out"]
-    train, held_out = usable_records(setup("data.on_bad_item=skip"), family, is_main=True)
+    train, held_out = usable_records(*with_family(setup("data.on_bad_item=skip")), is_main=True)
     assert (len(train), len(held_out)) == (10, 3)
 
 
@@ -138,7 +138,7 @@ def regular(data: Path) -> Path:
 def test_regularisation_examples_are_trained_behind_the_others_and_marked(
     setup: Setup, regular: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train, held_out = usable_records(setup(f"data.regularization={regular}"), family, is_main=True)
+    train, held_out = usable_records(*with_family(setup(f"data.regularization={regular}")), is_main=True)
     assert [scanned.regularization for scanned in train] == [False] * 7 + [True] * 3
     assert names(train[7:]) == {path.relative_to(regular).as_posix() for path in regular.glob("*/*.png")} & names(train)
     assert len(held_out) == 3 and not any(scanned.regularization for scanned in held_out)
@@ -148,7 +148,7 @@ def test_regularisation_examples_are_trained_behind_the_others_and_marked(
 
 def test_regularisation_examples_are_never_held_out(setup: Setup, data: Path, regular: Path) -> None:
     share = setup(f"data.regularization={regular}", "data.held_out=0.4")
-    train, held_out = usable_records(share, family, is_main=False)
+    train, held_out = usable_records(*with_family(share), is_main=False)
     assert sum(scanned.regularization for scanned in train) == 3
     assert 0 < len(held_out) < 7
     assert len(train) + len(held_out) == 10
@@ -178,15 +178,15 @@ def test_the_summary_counts(setup: Setup, data: Path, capsys: pytest.CaptureFixt
             image.load()
         image.putalpha(number * 255)  # one of the two is opaque
         image.save(path)
-    usable_records(setup(), family, is_main=True)
+    usable_records(*with_family(setup()), is_main=True)
     assert capsys.readouterr().out.splitlines() == [
         "scan      26 pictures: 26 decoded, 0 unchanged since the last scan",
         "data      10 training and 3 held-out examples with 13 controls",
         "data      1 example with transparency, which is laid on white",
     ]
-    usable_records(setup("data.background=black"), family, is_main=True)
+    usable_records(*with_family(setup("data.background=black")), is_main=True)
     assert capsys.readouterr().out.endswith("data      1 example with transparency, which is laid on black\n")
-    usable_records(setup(), family, is_main=False)
+    usable_records(*with_family(setup()), is_main=False)
     assert capsys.readouterr().out == "", "the other ranks say nothing"
 
 
@@ -198,7 +198,7 @@ def test_the_first_of_several_frames_is_used_and_counted_where_that_is_asked_for
         image.save(path, save_all=True, append_images=[image.rotate(90)])
     fix = "save the one to train on as a still image, or set data.first_frame=true"
     assert messages(setup())[:-1] == [f"{path}: has 2 frames or pages; {fix}"]
-    train, _ = usable_records(setup("data.first_frame=true"), family, is_main=True)
+    train, _ = usable_records(*with_family(setup("data.first_frame=true")), is_main=True)
     assert len(train) == 10
     said = "data      1 example with several frames or pages in a picture: the first counts\n"
     assert capsys.readouterr().out.endswith(said)
@@ -238,7 +238,7 @@ def test_long_captions_are_cut_where_that_is_asked_for(
     text.write_text("图片 " * 1000, encoding="utf-8")
     (problem, _) = messages(setup())
     assert re.search(r"the prompt is \d{4} tokens long, more than 1024", problem)
-    train, _ = usable_records(setup("data.long_caption=truncate"), family, is_main=True)
+    train, _ = usable_records(*with_family(setup("data.long_caption=truncate")), is_main=True)
     assert len(train) == 10
     assert capsys.readouterr().out.endswith("data      1 prompt cut to 1024 tokens\n")
     prompt = train[0].record.prompt
@@ -256,7 +256,7 @@ def test_what_is_skipped_is_listed_with_names_of_any_kind(
         shutil.copyfile(first(data, "control_images"), data / f"train/control_images/{stem}.png")
     stray = data / "train/control_images/stray.png"
     shutil.copyfile(first(data, "control_images"), stray)
-    train, _ = usable_records(setup("data.on_bad_item=skip"), family, is_main=True)
+    train, _ = usable_records(*with_family(setup("data.on_bad_item=skip")), is_main=True)
     assert len(train) == 10
     said = f"data      5 problems, listed in {tmp_path / 'run/bad_items.jsonl'}: 4 of 17 examples left out\n"
     assert said in capsys.readouterr().out
@@ -283,7 +283,7 @@ def test_every_kind_of_problem_counts_the_examples_that_it_costs(setup: Setup, d
     *problems, summary = messages(setup())
     assert len(problems) == 8
     assert summary.startswith("data: 8 problems; 8 of 14 examples can be used: fix the data, or set")
-    usable_records(setup("data.on_bad_item=skip"), family, is_main=True)
+    usable_records(*with_family(setup("data.on_bad_item=skip")), is_main=True)
     listed = [json.loads(line) for line in (tmp_path / "run/bad_items.jsonl").read_text().splitlines()]
     examples = [line["example"] for line in listed]
     assert sorted(filter(None, examples)) == sorted(
@@ -322,9 +322,9 @@ def test_a_control_of_nearly_its_targets_name_is_named_with_it(tmp_path: Path, c
 def test_a_step_that_holds_more_samples_than_there_are_is_told(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usable_records(setup("batch.samples_per_step=10"), family, is_main=True)
+    usable_records(*with_family(setup("batch.samples_per_step=10")), is_main=True)
     assert "samples_per_step" not in capsys.readouterr().out
-    usable_records(setup("batch.samples_per_step=11"), family, is_main=True)
+    usable_records(*with_family(setup("batch.samples_per_step=11")), is_main=True)
     line = "data      10 training examples for batch.samples_per_step=11: every step is an epoch, and smaller than it "
     assert capsys.readouterr().out.endswith(f"{line}should be\n")
 

@@ -8,8 +8,8 @@ import pytest
 
 from mixres import cli
 from mixres.config.load import load_config
-from mixres.models.qwen import edit as qwen_image_edit
 from mixres.preprocessing.fill import keyed_records
+from support.family_cases import with_family
 from support.jobs import Jobs
 
 ALL = 13
@@ -102,7 +102,7 @@ def test_without_verify_a_changed_bit_would_not_be_found(cache: Cache) -> None:
 def test_training_stops_at_a_damaged_entry_and_the_same_command_makes_it_again(cache: Cache, tmp_path: Path) -> None:
     before, jobs = cache.contents(), Jobs(cache.file, cache.root, tmp_path)
     config = load_config(cache.file, jobs.words("run")[2:])
-    key = keyed_records(config, qwen_image_edit, is_main=False)[3][0]
+    key = keyed_records(*with_family(config), is_main=False)[3][0]
     path = cache.root / key[:2] / f"{key}.safetensors"
     flip_bit(path, before[path])
     [line] = [line for line in jobs("run", code=1).stderr.splitlines() if line.startswith("mixres: error: ")]

@@ -23,13 +23,14 @@ from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.data.plan import StepPlan
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
 from mixres.training.optimizer import schedule
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import build_objective, build_plan, load_trained
 from mixres.training.step import run_step
+from support.family_cases import with_family
 from support.jobs import stock_calls
 
 REPOSITORY = Path(__file__).parents[2]
@@ -137,16 +138,18 @@ def trained(clone: Clone, run: Path, tmp_path: Path) -> tuple[Config, CachedData
     }
     words = [f"{key}={path}" for key, path in paths.items()]
     config = load_config(clone.folder / "configs" / "quickstart.yaml", words)
-    transformer = family.load_transformer(config.model.pretrained_model_name_or_path, dtype=torch.float32, device="cpu")
+    transformer = QwenImageEdit(config.model.pretrained_model_name_or_path).load_transformer(
+        dtype=torch.float32, device="cpu"
+    )
     transformer.load_lora_adapter(load_file(run / "pytorch_lora_weights.safetensors"))
-    return config, encode_all(config, family, device=torch.device("cpu")), transformer.eval()
+    return config, encode_all(*with_family(config), device=torch.device("cpu")), transformer.eval()
 
 
 @torch.no_grad()
 def test_it_edits_this_picture(clone: Clone, quickstart: Quickstart, tmp_path: Path) -> None:
     """With the control of another sample the loss is far worse: the picture is not made up from the noise alone."""
     config, encoded, transformer = trained(clone, quickstart[0], tmp_path)
-    objective = build_objective(config, family)
+    objective = build_objective(*with_family(config))
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.held_out]
     others = {sample.img_shapes: sample for sample in samples}  # the last of its size
     pairs = [(sample, others[sample.img_shapes]) for sample in samples if others[sample.img_shapes] is not sample]
@@ -167,7 +170,7 @@ def test_the_lora_gives_the_same_pictures_in_a_process_without_mixres(
     clone: Clone, quickstart: Quickstart, tmp_path: Path
 ) -> None:
     config, encoded, transformer = trained(clone, quickstart[0], tmp_path)
-    sampler = HeldOutSampler(config, family, transformer, encoded)
+    sampler = HeldOutSampler(*with_family(config), transformer, encoded)
     cases = stock_calls(sampler)
     base = config.model.pretrained_model_name_or_path
     done = subprocess.run(
@@ -189,10 +192,10 @@ def losses(
     """The run's losses with the microbatches of each step as `groups` makes them, padded."""
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=clone.folder)
-    model = load_trained(config, family, accelerator)
+    model = load_trained(*with_family(config), accelerator)
     last = config.train.max_train_steps  # of the schedule
     scheduler = schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=0)
-    objective, plan = build_objective(config, family), build_plan(config, encoded, world_size=1)
+    objective, plan = build_objective(*with_family(config)), build_plan(config, encoded, world_size=1)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.train]
     curve = []
     for number in range(CURVE_STEPS):

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline
 from safetensors.torch import load_file
 
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, HELD_OUT_SIZES, PROMPTS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_the_folder_is_stock() -> None:
 
 
 def test_every_instruction_is_a_few_tokens() -> None:
-    pipeline = family.load_encoders(str(BASE), dtype=torch.float32, device="cpu")
+    pipeline = QwenImageEdit(str(BASE)).load_encoders(dtype=torch.float32, device="cpu")
     for prompt in PROMPTS:
         assert len(pipeline.tokenizer(prompt).input_ids) <= 6, prompt
 

@@ -4,39 +4,21 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
 from PIL import Image
 
-from mixres.models.qwen import edit as qwen_image_edit, edit_plus as qwen_image_edit_plus, image as qwen_image
+from mixres.config.schema import Config
+from mixres.models.family import Family
+from mixres.models.qwen.edit import control_area_set
+from mixres.models.qwen.edit_plus import control_areas_set
 from mixres.models.qwen.processor import load_processor
+from mixres.models.registry import FAMILIES
+from mixres.preprocessing.fill import family_of
 
 PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
-
-INTERFACE = (  # what docs/adding_a_model.md describes
-    "pixels_per_token",
-    "flow_shift",
-    "encoder_fingerprint",
-    "control_areas",
-    "record_problem",
-    "load_preprocessors",
-    "vae_sizes",
-    "text_tokens",
-    "vae_controls",
-    "text_controls",
-    "load_encoders",
-    "encode_prompt",
-    "encode",
-    "load_transformer",
-    "transformer_skeleton",
-    "untrained_modules",
-    "predict_velocity",
-    "load_sampling_pipeline",
-    "sample_image",
-)
 
 
 @dataclass(frozen=True)
@@ -49,14 +31,9 @@ class FamilyCase:
     areas: dict[str, int] = field(default_factory=dict)  # small enough for a CPU
     zero_cond_t: bool = False
 
-    @property
-    def module(self) -> ModuleType:
-        modules = {
-            "qwen_image": qwen_image,
-            "qwen_image_edit": qwen_image_edit,
-            "qwen_image_edit_plus": qwen_image_edit_plus,
-        }
-        return modules[self.family]
+    def at(self, base: Path | str) -> Family:
+        """The family, bound to this base."""
+        return FAMILIES[self.pipeline_class.__name__](str(base))
 
     def call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """How the stock pipeline takes the control images."""
@@ -65,8 +42,8 @@ class FamilyCase:
     def stock_areas(self, areas: dict[str, int]) -> AbstractContextManager[None]:
         """Within it the stock pipeline gives its controls these areas."""
         if "text_area" in areas:
-            return qwen_image_edit_plus.control_areas_set(**areas)
-        return qwen_image_edit.control_area_set(areas["control_area"]) if areas else nullcontext()
+            return control_areas_set(**areas)
+        return control_area_set(areas["control_area"]) if areas else nullcontext()
 
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
         """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
@@ -90,3 +67,8 @@ CASES = {
     "qwen_image_edit_plus": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS),
     "zero_cond_t": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS, zero_cond_t=True),
 }
+
+
+def with_family(config: Config) -> tuple[Config, Family]:
+    """The first two arguments of what works on a configuration."""
+    return config, family_of(config)

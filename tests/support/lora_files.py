@@ -1,7 +1,6 @@
 """LoRA files whose adapters do something, without a run that trains them."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ def write_lora(folder: Path, base: Path, *overrides: str, dtype: str = "float32"
         f"model: {{pretrained_model_name_or_path: {base}, lora: {{r: 4, lora_alpha: 6}}}}\ndata: {{train: x}}"
     )
     config = load_config(file, [f"model.dtype={dtype}", *overrides])
-    family: ModuleType = family_of(config)
-    transformer = family.load_transformer(str(base), dtype=getattr(torch, dtype), device="cpu")
+    family = family_of(config)
+    transformer = family.load_transformer(dtype=getattr(torch, dtype), device="cpu")
     assert config.model.lora
-    settings: dict[str, Any] = config.model.lora.model_dump()
+    settings: dict[str, Any] = config.model.lora.model_dump() | {"presets": family.lora_presets}
     add_lora(transformer, **settings, untrained=family.untrained_modules(transformer), seed=1)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainable_parameters(transformer).items():

@@ -16,7 +16,8 @@ from mixres.data.plan import Layout, Lengths
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.geometry import Grid
 from mixres.models.lora import add_lora, trainable_parameters
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
+from mixres.models.qwen.layers import untrained_modules
 from mixres.training.step import Objective, StepResult, run_step
 
 CHANNELS, TEXT_WIDTH = 64, 64
@@ -71,8 +72,8 @@ def divisor_of(objective: Objective) -> int:
 
 def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
     """Adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
-    model = family.load_transformer(str(base), dtype=dtype, device="cpu")
-    untrained = family.untrained_modules(model)
+    model = QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
+    untrained = untrained_modules(model)
     add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=TARGETS, untrained=untrained, seed=0)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -89,7 +90,7 @@ def lengths_of(index: int) -> Lengths:
 
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
     return kind(
-        predict_velocity=family.predict_velocity,
+        predict_velocity=QwenImageEdit("").predict_velocity,
         levels=TimestepSampler(weighting="cosmap"),
         shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
         normalization=normalization,

@@ -142,11 +142,11 @@ def test_what_is_trained_gives_the_same_pictures_in_a_process_without_mixres(
     AcceleratorState._reset_state(True)
     train(load_config(runs.file, runs.words("whole", "model.lora=null", "train.max_train_steps=2", "sample.every=0")))
     whole = runs.root / "whole" / "transformer"
-    config, family = runs.config("unbroken"), runs.case.module
+    config, family = runs.config("unbroken"), runs.case.at(runs.base)
     encoded = encode_all(config, family, device=torch.device("cpu"))
     lora, all_weights = (
         HeldOutSampler(config, family, family.load_transformer(
-            str(runs.base), trained=trained, dtype=torch.float32, device="cpu"), encoded)
+            trained=trained, dtype=torch.float32, device="cpu"), encoded)
         for trained in (None, whole)
     )  # fmt: skip
     lora.pipeline.load_lora_weights(unbroken)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from mixres.config.load import load_config
-from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.setup import build_plan
+from support.family_cases import with_family
 from support.jobs import (
     ACCELERATE,
     PYTHON,
@@ -129,7 +129,7 @@ def test_an_error_in_one_rank_ends_the_job_and_is_told(jobs: Jobs, tmp_path: Pat
     cache = shutil.copytree(jobs.cache, tmp_path / "cache")
     words = ("train.max_train_steps=4", f"cache.cache_dir={cache}")
     config = load_config(jobs.file, jobs.words("error", *words)[2:])
-    encoded = encode_all(config, family, device=torch.device("cpu"))
+    encoded = encode_all(*with_family(config), device=torch.device("cpu"))
     hurt = build_plan(config, encoded, world_size=2).step(2).ranks[1][0].indices[0]
     path = encoded.cache.path(encoded.train[hurt].key)
     path.write_bytes(path.read_bytes()[:-1] + b"?")

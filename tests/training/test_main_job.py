@@ -25,12 +25,13 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from mixres.config.load import load_config
 from mixres.config.schema import ATTENTION, Config
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.layers import untrained_modules
 from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import load_trained
+from support.family_cases import with_family
 from support.jobs import stock_calls
 
 REPOSITORY = Path(__file__).parents[2]
@@ -170,13 +171,15 @@ def own_pictures(job: Job, run: str) -> tuple[list[dict[str, Any]], list[Image.I
     config = job.config(run)
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=job.root)
-    trained = load_trained(config, family, accelerator)
+    trained = load_trained(*with_family(config), accelerator)
     checkpoint = Checkpoints(job.root / run / "checkpoints", keep=2).newest_valid()
     assert checkpoint is not None
     saved = checkpoint.tensors("trainable")
     for name, parameter in trained.parameters.items():
         parameter.data.copy_(saved[name])
-    sampler = HeldOutSampler(config, family, trained.transformer, encode_all(config, family, device=accelerator.device))
+    sampler = HeldOutSampler(
+        *with_family(config), trained.transformer, encode_all(*with_family(config), device=accelerator.device)
+    )
     cases = stock_calls(sampler)
     return cases, [sampler.predict(item) for item in sampler.items]
 
@@ -336,7 +339,7 @@ def test_all_weights_become_a_transformer_that_loads(job: Job, tiny_base: Path) 
     }
     recipe = json.loads((folder / "transformer" / "mixres.json").read_text())
     assert (recipe["family"], recipe["base"], recipe["step"]) == ("qwen_image_edit", str(tiny_base), 3)
-    untrained = tuple(f"{name}." for name in family.untrained_modules(base))
+    untrained = tuple(f"{name}." for name in untrained_modules(base))
     weights = base.state_dict()
     changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, weights[name])}
     assert changed == {name for name in weights if not name.startswith(untrained)}

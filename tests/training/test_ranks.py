@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from mixres.config.load import load_config
 from mixres.data.cache import Cache
-from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.setup import build_plan
+from support.family_cases import with_family
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 4
@@ -173,7 +173,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 def test_a_sample_that_is_not_finite_is_left_out_by_all_ranks(runs: Runs, alone: Path) -> None:
     config = load_config(Path(runs.common[1]), [*runs.common[2:], f"cache.cache_dir={runs.folder / 'float64'}",
                          "model.dtype=float64", f"logging.output_dir={runs.folder / 'none'}"])  # fmt: skip
-    encoded = encode_all(config, family, device=torch.device("cpu"))
+    encoded = encode_all(*with_family(config), device=torch.device("cpu"))
     item = encoded.train[build_plan(config, encoded, world_size=1).step(1).indices[0]]
     poisoned = Cache(shutil.copytree(runs.folder / "float64", runs.folder / "poisoned"))
     sample = poisoned.read(item.key)

@@ -13,12 +13,13 @@ from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.images import read_image
 from mixres.geometry import Size
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
 from mixres.training.ema import Ema
 from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
+from support.family_cases import with_family
 
 HEADINGS = ("control", "target", "prediction")
 CELL, GAP = sample_sheets._CELL, sample_sheets._GAP
@@ -100,15 +101,15 @@ def config(small_run: Path, small_cache: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def encoded(config: Config) -> CachedData:
-    return encode_all(config, family, device=torch.device("cpu"))
+    return encode_all(*with_family(config), device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def sampler(config: Config, encoded: CachedData) -> HeldOutSampler:
     base = config.model.pretrained_model_name_or_path
-    transformer = family.load_transformer(base, dtype=torch.float32, device="cpu")
+    transformer = QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu")
     transformer.enable_gradient_checkpointing()
-    return HeldOutSampler(config, family, transformer.train(), encoded)
+    return HeldOutSampler(*with_family(config), transformer.train(), encoded)
 
 
 def test_a_sheet_shows_every_held_out_size_and_leaves_the_training_alone(
@@ -141,7 +142,7 @@ def test_a_prediction_has_the_targets_size_and_is_always_the_same(sampler: HeldO
 
 def test_samples_are_made_with_the_average_on_request(config: Config, encoded: CachedData, tmp_path: Path) -> None:
     base = config.model.pretrained_model_name_or_path
-    transformer = family.load_transformer(base, dtype=torch.float32, device="cpu")
+    transformer = QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu")
     optimizer = torch.optim.SGD([transformer.proj_out.weight], lr=1.0)
     ema = Ema(optimizer, 0.9)
     for step in range(3):
@@ -151,7 +152,7 @@ def test_samples_are_made_with_the_average_on_request(config: Config, encoded: C
     asked = config.model_copy(update={"sample": config.sample.model_copy(update={"use_ema": True})})
 
     def sheet(name: str, config: Config) -> bytes:
-        HeldOutSampler(config, family, transformer, encoded, ema).write(tmp_path / name)
+        HeldOutSampler(*with_family(config), transformer, encoded, ema).write(tmp_path / name)
         return (tmp_path / name).read_bytes()
 
     plain, averaged = sheet("plain.png", config), sheet("averaged.png", asked)

@@ -18,7 +18,6 @@ from mixres.data.plan import MAX_LENGTHS, rounded, rounding_of
 from mixres.errors import UserError
 from mixres.geometry import Grid
 from mixres.models.blocks import repeated_blocks
-from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import (
@@ -30,6 +29,7 @@ from mixres.training.setup import (
     recipe,
     run_identity,
 )
+from support.family_cases import with_family
 
 
 class Setup:
@@ -50,7 +50,7 @@ def setup(small_run: Path, small_cache: Path) -> Setup:
 
 @pytest.fixture(scope="module")
 def encoded(setup: Setup) -> CachedData:
-    return encode_all(setup(), family, device=torch.device("cpu"))
+    return encode_all(*with_family(setup()), device=torch.device("cpu"))
 
 
 def accelerator(folder: Path) -> object:
@@ -61,14 +61,14 @@ def accelerator(folder: Path) -> object:
 def test_what_is_wrong_with_optimizer_and_targets_is_told_together(setup: Setup) -> None:
     config = setup("optimizer.init_args={lr: 1e-3, speed: 2, beta: 3}", "model.lora.target_modules=[to_q, to_x, to_y]")
     with pytest.raises(UserError) as caught:
-        check_early(config, family)
+        check_early(*with_family(config))
     starts = [message.partition(" ")[0] for message in caught.value.messages]
     expected = ["optimizer.init_args.speed:", "optimizer.init_args.beta:", *["model.lora.target_modules:"] * 2]
     assert starts == expected
-    check_early(setup(), family)
-    check_early(setup("model.lora=null"), family)
+    check_early(*with_family(setup()))
+    check_early(*with_family(setup("model.lora=null")))
     with pytest.raises(UserError) as caught:
-        check_early(setup("model.lora.pretrained_weight=/nowhere", "optimizer.init_args={speed: 2}"), family)
+        check_early(*with_family(setup("model.lora.pretrained_weight=/nowhere", "optimizer.init_args={speed: 2}")))
     starts = [message.partition(" ")[0] for message in caught.value.messages]
     assert starts == ["optimizer.init_args.speed:", "model.lora.pretrained_weight:"]
 
@@ -79,7 +79,7 @@ def test_the_trained_parameters_are_the_optimizers_in_order(
     setup: Setup, tmp_path: Path, lora: bool, checkpointing: bool | int
 ) -> None:
     words = [f"train.gradient_checkpointing={str(checkpointing).lower()}", *([] if lora else ["model.lora=null"])]
-    trained = load_trained(setup(*words), family, accelerator(tmp_path))
+    trained = load_trained(*with_family(setup(*words)), accelerator(tmp_path))
     assert trained.transformer.training
     assert trained.transformer.is_gradient_checkpointing == bool(checkpointing)
     held = trained.optimizer.param_groups[0]["params"]
@@ -94,7 +94,7 @@ def test_those_blocks_are_recomputed_that_were_asked_for(
     setup: Setup, encoded: CachedData, tmp_path: Path, checkpointing: str, calls: list[int]
 ) -> None:
     config = setup(f"train.gradient_checkpointing={checkpointing}")
-    transformer = load_trained(config, family, accelerator(tmp_path)).transformer
+    transformer = load_trained(*with_family(config), accelerator(tmp_path)).transformer
     found = [0] * len(calls)
 
     def count(index: int) -> Callable[..., None]:
@@ -106,15 +106,15 @@ def test_those_blocks_are_recomputed_that_were_asked_for(
     for index, block in enumerate(repeated_blocks(transformer)):
         block.register_forward_pre_hook(count(index))
     batch = next(build_loader(config, encoded, build_plan(config, encoded, world_size=1), rank=0, first=0, workers=0))
-    build_objective(config, family).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
+    build_objective(*with_family(config)).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
     assert found == calls
 
 
 def test_the_average_has_the_decay_that_was_asked_for(setup: Setup, tmp_path: Path) -> None:
     """After two updates: at most 2 / 11 of the first one's weights stay, see `training/ema.py`."""
-    assert load_trained(setup(), family, accelerator(tmp_path)).ema is None
+    assert load_trained(*with_family(setup()), accelerator(tmp_path)).ema is None
     for decay, kept in ((0.05, 0.05), (0.9, 2 / 11)):
-        trained = load_trained(setup(f"train.ema_decay={decay}"), family, accelerator(tmp_path))
+        trained = load_trained(*with_family(setup(f"train.ema_decay={decay}")), accelerator(tmp_path))
         assert trained.ema is not None
         (name, parameter), *_ = trained.parameters.items()
         weights = []
@@ -133,9 +133,9 @@ def test_no_encoder_lives_beside_the_transformer(setup: Setup, tmp_path: Path) -
     kind = Qwen2_5_VLForConditionalGeneration
     before = {id(thing) for thing in gc.get_objects() if type(thing) is kind}
     config = setup(f"cache.cache_dir={tmp_path}")
-    encode_all(config, family, device=torch.device("cpu"))
+    encode_all(*with_family(config), device=torch.device("cpu"))
     assert list(tmp_path.glob("??/*.safetensors"))
-    load_trained(config, family, accelerator(tmp_path))
+    load_trained(*with_family(config), accelerator(tmp_path))
     assert {id(thing) for thing in gc.get_objects() if type(thing) is kind} <= before
 
 
@@ -176,12 +176,12 @@ def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup,
 
 
 def test_the_objective_takes_the_bases_own_shift(setup: Setup) -> None:
-    objective = build_objective(setup("train.seed=5", "loss.normalization=token"), family)
+    objective = build_objective(*with_family(setup("train.seed=5", "loss.normalization=token")))
     assert dict(objective.shift_constants) == {
         "base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
     }  # fmt: skip
     assert (objective.seed, objective.dtype, objective.divisor(4, 100)) == (5, torch.float32, 100)
-    assert build_objective(setup("model.dtype=float64"), family).dtype == torch.float64
+    assert build_objective(*with_family(setup("model.dtype=float64"))).dtype == torch.float64
 
 
 def frozen(setup: Setup, encoded: CachedData, *overrides: str) -> dict[str, object]:
@@ -243,7 +243,7 @@ def test_a_base_on_the_hub_is_known_by_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in ("null", "main", commit):
         config = setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}")
-        assert run_identity(config, [], [])["model.revision"] == recipe(config, family, 5)["revision"] == commit
+        assert run_identity(config, [], [])["model.revision"] == recipe(*with_family(config), 5)["revision"] == commit
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +312,7 @@ LOSS_SETTINGS = {
 
 def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularised: CachedData, tmp_path: Path) -> None:
     """The loss of one batch, real model, objective and loader: each setting by itself is another number."""
-    transformer = load_trained(setup(), family, accelerator(tmp_path)).transformer
+    transformer = load_trained(*with_family(setup()), accelerator(tmp_path)).transformer
     losses = {}
     for name, words in LOSS_SETTINGS.items():
         config = setup("batch.samples_per_step=10", "batch.max_tokens=99999", *words)
@@ -320,7 +320,7 @@ def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularis
         batch = next(build_loader(config, regularised, plan, rank=0, first=0, workers=0))
         half = torch.arange(len(batch.edit_mask)) % 2
         masked = replace(batch, edit_mask=half.float(), has_mask=(True,) * 10)
-        objective = build_objective(config, family)
+        objective = build_objective(*with_family(config))
         with torch.no_grad():
             total = objective.loss_sum(transformer, masked, 0)
         losses[name] = float(total) / objective.divisor(10, sum(batch.target_lengths))
@@ -346,7 +346,7 @@ def test_a_plan_without_samples_or_room_is_refused(setup: Setup, encoded: Cached
 
 
 def test_the_recipe_is_what_sampling_needs(setup: Setup, tiny_base: Path) -> None:
-    values = recipe(setup(), family, 5)
+    values = recipe(*with_family(setup()), 5)
     assert values == {
         "format": 1,
         "mixres": __version__,

@@ -18,7 +18,7 @@ from mixres.diffusion.flow_matching import make_flow_sample
 from mixres.diffusion.loss import velocity_loss
 from mixres.errors import WorkError
 from mixres.models.lora import trainable_parameters
-from mixres.models.qwen import edit as family
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.training.step import Objective, run_step
 from support.steps import (
     ALONE,
@@ -67,7 +67,7 @@ def test_a_batch_gives_each_sample_the_velocity_and_the_loss_it_has_alone(
         flow = make_flow_sample(
             batch, seed=0, step=0, levels=objective.levels, constants=objective.shift_constants, dtype=torch.float32
         )
-        velocity = family.predict_velocity(model, batch, flow.noisy_latents, flow.sigmas)
+        velocity = QwenImageEdit("").predict_velocity(model, batch, flow.noisy_latents, flow.sigmas)
         return velocity.flatten(0, 1)[batch.target_index].split(list(batch.target_lengths))
 
     with torch.no_grad():

@@ -22,7 +22,6 @@ from mixres.data.cache import Cache
 from mixres.errors import Stopped, WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
-from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
@@ -33,6 +32,7 @@ from mixres.training.setup import TrainState, build_objective, load_trained
 from mixres.training.step import Objective
 from mixres.training.trainer import train
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
+from support.family_cases import with_family
 from support.jobs import metrics
 
 STEPS, EVALUATED = 5, [0, 2, 4, 5]
@@ -47,7 +47,7 @@ def config(small_run: Path, small_cache: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def encoded(config: Config) -> CachedData:
-    return encode_all(config, family, device=torch.device("cpu"))
+    return encode_all(*with_family(config), device=torch.device("cpu"))
 
 
 def new_accelerator(folder: Path) -> Accelerator:
@@ -63,14 +63,14 @@ def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
 @pytest.fixture(scope="module")
 def trained(config: Config, accelerator: Accelerator) -> TrainState:
     """With adapters that do something, dropout before them, in training mode."""
-    made = load_trained(config, family, accelerator)
+    made = load_trained(*with_family(config), accelerator)
     fill_adapters(made.parameters, seed=0)
     return made
 
 
 @pytest.fixture(scope="module")
 def objective(config: Config) -> Objective:
-    return build_objective(config, family)
+    return build_objective(*with_family(config))
 
 
 Make = Callable[..., HeldOutLoss]
@@ -390,7 +390,7 @@ def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Ru
         folder = run.copy_at(step, f"saved {step}")
         config = run.config(f"saved {step}")
         accelerator = new_accelerator(folder)
-        trained = load_trained(config, family, accelerator)
+        trained = load_trained(*with_family(config), accelerator)
         checkpoint = Checkpoints(folder / "checkpoints", keep=9).newest_valid()
         assert checkpoint is not None and checkpoint.step == step
         restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)

@@ -15,13 +15,13 @@ from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.plan import Lengths, computed_tokens
 from mixres.geometry import token_count
+from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.verification import bench as bench_module
 from mixres.verification.batching import Source, make_work, unsorted
 from mixres.verification.consistency import batches_of
 from mixres.verification.flops import TrainingFlops
 from mixres.verification.setup import Workbench, one_process, peak_memory, set_up
-from mixres.verification.synthetic import synthetic_family
 from mixres.verification.synthetic_samples import synthetic_samples
 
 WAYS = ["one_by_one", "padded", "padded_random", "packed"]
@@ -117,12 +117,12 @@ def test_synthetic_reads_no_weights_no_data_and_no_cache(bench: Bench, copy_of_b
 
 
 def test_the_stock_shape_needs_no_file() -> None:
-    family = synthetic_family(None, "Qwen/Qwen-Image-Edit")
-    skeleton = family.transformer_skeleton("Qwen/Qwen-Image-Edit")
+    family = load_family(None, "Qwen/Qwen-Image-Edit", synthetic=True)
+    skeleton = family.transformer_skeleton()
     assert sum(p.numel() for p in skeleton.parameters()) == 20_430_401_088
     assert all(p.is_meta for p in skeleton.parameters())
-    assert family.pixels_per_token("Qwen/Qwen-Image-Edit") == 16
-    assert family.flow_shift("Qwen/Qwen-Image-Edit")["max_shift"] == 0.9
+    assert family.pixels_per_token() == 16
+    assert family.flow_shift()["max_shift"] == 0.9
     assert family.untrained_modules(skeleton)[0] == "transformer_blocks.59.attn.add_q_proj"
 
 
@@ -133,9 +133,9 @@ def config(small_run: Path, small_cache: Path) -> Config:
 
 def test_random_weights_are_those_of_the_base_in_shape(config: Config) -> None:
     path = config.model.pretrained_model_name_or_path
-    synthetic, real = synthetic_family(None, path), family_of(config)
+    synthetic, real = load_family(None, path, synthetic=True), family_of(config)
     kind = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
-    made, base = synthetic.load_transformer(path, **kind), real.load_transformer(path, **kind)
+    made, base = synthetic.load_transformer(**kind), real.load_transformer(**kind)
     described = [{name: (t.shape, t.dtype) for name, t in m.state_dict().items()} for m in (made, base)]
     assert described[0] == described[1]
     assert torch.equal(made.pos_embed.frequencies(torch.tensor([[1, 2, 3]]), torch.device("cpu")),

@@ -9,8 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import xxhash
@@ -20,10 +19,11 @@ from mixres.data.images import WHITE
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area
 from mixres.models import hub, quantize
+from mixres.models.family import AreaRule, Family
 from mixres.models.lora import base_problem
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, LoraHeader, read_header
 from mixres.models.quantize import Method, check_method
-from mixres.models.registry import family_module
+from mixres.models.registry import load_family
 from mixres.training.checkpoint import MANIFEST
 
 FORMAT = 1  # of the recipe, see `assemble.recipe`
@@ -60,12 +60,12 @@ class Base:
 
     path: str
     revision: str | None
-    family: ModuleType
+    family: Family
     pixels_per_token: int
-    area_rules: Mapping[str, int | Literal["target"]]  # of control images, by the names of the family's functions
+    area_rules: Mapping[str, AreaRule]  # of control images, by the names of `Family.control_areas`
 
     def areas(self, size: Size) -> dict[str, int]:
-        """The sizes of the controls of a picture of this size, as keyword arguments of the family's functions."""
+        """The sizes of the controls of a picture of this size, by the names of `Family.control_areas`."""
         return {name: control_area(rule, size) for name, rule in self.area_rules.items()}
 
 
@@ -146,9 +146,9 @@ def find_base(result: RunResult, given: str | None, key: str) -> Base:
     revision = recipe.get("revision") if path == recipe["base"] else None
     what = key if given is not None else f"{key}: not given, and {result.path} names {path!r}"
     try:
-        family = family_module(None, path, revision=revision)
-        problem = _family_problem(family, recipe) or _shape_problem(family, result, path, revision)
-        token = family.pixels_per_token(path, revision=revision)
+        family = load_family(None, path, revision=revision)
+        problem = _family_problem(family, recipe) or _shape_problem(family, result)
+        token = family.pixels_per_token()
     except UserError as error:
         raise renamed(error, what) from error
     if problem:
@@ -184,12 +184,12 @@ def renamed(error: UserError, key: str, *, of: str = hub.KEY) -> UserError:
     return UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages])
 
 
-def _family_problem(family: ModuleType, recipe: Mapping[str, Any]) -> str | None:
-    name = family.NAME
+def _family_problem(family: Family, recipe: Mapping[str, Any]) -> str | None:
+    name = family.name
     if name != recipe["family"]:
         return f"it is a {name}, trained was a {recipe['family']}"
     areas = {rule: recipe[rule] for rule in ("control_area", "text_area") if rule in recipe}
-    wanted = family.control_areas(family.STOCK_CONTROL_AREA, None)
+    wanted = family.control_areas(family.stock_control_area, None)
     if areas.keys() != wanted.keys() or not all(map(_is_area, areas.values())):
         return f"the metadata gives its control images the areas {areas}, and it has {', '.join(wanted) or 'none'}"
     return None
@@ -199,8 +199,8 @@ def _is_area(rule: Any) -> bool:
     return rule == "target" or (type(rule) is int and _LEAST_AREA <= rule <= _MAX_AREA)
 
 
-def _shape_problem(family: ModuleType, result: RunResult, path: str, revision: str | None) -> str | None:
-    skeleton = family.transformer_skeleton(path, revision=revision)
+def _shape_problem(family: Family, result: RunResult) -> str | None:
+    skeleton = family.transformer_skeleton()
     if result.lora:
         return base_problem(skeleton, result.lora)
     try:

@@ -19,7 +19,7 @@ from mixres.inference.merge import Adapter, ModelFiles, adapters_of, read_model_
 from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, LoraHeader, lora_file
-from mixres.models.registry import family_module
+from mixres.models.registry import load_family
 from mixres.training.checkpoint import MANIFEST, Checkpoint, problem_of
 from mixres.training.setup import recipe
 
@@ -132,11 +132,17 @@ def _of_checkpoint(path: Path) -> tuple[RunResult, bytes]:
     lora, model = config.model.lora, config.model
     if lora is None:
         raise UserError(f"{_KEY}: {path} is of a run that trains all weights: name its result")
-    family = family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+    family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision)
     checkpoint = Checkpoint(path)
-    skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
+    skeleton = family.transformer_skeleton()
     settings = lora.model_dump(exclude={"pretrained_weight"})
-    add_lora(skeleton, **settings, untrained=family.untrained_modules(skeleton), seed=config.train.seed)
+    add_lora(
+        skeleton,
+        **settings,
+        untrained=family.untrained_modules(skeleton),
+        seed=config.train.seed,
+        presets=family.lora_presets,
+    )
     weights = checkpoint.tensors("trainable")
     expected = {name: tuple(parameter.shape) for name, parameter in trainable_parameters(skeleton).items()}
     if expected != checkpoint.shapes("trainable"):

@@ -77,12 +77,12 @@ def _make(request: Request) -> int:
 
 def _encoded(request: Request) -> dict[Text, Tensor]:
     """The embeddings `(T, D)` of each prompt beside its images, on the CPU; the text encoder is gone then."""
-    base, family = request.base, request.base.family
+    family = request.base.family
     texts = dict.fromkeys(text for one in request.wanted for text in (one.text, one.negative) if text)
-    encoders = family.load_encoders(base.path, revision=base.revision, dtype=request.dtype, device=request.device)
+    encoders = family.load_encoders(dtype=request.dtype, device=request.device)
     return {
         text: family.encode_prompt(
-            encoders, controls=_read(request, text.images), prompt=text.prompt, **dict(text.areas)
+            encoders, controls=_read(request, text.images), prompt=text.prompt, areas=dict(text.areas)
         )
         for text in counted(texts, "encode", "prompt", enabled=True)
     }
@@ -104,17 +104,16 @@ def _pipelines(request: Request) -> Iterator[Any]:
 
 
 def _load(request: Request, trained: Path | None) -> Any:
-    base, family = request.base, request.base.family
-    place = {"revision": base.revision, "dtype": request.dtype, "device": request.device}
-    transformer = family.load_transformer(base.path, trained=trained, quantize=request.quantize, **place)
-    pipeline = family.load_sampling_pipeline(base.path, transformer=transformer, **place)
+    family, dtype, device = request.base.family, request.dtype, request.device
+    transformer = family.load_transformer(trained=trained, quantize=request.quantize, dtype=dtype, device=device)
+    pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # a picture may take minutes
     return pipeline
 
 
 def _picture(request: Request, pipeline: Any, one: Wanted, embeds: dict[Text, Tensor]) -> Image.Image:
     try:
-        picture: Image.Image = request.base.family.sample_image(
+        picture = request.base.family.sample_image(
             pipeline,
             controls=_read(request, one.text.images),
             prompt_embeds=embeds[one.text],
@@ -123,7 +122,7 @@ def _picture(request: Request, pipeline: Any, one: Wanted, embeds: dict[Text, Te
             seed=one.seed,
             negative_embeds=embeds[one.negative] if one.negative else None,
             guidance=request.guidance,
-            **dict(one.text.areas),
+            areas=dict(one.text.areas),
         )
     except torch.OutOfMemoryError as error:
         raise WorkError(f"{request.device} is out of memory at {one.size}: give a smaller --size") from error

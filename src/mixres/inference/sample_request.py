@@ -19,11 +19,10 @@ from mixres.config.schema import SampleConfig
 from mixres.data.images import BadImageError, inspect_image
 from mixres.data.records import BadCaptionError, check_caption, printable
 from mixres.errors import UserError
-from mixres.geometry import Size, control_size, target_size
+from mixres.geometry import Size, target_size
 from mixres.inference.artifact import Base, RunResult, find_base, find_quantization, find_result
 from mixres.inference.sample_rows import LIMITS, MAX_SEED, Row, given_row, parsed_size, rows_of
 from mixres.models.quantize import Method
-from mixres.models.qwen.prompts import over_long
 from mixres.training.distributed import dist_env
 
 NEGATIVE_PROMPT = " "  # what the model cards give where nothing is to be kept away
@@ -240,7 +239,7 @@ def _image_sizes(problems: _Problems, rows: Sequence[Row]) -> dict[Path, Size]:
 def _fit_problems(base: Base, rows: Sequence[Row], negative: str | None, fixed: Size | None) -> Iterator[str]:
     """What of the rows this base cannot take."""
     family, token = base.family, base.pixels_per_token
-    fewest = family.CONTROLS[0]
+    fewest = family.controls[0]
     for row in rows:
         if problem := family.record_problem(controls=len(row.images), prompt=""):
             yield f"{row.images_at}: {problem}"
@@ -256,8 +255,7 @@ def _fit_problems(base: Base, rows: Sequence[Row], negative: str | None, fixed: 
 def _check_lengths(base: Base, rows: Sequence[Row], negative: str | None) -> None:
     """Raises UserError with every prompt that is too long for the text encoder."""
     at = {row.prompt: row.prompt_at for row in rows} | ({negative: "--negative-prompt"} if negative else {})
-    most: int = base.family.MAX_PROMPT_TOKENS
-    long = over_long(at, base.path, most=most, revision=base.revision)
+    long, most = base.family.over_long(at), base.family.max_prompt_tokens
     if long:
         told = {at[text]: f"the prompt is {tokens} tokens long, more than {most}" for text, (tokens, _) in long.items()}
         raise UserError([f"{where}: {reason}: shorten it" for where, reason in told.items()])
@@ -265,8 +263,7 @@ def _check_lengths(base: Base, rows: Sequence[Row], negative: str | None) -> Non
 
 def _stock_size(base: Base, row: Row, sizes: Mapping[Path, Size]) -> Size:
     """What the stock pipelines make where no size is given: their area, at the aspect of the last image, or square."""
-    source = sizes[row.images[-1]] if row.images else Size(1, 1)
-    return control_size(source, area=base.family.STOCK_CONTROL_AREA, multiple_of=_STOCK_MULTIPLE)
+    return base.family.default_size(sizes[row.images[-1]] if row.images else None)
 
 
 def _paths(folder: Path, count: int) -> list[Path]:

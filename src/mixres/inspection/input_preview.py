@@ -5,7 +5,6 @@ that training reads. Cost: decoding and resizing a few examples; with `decoded_o
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from PIL import Image
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
 from mixres.data.scan import ScannedRecord
-from mixres.geometry import Grid, Size, token_grid
+from mixres.geometry import Grid, token_grid
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.qwen.inputs import text_picture, vae_picture
-from mixres.models.qwen.latents import decode_latents
+from mixres.models.family import Family
 from mixres.preprocessing.encode import encode_inputs, entry_keys
 from mixres.preprocessing.fill import evenly
 from mixres.training.sample_sheets import Row, contact_sheet
@@ -36,13 +34,10 @@ def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
     return some
 
 
-def input_sheet(
-    config: Config, family: ModuleType, some: Sequence[ScannedRecord], decoded: Decoded = ()
-) -> Image.Image:
+def input_sheet(config: Config, family: Family, some: Sequence[ScannedRecord], decoded: Decoded = ()) -> Image.Image:
     """A row an example: target, its mask on the token grid, each control for VAE and text encoder, and `decoded`."""
-    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    preprocessors = family.load_preprocessors(path, revision=revision)
-    token = family.pixels_per_token(path, revision=revision)
+    preprocessors = family.load_preprocessors()
+    token = family.pixels_per_token()
     given = [_pictures(family, preprocessors, encode_inputs(config, family, scanned), token) for scanned in some]
     headings = dict.fromkeys(heading for pictures in given for heading in pictures)
     columns = sorted(headings, key=_order)
@@ -56,16 +51,11 @@ def input_sheet(
     return contact_sheet((*columns, *cached[:latents]), rows)
 
 
-def _pictures(family: ModuleType, preprocessors: Any, inputs: dict[str, Any], token: int) -> dict[str, Image.Image]:
-    areas = {name: inputs[name] for name in ("control_area", "text_area") if name in inputs}
-    size: Size = inputs["target_size"]
-    found = {"target": vae_picture(preprocessors, inputs["target"], size)}
+def _pictures(family: Family, preprocessors: Any, inputs: dict[str, Any], token: int) -> dict[str, Image.Image]:
+    shown = ("target", "target_size", "controls", "areas")
+    found = family.previews(preprocessors, **{name: inputs[name] for name in shown})
     if inputs["mask"] is not None:
-        found["mask"] = _mask_picture(inputs["mask"], token_grid(size, token))
-    for number, (image, seen) in enumerate(family.vae_controls(preprocessors, inputs["controls"], **areas), 1):
-        found[f"control {number}, VAE"] = vae_picture(preprocessors, image, seen)
-    for number, image in enumerate(family.text_controls(preprocessors, inputs["controls"], **areas), 1):
-        found[f"control {number}, text encoder"] = text_picture(preprocessors, image)
+        found["mask"] = _mask_picture(inputs["mask"], token_grid(inputs["target_size"], token))
     return found
 
 
@@ -80,7 +70,7 @@ def _mask_picture(mask: Image.Image, grid: Grid) -> Image.Image:
 
 def decoded_of(
     config: Config,
-    family: ModuleType,
+    family: Family,
     some: Sequence[ScannedRecord],
     cache: Cache,
     device: torch.device,
@@ -91,7 +81,6 @@ def decoded_of(
     Raises:
         UserError: VAE or encoders of the base cannot be had.
     """
-    model = config.model
     keys = entry_keys(config, family, some, empty_prompt=config.data.caption_dropout > 0)
     missing = sum(cache.lookup(key) is None for key in keys)
     if missing:
@@ -99,10 +88,8 @@ def decoded_of(
     if missing == len(some):
         return []
     pipeline = family.load_sampling_pipeline(
-        model.pretrained_model_name_or_path,
         transformer=None,
-        revision=model.revision,
-        dtype=getattr(torch, model.dtype),
+        dtype=getattr(torch, config.model.dtype),
         device=device,
     )
     found: list[list[Image.Image]] = []
@@ -111,5 +98,5 @@ def decoded_of(
         if cache.lookup(key) is not None:
             sample = cache.read(key, name=scanned.record.name)
             pairs = zip((sample.target_latents, *sample.control_latents), sample.img_shapes, strict=True)
-            found[-1] = [decode_latents(pipeline, tokens, grid) for tokens, grid in pairs]
+            found[-1] = [family.decode_latents(pipeline, tokens, grid) for tokens, grid in pairs]
     return found

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 from mixres import atomic
 from mixres.config.schema import Config
@@ -25,6 +24,7 @@ from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.plan_figures import Totals, totals
 from mixres.inspection.report import page, summary_lines
 from mixres.inspection.statistics import Figures, item_figures, notices, seen_sizes, size_figures, token_figures
+from mixres.models.family import Family
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries
 from mixres.preprocessing.fill import family_of, lengths_of, make_folder
 from mixres.preprocessing.training_data import ScannedData, scan_records, tell
@@ -53,7 +53,7 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
         found = scan_records(config, family, is_main=True)
     except UserError as error:
         raise UserError([*problems, *error.messages]) from error
-    tell(found, family.MAX_PROMPT_TOKENS, config.data.background)
+    tell(found, family.max_prompt_tokens, config.data.background)
     look = _Look(config, family, found, ranks, estimate=not problems)
     problems += [*map(str, found.problems), found.summary()] if found.stop(config) else []
     problems += [*filter(None, [found.share_problem(config)]), *look.problems]
@@ -77,7 +77,7 @@ def _check_ranks(ranks: int) -> None:
         raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
 
 
-def _early_problems(config: Config, family: ModuleType) -> list[str]:
+def _early_problems(config: Config, family: Family) -> list[str]:
     try:
         check_early(config, family)
     except UserError as error:
@@ -88,7 +88,7 @@ def _early_problems(config: Config, family: ModuleType) -> list[str]:
 class _Look:
     """A configuration's usable examples, and the plan of those among them that fit a microbatch."""
 
-    def __init__(self, config: Config, family: ModuleType, found: ScannedData, ranks: int, *, estimate: bool) -> None:
+    def __init__(self, config: Config, family: Family, found: ScannedData, ranks: int, *, estimate: bool) -> None:
         self.config, self.family, self.found, self.ranks = config, family, found, ranks
         self.device = dist_env().device
         everything = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
@@ -140,9 +140,7 @@ class _Look:
             "items": item_figures(found),
         }
         if self.entries:
-            token = self.family.pixels_per_token(
-                config.model.pretrained_model_name_or_path, revision=config.model.revision
-            )
+            token = self.family.pixels_per_token()
             report["sizes"] = size_figures(found.train, seen_sizes(self.entries, token))
             report["tokens"] = token_figures(found.train, self.entries)
             report["bucketing"] = asdict(
@@ -166,7 +164,7 @@ class _Look:
         )
         return {
             "base": model.pretrained_model_name_or_path,
-            "family": self.family.NAME,
+            "family": self.family.name,
             "precision": precision_label(self.config),
             **counts,
             **versions(),
@@ -174,7 +172,7 @@ class _Look:
 
     def _cache_figures(self) -> Figures:
         root = Path(self.config.cache.cache_dir)
-        sizes = entry_bytes(self.config, self.foreseen)
+        sizes = entry_bytes(self.config, self.family, self.foreseen)
         return {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": shutil.disk_usage(root).free}
 
     def _plan_figures(self, epoch: Totals) -> Figures:
@@ -233,7 +231,7 @@ class _Look:
         return figures | {"epoch_seconds": epoch, "run_seconds": run}
 
 
-def _write(config: Config, family: ModuleType, look: _Look, report: Figures, *, decode: bool) -> None:
+def _write(config: Config, family: Family, look: _Look, report: Figures, *, decode: bool) -> None:
     paths = [report_path(config, name) for name in ("inspect.json", "inspect.html", "inputs.png")]
     picture = None
     if some := chosen(look.found.train):

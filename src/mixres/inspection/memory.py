@@ -10,7 +10,6 @@ the library's own few hundred MB on a GPU. `inspect --measure` runs the largest 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from mixres.config.schema import Config
 from mixres.data.plan import Layout
 from mixres.inspection.activations import ActivationBytes, Rows
+from mixres.models.family import Family
 from mixres.models.lora import add_lora, train_all, trainable_parameters
 from mixres.models.quantize import stored_bytes
 from mixres.training.distributed import dist_env
@@ -49,14 +49,14 @@ class MemoryEstimate:
         UserError: the base's configuration, the optimizer's class or an argument of it is wrong.
     """
 
-    def __init__(self, config: Config, family: ModuleType, *, ranks: int, cuda: bool) -> None:
+    def __init__(self, config: Config, family: Family, *, ranks: int, cuda: bool) -> None:
         model = config.model
-        skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
+        skeleton = family.transformer_skeleton()
         torch.nn.Module.to(skeleton, getattr(torch, model.dtype))  # not diffusers' own, which warns
         self._untrained: tuple[str, ...] = family.untrained_modules(skeleton)
         if model.lora:
             settings = model.lora.model_dump(exclude={"pretrained_weight"})
-            add_lora(skeleton, **settings, untrained=self._untrained, seed=0)
+            add_lora(skeleton, **settings, untrained=self._untrained, seed=0, presets=family.lora_presets)
         else:
             train_all(skeleton, untrained=self._untrained)
         self._config, self._skeleton, self._cuda = config, skeleton, cuda

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mixres.config.schema import Config
 from mixres.data.cache import CacheEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Lengths
+from mixres.models.family import Family
 from mixres.training.step import bare_step_seconds
 from mixres.verification.setup import Workbench, one_process, peak_memory, set_up
 from mixres.verification.synthetic_samples import noise_sample
@@ -38,7 +38,7 @@ class Measured:
     peak_bytes: int | None  # on CUDA all that is allocated, on a CPU how far the process grew
 
 
-def measure(config: Config, family: ModuleType, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Measured:
+def measure(config: Config, family: Family, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Measured:
     """Of a microbatch of these samples, each with the text of its `lengths`.
 
     Raises:

@@ -7,13 +7,12 @@ a minute or so for each graph, see `most_graphs`.
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from mixres.errors import UserError
-from mixres.models.qwen.rope import JointRotary
 
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -68,8 +67,17 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
     return call
 
 
+@runtime_checkable
+class HoldsComplex(Protocol):
+    """An argument of a block with complex tensors in it, for which the compiler generates no code."""
+
+    def without_complex(self) -> Any:
+        """The same with real tensors."""
+        ...
+
+
 def _real(argument: Any) -> Any:
-    return argument.real() if isinstance(argument, JointRotary) else argument
+    return argument.without_complex() if isinstance(argument, HoldsComplex) else argument
 
 
 def check_compiler(device: torch.device) -> None:

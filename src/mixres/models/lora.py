@@ -16,17 +16,11 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
 from mixres.models.lora_file import LoraHeader, check_fit, load_adapters, read_header
 
-_MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-_ENDS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "img_in", "txt_in", "norm_out.linear", "proj_out")
-PRESETS = {  # what one word stands for in `target_modules`
-    "attention": ATTENTION,
-    "attention+mlp": (*ATTENTION, *_MLP),
-    "all": (*ATTENTION, *_MLP, "img_mod.1", "txt_mod.1", *_ENDS),
-}
+Presets = Mapping[str, Sequence[str]]  # what one word of `target_modules` stands for
+NO_PRESETS: Presets = {}
 
 
 @dataclass(frozen=True)
@@ -38,12 +32,18 @@ class TargetMatch:
     parameters: int
 
 
-def expanded(targets: Sequence[str]) -> list[str]:
+def expanded(targets: Sequence[str], presets: Presets = NO_PRESETS) -> list[str]:
     """The patterns that `targets` stand for, each once."""
-    return list(dict.fromkeys(pattern for target in targets for pattern in PRESETS.get(target, (target,))))
+    return list(dict.fromkeys(pattern for target in targets for pattern in presets.get(target, (target,))))
 
 
-def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained: Sequence[str] = ()) -> None:
+def check_targets(
+    transformer: nn.Module,
+    patterns: Sequence[str],
+    *,
+    untrained: Sequence[str] = (),
+    presets: Presets = NO_PRESETS,
+) -> None:
     """All patterns that give no linear layer of `transformer` (a meta-device model will do) an adapter, at once.
 
     Raises:
@@ -52,12 +52,12 @@ def check_targets(transformer: nn.Module, patterns: Sequence[str], *, untrained:
     names = _linear_layers(transformer)
     endings = sorted({".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 3)})
     problems = []
-    for pattern in expanded(patterns):
+    for pattern in expanded(patterns, presets):
         matched = [name for name in names if _matches(name, pattern)]
         if not matched:
             # Nothing as far as 'linear' for peft's 'all-linear': that one would train a single layer.
-            close = difflib.get_close_matches(pattern.lower(), [*PRESETS, *endings], n=1, cutoff=0.77)
-            words = f"write one of {', '.join(PRESETS)}, or the ending of a layer's name"
+            close = difflib.get_close_matches(pattern.lower(), [*presets, *endings], n=1, cutoff=0.77)
+            words = f"write one of {', '.join(presets)}, or the ending of a layer's name"
             hint = f"did you mean '{close[0]}'?" if close else words
             problems.append(
                 f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer; {hint}"
@@ -77,6 +77,7 @@ def add_lora(
     target_modules: Sequence[str],
     untrained: Sequence[str],
     seed: int,
+    presets: Presets = NO_PRESETS,
     use_dora: bool = False,
     pretrained_weight: str | None = None,
 ) -> list[TargetMatch]:
@@ -89,7 +90,7 @@ def add_lora(
         UserError: the file is none, or does not fit.
     """
     transformer.requires_grad_(False)
-    patterns = expanded(target_modules)
+    patterns = expanded(target_modules, presets)
     chosen = _chosen(transformer, patterns, untrained)
     table = [_match(pattern, chosen, r, use_dora) for pattern in patterns]
     # By their full names: peft's `exclude_modules`, kept in the file, makes a warning wherever the file is loaded.
@@ -116,13 +117,14 @@ def check_pretrained(
     use_dora: bool,
     target_modules: Sequence[str],
     untrained: Sequence[str],
+    presets: Presets = NO_PRESETS,
 ) -> None:
     """That adapters of these settings on `transformer` (a meta-device model will do) can start from the file.
 
     Raises:
         UserError: the file is none, or every setting that does not fit.
     """
-    chosen = _chosen(transformer, expanded(target_modules), untrained)
+    chosen = _chosen(transformer, expanded(target_modules, presets), untrained)
     layers = {name: (linear.in_features, linear.out_features) for name, linear in chosen.items()}
     check_fit(read_header(pretrained_weight), layers, r=r, lora_alpha=lora_alpha, use_dora=use_dora)
 

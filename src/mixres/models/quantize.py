@@ -8,6 +8,7 @@ recomputed there (gradient checkpointing).
 """
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,6 @@ from mixres.errors import UserError
 
 Method = Literal["int8", "fp8", "nf4", "bnb_int8"]
 KEY = "model.quantize"
-OUTSIDE = ("time_text_embed", "img_in", "txt_in", "norm_out", "proj_out")  # linear layers that are in no block
 _PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "bnb_int8": "bitsandbytes"}
 
 
@@ -43,8 +43,12 @@ def check_method(method: Method, device: torch.device) -> None:
         raise UserError(f"{KEY}: {method} needs {package}, which is not installed: pip install {package}")
 
 
-def quantization_config(method: Method, *, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """What `from_pretrained` takes as `quantization_config`; `dtype` is that of the layers' inputs and outputs.
+def quantization_config(
+    method: Method, exclude: Sequence[str], *, dtype: torch.dtype, device: torch.device | str
+) -> Any:
+    """What `from_pretrained` takes as `quantization_config`, for all linear layers but those in `exclude`.
+
+    `dtype` is that of the layers' inputs and outputs.
 
     Raises:
         UserError: as `check_method`.
@@ -55,12 +59,12 @@ def quantization_config(method: Method, *, dtype: torch.dtype, device: torch.dev
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(OUTSIDE),
+            llm_int8_skip_modules=list(exclude),
         )
     if method == "bnb_int8":  # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339)
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(OUTSIDE))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(exclude))
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     kind = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[method]
     # The other default of torchao changes settings of the compiler for the whole process.
-    return TorchAoConfig(kind(set_inductor_config=False), modules_to_not_convert=list(OUTSIDE))
+    return TorchAoConfig(kind(set_inductor_config=False), modules_to_not_convert=list(exclude))

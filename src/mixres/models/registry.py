@@ -1,39 +1,48 @@
-"""Which module serves which pipeline class: the one place that picks a model family.
+"""Which family serves which pipeline class: the one place that chooses.
 
-Promise: nothing else in mixres asks for a family's name. Cost: `model_index.json` is read; the family's module, and
-diffusers with it, is imported only once chosen.
+Nothing else in mixres compares a family's name.
 """
 
-import importlib
 import sys
-from types import ModuleType
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from mixres.errors import UserError
+from mixres.models.family import Family
 from mixres.models.hub import KEY, pipeline_json
+from mixres.models.qwen.edit import QwenImageEdit
+from mixres.models.qwen.edit_plus import QwenImageEditPlus
+from mixres.models.qwen.image import QwenImage
 
-_FAMILIES = {
-    "QwenImagePipeline": "qwen_image",
-    "QwenImageEditPipeline": "qwen_image_edit",
-    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
+# By `_class_name` in the base's model_index.json. A family's class is called as `load_family` does at its end.
+FAMILIES: dict[str, type[Family]] = {
+    family.pipeline_class.__name__: family for family in (QwenImage, QwenImageEdit, QwenImageEditPlus)
 }
-_MODULES = {"qwen_image": "image", "qwen_image_edit": "edit", "qwen_image_edit_plus": "edit_plus"}
 
 
-def family_module(name: str | None, path: str, *, revision: str | None = None) -> ModuleType:
-    """The module `mixres.models.<family>` for the pipeline at `path`; `name` must agree with it where given.
+def load_family(name: str | None, path: str, *, revision: str | None = None, synthetic: bool = False) -> Family:
+    """The family of the pipeline at `path`; `name` (`model.family`) must agree with it where given.
+
+    `synthetic`: of this base only configuration files are needed, and none of a stock base; `load_transformer` fills
+    its shape with noise.
 
     Raises:
         UserError: the pipeline cannot be found, its class is not supported, or `name` is another family.
     """
-    pipeline_class = pipeline_json(path, "model_index.json", revision=revision).get("_class_name")
-    family = _FAMILIES.get(pipeline_class) if isinstance(pipeline_class, str) else None
-    if family is None:
-        supported = ", ".join(_FAMILIES)
-        raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported; supported: {supported}")
-    if name not in (None, family):
-        raise UserError(f"model.family: {name!r} does not fit {path!r}, a {pipeline_class}: leave it out, or {family}")
-    module = importlib.import_module(f"mixres.models.qwen.{_MODULES[family]}")
     if not sys.stderr.isatty():  # in a log the libraries' bars of what they load would be lines of no news
-        for library in ("diffusers", "transformers"):
-            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
-    return module
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    stock = {base: family for family in FAMILIES.values() for base in family.stock_bases}
+    if synthetic and path in stock:
+        return stock[path](path, synthetic=True)
+    pipeline_class = pipeline_json(path, "model_index.json", revision=revision).get("_class_name")
+    family = FAMILIES.get(pipeline_class) if isinstance(pipeline_class, str) else None
+    if family is None:
+        supported = ", ".join(FAMILIES)
+        raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported; supported: {supported}")
+    if name not in (None, family.name):
+        raise UserError(
+            f"model.family: {name!r} does not fit {path!r}, a {pipeline_class}: leave it out, or {family.name}"
+        )
+    return family(path, revision=revision, synthetic=synthetic)

@@ -7,7 +7,6 @@ was made of the very bytes that the key names. Cost: VAE and text encoder once a
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from mixres.data.cache import CacheEntry, entry_key
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
-from mixres.geometry import token_grid
-from mixres.models.qwen.entry_size import EntrySize
+from mixres.models.family import Family
 from mixres.preprocessing.training_data import control_areas, image_limits, target_size_of
 
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
@@ -29,7 +27,7 @@ ENCODING = 2
 
 
 def entry_keys(
-    config: Config, family: ModuleType, records: Sequence[ScannedRecord], *, empty_prompt: bool = False
+    config: Config, family: Family, records: Sequence[ScannedRecord], *, empty_prompt: bool = False
 ) -> list[str]:
     """For each record the hash over everything that its entry depends on; `empty_prompt`: it holds that one too.
 
@@ -37,9 +35,7 @@ def entry_keys(
         UserError: the base's encoders cannot be had.
     """
     memo = Path(config.cache.cache_dir) / "fingerprints.json"
-    encoders = family.encoder_fingerprint(
-        config.model.pretrained_model_name_or_path, revision=config.model.revision, memo=memo
-    )
+    encoders = family.encoder_fingerprint(memo)
     colour = ImageColor.getrgb(config.data.background)
     background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
     return [
@@ -60,46 +56,42 @@ def entry_keys(
 
 
 def entry_sizes(
-    config: Config, family: ModuleType, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
+    config: Config, family: Family, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
 ) -> dict[str, int]:
     """The bytes that each entry will take; the keys `with_empty` hold the empty prompt too."""
-    return entry_bytes(config, foreseen_entries(config, family, missing, with_empty))
+    return entry_bytes(config, family, foreseen_entries(config, family, missing, with_empty))
 
 
-def entry_bytes(config: Config, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
+def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
     """The bytes of the files of such entries."""
-    model = config.model
-    size_of = EntrySize(model.pretrained_model_name_or_path, revision=model.revision, dtype=getattr(torch, model.dtype))
     return {
-        key: size_of(
+        key: family.entry_bytes(
             image_tokens=entry.image_tokens,
             text_tokens=entry.text_tokens + entry.empty_tokens,
             mask_tokens=entry.target_tokens if entry.has_mask else 0,
+            dtype=getattr(torch, config.model.dtype),
         )
         for key, entry in entries.items()
     }
 
 
 def foreseen_entries(
-    config: Config, family: ModuleType, records: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
+    config: Config, family: Family, records: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
 ) -> dict[str, CacheEntry]:
     """What the cache will say of each record once it is encoded, exactly, from sizes and words alone.
 
     Raises:
         UserError: the base's tokenizer, processor or configuration cannot be had.
     """
-    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    pixels_per_token = family.pixels_per_token(path, revision=revision)
-    preprocessors = family.load_preprocessors(path, revision=revision)
+    preprocessors = family.load_preprocessors()
     entries = {}
     for key, scanned in records.items():
         target, controls = target_size_of(config, scanned), scanned.control_sizes
         areas = control_areas(config, family, target)
-        sizes = [target, *family.vae_sizes(controls, **areas)]
-        count = partial(family.text_tokens, preprocessors, controls=controls, **areas)
+        count = partial(family.text_tokens, preprocessors, controls=controls, areas=areas)
         entries[key] = CacheEntry(
             key=key,
-            img_shapes=tuple(token_grid(size, pixels_per_token) for size in sizes),
+            img_shapes=family.grids(target, controls, areas),
             text_tokens=count(prompt=scanned.record.prompt),
             has_mask=scanned.record.mask is not None,
             empty_tokens=count(prompt="") if key in with_empty else 0,
@@ -107,7 +99,7 @@ def foreseen_entries(
     return entries
 
 
-def encode_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) -> dict[str, Any]:
+def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
     """What the family's `encode` takes of an example, its pictures decoded.
 
     Raises:
@@ -133,5 +125,5 @@ def encode_inputs(config: Config, family: ModuleType, scanned: ScannedRecord) ->
         "controls": controls,
         "prompt": record.prompt,
         "mask": mask,
-        **control_areas(config, family, target_size_of(config, scanned)),
+        "areas": control_areas(config, family, target_size_of(config, scanned)),
     }

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -27,8 +26,9 @@ from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord
 from mixres.data.scan import ScannedRecord
 from mixres.errors import UserError, WorkError
-from mixres.geometry import Size, control_size, token_grid
-from mixres.models.registry import family_module
+from mixres.geometry import Size, token_count
+from mixres.models.family import Family
+from mixres.models.registry import load_family
 from mixres.preprocessing.encode import encode_inputs, entry_keys, entry_sizes
 from mixres.preprocessing.training_data import SOURCES, control_areas, scan_of, target_size_of, usable_records
 
@@ -89,15 +89,15 @@ def run_cache(config: Config, *, device: torch.device | str = "cpu", rank: int =
     encode_all(config, family, device=torch.device(device), rank=rank, world_size=world_size)
 
 
-def family_of(config: Config, *, is_main: bool = True) -> ModuleType:
-    """The module of the base's model family.
+def family_of(config: Config, *, is_main: bool = True) -> Family:
+    """The model family of the base, bound to it.
 
     Raises:
         UserError: the base cannot be found or is of no known family; the problems of the data are reported too.
     """
     model = config.model
     try:
-        return family_module(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+        return load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision)
     except UserError as error:
         raise UserError([*error.messages, *_file_problems(config, is_main)]) from error
 
@@ -119,7 +119,7 @@ def _file_problems(config: Config, is_main: bool) -> list[str]:
 
 
 def encode_all(
-    config: Config, family: ModuleType, *, device: torch.device, rank: int = 0, world_size: int = 1
+    config: Config, family: Family, *, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> CachedData:
     """Scan training and held-out data, and return when every example is in the cache; the ranks share the encoding.
 
@@ -132,7 +132,7 @@ def encode_all(
 
 def encode(
     config: Config,
-    family: ModuleType,
+    family: Family,
     scanned: KeyedRecords,
     *,
     device: torch.device,
@@ -163,7 +163,7 @@ def encode(
     return CachedData(cache, items[: len(train)], items[len(train) :])
 
 
-def keyed_records(config: Config, family: ModuleType, *, is_main: bool) -> KeyedRecords:
+def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedRecords:
     """Scan training and held-out data; the usable examples and what their entries are called.
 
     Raises:
@@ -176,15 +176,13 @@ def keyed_records(config: Config, family: ModuleType, *, is_main: bool) -> Keyed
     return KeyedRecords(Cache(root), train, held_out, keys + entry_keys(config, family, held_out))
 
 
-def _check_budget(config: Config, family: ModuleType, train: Iterable[ScannedRecord]) -> None:
+def _check_budget(config: Config, family: Family, train: Iterable[ScannedRecord]) -> None:
     """What the plan would refuse after hours of encoding; it knows the lengths of the texts too, and checks again."""
-    token = family.pixels_per_token(config.model.pretrained_model_name_or_path, revision=config.model.revision)
     over = []
     for scanned in train:
         target = target_size_of(config, scanned)
-        area = control_areas(config, family, target).get("control_area", 0)
-        sizes = (target, *(control_size(size, area=area) for size in scanned.control_sizes))
-        tokens = sum(token_grid(size, token).tokens for size in sizes)
+        grids = family.grids(target, scanned.control_sizes, control_areas(config, family, target))
+        tokens = token_count(grids)
         if tokens > config.batch.max_tokens:
             over.append(
                 f"{scanned.record.name}: its pictures alone are {tokens} tokens, over batch.max_tokens = "
@@ -222,7 +220,7 @@ def evenly(ordered: Sequence[T], count: int) -> list[T]:
 
 def encode_missing(
     config: Config,
-    family: ModuleType,
+    family: Family,
     cache: Cache,
     missing: Mapping[str, ScannedRecord],
     with_empty: Collection[str],
@@ -255,17 +253,14 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _load(config: Config, family: ModuleType, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:
+def _load(config: Config, family: Family, device: torch.device) -> Callable[[tuple[ScannedRecord, bool]], Sample]:
     """Loads the encoders; the function encodes an example, with its empty prompt where that is wanted."""
-    model, dtype = config.model, getattr(torch, config.model.dtype)
-    encoders = family.load_encoders(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device=device
-    )
+    encoders = family.load_encoders(dtype=getattr(torch, config.model.dtype), device=device)
 
     def encode(wanted: tuple[ScannedRecord, bool]) -> Sample:
         scanned, empty = wanted
         inputs = encode_inputs(config, family, scanned)
-        sample: Sample = family.encode(encoders, **inputs)
+        sample = family.encode(encoders, **inputs)
         if not empty:
             return sample
         return replace(sample, empty_embeds=family.encode(encoders, **inputs | {"prompt": ""}).prompt_embeds)

@@ -9,8 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mixres import atomic
 from mixres.config.schema import Config
@@ -20,7 +19,7 @@ from mixres.data.records import Problem, printable
 from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_held_out
 from mixres.errors import UserError
 from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
-from mixres.models.qwen.prompts import over_long
+from mixres.models.family import AreaRule, Family
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
@@ -84,9 +83,7 @@ class ScannedData(NamedTuple):
         return f"data.held_out: {share:g} of {count} examples is {what}; give another share, or a folder"
 
 
-def usable_records(
-    config: Config, family: ModuleType, *, is_main: bool
-) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
+def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
     """Training examples, those of `data.regularization` last, and held-out ones.
 
     `is_main`: this process tells what was found and writes `bad_items.jsonl`.
@@ -99,21 +96,21 @@ def usable_records(
     if problem := found.share_problem(config):
         raise UserError(problem)
     if is_main:
-        tell(found, family.MAX_PROMPT_TOKENS, config.data.background)
+        tell(found, family.max_prompt_tokens, config.data.background)
         if found.train and (few := found.few(config)):
             log(f"data      {few}")
     return found.train, found.held_out
 
 
-def scan_records(config: Config, family: ModuleType, *, is_main: bool) -> ScannedData:
+def scan_records(config: Config, family: Family, *, is_main: bool) -> ScannedData:
     """Training and held-out examples, and the problems of the others, whatever is to be done about them.
 
     Raises:
         UserError: sources or sizes are wrong, all of them together; or the run folder cannot be written.
     """
-    data, model = config.data, config.model
+    data = config.data
     check_folder(Path(config.logging.output_dir))
-    token = family.pixels_per_token(model.pretrained_model_name_or_path, revision=model.revision)
+    token = family.pixels_per_token()
     _check_sizes(config, family, token)
     parts, missing = [], list[str]()
     for key in SOURCES:
@@ -134,7 +131,7 @@ def scan_records(config: Config, family: ModuleType, *, is_main: bool) -> Scanne
     return ScannedData(train, held_out, problems, decoded, unchanged, cut, unusable)
 
 
-def _check_sizes(config: Config, family: ModuleType, token: int) -> None:
+def _check_sizes(config: Config, family: Family, token: int) -> None:
     problems: list[str] = []
     multiple_of = config.data.resize.target.multiple_of
     if multiple_of % token:
@@ -150,18 +147,17 @@ def _check_sizes(config: Config, family: ModuleType, token: int) -> None:
         raise UserError(problems)
 
 
-def stated_areas(config: Config, family: ModuleType) -> dict[str, int | Literal["target"]]:
+def stated_areas(config: Config, family: Family) -> dict[str, AreaRule]:
     """The size rules of control images under the names that the family's functions give them.
 
     Raises:
         UserError: the family does not have a size that the configuration gives.
     """
-    rules: dict[str, int | Literal["target"]] = family.control_areas(**config.data.resize.control.model_dump())
-    return rules
+    return family.control_areas(**config.data.resize.control.model_dump())
 
 
-def control_areas(config: Config, family: ModuleType, target: Size) -> dict[str, int]:
-    """The sizes of the controls of one target, as keyword arguments of the family's functions."""
+def control_areas(config: Config, family: Family, target: Size) -> dict[str, int]:
+    """The sizes of the controls of one target, under the names of `Family.control_areas`."""
     return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
 
 
@@ -179,7 +175,7 @@ def scan_of(config: Config, key: str, *, is_main: bool, **rules: int) -> Scan:
     )
 
 
-def _usable(config: Config, family: ModuleType, key: str, token: int, is_main: bool) -> _Part:
+def _usable(config: Config, family: Family, key: str, token: int, is_main: bool) -> _Part:
     scanned = scan_of(config, key, is_main=is_main, min_side=token)
     fitting, unfit = _fitting(config, family, scanned.records, token)
     problems = [*scanned.problems, *unfit]
@@ -207,7 +203,7 @@ def image_limits(config: Config) -> Limits:
 
 
 def _fitting(
-    config: Config, family: ModuleType, records: Sequence[ScannedRecord], token: int
+    config: Config, family: Family, records: Sequence[ScannedRecord], token: int
 ) -> tuple[list[ScannedRecord], list[Problem]]:
     """Examples that the family can take, at sizes of whole tokens, and the problems of the others."""
     usable, problems = [], []
@@ -222,7 +218,7 @@ def _fitting(
     return usable, problems
 
 
-def _narrowed(config: Config, family: ModuleType, scanned: ScannedRecord, token: int) -> Iterator[Problem]:
+def _narrowed(config: Config, family: Family, scanned: ScannedRecord, token: int) -> Iterator[Problem]:
     """Pictures whose size rule leaves a side shorter than a token: whole tokens would stretch them."""
     record, rule, target = scanned.record, config.data.resize.target, scanned.target_size
     scale = target_scale(target, max_pixels=rule.max_pixels, upscale=rule.upscale)
@@ -241,13 +237,10 @@ def _narrowed(config: Config, family: ModuleType, scanned: ScannedRecord, token:
 
 
 def _short_enough(
-    config: Config, family: ModuleType, records: Sequence[ScannedRecord]
+    config: Config, family: Family, records: Sequence[ScannedRecord]
 ) -> tuple[list[ScannedRecord], list[Problem], int]:
     """Examples whose prompts fit the text encoder, problems of the others, and how many were cut instead."""
-    model = config.model
-    prompts = (scanned.record.prompt for scanned in records)
-    most: int = family.MAX_PROMPT_TOKENS
-    long = over_long(prompts, model.pretrained_model_name_or_path, most=most, revision=model.revision)
+    long, most = family.over_long(scanned.record.prompt for scanned in records), family.max_prompt_tokens
     usable, problems, cut = [], [], 0
     for scanned in records:
         record = scanned.record

@@ -21,7 +21,6 @@ from mixres import atomic
 from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.errors import UserError
-from mixres.models.qwen.latents import decode_latents
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
 
@@ -71,9 +70,7 @@ def show_results(config: Config) -> list[str]:
         raise UserError("data.held_out: name the pairs to be shown")
     model = config.model
     dtype = getattr(torch, model.dtype)
-    transformer = family.load_transformer(
-        model.pretrained_model_name_or_path, revision=model.revision, dtype=dtype, device="cpu"
-    )
+    transformer = family.load_transformer(dtype=dtype, device="cpu")
     sampler = HeldOutSampler(config, family, transformer, encoded)
     before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="picture", disable=None)]
     sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
@@ -97,7 +94,7 @@ def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lor
         for path in (item.record.target, item.record.controls[0])
     )
     sample = sampler.cache.read(item.key, name=item.record.name)
-    ceiling = decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
+    ceiling = sampler.family.decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
     scores = [round(psnr(picture, target), 2) for picture in (control, base, lora, ceiling)]
     name = Path(item.record.name).stem
     note = "{}  copy {:.1f}, base {:.1f}, LoRA {:.1f}, at best {:.1f} dB".format(item.target_size, *scores)

@@ -6,7 +6,6 @@ trained weights once in memory on the rank that writes.
 
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -14,14 +13,13 @@ from safetensors import SafetensorError
 from mixres import atomic
 from mixres.config.schema import Config
 from mixres.errors import WorkError
+from mixres.models.family import Family
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.training.distributed import full_tensors
 from mixres.training.setup import TrainState, recipe
 
 
-def write_results(
-    config: Config, family: ModuleType, trained: TrainState, folder: Path, *, step: int, keep: bool
-) -> Path:
+def write_results(config: Config, family: Family, trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:
     """What was trained and, where one is kept, its average in `ema/`; the path of the first.
 
     On all ranks; the one that is to `keep` them writes.
@@ -40,9 +38,7 @@ def write_results(
     return path
 
 
-def _write_result(
-    config: Config, family: ModuleType, trained: TrainState, folder: Path, *, step: int, keep: bool
-) -> Path:
+def _write_result(config: Config, family: Family, trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:
     """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
     path = folder / (FILE_NAME if config.model.lora else "transformer")
     folder.mkdir(exist_ok=True)
@@ -53,7 +49,7 @@ def _write_result(
         return path
     weights = full_tensors(trained.transformer.state_dict(), keep=keep, dtype=getattr(torch, config.model.dtype))
     if keep:  # through a model of the same shape: the trained one may be sharded
-        model = family.transformer_skeleton(config.model.pretrained_model_name_or_path, revision=config.model.revision)
+        model = family.transformer_skeleton()
         model.load_state_dict(weights, assign=True)
         partial = folder / f"{atomic.TMP_PREFIX}transformer"
         for old in (partial, path):

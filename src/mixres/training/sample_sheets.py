@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,6 +20,7 @@ from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.images import read_image
 from mixres.data.records import Picture
+from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import control_areas, image_limits
 from mixres.training.distributed import any_rank
@@ -48,17 +48,15 @@ class HeldOutSampler:
     """Predicts a few held-out pairs of several sizes, always the same ones and from the same noise."""
 
     def __init__(
-        self, config: Config, family: ModuleType, transformer: nn.Module, encoded: CachedData, ema: Ema | None = None
+        self, config: Config, family: Family, transformer: nn.Module, encoded: CachedData, ema: Ema | None = None
     ) -> None:
-        model, self.ema = config.model, ema if config.sample.use_ema else None
+        self.ema = ema if config.sample.use_ema else None
         self.config, self.family, self.cache = config, family, encoded.cache
         self.items = spread(encoded.held_out, ROWS)
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
         self.pipeline = family.load_sampling_pipeline(
-            model.pretrained_model_name_or_path,
             transformer=transformer,
-            revision=model.revision,
             dtype=parameter.dtype,
             device=parameter.device,
         )
@@ -98,16 +96,15 @@ class HeldOutSampler:
         return read_image(path, image_limits(self.config))
 
     def _predict(self, item: CachedSample, controls: Sequence[Image.Image]) -> Image.Image:
-        picture: Image.Image = self.family.sample_image(
+        return self.family.sample_image(
             self.pipeline,
             controls=controls,
             prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
             size=item.target_size,
             steps=self.config.sample.steps,
             seed=self.config.train.seed,
-            **control_areas(self.config, self.family, item.target_size),
+            areas=control_areas(self.config, self.family, item.target_size),
         )
-        return picture
 
     def _row(self, item: CachedSample) -> Row:
         controls = [self.read(path) for path in item.record.controls]
@@ -123,7 +120,7 @@ class HeldOutSampler:
 def sheet_writer(
     config: Config,
     accelerator: Accelerator,
-    family: ModuleType,
+    family: Family,
     trained: TrainState,
     encoded: CachedData,
     run: RunFolder,

@@ -6,7 +6,6 @@ run. Cost: loading the transformer.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.errors import UserError
 from mixres.models import hub
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
+from mixres.models.family import Family
 from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_targets, train_all, trainable_parameters
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
@@ -61,7 +61,7 @@ class TrainState:
         return [*rows, f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})"]
 
 
-def check_early(config: Config, family: ModuleType) -> None:
+def check_early(config: Config, family: Family) -> None:
     """What needs torch to be told and can be told before hours of encoding.
 
     Raises:
@@ -83,39 +83,40 @@ def check_early(config: Config, family: ModuleType) -> None:
             check_compiler(here.device)
     except UserError as error:
         problems += error.messages
-    skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
+    skeleton = family.transformer_skeleton()
     try:
         if model.lora:
-            _check_lora(model.lora, skeleton, family.untrained_modules(skeleton))
+            _check_lora(model.lora, skeleton, family)
     except UserError as error:
         problems += error.messages
     if problems:
         raise UserError(problems)
 
 
-def _check_lora(lora: LoraConfig, skeleton: nn.Module, untrained: Sequence[str]) -> None:
-    check_targets(skeleton, lora.target_modules, untrained=untrained)
+def _check_lora(lora: LoraConfig, skeleton: nn.Module, family: Family) -> None:
+    untrained, presets = family.untrained_modules(skeleton), family.lora_presets
+    check_targets(skeleton, lora.target_modules, untrained=untrained, presets=presets)
     if lora.pretrained_weight is not None:
         settings = lora.model_dump(exclude={"lora_dropout", "pretrained_weight"})
-        check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained)
+        check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained, presets=presets)
 
 
-def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> TrainState:
+def load_trained(config: Config, family: Family, accelerator: Accelerator) -> TrainState:
     """The transformer on this rank's device, its adapters (or all its weights) trainable, the optimizer over them.
 
     For `train.parallel: fsdp2` the weights are split over all ranks.
     """
     model = config.model
     transformer = family.load_transformer(
-        model.pretrained_model_name_or_path,
-        revision=model.revision,
         dtype=getattr(torch, model.dtype),
         device=accelerator.device,
         quantize=model.quantize,
     )
     untrained = family.untrained_modules(transformer)
     if model.lora:
-        table = add_lora(transformer, **model.lora.model_dump(), untrained=untrained, seed=config.train.seed)
+        settings = model.lora.model_dump()
+        presets, seed = family.lora_presets, config.train.seed
+        table = add_lora(transformer, **settings, untrained=untrained, seed=seed, presets=presets)
     else:
         table = train_all(transformer, untrained=untrained)
     if config.train.gradient_checkpointing:
@@ -131,13 +132,13 @@ def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -
     return TrainState(transformer.train(), parameters, optimizer, tuple(table), ema)
 
 
-def build_objective(config: Config, family: ModuleType) -> Objective:
+def build_objective(config: Config, family: Family) -> Objective:
     """What is minimised, with the shift constants of the base's own scheduler."""
     model, flow = config.model, config.flow
     return Objective(
         predict_velocity=family.predict_velocity,
         levels=TimestepSampler(**flow.model_dump(), weighting=config.loss.weighting),
-        shift_constants=family.flow_shift(model.pretrained_model_name_or_path, revision=model.revision),
+        shift_constants=family.flow_shift(),
         normalization=config.loss.normalization,
         foreground=config.data.mask_weight.foreground,
         background=config.data.mask_weight.background,
@@ -232,13 +233,13 @@ def _revision(config: Config) -> str | None:
     return hub.commit(path, revision=revision) or revision
 
 
-def recipe(config: Config, family: ModuleType, step: int) -> dict[str, Any]:
+def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
     """What a LoRA file or a trained transformer says of itself, so that sampling needs no configuration."""
     lora = config.model.lora
     return {
         "format": 1,
         "mixres": __version__,
-        "family": family.NAME,
+        "family": family.name,
         "base": config.model.pretrained_model_name_or_path,
         "revision": _revision(config),
         "quantize": config.model.quantize,

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from mixres.config.schema import Config
 from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
+from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
@@ -233,7 +233,7 @@ def _banner(
 def _say_end(
     config: Config,
     result: Path,
-    family: ModuleType,
+    family: Family,
     items: Sequence[CachedSample],
     skips: Skips,
     tracked: Path | None,
@@ -249,7 +249,7 @@ def _say_end(
     log(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
     if tracked:
         log(f"tracker   {tracked}")
-    images = " --image IMAGE" * family.CONTROLS[0]
+    images = " --image IMAGE" * family.controls[0]
     sizes = sorted((item.target_size for item in items), key=math.prod)
     size = sizes[len(sizes) // 2]  # the stock pipelines' own may be far from what was learnt
     how = f"--size {size} --steps {config.sample.steps}"

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +28,8 @@ from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.plan import Lengths
 from mixres.geometry import token_count
+from mixres.models.family import Family
+from mixres.models.registry import load_family
 from mixres.preprocessing.fill import encode_all, family_of
 from mixres.training.step import bare_step_seconds, run_step
 from mixres.verification.batching import BASELINE, Source, Work, collated, make_work, plan_in
@@ -43,7 +44,6 @@ from mixres.verification.setup import (
     set_up,
     versions,
 )
-from mixres.verification.synthetic import synthetic_family
 from mixres.verification.synthetic_samples import synthetic_samples
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets (SXM)
@@ -95,11 +95,12 @@ def bench(config: Config, *, synthetic: bool = False) -> None:
     _report(config, rows, trainer, work, len(seconds[BASELINE]), synthetic, accelerator.device)
 
 
-def _source(config: Config, device: torch.device, synthetic: bool) -> tuple[ModuleType, Source]:
+def _source(config: Config, device: torch.device, synthetic: bool) -> tuple[Family, Source]:
     """The family, and the training samples: from the cache, filled where they are missing, or made up."""
     model = config.model
     if synthetic:
-        family = synthetic_family(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+        path = model.pretrained_model_name_or_path
+        family = load_family(model.family, path, revision=model.revision, synthetic=True)
         return family, _synthetic_source(config, family)
     family = family_of(config)
     encoded = encode_all(config, family, device=device)
@@ -111,17 +112,17 @@ def _source(config: Config, device: torch.device, synthetic: bool) -> tuple[Modu
     return family, Source([item.lengths for item in items], names, read)
 
 
-def _synthetic_source(config: Config, family: ModuleType) -> Source:
-    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    shape = family.transformer_skeleton(path, revision=revision).config
+def _synthetic_source(config: Config, family: Family) -> Source:
+    channels, text_width = family.token_widths()
+    text_area = family.control_areas(**config.data.resize.control.model_dump()).get("text_area")
     samples = synthetic_samples(
         config,
         _STEPS * config.batch.samples_per_step,
-        channels=shape.in_channels,
-        text_width=shape.joint_attention_dim,
-        pixels_per_token=family.pixels_per_token(path, revision=revision),
-        controls=family.CONTROLS,
-        text_area=family.control_areas(**config.data.resize.control.model_dump()).get("text_area"),
+        channels=channels,
+        text_width=text_width,
+        pixels_per_token=family.pixels_per_token(),
+        controls=family.controls,
+        text_area=text_area if isinstance(text_area, int) else None,
     )
     lengths = [
         Lengths(

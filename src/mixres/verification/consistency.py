@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.geometry import token_count
+from mixres.models.blocks import repeated_blocks
 from mixres.models.qwen.rope import JointRotary
 from mixres.verification.setup import Workbench
 
@@ -133,7 +134,7 @@ def _recorded_mask(model: Any, masks: list[Tensor | None]) -> Iterator[None]:
             if isinstance(value, JointRotary):
                 masks.append(None if value.mask is None else value.mask.detach().cpu().flatten(1))
 
-    handle = model.transformer_blocks[0].register_forward_pre_hook(record, with_kwargs=True)
+    handle = repeated_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield
     finally:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from accelerate import Accelerator
 from mixres import __version__
 from mixres.config.schema import Config
 from mixres.errors import UserError
+from mixres.models.family import Family
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import TrainState, build_objective, load_trained
@@ -55,7 +55,7 @@ def one_process(config: Config, verb: str) -> Accelerator:
     return accelerator
 
 
-def set_up(config: Config, family: ModuleType, accelerator: Accelerator) -> Workbench:
+def set_up(config: Config, family: Family, accelerator: Accelerator) -> Workbench:
     """Load the model as training would on one process.
 
     Raises:

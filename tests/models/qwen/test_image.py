@@ -10,7 +10,7 @@ from PIL import Image
 
 from mixres.errors import UserError
 from mixres.geometry import Size
-from mixres.models.qwen import image as family
+from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 from support.family_cases import CASES
 
@@ -19,18 +19,20 @@ SQUARE = Size(64, 64)
 
 @pytest.fixture(scope="module")
 def encoders(base_of: Callable[[Any], Path]) -> Any:
-    return family.load_encoders(str(base_of(CASES["qwen_image"])), dtype=torch.float32, device="cpu")
+    return QwenImage(str(base_of(CASES["qwen_image"]))).load_encoders(dtype=torch.float32, device="cpu")
 
 
 def encode(encoders: Any, controls: int, prompt: str) -> torch.Tensor:
     image = Image.new("RGB", SQUARE)
-    return family.encode(
-        encoders, name="b.png", target=image, target_size=SQUARE, controls=[image] * controls, prompt=prompt
-    ).prompt_embeds
+    return (
+        QwenImage("")
+        .encode(encoders, name="b.png", target=image, target_size=SQUARE, controls=[image] * controls, prompt=prompt)
+        .prompt_embeds
+    )
 
 
 def test_a_long_prompt_is_whole(encoders: Any) -> None:
-    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always; see `MAX_PROMPT_TOKENS`."""
+    """The stock call cuts at 512 tokens unless it is told otherwise, and at 1024 always; see `max_prompt_tokens`."""
     embeds = encode(encoders, 0, "z" * 700)
     assert 700 <= len(embeds) <= 710
     stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
@@ -40,7 +42,7 @@ def test_a_long_prompt_is_whole(encoders: Any) -> None:
 
 def test_the_longest_prompt_is_the_longest_that_the_stock_pipeline_leaves_whole(encoders: Any) -> None:
     """It counts what its template has behind the prompt too."""
-    most = family.MAX_PROMPT_TOKENS
+    most = QwenImage("").max_prompt_tokens
     assert len(encode(encoders, 0, "z" * most)) == TOKENIZER_MAX_LENGTH
     whole, longer = ("z" * count + "y" for count in (most - 1, most))
     end = encode(encoders, 0, "z" * (most - 8) + "y")
@@ -56,9 +58,9 @@ def test_controls_are_refused_by_name(encoders: Any) -> None:
 
 
 def test_sizes_of_controls_are_refused() -> None:
-    assert family.control_areas(1024 * 1024, None) == {}
+    assert QwenImage("").control_areas(1024 * 1024, None) == {}
     with pytest.raises(UserError) as caught:
-        family.control_areas(4096, 2048)
+        QwenImage("").control_areas(4096, 2048)
     assert [message.partition(":")[0] for message in caught.value.messages] == [
         "data.resize.control.area",
         "data.resize.control.text_area",

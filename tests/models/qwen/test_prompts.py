@@ -17,9 +17,9 @@ def tokens(base: Path, text: str) -> int:
 
 
 def test_the_limit_is_that_of_the_stock_pipeline(tiny_base: Path) -> None:
-    from mixres.models.qwen import edit as family
+    from mixres.models.qwen.edit import QwenImageEdit
 
-    pipeline = family.load_sampling_pipeline(str(tiny_base), transformer=None, dtype=None, device="cpu")  # type: ignore[arg-type]
+    pipeline = QwenImageEdit(str(tiny_base)).load_sampling_pipeline(transformer=None, dtype=None, device="cpu")  # type: ignore[arg-type]
     assert pipeline.tokenizer_max_length == LIMIT == TOKENIZER_MAX_LENGTH
 
 

@@ -1,145 +1,383 @@
-"""What the Qwen-Image families share: reading a base, encoding a picture, the transformer, one run of a stock pipeline.
+"""What the Qwen-Image families share: a base's files, encoding, the transformer, one run of the stock pipeline.
 
-Promise: latents are those of the stock pipelines bit for bit; a family adds its pipeline class, its prompts and its
-control images in a file of its own. Cost: VAE once a picture in `encode_image`, the stock denoising loop in `denoise`.
+Promise: latents and prompt embeddings are those of the stock pipelines, bit for bit; what is counted and shown before
+encoding is what is encoded. A variant adds its pipeline class, its prompts and its control images.
 
-Legend: B sample, S image token, T text token, P packed channel, D text width.
+Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageTransformer2DModel
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from mixres.batch import Batch, Sample
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Size, pack_latents, token_grid
+from mixres.geometry import PATCH, Grid, Size, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
+from mixres.models.family import NO_AREAS, AreaRule, Areas
 from mixres.models.quantize import Method, quantization_config
-from mixres.models.qwen.inputs import vae_pixels
+from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
+MULTIPLE_OF = 32  # to which the stock pipelines round sides
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+_ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
+# Configuration files of the stock bases, where they differ from the defaults of diffusers' classes.
+_STOCK_CONFIGS = {
+    "scheduler/scheduler_config.json": {
+        "base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
+    },
+}  # fmt: skip
 
 
-def pixels_per_token(path: str, *, revision: str | None = None) -> int:
-    """Side in pixels of one image token (16 for Qwen-Image), from the VAE's configuration alone.
+class QwenFamily:
+    """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
-    Raises:
-        UserError: the pipeline or its `vae/config.json` cannot be had.
-    """
-    stages = hub.pipeline_json(path, "vae/config.json", revision=revision).get("temperal_downsample")
-    halvings: int = 3 if stages is None else len(stages)  # the class's default has three stages
-    return PATCH << halvings
+    name: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")  # those that encode
+    stock_bases: ClassVar[tuple[str, ...]]
+    controls: ClassVar[tuple[int, int]]
+    max_prompt_tokens: ClassVar[int] = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
+    stock_control_area: ClassVar[int] = STOCK_CONTROL_AREA
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = layers.LORA_PRESETS
+    quantize_exclusions: ClassVar[tuple[str, ...]] = layers.QUANTIZE_EXCLUSIONS
+    comfyui_prefix: ClassVar[str] = layers.COMFYUI_PREFIX
 
+    def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
+        self.path, self.revision, self._synthetic = path, revision, synthetic
 
-def flow_shift(path: str, *, revision: str | None = None) -> dict[str, float]:
-    """Keyword arguments of `calculate_shift` for this base, its defaults filled in as the pipeline fills them.
+    # What a variant says of its prompts and controls.
 
-    Raises:
-        UserError: the pipeline or its `scheduler/scheduler_config.json` cannot be had.
-    """
-    config = hub.pipeline_json(path, "scheduler/scheduler_config.json", revision=revision)
-    return {
-        "base_seq_len": config.get("base_image_seq_len", 256),
-        "max_seq_len": config.get("max_image_seq_len", 4096),
-        "base_shift": config.get("base_shift", 0.5),
-        "max_shift": config.get("max_shift", 1.15),
-    }
+    def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
+        """See `Family`."""
+        raise NotImplementedError
 
+    def vae_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
+        """The sizes at which the VAE sees control images of these sizes."""
+        return [_control_size(size, areas.get("control_area", STOCK_CONTROL_AREA)) for size in controls]
 
-def encoder_fingerprint(
-    components: Sequence[str], path: str, *, revision: str | None = None, memo: Path | None = None
-) -> str:
-    """32 hex characters that change with any byte of the encoders, the `components` of the pipeline that encode.
+    def vae_controls(
+        self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
+    ) -> list[tuple[Image.Image, Size]]:
+        """The controls as the VAE is handed them, which resizes each to the size beside it."""
+        raise NotImplementedError
 
-    The kind of processor is part of it: the resizers with and without torchvision round differently. `memo` is a JSON
-    file that saves reading unchanged weights again.
+    def text_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
+        """The sizes of the controls as the text encoder is handed them."""
+        return self.vae_sizes(controls, areas)
 
-    Raises:
-        UserError: the pipeline or one of the components cannot be had.
-    """
-    salt = "torchvision" if torchvision_imports() else "pil"
-    return hub.fingerprint(path, components, revision=revision, memo=memo, salt=salt)
+    def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas) -> list[Image.Image]:
+        """The controls as the text encoder is handed them."""
+        sizes = self.text_sizes([Size(*control.size) for control in controls], areas)
+        pairs = zip(controls, sizes, strict=True)
+        return [pipeline.image_processor.resize(control, size.height, size.width) for control, size in pairs]
 
+    def template_text(self, prompt: str, controls: int) -> str:
+        """What stands in the pipeline's prompt template: `prompt`, behind what names the controls."""
+        return prompt
 
-def load_encoders(
-    pipeline_class: type[DiffusionPipeline],
-    components: Sequence[str],
-    path: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Any:
-    """The stock pipeline with frozen VAE and text encoder, and without a transformer.
+    def prompt_call(self, text_controls: Sequence[Image.Image]) -> dict[str, Any]:
+        """What `encode_prompt` of the stock pipeline takes besides the prompt."""
+        raise NotImplementedError
 
-    Raises:
-        UserError: weights cannot be found or read, or are pickled.
-    """
-    folder = hub.pipeline_folder(path, (*components, "scheduler"), revision=revision)
-    absent = {name: None for name in ("transformer", "processor") if name != "processor" or name in components}
-    with _reading(folder):
-        pipeline = pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
-        if "processor" in components:
-            # Not through `from_pretrained`, which warns at every load that the class is not the annotated one.
-            pipeline.register_modules(processor=load_processor(folder / "processor"))
-    for encoder in (pipeline.vae, pipeline.text_encoder):
-        encoder.requires_grad_(False).eval()
-    return pipeline.to(device)
+    def sampling_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        """What `__call__` of the stock pipeline takes besides embeddings, size, steps, noise and guidance."""
+        raise NotImplementedError
 
+    def stock_areas(self, areas: Areas) -> AbstractContextManager[None]:
+        """Within it the stock pipeline resizes its controls to these areas."""
+        return nullcontext()
 
-def prompt_problem(prompt: str) -> str | None:
-    """Why no family can take this prompt; None where they can."""
-    markers = [token for token in _VISION_TOKENS if token in prompt]
-    return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
+    def record_problem(self, *, controls: int, prompt: str) -> str | None:
+        """See `Family`."""
+        markers = [token for token in _VISION_TOKENS if token in prompt]
+        return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
+    # Configuration files.
 
-@torch.no_grad()
-def prompt_embeds(pipeline: Any, prompt: str, **call: Any) -> Tensor:
-    """`(T, D)` on the CPU: one prompt through the stock pipeline's `encode_prompt`, to which `call` goes too."""
-    embeds, mask = pipeline.encode_prompt(prompt=prompt, device=pipeline.device, **call)
-    assert mask is None, "one prompt is never padded"
-    one: Tensor = embeds[0].cpu()
-    return one
+    def _config(self, name: str) -> dict[str, Any]:
+        if self._synthetic and self.path in self.stock_bases and not Path(self.path).is_dir():
+            return dict(_STOCK_CONFIGS.get(name, {}))
+        return hub.pipeline_json(self.path, name, revision=self.revision)
 
+    def pixels_per_token(self) -> int:
+        """See `Family`: 16 for Qwen-Image, from the VAE's configuration."""
+        stages = self._config("vae/config.json").get("temperal_downsample")
+        halvings: int = 3 if stages is None else len(stages)  # the class's default has three stages
+        return PATCH << halvings
 
-def assembled(
-    pipeline: Any,
-    *,
-    name: str,
-    target: Image.Image,
-    target_size: Size,
-    controls: Sequence[tuple[Image.Image, Size]],
-    prompt_embeds: Tensor,
-    mask: Image.Image | None,
-) -> Sample:
-    """The training example of a target and its controls, each encoded at the size beside it, on the CPU.
+    def flow_shift(self) -> dict[str, float]:
+        """See `Family`; the defaults are those that the pipelines fill in."""
+        config = self._config("scheduler/scheduler_config.json")
+        return {
+            "base_seq_len": config.get("base_image_seq_len", 256),
+            "max_seq_len": config.get("max_image_seq_len", 4096),
+            "base_shift": config.get("base_shift", 0.5),
+            "max_shift": config.get("max_shift", 1.15),
+        }
 
-    `mask` ("L", as large as the target) becomes the foreground share of each target token by the mean over the token's
-    area.
-    """
-    pictures = [(target, target_size), *controls]
-    grids = tuple(token_grid(size, PATCH * pipeline.vae_scale_factor) for _, size in pictures)
-    latents = [encode_image(pipeline, image, size) for image, size in pictures]
-    return Sample(
-        name=name,
-        target_latents=latents[0],
-        control_latents=tuple(latents[1:]),
-        prompt_embeds=prompt_embeds,
-        img_shapes=grids,
-        edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
-    )
+    def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
+        """See `Family`."""
+        vae, text = self._config("vae/config.json"), self._config("text_encoder/config.json")
+        latent_width: int = PATCH**2 * vae.get("z_dim", 16)
+        text_width: int = text.get("text_config", text).get("hidden_size", 3584)
+        values = image_tokens * latent_width + text_tokens * text_width
+        return values * dtype.itemsize + 4 * mask_tokens + _ENTRY_OVERHEAD
+
+    def encoder_fingerprint(self, memo: Path | None = None) -> str:
+        """See `Family`. The kind of processor is part of it: with and without torchvision they round differently."""
+        salt = "torchvision" if torchvision_imports() else "pil"
+        return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
+
+    # Records before they are encoded.
+
+    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """See `Family`."""
+        return over_long(prompts, self.path, most=self.max_prompt_tokens, revision=self.revision)
+
+    def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
+        """See `Family`."""
+        token = self.pixels_per_token()
+        return tuple(token_grid(size, token) for size in (target, *self.vae_sizes(controls, areas)))
+
+    def load_preprocessors(self) -> Any:
+        """See `Family`. The VAE has shapes and no values."""
+        words = [name for name in self.components if name in ("tokenizer", "processor")]
+        folder = hub.pipeline_folder(self.path, words, revision=self.revision)
+        with torch.device("meta"):
+            vae = AutoencoderKLQwenImage.from_config(self._config("vae/config.json"))
+        parts: dict[str, Any] = {"vae": vae, "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer")}
+        if "processor" in words:
+            parts["processor"] = load_processor(folder / "processor")
+        return self.pipeline_class(**parts, text_encoder=None, transformer=None, scheduler=None)
+
+    def text_tokens(self, preprocessors: Any, *, prompt: str, controls: Sequence[Size], areas: Areas = NO_AREAS) -> int:
+        """See `Family`. Each control stands once in the template's text, as one token before it is expanded."""
+        pipeline, text = preprocessors, self.template_text(prompt, len(controls))
+        tokenizer = pipeline.processor.tokenizer if controls else pipeline.tokenizer
+        words = len(tokenizer(pipeline.prompt_template_encode.format(text), verbose=False)["input_ids"])
+        seen = 0
+        for size in self.text_sizes(controls, areas):
+            processor = pipeline.processor.image_processor
+            seen += processor.get_number_of_image_patches(size.height, size.width) // processor.merge_size**2
+        count: int = words - len(controls) + seen - pipeline.prompt_template_encode_start_idx
+        return count
+
+    def previews(
+        self,
+        preprocessors: Any,
+        *,
+        target: Image.Image,
+        target_size: Size,
+        controls: Sequence[Image.Image],
+        areas: Areas = NO_AREAS,
+    ) -> dict[str, Image.Image]:
+        """See `Family`."""
+        found = {"target": _vae_preview(preprocessors, target, target_size)}
+        for number, (image, size) in enumerate(self.vae_controls(preprocessors, controls, areas), 1):
+            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, size)
+        for number, image in enumerate(self.text_controls(preprocessors, controls, areas), 1):
+            found[f"control {number}, text encoder"] = _text_preview(preprocessors, image)
+        return found
+
+    # Encoding.
+
+    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """See `Family`."""
+        folder = hub.pipeline_folder(self.path, (*self.components, "scheduler"), revision=self.revision)
+        absent = {name: None for name in ("transformer", "processor") if name != "processor" or name in self.components}
+        with _reading(folder):
+            pipeline = self.pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
+            if "processor" in self.components:
+                # Not through `from_pretrained`, which warns at every load that the class is not the annotated one.
+                pipeline.register_modules(processor=load_processor(folder / "processor"))
+        for encoder in (pipeline.vae, pipeline.text_encoder):
+            encoder.requires_grad_(False).eval()
+        return pipeline.to(device)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
+    ) -> Tensor:
+        """See `Family`."""
+        call = self.prompt_call(self.text_controls(encoders, controls, areas))
+        embeds, mask = encoders.encode_prompt(prompt=prompt, device=encoders.device, **call)
+        assert mask is None, "one prompt is never padded"
+        one: Tensor = embeds[0].cpu()
+        return one
+
+    def encode(
+        self,
+        encoders: Any,
+        *,
+        name: str,
+        target: Image.Image,
+        target_size: Size,
+        controls: Sequence[Image.Image],
+        prompt: str,
+        mask: Image.Image | None = None,
+        areas: Areas = NO_AREAS,
+    ) -> Sample:
+        """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
+        if problem := self.record_problem(controls=len(controls), prompt=prompt):
+            raise UserError(f"{name}: {problem}")
+        images = [(target, target_size), *self.vae_controls(encoders, controls, areas)]
+        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for _, size in images)
+        latents = [encode_image(encoders, image, size) for image, size in images]
+        return Sample(
+            name=name,
+            target_latents=latents[0],
+            control_latents=tuple(latents[1:]),
+            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, areas=areas),
+            img_shapes=grids,
+            edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
+        )
+
+    # The transformer.
+
+    def transformer_skeleton(self) -> Any:
+        """See `Family`."""
+        with torch.device("meta"):
+            return QwenImageTransformer2DModel.from_config(self._config("transformer/config.json"))
+
+    def token_widths(self) -> tuple[int, int]:
+        """See `Family`."""
+        config = self.transformer_skeleton().config
+        return config.in_channels, config.joint_attention_dim
+
+    def load_transformer(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        trained: Path | None = None,
+        quantize: Method | None = None,
+    ) -> Any:
+        """See `Family`."""
+        if self._synthetic:
+            if quantize:
+                raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
+            return patch_qwen_model_for_multi_resolution(_filled_with_noise(self.transformer_skeleton(), dtype, device))
+        folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
+        quantization = None
+        if quantize:
+            quantization = quantization_config(quantize, self.quantize_exclusions, dtype=dtype, device=device)
+        with _reading(folder):
+            transformer = QwenImageTransformer2DModel.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
+            )
+        return patch_qwen_model_for_multi_resolution(transformer.to(device))
+
+    def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
+        """See `Family`."""
+        return layers.untrained_modules(transformer)
+
+    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+        """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
+        dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
+        packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
+        velocity: Tensor = transformer(
+            hidden_states=noisy_latents.to(dtype),
+            timestep=sigmas.to(dtype),
+            encoder_hidden_states=batch.prompt_embeds.to(dtype),
+            encoder_hidden_states_mask=batch.prompt_mask,
+            img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
+            attention_kwargs=packed,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Family`."""
+        return layers.comfyui_markers(zero_cond_t=bool(config.get("zero_cond_t")))
+
+    # Sampling.
+
+    def default_size(self, control: Size | None) -> Size:
+        """See `Family`: 1024 x 1024 pixels in area, square without a control."""
+        return _control_size(control or Size(1, 1), STOCK_CONTROL_AREA)
+
+    def load_sampling_pipeline(
+        self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
+    ) -> Any:
+        """See `Family`."""
+        folder = hub.pipeline_folder(self.path, ("vae", "scheduler"), revision=self.revision)
+        absent = {name: None for name in self.components if name != "vae"}
+        with _reading(folder):
+            pipeline = self.pipeline_class.from_pretrained(
+                folder, transformer=transformer, **absent, dtype=dtype, use_safetensors=True
+            )
+        pipeline.vae.requires_grad_(False).eval()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def sample_image(
+        self,
+        pipeline: Any,
+        *,
+        controls: Sequence[Image.Image],
+        prompt_embeds: Tensor,
+        size: Size,
+        steps: int,
+        seed: int,
+        negative_embeds: Tensor | None = None,
+        guidance: float = 1.0,
+        areas: Areas = NO_AREAS,
+    ) -> Image.Image:
+        """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
+
+        `steps` is at least 2: the stock scheduler's terminal shift divides by zero on one step. The noise comes from a
+        CPU generator, so that a seed means the same image on every device. The transformer's training mode is put back.
+        """
+        assert steps >= 2, steps
+        assert (guidance > 1) == (negative_embeds is not None), guidance
+        transformer, call = pipeline.transformer, self.sampling_call(controls)
+        texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
+        for name, embeds in texts.items():
+            call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
+            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
+        was_training = transformer.training
+        transformer.eval()
+        try:
+            with self.stock_areas(areas):
+                images = pipeline(
+                    true_cfg_scale=guidance,
+                    width=size.width,
+                    height=size.height,
+                    num_inference_steps=steps,
+                    generator=torch.Generator().manual_seed(seed),
+                    **call,
+                ).images
+        finally:
+            transformer.train(was_training)
+        image: Image.Image = images[0]
+        return image
+
+    @torch.no_grad()
+    def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
+        """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
+        vae = pipeline.vae
+        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
+        mean, std = statistics.view(2, -1, 1, 1, 1)
+        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)
+        pixels = vae.decode((unpacked * std + mean)[None], return_dict=False)[0][:, :, 0]
+        image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+        return image
 
 
 @torch.no_grad()
@@ -149,7 +387,7 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
     The arithmetic of `_encode_vae_image` in the edit pipelines, in its order; the text-to-image pipeline has none.
     """
     vae = pipeline.vae
-    pixels = vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
+    pixels = _vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
     mean, std = (
         torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (vae.config.latents_mean, vae.config.latents_std)
@@ -157,142 +395,59 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
     return pack_latents(((latents - mean) / std)[0]).cpu()
 
 
-def load_transformer(
-    path: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    trained: Path | None = None,
-    quantize: Method | None = None,
+def _control_size(control: Size, area: int) -> Size:
+    return control_size(control, area=area, multiple_of=MULTIPLE_OF)
+
+
+def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+    """`(1, 3, 1, height, width)` in [-1, 1]: the image as the VAE gets it."""
+    pixels: Tensor = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
+    return pixels
+
+
+def _vae_preview(pipeline: Any, image: Image.Image, size: Size) -> Image.Image:
+    shown: Image.Image = pipeline.image_processor.postprocess(_vae_pixels(pipeline, image, size)[:, :, 0])[0]
+    return shown
+
+
+def _text_preview(pipeline: Any, image: Image.Image) -> Image.Image:
+    """The image as the text encoder gets it: the processor's patches put back in their places.
+
+    Patches come as (rows / m, columns / m, m, m) of (channel, frame, height, width), m merged along a side.
+    """
+    processor = pipeline.processor.image_processor
+    given = processor(images=[image], return_tensors="pt")
+    _, rows, columns = given["image_grid_thw"][0].tolist()
+    m, side = processor.merge_size, processor.patch_size
+    patches = given["pixel_values"].reshape(rows // m, columns // m, m, m, 3, -1, side, side)[..., 0, :, :]
+    pixels = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
+    mean, std = (torch.tensor(values) for values in (processor.image_mean, processor.image_std))
+    return Image.fromarray(((pixels * std + mean) * 255).round().clamp(0, 255).numpy().astype(np.uint8))
+
+
+@torch.no_grad()
+def _filled_with_noise(
+    skeleton: QwenImageTransformer2DModel, dtype: torch.dtype, device: torch.device | str
 ) -> QwenImageTransformer2DModel:
-    """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes in one batch.
-
-    Raises:
-        UserError: weights cannot be found or read, or are pickled; or cannot be quantised so on this device.
-    """
-    folder = trained or hub.pipeline_folder(path, ("transformer",), revision=revision) / "transformer"
-    quantization = quantization_config(quantize, dtype=dtype, device=device) if quantize else None
-    with _reading(folder):
-        transformer = QwenImageTransformer2DModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
-        )
-    return patch_qwen_model_for_multi_resolution(transformer.to(device))
-
-
-def transformer_skeleton(path: str, *, revision: str | None = None) -> QwenImageTransformer2DModel:
-    """The transformer without weights, on the meta device: names and shapes to check a configuration against.
-
-    Raises:
-        UserError: the pipeline or its `transformer/config.json` cannot be had.
-    """
-    config = hub.pipeline_json(path, "transformer/config.json", revision=revision)
-    with torch.device("meta"):
-        return QwenImageTransformer2DModel.from_config(config)
-
-
-def untrained_modules(transformer: QwenImageTransformer2DModel) -> tuple[str, ...]:
-    """Modules whose output reaches no loss: the last block's text stream ends there but for its keys and values.
-
-    TrainState, they would get no gradient or zeros, and data-parallel wrappers would wait for them in vain.
-    """
-    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
-    return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"))
-
-
-def predict_velocity(transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-    """The transformer's velocity at every image token, in the layout of the batch and the transformer's dtype.
-
-    `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1]; the stock pipeline's `timestep / 1000` is the
-    sigma. Any wrapper that passes keyword arguments on may stand for the transformer.
-    """
-    dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-    packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
-    velocity: Tensor = transformer(
-        hidden_states=noisy_latents.to(dtype),
-        timestep=sigmas.to(dtype),
-        encoder_hidden_states=batch.prompt_embeds.to(dtype),
-        encoder_hidden_states_mask=batch.prompt_mask,
-        img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
-        attention_kwargs=packed,
-        return_dict=False,
-    )[0]
-    return velocity
-
-
-def load_sampling_pipeline(
-    pipeline_class: type[DiffusionPipeline],
-    components: Sequence[str],
-    path: str,
-    *,
-    transformer: QwenImageTransformer2DModel | None,
-    revision: str | None = None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Any:
-    """The stock pipeline around `transformer`, without a text encoder: prompt embeddings come from the cache.
-
-    `dtype` is the VAE's; give it the transformer's own.
-
-    Raises:
-        UserError: the VAE or the scheduler cannot be found or read.
-    """
-    folder = hub.pipeline_folder(path, ("vae", "scheduler"), revision=revision)
-    absent = {name: None for name in components if name != "vae"}
-    with _reading(folder):
-        pipeline = pipeline_class.from_pretrained(
-            folder, transformer=transformer, **absent, dtype=dtype, use_safetensors=True
-        )
-    pipeline.vae.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def denoise(
-    pipeline: Any,
-    *,
-    prompt_embeds: Tensor,
-    size: Size,
-    steps: int,
-    seed: int,
-    negative_embeds: Tensor | None = None,
-    guidance: float = 1.0,
-    **call: Any,
-) -> Image.Image:
-    """One picture of `size` pixels through the stock pipeline's `__call__`.
-
-    `prompt_embeds` is `(T, D)`; `call` is what the family's pipeline takes besides. `guidance` above 1 is the
-    pipeline's `true_cfg_scale`, away from `negative_embeds` `(T', D)`: two forward calls a step. `steps` is at least 2:
-    the stock scheduler's terminal shift divides by zero on one step. The noise comes from a CPU generator, so that a
-    seed means the same picture on every device. The transformer's training mode is put back as it was.
-    """
-    assert steps >= 2, steps
-    assert (guidance > 1) == (negative_embeds is not None), guidance
-    transformer = pipeline.transformer
-    texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
-    for name, embeds in texts.items():
-        call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
-        call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
-    was_training = transformer.training
-    transformer.eval()
-    try:
-        images = pipeline(
-            true_cfg_scale=guidance,
-            width=size.width,
-            height=size.height,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            **call,
-        ).images
-    finally:
-        transformer.train(was_training)
-    image: Image.Image = images[0]
-    return image
+    """The skeleton with weights on `device`. Its position tables are no parameters, so that module is made anew."""
+    positions = type(skeleton.pos_embed)
+    theta, axes = skeleton.pos_embed.theta, list(skeleton.config.axes_dims_rope)
+    nn.Module.to(skeleton, dtype)  # not diffusers' own, which warns about casts of pretrained weights
+    transformer: QwenImageTransformer2DModel = skeleton.to_empty(device=device)
+    transformer.pos_embed = positions(theta=theta, axes_dim=axes, scale_rope=True)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in transformer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Linear) and name == "weight":
+                parameter.normal_(std=module.in_features**-0.5, generator=generator)
+            else:
+                parameter.fill_(0.0 if name == "bias" else 1.0)
+    return transformer.eval()
 
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Says which base could not be read, in one line, where a library stumbles over its files."""
+    """Names the base that could not be read, in one line, where a library fails on its files."""
     try:
         yield
     except (OSError, SafetensorError, json.JSONDecodeError) as error:

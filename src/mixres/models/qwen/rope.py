@@ -59,7 +59,7 @@ class JointRotary:
     mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
     packed: PackedLengths | None = None
 
-    def real(self) -> "JointRotary":
+    def without_complex(self) -> "JointRotary":
         """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
         return replace(self, freqs=torch.view_as_real(self.freqs))
 

@@ -1,0 +1,218 @@
+"""The interface of a model family: one diffusion transformer, its encoders and its stock pipeline, bound to a base.
+
+Everything above `models/` asks this object and knows no layer name. `docs/adding_a_model.md` has the checklist for a
+new family; `registry.py` is the one place that chooses.
+
+Two rules decide most questions. The stock pipeline is right: sizes of controls, prompt template, normalisation of
+latents and their order come from it, by calling it where it has a method for it. Training sees what sampling sees:
+what can be changed about an image is one argument of `encode` and of `sample_image` alike.
+
+Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mixres.batch import Batch, Sample
+from mixres.geometry import Grid, Size
+from mixres.models.quantize import Method
+
+AreaRule = int | Literal["target"]  # pixels of a control image, or those of its target
+Areas = Mapping[str, int]  # the areas of one sample's controls in pixels, by the names that `control_areas` gives them
+NO_AREAS: Areas = {}
+
+
+class Family(Protocol):
+    """A family bound to the base at `path` (a folder, or a repository of the Hub at `revision`).
+
+    Methods that need a file of the base raise UserError, one line a problem, where it cannot be had. Stock pipelines
+    and transformers have no useful types, so they are `Any` and `nn.Module` here.
+    """
+
+    name: ClassVar[str]  # as in `model.family`, LoRA files and reports; never changes
+    pipeline_class: ClassVar[type[Any]]  # of diffusers, by whose name in model_index.json the family is chosen
+    stock_bases: ClassVar[tuple[str, ...]]  # repositories whose shape is known without a file
+    controls: ClassVar[tuple[int, int]]  # minimum and maximum number of control images of a sample
+    max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
+    stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
+    quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
+    comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
+    path: str
+    revision: str | None
+
+    def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
+        """`synthetic`: only shapes are read of the base, of a stock base nothing; weights are noise."""
+        ...
+
+    # What configuration files of the base say. No weight is read.
+
+    def pixels_per_token(self) -> int:
+        """Side in pixels of one image token."""
+        ...
+
+    def flow_shift(self) -> dict[str, float]:
+        """Keyword arguments of `resolution_shift` for this base: those of its own scheduler, defaults filled in."""
+        ...
+
+    def transformer_skeleton(self) -> Any:
+        """The transformer on the meta device: names and shapes."""
+        ...
+
+    def token_widths(self) -> tuple[int, int]:
+        """P of an image token and D of a text token."""
+        ...
+
+    def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of a cached sample on disk. `text_tokens` are those of all its prompts."""
+        ...
+
+    def encoder_fingerprint(self, memo: Path | None = None) -> str:
+        """32 hex characters that change with any byte of what `encode` uses; `memo` is a file of known digests."""
+        ...
+
+    # Records before they are encoded.
+
+    def record_problem(self, *, controls: int, prompt: str) -> str | None:
+        """Why this family cannot take a record with so many controls and this prompt; None where it can."""
+        ...
+
+    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """Of `prompts` those over `max_prompt_tokens`: how many tokens, and the longest beginning that fits."""
+        ...
+
+    def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
+        """The rules for the sizes of controls by name; part of the cache key and of the LoRA's metadata.
+
+        Raises:
+            UserError: the family does not have a size that is given.
+        """
+        ...
+
+    def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
+        """Token grids of a target of this size and of controls whose files have these sizes, target first."""
+        ...
+
+    def load_preprocessors(self) -> Any:
+        """The stock pipeline with tokenizer and image processor, without any weight."""
+        ...
+
+    def text_tokens(self, preprocessors: Any, *, prompt: str, controls: Sequence[Size], areas: Areas = NO_AREAS) -> int:
+        """T of `encode_prompt`, exactly, from the sizes of the controls' files."""
+        ...
+
+    def previews(
+        self,
+        preprocessors: Any,
+        *,
+        target: Image.Image,
+        target_size: Size,
+        controls: Sequence[Image.Image],
+        areas: Areas = NO_AREAS,
+    ) -> dict[str, Image.Image]:
+        """What VAE and text encoder are given of a record, as images with a heading each, target first."""
+        ...
+
+    # Encoding.
+
+    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """The stock pipeline with frozen VAE and text encoder, without a transformer."""
+        ...
+
+    def encode_prompt(
+        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
+    ) -> Tensor:
+        """`(T, D)` on the CPU: bit for bit what the stock pipeline hands to its transformer, unpadded."""
+        ...
+
+    def encode(
+        self,
+        encoders: Any,
+        *,
+        name: str,
+        target: Image.Image,
+        target_size: Size,
+        controls: Sequence[Image.Image],
+        prompt: str,
+        mask: Image.Image | None = None,
+        areas: Areas = NO_AREAS,
+    ) -> Sample:
+        """A sample from RGB images of any size, on the CPU and in the encoders' dtype.
+
+        The target is resized to `target_size` pixels. `mask` ("L") is as large as the target. Latents are those of the
+        stock pipeline, bit for bit.
+
+        Raises:
+            UserError: `record_problem` finds one.
+        """
+        ...
+
+    # The transformer.
+
+    def load_transformer(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        trained: Path | None = None,
+        quantize: Method | None = None,
+    ) -> Any:
+        """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes."""
+        ...
+
+    def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
+        """Modules whose output reaches no loss: they get no adapter and stay frozen."""
+        ...
+
+    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+        """The velocity at every image token, in the layout of the batch: one keyword call of the stock forward.
+
+        `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1]. Any wrapper that passes keyword arguments on
+        may stand for the transformer.
+        """
+        ...
+
+    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors by which ComfyUI recognises a transformer of this configuration, beside its weights."""
+        ...
+
+    # Sampling.
+
+    def default_size(self, control: Size | None) -> Size:
+        """The size that the stock pipeline makes where none is given, at the aspect of the last control."""
+        ...
+
+    def load_sampling_pipeline(
+        self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
+    ) -> Any:
+        """The stock pipeline around `transformer`, without a text encoder. `dtype` is the VAE's."""
+        ...
+
+    def sample_image(
+        self,
+        pipeline: Any,
+        *,
+        controls: Sequence[Image.Image],
+        prompt_embeds: Tensor,
+        size: Size,
+        steps: int,
+        seed: int,
+        negative_embeds: Tensor | None = None,
+        guidance: float = 1.0,
+        areas: Areas = NO_AREAS,
+    ) -> Image.Image:
+        """One image of `size` pixels through the stock pipeline's own `__call__`; no mode is left behind.
+
+        `prompt_embeds` `(T, D)` are of these very controls. With `guidance` above 1 it leads away from
+        `negative_embeds` `(T', D)`.
+        """
+        ...
+
+    def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
+        """The RGB image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""
+        ...
