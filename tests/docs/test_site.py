@@ -13,12 +13,12 @@ from support.pages import DOCS, REPOSITORY
 
 CONFIG = REPOSITORY / "mkdocs.yml"
 PAGES = {page: page.read_text(encoding="utf-8") for page in (*DOCS.glob("*.md"), REPOSITORY / "README.md")}
-# What a browser loads to show a page: scripts, images and styles, but not the links that a reader follows.
-LOADED = re.compile(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="?([^"\s>]+)|<link\b[^>]*rel="?stylesheet[^>]*>')
+# What a browser loads to show a page: scripts, images, styles and icons, but not the links that a reader follows.
+LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[^>]*>|<link\b(?![^>]*rel=.?(?:prev|next|edit))[^>]*>")
 
 
 def build(config: Path, site: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, *"-W ignore -m mkdocs build --config-file".split(), str(config), "--site-dir", str(site)]
+    command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "-f", str(config), "-d", str(site)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
 
