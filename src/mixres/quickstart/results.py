@@ -84,7 +84,7 @@ def show_results(config: Config) -> list[str]:
     ]
     results = [result for result, _ in compared]
     # One row a photograph, its largest pair: 008_chelsea in landscape, 011_coffee in portrait.
-    by_area = sorted(compared[::4] + compared[3::4], key=lambda pair: math.prod(pair[1].pictures[1].size))
+    by_area = sorted(compared[::4] + compared[3::4], key=lambda pair: math.prod(map(int, pair[0].size.split("x"))))
     shown = list({result.name.rpartition("_")[2]: row for result, row in by_area}.values())
     sheet = contact_sheet(("input", "target", "base", "base + LoRA"), shown)
     save_png(sheet, run / "results.png", [row.caption for row in shown])
