@@ -1,7 +1,9 @@
-"""Draws the pictures of docs/multi_resolution.md and counts what it states: `python scripts/mixed_batch_figures.py`.
+"""Draws the figures on buckets and batches of docs/multi_resolution.md, and counts the numbers beside them.
+
+Usage: `python scripts/mixed_batch_figures.py`.
 
 Promise: sizes, layouts and the mask come from the code that trains; the bucket rule that they are compared with
-is that of `inspect`. Needs Pillow and torch. Cost: seconds.
+is that of `inspect`. It takes seconds.
 """
 
 import argparse
@@ -29,7 +31,7 @@ TEXT_ENCODER_PIXELS = 28 * 28  # of a control that one text token holds
 
 
 class Pair(NamedTuple):
-    """A target, its control, and the words of the instruction in tokens, the prompt's frame included."""
+    """A target, its control, and the prompt in tokens, its template included."""
 
     name: str
     target: Size
@@ -44,7 +46,7 @@ BATCH = (
     Pair("panorama.jpg", Size(3000, 1000), Size(1500, 1000), 81),
 )
 
-PICTURES = (
+SIZES = (
     Size(4000, 3000),
     Size(6000, 4000),
     Size(1920, 1080),
@@ -57,20 +59,20 @@ PICTURES = (
 
 
 class Crop(NamedTuple):
-    """What a bucket does to a picture: the bucket's size, and the share of the picture's pixels that is cut off."""
+    """What a bucket does to an image: the size of the bucket, and the fraction of pixels that it cuts off."""
 
     bucket: Size
     lost: float
 
 
 def bucket_crop(source: Size) -> Crop:
-    """What the bucket rule of `mixres.inspection.buckets` does to a picture, at 1024 x 1024 pixels of area."""
+    """What the bucket rule of `mixres.inspection.buckets` does to an image, at 1024 x 1024 pixels of area."""
     bucket = nearest(source, bucket_shapes(AREA))
     return Crop(bucket, crop_loss(source, bucket))
 
 
 def stretch(source: Size) -> float:
-    """How far rounding changes a target's aspect in mixres, as a share."""
+    """How far rounding changes a target's aspect in mixres, as a fraction."""
     size = target_size(source, max_pixels=AREA, multiple_of=16)
     return abs(size.width / size.height / (source.width / source.height) - 1)
 
@@ -78,7 +80,7 @@ def stretch(source: Size) -> float:
 def crop_table() -> list[str]:
     """The rows of the page's table."""
     rows = []
-    for source in PICTURES:
+    for source in SIZES:
         crop, ours = bucket_crop(source), target_size(source, max_pixels=AREA, multiple_of=16)
         rows.append(f"| {source} | {crop.bucket} | {crop.lost:.1%} | {ours} | {stretch(source):.1%} |")
     return rows
@@ -120,17 +122,17 @@ def layout_figure() -> Image.Image:
 
 
 def crop_figure() -> Image.Image:
-    """Every picture at one scale of its longer side; red is what the bucket cuts off."""
+    """Every image at one scale of its longer side; red is what the bucket cuts off."""
     width, row, box = 900, 225, 150
     image = Image.new("RGB", (width, 50 + 2 * row), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     draw.text(
         (16, 12),
-        "What buckets of 64-pixel steps cut off (red), of eight pictures",
+        "What buckets of 64-pixel steps cut off (red), of eight images",
         "#222222",
         ImageFont.load_default(17),
     )
-    for number, source in enumerate(PICTURES):
+    for number, source in enumerate(SIZES):
         crop = bucket_crop(source)
         scale = box / max(source)
         left, top = 30 + number % 4 * 215, 50 + number // 4 * row
@@ -147,7 +149,7 @@ def crop_figure() -> Image.Image:
 
 
 def numbers() -> dict[str, str]:
-    """What the page states of the batch."""
+    """The numbers of the batch that the page states."""
     padded, packed = batch_in("padded"), batch_in("packed")
     longest = padded.tokens_computed // len(BATCH)
     return {
@@ -155,13 +157,13 @@ def numbers() -> dict[str, str]:
         "padded": f"{padded.tokens_computed:,}",
         "row": f"{longest:,}",
         "filler": f"{1 - padded.tokens / padded.tokens_computed:.1%}",
-        "buckets": str(len({bucket_crop(source).bucket for source in PICTURES})),
+        "buckets": str(len({bucket_crop(source).bucket for source in SIZES})),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the two pictures, say the numbers."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of docs/multi_resolution.md.")
+    """Write the two figures, print the numbers."""
+    parser = argparse.ArgumentParser(description="Draw the figures of docs/multi_resolution.md.")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR")
     out: Path = parser.parse_args(arguments).out
     layout_figure().save(out / "mixed_batch.png", optimize=True)

@@ -1,7 +1,9 @@
-"""Draws the pictures of docs/position_encoding.md from the code that trains: `python scripts/position_figures.py`.
+"""Draws the figures on positions of docs/multi_resolution.md from the code that trains.
 
-Promise: every number in a picture comes from `mixres.models.qwen.rope` or from a forward call of the tiny base; none
-is written by hand. Needs Pillow alone. Cost: about ten seconds.
+Usage: `python scripts/position_figures.py`.
+
+Promise: every number in a figure comes from `mixres.models.qwen.rope` or from a forward call of the tiny base; none
+is written by hand. It takes about ten seconds.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def measure(base: Path) -> Errors:
         "return_dict": False,
     }
     logger = logging.getLogger("diffusers.models.transformers.transformer_qwenimage")
-    logger.disabled = True  # it says that sizes differ: that is what is measured
+    logger.disabled = True  # it warns of different sizes, which is what is measured
     stock_output = stock(**call)[0]
     logger.disabled = False
     patched = patch_qwen_model_for_multi_resolution(stock)
@@ -111,7 +113,7 @@ def _error(output: Tensor, reference: Tensor, shapes: Sequence[Shape]) -> float:
 
 
 class Sheet:
-    """A white picture with a font that lies inside Pillow."""
+    """A white image with a font that lies inside Pillow."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.image = Image.new("RGB", (width, height), "white")
@@ -240,8 +242,8 @@ def error_figure(errors: Errors) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the four pictures, say the measured errors."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of docs/position_encoding.md.")
+    """Write the four figures, print the measured errors."""
+    parser = argparse.ArgumentParser(description="Draw the figures on positions of docs/multi_resolution.md.")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR")
     out: Path = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""What all pages and the README name is there: keys of the configuration, files of the repository, verbs.
+"""What the README, CONTRIBUTING and the pages name is there: keys, files, verbs and options. Their code runs."""
 
-And the other way round: every module stands in the tree of the architecture page.
-"""
-
+import contextlib
+import io
 import itertools
 import re
+from functools import cache
 
 import pytest
 
-from mixres.cli import OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, VERBS
+from mixres.cli import main
 from mixres.config.load import load_config
 from mixres.config.problems import known_keys
 from mixres.config.schema import Config
@@ -16,13 +16,10 @@ from support.pages import DOCS, REPOSITORY
 
 KEYS = {name for name, _ in known_keys(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS if "." in name}
-PAGES = {page.name: page for page in [*sorted(DOCS.glob("*.md")), REPOSITORY / "README.md"]}
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (*DOCS.glob("*.md"), *REPOSITORY.glob("[RC]*.md"))}
 FREE = ("optimizer.init_args.",)  # a section that holds any key
-
-
-def ours(text: str) -> str:
-    """The page without the first column of the tables of those who switch: keys of other trainers stand there."""
-    return re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+EXAMPLES = {"README.md": 2, "sampling.md": 4, "patch.md": 1}
+per_page = pytest.mark.parametrize("name", sorted(PAGES))
 
 
 def spelled_out(key: str) -> list[str]:
@@ -37,59 +34,19 @@ def named_keys(text: str) -> list[str]:
     return [key for key in keys if not key.endswith((".py", ".jsonl", ".json", ".png"))]
 
 
-@pytest.mark.parametrize("name", sorted(PAGES))
+@per_page
 def test_keys_that_a_page_names_exist(name: str) -> None:
-    text = PAGES[name].read_text(encoding="utf-8")
-    unknown = [key for key in named_keys(ours(text) if name == "start.md" else text) if key not in KEYS]
-    assert not [key for key in unknown if not key.startswith(FREE)], f"{name} names keys that are not there"
+    text = PAGES[name]
+    if name == "comparison.md":  # the first column of its tables has keys of other trainers
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+    assert not [key for key in named_keys(text) if key not in KEYS and not key.startswith(FREE)]
 
 
-def test_the_check_sees_keys() -> None:
-    assert named_keys("`train.seed`, `model.lora.{r,use_dora}`, `data.train=x`, `train.py`, `resume: auto`") == [
-        "train.seed",
-        "model.lora.r",
-        "model.lora.use_dora",
-        "data.train",
-    ]
-    assert len(named_keys(ours(PAGES["start.md"].read_text(encoding="utf-8")))) > 50
-    assert not named_keys(ours("| `train.num_epochs` | none |"))
-
-
-@pytest.mark.parametrize("name", sorted(PAGES))
+@per_page
 def test_files_that_a_page_names_exist(name: str) -> None:
-    text = PAGES[name].read_text(encoding="utf-8")
-    for file in re.findall(r"`((?:tests|scripts|configs|src|docs)/[\w./]+\.(?:py|yaml|md|png))`", text):
-        assert (REPOSITORY / file).exists(), f"{name} names {file}"
-
-
-@pytest.mark.parametrize("name", sorted(PAGES))
-def test_verbs_of_a_page_exist(name: str) -> None:
-    text = PAGES[name].read_text(encoding="utf-8")
-    for verb in re.findall(r"train\.py (\w+)\b(?! changes)", text):
-        assert verb in VERBS or verb == "VERB", f"{name}: train.py {verb}"
-
-
-def tree() -> list[str]:
-    """Files and folders that the tree of the architecture page names, from the root of the repository."""
-    lines = PAGES["architecture.md"].read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
-    named, folder = [], ""
-    for line in lines.strip().splitlines():
-        parent = "src/mixres/" if line.startswith("  ") else ""
-        for name in re.split(r"\s{2,}|(?<=\.py) (?=[a-z])", line.strip())[0].split(", "):
-            head, slash, _ = name.rpartition("/")
-            folder = head + slash if parent and slash else folder
-            inside = parent + (name if slash else folder + name)
-            named.append(inside if (REPOSITORY / inside).exists() else parent + name)
-    return named
-
-
-def test_the_tree_names_every_module_and_nothing_else() -> None:
-    named = tree()
-    assert not [name for name in named if not (REPOSITORY / name).exists()]
-    source = REPOSITORY / "src" / "mixres"
-    modules = {f"src/mixres/{path.relative_to(source).as_posix()}" for path in source.rglob("*.py")}
-    assert {name for name in modules if not name.endswith("__init__.py")} <= set(named)
-    assert len(named) == len(set(named))
+    files = re.findall(r"`((?:tests|scripts|configs|src|docs)/[\w./]*)`", PAGES[name])
+    files += re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", PAGES[name]) if (REPOSITORY / name).exists() else []
+    assert not [file for file in files if not (REPOSITORY / file).exists()]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -102,37 +59,75 @@ def commands(text: str) -> list[list[str]]:
     return [m[1].split() for line, m in zip(lines, found, strict=True) if m and line.split()[0] in begun]
 
 
+@cache
+def help_of(verb: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([verb, "--help"] if verb else ["--help"])
+    return printed.getvalue()
+
+
 def command_problems(words: list[str]) -> list[str]:
     verb = words[0] if not words[0].startswith("-") else "train"
-    if verb in OWN_VERBS:
-        known = {name for name, _, _ in OWN_OPTIONS[verb]} | {"--help"}
-        return [word for word in words if word.startswith("--") and word not in known]
-    options = {"--config", "--cache", "--help", *(f"--{name}" for name in OPTIONS_OF.get(verb, ()))}
-    problems = [] if verb in VERBS or verb == "VERB" else [verb]
-    problems += [word for word in words if word.startswith("--") and word not in options]
+    if not re.search(rf"^  {verb} +\w", help_of(""), re.MULTILINE):
+        return [verb]
+    options = re.findall(r"--[\w-]+", help_of(verb))
     keys = [word.lstrip("['").partition("=")[0] for word in words if "=" in word and not word.startswith("-")]
-    return problems + [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
+    unknown = [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
+    return unknown + [word for word in words if word.startswith("--") and word not in options]
 
 
-@pytest.mark.parametrize("name", sorted(PAGES))
-def test_options_and_keys_of_every_command_exist(name: str) -> None:
-    problems = {" ".join(words): command_problems(words) for words in commands(PAGES[name].read_text(encoding="utf-8"))}
+@per_page
+def test_verbs_options_and_keys_of_every_command_exist(name: str) -> None:
+    problems = {" ".join(words): command_problems(words) for words in commands(PAGES[name])}
     assert not {command: found for command, found in problems.items() if found}
 
 
-@pytest.mark.parametrize("name", sorted(PAGES))
+@per_page
 def test_the_recipes_take_what_every_command_overrides(name: str) -> None:
     """Values too: each is a configuration that a run begins with."""
-    for words in commands(PAGES[name].read_text(encoding="utf-8")):
+    for words in commands(PAGES[name]):
         files = [word for before, word in itertools.pairwise(words) if before == "--config"]
         overrides = [word.strip("'") for word in words if "=" in word and not word.startswith("-")]
         if files and files[0].startswith("configs/"):
             load_config(REPOSITORY / files[0], overrides)
 
 
-def test_the_check_sees_commands() -> None:
+def test_the_checks_see_keys_and_commands() -> None:
+    assert named_keys("`train.seed`, `model.lora.{r,use_dora}`, `data.train=x`, `train.py`, `resume: auto`") == [
+        "train.seed",
+        "model.lora.r",
+        "model.lora.use_dora",
+        "data.train",
+    ]
     text = "a `train.py cache --verfy`\n\n```\npython train.py inspect --config F \\\n  data.tran=x 'data.train=[a]'\n"
     text += "```\n`mixres sample --lorra x`, `mixres frob x`, `mixres` and `train.py`\n"
     found = [problems for words in commands(text) if (problems := command_problems(words))]
     assert sorted(found) == [["--lorra"], ["--verfy"], ["data.tran"], ["frob"]]
-    assert sum(len(commands(page.read_text(encoding="utf-8"))) for page in PAGES.values()) > 40
+    assert sum(len(commands(text)) for text in PAGES.values()) > 35
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_block_of_python_compiles(name: str) -> None:
+    assert len(python_blocks(name)) == EXAMPLES[name]
+    for number, block in enumerate(python_blocks(name)):
+        compile(block, f"{name} block {number}", "exec")
+
+
+def test_the_call_without_mixres_is_the_same_on_both() -> None:
+    (block,) = (block for block in python_blocks("README.md") if "load_lora_weights" in block)
+    assert block in python_blocks("sampling.md")
+
+
+def test_the_patch_alone_gives_what_its_page_says() -> None:
+    (block,) = python_blocks("patch.md")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(block, {})
+    errors = [float(line.split()[-1]) for line in printed.getvalue().splitlines()]
+    assert len(errors) == 4
+    assert max(errors) < 1e-6

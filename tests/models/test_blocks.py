@@ -109,7 +109,7 @@ def kept_bytes(model: QwenImageTransformer2DModel, layout: str = "padded") -> in
 
 
 def test_a_recomputed_block_keeps_its_inputs_alone() -> None:
-    """The formula of docs/memory.md: one row of the model's width for each image and text token."""
+    """The formula of docs/settings.md: one row of the model's width for each image and text token."""
     call = padded_call(main_mix())
     tokens = call["hidden_states"].shape[:2].numel() + call["encoder_hidden_states"].shape[:2].numel()
     inputs = 4 * tokens * HEADS * HEAD_WIDTH

@@ -111,7 +111,7 @@ def test_the_base_is_rounded_and_little_else_changes(method: Method, load: Load)
 def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
     method: Method, device: str, load: Load
 ) -> None:
-    """What docs/memory.md says: 1 byte a weight (nf4: half of one) and 4 a row."""
+    """What docs/settings.md says: 1 byte a weight (nf4: half of one) and 4 a row."""
     model = load(method, device)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
@@ -126,7 +126,7 @@ def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
 
 @pytest.mark.parametrize("method", ANYWHERE)
 def test_without_recomputing_a_copy_of_every_weight_waits_for_backward(method: Method, load: Load) -> None:
-    """The warning of docs/memory.md."""
+    """The warning of docs/settings.md."""
     model = patch_qwen_model_for_multi_resolution(load(method))
     weights = [
         m.weight for n, m in model.named_modules() if n.startswith("transformer_blocks.") and n.endswith("base_layer")

@@ -67,6 +67,21 @@ def test_a_share_holds_out_examples_that_are_not_trained(setup: Setup) -> None:
     assert usable_records(*with_family(setup("data.held_out=0.4")), is_main=False) == (train, held_out)
 
 
+@pytest.mark.parametrize(("fraction", "side"), [(0.0001, "none"), (0.9999, "all")])
+def test_a_fraction_that_leaves_one_side_empty_is_refused(setup: Setup, fraction: float, side: str) -> None:
+    (problem,) = messages(setup(f"data.held_out={fraction}"))
+    assert re.match(rf"data\.held_out: {fraction} of 10 \w+ is {side}; give another \w+, or a folder", problem)
+
+
+def test_an_image_that_its_size_rule_makes_shorter_than_a_token_is_refused(setup: Setup, data: Path) -> None:
+    for kind in ("training_images", "control_images"):
+        Image.new("RGB", (480, 60)).save(first(data, kind))
+    *found, _ = messages(setup("data.resize.target.max_pixels=1024", "data.resize.control.area=1024"))
+    texts = [line.partition(": ")[2] for line in found if "480x60" in line]
+    assert [re.sub(r" by data.*", "", text) for text in texts] == ["480x60 becomes 91x11"] * 2
+    assert "data.resize.target.max_pixels; " in texts[0] and "data.resize.control.area; " in texts[1]
+
+
 def test_a_share_follows_the_seed_and_is_about_its_size(demo_data: Path) -> None:
     records = scan([str(demo_data)], limits=Limits()).records
     assert len(records) == 72

@@ -101,7 +101,7 @@ def test_make_quickstart_trains_samples_and_writes_a_lora(clone: Clone, quicksta
     for said in (
         "every one its own size",
         "result    build/quickstart/run/pytorch_lora_weights.safetensors",
-        "pictures  build/quickstart/run/results.png",
+        "images    build/quickstart/run/results.png",
         "loss      build/quickstart/run/loss.png",
         "next",
     ):

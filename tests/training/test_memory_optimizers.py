@@ -121,7 +121,7 @@ def test_prodigy_goes_on_with_its_estimate(tmp_path: Path) -> None:
 
 
 def test_bytes_of_the_state(tmp_path: Path) -> None:
-    """The table of docs/memory.md, for the matrix of 4096 numbers."""
+    """The table of docs/settings.md, for the matrix of 4096 numbers."""
     found = {}
     for class_path, arguments in {**OPTIMIZERS, "torch.optim.AdamW": {"lr": 1e-2}}.items():
         matrix = nn.Parameter(torch.ones(WIDTH, WIDTH))

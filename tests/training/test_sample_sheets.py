@@ -16,6 +16,7 @@ from mixres.geometry import Size
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.preprocessing.training_data import image_limits
+from mixres.quickstart.data import PROMPTS
 from mixres.training import sample_sheets
 from mixres.training.ema import Ema
 from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
@@ -91,7 +92,14 @@ def test_captions_in_any_script_are_in_the_files_metadata(tmp_path: Path) -> Non
 def test_what_a_font_cannot_draw_is_spelled_out() -> None:
     font = sample_sheets.ImageFont.load_default(14)
     assert sample_sheets._drawable("naïve café", font) == "naïve café"
-    assert sample_sheets._drawable("交换", font).startswith("(no font here draws this caption")
+    assert sample_sheets._drawable("交换", font).startswith("(no font here draws this prompt")
+
+
+def test_the_font_has_a_glyph_for_every_character_of_the_quickstarts_prompts() -> None:
+    font = sample_sheets._font()
+    missing = bytes(font.getmask("\uffff"))
+    for character in "".join(PROMPTS).replace(" ", ""):
+        assert bytes(font.getmask(character)) not in (missing, b""), character
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from mixres.errors import UserError
 
 Layout = Literal["padded", "packed"]
 # What a forward and backward call costs beyond its tokens (launches, hooks, gathering shards), in tokens' worth. A tiny
-# model on a CPU pays about 50, see docs/benchmarks.md; a device that waits for launches or weights pays more.
+# model on a CPU pays about 50, see docs/numerics.md; a device that waits for launches or weights pays more.
 MICROBATCH_TOKENS = 256
 
 

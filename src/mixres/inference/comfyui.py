@@ -23,7 +23,7 @@ _PREFIX = "diffusion_model"
 
 
 def lora_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The tensors of a LoRA for ComfyUI. A DoRA has none: see `docs/export.md`."""
+    """The tensors of a LoRA for ComfyUI. A DoRA has none: see `docs/sampling.md`."""
     tensors = {}
     for layer, adapter in adapters.items():
         assert adapter.magnitude is None, layer

@@ -1,12 +1,13 @@
 """`python -m mixres.quickstart.results CONFIG` shows what the quickstart's LoRA learnt, on unseen photographs.
 
 Promise: the adapter is read from its file by the stock pipeline, so the pictures are what a user would get; beside them
-stand what the base alone makes of the instruction, the copied control, and what the VAE could show at best.
+stand what the base alone makes of the prompt, the copied control, and what the VAE could show at best.
 Cost: two samplings a held-out pair, some ten seconds.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +28,8 @@ from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, sa
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line
 _NEXT = (
     "next      your own pairs on this base:  python train.py --config configs/quickstart.yaml data.train=my_pairs "
-    "data.held_out=null train.max_train_steps=20 logging.output_dir=output/rehearsal "
-    "cache.cache_dir=output/rehearsal_cache",
+    "data.held_out=null train.max_train_steps=20 logging.output_dir=output/smoke_test "
+    "cache.cache_dir=output/smoke_test_cache",
     "          proof that batching is exact: python train.py verify --config configs/quickstart.yaml",
 )
 _LORA = "pytorch_lora_weights.safetensors"
@@ -75,17 +76,18 @@ def show_results(config: Config) -> list[str]:
     before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="picture", disable=None)]
     sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
     after = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="LoRA", unit="picture", disable=None)]
-    results, rows = [], []
-    for item, base, lora in zip(encoded.held_out, before, after, strict=True):
-        result, row = _compare(sampler, item, base, lora)
-        results.append(result)
-        rows.append(row)
-    shown = [row for index, row in enumerate(rows) if index % 4 in (0, 3)]  # each size once, the photographs in turn
+    compared = [
+        _compare(sampler, item, base, lora) for item, base, lora in zip(encoded.held_out, before, after, strict=True)
+    ]
+    results = [result for result, _ in compared]
+    # One row a photograph, its largest pair: 008_chelsea in landscape, 011_coffee in portrait.
+    by_area = sorted(compared[::4] + compared[3::4], key=lambda pair: math.prod(map(int, pair[0].size.split("x"))))
+    shown = list({result.name.rpartition("_")[2]: row for result, row in by_area}.values())
     sheet = contact_sheet(("input", "target", "base", "base + LoRA"), shown)
     save_png(sheet, run / "results.png", [row.caption for row in shown])
     atomic.write_json(run / "results.json", [asdict(result) for result in results])
     _draw_loss(run / "metrics.jsonl", run / "loss.png")
-    return [*_table(results), f"pictures  {run / 'results.png'}", f"loss      {run / 'loss.png'}", *_NEXT]
+    return [*_table(results), f"images    {run / 'results.png'}", f"loss      {run / 'loss.png'}", *_NEXT]
 
 
 def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lora: Image.Image) -> tuple[Result, Row]:

@@ -4,9 +4,10 @@ Promise: the sheet shows what the stock pipeline makes of the weights as they ar
 the training untouched: its own random generators, no mode left over. Cost: `sample.steps` forward calls a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from mixres.training.setup import TrainState
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
 _FONT_SIZE = 14
-# DejaVu lies with most systems, the others hold Chinese; the first that is there is taken, then Pillow's own.
-_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf")
+# Fonts of Linux, macOS and Windows that hold Chinese; last, DejaVu, which most systems have and which does not.
+_SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def _fitted(picture: Image.Image) -> Image.Image:
 
 
 def _font() -> Any:
-    for name in _FONTS:
+    """The first font that is found, or Pillow's own."""
+    for name in _font_names():
         try:
             return ImageFont.truetype(name, _FONT_SIZE)
         except OSError:
@@ -200,8 +202,16 @@ def _font() -> Any:
     return ImageFont.load_default(_FONT_SIZE)
 
 
+def _font_names() -> Iterator[str]:
+    if find_spec("pylopdf_fonts_zh_cn"):  # Noto Sans SC, from the extra `demo`
+        from pylopdf_fonts_zh_cn import sans_path
+
+        yield str(sans_path())
+    yield from _SYSTEM_FONTS
+
+
 def _drawable(text: str, font: Any) -> str:
     """The text, or where the font lacks its script, where to find it: boxes and code points would tell nothing."""
     missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
     lacks = any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text)
-    return "(no font here draws this caption: it stands in the file's metadata)" if lacks else text
+    return "(no font here draws this prompt: it stands in the file's metadata)" if lacks else text
