@@ -19,12 +19,12 @@ test: lint
 
 # The quickstart first and alone: it takes both cores, and has to be done in its five minutes.
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "slow and not gpu" tests/test_quickstart.py
-	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/test_quickstart.py --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/quickstart/test_quickstart.py
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/quickstart/test_quickstart.py --numprocesses 2 --dist loadfile
 
 # Forty kills at random instants, half of them in the middle of a save; many minutes.
 chaos: $(VENV)/.installed-test
-	MIXRES_KILLS=40 $(BIN)/python -m pytest -m slow tests/test_chaos.py
+	MIXRES_KILLS=40 $(BIN)/python -m pytest -m slow tests/training/test_chaos.py
 
 # The documentation site, to look at; `make test` builds it too.
 docs: $(VENV)/.installed-test
@@ -34,6 +34,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # What runs wrote; the environment stays (it is the slow part), `rm -rf .venv` removes it.
 clean:
