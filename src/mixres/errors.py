@@ -78,6 +78,6 @@ class WorkError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the run was asked to stop and has saved
-    """A signal came and the run saved itself. The command line exits 75: the same command goes on."""
+    """A signal came and the run saved itself. The command line exits 75: the same command resumes."""
 
     exit_code = 75

@@ -69,7 +69,7 @@ def records_from_folder(
     for stem in by_stem:
         spellings[stem.casefold()].append(stem)
     records = []
-    for stem, files in sorted(by_stem.items(), key=lambda item: _stem(item[1].targets[0], root / TARGETS)):
+    for stem, files in sorted(by_stem.items(), key=lambda pair: _stem(pair[1].targets[0], root / TARGETS)):
         reasons = _pairing_problems(stem, files, controlled)
         reasons += [
             f"the name differs only in case from that of '{printable(other)}'; rename one"
