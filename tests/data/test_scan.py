@@ -19,8 +19,6 @@ from mixres.data.scan import Scan, scan
 from mixres.data.scan_cache import SETTLED_NS
 from support.pairs import PHOTO, names, scanned, write_image, write_pair
 
-MASKED = {"path_target": "t.png", "path_control": "m.png", "path_mask": "m.png", "prompt": "x"}
-
 
 def test_a_scan_returns_upright_sizes_and_digests(tmp_path: Path) -> None:
     write_pair(tmp_path, "a")
@@ -85,12 +83,23 @@ def test_a_scan_keeps_the_order_of_sources_and_decodes_a_shared_file_once(tmp_pa
         assert [r.record.target.name for r in result.records] == [*["b.png"] * 6, "a.png"]  # type: ignore[union-attr]
 
 
+def test_records_of_one_name_in_two_sources_are_counted_twice(tmp_path: Path) -> None:
+    sources = [tmp_path / "one", tmp_path / "two"]
+    for source in sources:
+        write_pair(source, "good")
+        write_pair(source, "both", prompt=None)
+        (source / "control_images/both.png").unlink()
+    result = scan([str(source) for source in sources], limits=Limits())
+    assert (len(result.records), len(result.problems), result.unusable) == (2, 4, 2)
+
+
 def test_a_scan_counts_transparency_and_a_mask_may_serve_as_a_control(tmp_path: Path) -> None:
     see_through = PHOTO.copy()
     see_through.putalpha(100)
     see_through.save(tmp_path / "t.png")
     write_image(tmp_path / "m.png", mode="L")
-    (tmp_path / "train.jsonl").write_text(json.dumps(MASKED))
+    row = {"path_target": "t.png", "path_control": "m.png", "path_mask": "m.png", "prompt": "x"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
     (item,), problems = scanned(tmp_path / "train.jsonl")
     assert (item.flattened, problems) == (True, [])
 
