@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from unicodedata import normalize
 
 from mixres.data.images import SUFFIXES
@@ -98,8 +98,8 @@ def _check_folders(root: Path, follow_symlinks: bool) -> None:
 
 
 def _stem(path: Path, folder: Path) -> str:
-    name = path.relative_to(folder).as_posix()
-    return name.removesuffix(PurePosixPath(name).suffix)
+    """The path without suffix, relative to the folder; `relative_to` would take as long as all the rest."""
+    return str(path).removesuffix(path.suffix)[len(str(folder)) + 1 :]
 
 
 def _list_files(
