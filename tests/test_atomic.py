@@ -54,28 +54,22 @@ except OSError as error:
     print(type(error).__name__, error.errno, error.filename, error.strerror)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == f"OSError 27 {path} File too large\n", "and it is told which file"
+    assert done.stdout == f"OSError 27 {path} File too large\n", "it names the file"
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_directory_is_an_error(tmp_path: Path) -> None:
+def test_a_new_file_has_the_mode_that_open_would_give_and_needs_its_directory(tmp_path: Path) -> None:
+    atomic.write_text(tmp_path / "ours", "x")
+    (tmp_path / "theirs").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
     with pytest.raises(FileNotFoundError):
         atomic.write_text(tmp_path / "none" / "a", "x")
 
 
-def test_new_file_has_the_mode_that_open_would_give(tmp_path: Path) -> None:
-    atomic.write_text(tmp_path / "ours", "x")
-    (tmp_path / "theirs").write_text("x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
-
-
-def test_text_keeps_its_line_ends(tmp_path: Path) -> None:
+def test_text_keeps_its_line_ends_and_json_names_that_are_not_utf8(tmp_path: Path) -> None:
     atomic.write_text(tmp_path / "a", "一\r\n二\n")
     assert (tmp_path / "a").read_bytes() == "一\r\n二\n".encode()
-
-
-def test_json_is_readable_and_carries_names_that_are_not_utf8(tmp_path: Path) -> None:
     value = {"name": os.fsdecode(b"\xff.png"), "prompt": "交换红色和蓝色", "n": [1, 2.5, None, True]}
     atomic.write_json(tmp_path / "a.json", value)
     data = (tmp_path / "a.json").read_bytes()
@@ -84,7 +78,7 @@ def test_json_is_readable_and_carries_names_that_are_not_utf8(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()], ids=["nan", "inf", "object"])
-def test_json_refuses_what_json_cannot_say_and_keeps_the_old_file(tmp_path: Path, value: object) -> None:
+def test_json_refuses_what_has_no_form_and_keeps_the_old_file(tmp_path: Path, value: object) -> None:
     atomic.write_json(tmp_path / "a.json", [1])
     with pytest.raises((ValueError, TypeError)):
         atomic.write_json(tmp_path / "a.json", {"x": value})

@@ -2,26 +2,26 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mixres.batch import Batch, extract_batch_field, image_shapes_from_embeddings
 from mixres.geometry import Grid
 
+FIELDS: dict[str, tuple[Any, Any]] = {
+    "list": ([64, 96], 96),
+    "tuple": ((64, 96), 96),
+    "list of 0-d tensors": ([torch.tensor(64), torch.tensor(96)], 96),
+    "tensor": (torch.tensor([64, 96]), 96),
+    "0-d tensor is shared": (torch.tensor(96), 96),
+    "scalar is shared": (96, 96),
+    "string is a scalar": ("text", "text"),
+    "None in a list": ([None, None], None),
+}
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        pytest.param([64, 96], 96, id="list"),
-        pytest.param((64, 96), 96, id="tuple"),
-        pytest.param([torch.tensor(64), torch.tensor(96)], 96, id="list_of_0d_tensors"),
-        pytest.param(torch.tensor([64, 96]), 96, id="tensor"),
-        pytest.param(torch.tensor(96), 96, id="0d_tensor_is_shared"),
-        pytest.param(96, 96, id="scalar_is_shared"),
-        pytest.param("text", "text", id="string_is_a_scalar"),
-        pytest.param([None, None], None, id="none_in_a_list"),
-    ],
-)
+
+@pytest.mark.parametrize(("value", "expected"), FIELDS.values(), ids=FIELDS)
 def test_field_of_sample_1(value: Any, expected: Any) -> None:
     found = extract_batch_field({"x": value}, "x", 1)
     assert found == expected
@@ -45,63 +45,54 @@ def test_a_field_shorter_than_the_batch_is_an_error(value: Any) -> None:
         extract_batch_field({"x": value}, "x", 1)
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        pytest.param(
-            {"height": [256, 384], "width": [512, 320]},
-            [[(1, 16, 32)], [(1, 24, 20)]],
-            id="lists",
-        ),
-        pytest.param(
-            {"height": torch.tensor([256, 384]), "width": torch.tensor([512, 320])},
-            [[(1, 16, 32)], [(1, 24, 20)]],
-            id="tensors",
-        ),
-        pytest.param({"height": 256, "width": torch.tensor(512)}, [[(1, 16, 32)]] * 2, id="scalars"),
-        pytest.param(
-            {"height": [256, 384], "width": 512, "height_control": 64, "width_control": [32, 96]},
-            [[(1, 16, 32), (1, 4, 2)], [(1, 24, 32), (1, 4, 6)]],
-            id="one_control",
-        ),
-        pytest.param(
-            {
-                "height": 256,
-                "width": 512,
-                "height_control": 32,
-                "width_control": 48,
-                "height_control_1": [64, None],
-                "width_control_1": [80, None],
-                "height_control_2": torch.tensor([96, 0]),
-                "width_control_2": torch.tensor([112, 0]),
-            },
-            [[(1, 16, 32), (1, 2, 3), (1, 4, 5), (1, 6, 7)], [(1, 16, 32), (1, 2, 3)]],
-            id="three_controls_and_one",
-        ),
-    ],
-)
+CONTROLS = {
+    "height": 256, "width": 512, "height_control": 32, "width_control": 48,
+    "height_control_1": [64, None], "width_control_1": [80, None],
+    "height_control_2": torch.tensor([96, 0]), "width_control_2": torch.tensor([112, 0]),
+}  # fmt: skip
+PIXELS: dict[str, tuple[dict[str, Any], Any]] = {
+    "lists": ({"height": [256, 384], "width": [512, 320]}, [[(1, 16, 32)], [(1, 24, 20)]]),
+    "tensors": (
+        {"height": torch.tensor([256, 384]), "width": torch.tensor([512, 320])},
+        [[(1, 16, 32)], [(1, 24, 20)]],
+    ),
+    "scalars": ({"height": 256, "width": torch.tensor(512)}, [[(1, 16, 32)]] * 2),
+    "one control": (
+        {"height": [256, 384], "width": 512, "height_control": 64, "width_control": [32, 96]},
+        [[(1, 16, 32), (1, 4, 2)], [(1, 24, 32), (1, 4, 6)]],
+    ),
+    "three and one": (CONTROLS, [[(1, 16, 32), (1, 2, 3), (1, 4, 5), (1, 6, 7)], [(1, 16, 32), (1, 2, 3)]]),
+    "NumPy": (
+        {"height": [np.int64(256), np.int64(384)], "width": [np.int64(512), 320]},
+        [[(1, 16, 32)], [(1, 24, 20)]],
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "expected"), PIXELS.values(), ids=PIXELS)
 def test_shapes_from_pixel_fields(fields: dict[str, Any], expected: list[Any]) -> None:
-    assert image_shapes_from_embeddings(fields, 2) == expected
+    assert_plain(image_shapes_from_embeddings(fields, 2), expected)
 
 
-@pytest.mark.parametrize(
-    "img_shapes",
-    [
-        pytest.param([[(1, 16, 32), (1, 2, 3)], [(1, 24, 20), (1, 4, 5)]], id="tuples"),
-        pytest.param([[Grid(1, 16, 32), Grid(1, 2, 3)], [[1, 24, 20], [1, 4, 5]]], id="grids_and_lists"),
-        pytest.param(torch.tensor([[[1, 16, 32], [1, 2, 3]], [[1, 24, 20], [1, 4, 5]]]), id="tensor"),
-        pytest.param(
-            [torch.tensor([[1, 16, 32], [1, 2, 3]]), torch.tensor([[1, 24, 20], [1, 4, 5]])], id="list_of_tensors"
-        ),
-        pytest.param(
-            [[torch.tensor([1, 16, 32]), (1, 2, 3)], [torch.tensor([1, 24, 20]), (1, 4, 5)]], id="tensors_in_lists"
-        ),
-    ],
-)
+SHAPES = [[(1, 16, 32), (1, 2, 3)], [(1, 24, 20), (1, 4, 5)]]
+FORMS: dict[str, Any] = {
+    "tuples": SHAPES,
+    "grids and lists": [[Grid(*grid) for grid in SHAPES[0]], [list(grid) for grid in SHAPES[1]]],
+    "tensor": torch.tensor(SHAPES),
+    "list of tensors": [torch.tensor(shapes) for shapes in SHAPES],
+    "tensors in lists": [[torch.tensor(grid) for grid in shapes] for shapes in SHAPES],
+    "lists of NumPy": [[np.array(grid) for grid in shapes] for shapes in SHAPES],
+}
+
+
+@pytest.mark.parametrize("img_shapes", FORMS.values(), ids=FORMS)
 def test_img_shapes_win_over_pixel_fields(img_shapes: Any) -> None:
-    shapes = image_shapes_from_embeddings({"img_shapes": img_shapes, "height": 16, "width": 16}, 2)
-    assert shapes == [[(1, 16, 32), (1, 2, 3)], [(1, 24, 20), (1, 4, 5)]]
-    assert all(type(side) is int for shape in shapes for grid in shape for side in grid)
+    assert_plain(image_shapes_from_embeddings({"img_shapes": img_shapes, "height": 16, "width": 16}, 2), SHAPES)
+
+
+def assert_plain(shapes: Any, expected: Any) -> None:
+    assert shapes == expected
+    assert all(type(side) is int for sample in shapes for grid in sample for side in grid)
 
 
 def test_img_shapes_may_hold_different_numbers_of_controls() -> None:

@@ -1,7 +1,7 @@
-"""The records that rooms hand to each other, from cache to loss. Fields, shapes and device moves; nothing is computed.
+"""What packages hand to each other, from cache to loss. Fields, shapes and device moves; nothing is computed.
 
 Stored form and model form have different names: a `Sample` is clean and unpadded, a `Batch` is what collate made of
-several, a `FlowSample` is a batch at its noise level.
+several, a `FlowSample` is a batch at its sigmas.
 
 Legend: B sample, S image token (target first, then controls), V valid target token of the whole batch, T text token,
 P packed channel (4 x latent channels), D text width.
@@ -19,18 +19,18 @@ from mixres.geometry import Grid, token_count
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example as it lies in the cache: clean, unpadded, on the CPU."""
+    """One training sample as it lies in the cache: clean, unpadded, on the CPU."""
 
     name: str  # what messages call it
     target_latents: Tensor  # (S_target, P)
     control_latents: tuple[Tensor, ...]  # each (S_control, P), in the order of `img_shapes[1:]`
     prompt_embeds: Tensor  # (T, D)
     img_shapes: tuple[Grid, ...]  # target first, then each control
-    edit_mask: Tensor | None = None  # (S_target,) float32, foreground share of each target token in [0, 1]
+    edit_mask: Tensor | None = None  # (S_target,) float32, foreground fraction of each target token in [0, 1]
     empty_embeds: Tensor | None = None  # (T_empty, D) of the empty prompt with the same controls, for caption dropout
 
     def without_caption(self) -> "Sample":
-        """The same example with the empty prompt."""
+        """The same sample with the empty prompt."""
         assert self.empty_embeds is not None, self.name
         return replace(self, prompt_embeds=self.empty_embeds)
 
@@ -39,8 +39,8 @@ class Sample:
 class Batch:
     """Several samples in one of the two layouts the transformer takes; all that follows is independent of which.
 
-    `padded`: (X, Y) = (B, S) and (B, T), rows filled up with zeros; a row holds target | controls | filler.
-    `packed`: (X, Y) = (S_total, 1) and (T_total, 1), samples one behind the other, no filler.
+    `padded`: (X, Y) = (B, S) and (B, T), rows padded with zeros; a row holds target | controls | padding.
+    `packed`: (X, Y) = (S_total, 1) and (T_total, 1), samples one behind the other, no padding.
     """
 
     layout: Literal["padded", "packed"]
@@ -53,9 +53,9 @@ class Batch:
     prompt_mask: Tensor | None  # (B, T) bool, None when no text is padded
     text_lengths: tuple[int, ...]
     img_shapes: tuple[tuple[Grid, ...], ...]
-    edit_mask: Tensor  # (V,) float32 foreground share of each target token
+    edit_mask: Tensor  # (V,) float32 foreground fraction of each target token
     has_mask: tuple[bool, ...]  # a sample without an edit mask has weight 1 everywhere
-    sample_weights: tuple[float, ...]  # in the loss; 0 for a filler that only keeps ranks in step
+    sample_weights: tuple[float, ...]  # in the loss; 0 for a dummy microbatch that only keeps ranks in step
 
     @property
     def tokens(self) -> int:
@@ -64,7 +64,7 @@ class Batch:
 
     @property
     def tokens_computed(self) -> int:
-        """Tokens that the transformer computes, filler included."""
+        """Tokens that the transformer computes, padding included."""
         return self.latents.shape[0] * self.latents.shape[1] + self.prompt_embeds.shape[0] * self.prompt_embeds.shape[1]
 
     def to(self, device: torch.device | str) -> Self:
@@ -76,12 +76,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class FlowSample:
-    """A batch at its noise levels. Source: rectified flow, Liu et al. 2022 (arXiv 2209.03003)."""
+    """A batch at its sigmas. Source: rectified flow, Liu et al. 2022 (arXiv 2209.03003)."""
 
-    noisy_latents: Tensor  # as `Batch.latents`: target tokens interpolated, controls and filler as in the batch
+    noisy_latents: Tensor  # as `Batch.latents`: target tokens interpolated, controls and padding as in the batch
     sigmas: Tensor  # (B,) in [0, 1]; 0 is data, 1 is noise; also the model's `timestep`
     velocity: Tensor  # (V, P) noise - data at the target tokens, the regression target
-    weights: Tensor  # (B,) loss weight of each sample's noise level
+    weights: Tensor  # (B,) loss weight of each sample's sigma
 
 
 def extract_batch_field(embeddings: Mapping[str, Any], key: str, batch_idx: int) -> Any:

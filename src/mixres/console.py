@@ -33,33 +33,33 @@ def log(line: str) -> None:
 def counted(
     items: Collection[T], verb: str, unit: str, *, enabled: bool, every_s: float = _LINE_EVERY_S
 ) -> Iterator[T]:
-    """The items as they are worked through: a bar on a terminal, a line every `every_s` seconds elsewhere.
+    """The items one by one, with progress: a bar on a terminal, a line every `every_s` seconds elsewhere.
 
     Rate and time left are those since the first item was done: what it had to load is no part of them.
     """
     lines = enabled and not sys.stderr.isatty()
-    started = spoken = time.perf_counter()
+    started = logged = time.perf_counter()
     bar = tqdm(items, desc=verb, unit=unit, disable=lines or not enabled, leave=None)  # below a run's own bar: none
     for done, item in enumerate(bar, 1):
         yield item
         now = time.perf_counter()
         if done == 1:
             started = now
-        elif lines and done < len(items) and now - spoken >= every_s:
-            spoken = now
+        elif lines and done < len(items) and now - logged >= every_s:
+            logged = now
             rate = (done - 1) / (now - started)
             log(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
 
 
 class Progress:
-    """Steps of a run as they end. `enabled` is for the one process that speaks."""
+    """Steps of a run as they end. `enabled` is for the main process."""
 
     def __init__(self, *, first: int, last: int, enabled: bool) -> None:
         self._lines = enabled and not sys.stderr.isatty()
         bar = enabled and not self._lines
         self._bar = tqdm(total=last, initial=first, desc="train", unit="step", disable=not bar, dynamic_ncols=True)
         self._first, self._last = first, last
-        self._started = self._spoken = time.perf_counter()
+        self._started = self._logged = time.perf_counter()
 
     def __enter__(self) -> Self:
         return self
@@ -80,8 +80,8 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss}, {rates}", refresh=False)
         self._bar.update()
         now = time.perf_counter()
-        if self._lines and (now - self._spoken >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
-            self._spoken = now
+        if self._lines and (now - self._logged >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
+            self._logged = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
             log(f"step {step}/{self._last}  loss {loss}  {rates}, left {clock(left)}")
 

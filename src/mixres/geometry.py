@@ -45,8 +45,8 @@ def token_count(grids: Sequence[tuple[int, int, int]]) -> int:
 def target_size(source: Size, *, max_pixels: int, multiple_of: int, upscale: bool = False) -> Size:
     """Size of a training target: native, downscaled only above `max_pixels`, sides rounded to `multiple_of`.
 
-    The picture is resized to this size as a whole: nothing is cropped, and the aspect changes by rounding alone. With
-    `upscale` a smaller picture is enlarged to `max_pixels` too. The area never exceeds `max_pixels` unless one side
+    The image is resized to this size as a whole: nothing is cropped, and the aspect changes by rounding alone. With
+    `upscale` a smaller image is enlarged to `max_pixels` too. The area never exceeds `max_pixels` unless one side
     has already reached `multiple_of`.
     """
     scale = target_scale(source, max_pixels=max_pixels, upscale=upscale)

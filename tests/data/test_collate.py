@@ -34,9 +34,10 @@ def samples(draw: st.DrawFn, dtype: torch.dtype = torch.bfloat16) -> Sample:
     )
 
 
-def collated(chosen: list[Sample], layout: Layout) -> Batch:
+def collated(chosen: list[Sample], layout: Layout, rounding: Rounding = Rounding()) -> Batch:  # noqa: B008
     indices = [7 * i + 2 for i in range(len(chosen))]
-    return collate(chosen, indices=indices, weights=[float(i % 2) for i in indices], layout=layout)
+    weights = [float(i % 2) for i in indices]
+    return collate(chosen, indices=indices, weights=weights, layout=layout, rounding=rounding)
 
 
 def rows(tensor: Tensor, lengths: list[int], layout: str) -> tuple[list[Tensor], Tensor]:
@@ -45,8 +46,8 @@ def rows(tensor: Tensor, lengths: list[int], layout: str) -> tuple[list[Tensor],
         assert tensor.shape[1] == 1
         return list(tensor[:, 0].split(lengths)), tensor[:0, 0]
     assert tensor.shape[:2] == (len(lengths), max(lengths))
-    filler = [row[n:] for row, n in zip(tensor, lengths, strict=True)]
-    return [row[:n] for row, n in zip(tensor, lengths, strict=True)], torch.cat(filler)
+    padding = [row[n:] for row, n in zip(tensor, lengths, strict=True)]
+    return [row[:n] for row, n in zip(tensor, lengths, strict=True)], torch.cat(padding)
 
 
 def image(sample: Sample) -> Tensor:
@@ -58,31 +59,21 @@ mixes = st.lists(samples(), min_size=1, max_size=5)
 
 @derandomized
 @given(mixes, st.sampled_from(LAYOUTS))
-def test_valid_tokens_are_copied_bit_for_bit_and_filler_is_zero(chosen: list[Sample], layout: Layout) -> None:
+def test_valid_tokens_are_copied_bit_for_bit_and_padding_is_zero(chosen: list[Sample], layout: Layout) -> None:
     batch = collated(chosen, layout)
     for tensor, wanted in (
         (batch.latents, [image(sample) for sample in chosen]),
         (batch.prompt_embeds, [sample.prompt_embeds for sample in chosen]),
     ):
-        valid, filler = rows(tensor, [len(x) for x in wanted], layout)
+        valid, padding = rows(tensor, [len(x) for x in wanted], layout)
         assert tensor.dtype == torch.bfloat16
         assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(valid, wanted, strict=True))
-        assert not filler.view(torch.int16).any()  # +0.0, no other bits
+        assert not padding.view(torch.int16).any()  # +0.0, no other bits
 
 
 @derandomized
 @given(mixes, st.sampled_from(LAYOUTS))
 def test_target_index_selects_exactly_the_target_tokens(chosen: list[Sample], layout: Layout) -> None:
-    batch = collated(chosen, layout)
-    targets = torch.cat([sample.target_latents for sample in chosen])
-    assert torch.equal(batch.latents.flatten(0, 1)[batch.target_index], targets)
-    assert batch.target_index.dtype == torch.int64
-    assert batch.target_lengths == tuple(len(sample.target_latents) for sample in chosen)
-
-
-@derandomized
-@given(mixes, st.sampled_from(LAYOUTS))
-def test_target_index_tells_samples_and_controls_apart(chosen: list[Sample], layout: Layout) -> None:
     """By position, not by value: every target token holds its sample's number, every control token -1."""
     numbered = [
         dataclasses.replace(
@@ -92,49 +83,40 @@ def test_target_index_tells_samples_and_controls_apart(chosen: list[Sample], lay
         )
         for i, sample in enumerate(chosen)
     ]
-    batch = collated(numbered, layout)
-    selected = batch.latents.flatten(0, 1)[batch.target_index]
-    assert torch.equal(selected, torch.cat([sample.target_latents for sample in numbered]))
+    for mix in (chosen, numbered):
+        batch = collated(mix, layout)
+        targets = torch.cat([sample.target_latents for sample in mix])
+        assert torch.equal(batch.latents.flatten(0, 1)[batch.target_index], targets)
+        assert batch.target_index.dtype == torch.int64
+        assert batch.target_lengths == tuple(len(sample.target_latents) for sample in mix)
 
 
 @derandomized
 @given(mixes, st.sampled_from(LAYOUTS))
-def test_text_mask_is_there_only_where_text_is_padded(chosen: list[Sample], layout: Layout) -> None:
-    batch = collated(chosen, layout)
-    lengths = [len(sample.prompt_embeds) for sample in chosen]
-    assert batch.text_lengths == tuple(lengths)
-    if layout == "packed" or len(set(lengths)) == 1:
-        assert batch.prompt_mask is None
-    else:
-        assert batch.prompt_mask is not None and batch.prompt_mask.dtype == torch.bool
-        assert batch.prompt_mask.tolist() == [[t < n for t in range(max(lengths))] for n in lengths]
-
-
-@derandomized
-@given(mixes, st.sampled_from(LAYOUTS))
-def test_edit_masks_lie_at_their_samples_target_tokens(chosen: list[Sample], layout: Layout) -> None:
-    batch = collated(chosen, layout)
-    assert batch.has_mask == tuple(sample.edit_mask is not None for sample in chosen)
-    for found, sample in zip(batch.edit_mask.split(list(batch.target_lengths)), chosen, strict=True):
-        assert torch.equal(found, torch.zeros(len(found)) if sample.edit_mask is None else sample.edit_mask)
-
-
-@derandomized
-@given(mixes, st.sampled_from(LAYOUTS))
-def test_names_weights_shapes_and_token_counts_go_with_their_samples(chosen: list[Sample], layout: Layout) -> None:
+def test_all_else_goes_with_its_sample(chosen: list[Sample], layout: Layout) -> None:
     batch = collated(chosen, layout)
     assert batch.layout == layout
     assert batch.indices == tuple(7 * i + 2 for i in range(len(chosen)))
     assert batch.sample_weights == tuple(float(i % 2) for i in batch.indices)
     assert batch.names == tuple(sample.name for sample in chosen)
     assert batch.img_shapes == tuple(sample.img_shapes for sample in chosen)
-    lengths = [Lengths(len(s.prompt_embeds), len(image(s)), len(s.target_latents)) for s in chosen]
+    assert batch.has_mask == tuple(sample.edit_mask is not None for sample in chosen)
+    for found, sample in zip(batch.edit_mask.split(list(batch.target_lengths)), chosen, strict=True):
+        assert torch.equal(found, torch.zeros(len(found)) if sample.edit_mask is None else sample.edit_mask)
+    texts = [len(sample.prompt_embeds) for sample in chosen]
+    assert batch.text_lengths == tuple(texts)
+    if layout == "packed" or len(set(texts)) == 1:
+        assert batch.prompt_mask is None, "no text is padded"
+    else:
+        assert batch.prompt_mask is not None and batch.prompt_mask.dtype == torch.bool
+        assert batch.prompt_mask.tolist() == [[t < n for t in range(max(texts))] for n in texts]
+    lengths = [Lengths(n, len(image(s)), len(s.target_latents)) for n, s in zip(texts, chosen, strict=True)]
     assert batch.tokens == sum(length.total for length in lengths)
     assert batch.tokens_computed == computed_tokens(lengths, layout)  # what the plan counted on
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_sample_alone_has_no_filler_and_the_batch_is_a_copy(layout: Layout) -> None:
+def test_a_sample_alone_has_no_padding_and_the_batch_is_a_copy(layout: Layout) -> None:
     latents, text = torch.ones(6, CHANNELS), torch.ones(2, WIDTH)
     batch = collated([Sample("a", latents, (), text, (Grid(1, 2, 3),))], layout)
     assert batch.tokens == batch.tokens_computed == 8
@@ -145,11 +127,9 @@ def test_a_sample_alone_has_no_filler_and_the_batch_is_a_copy(layout: Layout) ->
 
 @derandomized
 @given(mixes)
-def test_rounded_rows_hold_the_same_tokens_and_more_filler(chosen: list[Sample]) -> None:
-    indices = list(range(len(chosen)))
-    plain = collate(chosen, indices=indices, weights=[1.0] * len(chosen), layout="padded")
-    rounding = Rounding(text=4, image=8)
-    batch = collate(chosen, indices=indices, weights=[1.0] * len(chosen), layout="padded", rounding=rounding)
+def test_rounded_rows_hold_the_same_tokens_and_more_padding(chosen: list[Sample]) -> None:
+    plain, rounding = collated(chosen, "padded"), Rounding(text=4, image=8)
+    batch = collated(chosen, "padded", rounding)
     for name, multiple in (("latents", 8), ("prompt_embeds", 4)):
         before, after = getattr(plain, name), getattr(batch, name)
         longest = before.shape[1]

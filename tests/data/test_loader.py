@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -77,46 +76,37 @@ def assert_equal(one: list[Batch], two: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_batches_are_the_plans_microbatches_of_the_samples_written(cache: Cache, layout: Layout) -> None:
-    plan = make_plan(layout, world_size=2)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_batches_are_the_plans_microbatches_of_the_samples_written(
+    cache: Cache, layout: Layout, dropout: float
+) -> None:
+    """A dropped caption is the sample's own empty prompt."""
+    plan, dropped, kept = make_plan(layout, world_size=2, caption_dropout=dropout), 0, 0
+    dataset = MicrobatchDataset(cache, KEYS, NAMES, layout)
     for rank in range(2):
-        planned = [microbatch for step in range(STEPS) for microbatch in plan.step(step).ranks[rank]]
-        wanted = [
-            collate([make_sample(i) for i in m.indices], indices=m.indices, weights=m.weights, layout=layout)
-            for m in planned
-        ]
-        assert_equal(list(loader(cache, layout=layout, rank=rank, world_size=2)), wanted)
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_a_dropped_caption_is_the_samples_own_empty_prompt(cache: Cache, layout: Layout) -> None:
-    plan = make_plan(layout, world_size=2, caption_dropout=0.5)
-    dataset, dropped, kept = MicrobatchDataset(cache, KEYS, NAMES, layout), 0, 0
-    for rank in range(2):
-        batches = microbatch_loader(dataset, plan, rank=rank, first=0, last=STEPS, workers=0)
-        for step in range(STEPS):
-            for planned in plan.step(step).ranks[rank]:
-                samples = [make_sample(i) for i in planned.indices]
+        wanted = []
+        for step in map(plan.step, range(STEPS)):
+            for m in step.ranks[rank]:
+                samples = [make_sample(i) for i in m.indices]
                 texts = [
-                    s.empty_embeds if i in plan.step(step).dropped else s.prompt_embeds
-                    for i, s in zip(planned.indices, samples, strict=True)
+                    s.empty_embeds if i in step.dropped else s.prompt_embeds
+                    for i, s in zip(m.indices, samples, strict=True)
                 ]
-                wanted = [replace(s, prompt_embeds=text) for s, text in zip(samples, texts, strict=True)]
-                batch = next(batches)
-                assert_equal(
-                    [batch], [collate(wanted, indices=planned.indices, weights=planned.weights, layout=layout)]
-                )
-                assert batch.tokens_computed <= plan.max_tokens
-                dropped += len(planned.dropped)
-                kept += len(planned.indices) - len(planned.dropped)
-    assert dropped > 3 and kept > 3
+                samples = [replace(s, prompt_embeds=text) for s, text in zip(samples, texts, strict=True)]
+                wanted.append(collate(samples, indices=m.indices, weights=m.weights, layout=layout))
+                dropped += len(m.dropped)
+                kept += len(m.indices) - len(m.dropped)
+        batches = list(microbatch_loader(dataset, plan, rank=rank, first=0, last=STEPS, workers=0))
+        assert_equal(batches, wanted)
+        assert all(batch.tokens_computed <= plan.max_tokens for batch in batches)
+    assert kept > 3 and (dropped > 3) == (dropout > 0)
 
 
 def test_workers_change_nothing(cache: Cache) -> None:
     assert_equal(list(loader(cache, workers=2)), list(loader(cache, workers=0)))
 
 
-@pytest.mark.parametrize("first", range(STEPS + 1))
+@pytest.mark.parametrize("first", [0, 1, STEPS - 1, STEPS])
 def test_a_start_at_a_later_step_gives_the_tail(cache: Cache, first: int) -> None:
     skipped = sum(len(make_plan().step(step).ranks[0]) for step in range(first))
     assert_equal(list(loader(cache, first=first)), list(loader(cache))[skipped:])
@@ -184,9 +174,9 @@ def test_workers_outlive_signals_to_all_processes_but_not_the_run(cache: Cache, 
     assert ("KeyError" in done.stderr) != last and "DataLoader" not in done.stderr
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_one(
-    told: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_worker_that_dies_as_it_hands_over_a_batch_is_one_error(
+    signalled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection ends before the signal of its death comes, from which torch raises; or that never comes."""
 
@@ -194,17 +184,22 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_as_one(
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
     def results() -> Iterator[Batch]:
-        if told:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGCHLD)).start()
         raise EOFError
         yield
 
-    monkeypatch.setattr(loader_module, "_TOLD_S", 20 if told else 0)
+    def wait(seconds: float) -> None:  # the signal comes while the loader waits for it
+        waits.append(seconds)
+        if signalled:
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    waits: list[float] = []
+    monkeypatch.setattr(loader_module.time, "sleep", wait)
     before = signal.signal(signal.SIGCHLD, raises)
     try:
-        with pytest.raises(RuntimeError if told else WorkError) as caught:
+        with pytest.raises(RuntimeError if signalled else WorkError) as caught:
             next(loader_module._raised(results(), SimpleNamespace(value=0)))
     finally:
         signal.signal(signal.SIGCHLD, before)
-    expected = "DataLoader worker (pid 7)" if told else "data.num_workers: a process of the loader ended as it handed"
+    assert waits == [5.0]
+    expected = "DataLoader worker (pid 7)" if signalled else "data.num_workers: a process of the loader ended as it"
     assert str(caught.value).startswith(expected)

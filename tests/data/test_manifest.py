@@ -1,191 +1,231 @@
-"""CSV manifests as spreadsheets and scripts write them: what is a row, and the line a user reads for what is none."""
+"""Manifests as people and scripts write them: what is a row, and the line a user reads for what is none."""
 
 import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
+from unicodedata import normalize
 
 import pytest
-import skimage.data
-from PIL import Image
 
 from mixres.data.records import EditRecord
 from mixres.data.scan import find_records
+from support.pairs import found, names, write_image
 
-HEAD = b"path_target,path_control,prompt\n"
-GOOD = b"t.png,c.png,make it blue\n"
+GOOD: dict[str, Any] = {"path_target": "t.png", "path_control": "c.png", "prompt": "把猫变成蓝色"}
+HEAD, ROW = b"path_target,path_control,prompt\n", b"t.png,c.png,make it blue\n"
+PATHS = "path_target, path_control, path_control_1, ..., path_mask"
+BOM = "the file starts with a byte order mark; save it as UTF-8 without one"
+GAP = "its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew"
+OUTSIDE = "is not below the manifest's folder; move it there"
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    photo = Image.fromarray(skimage.data.chelsea()).resize((90, 60))
-    for name in ("t.png", "c.png", "c1.png", "m.png", "a, b.png"):
-        photo.save(tmp_path / name)
-    return tmp_path
+    for name in ("data/t.png", "data/c.png", "data/c1.png", "data/m.png", "data/sub/a, b.png", "secret.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "data/linked").symlink_to(tmp_path)
+    return tmp_path / "data"
 
 
-def found(root: Path, data: bytes, **options: object) -> tuple[list[EditRecord], list[str]]:
-    (root / "train.csv").write_bytes(data)
-    records, problems = find_records(str(root / "train.csv"), **options)  # type: ignore[arg-type]
-    return records, [str(problem).removeprefix(f"{root}/") for problem in problems]
+def json_lines(root: Path, *rows: object) -> Path:
+    """`rows` are objects, or bytes that stand in the file as they are."""
+    path = root / "train.jsonl"
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
+    return path
 
 
-def as_csv(rows: list[dict[str, str]], **options: object) -> bytes:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", **options)  # type: ignore[arg-type]
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+def table(root: Path, data: bytes) -> Path:
+    path = root / "train.csv"
+    path.write_bytes(data)
+    return path
 
 
-ROWS: list[dict[str, str]] = [
-    {"path_target": "t.png", "path_control": "c.png", "prompt": 'say "hello", twice\nand once more', "id": "7"},
-    {"path_target": "a, b.png", "path_control": "c.png", "prompt": "把猫变成蓝色", "path_control_1": "c1.png"},
-    {"path_target": "t.png", "path_control": "c.png", "prompt": " spaces ", "path_mask": "m.png"},
+def test_rows_are_records_in_their_order(root: Path) -> None:
+    full = GOOD | {"path_control_1": "c1.png", "path_mask": "m.png", "prompt": " two\nlines ", "id": 7}
+    records, problems = found(json_lines(root, full, b"", GOOD | {"path_mask": None, "path_control_1": None}))
+    assert problems == []
+    assert records == [
+        EditRecord("t.png", root / "t.png", (root / "c.png", root / "c1.png"), "two\nlines", root / "m.png"),
+        EditRecord("t.png", root / "t.png", (root / "c.png",), "把猫变成蓝色"),
+    ]
+
+
+ROWS: list[dict[str, Any]] = [
+    GOOD | {"prompt": 'say "hello", twice\nand once more', "id": "7"},
+    GOOD | {"path_target": "sub/a, b.png", "path_control_1": "c1.png"},
+    GOOD | {"prompt": " spaces ", "path_mask": "m.png"},
 ]
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_a_csv_manifest_says_what_the_same_json_lines_say(root: Path, quoting: int, line_end: str) -> None:
-    records, problems = found(root, as_csv(ROWS, quoting=quoting, lineterminator=line_end))
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    assert problems == []
-    assert (records, []) == find_records(str(root / "train.jsonl"))
-    assert records[0].prompt == 'say "hello", twice\nand once more'
-    assert records[1].controls == (root / "c.png", root / "c1.png")
-    assert records[2].mask == root / "m.png"
+def test_a_csv_manifest_holds_what_the_same_json_lines_hold(root: Path, quoting: Any, line_end: str) -> None:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in ROWS for key in row))
+    writer = csv.DictWriter(text, columns, restval="", quoting=quoting, lineterminator=line_end)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    records, problems = found(table(root, text.getvalue().encode()))
+    assert (records, problems) == found(json_lines(root, *ROWS))
+    assert (len(records), problems) == (3, [])
 
 
 def test_the_last_line_needs_no_end_and_blank_lines_are_none(root: Path) -> None:
-    records, problems = found(root, HEAD + b"\n" + GOOD + b"\r\n" + GOOD.rstrip())
+    records, problems = found(table(root, HEAD + b"\n" + ROW + b"\r\n" + ROW.rstrip()))
     assert (len(records), problems) == (2, [])
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        pytest.param(b"t.png,c.png,caf\xe9\n", "the row is not UTF-8; save it as UTF-8", id="latin1"),
-        pytest.param(
-            b"t.png,c.png\n", "the row has 2 fields, the first line names 3; quote what holds commas", id="short"
-        ),
-        pytest.param(
-            b"t.png,c.png,a,b\n", "the row has 4 fields, the first line names 3; quote what holds commas", id="comma"
-        ),
-        pytest.param(
-            b't.png,c.png,"a"b\n', "the row is not CSV: ',' expected after '\"'; quote it as RFC 4180 says", id="quote"
-        ),
-        pytest.param(b"t.png,c.png," + b"x" * 2**18 + b"\n", "the row is not CSV: field larger than field", id="field"),
-        pytest.param(
-            b"t.png,c.png," + b"x," * 2**22 + b"\n", "the line is over 4194304 bytes long; shorten it", id="line"
-        ),
-        pytest.param(b"t.png,c.png,\n", "has no prompt; write one, or set data.empty_caption", id="no_prompt"),
-        pytest.param(b't.png,c.png," "\n', "the prompt is empty; write one, or set", id="blank_prompt"),
-        pytest.param(b"t.png,c.png,a\0b\n", "the caption holds a NUL character; take it out", id="nul"),
-        pytest.param(b",c.png,a\n", "has no 'path_target'; add it", id="no_target"),
-        pytest.param(b"none.png,c.png,a\n", "'path_target': none.png does not exist; correct the path", id="absent"),
-        pytest.param(b"../t.png,c.png,a\n", "../t.png is not below the manifest's folder; move it there", id="dots"),
-        pytest.param(b"/etc/passwd,c.png,a\n", "is not below the manifest's folder; move it there", id="absolute"),
-        pytest.param(
-            b"https://a.example/b.png,c.png,a\n", "is a URL; download it, mixres reads local files only", id="url"
-        ),
-        pytest.param(b"link.png,c.png,a\n", "is a link out of the manifest's folder", id="link"),
-    ],
-)
-def test_problem_of_a_csv_row(root: Path, data: bytes, reason: str) -> None:
-    (root / "link.png").symlink_to("/etc/passwd")
-    records, problems = found(root, HEAD + GOOD + data + GOOD)
+BAD_PATHS = {
+    "empty": ("", "'path_target' is not a path; write one in quotes"),
+    "absent": ("none.png", "'path_target': none.png does not exist; correct the path"),
+    "folder": ("sub", "'path_target': sub is not a file; correct the path"),
+    "name too long": ("m" * 300, "cannot be opened: File name too long; make it readable, or correct the path"),
+    "dots": ("../secret.png", f"../secret.png {OUTSIDE}"),
+    "inner dots": ("sub/../../secret.png", OUTSIDE),
+    "absolute": ("/etc/passwd", OUTSIDE),
+    "link out": ("link.png", "is a link out of the manifest's folder; set data.follow_symlinks=true"),
+    "linked folder": ("linked/secret.png", "is a link out of"),
+    "NUL": ("a\0.png", "a\\x00.png holds characters that no path has; correct it"),
+    "surrogate": ("\udc80.png", "holds characters that no path has; correct it"),
+    **{
+        url[:5]: (url, "is a URL; download it, mixres reads local files only")
+        for url in ("https://example.org/a.png", "FILE:///etc/passwd", "s3://bucket/a.png", "data:image/png;base64,A")
+    },
+}
+BAD_LINES: dict[str, tuple[object, str]] = {
+    **{name: (GOOD | {"path_target": path}, reason) for name, (path, reason) in BAD_PATHS.items()},
+    "not JSON": (b'{"path_target": ', "the line is not JSON: Expecting value (character 18); correct it"),
+    "no object": (b"[1]", "the line is not a JSON object; write one"),
+    "deep": (b"[" * 200_000, "the line is not JSON: "),
+    "long integer": (b"1" * 5000, "the line is not JSON: "),
+    "Latin-1": (b'{"prompt": "caf\xe9"}', "the line is not UTF-8 (byte 15); save it as UTF-8"),
+    "long line": (b"x" * (2**22 + 10), "the line is over 4194304 bytes long; shorten it"),
+    "duplicate key": (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice; take one out"),
+    "no target": (GOOD | {"path_target": None}, "has no 'path_target'; add it"),
+    "no first control": (GOOD | {"path_control": None, "path_control_1": "c1.png"}, "has no 'path_control'; add it"),
+    "number": (GOOD | {"path_target": 3}, "'path_target' is not a path; write one in quotes"),
+    "gap": (GOOD | {"path_control_2": "c1.png"}, GAP),
+    "unknown key": (GOOD | {"path_masks": "m.png"}, f"unknown key 'path_masks'; write one of: {PATHS}"),
+    "prompt number": (GOOD | {"prompt": 3}, "'prompt' is not a string; write it in quotes"),
+    "prompt null": (GOOD | {"prompt": None}, "has no prompt; write one, or set data.empty_caption"),
+    "prompt blank": (GOOD | {"prompt": " "}, "the prompt is empty; write one, or set"),
+    "prompt too long": (GOOD | {"prompt": "x" * (2**20 + 1)}, "the caption is over 1048576 bytes long; shorten it"),
+    "prompt byte order mark": (GOOD | {"prompt": "\ufeffa"}, "the caption holds a byte order mark (character 0)"),
+    "prompt NUL": (GOOD | {"prompt": "a\0"}, "the caption holds a NUL character; take it out"),
+    "prompt surrogate": (GOOD | {"prompt": "\ud83d"}, "the caption is not valid Unicode (character 0); write it anew"),
+}
+COMMAS = "fields, the first line names 3; quote what holds commas"
+BAD_CSV_ROWS = {
+    "Latin-1": (b"t.png,c.png,caf\xe9\n", "the row is not UTF-8; save it as UTF-8"),
+    "short": (b"t.png,c.png\n", f"the row has 2 {COMMAS}"),
+    "comma": (b"t.png,c.png,a,b\n", f"the row has 4 {COMMAS}"),
+    "quote": (b't.png,c.png,"a"b\n', "the row is not CSV: ',' expected after '\"'; quote it as RFC 4180 says"),
+    "field": (b"t.png,c.png," + b"x" * 2**18 + b"\n", "the row is not CSV: field larger than field"),
+    "line": (b"t.png,c.png," + b"x," * 2**22 + b"\n", "the line is over 4194304 bytes long; shorten it"),
+    "prompt": (b"t.png,c.png,\n", "has no prompt; write one, or set data.empty_caption"),
+    "target": (b",c.png,a\n", "has no 'path_target'; add it"),
+    "dots": (b"../secret.png,c.png,a\n", OUTSIDE),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_problem_of_a_json_line(root: Path, row: object, reason: str) -> None:
+    records, (problem,) = found(json_lines(root, GOOD, row, GOOD))
     assert len(records) == 2, "the rows around it are read"
-    assert len(problems) == 1
-    assert problems[0].startswith("train.csv:3: ")
-    assert reason in problems[0]
-    assert problems[0].isprintable()
+    assert problem.startswith("ROOT:2: ") and reason in problem and problem.isprintable()
 
 
-def test_rows_are_numbered_by_their_first_line(root: Path) -> None:
-    records, problems = found(root, HEAD + b't.png,c.png,"two\nlines"\n' + b"no.png,c.png,a\n" + GOOD)
+@pytest.mark.parametrize(("row", "reason"), BAD_CSV_ROWS.values(), ids=BAD_CSV_ROWS)
+def test_problem_of_a_csv_row(root: Path, row: bytes, reason: str) -> None:
+    records, (problem,) = found(table(root, HEAD + ROW + row + ROW))
+    assert len(records) == 2, "the rows around it are read"
+    assert problem.startswith("ROOT:3: ") and reason in problem and problem.isprintable()
+
+
+def test_all_problems_of_one_line_are_listed(root: Path) -> None:
+    bad = {"path_target": "../x", "path_control": "http://x/y.png", "path_mask": "none.png", "prompt": ""}
+    assert len(found(json_lines(root, bad))[1]) == 4
+
+
+def test_byte_order_mark_of_a_manifest(root: Path) -> None:
+    assert found(json_lines(root, b"\xef\xbb\xbf" + json.dumps(GOOD).encode()))[1] == [f"ROOT:1: {BOM}"]
+
+
+def test_links_may_be_followed_but_never_dots(root: Path) -> None:
+    rows = GOOD | {"path_target": "link.png"}, GOOD | {"path_target": "../secret.png"}
+    records, problems = found(json_lines(root, *rows), follow_symlinks=True)
+    assert (names(records), problems) == (["link.png"], [f"ROOT:2: 'path_target': ../secret.png {OUTSIDE}"])
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_path_is_found_in_the_other_unicode_form(root: Path, form: Any) -> None:
+    on_disk, other = (normalize(f, "é.png") for f in (form, "NFC" if form == "NFD" else "NFD"))
+    write_image(root / on_disk)
+    (record,), problems = found(json_lines(root, GOOD | {"path_target": other}))
+    assert (record.target, problems) == (root / on_disk, [])
+
+
+def test_csv_rows_are_numbered_by_their_first_line(root: Path) -> None:
+    records, problems = found(table(root, HEAD + b't.png,c.png,"two\nlines"\n' + b"no.png,c.png,a\n" + ROW))
     assert len(records) == 2
-    assert problems == ["train.csv:4: 'path_target': no.png does not exist; correct the path"]
+    assert problems == ["ROOT:4: 'path_target': no.png does not exist; correct the path"]
 
 
 def test_a_quote_that_is_never_closed_is_a_problem_of_its_row(root: Path) -> None:
-    records, problems = found(root, HEAD + GOOD + b't.png,c.png,"open\n' + GOOD)
+    records, problems = found(table(root, HEAD + ROW + b't.png,c.png,"open\n' + ROW))
     assert len(records) == 1
-    assert problems == ["train.csv:3: the row is not CSV: unexpected end of data; quote it as RFC 4180 says"]
+    assert problems == ["ROOT:3: the row is not CSV: unexpected end of data; quote it as RFC 4180 says"]
 
 
-@pytest.mark.parametrize(
-    ("head", "reasons"),
-    [
-        pytest.param(
-            b"\xef\xbb\xbf" + HEAD, ["the file starts with a byte order mark; save it as UTF-8 without one"], id="bom"
-        ),
-        pytest.param(
-            (HEAD + GOOD).decode().encode("utf-16"),
-            ["the file starts with a byte order mark; save it as UTF-8 without one"],
-            id="utf16",
-        ),
-        pytest.param(
-            b"path_target;path_control;prompt\n",
-            [
-                "the first line names no column 'path_target'; add it to: path_target;path_control;prompt",
-                "unknown key 'path_target;path_control;prompt'; write one of: path_target, path_control, "
-                "path_control_1, ..., path_mask",
-            ],
-            id="semicolons",
-        ),
-        pytest.param(
-            b"path_target,path_control,path_masks,prompt\n",
-            ["unknown key 'path_masks'; write one of: path_target, path_control, path_control_1, ..., path_mask"],
-            id="typo",
-        ),
-        pytest.param(
-            b"path_target,path_control,path_control_2,prompt\n",
-            ["its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew"],
-            id="gap",
-        ),
-        pytest.param(
-            b"path_target,path_control,prompt,prompt\n",
-            ["the column 'prompt' stands twice; take one out"],
-            id="column_twice",
-        ),
-        pytest.param(
-            b"\n",
-            ["the first line names no column 'path_target'; add it to: "],
-            id="blank",
-        ),
-        pytest.param(
-            b"path_target,path_control_1,prompt\n",
-            ["the first line names no column 'path_control'; add it to: path_target, path_control_1, prompt"],
-            id="second_control_alone",
-        ),
-    ],
-)
-def test_columns_that_cannot_be_meant_are_told_once(root: Path, head: bytes, reasons: list[str]) -> None:
-    records, problems = found(root, head + b"t.png,c.png,m.png,a\n" * 3)
-    assert records == []
-    assert problems == [f"train.csv:1: {reason}" for reason in reasons]
+NO_COLUMN = "the first line names no column"
+BAD_COLUMNS = {
+    "byte order mark": (b"\xef\xbb\xbf" + HEAD, [BOM]),
+    "UTF-16": ((HEAD + ROW).decode().encode("utf-16"), [BOM]),
+    "Latin-1": (b"path_target,caf\xe9\n", ["the row is not UTF-8; save it as UTF-8"]),
+    "semicolons": (
+        b"path_target;path_control;prompt\n",
+        [
+            f"{NO_COLUMN} 'path_target'; add it to: path_target;path_control;prompt",
+            f"unknown key 'path_target;path_control;prompt'; write one of: {PATHS}",
+        ],
+    ),
+    "unknown": (b"path_target,path_masks,prompt\n", [f"unknown key 'path_masks'; write one of: {PATHS}"]),
+    "gap": (b"path_target,path_control,path_control_2,prompt\n", [GAP]),
+    "twice": (b"path_target,prompt,prompt\n", ["the column 'prompt' stands twice; take one out"]),
+    "blank": (b"\n", [f"{NO_COLUMN} 'path_target'; add it to: "]),
+    "second control alone": (
+        b"path_target,path_control_1,prompt\n",
+        [f"{NO_COLUMN} 'path_control'; add it to: path_target, path_control_1, prompt"],
+    ),
+}
 
 
-def test_a_gap_in_the_controls_of_one_row(root: Path) -> None:
+@pytest.mark.parametrize(("head", "reasons"), BAD_COLUMNS.values(), ids=BAD_COLUMNS)
+def test_bad_columns_are_reported_once(root: Path, head: bytes, reasons: list[str]) -> None:
+    assert found(table(root, head + b"t.png,c.png,a\n" * 3)) == ([], [f"ROOT:1: {reason}" for reason in reasons])
+
+
+def test_a_gap_in_the_controls_of_one_csv_row(root: Path) -> None:
     head = b"path_target,path_control,path_control_1,path_control_2,prompt\n"
-    records, problems = found(root, head + b"t.png,c.png,,,a\nt.png,c.png,,c1.png,b\n")
-    assert [record.prompt for record in records] == ["a"]
-    assert problems == [
-        "train.csv:3: its control images have a gap: 'path_control_2' without 'path_control_1'; number them anew"
-    ]
+    records, problems = found(table(root, head + b"t.png,c.png,,,a\nt.png,c.png,,c1.png,b\n"))
+    assert ([record.prompt for record in records], problems) == (["a"], [f"ROOT:3: {GAP}"])
 
 
-def test_empty_prompts_of_a_csv_follow_the_policy(root: Path) -> None:
-    records, problems = found(root, HEAD + b"t.png,c.png,\n", empty_caption="use_empty")
-    assert ([record.prompt for record in records], problems) == ([""], [])
+def test_empty_prompts_follow_the_policy(root: Path) -> None:
+    for path in (table(root, HEAD + b"t.png,c.png,\n"), json_lines(root, GOOD | {"prompt": ""})):
+        records, problems = found(path, empty_caption="use_empty")
+        assert ([record.prompt for record in records], problems) == ([""], [])
+        assert [problem.skip for problem in find_records(str(path), empty_caption="skip")[1]] == [True]
 
 
 def test_rows_without_controls(root: Path) -> None:
-    """Text to image: a table that has no column for controls, or a field that is empty."""
-    for data in (b"path_target,prompt\nt.png,a\n", HEAD + b"t.png,,a\n"):
-        (record,), problems = found(root, data)
+    """Text to image: no column or key for controls, or one that is empty."""
+    null = {"path_target": "t.png", "path_control": None, "prompt": "a"}
+    for write, data in ((json_lines, null), (table, b"path_target,prompt\nt.png,a\n"), (table, HEAD + b"t.png,,a\n")):
+        (record,), problems = found(write(root, data))  # type: ignore[operator]
         assert (record.controls, record.prompt, problems) == ((), "a", [])
-    records, problems = found(root, b"path_target,path_control,path_control_1,prompt\nt.png,,c1.png,a\n")
-    assert (records, problems) == ([], ["train.csv:2: has no 'path_control'; add it"])
+    records, problems = found(table(root, b"path_target,path_control,path_control_1,prompt\nt.png,,c1.png,a\n"))
+    assert (records, problems) == ([], ["ROOT:2: has no 'path_control'; add it"])

@@ -313,7 +313,7 @@ def test_all_problems_are_told_and_the_rest_is_reported(
     capsys.readouterr()
     assert inspect(f"data.train={data}", "optimizer.class_path=torch.optim.Nope")[0] == 2
     lines = capsys.readouterr().err.splitlines()
-    assert ["torch.optim.Nope" in lines[0], "holds no picture" in lines[1], len(lines)] == [True, True, 2]
+    assert ["torch.optim.Nope" in lines[0], "holds no image" in lines[1], len(lines)] == [True, True, 2]
     assert cli.main(["inspect", "--ranks", "0", "--config", str(REPOSITORY / "configs" / "quickstart.yaml")]) == 2
     assert "--ranks: given 0, allowed: an integer >= 1" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""CachedData samples on disk: one safetensors file each, found by a key over everything that made it.
+"""Samples on disk: one safetensors file each, found by a key over everything that made it.
 
 Promise: what is read is bit for bit what was written, under the key that was asked for, or `DamagedEntry` is raised
 and the file is gone; a kill at any instant leaves no partial entry; equal samples make byte-equal files. Only
@@ -118,7 +118,7 @@ class Cache:
         return entry
 
     def read(self, key: str, name: str | None = None) -> Sample:
-        """The sample under `key`, called `name` (by default its key): equal examples of other names share an entry.
+        """The sample under `key`, called `name` (by default its key): equal samples of other names share an entry.
 
         Raises:
             FileNotFoundError: there is no such entry.
@@ -135,7 +135,7 @@ class Cache:
     def save_index(self) -> None:
         """Put the lengths of all entries seen by this object, and those other processes saved, into the index file.
 
-        Nothing is written where the file already says what this object knows, so a full cache may be read-only.
+        Nothing is written where the file already holds what this object knows, so a full cache may be read-only.
 
         Raises:
             OSError: the disk is full or the folder cannot be written. All entries are found without an index too.

@@ -1,6 +1,6 @@
 """Samples -> one Batch: the only place that pads or packs.
 
-Promise: valid tokens are copied bit for bit; every filler slot is zero. Cost: one copy of each sample's tensors.
+Promise: valid tokens are copied bit for bit; every padded slot is zero. Cost: one copy of each sample's tensors.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def collate(
 ) -> Batch:
     """One microbatch in `layout`; `indices` and `weights` belong to the samples, see `Batch`.
 
-    Padded rows are filled up to the longest, `rounding` up.
+    Rows are padded to the longest, rounded up by `rounding`.
     """
     images = [torch.cat([s.target_latents, *s.control_latents]) for s in samples]
     texts = [s.prompt_embeds for s in samples]

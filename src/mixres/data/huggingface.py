@@ -1,36 +1,27 @@
-"""A Hugging Face data set saved on disk (`save_to_disk`) -> records; its pictures stay in its arrow files.
+"""A Hugging Face data set saved on disk (`save_to_disk`) -> records; its images stay in its arrow files.
 
-Promise: nothing outside the folder is opened, no script of a data set runs, no picture is decoded here; every row is a
+Promise: nothing outside the folder is opened, no script of a data set runs, no image is decoded here; every row is a
 record or is named with every reason why not. Cost: the import of `datasets` (an optional package), a look at each row.
 
-Columns are those of a manifest: `path_target`, `path_control`, ... hold the pictures themselves, `prompt` is text.
+Columns are those of a manifest: `path_target`, `path_control`, ... hold the images themselves, `prompt` is text.
 """
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mixres.data.manifest import BadRowError, control_keys, key_problems, record_from_row
-from mixres.data.records import EditRecord, EmptyCaption, Problem, printable
+from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 
 
-class EmbeddedStatus(NamedTuple):
-    """The state of the arrow files around a picture, with the picture's own size."""
-
-    st_mode: int
-    st_size: int
-    st_mtime_ns: int
-    st_ctime_ns: int
-    st_ino: int
-
-
 @dataclass(frozen=True)
-class EmbeddedPicture:
-    """The bytes of one picture in a memory-mapped column."""
+class EmbeddedImage:
+    """The bytes of one image in a memory-mapped column."""
 
     name: str  # folder:row:column
     status: EmbeddedStatus
@@ -52,34 +43,26 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tuple[list[EditRecord], list[Problem]]:
-    """All examples of the data set at `root` in the order of its rows, and all problems (`path` is `folder:row`).
+    """All records of the data set at `root` in the order of its rows, and all problems (`path` is `folder:row`).
 
     Raises:
         UserError: it cannot be read, holds several splits, or `datasets` is not installed.
     """
     arrow_files = _arrow_files(root)
     columns = _columns(root)
-    wanted = [key for key in columns if key.startswith("path_")]
-    if reasons := list(key_problems(dict.fromkeys(wanted, ""))):
-        raise UserError([f"{printable(root)}: {reason}" for reason in reasons])
-    files = _status(arrow_files)
-    prompts = columns.get("prompt")
+    status = _status(arrow_files)
+    prompts = columns.pop("prompt", None)
     records: list[EditRecord] = []
     problems: list[Problem] = []
     for row in range(len(columns["path_target"])):
         where = f"{printable(root)}:{row}"
-
-        def picture(key: str, value: Any, where: str = where) -> EmbeddedPicture:
-            return _picture(f"{where}:{key}", key, value, files)
-
-        values = {key: value for key in wanted if (value := columns[key][row]).is_valid}
-        prompt = prompts[row].as_py() if prompts is not None else None
-        record, found = record_from_row(
-            values | {"prompt": prompt}, where, picture=picture, empty_caption=empty_caption
-        )
-        problems += found
-        if record:
-            records.append(record)
+        values = {key: value for key, column in columns.items() if (value := column[row]).is_valid}
+        values["prompt"] = None if prompts is None else prompts[row].as_py()
+        found = record_from_row(values, where, image=partial(_image, where, status), empty_caption=empty_caption)
+        if isinstance(found, EditRecord):
+            records.append(found)
+        else:
+            problems += found
     return records, problems
 
 
@@ -101,29 +84,30 @@ def _arrow_files(root: Path) -> list[Path]:
 
 
 def _columns(root: Path) -> dict[str, Any]:
-    """Arrow columns by name, memory-mapped."""
+    """The prompts and the columns of images by name, memory-mapped."""
+    shown = printable(root)
     try:
         import datasets  # optional, and slow to import
     except ImportError:
         fix = "pip install 'mixres[datasets]'"
-        raise UserError(
-            f"{printable(root)}: is a Hugging Face data set, and 'datasets' is not installed: {fix}"
-        ) from None
+        raise UserError(f"{shown}: is a Hugging Face data set, and 'datasets' is not installed: {fix}") from None
     try:
         table = datasets.load_from_disk(str(root.resolve()), keep_in_memory=False).data
         columns = {str(name): table.column(name) for name in table.column_names}
     except Exception as error:  # whatever arrow says of bytes that are not its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{printable(root)}: the data set cannot be read: {reason}; save it again") from error
-    missing = [key for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))) if key not in columns]
-    if missing:
-        found = ", ".join(map(printable, columns))
-        raise UserError([f"{printable(root)}: has no column '{key}'; rename one of: {found}" for key in missing])
-    return columns
+        raise UserError(f"{shown}: the data set cannot be read: {reason}; save it again") from error
+    wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name == "prompt"}
+    names = dict.fromkeys(wanted, "")
+    missing = [key for key in ("path_target", *control_keys(names)) if key not in names]
+    reasons = [f"has no column '{key}'; rename one of: {', '.join(map(printable, columns))}" for key in missing]
+    if reasons := reasons or list(key_problems(names)):
+        raise UserError([f"{shown}: {reason}" for reason in reasons])
+    return wanted
 
 
 def _status(files: list[Path]) -> EmbeddedStatus:
-    """Newest times and a mixed inode of all files: one that changes changes the state of every picture."""
+    """Newest times and a mixed inode of all files: one that changes changes the state of every image."""
     stats = [file.stat() for file in files]
     return EmbeddedStatus(
         st_mode=stats[0].st_mode,
@@ -134,11 +118,11 @@ def _status(files: list[Path]) -> EmbeddedStatus:
     )
 
 
-def _picture(name: str, key: str, value: Any, files: EmbeddedStatus) -> EmbeddedPicture:
+def _image(where: str, status: EmbeddedStatus, key: str, value: Any) -> EmbeddedImage:
     try:
         data = value["bytes"].as_buffer()
     except (AttributeError, KeyError, TypeError):
-        raise BadRowError(f"'{key}' is not a picture; cast the column to datasets.Image") from None
+        raise BadRowError(f"'{key}' is not an image; cast the column to datasets.Image") from None
     if data is None:
-        raise BadRowError(f"'{key}' does not hold the bytes of its picture; save the data set with its pictures in it")
-    return EmbeddedPicture(name, files._replace(st_size=data.size), data)
+        raise BadRowError(f"'{key}' does not hold the bytes of its image; save the data set with its images in it")
+    return EmbeddedImage(f"{where}:{key}", status._replace(st_size=data.size), data)

@@ -1,6 +1,6 @@
-"""Pixels from files that nobody vouches for: upright 8-bit sRGB, or a sentence that says why not.
+"""Pixels from files that nobody vouches for: upright 8-bit sRGB, or the reason why not.
 
-Promise: a picture comes back whole, turned as its EXIF says, in sRGB, or `BadImageError` is raised; sizes are checked
+Promise: an image comes back whole, turned as its EXIF says, in sRGB, or `BadImageError` is raised; sizes are checked
 in the header before a pixel is decoded. Cost: one read and one full decode a call: 5 ms a megapixel and core
 for a JPEG, 25 ms for a PNG.
 
@@ -56,12 +56,12 @@ class Limits:
     max_bytes: int = 512 * 2**20
     max_aspect: float = 8.0
     follow_symlinks: bool = False
-    first_frame: bool = False  # of several frames or pages the first is the picture, instead of a problem
+    first_frame: bool = False  # of several frames or pages the first is the image, instead of a problem
     background: str = WHITE  # the sRGB colour under transparent pixels, a name or #rrggbb
 
 
 class ImageFacts(NamedTuple):
-    """What a full decode says of a file."""
+    """What a full decode finds in a file."""
 
     size: Size  # upright
     digest: str  # of its bytes
@@ -70,7 +70,7 @@ class ImageFacts(NamedTuple):
 
 
 def read_image(path: Picture, limits: Limits) -> Image.Image:
-    """The picture as upright sRGB, mode "RGB".
+    """The image as upright sRGB, mode "RGB".
 
     Raises:
         BadImageError: with the reason.
@@ -93,24 +93,26 @@ def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
 
 
 def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
-    """Read and fully decode one picture; see `read_image`."""
+    """Read and fully decode one image; see `read_image`."""
     data = _read_bytes(path, limits)
-    image = _decode(data, limits)
-    picture, flattened = _rgb(image.upright, limits.background)
-    return ImageFacts(Size(*picture.size), xxhash.xxh3_128_hexdigest(data), flattened, image.first_of_several)
+    decoded = _decode(data, limits)
+    image, flattened = _rgb(decoded.upright, limits.background)
+    return ImageFacts(Size(*image.size), xxhash.xxh3_128_hexdigest(data), flattened, decoded.first_of_several)
 
 
 def inspect_mask(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one mask; see `read_mask`. The caller compares its size with the target's."""
     data = _read_bytes(path, limits)
-    image = _decode(data, limits)
-    size = Size(*_mask(image.upright).size)
-    return ImageFacts(size, xxhash.xxh3_128_hexdigest(data), False, image.first_of_several)
+    decoded = _decode(data, limits)
+    size = Size(*_mask(decoded.upright).size)
+    return ImageFacts(size, xxhash.xxh3_128_hexdigest(data), False, decoded.first_of_several)
 
 
 def check_size(size: Size, limits: Limits) -> None:
-    """Raises:
-    BadImageError: `size` is over a limit, with both numbers.
+    """Check a source size against the limits.
+
+    Raises:
+        BadImageError: `size` is over a limit, with both numbers.
     """
     if size.width * size.height > limits.max_source_pixels:
         raise BadImageError(
@@ -162,7 +164,7 @@ def _decode(data: bytes, limits: Limits) -> _Decoded:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"is not a picture in a supported format ({', '.join(FORMATS)}); convert it") from error
+        raise BadImageError(f"is not an image in a supported format ({', '.join(FORMATS)}); convert it") from error
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(f"is damaged, it does not decode: {text}; copy it again") from error
@@ -178,7 +180,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _check_header(image: Image.Image, limits: Limits) -> bool:
     """Whether there are frames behind the first."""
     check_size(Size(*image.size), limits)
-    # The pictures behind the first of an MPO (many phones' JPEG) are its previews and depth maps, not frames.
+    # The images behind the first of an MPO (many phones' JPEG) are its previews and depth maps, not frames.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1 and not limits.first_frame:
         fix = "save the one to train on as a still image, or set data.first_frame=true"
@@ -197,7 +199,7 @@ def _is_16_bit_black_to_white(image: TiffImageFile) -> bool:
 
 
 def _rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
-    """The picture in sRGB, and whether transparency was laid on `background`."""
+    """The image in sRGB, and whether transparency was laid on `background`."""
     profile = image.info.get("icc_profile")
     image = _eight_bit(image)
     if profile:
@@ -234,7 +236,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """RGB or RGBA in sRGB by the embedded profile; the picture as it is where the profile does not fit it."""
+    """RGB or RGBA in sRGB by the embedded profile; the image as it is where the profile does not fit it."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if (source.profile.profile_description or "").startswith("sRGB"):

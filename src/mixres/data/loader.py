@@ -22,7 +22,7 @@ from mixres.data.collate import collate
 from mixres.data.plan import Layout, Microbatch, Plan, Rounding
 from mixres.errors import WorkError
 
-_TOLD_S = 5.0
+_SIGNAL_WAIT_S = 5.0
 
 
 def samples_of(microbatch: Microbatch, read: Callable[[int], Sample]) -> list[Sample]:
@@ -62,17 +62,6 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
         )
 
 
-class _RankMicrobatches:
-    """The microbatches of one rank, steps `first` to `last` - 1."""
-
-    def __init__(self, plan: Plan, rank: int, first: int, last: int) -> None:
-        self.plan, self.rank, self.steps = plan, rank, range(first, last)
-
-    def __iter__(self) -> Iterator[Microbatch]:
-        for step in self.steps:
-            yield from self.plan.step(step).ranks[self.rank]
-
-
 def microbatch_loader(
     dataset: MicrobatchDataset, plan: Plan, *, rank: int, first: int, last: int, workers: int
 ) -> Iterator[Batch]:
@@ -85,9 +74,9 @@ def microbatch_loader(
     loader: DataLoader[Batch | WorkError] = DataLoader(
         dataset,
         batch_size=None,
-        sampler=_RankMicrobatches(plan, rank, first, last),
+        sampler=(microbatch for step in range(first, last) for microbatch in plan.step(step).ranks[rank]),
         num_workers=workers,
-        worker_init_fn=functools.partial(_outlive_signals, closing),
+        worker_init_fn=functools.partial(_ignore_signals_until_close, closing),
         generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
     )
     return _raised(iter(loader), closing)  # the workers start here, not at the first batch
@@ -102,7 +91,9 @@ def _raised(results: Iterator[Batch | WorkError], closing: Any) -> Iterator[Batc
                 raise result
             yield result
     except (EOFError, ConnectionError) as error:
-        time.sleep(_TOLD_S)  # a signal tells that a worker has died, soon after its end of the line: torch raises here
+        time.sleep(
+            _SIGNAL_WAIT_S
+        )  # the signal of a worker's death comes soon after its connection ends, and torch raises here
         what = f"data.num_workers: a process of the loader ended as it handed over a batch ({type(error).__name__})"
         raise WorkError(f"{what}: run the same command again; where memory is short, lower it") from error
     finally:
@@ -111,7 +102,7 @@ def _raised(results: Iterator[Batch | WorkError], closing: Any) -> Iterator[Batc
         atexit.unregister(close)
 
 
-def _outlive_signals(closing: Any, worker: int) -> None:
+def _ignore_signals_until_close(closing: Any, worker: int) -> None:
     """A launcher signals every process; the workers must outlast the step that is being finished, and only that."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.value else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

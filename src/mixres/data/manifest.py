@@ -12,9 +12,10 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO
 from unicodedata import normalize
 
 from mixres.data.records import (
@@ -25,14 +26,13 @@ from mixres.data.records import (
     Picture,
     Problem,
     check_caption,
-    empty_caption_problem,
+    has_surrogate,
     printable,
+    prompt_or_problem,
 )
 
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
-_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes long; shorten it"
-_NO_BOM = "the file starts with a byte order mark; save it as UTF-8 without one"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
 FOLLOW_LINKS = "set data.follow_symlinks=true"
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
@@ -43,13 +43,12 @@ class BadRowError(ValueError):
 
 
 Row = Mapping[str, Any] | BadRowError
-T = TypeVar("T")
 
 
 def records_from_manifest(
     manifest: Path, *, follow_symlinks: bool, empty_caption: EmptyCaption
 ) -> tuple[list[EditRecord], list[Problem]]:
-    """All examples of `manifest` in the order of its rows, and all problems (`path` is `manifest:line`)."""
+    """All records of `manifest` in the order of its rows, and all problems (`path` is `manifest:line`)."""
     records: list[EditRecord] = []
     problems: list[Problem] = []
     root = manifest.parent
@@ -60,40 +59,47 @@ def records_from_manifest(
 
     for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest):
         where = f"{printable(manifest)}:{number}"
-        if isinstance(row, BadRowError):
-            problems.append(Problem(where, str(row), example=where))
-            continue
-        record, found = record_from_row(row, where, picture=file, empty_caption=empty_caption)
-        problems += found
-        if record:
-            records.append(record)
+        found = record_from_row(row, where, image=file, empty_caption=empty_caption)
+        if isinstance(found, EditRecord):
+            records.append(found)
+        else:
+            problems += found
     return records, problems
 
 
 def record_from_row(
-    row: Mapping[str, Any], where: str, *, picture: Callable[[str, Any], Picture], empty_caption: EmptyCaption
-) -> tuple[EditRecord | None, list[Problem]]:
-    """The example in `row`, or every reason why there is none; `picture` makes one of a key and its value.
+    row: Row, where: str, *, image: Callable[[str, Any], Picture], empty_caption: EmptyCaption
+) -> EditRecord | list[Problem]:
+    """The record in `row`, or every reason why there is none; `image` makes one of a key and its value.
 
     The record's name is the text of `path_target` where that is text, else `where`.
     """
+    if isinstance(row, BadRowError):
+        return [Problem(where, str(row), example=where)]
     reasons = list(key_problems(row))
-    pictures = {}
+    images = {}
     for key in ["path_target", *control_keys(row), *(["path_mask"] if row.get("path_mask") is not None else [])]:
         try:
             if row.get(key) is None:
                 raise BadRowError(f"has no '{key}'; add it")
-            pictures[key] = picture(key, row[key])
+            images[key] = image(key, row[key])
         except BadRowError as error:
             reasons.append(str(error))
-    problems = [Problem(where, reason) for reason in reasons]
-    prompt, problem = _prompt(row.get("prompt"), where, empty_caption)
-    problems += [problem] if problem else []
-    if problems:
-        return None, [problem._replace(example=where) for problem in problems]
-    target, mask = pictures.pop("path_target"), pictures.pop("path_mask", None)
+    given = row.get("prompt")
+    if_empty = "has no prompt" if given is None else "the prompt is empty"
+    prompt, found = prompt_or_problem(where, lambda: _prompt(given), empty_caption, if_empty=if_empty)
+    if reasons or found:
+        problems = [*(Problem(where, reason) for reason in reasons), *found]
+        return [problem._replace(example=where) for problem in problems]
+    target, mask = images.pop("path_target"), images.pop("path_mask", None)
     name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
-    return EditRecord(name=name, target=target, controls=tuple(pictures.values()), prompt=prompt, mask=mask), []
+    return EditRecord(name=name, target=target, controls=tuple(images.values()), prompt=prompt, mask=mask)
+
+
+def _prompt(given: Any) -> str:
+    if given is not None and not isinstance(given, str):
+        raise BadCaptionError("'prompt' is not a string; write it in quotes")
+    return check_caption(given or "")
 
 
 def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
@@ -109,22 +115,15 @@ def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
             return
 
 
-def _tried(make: Callable[..., T], *arguments: Any) -> T | BadRowError:
-    """What `make` returns, or why not."""
-    try:
-        return make(*arguments)
-    except csv.Error as error:
-        return BadRowError(f"the row is not CSV: {error}; quote it as RFC 4180 says")
-    except BadRowError as error:
-        return error
-
-
 def json_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
     """Line numbers, and the object on each line that is not blank or why there is none."""
     with manifest.open("rb") as file:
         for number, line in enumerate(iter(lambda: _read_line(file), b""), start=1):
             if line.strip():
-                yield number, _tried(_parse, line)
+                try:
+                    yield number, _parse(line)
+                except BadRowError as error:
+                    yield number, error
 
 
 def _read_line(file: BinaryIO) -> bytes:
@@ -135,20 +134,24 @@ def _read_line(file: BinaryIO) -> bytes:
     return line
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _check_line(line: bytes) -> None:
     if len(line) > MAX_LINE_BYTES:
-        raise BadRowError(_TOO_LONG)
+        raise BadRowError(f"the line is over {MAX_LINE_BYTES} bytes long; shorten it")
     if line.startswith(BYTE_ORDER_MARKS):
-        raise BadRowError(_NO_BOM)
+        raise BadRowError("the file starts with a byte order mark; save it as UTF-8 without one")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    _check_line(line)
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise BadRowError(f"the line is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except BadRowError:
         raise
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"the line is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1}); correct it") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets inside brackets
         raise BadRowError(f"the line is not JSON: {error}; correct it") from error
     if not isinstance(row, dict):
         raise BadRowError("the line is not a JSON object; write one")
@@ -158,65 +161,60 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRowError(
-            f"the key '{printable(next(k for k in keys if keys.count(k) > 1))}' stands twice; take one out"
-        )
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise BadRowError(f"the key '{printable(key)}' stands twice; take one out")
     return row
-
-
-class _CsvLines:
-    """Lines of a file as text; one that cannot be had raises, and the next call goes on behind it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.count = file, 0
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> str:
-        line = _read_line(self.file)
-        if not line:
-            raise StopIteration
-        self.count += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise BadRowError(_TOO_LONG)
-        if self.count == 1 and line.startswith(BYTE_ORDER_MARKS):
-            raise BadRowError(_NO_BOM)
-        return line.decode("utf-8", "surrogateescape")  # quotes may hide an end of line: `_csv_row` finds bad bytes
 
 
 def _csv_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
     """Numbered by their first line; where the first row is no list of known columns nothing else is read."""
+    lines_read = 0
+
+    def next_line() -> str:
+        nonlocal lines_read
+        line = _read_line(file)
+        lines_read += 1
+        _check_line(line)
+        return line.decode("utf-8", "surrogateescape")  # quotes may hide an end of line: `_csv_row` finds bad bytes
+
+    def next_fields() -> list[str] | BadRowError | None:
+        try:
+            return next(reader, None)
+        except csv.Error as error:
+            return BadRowError(f"the row is not CSV: {error}; quote it as RFC 4180 says")
+        except BadRowError as error:  # of `next_line`: the reader continues behind it
+            return error
+
     with manifest.open("rb") as file:
-        lines = _CsvLines(file)
-        reader = csv.reader(lines, strict=True)
-        columns = _tried(next, reader, [])
-        reasons = [columns] if isinstance(columns, BadRowError) else list(map(BadRowError, _column_problems(columns)))
-        yield from ((1, reason) for reason in reasons)
+        reader = csv.reader(iter(next_line, ""), strict=True)
+        columns = next_fields() or []
+        if isinstance(columns, BadRowError):
+            yield 1, columns
+            return
+        reasons = list(_column_problems(columns))
+        yield from ((1, BadRowError(reason)) for reason in reasons)
         while not reasons:
-            number = lines.count + 1
-            fields = _tried(next, reader, None)
+            number = lines_read + 1
+            fields = next_fields()
             if fields is None:
                 return
             if isinstance(fields, BadRowError):
                 yield number, fields
             elif fields:
-                yield number, _tried(_csv_row, fields, columns)
+                yield number, _csv_row(fields, columns)
 
 
-def _csv_row(fields: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
-    if any(_has_surrogate(field) for field in fields):
-        raise BadRowError("the row is not UTF-8; save it as UTF-8")
+def _csv_row(fields: Sequence[str], columns: Sequence[str]) -> Row:
+    if any(map(has_surrogate, fields)):
+        return BadRowError("the row is not UTF-8; save it as UTF-8")
     if len(fields) != len(columns):
-        raise BadRowError(
-            f"the row has {len(fields)} fields, the first line names {len(columns)}; quote what holds commas"
-        )
+        counts = f"the row has {len(fields)} fields, the first line names {len(columns)}"
+        return BadRowError(f"{counts}; quote what holds commas")
     return {key: value or None for key, value in zip(columns, fields, strict=True)}
 
 
 def _column_problems(columns: Sequence[str]) -> Iterator[str]:
-    if any(_has_surrogate(column) for column in columns):
+    if any(map(has_surrogate, columns)):
         yield "the row is not UTF-8; save it as UTF-8"
     for key in sorted({key for key in columns if columns.count(key) > 1}):
         yield f"the column '{printable(key)}' stands twice; take one out"
@@ -224,22 +222,6 @@ def _column_problems(columns: Sequence[str]) -> Iterator[str]:
         if key not in columns:
             yield f"the first line names no column '{key}'; add it to: {', '.join(map(printable, columns))}"
     yield from key_problems(dict.fromkeys(columns, ""))
-
-
-def _has_surrogate(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _prompt(value: Any, where: str, empty_caption: EmptyCaption) -> tuple[str, Problem | None]:
-    if value is None:
-        return "", empty_caption_problem(where, "has no prompt", empty_caption)
-    if not isinstance(value, str):
-        return "", Problem(where, "'prompt' is not a string; write it in quotes")
-    try:
-        prompt = check_caption(value)
-    except BadCaptionError as error:
-        return "", Problem(where, str(error))
-    return prompt, None if prompt else empty_caption_problem(where, "the prompt is empty", empty_caption)
 
 
 def control_keys(row: Mapping[str, Any]) -> list[str]:
@@ -267,7 +249,7 @@ def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, fix: s
     shown = f"'{key}': {printable(value)}"
     if _URL.match(value):
         raise BadRowError(f"{shown} is a URL; download it, mixres reads local files only")
-    if "\0" in value or _has_surrogate(value):
+    if "\0" in value or has_surrogate(value):
         raise BadRowError(f"{shown} holds characters that no path has; correct it")
     if Path(value).is_absolute() or Path(os.path.normpath(value)).parts[:1] == ("..",):
         raise BadRowError(f"{shown} is not below the manifest's folder; move it there")

@@ -9,9 +9,9 @@ is planned when it is asked for, in O(n log n) of its samples (`padded`: times t
 Legend: a microbatch of the layout `padded` computes rows x (longest text + longest image) tokens, `packed` the sum.
 
 The rule of the split: a step takes as long as its heaviest rank, which computes its microbatches' tokens and pays
-`MICROBATCH_TOKENS` more for each. `packed` has no filler, so it takes as few microbatches as the budget and the ranks
+`MICROBATCH_TOKENS` more for each. `packed` has no padding, so it takes as few microbatches as the budget and the ranks
 allow. `padded` sorts by length and cuts the row into runs, as even as can be; of the numbers of runs it takes the one
-with which the heaviest rank has the least to do, so it splits further where that saves more than a microbatch costs.
+with which the heaviest rank has the minimum to do, so it splits further where that saves more than a microbatch costs.
 """
 
 import bisect
@@ -59,7 +59,7 @@ class Lengths(NamedTuple):
 
 
 class Microbatch(NamedTuple):
-    """Samples that one forward call takes, and their loss weights; 0 marks a filler, which is computed and left out."""
+    """Samples that one forward call takes, and their loss weights; 0 marks a dummy, which is computed and left out."""
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
@@ -96,7 +96,7 @@ def caption_dropped(seed: int, step: int, index: int, probability: float) -> boo
 
 
 class Plan:
-    """All steps of a run, by index: going on after step k is asking for step k + 1.
+    """All steps of a run, by index: resuming after step k is asking for step k + 1.
 
     Raises:
         UserError: samples that are over `max_tokens` alone, each by name and length; or there are no samples.
@@ -128,7 +128,7 @@ class Plan:
             raise UserError(over)
         self.lengths = np.array(lengths, dtype=np.int32)  # (n, 4), columns as the fields of `Lengths`
         self.weights = np.ones(len(lengths)) if weights is None else np.array(weights, dtype=np.float64)
-        assert self.weights.shape == (len(lengths),) and (self.weights > 0).all(), "0 marks a filler"
+        assert self.weights.shape == (len(lengths),) and (self.weights > 0).all(), "0 marks a dummy microbatch"
         self.seed, self.samples_per_step, self.max_tokens = seed, samples_per_step, max_tokens
         self.layout: Layout = layout
         self.world_size, self.caption_dropout = world_size, caption_dropout
@@ -221,22 +221,22 @@ class _Split:
         return [tuple(batch) for batch in batches]
 
     def _split_padded(self, by_length: Sequence[int]) -> list[tuple[int, ...]]:
-        """Runs of neighbours in length, as many as leave the heaviest rank the least: see the module's docstring."""
+        """Runs of neighbours in length, as many as give the heaviest rank the minimum: see the module's docstring."""
         row, samples = [self.lengths[i] for i in by_length], len(by_length)
-        share = sum(length.total for length in row) / self.world_size  # no rank can have less
+        mean = sum(length.total for length in row) / self.world_size  # no rank can have less
         count = self._rounded(len(_filled(row, self.max_tokens, samples)), samples)
         best: list[tuple[int, ...]] = []
-        least = math.inf
+        minimum = math.inf
         while True:
             cuts = itertools.pairwise([*_even_cuts(row, self.max_tokens, count), samples])
             batches = [tuple(by_length[first:last]) for first, last in cuts]
             per_rank = -(-count // self.world_size)
             costs = [self._cost(batch) for batch in batches]
             work = max(sum(costs[b] for b in rank) for rank in self._balanced(costs)) + per_rank * MICROBATCH_TOKENS
-            if work < least:
-                best, least = batches, work
+            if work < minimum:
+                best, minimum = batches, work
             more = per_rank + 1 + per_rank // 8  # in steps that grow: a large step stays O(n log n)
-            if count == samples or share + more * MICROBATCH_TOKENS >= least:
+            if count == samples or mean + more * MICROBATCH_TOKENS >= minimum:
                 return best
             count = self._rounded(more * self.world_size, samples)
 
@@ -256,13 +256,13 @@ class _Split:
         return ranks
 
     def over_ranks(self, batches: list[tuple[int, ...]]) -> tuple[tuple[Microbatch, ...], ...]:
-        """Balanced; fillers make the counts equal."""
+        """Balanced; dummy microbatches make the counts equal."""
         per_rank = -(-len(batches) // self.world_size)
         weights = [tuple(self.weights[i] for i in b) for b in batches]
         microbatches = [Microbatch(b, w, self.dropped.intersection(b)) for b, w in zip(batches, weights, strict=True)]
         shortest = min((i for batch in batches for i in batch), key=lambda i: (self.lengths[i].total, i))
-        filler = Microbatch((shortest,), (0.0,), self.dropped.intersection((shortest,)))
-        microbatches += [filler] * (per_rank * self.world_size - len(microbatches))
+        dummy = Microbatch((shortest,), (0.0,), self.dropped.intersection((shortest,)))
+        microbatches += [dummy] * (per_rank * self.world_size - len(microbatches))
         ranks = self._balanced([self._cost(m.indices) for m in microbatches])
         return tuple(tuple(microbatches[b] for b in rank) for rank in ranks)
 
@@ -278,14 +278,14 @@ def _even_cuts(row: Sequence[Lengths], max_tokens: int, count: int) -> list[int]
         else:
             low = middle + 1
     cuts = _filled(row, high, count)
-    while len(cuts) < count:  # samples of equal lengths fill fewer: halve the run with the most of them
+    while len(cuts) < count:  # samples of equal lengths fill fewer: halve the longest run
         first, last = max(itertools.pairwise([*cuts, len(row)]), key=lambda run: run[1] - run[0])
         bisect.insort(cuts, (first + last) // 2)
     return cuts
 
 
-def _filled(row: Sequence[Lengths], budget: int, most: int) -> list[int]:
-    """Where runs begin that are filled up to `budget` one by one, longest image first; gives up beyond `most`."""
+def _filled(row: Sequence[Lengths], budget: int, maximum: int) -> list[int]:
+    """Where runs begin that are filled up to `budget` one by one, longest image first; gives up beyond `maximum`."""
     cuts: list[int] = []
     rows = text = image = 0
     for position, length in enumerate(row):
@@ -294,7 +294,7 @@ def _filled(row: Sequence[Lengths], budget: int, most: int) -> list[int]:
         rows += 1
         if not cuts or rows * (text + image) > budget:
             cuts.append(position)
-            if len(cuts) > most:
+            if len(cuts) > maximum:
                 return cuts
             rows, text, image = 1, length.text, length.image
     return cuts
@@ -318,10 +318,10 @@ class Rounding(NamedTuple):
         )
 
 
-def rounding_of(lengths: Sequence[Lengths], most: int = MAX_LENGTHS) -> Rounding:
-    """The smallest powers of two whose multiples are at most `most` text and `most` image lengths."""
+def rounding_of(lengths: Sequence[Lengths], maximum: int = MAX_LENGTHS) -> Rounding:
+    """The smallest powers of two whose multiples are at most `maximum` text and `maximum` image lengths."""
     texts = {length.text for length in lengths} | {length.empty_text for length in lengths if length.empty_text}
-    return Rounding(_multiple(texts, most), _multiple({length.image for length in lengths}, most))
+    return Rounding(_multiple(texts, maximum), _multiple({length.image for length in lengths}, maximum))
 
 
 def rounded(length: int, multiple: int) -> int:
@@ -329,8 +329,8 @@ def rounded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _multiple(lengths: Iterable[int], most: int) -> int:
+def _multiple(lengths: Iterable[int], maximum: int) -> int:
     multiple, found = 1, set(lengths)
-    while len({rounded(length, multiple) for length in found}) > most:
+    while len({rounded(length, multiple) for length in found}) > maximum:
         multiple *= 2
     return multiple

@@ -1,9 +1,11 @@
-"""What one training example is on disk, and what is wrong with one. No pixel is read here.
+"""A record is the files of one training sample on disk. No pixel is read here.
 
 Promise: every name a message shows is one printable line; a caption is valid UTF-8 or a reason is given.
 Cost: one small read a caption.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -15,23 +17,21 @@ MAX_CAPTION_BYTES = 2**20
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
-class Status(Protocol):
-    """What of a file's state tells that its bytes are those of an earlier look; `os.stat_result` is one."""
+class EmbeddedStatus(NamedTuple):
+    """The state of an image that lies in larger files: its own size, and the times and inode of those files."""
 
-    @property
-    def st_mode(self) -> int: ...
-    @property
-    def st_size(self) -> int: ...
-    @property
-    def st_mtime_ns(self) -> int: ...
-    @property
-    def st_ctime_ns(self) -> int: ...
-    @property
-    def st_ino(self) -> int: ...
+    st_mode: int
+    st_size: int
+    st_mtime_ns: int
+    st_ctime_ns: int
+    st_ino: int
+
+
+Status = os.stat_result | EmbeddedStatus  # a file of the same state as before has the same bytes
 
 
 class Picture(Protocol):
-    """An encoded picture: a `Path`, or one that lies in a larger file and is read like a path."""
+    """An encoded image: a `Path`, or one that lies in a larger file and is read like a path."""
 
     def stat(self) -> Status: ...
     def read_bytes(self) -> bytes: ...
@@ -39,7 +39,7 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class EditRecord:
-    """Pictures of one example. Paths are as found on disk, their Unicode form untouched."""
+    """The images and the prompt of one sample. Paths are as found on disk, their Unicode form untouched."""
 
     name: str  # of the target, relative to its source; printable, for messages
     target: Picture
@@ -49,12 +49,12 @@ class EditRecord:
 
 
 class Problem(NamedTuple):
-    """One thing that keeps an example, or a file that should belong to one, from being used."""
+    """One thing that keeps a record, or a file that should belong to one, from being used."""
 
     path: str
     reason: str
-    skip: bool = False  # the configuration already says to leave this example out: list it, do not stop for it
-    example: str | None = None  # the name of the one that it keeps from being used; None for a file that has none
+    skip: bool = False  # the configuration already says to leave this record out: list it, do not stop for it
+    example: str | None = None  # name of the record that cannot be used; None for a file that belongs to none
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -67,6 +67,11 @@ class BadCaptionError(ValueError):
 def printable(path: Picture | str) -> str:
     """`path` on one line: a newline, a control character or a byte that is not UTF-8 shows as its escape."""
     return one_line(str(path))
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether `text` is no valid Unicode; Python stands a lone surrogate for each byte that is not UTF-8."""
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def read_caption(path: Path) -> str:
@@ -110,9 +115,15 @@ def check_caption(text: str) -> str:
     return text.strip()
 
 
-def empty_caption_problem(path: str, what: str, policy: EmptyCaption) -> Problem | None:
-    """The problem of an example whose caption is `what` (empty, missing), None where `policy` uses the empty prompt."""
-    if policy == "use_empty":
-        return None
+def prompt_or_problem(
+    where: str, read: Callable[[], str], policy: EmptyCaption, *, if_empty: str
+) -> tuple[str, list[Problem]]:
+    """The caption that `read` returns, or the problem of one that is bad, or that is empty against `policy`."""
+    try:
+        prompt = read()
+    except BadCaptionError as error:
+        return "", [Problem(where, str(error))]
+    if prompt or policy == "use_empty":
+        return prompt, []
     fix = "write one, or set data.empty_caption to use_empty or skip"
-    return Problem(path, f"{what}; {fix}", skip=True) if policy == "skip" else Problem(path, f"{what}; {fix}")
+    return "", [Problem(where, f"{if_empty}; {fix}", skip=policy == "skip")]

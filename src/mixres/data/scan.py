@@ -1,4 +1,4 @@
-"""Folders, manifests and saved data sets -> records, and the scan that decodes every picture before any training.
+"""Folders, manifests and saved data sets -> records, and the scan that decodes every image before any training.
 
 Promise: all problems of all sources are found in one pass and returned together; what the scan returns has been decoded
 in full, with its upright sizes and the digests of its bytes. Cost: the scan reads and decodes every file once, 5 ms
@@ -7,14 +7,13 @@ A later scan with the same memo looks at the state of each file and decodes thos
 """
 
 import contextlib
-import itertools
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Never
+from typing import NamedTuple
 
 import xxhash
 from tqdm import tqdm
@@ -29,18 +28,17 @@ from mixres.errors import UserError
 from mixres.geometry import Size
 
 _NUMBER = re.compile(r"[\d.,]+ ?%?")  # 0,2 and 20% are texts
-_CHUNK = 256  # files that one thread looks up at a time
 
 
 class ScannedRecord(NamedTuple):
-    """A record whose every picture decodes."""
+    """A record whose every image decodes."""
 
     record: EditRecord
     target_size: Size  # upright
     control_sizes: tuple[Size, ...]
     digests: tuple[str, ...]  # of the file bytes: target, each control, then the mask if there is one
-    flattened: bool  # a picture had transparency, which was laid on the background
-    first_of_several: bool  # a picture is the first of several frames or pages
+    flattened: bool  # an image had transparency, which was laid on the background
+    first_of_several: bool  # an image is the first of several frames or pages
     regularization: bool = False  # counts in the loss with a weight of its own
 
 
@@ -51,7 +49,7 @@ class Scan(NamedTuple):
     problems: list[Problem]
     decoded: int  # files that were decoded,
     unchanged: int  # and those that an earlier scan had decoded
-    unusable: int  # examples
+    unusable: int  # records
 
 
 class _Job(NamedTuple):
@@ -62,7 +60,7 @@ class _Job(NamedTuple):
 def find_records(
     source: str, *, follow_symlinks: bool = False, empty_caption: EmptyCaption = "error"
 ) -> tuple[list[EditRecord], list[Problem]]:
-    """All examples of a folder (sorted by name), a manifest or a saved data set (in their order), and all problems.
+    """All records of a folder (sorted by name), a manifest or a saved data set (in their order), and all problems.
 
     Raises:
         UserError: `source` itself is no data source, or cannot be read.
@@ -70,7 +68,7 @@ def find_records(
     path = Path(source)
     reason = "no such folder or manifest; correct the path"
     if _NUMBER.fullmatch(source):
-        reason = "no such folder or manifest; correct the path, or write a share as a number such as 0.2"
+        reason = "no such folder or manifest; correct the path, or write a fraction as a number such as 0.2"
     try:
         if path.is_dir() and is_saved_dataset(path):
             return records_from_saved_dataset(path, empty_caption=empty_caption)
@@ -82,7 +80,7 @@ def find_records(
             reason = "is neither a folder nor a .jsonl or .csv manifest; name one"
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; make it readable"
-    raise UserError([f"{printable(source)}: {reason}"])
+    raise UserError(f"{printable(source)}: {reason}")
 
 
 def scan(
@@ -96,7 +94,7 @@ def scan(
     progress: bool = True,
     memo: Path | None = None,
 ) -> Scan:
-    """All usable examples of all sources in their order, and every problem.
+    """All usable records of all sources in their order, and every problem.
 
     `key`: what named the sources, for messages. `min_side`: pixels along the shorter side that still make one token.
     `workers`: threads, by default one a core and at most 8. `progress`: a bar on stderr with rate and time left; where
@@ -106,42 +104,51 @@ def scan(
         UserError: there are sources that are no data source; a message for each, and the problems of the others.
     """
     assert not isinstance(sources, str), "a sequence of sources"
-    records, problems, no_sources, unusable = _find_all(sources, key, limits.follow_symlinks, empty_caption)
+    records: list[EditRecord] = []
+    problems: list[Problem] = []
+    messages: list[str] = []
+    unusable = 0
+    for source in sources:
+        try:
+            found = find_records(source, follow_symlinks=limits.follow_symlinks, empty_caption=empty_caption)
+        except UserError as error:
+            messages += [f"{key}: {message}" if key else message for message in error.messages]
+        else:
+            records += found[0]
+            problems += found[1]
+            unusable += len({problem.example for problem in found[1]} - {None})
     jobs = dict.fromkeys(job for record in records for job in _jobs(record))
-    known = ScanMemo(memo)
-    found, decoded = _inspect(list(jobs), limits, known, workers or min(8, os.cpu_count() or 1), progress)
-    with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time
-        known.save()
+    facts, decoded = _inspect(list(jobs), limits, ScanMemo(memo), workers or min(8, os.cpu_count() or 1), progress)
     scanned = []
     for record in records:
-        reasons = _record_problems(record, found, min_side)
+        reasons = _record_problems(record, facts, min_side)
         problems += reasons
         if not reasons:
-            scanned.append(_scanned(record, found))
-    if no_sources:
-        raise UserError([*no_sources, *map(str, problems)])
+            scanned.append(_scanned(record, facts))
+    if messages:
+        raise UserError([*messages, *map(str, problems)])
     return Scan(scanned, problems, decoded, len(jobs) - decoded, unusable + len(records) - len(scanned))
 
 
 def split_held_out(
-    records: Iterable[ScannedRecord], share: float, seed: int
+    records: Iterable[ScannedRecord], fraction: float, seed: int
 ) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
-    """Training and held-out examples; about `share` (0 to 1) of the target pictures are held out.
+    """Training and held-out records; about `fraction` (0 to 1) of the target images are held out.
 
-    Each target's bytes and the seed decide alone, so that no picture is on both sides under two names or prompts, and
+    Each target's bytes and the seed decide alone, so that no image is on both sides under two names or prompts, and
     none changes sides when others come or go.
     """
     parts: tuple[list[ScannedRecord], list[ScannedRecord]] = [], []
     for scanned in records:
         draw = xxhash.xxh3_64_intdigest(f"{seed} {scanned.digests[0]}".encode())
-        parts[draw < share * 2**64].append(scanned)
+        parts[draw < fraction * 2**64].append(scanned)
     return parts
 
 
 def never_trained(
     train: Sequence[ScannedRecord], held_out: Sequence[ScannedRecord]
 ) -> tuple[list[ScannedRecord], list[Problem]]:
-    """Held-out examples whose target is not trained on under any name, and the problems of the others."""
+    """Held-out records whose target is not trained on under any name, and the problems of the others."""
     trained = {scanned.digests[0]: scanned.record for scanned in train}
     kept, problems = [], []
     for scanned in held_out:
@@ -154,27 +161,8 @@ def never_trained(
     return kept, problems
 
 
-def _find_all(
-    sources: Sequence[str], key: str, follow_symlinks: bool, empty_caption: EmptyCaption
-) -> tuple[list[EditRecord], list[Problem], list[str], int]:
-    """Records and problems of all sources, what is wrong with the others, and how many records have problems."""
-    records: list[EditRecord] = []
-    problems: list[Problem] = []
-    messages: list[str] = []
-    unusable = 0
-    for source in sources:
-        try:
-            some, wrong = find_records(source, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
-        except UserError as error:
-            messages += [f"{key}: {message}" if key else message for message in error.messages]
-            continue
-        records += some
-        problems += wrong
-        unusable += len({problem.example for problem in wrong} - {None})
-    return records, problems, messages, unusable
-
-
 def _jobs(record: EditRecord) -> list[_Job]:
+    """Target, controls, then the mask if there is one."""
     jobs = [_Job(path, False) for path in (record.target, *record.controls)]
     return [*jobs, _Job(record.mask, True)] if record.mask else jobs
 
@@ -183,67 +171,61 @@ def _inspect(
     jobs: list[_Job], limits: Limits, memo: ScanMemo, workers: int, progress: bool
 ) -> tuple[dict[_Job, ImageFacts | BadImageError], int]:
     """Facts or reason for each job, and how many were decoded."""
+    decoded = 0
+    pause = 0.0 if sys.stderr.isatty() else 10.0  # in a log: nothing for 10 s and a line every 10 s after that
+    bar = tqdm(total=len(jobs), desc="scan", unit="file", disable=not progress, delay=pause, mininterval=pause or 0.1)
 
-    def look(some: list[_Job]) -> list[ImageFacts | None]:
-        return [memo.find(job.path, job.is_mask, limits) for job in some]
-
-    def inspect(job: _Job) -> ImageFacts | BadImageError:
+    def inspect(job: _Job) -> tuple[ImageFacts | BadImageError, bool]:
+        if facts := memo.find(job.path, job.is_mask, limits):
+            return facts, False
         try:
             status = job.path.stat()  # before the bytes are read: what is changed meanwhile is read again next time
             facts = (inspect_mask if job.is_mask else inspect_image)(job.path, limits)
             memo.add(job.path, job.is_mask, status, facts)
-            return facts
+            return facts, True
         except OSError as error:
-            return BadImageError(f"cannot be read: {error.strerror or error}; make it readable")
+            return BadImageError(f"cannot be read: {error.strerror or error}; make it readable"), True
         except BadImageError as error:
-            return BadImageError(str(error))  # the one raised holds frames, and they the bytes of the file
+            return BadImageError(str(error)), True  # the one raised holds frames, and they the bytes of the file
 
+    found = {}
     pool = ThreadPoolExecutor(workers)
     try:
-        chunks = pool.map(look, (jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)))
-        known = zip(jobs, itertools.chain.from_iterable(chunks), strict=True)
-        found: dict[_Job, ImageFacts | BadImageError] = {job: facts for job, facts in known if facts}
-        changed = [job for job in jobs if job not in found]
-        with _bar(len(changed), progress) as bar:
-            for job, facts in zip(changed, pool.map(inspect, changed), strict=True):
+        with bar:
+            for job, (facts, is_new) in zip(jobs, pool.map(inspect, jobs), strict=True):
                 found[job] = facts
+                decoded += is_new
                 bar.update()
-        return found, len(changed)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
-
-
-def _bar(total: int, progress: bool) -> "tqdm[Never]":
-    """In a log, not on a terminal, nothing for 10 s and a line every 10 s after that."""
-    pause = 0.0 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc="scan", unit="file", disable=not progress, delay=pause, mininterval=pause or 0.1)
+    with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time
+        memo.save()
+    return found, decoded
 
 
 def _record_problems(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError], min_side: int) -> list[Problem]:
     problems = []
+    target = found[_Job(record.target, False)]
     for job in _jobs(record):
-        facts = found[job]
-        of = "" if job.path == record.target else f" (belongs to {record.name})"
+        facts, reason = found[job], None
         if isinstance(facts, BadImageError):
-            problems.append(Problem(printable(job.path), f"{facts}{of}", example=record.name))
+            reason = str(facts)
         elif min(facts.size) < min_side:
-            reason = f"{facts.size} is too small: no side may be under {min_side} pixels; take it out{of}"
-            problems.append(Problem(printable(job.path), reason, example=record.name))
-        elif job.is_mask:
-            target = found[_Job(record.target, False)]
-            if isinstance(target, ImageFacts) and facts.size != target.size:
-                reason = f"the mask is {facts.size} pixels, its target {target.size}; give it the target's size{of}"
-                problems.append(Problem(printable(job.path), reason, example=record.name))
+            reason = f"{facts.size} is too small: no side may be under {min_side} pixels; take it out"
+        elif job.is_mask and isinstance(target, ImageFacts) and facts.size != target.size:
+            reason = f"the mask is {facts.size} pixels, its target {target.size}; give it the target's size"
+        if reason:
+            owner = "" if job.path == record.target else f" (belongs to {record.name})"
+            problems.append(Problem(printable(job.path), f"{reason}{owner}", example=record.name))
     return problems
 
 
 def _scanned(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError]) -> ScannedRecord:
     facts = [f for job in _jobs(record) if isinstance(f := found[job], ImageFacts)]
-    sizes = [f.size for f in facts]
     return ScannedRecord(
         record=record,
-        target_size=sizes[0],
-        control_sizes=tuple(sizes[1 : 1 + len(record.controls)]),
+        target_size=facts[0].size,
+        control_sizes=tuple(f.size for f in facts[1 : 1 + len(record.controls)]),
         digests=tuple(f.digest for f in facts),
         flattened=any(f.flattened for f in facts),
         first_of_several=any(f.first_of_several for f in facts),
