@@ -8,12 +8,13 @@ import re
 
 import pytest
 
-from mixres.cli import OPTIONS_OF, OWN_OPTIONS, OWN_VERBS, VERBS
+from mixres.cli import parsers
 from mixres.config.load import load_config
 from mixres.config.problems import known_keys
 from mixres.config.schema import Config
 from support.pages import DOCS, REPOSITORY
 
+VERBS = parsers()[1]
 KEYS = {name for name, _ in known_keys(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS if "." in name}
 PAGES = {page.name: page for page in [*sorted(DOCS.glob("*.md")), REPOSITORY / "README.md"]}
@@ -104,12 +105,11 @@ def commands(text: str) -> list[list[str]]:
 
 def command_problems(words: list[str]) -> list[str]:
     verb = words[0] if not words[0].startswith("-") else "train"
-    if verb in OWN_VERBS:
-        known = {name for name, _, _ in OWN_OPTIONS[verb]} | {"--help"}
-        return [word for word in words if word.startswith("--") and word not in known]
-    options = {"--config", "--cache", "--help", *(f"--{name}" for name in OPTIONS_OF.get(verb, ()))}
+    options = {*VERBS.get(verb, VERBS["train"])._option_string_actions, "--cache"}
     problems = [] if verb in VERBS or verb == "VERB" else [verb]
     problems += [word for word in words if word.startswith("--") and word not in options]
+    if verb in ("sample", "export"):  # whose values may hold a `=`
+        return problems
     keys = [word.lstrip("['").partition("=")[0] for word in words if "=" in word and not word.startswith("-")]
     return problems + [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
 
