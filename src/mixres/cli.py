@@ -203,7 +203,7 @@ def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[s
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
-    """Launchers hide exit codes: under one `run_status.json` says it too, where it can be told whose."""
+    """Launchers hide exit codes: under one, `run_status.json` holds the refusal too, if the run folder is known."""
     from mixres.config.load import read_source
     from mixres.training.run_folder import LAUNCHERS, RunFolder
 

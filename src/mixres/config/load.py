@@ -1,4 +1,4 @@
-"""The configuration of a run: read, merged, resolved, validated, and shown; no other room changes it.
+"""The configuration of a run: read, merged, resolved, validated, and shown.
 
 Promise: what is written is what is read (YAML 1.2 scalars: `no`, `012` and `3:30` stay text). All problems are reported
 at once, before any model library loads. Nothing runs code or expands without bound, and values behind `${oc.env:...}`
@@ -28,7 +28,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 # Only these two references are read: another key of the configuration, or an environment variable (with a default).
 _REFERENCE = re.compile(r"\$\{\s*(?:oc\.env\s*:\s*(?P<env>\w+)\s*(?:,[^${}]*)?|\.*[A-Za-z_][\w.\[\]]*\s*)\}", re.ASCII)
 _ALLOWED_REFERENCES = "${section.key}, ${oc.env:NAME} or ${oc.env:NAME,default}"
-_MAX_REFERENCES = 16  # each may name others: so many stand for some hundreds at most, without an end they fill memory
+_MAX_REFERENCES = 16  # each may name others: 16 expand to some hundreds of values, without a bound they fill memory
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
