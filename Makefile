@@ -9,9 +9,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-demo
-	$(BIN)/python -m mixres.quickstart.data $(DEMO)
+	$(BIN)/mixres quickstart $(DEMO)
 	$(BIN)/accelerate launch --num_cpu_threads_per_process 2 train.py --config configs/quickstart.yaml
-	$(BIN)/python -m mixres.quickstart.results configs/quickstart.yaml
+	$(BIN)/mixres quickstart --config configs/quickstart.yaml
 
 # Tests of one file share a process, since they share its fixtures; more processes would only make more of those.
 test: lint

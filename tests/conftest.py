@@ -27,7 +27,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `python -m mixres.quickstart.data` writes."""
+    """What `mixres quickstart` writes."""
     from mixres.quickstart.data import write_demo
 
     root = tmp_path_factory.mktemp("demo")

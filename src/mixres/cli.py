@@ -1,14 +1,14 @@
-"""The command line: `train.py [VERB] --config FILE [key=value ...]`, verbs with options of their own, and what each way
-of ending means.
+"""The command line: `train.py [VERB] --config FILE [key=value ...]`, verbs with options of their own, and exit codes.
 
-Promise: `--help` needs no library beside Python's own; wrong input is told in full, one line a problem, before torch is
-imported. Cost: a few milliseconds until a verb runs.
+Promise: `--help` needs no library beside Python's own; wrong input is reported in full, one line a problem, before
+torch is imported.
 """
 
 import argparse
 import contextlib
 import difflib
 import errno
+import itertools
 import logging
 import os
 import sys
@@ -23,6 +23,12 @@ from mixres.errors import Stopped, UserError, WorkError
 if TYPE_CHECKING:
     from mixres.config.schema import Config
 
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failed at work, 2 wrong input (all problems are listed), 75 stopped by a signal after saving"
+    " (run the same command to resume), 130 or 143 interrupted"
+)
+WITH_CONFIG = ("train", "cache", "inspect", "verify", "bench", "quickstart")
+_VALUED = ("--config", "--ranks")  # before a verb, the word after them is their value
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -46,90 +52,162 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        for message in error.messages:
-            print(f"mixres: error: {message}", file=sys.stderr)
-        return 2
+        return _ended(2, *(f"error: {message}" for message in error.messages))
     except WorkError as error:
-        print(f"mixres: error: {error}", file=sys.stderr)
-        return 1
+        return _ended(1, f"error: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(
-            f"mixres: error: {error.filename or 'a file'}: cannot be written: {error.strerror}; make room",
-            file=sys.stderr,
-        )
-        return 1
+        return _ended(1, f"error: {error.filename or 'a file'}: cannot be written: {error.strerror}; make room")
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = str(error).partition("\n")[0].strip()
-        print(f"mixres: error: data.num_workers: {reason} Where memory is short, lower it", file=sys.stderr)
-        return 1
+        return _ended(1, f"error: data.num_workers: {reason} Where memory is short, lower it")
     except Stopped as stop:
-        print(f"mixres: {stop}", file=sys.stderr)
-        return Stopped.exit_code
+        return _ended(Stopped.exit_code, str(stop))
     except KeyboardInterrupt:
-        print("mixres: interrupted", file=sys.stderr)
-        return 130
+        return _ended(130, "interrupted")
     return 0
 
 
-def _run(words: Sequence[str]) -> None:
-    if words and words[0] in OWN_VERBS:
-        return _run_own_verb(words[0], words[1:])
-    verb, config, options = _parse(words)
-    _end_with_launcher()
-    run = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}[verb]
-    return run(config, **options)
+def _ended(code: int, *lines: str) -> int:
+    for line in lines:
+        print(f"mixres: {line}", file=sys.stderr)
+    return code
 
 
-def _parse(argv: Sequence[str]) -> "tuple[str, Config, dict[str, Any]]":
-    """The verb, its configuration and its own options, or a UserError with every problem of all that was given."""
-    given, unknown = _parser().parse_known_intermixed_args(argv)
-    problems = [_unknown_option(option) for option in unknown]
-    words: list[str] = given.words
-    verb = words.pop(0) if words and not {"=", "."} & set(words[0]) else "train"
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the whole command, for its help, and one for each verb."""
+    name = Path(sys.argv[0]).name
+    whole = _Parser(
+        prog=name,
+        usage=f"{name} [VERB] --config FILE [key=value ...]\n       {name} sample --lora RUN --out DIR [options]\n"
+        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart DIR",
+        description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
+        epilog=EXIT_CODES,
+    )
+    whole.add_argument("--version", action="version", version=f"mixres {__version__}")
+    verbs = whole.add_subparsers(title="verbs (VERB --help names the options of one)", metavar="VERB", prog=name)
+
+    def add(verb: str, meaning: str) -> _Parser:
+        parser = verbs.add_parser(verb, help=meaning, description=meaning, epilog=EXIT_CODES, allow_abbrev=False)
+        if verb in WITH_CONFIG:
+            parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the file's keys")
+            parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
+        return parser
+
+    add("train", "fill the cache where it is not full, then train (also where no verb is given)")
+    cache = add("cache", "encode every sample of the configuration into the cache (also spelled --cache)")
+    cache.add_argument("--verify", action="store_true", help="read and check every entry, encode nothing")
+    inspect = add("inspect", "show problems, sizes, tokens, plan and memory of a run before it starts")
+    inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
+    inspect.add_argument("--decode", action="store_true", help="also show what the cache holds")
+    inspect.add_argument("--ranks", metavar="N", type=int, help="plan for N processes (1)")
+    add("verify", "compare a batch of different sizes with its samples alone, on this model, data and device")
+    bench = add("bench", "time the ways to batch the same samples")
+    bench.add_argument("--synthetic", action="store_true", help="no weights, no data, no download")
+    quickstart = add("quickstart", "write the quickstart's data into a folder, or show what its run has learnt")
+    quickstart.usage = f"{name} quickstart DIR\n       {name} quickstart --config FILE [key=value ...]"
+    _add_sample_options(add("sample", "make images with what a run has trained"))
+    _add_export_options(add("export", "write what a run has trained for diffusers or ComfyUI"))
+    return whole, verbs.choices
+
+
+def _add_sample_options(parser: _Parser) -> None:
+    option = partial(parser.add_argument, action=_Once)
+    option("--lora", metavar="RUN|FILE", help="what was trained: a run folder, its ema/, or a .safetensors file")
+    parser.add_argument("--image", metavar="FILE", action="append", help="an image to edit; once for each, in order")
+    option("--prompt", metavar="TEXT", help="the prompt")
+    option("--prompts", metavar="FILE", help="instead of both: JSON lines with prompt, path_control, ..., seed, size")
+    option("--out", metavar="DIR", help="the folder for the images; their numbers follow those that are there")
+    option("--size", metavar="WxH", help="pixels (the stock pipeline's: an area of 1024 x 1024, as the last image)")
+    option("--steps", metavar="N", type=int, help="denoising steps (20)")
+    option("--seed", metavar="N", type=int, help="seed of the noise (0)")
+    option("--guidance", metavar="G", type=float, help="true_cfg_scale of the stock pipelines (1: no guidance)")
+    option("--negative-prompt", metavar="TEXT", help="what guidance leads away from (' ')")
+    parser.add_argument("--compare", action="store_true", help="also without what was trained, both side by side")
+    option("--base", metavar="PATH", help="the base, if it has moved since the run")
+    option("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
+    option("--dtype", metavar="NAME", help="bfloat16 or float32 (float32 on a CPU)")
+    option("--quantize", metavar="NAME", help="null, int8, fp8, nf4 or bnb_int8: the base under a LoRA (as trained)")
+
+
+def _add_export_options(parser: _Parser) -> None:
+    option = partial(parser.add_argument, action=_Once)
+    run = "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"
+    parser.add_argument("run", metavar="RUN|FILE", nargs="?", help=run)
+    option("--format", metavar="NAME", help="diffusers or comfyui: whose names the file has")
+    parser.add_argument("--merge", action="store_true", help="the base's weights with the LoRA in them, not the LoRA")
+    option("--out", metavar="FILE", help="a .safetensors file; a folder for diffusers with --merge")
+    option("--base", metavar="PATH", help="to merge: the base, if it has moved since the run")
+
+
+def _run(argv: Sequence[str]) -> None:
+    whole, known = parsers()
+    positional = [word for before, word in itertools.pairwise(("", *argv)) if before not in _VALUED and word[:1] != "-"]
+    verb, words, problems = "train", list(argv), []
+    if positional and not {"=", "."} & set(positional[0]):
+        verb = positional[0]
+        words.remove(verb)
+    elif asked := [word for word in words if word in ("-h", "--help", "--version")]:
+        whole.parse_args(asked)
     if not argv:
-        _parser().print_help(sys.stderr)
-    if verb in OWN_VERBS:
-        problems.append(f"{verb}: takes no configuration: write it first, then its options, see {verb} --help")
-        raise UserError(problems)
-    if verb not in VERBS:
-        verbs = (*VERBS, *OWN_VERBS)
-        problems.append(f"{verb}: unknown verb{_nearest(verb, verbs)}; the verbs are: {', '.join(verbs)}")
-    verb = "cache" if given.cache else verb
-    values = {option: getattr(given, option) for own in OPTIONS_OF.values() for option in own}
-    options = {option: value for option, value in values.items() if value is not None and value is not False}
-    problems += [
-        f"--{option}: is for the verb {owner}, not for {verb}: leave it out"
-        for owner, own in OPTIONS_OF.items()
-        for option in own
-        if option in options and verb != owner and verb in VERBS
-    ]
-    if not given.config:
-        problems.append("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
-        raise UserError(problems)
-    from mixres.config.load import load_config
-
+        whole.print_help(sys.stderr)
+    if verb not in known:
+        problems.append(f"{verb}: unknown verb{_nearest(verb, known)}; the verbs are: {', '.join(known)}")
+        verb = "train"
+    if "--cache" in words and verb in WITH_CONFIG:
+        verb, words = "cache", [word for word in words if word != "--cache"]
+    given, unknown = known[verb].parse_known_intermixed_args(words)
+    problems += [_unknown_option(word, verb, known) for word in unknown]
+    options = {name: value for name, value in vars(given).items() if value is not None and value is not False}
+    file, words = options.pop("config", None), options.pop("words", [])
     try:
-        config = load_config(Path(given.config), words)
+        work = _prepared(verb, file, words, options)
     except UserError as error:
         problems += error.messages
     if problems:
-        _record_refusal(UserError(problems), verb, Path(given.config), words)
+        if file:
+            _record_refusal(UserError(problems), verb, Path(file), words)
         raise UserError(problems)
-    return verb, config, options
+    from mixres.training.run_folder import end_with_launcher
+
+    end_with_launcher()  # before the seconds that torch takes to be imported: a launcher may be killed in them
+    work()
+
+
+def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
+    """What the verb does, once everything that was given has been checked."""
+    if verb == "sample":
+        from mixres.inference.sample import sample
+        from mixres.inference.sample_request import make_request
+
+        return partial(sample, make_request(**options))
+    if verb == "export":
+        from mixres.inference import export_request
+        from mixres.inference.export import export
+
+        return partial(export, export_request.make_request(**options))
+    if verb == "quickstart" and not file:
+        if len(words) != 1:
+            raise UserError("quickstart: write DIR, a folder for the data, or --config FILE, to show what was learnt")
+        return partial(_write_quickstart, words[0])
+    if not file:
+        raise UserError("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
+    from mixres.config.load import load_config
+
+    work: dict[str, Callable[..., None]]
+    work = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}
+    return partial((work | {"quickstart": _quickstart})[verb], load_config(Path(file), words), **options)
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
-    """Launchers hide exit codes: under one `run_status.json` says it too, where it can be told whose."""
-    from mixres.config.problems import defaults
-    from mixres.config.schema import Config
-    from mixres.config.source import read_source
+    """Launchers hide exit codes: under one, `run_status.json` holds the refusal too, if the run folder is known."""
+    from mixres.config.load import read_source
     from mixres.training.run_folder import LAUNCHERS, RunFolder
 
-    logging = read_source(file, words, defaults(Config)).resolved.get("logging")
+    logging = read_source(file, words).resolved.get("logging")
     folder = logging.get("output_dir") if isinstance(logging, dict) else None
     launched = any(name in os.environ for name in LAUNCHERS) and os.environ.get("RANK", "0") == "0"
     if launched and isinstance(folder, str):
@@ -137,77 +215,16 @@ def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str
             raise error
 
 
-def _run_own_verb(verb: str, argv: Sequence[str]) -> None:
-    """Check everything that was given, then do it."""
-    given, unknown = _own_parser(verb).parse_known_args(argv)
-    names = [name for name, _, _ in OWN_OPTIONS[verb]]
-    problems = [
-        f"{word}: unknown option of {verb}; see {verb} --help{_nearest(word.partition('=')[0], names)}"
-        for word in unknown
-    ]
-    work = None
-    try:
-        work = {"sample": _sample, "export": _export}[verb](**vars(given))
-    except UserError as error:
-        problems += error.messages
-    if problems or work is None:
-        raise UserError(problems)
-    work()
-
-
-def _own_parser(verb: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=f"{Path(sys.argv[0]).name} {verb}",
-        description=OWN_VERBS[verb].partition(" (")[0],
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
-    )
-    for name, value, meaning in OWN_OPTIONS[verb]:
-        if value is None:
-            parser.add_argument(name, action="store_true", help=meaning)
-        elif not name.startswith("-"):
-            parser.add_argument(name, metavar=value, nargs="?", help=meaning)
-        else:
-            action = "append" if name in REPEATED else _Once
-            parser.add_argument(name, metavar=value, action=action, help=meaning)
-    return parser
-
-
-def _end_with_launcher() -> None:
-    """Before the seconds that torch takes to be imported: a launcher may be killed in them."""
-    from mixres.training.run_folder import end_with_launcher
-
-    end_with_launcher()
-
-
-def _parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<8}{meaning}" for verb, meaning in {**VERBS, **OWN_VERBS}.items())
-    parser = _Parser(
-        prog=Path(sys.argv[0]).name,
-        usage="%(prog)s [VERB] --config FILE [key=value ...]\n       %(prog)s sample --lora RUN --out DIR [options]\n"
-        "       %(prog)s export RUN --format NAME --out FILE [options]",
-        description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
-        epilog=f"verbs:\n{verbs}\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("words", nargs="*", metavar="VERB, key=value", help="a verb, then overrides of the file's keys")
-    parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
-    parser.add_argument("--cache", action="store_true", help="another spelling of the verb `cache`")
-    parser.add_argument("--verify", action="store_true", help="for `cache`: read and check every entry, encode nothing")
-    parser.add_argument("--synthetic", action="store_true", help="for `bench`: no weights, no data, no download")
-    parser.add_argument("--measure", action="store_true", help="for `inspect`: compute the largest microbatch")
-    parser.add_argument("--decode", action="store_true", help="for `inspect`: show what the cache holds, too")
-    parser.add_argument("--ranks", metavar="N", type=int, help="for `inspect`: plan for so many processes (default 1)")
-    parser.add_argument("--version", action="version", version=f"mixres {__version__}")
-    return parser
-
-
-def _unknown_option(word: str) -> str:
+def _unknown_option(word: str, verb: str, known: dict[str, _Parser]) -> str:
     name, _, value = word.partition("=")
+    own = known[verb]._option_string_actions
+    if verb not in WITH_CONFIG:
+        return f"{word}: unknown option of {verb}; see {verb} --help{_nearest(name, own)}"
     if "." in name:
         return f"{name}: unknown option; overrides have no dashes: write {name.lstrip('-')}={value or 'VALUE'}"
-    return f"{word}: unknown option; see --help{_nearest(name, OPTIONS)}"
+    if others := [other for other, parser in known.items() if name in parser._option_string_actions]:
+        return f"{name}: is for the verb {others[0]}, not for {verb}: leave it out"
+    return f"{word}: unknown option; see --help{_nearest(name, own)}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -256,68 +273,13 @@ def _bench(config: "Config", *, synthetic: bool = False) -> None:
     bench(config, synthetic=synthetic)
 
 
-def _sample(**options: Any) -> Callable[[], None]:
-    from mixres.inference.sample import sample
-    from mixres.inference.sample_request import make_request
+def _quickstart(config: "Config") -> None:
+    from mixres.quickstart.results import show_results
 
-    return partial(sample, make_request(**options))
-
-
-def _export(**options: Any) -> Callable[[], None]:
-    from mixres.inference.export import export
-    from mixres.inference.export_request import make_request
-
-    return partial(export, make_request(**options))
+    print(*show_results(config), sep="\n")
 
 
-VERBS = {
-    "train": "fill the cache where it is not full, then train (also where no verb is given)",
-    "cache": "encode every sample of the configuration into the cache, then stop (--verify: check the entries there)",
-    "inspect": "show problems, sizes, tokens, plan, memory of the run to come, before any of it (--measure, --ranks N)",
-    "verify": "compare a batch of different sizes with its samples alone, on this model, data and device",
-    "bench": "time the ways to batch the same samples (--synthetic: random weights and samples of this model's shape)",
-}
-# Verbs with options of their own, which come behind them: name, its value (None: a switch), meaning. All are text here;
-# the verb checks them, together with what they name.
-OWN_VERBS = {
-    "sample": "make pictures with what a run has trained (its options: sample --help)",
-    "export": "write what a run has trained for diffusers or ComfyUI (its options: export --help)",
-}
-REPEATED = ("--image",)
-OWN_OPTIONS = {
-    "sample": (
-        ("--lora", "RUN|FILE", "what was trained: a run folder, its ema/, or a .safetensors file"),
-        ("--image", "FILE", "an image to be edited; once for each, in their order"),
-        ("--prompt", "TEXT", "what is to be made"),
-        ("--prompts", "FILE", "instead of both: JSON lines with prompt, path_control, ..., also seed and size"),
-        ("--out", "DIR", "the folder for the pictures; they are numbered on behind those that are there"),
-        ("--size", "WxH", "pixels of the pictures (the stock pipeline's: 1024 x 1024 in area, as the last image)"),
-        ("--steps", "N", "denoising steps (20)"),
-        ("--seed", "N", "seed of the noise (0)"),
-        ("--guidance", "G", "strength of guidance, the stock pipelines' true_cfg_scale (1: none)"),
-        ("--negative-prompt", "TEXT", "what guidance leads away from (' ')"),
-        ("--compare", None, "also without what was trained, and sheets of both side by side"),
-        ("--base", "PATH", "the base, where it is no longer where the run had it"),
-        ("--device", "NAME", "cuda, cuda:1, cpu (cuda where there is one)"),
-        ("--dtype", "NAME", "bfloat16 or float32 (float32 on a CPU)"),
-        ("--quantize", "NAME", "null, int8, fp8, nf4 or bnb_int8: the base under a LoRA (as it was trained)"),
-    ),
-    "export": (
-        ("run", "RUN|FILE", "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"),
-        ("--format", "NAME", "diffusers or comfyui: whose names the file is to have"),
-        ("--merge", None, "the base's weights with the LoRA in them instead of the LoRA"),
-        ("--out", "FILE", "where to, a .safetensors file; a folder for diffusers with --merge"),
-        ("--base", "PATH", "to merge: the base, where it is no longer where the run had it"),
-    ),
-}
-OPTIONS_OF = {  # that a verb alone has
-    "cache": ("verify",),
-    "bench": ("synthetic",),
-    "inspect": ("measure", "decode", "ranks"),
-}
-OPTIONS = ("--config", "--cache", *(f"--{o}" for of in OPTIONS_OF.values() for o in of), "--help", "--version")
+def _write_quickstart(folder: str) -> None:
+    from mixres.quickstart.data import write_demo
 
-EXIT_CODES = (
-    "exit codes: 0 done, 1 failed at work, 2 wrong input (all problems are listed), 75 stopped by a signal after saving"
-    " (run the same command to go on), 130 or 143 interrupted"
-)
+    print(*write_demo(Path(folder)), sep="\n")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixres import cli
 from mixres.data.images import Limits
 from mixres.data.records import EditRecord
 from mixres.data.scan import find_records, scan
@@ -116,8 +117,8 @@ def test_target_is_its_control_with_red_and_blue_swapped(demo_root: Path, part: 
 def test_written_once_and_then_soon_done(demo_root: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in demo_root.rglob("*") if file.name != ".demo.lock"}
     code = (
-        "import sys; from mixres.quickstart.data import main\n"
-        "code = main([sys.argv[1]])\n"
+        "import sys; from mixres.cli import main\n"
+        "code = main(['quickstart', sys.argv[1]])\n"
         "assert not {'diffusers', 'transformers', 'skimage'} & {*sys.modules}; sys.exit(code)"
     )
     run = subprocess.run([sys.executable, "-c", code, demo_root], capture_output=True, text=True, check=False)
@@ -128,7 +129,7 @@ def test_written_once_and_then_soon_done(demo_root: Path) -> None:
 
 def test_a_killed_write_is_redone(demo_root: Path, tmp_path: Path) -> None:
     shutil.copytree(demo_root / "held_out", tmp_path / "held_out")  # so that only the training pairs are written here
-    process = subprocess.Popen([sys.executable, "-m", "mixres.quickstart.data", tmp_path])
+    process = subprocess.Popen([sys.executable, "-c", "from mixres.cli import main; main()", "quickstart", tmp_path])
     half_done = tmp_path / ".tmp-train-new" / "training_images"
     deadline = time.monotonic() + 60
     while not (half_done.is_dir() and len(list(half_done.iterdir())) > 4):
@@ -155,7 +156,7 @@ def test_a_folder_of_the_users_is_left_alone(tmp_path: Path, capsys: pytest.Capt
     mine.write_text("mine", encoding="utf-8")
     with pytest.raises(UserError):
         demo.write_demo(tmp_path)
-    assert demo.main([str(tmp_path)]) == 2
+    assert cli.main(["quickstart", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.err == (
         f"mixres: error: {tmp_path / 'train'} exists and is not the demo's: name another folder, or move it away\n"

@@ -1,221 +1,201 @@
-"""What is wrong with merged values against a schema, and what each key allows, in one line a key.
+"""What is wrong with the values of a configuration, in one line a key.
 
-Promise: the line names the key, what was given (references as written, secrets never) and what is allowed; an unknown
-key names the nearest known one. Cost: one validation; nothing here knows the keys of mixres.
+Promise: the line names the key, what was given (references as written, so no secret) and what is allowed; an unknown
+key names the nearest known one.
 """
 
 import difflib
 import json
 import math
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mixres.config.source import KeyPath, Source, dotted, leaves, value_at
+from mixres.config.aliases import OTHER_NAMES
+from mixres.config.schema import Config
 
-SHOWN_CHARACTERS = 120
-Model = TypeVar("Model", bound=BaseModel)
-
-# Dotted keys, what of their values clashes, and what fixes it.
-Rule = tuple[tuple[str, ...], Callable[..., bool], str]
-
-_BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
-_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text that is not empty", dict: "a section"}
+KeyPath = tuple[str | int, ...]
+Problem = tuple[KeyPath, str]  # the key, () for none, and the line
+MISSING = "???"  # OmegaConf's mark of a value that is not given yet
+_SHOWN_CHARACTERS = 120
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
+@dataclass
+class Source:
+    """The merged values, before the schema has seen them."""
+
+    written: dict[str, Any]  # with references as the user wrote them
+    resolved: dict[str, Any] = field(default_factory=dict)  # references replaced; None where that failed
+    references: list[KeyPath] = field(default_factory=list)  # where `written` holds some
+    problems: list[Problem] = field(default_factory=list)
+
+    def shown(self, path: KeyPath) -> str:
+        """The value as a message may print it: a reference as it was written, a section not at all."""
+        value: Any = self.written
+        for part in path:
+            value = value if isinstance(value, str) else value[part]  # inside of a reference: that reference
+        if isinstance(value, dict):
+            return "a section"
+        if isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+            return "a nested list"
+        text = json.dumps(value, ensure_ascii=False)
+        if "${oc.env" in text:
+            text += " (what an environment variable holds is text)"
+        return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def dotted(path: KeyPath) -> str:
+    """`("a", "b", 0)` as `a.b[0]`, the way overrides and messages write a key."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value in nested dicts and lists that is neither, with its key path."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, (*path, key))
+    else:
+        yield path, value
+
+
+def value_at(value: Any, path: KeyPath) -> Any:
+    """The value at a key path in nested dicts and lists."""
+    for part in path:
+        value = value[part]
+    return value
+
+
+def merged(base: Any, top: Any) -> Any:
+    """`top` over `base`, key by key; lists replace each other."""
+    if not (isinstance(base, dict) and isinstance(top, dict)):
+        return top
+    return base | {key: merged(base[key], value) if key in base else value for key, value in top.items()}
+
+
+def as_written(value: Any) -> str:
+    """A value as a configuration writes it: null, true and false, not Python's words for them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def section_of(info: FieldInfo) -> type[BaseModel] | None:
     """The model class behind a field that is a section (or null), else None."""
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    kinds = (info.annotation, *get_args(info.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key of the schema with its dotted name, in its order; a section comes before what it holds."""
-    for name, field in model.model_fields.items():
-        yield prefix + name, field
-        section = section_of(field)
-        if section:
+    for name, info in model.model_fields.items():
+        yield prefix + name, info
+        if section := section_of(info):
             yield from known_keys(section, f"{prefix}{name}.")
 
 
-def defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """The default of every key that has one, as plain JSON values."""
-    values: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        section = section_of(field)
-        if section and field.is_required():
-            values[name] = defaults(section)
-        elif not field.is_required():
-            default = field.get_default(call_default_factory=True)
-            plain = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-            values[name] = json.loads(json.dumps(plain))
-    return values
+def defaults() -> dict[str, Any]:
+    """The default of every key as plain values, `MISSING` for the keys that have none."""
+    required = {"model": {"pretrained_model_name_or_path": MISSING}, "data": {"train": MISSING}}
+    return dict(merged(Config.model_validate(required).model_dump(mode="json"), required))
 
 
-def allowed(field: FieldInfo) -> str:
-    """What a key takes, in words: type, choices and range."""
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and "allowed" in extra:
-        return str(extra["allowed"])
-    return _kind(field.annotation, field.metadata)
+def validate(values: Mapping[str, Any], extra: Literal["forbid", "ignore"] = "forbid") -> Config:
+    """Strict validation that still takes a JSON list for a tuple. Raises pydantic's own error."""
+    return Config.model_validate_json(json.dumps(values), extra=extra)
 
 
-def _kind(annotation: Any, limits: Iterable[Any] = ()) -> str:
-    """`limits`: what holds of the annotation, or of the one choice of a union that is a number."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kind(arguments[0], [limit for field in arguments[1:] for limit in getattr(field, "metadata", ())])
-    if origin in (Union, types.UnionType):
-        return ", or ".join(_kind(argument, limits) for argument in arguments)
-    if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(str(argument) for argument in arguments)
-    if origin is tuple:
-        return "text or a list of texts, not empty"
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "a section with " + ", ".join(annotation.model_fields)
-    if annotation not in (int, float):
-        return _TYPES[origin or annotation]
-    bounds = [
-        f"{sign} {_number(getattr(m, at))}" for m in limits for kind, (at, sign) in _BOUNDS.items() if type(m) is kind
-    ]
-    return " ".join([_TYPES[annotation], " and ".join(bounds)]).strip()
+def all_problems(source: Source) -> list[str]:
+    """A line for every problem: of the source, of a key or its value, and of values that do not fit each other."""
+    problems = list(source.problems)
+    for find in (_key_problems, _leaf_problems, _clashes):
+        problems += find(source, [path for path, _ in problems])
+    return list(dict.fromkeys(line for _, line in problems))
 
 
-def _number(bound: float) -> str:
-    return str(bound).removesuffix(".0")
-
-
-def shown(source: Source, path: KeyPath) -> str:
-    """The value as a message may print it: a reference as it was written, a section not at all."""
-    value = value_at(source.written, path)
-    if isinstance(value, dict):
-        return "a section"
-    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return "a nested list"
-    text = (isinstance(value, float) and source.texts.get(path)) or json.dumps(value, ensure_ascii=False)
-    if path in source.references and "oc.env" in text:
-        text += ", and what an environment variable holds is text"
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
-
-
-def schema_problems(
-    model: type[BaseModel], source: Source, other_names: Mapping[str, str]
-) -> list[tuple[KeyPath, str]]:
-    """Every problem of the merged values against `model`, beside those that the source already has.
-
-    `other_names`: what keys are called elsewhere; where such a name is written, the key is offered.
-    """
-    keys = dict(known_keys(model))
-    reported = [path for path, _ in source.problems if path]
-    problems: list[tuple[KeyPath, str]] = []
-    errors = [
-        (_given_part(source.resolved, error), error["type"]) for error in _validation_errors(model, source.resolved)
-    ]
-    for path, kind in errors:
-        if any(nested(path, other) for other in reported) or (kind == "missing" and not source.file_is_read):
+def _key_problems(source: Source, wrong: Sequence[KeyPath]) -> list[Problem]:
+    """What the schema says of keys and values that are not in `wrong`: pydantic's words, and the nearest key."""
+    keys, problems = dict(known_keys(Config)), []
+    reasons: dict[KeyPath, list[str]] = {}
+    for error in _errors(source.resolved):
+        path: KeyPath = error["loc"]
+        if error["type"] == "clash" or _meets(path, wrong):
             continue
-        if any(len(path) < len(other) and nested(path, other) for other, _ in errors):
-            continue  # another choice of a union: the item inside says more
-        if kind == "extra_forbidden":
-            for line in unknown_keys(path, value_at(source.resolved, path), keys, other_names):
-                problems.append((path, line))
-            continue
-        name, field = _field_at(path, keys)
-        given = "not given" if kind == "missing" else f"given {shown(source, path)}"
-        problems.append((path, f"{name}: {given}, allowed: {allowed(field)}"))
-    problems = list(dict.fromkeys(problems))
-    seen = [*reported, *(path for path, _ in problems)]
-    for path, value in leaves(source.resolved):  # free sections hold any value, but never NaN or infinity
-        if isinstance(value, float) and not math.isfinite(value) and not any(nested(path, other) for other in seen):
-            problems.append((path, f"{dotted(path)}: given {shown(source, path)}, allowed: a finite number"))
+        if error["type"] == "extra_forbidden":
+            problems += [(path, line) for line in _unknown(path, value_at(source.resolved, path), keys)]
+        elif error["type"] == "missing":
+            problems.append((path, f"{dotted(path)}: not given; write one"))
+        else:
+            while dotted(path) not in keys:  # an item of a list, or pydantic's name for a choice of a union
+                path = path[:-1]
+            reasons.setdefault(path, []).append(error["msg"].partition(" ")[2])
+    for path, texts in reasons.items():
+        text = ", or ".join(dict.fromkeys(texts))
+        problems.append((path, f"{dotted(path)}: given {source.shown(path)}, {text}"))
     return problems
 
 
-def conflicts(source: Source, rules: Iterable[Rule]) -> list[tuple[KeyPath, str]]:
-    """The rules that are broken; a rule is asked only where each of its keys is right by itself."""
-    wrong = [path for path, _ in source.problems if path]
-    problems: list[tuple[KeyPath, str]] = []
-    for names, clash, fix in rules:
-        paths: list[KeyPath] = [tuple(name.split(".")) for name in names]
-        if any(nested(path, other) for path in paths for other in wrong):
+def _leaf_problems(source: Source, wrong: Sequence[KeyPath]) -> Iterator[Problem]:
+    """Values that no section refuses: one that is not given yet, one that is not finite in a free section."""
+    file_is_broken = any(line.startswith("--config") for _, line in source.problems)
+    for path, value in leaves(source.resolved):
+        if _meets(path, wrong):
             continue
-        if clash(*(value_at(source.resolved, path) for path in paths)):
-            given = (f"{name}: given {shown(source, path)}" for name, path in zip(names, paths, strict=True))
-            problems.append((paths[0], f"{' with '.join(given)}; {fix}"))
-    return problems
+        if value == MISSING and not file_is_broken:
+            yield path, f"{dotted(path)}: not given; write one"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield path, f"{dotted(path)}: given {source.shown(path)}, should be a finite number"
 
 
-def unknown_keys(
-    path: KeyPath, value: Any, keys: Mapping[str, FieldInfo], other_names: Mapping[str, str]
-) -> Iterator[str]:
-    """A line for a key that the schema does not have, and for each key inside that the section meant has not either."""
-    name = dotted(path)
-    if name in keys:  # one YAML key that holds dots
-        yield f"{name}: dots are for overrides; write it nested under '{name.rpartition('.')[0]}:' in the file"
-        return
-    near = _nearest(name, keys, other_names)
-    if near:
-        yield f"{name}: unknown key; did you mean '{near}'?"
-    else:
-        parent = keys.get(dotted(path[:-1]))
-        section = section_of(parent) if parent else None
-        known = section.model_fields if section else [key for key in keys if "." not in key]
-        yield f"{name}: unknown key; known here: {', '.join(known)}"
-    for part in value if isinstance(value, dict) else ():
-        inside = f"{near or name}.{part}"
-        if inside not in keys and (meant := _nearest(inside, keys, other_names)):
-            yield f"{name}.{part}: unknown key; did you mean '{meant}'?"
+def _clashes(source: Source, wrong: Sequence[KeyPath]) -> Iterator[Problem]:
+    """Rules between keys whose values are right, each by itself; those that are wrong have their defaults here."""
+    for error in _errors(merged(defaults(), _without(source.resolved, wrong)), extra="ignore"):
+        for keys, fix in error["ctx"]["clashes"]:
+            paths: list[KeyPath] = [tuple(key.split(".")) for key in keys]
+            if not any(_meets(path, wrong) for path in paths):
+                given = (f"{dotted(path)}: given {source.shown(path)}" for path in paths)
+                yield paths[0], f"{' with '.join(given)}; {fix}"
 
 
-def _nearest(name: str, keys: Iterable[str], other_names: Mapping[str, str]) -> str | None:
-    """The key that is called so elsewhere, else one that is spelt nearly so, else one of another section."""
-    others, last = [key for key in keys if not name.startswith(f"{key}.")], name.rpartition(".")[2]
-    close = difflib.get_close_matches(name, others, n=1)
-    same = (key for key in others if key.rpartition(".")[2] == last)
-    return other_names.get(last) or next(iter(close), None) or next(same, None)
-
-
-def _validation_errors(model: type[BaseModel], values: dict[str, Any]) -> list[Any]:
+def _errors(values: Mapping[str, Any], extra: Literal["forbid", "ignore"] = "forbid") -> list[Any]:
     try:
-        validate(model, values)
+        validate(values, extra)
     except ValidationError as error:
         return error.errors(include_url=False, include_input=False)
     return []
 
 
-def _given_part(values: Any, error: Any) -> KeyPath:
-    """Where in `values` the error is: pydantic names the choices of a union between the keys."""
-    if error["type"] == "missing":
-        return tuple(error["loc"])
-    path: list[str | int] = []
-    for part in error["loc"]:
-        if isinstance(values, dict | list) and part in (values if isinstance(values, dict) else range(len(values))):
-            values = values[part]
-            path.append(part)
-    return tuple(path)
+def _without(values: Mapping[str, Any], wrong: Sequence[KeyPath], path: KeyPath = ()) -> dict[str, Any]:
+    """A copy without the values at the paths in `wrong`, and without lists that hold one of them."""
+    return {
+        key: _without(value, wrong, (*path, key)) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if (*path, key) not in wrong and not (isinstance(value, list) and _meets((*path, key), wrong))
+    }
 
 
-def validate(model: type[Model], values: dict[str, Any]) -> Model:
-    """Strict validation that still takes a JSON list for a tuple. Raises pydantic's own error."""
-    return model.model_validate_json(json.dumps(values))
+def _meets(path: KeyPath, others: Iterable[KeyPath]) -> bool:
+    """Whether one of the others is `path`, lies inside it, or holds it."""
+    return any(all(a == b for a, b in zip(path, other, strict=False)) for other in others if other)
 
 
-def nested(one: KeyPath, other: KeyPath) -> bool:
-    """Whether one key path is the other or lies inside it."""
-    return all(a == b for a, b in zip(one, other, strict=False))
+def _unknown(path: KeyPath, value: Any, keys: Mapping[str, FieldInfo]) -> Iterator[str]:
+    """A line for a key that the schema does not have, and for each such key inside it."""
+    name = dotted(path)
+    if name in keys:  # one YAML key that holds dots
+        yield f"{name}: dots are for overrides; write it nested under '{name.rpartition('.')[0]}:' in the file"
+        return
+    near = _nearest(name, keys)
+    section = section_of(keys[dotted(path[:-1])]) if path[1:] else Config
+    known = ", ".join(section.model_fields) if section else ""
+    yield f"{name}: unknown key; " + (f"did you mean '{near}'?" if near else f"known here: {known}")
+    for part in value if isinstance(value, dict) else ():
+        if f"{near or name}.{part}" not in keys and (meant := _nearest(f"{near or name}.{part}", keys)):
+            yield f"{name}.{part}: unknown key; did you mean '{meant}'?"
 
 
-def _field_at(path: KeyPath, keys: dict[str, FieldInfo]) -> tuple[str, FieldInfo]:
-    """The dotted name at `path` and the nearest key of the schema above it (a list's items are the list's)."""
-    above = path
-    while dotted(above) not in keys:
-        above = above[:-1]
-    return dotted(path), keys[dotted(above)]
+def _nearest(name: str, keys: Iterable[str]) -> str | None:
+    """The key that other trainers call so, else one that is spelt nearly so, else one of another section."""
+    others, last = [key for key in keys if not name.startswith(f"{key}.")], name.rpartition(".")[2]
+    same = [key for key in others if key.rpartition(".")[2] == last]
+    return OTHER_NAMES.get(last) or next(iter([*difflib.get_close_matches(name, others, n=1), *same]), None)

@@ -1,27 +1,33 @@
-"""The sections of a configuration: every key with its type, range, default and meaning.
+"""Every key of a configuration: type, range, default, meaning, and which keys do not fit each other.
 
-Promise: a section that exists is valid by itself and never changes; what keys may not be together, `config_rules` says.
-Cost: none beyond pydantic's.
+Promise: a `Config` that exists is valid and never changes.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StringConstraints
-
-from mixres.config.source import KeyPath
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MEBIBYTE = 2**20
-
 COLOUR = r"^(white|gray|black|#[0-9A-Fa-f]{6})$"
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Area = Annotated[int, Field(ge=1024, le=2**28)]
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise PydanticCustomError("blank", "Input should be text that is not empty")
+    return text
 
 
 def as_tuple(value: Any) -> Any:
-    """A text or a list as the tuple that a field holds; anything else as it is, for the field to refuse."""
+    """A text or a list as the tuple that a field holds; anything else unchanged, for the field to refuse."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+Text = Annotated[str, AfterValidator(_not_blank)]
+Sigma = Annotated[float, Field(gt=0, le=1)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
@@ -33,18 +39,15 @@ class Section(BaseModel):
 
 class LoraConfig(Section):
     r: int = Field(16, ge=1, le=4096, description="Rank of the adapters.")
-    lora_alpha: float = Field(16.0, gt=0, le=65536, description="Scale: the adapters' output counts lora_alpha / r.")
+    lora_alpha: float = Field(16.0, gt=0, le=65536, description="lora_alpha / r multiplies the adapters' output.")
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout before the adapters; above 0 a resume is exact on the same topology only."
     )
     target_modules: Texts = Field(
-        ATTENTION,
-        description="Layers that get adapters: attention, attention+mlp, all, or name endings that each match a layer.",
+        ATTENTION, description="Layers with adapters: attention, attention+mlp, all, or name endings that all match."
     )
-    use_dora: bool = Field(False, description="DoRA: learn the length of each output's weights besides (Liu 2024).")
-    pretrained_weight: Text | None = Field(
-        None, description="A LoRA file, or the folder of one, that training goes on from."
-    )
+    use_dora: bool = Field(False, description="DoRA: also learn the length of each output's weights (Liu 2024).")
+    pretrained_weight: Text | None = Field(None, description="A LoRA file, or its folder; training continues from it.")
 
 
 class ModelConfig(Section):
@@ -54,11 +57,10 @@ class ModelConfig(Section):
         None, description="Model family; null reads it from the base's model_index.json."
     )
     dtype: Literal["bfloat16", "float32", "float64"] = Field(
-        "bfloat16", description="Precision of the base weights; adapters stay float32 (float64 is for tests)."
+        "bfloat16", description="Precision of the base weights; adapters stay float32. float64 is for tests."
     )
     quantize: Literal["int8", "fp8", "nf4", "bnb_int8"] | None = Field(
-        None,
-        description="Base weights in 8 or 4 bits under adapters: int8, fp8 by torchao, nf4, bnb_int8 by bitsandbytes.",
+        None, description="Base weights in 8 or 4 bits under a LoRA: torchao's int8, fp8, bitsandbytes' nf4, bnb_int8."
     )
     lora: LoraConfig | None = Field(LoraConfig(), description="The adapters to train; null trains all weights.")
 
@@ -75,64 +77,42 @@ class TargetSizeConfig(Section):
 
 
 class ControlSizeConfig(Section):
-    area: Annotated[int, Field(ge=1024, le=2**28)] | Literal["target"] = Field(
-        1_048_576,
-        description="Pixels of a control in caching, training and sampling; target: as many as its target has.",
-    )
-    text_area: int | None = Field(
-        None,
-        ge=1024,
-        le=2**28,
-        description="Pixels of a control for Edit-Plus's text encoder; null takes the stock 384 x 384.",
-    )
+    area: Area | Literal["target"] = Field(1_048_576, description="Pixels of a control; target: as many as its target.")
+    text_area: Area | None = Field(None, description="The same for Edit-Plus's text encoder; null: 384 x 384.")
 
 
 class ResizeConfig(Section):
-    target: TargetSizeConfig = Field(TargetSizeConfig(), description="Size rule of the images to be learnt.")
-    control: ControlSizeConfig = Field(ControlSizeConfig(), description="Size rule of the images to be edited.")
+    target: TargetSizeConfig = Field(TargetSizeConfig(), description="Size rule of the target images.")
+    control: ControlSizeConfig = Field(ControlSizeConfig(), description="Size rule of the control images.")
 
 
 class LimitsConfig(Section):
     max_source_pixels: int = Field(64_000_000, ge=256, le=2**32, description="Images with more pixels are refused.")
-    max_bytes: int = Field(512 * MEBIBYTE, ge=1, le=2**40, description="Image files with more bytes are refused.")
-    max_aspect: float = Field(8.0, ge=1, le=1000, description="Images of a larger long / short side are refused.")
+    max_bytes: int = Field(512 * 2**20, ge=1, le=2**40, description="Image files with more bytes are refused.")
+    max_aspect: float = Field(8.0, ge=1, le=1000, description="Images whose long / short side is larger are refused.")
 
 
 class DataConfig(Section):
     train: Texts = Field(description="Training data: a folder, a manifest, a saved data set, or a list of them.")
     held_out: Texts | Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        description="Examples that are never trained, for samples: given as data.train, or a share of it.",
-        json_schema_extra={"allowed": "text or a list of texts, not empty, or a number > 0 and < 1, or null"},
+        None, description="Samples for grids and evaluation, never trained: given as data.train, or a fraction of it."
     )
-    regularization: Texts | None = Field(
-        None, description="Samples that keep what the base knows, given as data.train; see loss.prior_loss_weight."
-    )
+    regularization: Texts | None = Field(None, description="Samples that keep what the base knows; as data.train.")
     on_bad_item: Literal["error", "skip"] = Field(
-        "error", description="Unusable items: stop with the list of all of them, or list them and train on the others."
+        "error", description="Unusable records are listed: stop, or skip them."
     )
-    empty_caption: Literal["error", "use_empty", "skip"] = Field(
-        "error", description="Items without instruction: a problem, trained with the empty instruction, or left out."
-    )
-    caption_dropout: float = Field(
-        0.0, ge=0, le=1, description="Share of samples that a step trains on the empty instruction in place of theirs."
-    )
-    long_caption: Literal["error", "truncate"] = Field(
-        "error", description="Items whose instruction is over 1024 tokens: a problem, or trained with its beginning."
-    )
-    first_frame: bool = Field(
-        False, description="Train on the first picture of animations and of files of several pages, else problems."
-    )
-    background: Annotated[str, StringConstraints(pattern=COLOUR)] = Field(
-        "white",
-        description="Colour under transparent pixels, in sRGB; `mixres sample` takes it from the result.",
-        json_schema_extra={"allowed": 'white, gray, black, or "#rrggbb" in quotes'},
+    empty_caption: Literal["error", "use_empty", "skip"] = Field("error", description="Records without a prompt.")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained with an empty prompt.")
+    long_caption: Literal["error", "truncate"] = Field("error", description="Prompts of more than 1024 tokens.")
+    first_frame: bool = Field(False, description="Train on the first image of animations and of multi-page files.")
+    background: str = Field(
+        "white", pattern=COLOUR, description='Colour under transparent pixels: white, gray, black or "#rrggbb" (sRGB).'
     )
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
     mask_weight: MaskWeightConfig = Field(MaskWeightConfig(), description="Loss weights of samples with an edit mask.")
     resize: ResizeConfig = Field(ResizeConfig(), description="Size rules; nothing is ever cropped.")
-    limits: LimitsConfig = Field(LimitsConfig(), description="What an image file may be at most.")
+    limits: LimitsConfig = Field(LimitsConfig(), description="Limits of an image file.")
 
 
 class BatchConfig(Section):
@@ -141,76 +121,58 @@ class BatchConfig(Section):
         16384,
         ge=1,
         le=2**31,
-        description="Tokens computed in a microbatch, text and images; padded: rows x (longest text + longest images).",
+        description="Tokens computed a microbatch; padded: rows x (longest text + longest images).",
     )
-    layout: Literal["packed", "padded"] = Field(
-        "packed",
-        description="Layout of a microbatch: samples one behind the other, or rows padded to the longest.",
-    )
+    layout: Literal["packed", "padded"] = Field("packed", description="All samples in one sequence, or rows padded.")
 
 
 class FlowConfig(Section):
     density: Literal["logit_normal", "uniform", "mode"] = Field(
-        "logit_normal", description="Distribution of the training noise levels (Esser et al. 2024, section 3.1)."
+        "logit_normal", description="Distribution of the training timesteps (Esser et al. 2024, section 3.1)."
     )
     logit_mean: float = Field(0.0, ge=-100, le=100, description="Mean of the logit-normal density.")
     logit_std: float = Field(1.0, gt=0, le=100, description="Standard deviation of the logit-normal density.")
     mode_scale: float = Field(1.29, ge=-1, le=1.75, description="Scale of the mode density.")
     shift: Literal["resolution", "constant", "none"] = Field(
-        "resolution",
-        description="Noise-level shift: by each target's token count as in sampling, fixed, or none.",
+        "resolution", description="Timestep shift: by each target's token count as in sampling, fixed, or none."
     )
     shift_value: float = Field(3.0, gt=0, le=100, description="The shift of flow.shift: constant.")
 
 
 class LossConfig(Section):
     normalization: Literal["sample", "token"] = Field(
-        "sample", description="What counts the same: every sample, or every target token of the step."
+        "sample", description="Equal weight for samples, or target tokens."
     )
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field("none", description="Loss weight by noise level.")
-    prior_loss_weight: float = Field(
-        1.0, gt=0, le=1e6, description="Loss weight of each sample of data.regularization; one of data.train has 1."
-    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field("none", description="Loss weight by timestep.")
+    prior_loss_weight: float = Field(1.0, gt=0, le=1e6, description="Loss weight of samples of data.regularization.")
 
 
 class OptimizerConfig(Section):
-    class_path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")] = Field(
-        "torch.optim.AdamW",
-        description="The optimizer's class.",
-        json_schema_extra={"allowed": "a dotted class name such as torch.optim.AdamW"},
+    class_path: str = Field(
+        "torch.optim.AdamW", pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$", description="Dotted name of its class."
     )
-    init_args: dict[str, Any] = Field(
-        {"lr": 1e-4}, description="Arguments of the optimizer's class; lr stays 1e-4 unless it is named here."
-    )
+    init_args: dict[str, Any] = Field({"lr": 1e-4}, description="Arguments of the class; lr is 1e-4 unless given here.")
 
 
 class SchedulerConfig(Section):
     scheduler_type: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = Field("constant", description="Course of the learning rate (diffusers' names).")
-    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps over which the learning rate rises from 0.")
+    ] = Field("constant", description="Learning rate schedule (diffusers' names).")
+    warmup_steps: Steps = Field(0, description="Steps of the warm-up; the first of them has learning rate 0.")
 
 
 class TrainConfig(Section):
     max_train_steps: int = Field(1000, ge=1, le=10**9, description="Optimizer steps of the whole run.")
-    parallel: Literal["ddp", "fsdp2"] = Field(
-        "ddp", description="On several devices: the weights on each of them (ddp), or split over them (fsdp2)."
-    )
+    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="All weights on each device (ddp), or split (fsdp2).")
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
-    max_skips: int = Field(
-        5, ge=0, le=10**9, description="Steps in a row that may be left out since loss or gradient is not finite."
-    )
+    max_skips: Steps = Field(5, description="Steps in a row that may be skipped where loss or gradient is not finite.")
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        True,
-        description="Recompute activations in backward: of all blocks (true), of every n-th (n), or of none (false).",
-        json_schema_extra={"allowed": "true, false or an integer >= 1"},
+        True, description="Recompute activations in the backward pass: of all blocks, of every n-th, or of none."
     )
-    compile: bool = Field(False, description="Compile the blocks for training; lengths of rows are rounded up then.")
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="Decay of a moving average of what is trained, saved beside it; null keeps none."
-    )
+    compile: bool = Field(False, description="Compile the blocks (batch.layout: padded); row lengths are rounded up.")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of a moving average of the weights, or none.")
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, noise levels and adapter initialisation.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, timesteps and initial adapters.")
 
 
 class CacheConfig(Section):
@@ -219,27 +181,22 @@ class CacheConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(500, ge=1, le=10**9, description="Steps between checkpoints; the last step always saves one.")
-    keep: int = Field(2, ge=2, le=10**6, description="Checkpoints that stay; at least 2, so that one is always whole.")
+    keep: int = Field(2, ge=2, le=10**6, description="Checkpoints to keep; at least 2, so that one is always complete.")
 
 
 class SampleConfig(Section):
-    every: int = Field(500, ge=0, le=10**9, description="Steps between samples of data.held_out; 0 makes none.")
+    every: Steps = Field(500, description="Steps between sample grids of data.held_out; 0 makes none.")
     steps: int = Field(20, ge=2, le=1000, description="Denoising steps of a sample.")
-    use_ema: bool = Field(False, description="Sample with the moving average instead of the weights of the step.")
+    use_ema: bool = Field(False, description="Sample with the moving average of the weights; needs train.ema_decay.")
 
 
 class EvaluateConfig(Section):
-    every: int = Field(
-        0, ge=0, le=10**9, description="Steps between evaluations of data.held_out, also at 0 and the end; 0: none."
-    )
-    sigmas: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=100)
-    ] = Field(
+    every: Steps = Field(0, description="Steps between evaluations of data.held_out, also at both ends; 0: none.")
+    sigmas: Annotated[tuple[Sigma, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=100)] = Field(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        description="Noise levels that every held-out sample is evaluated at; each costs one forward pass a sample.",
-        json_schema_extra={"allowed": "a list of 1 to 100 numbers > 0 and <= 1"},
+        description="Sigmas at which every held-out sample is evaluated; each costs one forward pass a sample.",
     )
-    use_ema: bool = Field(False, description="Evaluate the moving average instead of the weights of the step.")
+    use_ema: bool = Field(False, description="Evaluate the moving average of the weights; needs train.ema_decay.")
 
 
 class LoggingConfig(Section):
@@ -248,7 +205,7 @@ class LoggingConfig(Section):
     tracker_project_name: Text = Field("mixres", description="Project name in the tracker.")
 
 
-# What a checkpoint fixes and a resumed run may change all the same; the adapters' shape it cannot.
+# What a checkpoint fixes and a resumed run may still change; the shape of its adapters is not among them.
 Changeable = Literal[
     "model.pretrained_model_name_or_path",
     "model.revision",
@@ -264,28 +221,74 @@ Changeable = Literal[
 ]
 
 
+Clash = tuple[tuple[str, ...], str]  # the keys, and how to fix it
+
+
 class Config(Section):
     """A whole run. Load it with `load_config`; what may be shown of it comes from `public_config`."""
 
-    model: ModelConfig = Field(description="The base model and what is trained of it.")
-    data: DataConfig = Field(description="What is trained on, and what an image file may be.")
-    batch: BatchConfig = Field(BatchConfig(), description="How many samples make a step, and a microbatch.")
-    flow: FlowConfig = Field(FlowConfig(), description="Noise levels of flow matching.")
-    loss: LossConfig = Field(LossConfig(), description="How errors are added up.")
+    model: ModelConfig = Field(description="The base model, and what is trained of it.")
+    data: DataConfig = Field(description="The data, and the limits of an image file.")
+    batch: BatchConfig = Field(BatchConfig(), description="How many samples make a step and a microbatch.")
+    flow: FlowConfig = Field(FlowConfig(), description="Timesteps of flow matching.")
+    loss: LossConfig = Field(LossConfig(), description="How errors are summed.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
     lr_scheduler: SchedulerConfig = Field(SchedulerConfig(), description="The learning rate over the run.")
     train: TrainConfig = Field(TrainConfig(), description="The training loop.")
-    cache: CacheConfig = Field(CacheConfig(), description="Where encoded samples lie.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where encoded samples are stored.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When the run is saved.")
-    sample: SampleConfig = Field(SampleConfig(), description="Pictures of held-out pairs while training.")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Loss on held-out samples while training.")
+    sample: SampleConfig = Field(SampleConfig(), description="Sample grids of held-out pairs during training.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Loss on held-out samples during training.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Where the run writes and reports.")
     resume: Literal["auto", "required", "never"] = Field(
-        "auto", description="Go on from the newest checkpoint: if there is one, or fail, or start afresh."
+        "auto", description="Resume from the newest checkpoint: if there is one, or fail without one, or start anew."
     )
     resume_allow_changes: Annotated[tuple[Changeable, ...], BeforeValidator(as_tuple)] = Field(
-        (),
-        description="Keys that may differ from the checkpoint's; without this such a change is refused.",
-        json_schema_extra={"allowed": f"a list of: {', '.join(get_args(Changeable))}"},
+        (), description="Keys whose values may differ from the checkpoint's; any other change is refused."
     )
-    _references: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
+    _references: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)  # as they were written, by key
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        if clashes := [*self._model_clashes(), *self._run_clashes()]:
+            raise PydanticCustomError("clash", "{clashes}", {"clashes": clashes})
+        return self
+
+    def _model_clashes(self) -> Iterator[Clash]:
+        """The keys of each rule that is broken, and how to fix it."""
+        model, train, lora = self.model, self.train, self.model.lora
+        if model.dtype == "float64" and train.mixed_precision != "no":
+            yield ("model.dtype", "train.mixed_precision"), "float64 needs train.mixed_precision: no"
+        if model.quantize and lora is None:
+            yield ("model.quantize", "model.lora"), "quantised weights cannot be trained: train a LoRA, or set null"
+        if model.quantize and model.dtype == "float64":
+            yield ("model.quantize", "model.dtype"), "quantised weights compute in bfloat16 or float32: choose one"
+        if model.quantize and train.parallel == "fsdp2":
+            yield ("model.quantize", "train.parallel"), "quantised weights cannot be split: use ddp, or set null"
+        if train.compile and model.quantize:
+            yield ("train.compile", "model.quantize"), "quantised layers cannot be compiled: set one to its default"
+        if train.compile and lora and lora.use_dora:
+            yield ("train.compile", "model.lora.use_dora"), "DoRA layers cannot be compiled: set one to false"
+        if train.compile and train.parallel == "fsdp2":
+            yield ("train.compile", "train.parallel"), "compiled blocks cannot be split: use ddp, or set false"
+        if train.compile and self.batch.layout == "packed":
+            yield ("train.compile", "batch.layout"), "each packed batch would be compiled anew: use padded"
+
+    def _run_clashes(self) -> Iterator[Clash]:
+        lr, warmup = self.optimizer.init_args.get("lr", 0), self.lr_scheduler.warmup_steps
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or lr < 0:
+            yield ("optimizer.init_args.lr",), "allowed: a number >= 0"
+        if warmup > self.train.max_train_steps:
+            yield ("lr_scheduler.warmup_steps", "train.max_train_steps"), "the warm-up must not be longer than the run"
+        if warmup and self.lr_scheduler.scheduler_type == "constant":
+            keys = ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps")
+            yield keys, "constant has no warm-up: use constant_with_warmup"
+        for section in ("sample", "evaluate"):
+            if getattr(self, section).use_ema and self.train.ema_decay is None:
+                yield (f"{section}.use_ema", "train.ema_decay"), "set a decay, such as train.ema_decay: 0.999"
+        if self.loss.prior_loss_weight != 1 and self.data.regularization is None:
+            yield ("loss.prior_loss_weight", "data.regularization"), "there are no samples to weight: name some"
+        if len(set(self.evaluate.sigmas)) < len(self.evaluate.sigmas):
+            yield ("evaluate.sigmas",), "allowed: each value once"
+        if self.data.mask_weight.foreground == self.data.mask_weight.background == 0:
+            yield ("data.mask_weight.foreground", "data.mask_weight.background"), "one of them must be above 0"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from mixres.config.source import as_written
+from mixres.config.problems import as_written
 from mixres.errors import UserError
 
 RECIPE_KEY = "mixres"

@@ -1,15 +1,13 @@
-"""`python -m mixres.quickstart.data DIR` writes the quickstart's data: ordinary folders, as a user's own would be.
+"""`mixres quickstart DIR` writes the quickstart's data: ordinary folders, as a user's own would be.
 
 Promise: `DIR/train` and `DIR/held_out` hold an edit of freely licensed photographs; no photograph, no size and no
 aspect is in both; the same files every time; each folder is whole or absent, and written once.
 Cost: two seconds and 10 MB the first time, nothing after it.
 """
 
-import argparse
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,22 +207,3 @@ def _write_part(folder: Path, write: Callable[[Path], None]) -> None:
         folder.rename(old)
     tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mixres.quickstart.data", description="Write the quickstart's data."
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where train/ and held_out/ go")
-    try:
-        lines = write_demo(parser.parse_args(arguments).folder)
-    except UserError as error:
-        sys.stderr.writelines(f"mixres: error: {message}\n" for message in error.messages)
-        return 2
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

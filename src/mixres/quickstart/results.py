@@ -1,14 +1,12 @@
-"""`python -m mixres.quickstart.results CONFIG` shows what the quickstart's LoRA learnt, on unseen photographs.
+"""`mixres quickstart --config FILE` shows what the quickstart's LoRA has learnt, on unseen photographs.
 
 Promise: the adapter is read from its file by the stock pipeline, so the pictures are what a user would get; beside them
 stand what the base alone makes of the prompt, the copied control, and what the VAE could show at best.
 Cost: two samplings a held-out pair, some ten seconds.
 """
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from mixres import atomic
-from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.errors import UserError
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
@@ -129,24 +126,3 @@ def _draw_loss(metrics: Path, path: Path) -> None:
     axes.legend()
     with atomic.replace(path) as tmp:
         figure.savefig(tmp, format="png", dpi=120)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mixres.quickstart.results", description="Show what a LoRA has learnt."
-    )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the configuration that was trained")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the overrides that it was trained with")
-    options = parser.parse_args(arguments)
-    try:
-        lines = show_results(load_config(options.config, options.overrides))
-    except UserError as error:
-        sys.stderr.writelines(f"mixres: error: {message}\n" for message in error.messages)
-        return 2
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from mixres.config.problems import as_written, dotted, leaves
 from mixres.config.schema import Changeable
-from mixres.config.source import as_written, dotted, leaves
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import distribute_like, local_shards
