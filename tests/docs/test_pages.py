@@ -4,16 +4,16 @@ import contextlib
 import io
 import itertools
 import re
-from functools import cache
 
 import pytest
 
-from mixres.cli import main
+from mixres.cli import parsers
 from mixres.config.load import load_config
 from mixres.config.problems import known_keys
 from mixres.config.schema import Config
 from support.pages import DOCS, REPOSITORY
 
+VERBS = parsers()[1]
 KEYS = {name for name, _ in known_keys(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS if "." in name}
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (*DOCS.glob("*.md"), *REPOSITORY.glob("[RC]*.md"))}
@@ -59,19 +59,13 @@ def commands(text: str) -> list[list[str]]:
     return [m[1].split() for line, m in zip(lines, found, strict=True) if m and line.split()[0] in begun]
 
 
-@cache
-def help_of(verb: str) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        main([verb, "--help"] if verb else ["--help"])
-    return printed.getvalue()
-
-
 def command_problems(words: list[str]) -> list[str]:
     verb = words[0] if not words[0].startswith("-") else "train"
-    if not re.search(rf"^  {verb} +\w", help_of(""), re.MULTILINE):
+    if verb == "VERB":
+        return []
+    if verb not in VERBS:
         return [verb]
-    options = re.findall(r"--[\w-]+", help_of(verb))
+    options = [*re.findall(r"--[\w-]+", VERBS[verb].format_help()), "--cache"]
     keys = [word.lstrip("['").partition("=")[0] for word in words if "=" in word and not word.startswith("-")]
     unknown = [key for key in keys if key not in (*KEYS, "key") and not key.startswith(FREE)]
     return unknown + [word for word in words if word.startswith("--") and word not in options]
