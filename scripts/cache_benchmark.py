@@ -28,8 +28,7 @@ from mixres.data.scan import ScannedRecord
 from mixres.preprocessing.encode import encode_inputs, entry_sizes
 from mixres.preprocessing.fill import CachedData, encode_all, family_of, fill, keyed_records
 from mixres.training.setup import build_loader, build_plan
-from mixres.training.step import bare_step_seconds
-from mixres.verification.setup import Workbench, machine, one_process, precision_label, set_up
+from mixres.verification.setup import Workbench, machine, one_process, precision_label, set_up, step_seconds
 
 EXAMPLES, STEPS = 16, 4
 
@@ -99,11 +98,7 @@ def reading_over_step(config: Config, encoded: CachedData, setting: Workbench, r
                 batches = [next(loader) for _ in planned.ranks[0]]
                 reading += time.perf_counter() - start
                 divisor = setting.objective.divisor(planned.samples, planned.target_tokens)
-                trained = setting.trained
-                stepping += bare_step_seconds(
-                    setting.accelerator, trained.transformer, trained.optimizer, setting.objective, batches,
-                    step=step, divisor=divisor,
-                )  # fmt: skip
+                stepping += step_seconds(setting, batches, count=len(batches), step=step, divisor=divisor)
             if round_:
                 ratios.append(reading / stepping)
     tell("reading: time over that of the training step, checksums verified", first_reads)

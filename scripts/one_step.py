@@ -23,11 +23,11 @@ from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.data.scan import ScannedRecord
 from mixres.diffusion.flow_matching import make_flow_sample, resolution_shift
-from mixres.diffusion.loss import velocity_loss
+from mixres.diffusion.objective import velocity_loss
 from mixres.preprocessing.fill import encode_all, family_of
 from mixres.preprocessing.training_data import usable_records
 from mixres.quickstart.data import PROMPTS
-from mixres.training.optimizer import schedule
+from mixres.training.optimizer import Schedule
 from mixres.training.setup import build_objective, build_plan, load_trained
 from mixres.training.step import run_step
 
@@ -158,7 +158,7 @@ def _computed(config: Config, batches: list[Batch], batch: Batch, number: int, d
         batch,
         seed=objective.seed,
         step=0,
-        levels=objective.levels,
+        timesteps=objective.timesteps,
         constants=objective.shift_constants,
         dtype=objective.dtype,
     )
@@ -167,11 +167,11 @@ def _computed(config: Config, batches: list[Batch], batch: Batch, number: int, d
     target = flow.velocity[first : first + len(rows)]
     blend = (1 - sigma) * clean + sigma * (clean + target)
     yield [
-        f"shift of its noise level  {resolution_shift(len(rows), objective.shift_constants):.3f}",
+        f"shift of its sigma        {resolution_shift(len(rows), objective.shift_constants):.3f}",
         f"sigma                     {sigma:.3f}",
         f"velocity target           {_shape(target)}, noise - clean",
         f"noisy - blend, largest    {(noisy - blend).abs().max() < 1e-5 and 'below 0.00001'}",
-        f"controls and filler       {'unchanged' if _others_equal(batch, flow.noisy_latents) else 'changed'}",
+        f"controls                  {'unchanged' if _others_equal(batch, flow.noisy_latents) else 'changed'}",
     ]
     with torch.no_grad():
         velocity = objective.predict_velocity(trained.transformer, batch, flow.noisy_latents, flow.sigmas)
@@ -180,15 +180,14 @@ def _computed(config: Config, batches: list[Batch], batch: Batch, number: int, d
     yield [
         f"velocity                  {_shape(velocity)}, at every image token",
         f"its own squared error     {own:.3f}, the mean over {len(rows)} target tokens",
-        f"LossSum of the microbatch {loss.total:.3f} over {loss.count:.0f} samples",
+        f"numerator of the batch    {loss:.3f}, of {len(batch.names)} samples",
     ]
-    scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=1, step=0)
+    Schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=1).set(0)
     before = {name: parameter.detach().clone() for name, parameter in trained.parameters.items()}
     result = run_step(
         accelerator,
-        trained.transformer,
+        trained.model,
         trained.optimizer,
-        scheduler,
         objective,
         batches,
         count=len(batches),

@@ -1,7 +1,7 @@
 """The records that rooms hand to each other, from cache to loss. Fields, shapes and device moves; nothing is computed.
 
 Stored form and model form have different names: a `Sample` is clean and unpadded, a `Batch` is what collate made of
-several, a `FlowSample` is a batch at its noise level.
+several, a `FlowSample` is a batch with noise added.
 
 Legend: B sample, S image token (target first, then controls), V valid target token of the whole batch, T text token,
 P packed channel (4 x latent channels), D text width.
@@ -76,12 +76,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class FlowSample:
-    """A batch at its noise levels. Source: rectified flow, Liu et al. 2022 (arXiv 2209.03003)."""
+    """A batch with noise added, a sigma for each sample. Source: rectified flow, Liu et al. 2022 (arXiv 2209.03003)."""
 
     noisy_latents: Tensor  # as `Batch.latents`: target tokens interpolated, controls and filler as in the batch
     sigmas: Tensor  # (B,) in [0, 1]; 0 is data, 1 is noise; also the model's `timestep`
     velocity: Tensor  # (V, P) noise - data at the target tokens, the regression target
-    weights: Tensor  # (B,) loss weight of each sample's noise level
 
 
 def extract_batch_field(embeddings: Mapping[str, Any], key: str, batch_idx: int) -> Any:

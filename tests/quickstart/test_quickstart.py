@@ -26,7 +26,7 @@ from mixres.data.plan import StepPlan
 from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
-from mixres.training.optimizer import schedule
+from mixres.training.optimizer import Schedule
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import build_objective, build_plan, load_trained
 from mixres.training.step import run_step
@@ -191,7 +191,7 @@ def losses(
     accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=clone.folder)
     model = load_trained(config, family, accelerator)
     last = config.train.max_train_steps  # of the schedule
-    scheduler = schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=0)
+    schedule = Schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last)
     objective, plan = build_objective(config, family), build_plan(config, encoded, world_size=1)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.train]
     curve = []
@@ -201,8 +201,9 @@ def losses(
             collate([samples[i] for i in group], indices=group, weights=[1.0] * len(group), layout="padded")
             for group in groups(step)
         ]
+        schedule.set(number)
         result = run_step(
-            accelerator, model.transformer, model.optimizer, scheduler, objective, batches,
+            accelerator, model.transformer, model.optimizer, objective, batches,
             count=len(batches), step=number, divisor=len(step.indices), max_grad_norm=config.train.max_grad_norm,
         )  # fmt: skip
         curve.append(result.loss)

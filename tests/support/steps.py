@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Lengths
 from mixres.diffusion.flow_matching import TimestepSampler
+from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.qwen import edit as family
-from mixres.training.step import Objective, StepResult, run_step
+from mixres.training.step import StepResult, run_step
 
 CHANNELS, TEXT_WIDTH = 64, 64
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
@@ -90,7 +90,8 @@ def lengths_of(index: int) -> Lengths:
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
     return kind(
         predict_velocity=family.predict_velocity,
-        levels=TimestepSampler(weighting="cosmap"),
+        timesteps=TimestepSampler(),
+        weighting="cosmap",
         shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
         normalization=normalization,
         foreground=3.0,
@@ -127,7 +128,6 @@ def record(
         accelerator,
         model,
         optimizer,
-        LambdaLR(optimizer, lambda step: 1.0),
         objective,
         iter(batches),
         count=len(batches),
