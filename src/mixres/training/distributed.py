@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mixres.errors import UserError
+from mixres.errors import Problems, UserError
 
 # What a launcher's own configuration file can ask for, by the variable in which accelerate hands it on.
 _PLUGINS = {
@@ -58,16 +58,15 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
         UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
             (accelerate would ignore it silently).
     """
-    problems = [
+    problems = Problems(
         f"accelerate launch: its configuration turns on {name}, which mixres does not use: turn it off there (or take "
         "one of configs/accelerate/), and choose train.parallel=ddp or fsdp2 here"
         for variable, name in _PLUGINS.items()
         if os.environ.get(variable, "false").lower() == "true"
-    ]
+    )
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        problems.append(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
-    if problems:
-        raise UserError(problems)
+        problems.add(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
+    problems.raise_if_any()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
         mixed_precision=mixed_precision,

@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mixres.errors import UserError
+from mixres.errors import Problems, UserError
 
 KEY = "optimizer.class_path"
 _OPTIONAL = ("bitsandbytes", "prodigyopt", "torchao")  # installed under the names that they are imported by
@@ -39,13 +39,10 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     _, *arguments = inspect.signature(found).parameters.values()  # the first takes the parameters
     known = [a.name for a in arguments if a.kind is not inspect.Parameter.VAR_KEYWORD]
     takes_any = len(known) < len(arguments)
-    problems = [
-        f"optimizer.init_args.{key}: {name} does not take it; it takes: {', '.join(known)}"
-        for key in init_args
-        if key not in known and not takes_any
-    ]
-    if problems:
-        raise UserError(problems)
+    unknown = [key for key in init_args if key not in known and not takes_any]
+    Problems(
+        f"optimizer.init_args.{key}: {name} does not take it; it takes: {', '.join(known)}" for key in unknown
+    ).raise_if_any()
     try:
         found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers accept nothing else
     except (TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from mixres.config.schema import Changeable
 from mixres.config.source import as_written, dotted, leaves
-from mixres.errors import UserError, WorkError
+from mixres.errors import Problems, UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import distribute_like, local_shards
 from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
@@ -63,8 +63,11 @@ def checkpoint_to_resume(
                 f"resume: required, but there is no checkpoint in {root}: name the folder of one, or set resume=auto"
             )
         return None
-    if refused := [line for key, line in _changed(found, frozen).items() if key not in allowed]:
-        raise UserError(refused)
+    saved, problems = found.state["frozen"], Problems()
+    for key in {**saved, **frozen}:
+        if key not in allowed and saved.get(key) != frozen.get(key):
+            problems.add(_change(found, key, saved.get(key), frozen.get(key)))
+    problems.raise_if_any()
     return found
 
 
@@ -78,16 +81,6 @@ def check_order(found: Checkpoint | None, identity: Mapping[str, Any]) -> None:
         raise UserError(
             f"{found.path}: was made by a version that orders the samples otherwise: finish it with that one"
         )
-
-
-def _changed(found: Checkpoint, frozen: Mapping[str, Any]) -> dict[str, str]:
-    """A line for every frozen key whose value is not the checkpoint's."""
-    saved = found.state["frozen"]
-    return {
-        key: _change(found, key, saved.get(key), frozen.get(key))
-        for key in {**saved, **frozen}
-        if saved.get(key) != frozen.get(key)
-    }
 
 
 def _change(found: Checkpoint, key: str, before: object, now: object) -> str:

@@ -182,8 +182,6 @@ def end_with_launcher() -> bool:
 def _ending(error: BaseException | None) -> tuple[str, int]:
     if error is None:
         return "done", 0
-    endings: list[tuple[type[BaseException], tuple[str, int]]] = [
-        (Stopped, ("preempted", Stopped.exit_code)),
-        (UserError, ("refused", 2)),
-    ]
-    return next((ending for kind, ending in endings if isinstance(error, kind)), ("failed", 1))
+    if isinstance(error, Stopped):
+        return "preempted", Stopped.exit_code
+    return ("refused", 2) if isinstance(error, UserError) else ("failed", 1)

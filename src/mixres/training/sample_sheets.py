@@ -91,16 +91,9 @@ class HeldOutSampler:
 
     def predict(self, item: CachedSample) -> Image.Image:
         """The pipeline's image for one held-out sample, at the size of its target."""
-        return self._predict(item, [self.read(path) for path in item.record.controls])
-
-    def read(self, path: Picture) -> Image.Image:
-        """A held-out image as it is on disk, RGB."""
-        return read_image(path, image_limits(self.config))
-
-    def _predict(self, item: CachedSample, controls: Sequence[Image.Image]) -> Image.Image:
         image: Image.Image = self.family.sample_image(
             self.pipeline,
-            controls=controls,
+            controls=[self.read(path) for path in item.record.controls],
             prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
             size=item.target_size,
             steps=self.config.sample.steps,
@@ -109,12 +102,16 @@ class HeldOutSampler:
         )
         return image
 
+    def read(self, path: Picture) -> Image.Image:
+        """A held-out image as it is on disk, RGB."""
+        return read_image(path, image_limits(self.config))
+
     def _row(self, item: CachedSample) -> Row:
         controls = [self.read(path) for path in item.record.controls]
         empty = [None] * (self.controls - len(controls))
         sizes = [f"control {control.width}x{control.height}" for control in controls]
         target = self.read(item.record.target)
-        images = (*controls, *empty, target, self._predict(item, controls))
+        images = (*controls, *empty, target, self.predict(item))
         own = f"target {target.width}x{target.height}"
         trained = f", trained and predicted at {item.target_size}" if target.size != item.target_size else ""
         return Row(images, item.record.prompt, ", ".join([*sizes, own]) + trained)

@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from mixres import __version__
 from mixres.batch import Batch
-from mixres.config.schema import Config, LoraConfig
+from mixres.config.schema import Config
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import MAX_LENGTHS, Layout, Lengths, Plan, Rounding, rounding_of
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective, sample_weight
-from mixres.errors import UserError
+from mixres.errors import Problems, UserError
 from mixres.models import hub
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_targets, train_all, trainable_parameters
@@ -69,36 +69,25 @@ def check_early(config: Config, family: ModuleType) -> None:
         UserError: the optimizer or its arguments, LoRA targets that match nothing, or a pretrained LoRA that does not
             fit; all at once.
     """
-    problems: list[str] = []
-    here, path, arguments = dist_env(), config.optimizer.class_path, config.optimizer.init_args
-    split = config.train.parallel == "fsdp2" and here.world_size > 1
-    try:
-        check_step(optimizer_class(path, arguments), path, arguments, device=here.device, split=split)
-    except UserError as error:
-        problems += error.messages
-    model = config.model
-    try:
+    problems = Problems()
+    here, model, optimizer = dist_env(), config.model, config.optimizer
+    with problems.collecting():
+        kind = optimizer_class(optimizer.class_path, optimizer.init_args)
+        split = config.train.parallel == "fsdp2" and here.world_size > 1
+        check_step(kind, optimizer.class_path, optimizer.init_args, device=here.device, split=split)
+    with problems.collecting():
         if model.quantize:
             check_method(model.quantize, here.device)
         if config.train.compile:
             check_compiler(here.device)
-    except UserError as error:
-        problems += error.messages
     skeleton = family.transformer_skeleton(model.pretrained_model_name_or_path, revision=model.revision)
-    try:
+    with problems.collecting():
         if model.lora:
-            _check_lora(model.lora, skeleton, family.untrained_modules(skeleton))
-    except UserError as error:
-        problems += error.messages
-    if problems:
-        raise UserError(problems)
-
-
-def _check_lora(lora: LoraConfig, skeleton: nn.Module, untrained: Sequence[str]) -> None:
-    check_targets(skeleton, lora.target_modules, untrained=untrained)
-    if lora.pretrained_weight is not None:
-        settings = lora.model_dump(exclude={"lora_dropout", "pretrained_weight"})
-        check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained)
+            untrained = family.untrained_modules(skeleton)
+            check_targets(skeleton, model.lora.target_modules, untrained=untrained)
+            if model.lora.pretrained_weight is not None:
+                check_pretrained(skeleton, **model.lora.model_dump(exclude={"lora_dropout"}), untrained=untrained)
+    problems.raise_if_any()
 
 
 def load_trained(config: Config, family: ModuleType, accelerator: Accelerator) -> TrainState:
