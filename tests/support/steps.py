@@ -42,7 +42,7 @@ SPLITS = {
     "other_order": ((5, 2, 0, 4, 1, 3),),
     "pairs": ((3, 0), (1, 5), (4, 2)),
     "uneven": ((4,), (5, 3, 1, 0), (2,)),
-    "filler": ((1, 2, 3), (-1 - 4,), (0, 4, 5), (-1 - 0,)),  # -1 - i: sample i with weight 0
+    "dummies": ((1, 2, 3), (-1 - 4,), (0, 4, 5), (-1 - 0,)),  # -1 - i: sample i with weight 0
 }
 
 

@@ -112,9 +112,9 @@ def sample_weight(*, regularization: bool, prior_loss_weight: float) -> float:
 
 
 def sigma_weights(sigmas: Tensor, weighting: Weighting) -> Tensor:
-    """omega, `(B,)`; finite at sigma 0 too."""
+    """omega, `(B,)`, in the dtype of `sigmas`; finite at sigma 0 too."""
     weights: Tensor = compute_loss_weighting_for_sd3(weighting, sigmas=sigmas.clamp(min=MIN_WEIGHTED_SIGMA))
-    return weights
+    return weights.to(sigmas.dtype)  # some come as float32
 
 
 def _token_weights(edit_mask: Tensor, foreground: float, background: float) -> Tensor:
