@@ -203,26 +203,6 @@ def test_other_block_sizes_than_the_checkpoints_are_refused(tmp_path: Path) -> N
         Run("torchao.optim.AdamW8bit", block_size=128).restore(checkpoints)
 
 
-def test_bytes_of_the_state() -> None:
-    """The table of docs/memory.md, for the matrix of 4096 numbers."""
-    found = {}
-    for class_path, arguments in {**MEMORY_SAVING, "torch.optim.AdamW": {"lr": 1e-2}}.items():
-        matrix = nn.Parameter(torch.ones(WIDTH, WIDTH))
-        optimizer = optimizer_class(class_path, arguments)([matrix], **arguments)
-        matrix.grad = torch.ones_like(matrix)
-        optimizer.step()
-        tensors = optimizer_tensors(optimizer, ["m"]).values()
-        found[class_path.rpartition(".")[2]] = sum(t.nbytes for t in tensors if t.dim())
-    numbers, maps = WIDTH * WIDTH, 256 * 4
-    assert found == {
-        "AdamW": numbers * 8,
-        "Prodigy": numbers * 16,
-        "AdamW8bit": 2 * (numbers + numbers // 256 * 4 + maps),
-        "AdamWFp8": 2 * (numbers + numbers // 256 * 4),
-        "AdamW4bit": 2 * (numbers // 2 + numbers // 128 * 4 + 16 * 4),
-    }
-
-
 # The average.
 
 

@@ -20,20 +20,18 @@ from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
 from mixres.diffusion.objective import Objective
-from mixres.errors import Stopped, WorkError
+from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.models.qwen import edit as family
 from mixres.preprocessing.fill import CachedData, encode_all
-from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 from mixres.training.ema import Ema
 from mixres.training.resume import restore_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState, build_objective, load_trained
-from mixres.training.trainer import train
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
-from support.jobs import metrics
+from support.jobs import Jobs, metrics, newest, status
 
 STEPS, EVALUATED = 5, [0, 2, 4, 5]
 SIGMAS = (0.2, 0.7)
@@ -204,19 +202,6 @@ def test_the_ranks_divide_all_passes_and_have_equally_many(make: Make, ranks: in
     assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
 
 
-def test_the_weights_decide(make: Make, trained: TrainState) -> None:
-    reference = losses_of(make())
-    name = next(name for name in trained.parameters if "lora_B" in name)
-    before = trained.parameters[name].detach().clone()
-    with torch.no_grad():
-        trained.parameters[name].mul_(1.5)
-    changed = losses_of(make())
-    with torch.no_grad():
-        trained.parameters[name].copy_(before)
-    assert all(changed[key] != loss for key, loss in reference.items())
-    assert losses_of(make()) == reference
-
-
 def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: TrainState) -> None:
     optimizer = torch.optim.SGD(trained.parameters.values(), lr=1.0)
     ema = Ema(optimizer, 0.9)
@@ -290,21 +275,8 @@ def bands_of(evaluation: HeldOutLoss) -> set[str]:
     return {f"eval/resolution_{resolution_band(area)}" for area in areas}
 
 
-class Run:
-    """Runs of five steps that save each of them, every one in a folder of its own."""
-
-    def __init__(self, file: Path, cache: Path, root: Path) -> None:
-        self.file, self.cache, self.root = file, cache, root
-
-    def config(self, name: str, *overrides: str) -> Config:
-        folders = (f"cache.cache_dir={self.cache}", f"logging.output_dir={self.root / name}")
-        saving = (f"train.max_train_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=9")
-        return load_config(self.file, [*folders, *saving, *WORDS, *overrides])
-
-    def __call__(self, name: str, *overrides: str) -> Path:
-        AcceleratorState._reset_state(True)
-        train(self.config(name, *overrides))
-        return self.root / name
+class Run(Jobs):
+    """Runs of five steps that save each of them."""
 
     def copy_at(self, step: int, name: str) -> Path:
         """The whole run's folder as it was after `step`, but for lines that were written later."""
@@ -319,8 +291,9 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    runs = Run(small_run, small_cache, tmp_path_factory.mktemp("runs"))
-    runs("whole")
+    often = (f"train.max_train_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=9")
+    runs = Run(small_run, small_cache, tmp_path_factory.mktemp("runs"), (*often, *WORDS))
+    runs.here("whole")
     return runs
 
 
@@ -339,7 +312,7 @@ def test_a_run_is_evaluated_before_its_first_step_at_each_interval_and_at_its_en
 
 
 def test_it_leaves_no_trace_in_the_training(run: Run) -> None:
-    plain = run("plain", "evaluate.every=0")
+    plain = run.here("plain", "evaluate.every=0")
     whole = run.root / "whole"
     assert [line for line in metrics(whole) if "loss" in line] == metrics(plain)
     last = f"checkpoints/step-{STEPS:08d}/trainable.safetensors"
@@ -349,7 +322,7 @@ def test_it_leaves_no_trace_in_the_training(run: Run) -> None:
 def test_a_resumed_run_writes_the_same_lines_each_once(run: Run) -> None:
     """From a step that was evaluated: it is not evaluated again."""
     run.copy_at(4, "from 4")
-    assert metrics(run("from 4")) == metrics(run.root / "whole")
+    assert metrics(run.here("from 4")) == metrics(run.root / "whole")
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
@@ -366,13 +339,13 @@ def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOutLoss, "_loss", interrupted)
-        with pytest.raises(Stopped, match="after step 2, which is saved"):
-            run("stopped", "checkpoint.every=4")
+        run.here("stopped", "checkpoint.every=4", code=75)
     folder = run.root / "stopped"
+    assert status(folder)["reason"].startswith("stopped by a signal after step 2, which is saved")
     assert len(passes) == 6 + 3
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000002"]
     assert sorted(evaluations(folder)) == [0]
-    assert metrics(run("stopped", "checkpoint.every=4")) == metrics(run.root / "whole")
+    assert metrics(run.here("stopped", "checkpoint.every=4")) == metrics(run.root / "whole")
 
 
 def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Run, make: Make) -> None:
@@ -382,8 +355,8 @@ def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Ru
         config = run.config(f"saved {step}")
         accelerator = new_accelerator(folder)
         trained = load_trained(config, family, accelerator)
-        checkpoint = Checkpoints(folder / "checkpoints", keep=9).newest_valid()
-        assert checkpoint is not None and checkpoint.step == step
+        checkpoint = newest(folder)
+        assert checkpoint.step == step
         restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
         evaluation = make(config=config, accelerator=accelerator, trained=trained)
         losses = evaluation.losses()
