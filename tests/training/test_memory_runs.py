@@ -13,7 +13,10 @@ from support.jobs import LORA, Jobs, metrics, torchrun
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # A rank of 32 over a base 128 wide: matrices of 4096 numbers, which are quantised. The update is compiled here.
-EIGHT_BITS = ("optimizer.class_path=torchao.optim.AdamW8bit", "model.lora.r=32", "model.lora.lora_alpha=32")
+EIGHT_BITS = (
+    *("optimizer.class_path=torchao.optim.AdamW8bit", "model.lora.r=32", "model.lora.lora_alpha=32"),
+    "model.lora.target_modules=[to_q, to_k]",  # few shapes: each is compiled
+)
 PRODIGY = ("optimizer.class_path=prodigyopt.Prodigy", "optimizer.init_args={lr: 1.0, d0: 1e-4}")
 RUNS = {
     "int8_adamw8bit_average": ("model.quantize=int8", *EIGHT_BITS, "train.ema_decay=0.9"),
@@ -31,16 +34,17 @@ def job(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_resumed_run_is_an_unbroken_one(job: Jobs, few_pairs: Path, kind: str) -> None:
-    """From the checkpoint of step 2."""
+    """From the checkpoint of step 2, in processes of their own: the update is compiled."""
     sampled = ("sample.every=9", f"data.held_out={few_pairs / 'held_out'}", "train.gradient_checkpointing=2")
     words = (*RUNS[kind], *sampled, "train.max_train_steps=4")
-    unbroken = job.here(kind, *words)
+    job(kind, *words)
+    unbroken, resumed = job.root / kind, job.root / f"{kind}_resumed"
     results = [LORA, "samples/step-00000004.png", *([f"ema/{LORA}"] if "average" in kind else [])]
-    resumed = shutil.copytree(unbroken, job.root / f"{kind}_resumed", symlinks=True)
+    shutil.copytree(unbroken, resumed, symlinks=True)
     shutil.rmtree(resumed / "checkpoints" / "step-00000004")
     for name in (*results, "run_status.json"):
         (resumed / name).unlink()
-    job.here(resumed.name, *words)
+    job(resumed.name, *words)
     assert metrics(resumed) == metrics(unbroken)
     for name in (*results, "checkpoints/step-00000004/optimizer.safetensors"):
         assert (resumed / name).read_bytes() == (unbroken / name).read_bytes(), name
