@@ -81,7 +81,6 @@ class FlowSample:
     noisy_latents: Tensor  # as `Batch.latents`: target tokens interpolated, controls and padding as in the batch
     sigmas: Tensor  # (B,) in [0, 1]; 0 is data, 1 is noise; also the model's `timestep`
     velocity: Tensor  # (V, P) noise - data at the target tokens, the regression target
-    weights: Tensor  # (B,) loss weight of each sample's sigma
 
 
 def extract_batch_field(embeddings: Mapping[str, Any], key: str, batch_idx: int) -> Any:

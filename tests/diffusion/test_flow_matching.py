@@ -1,4 +1,4 @@
-"""Noise levels, noise and interpolant against closed forms and the stock scheduler, in any batch and any layout."""
+"""Sigmas, noise and interpolant against closed forms and the stock scheduler, in any batch and any layout."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from mixres.batch import Batch, FlowSample, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import (
-    SMALLEST_WEIGHTED_SIGMA,
     TimestepSampler,
     fixed_flow_sample,
     make_flow_sample,
@@ -48,25 +47,27 @@ def batch_of(indices: Sequence[int], layout: Layout = "padded", dtype: torch.dty
 
 
 def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float32, **kw: Any) -> FlowSample:
-    return make_flow_sample(batch, seed=seed, step=step, levels=TimestepSampler(**kw), constants=CONSTANTS, dtype=dtype)
+    return make_flow_sample(
+        batch, seed=seed, step=step, timesteps=TimestepSampler(**kw), constants=CONSTANTS, dtype=dtype
+    )
 
 
 def by_sample(batch: Batch, flow: FlowSample) -> dict[int, tuple[Tensor, ...]]:
-    """Of each sample: noise level, weight, noisy target tokens, velocity."""
+    """Of each sample: sigma, noisy target tokens, velocity."""
     lengths = list(batch.target_lengths)
     noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index].split(lengths)
-    parts = zip(flow.sigmas, flow.weights, noisy, flow.velocity.split(lengths), strict=True)
+    parts = zip(flow.sigmas, noisy, flow.velocity.split(lengths), strict=True)
     return dict(zip(batch.indices, parts, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("levels", [{}, {"density": "uniform", "shift": "constant", "weighting": "cosmap"}])
-def test_a_samples_draws_do_not_depend_on_its_batch(levels: dict[str, Any], dtype: torch.dtype) -> None:
-    alone = {i: by_sample(b, flow_of(b, step=3, dtype=dtype, **levels))[i] for i in range(8) if (b := batch_of([i]))}
+@pytest.mark.parametrize("drawn", [{}, {"density": "uniform", "shift": "constant"}])
+def test_a_samples_draws_do_not_depend_on_its_batch(drawn: dict[str, Any], dtype: torch.dtype) -> None:
+    alone = {i: by_sample(b, flow_of(b, step=3, dtype=dtype, **drawn))[i] for i in range(8) if (b := batch_of([i]))}
     for indices in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 2, 5], [3, 0], [6, 4, 2, 1, 0]):
         for layout in LAYOUTS:
             batch = batch_of(indices, layout)
-            for i, parts in by_sample(batch, flow_of(batch, step=3, dtype=dtype, **levels)).items():
+            for i, parts in by_sample(batch, flow_of(batch, step=3, dtype=dtype, **drawn)).items():
                 assert all(torch.equal(a, b) for a, b in zip(parts, alone[i], strict=True)), (i, indices, layout)
 
 
@@ -85,7 +86,7 @@ def test_draws_change_with_seed_step_and_sample_and_with_nothing_else() -> None:
     sample_generator(2**63 - 1, 10**9, 10**9)
 
 
-def test_noise_is_standard_normal_and_independent_of_the_noise_level() -> None:
+def test_noise_is_standard_normal_and_independent_of_sigma() -> None:
     batch = batch_of(range(4000), "packed")
     flow = flow_of(batch, dtype=torch.float64)
     clean = batch.latents.flatten(0, 1)[batch.target_index].double()
@@ -103,7 +104,7 @@ def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
     """x_sigma = (1 - sigma) data + sigma noise, and its derivative."""
     batch = batch_of([0, 1, 2, 3], layout, stored)
     flow = flow_of(batch, dtype=torch.float64)
-    assert {t.dtype for t in (flow.noisy_latents, flow.sigmas, flow.velocity, flow.weights)} == {torch.float64}
+    assert {t.dtype for t in (flow.noisy_latents, flow.sigmas, flow.velocity)} == {torch.float64}
     clean = batch.latents.flatten(0, 1)[batch.target_index].double()
     noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index]
     sigma = flow.sigmas.repeat_interleave(torch.tensor(batch.target_lengths))[:, None]
@@ -113,7 +114,7 @@ def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
     assert (noisy - clean).abs().amax() > 0.1
     for index, tokens in zip(batch.indices, noise.split(list(batch.target_lengths)), strict=True):
         generator = sample_generator(0, 0, index)
-        torch.randn(1, generator=generator)  # the noise level
+        torch.randn(1, generator=generator)  # sigma
         drawn = torch.randn(tokens.shape, generator=generator)
         torch.testing.assert_close(tokens, drawn.double(), rtol=0, atol=1e-14)
 
@@ -128,7 +129,7 @@ def test_the_stock_scheduler_walks_the_velocity_back_to_the_data() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_controls_and_filler_stay_as_they_are(layout: Layout) -> None:
+def test_controls_and_padding_stay_as_they_are(layout: Layout) -> None:
     batch = batch_of([0, 1, 2], layout)
     flow = flow_of(batch)
     others = torch.ones(batch.latents.shape[:2], dtype=torch.bool).flatten()
@@ -195,7 +196,7 @@ def one_token_each() -> Batch:
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_noise_levels_follow_their_own_closed_form_and_no_other(name: str, one_token_each: Batch) -> None:
+def test_sigmas_follow_their_own_closed_form_and_no_other(name: str, one_token_each: Batch) -> None:
     """Kolmogorov-Smirnov: 1.95 / sqrt(n) is the 0.1 % level; the settings differ from each other by more than twice."""
     sigmas = flow_of(one_token_each, **DISTRIBUTIONS[name][0]).sigmas.double().sort().values
     assert sigmas[0] >= 0 and sigmas[-1] <= 1
@@ -215,72 +216,40 @@ def test_each_sample_is_shifted_by_its_own_target_and_not_by_its_controls() -> N
     assert len(shifts.unique()) == 4
 
 
-def test_weights_of_noise_levels() -> None:
-    batch = batch_of(range(60))
-    levels = {"density": "uniform", "dtype": torch.float64}
-    sigma = flow_of(batch, **levels).sigmas
-    expected = {
-        "none": torch.ones_like(sigma),
-        "sigma_sqrt": sigma**-2,
-        "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
-    }
-    for weighting, weights in expected.items():
-        flow = flow_of(batch, weighting=weighting, **levels)
-        assert torch.equal(flow.sigmas, sigma)
-        torch.testing.assert_close(flow.weights, weights, rtol=1e-6, atol=0)
-
-
-def test_a_noise_level_of_zero_keeps_a_finite_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.rand gives 0 once in 2^24 draws: 1 / sigma^2 would end the run there, and again at each resume."""
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1))
-    flow = flow_of(batch_of([0]), density="uniform", weighting="sigma_sqrt")
-    assert flow.sigmas.tolist() == [0.0]
-    torch.testing.assert_close(flow.weights, torch.tensor([SMALLEST_WEIGHTED_SIGMA**-2]))
-
-
-# --- Fixed noise levels
-
-
 def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw: Any) -> FlowSample:
     kw = {"dtype": torch.float64} | kw
     return fixed_flow_sample(batch, keys=keys or [f"key-{i}" for i in batch.indices], sigma=sigma, **kw)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fixed_noise_depends_on_key_and_level_alone(dtype: torch.dtype) -> None:
-    levels = (0.1, 0.5, 1.0)
+def test_fixed_noise_depends_on_key_and_sigma_alone(dtype: torch.dtype) -> None:
+    sigmas = (0.1, 0.5, 1.0)
     alone = {
-        (i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i in range(4) if (b := batch_of([i])) for s in levels
+        (i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i in range(4) if (b := batch_of([i])) for s in sigmas
     }
     state = torch.get_rng_state()
     for number, indices in enumerate(([0, 1, 2, 3], [3, 1], [2, 0, 1])):
         torch.manual_seed(number)
         for layout in LAYOUTS:
-            for sigma in levels:
+            for sigma in sigmas:
                 batch = batch_of(indices, layout)
                 for i, parts in by_sample(batch, fixed_of(batch, sigma, dtype=dtype)).items():
                     assert all(torch.equal(a, b) for a, b in zip(parts, alone[i, sigma], strict=True)), (i, indices)
     torch.set_rng_state(state)
     fixed_of(batch_of([0]), 0.5)
     assert torch.equal(torch.get_rng_state(), state)
-    noises = [fixed_of(batch_of([5]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in levels]
-    assert torch.cat(noises).unique().numel() == sum(map(len, noises)), "another key or level is other noise"
+    noises = [fixed_of(batch_of([5]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in sigmas]
+    assert torch.cat(noises).unique().numel() == sum(map(len, noises)), "another key or sigma is other noise"
     trained = flow_of(batch_of([5]), dtype=torch.float64).velocity.flatten()
     assert not any(torch.isin(noise, trained).any() for noise in noises)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_fixed_level_is_the_one_given_with_weight_one(layout: Layout) -> None:
-    batch = batch_of([0, 1, 2, 3], layout)
+def test_the_fixed_sigma_is_the_one_given() -> None:
+    batch = batch_of([0, 1, 2, 3], "packed")
     clean = batch.latents.flatten(0, 1)[batch.target_index].double()
     for sigma in (0.25, 1.0):
         flow = fixed_of(batch, sigma)
         assert flow.sigmas.tolist() == [sigma] * 4
-        assert flow.weights.tolist() == [1.0] * 4
         noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index]
         torch.testing.assert_close(noisy - sigma * flow.velocity, clean, rtol=0, atol=1e-14)
-        noise = flow.velocity + clean
-        assert 0.8 < float(noise.std()) < 1.2
-        others = torch.ones(batch.latents.shape[:2], dtype=torch.bool).flatten()
-        others[batch.target_index] = False
-        assert torch.equal(flow.noisy_latents.flatten(0, 1)[others], batch.latents.flatten(0, 1)[others].double())
+        assert 0.8 < float((flow.velocity + clean).std()) < 1.2

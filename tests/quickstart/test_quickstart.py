@@ -26,7 +26,7 @@ from mixres.data.plan import StepPlan
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.training.distributed import make_accelerator
-from mixres.training.optimizer import schedule
+from mixres.training.optimizer import Schedule
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import build_objective, build_plan, load_trained
 from mixres.training.step import run_step
@@ -101,7 +101,7 @@ def test_make_quickstart_trains_samples_and_writes_a_lora(clone: Clone, quicksta
     for said in (
         "every one its own size",
         "result    build/quickstart/run/pytorch_lora_weights.safetensors",
-        "images    build/quickstart/run/results.png",
+        "pictures  build/quickstart/run/results.png",
         "loss      build/quickstart/run/loss.png",
         "next",
     ):
@@ -194,7 +194,7 @@ def losses(
     accelerator = make_accelerator(mixed_precision="no", report_to="none", folder=clone.folder)
     model = load_trained(*with_family(config), accelerator)
     last = config.train.max_train_steps  # of the schedule
-    scheduler = schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=0)
+    schedule = Schedule(model.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last)
     objective, plan = build_objective(*with_family(config)), build_plan(config, encoded, world_size=1)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in encoded.train]
     curve = []
@@ -204,8 +204,9 @@ def losses(
             collate([samples[i] for i in group], indices=group, weights=[1.0] * len(group), layout="padded")
             for group in groups(step)
         ]
+        schedule.set(number)
         result = run_step(
-            accelerator, model.transformer, model.optimizer, scheduler, objective, batches,
+            accelerator, model.transformer, model.optimizer, objective, batches,
             count=len(batches), step=number, divisor=len(step.indices), max_grad_norm=config.train.max_grad_norm,
         )  # fmt: skip
         curve.append(result.loss)

@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+
+from mixres.cli import main
+from mixres.config.load import load_config
+from mixres.config.schema import Config
+from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.sample_sheets import HeldOutSampler
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
-    """What `stock_process.py` is told of the pictures that the sampler makes."""
+    """The calls of `stock_process.py` for the images that the sampler makes."""
     config = sampler.config
     return [
         {
@@ -48,12 +54,21 @@ def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
 class Jobs:
     """Commands over one data set and one filled cache; each run has a folder of its own under `root`."""
 
-    def __init__(self, file: Path, cache: Path, root: Path) -> None:
-        self.file, self.cache, self.root = file, cache, root
+    def __init__(self, file: Path, cache: Path, root: Path, common: Sequence[str] = COMMON) -> None:
+        self.file, self.cache, self.root, self.common = file, cache, root, common
 
     def words(self, run: str, *overrides: str) -> list[str]:
         folders = (f"cache.cache_dir={self.cache}", f"logging.output_dir={self.root / run}")
-        return ["--config", str(self.file), *folders, *COMMON, *overrides]
+        return ["--config", str(self.file), *folders, *self.common, *overrides]
+
+    def config(self, run: str, *overrides: str) -> Config:
+        return load_config(self.file, self.words(run, *overrides)[2:])
+
+    def here(self, run: str, *overrides: str, code: int = 0) -> Path:
+        """The same command in this process: a process of its own costs more than so short a run. Its run folder."""
+        AcceleratorState._reset_state(True)
+        assert main(self.words(run, *overrides)) == code
+        return self.root / run
 
     def __call__(
         self, run: str, *overrides: str, launcher: Sequence[str] = PYTHON, before: str = "", code: int = 0
@@ -135,6 +150,23 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def newest(folder: Path) -> Checkpoint:
+    found = Checkpoints(folder / "checkpoints", keep=2).newest_valid()
+    assert found is not None
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def error_lines(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    """What the command says of an error; nothing of the interpreter's is beside it."""
+    assert "Traceback" not in done.stderr
+    prefix = "mixres: error: "
+    return [line.removeprefix(prefix) for line in done.stderr.splitlines() if line.startswith(prefix)]
 
 
 def wait_for_steps(folder: Path, count: int, process: "subprocess.Popen[str]") -> None:

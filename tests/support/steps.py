@@ -8,17 +8,17 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Lengths
 from mixres.diffusion.flow_matching import TimestepSampler
+from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import untrained_modules
-from mixres.training.step import Objective, StepResult, run_step
+from mixres.training.step import StepResult, run_step
 
 CHANNELS, TEXT_WIDTH = 64, 64
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
@@ -43,7 +43,7 @@ SPLITS = {
     "other_order": ((5, 2, 0, 4, 1, 3),),
     "pairs": ((3, 0), (1, 5), (4, 2)),
     "uneven": ((4,), (5, 3, 1, 0), (2,)),
-    "filler": ((1, 2, 3), (-1 - 4,), (0, 4, 5), (-1 - 0,)),  # -1 - i: sample i with weight 0
+    "dummies": ((1, 2, 3), (-1 - 4,), (0, 4, 5), (-1 - 0,)),  # -1 - i: sample i with weight 0
 }
 
 
@@ -91,7 +91,8 @@ def lengths_of(index: int) -> Lengths:
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
     return kind(
         predict_velocity=QwenImageEdit("").predict_velocity,
-        levels=TimestepSampler(weighting="cosmap"),
+        timesteps=TimestepSampler(),
+        weighting="cosmap",
         shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
         normalization=normalization,
         foreground=3.0,
@@ -128,7 +129,6 @@ def record(
         accelerator,
         model,
         optimizer,
-        LambdaLR(optimizer, lambda step: 1.0),
         objective,
         iter(batches),
         count=len(batches),

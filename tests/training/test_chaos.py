@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mixres.training.checkpoint import Checkpoints
-from support.jobs import LORA, PYTHON, Jobs, kill_all, metrics, processes, send, status, torchrun
+from support.jobs import LORA, PYTHON, Jobs, kill_all, metrics, newest, processes, send, status, torchrun
 
 KILLS = int(os.environ.get("MIXRES_KILLS", "8"))
 STEPS_A_KILL = 10
@@ -23,7 +22,7 @@ SLOW = {
     "PYTHONPATH": os.pathsep.join([str(SLOW_SYNC), os.environ.get("PYTHONPATH", "")]),
     "SLOW_SYNC_S": "0.02",
 }
-SAVE_S = 0.5  # a slowed save: nine syncs of two pauses each, and what the system adds
+SAVE_S = 0.5  # a slowed save: nine syncs of two pauses each, and the system's own time
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 60 * KILLS)]
 
 
@@ -96,9 +95,7 @@ def test_killed_at_any_instant_a_run_ends_with_the_bits_of_an_unbroken_one(jobs:
 
 
 def results(folder: Path) -> list[Path]:
-    newest = Checkpoints(folder / "checkpoints", keep=2).newest_valid()
-    assert newest is not None
-    return [folder / LORA, *newest.path.glob("*.safetensors")]
+    return [folder / LORA, *newest(folder).path.glob("*.safetensors")]
 
 
 def digest(path: Path) -> str:

@@ -73,12 +73,8 @@ def test_tensors_that_share_their_memory_are_saved_each(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_latest_is_a_pointer_for_people(three: Checkpoints) -> None:
+def test_the_manifest_names_every_other_file_and_latest_the_newest(three: Checkpoints) -> None:
     assert (three.root / "latest").readlink() == Path("step-00000030")
-    assert (three.root / "latest" / STATE).is_file()
-
-
-def test_the_manifest_names_every_other_file(three: Checkpoints) -> None:
     path = three.root / "step-00000020"
     manifest = json.loads((path / MANIFEST).read_text())
     assert {*manifest, MANIFEST} == {file.name for file in path.iterdir()}
@@ -122,35 +118,20 @@ def test_a_manifest_of_another_form_is_damage(three: Checkpoints, text: str) -> 
 def test_none_valid_is_none_and_still_any(three: Checkpoints) -> None:
     for path in three.root.glob("step-*"):
         empty(path / STATE)
-    assert three.newest_valid() is None
-    assert three.any()
+    assert (three.newest_valid(), three.any()) == (None, True)
+    nothing = Checkpoints(three.root / "none", keep=2)
+    assert (nothing.newest_valid(), nothing.any()) == (None, False)
 
 
-def test_nothing_there_is_none(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "none", keep=2)
-    assert checkpoints.newest_valid() is None
-    assert not checkpoints.any()
-
-
-def test_unfinished_and_foreign_names_do_not_count(three: Checkpoints) -> None:
+def test_unfinished_and_foreign_names_do_not_count_and_numbers_order(three: Checkpoints) -> None:
     source = three.root / "step-00000030"
-    for name in (
-        ".tmp-step-00000040",
-        ".tmp-old-step-00000040",
-        "step-00000040.bak",
-        "step-40",
-        "backup-step-00000040",
-    ):
+    for name in (".tmp-step-00000040", ".tmp-old-step-00000040", "step-00000040.bak", "step-40", "a-step-00000040"):
         shutil.copytree(source, three.root / name)
     (three.root / "step-00000050").write_text("a file")
     assert newest_step(three) == 30
-
-
-def test_the_newest_is_by_number_not_by_name(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (99_999_999, 100_000_000):
-        checkpoints.save(step, tensors(1), STATE_VALUES)
-    assert newest_step(checkpoints) == 100_000_000
+        three.save(step, tensors(1), STATE_VALUES)
+    assert newest_step(three) == 100_000_000, "by number, not by name"
 
 
 @pytest.mark.parametrize("keep", [2, 3])
@@ -160,14 +141,6 @@ def test_rotation_keeps_the_newest(tmp_path: Path, keep: int) -> None:
         checkpoints.save(step, tensors(step), STATE_VALUES)
         assert newest_step(checkpoints) == step
     assert names(checkpoints) == ["latest", *(f"step-{step:08d}" for step in range(7 - keep, 7))]
-
-
-def test_a_step_that_is_repeated_replaces_the_damaged_one(three: Checkpoints) -> None:
-    empty(three.root / "step-00000030" / STATE)
-    three.save(30, tensors(31), STATE_VALUES)
-    found = three.newest_valid()
-    assert found is not None
-    assert torch.equal(found.tensors("trainable")["b"], tensors(31)["trainable"]["b"])
 
 
 def test_what_killed_runs_left_goes_with_the_next_save(three: Checkpoints) -> None:
@@ -222,6 +195,10 @@ def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> N
     found.tensors("trainable")
     (path / "trainable.safetensors").write_bytes(pickled)
     assert newest_step(three) == 20
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["trainable.safetensors"] = [len(pickled), xxhash.xxh3_128_hexdigest(pickled)]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert newest_step(three) == 20, "under a right hash too"
     assert not mark.exists()
     pickle.loads(pickled)  # it would have left its mark
     assert mark.exists()
@@ -256,31 +233,25 @@ def test_without_room_nothing_is_begun(three: Checkpoints, monkeypatch: pytest.M
     assert not list(three.root.glob(".tmp*"))
 
 
-def test_a_damaged_one_of_a_later_step_does_not_push_out_valid_ones(three: Checkpoints) -> None:
-    empty(three.root / "step-00000030" / STATE)
-    three.keep = 2
-    three.save(25, tensors(25), STATE_VALUES)
-    assert names(three) == ["latest", "step-00000020", "step-00000025"]
+ROTATIONS = {  # after 10, 20 and a damaged 30: what is saved, and what is kept then
+    "of a later step": ([25], [20, 25]),
+    "before the newest": ([40, 50], [40, 50]),
+    "between": ([40], [20, 40]),
+    "saved again": ([30, 40], [30, 40]),
+}
 
 
-def test_a_damaged_one_before_the_newest_does_not_push_out_valid_ones(three: Checkpoints) -> None:
-    """The run goes on from the step before the damaged one, and saves the next one behind it."""
-    empty(three.root / "step-00000030" / STATE)
-    three.keep = 2
-    assert newest_step(three) == 20
-    three.save(40, tensors(40), STATE_VALUES)
-    assert names(three) == ["latest", "step-00000020", "step-00000040"]
-    three.save(50, tensors(50), STATE_VALUES)
-    assert names(three) == ["latest", "step-00000040", "step-00000050"]
-
-
-def test_one_that_was_damaged_and_is_saved_again_counts(three: Checkpoints) -> None:
+@pytest.mark.parametrize(("saved", "kept"), ROTATIONS.values(), ids=ROTATIONS)
+def test_damaged_ones_do_not_push_out_valid_ones(three: Checkpoints, saved: list[int], kept: list[int]) -> None:
     empty(three.root / "step-00000030" / STATE)
     three.keep = 2
     assert newest_step(three) == 20
-    three.save(30, tensors(30), STATE_VALUES)
-    three.save(40, tensors(40), STATE_VALUES)
-    assert names(three) == ["latest", "step-00000030", "step-00000040"]
+    for step in saved:
+        three.save(step, tensors(step), STATE_VALUES)
+    assert names(three) == ["latest", *(f"step-{step:08d}" for step in kept)]
+    found = three.newest_valid()
+    assert found is not None
+    assert torch.equal(found.tensors("trainable")["b"], tensors(saved[-1])["trainable"]["b"])
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(three: Checkpoints, tmp_path: Path) -> None:
@@ -301,17 +272,6 @@ def test_a_manifest_that_leads_out_of_its_folder_is_damage(three: Checkpoints, a
     ]  # fmt: skip
     (path / MANIFEST).write_text(json.dumps(manifest))
     assert newest_step(three) == 20
-
-
-def test_pickles_under_a_right_hash_are_damage(three: Checkpoints, tmp_path: Path) -> None:
-    path, mark = three.root / "step-00000030", tmp_path / "opened"
-    manifest = json.loads((path / MANIFEST).read_text())
-    data = pickle.dumps(Payload(mark))
-    (path / "trainable.safetensors").write_bytes(data)
-    manifest["trainable.safetensors"] = [len(data), xxhash.xxh3_128_hexdigest(data)]
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    assert newest_step(three) == 20
-    assert not mark.exists()
 
 
 class Ranks:

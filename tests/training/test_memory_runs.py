@@ -1,6 +1,7 @@
-"""Whole runs with what saves memory, through `train.py`: stopped and resumed, on two ranks, and refused."""
+"""Whole runs with what saves memory, through `train.py`: resumed, on two ranks, compiled, and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from support.jobs import LORA, Jobs, metrics, torchrun
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # A rank of 32 over a base 128 wide: matrices of 4096 numbers, which are quantised. The update is compiled here.
-EIGHT_BITS = ("optimizer.class_path=torchao.optim.AdamW8bit", "model.lora.r=32", "model.lora.lora_alpha=32")
+EIGHT_BITS = (
+    *("optimizer.class_path=torchao.optim.AdamW8bit", "model.lora.r=32", "model.lora.lora_alpha=32"),
+    "model.lora.target_modules=[to_q, to_k]",  # few shapes: each is compiled
+)
 PRODIGY = ("optimizer.class_path=prodigyopt.Prodigy", "optimizer.init_args={lr: 1.0, d0: 1e-4}")
 RUNS = {
     "int8_adamw8bit_average": ("model.quantize=int8", *EIGHT_BITS, "train.ema_decay=0.9"),
@@ -30,27 +34,31 @@ def job(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_resumed_run_is_an_unbroken_one(job: Jobs, few_pairs: Path, kind: str) -> None:
+    """From the checkpoint of step 2, in processes of their own: the update is compiled."""
     sampled = ("sample.every=9", f"data.held_out={few_pairs / 'held_out'}", "train.gradient_checkpointing=2")
     words = (*RUNS[kind], *sampled, "train.max_train_steps=4")
-    job(f"{kind}_unbroken", *words)
-    job(f"{kind}_halves", *words, "train.max_train_steps=2")
-    job(f"{kind}_halves", *words)
-    unbroken, halves = job.root / f"{kind}_unbroken", job.root / f"{kind}_halves"
-    assert metrics(halves) == metrics(unbroken)
-    average = [f"ema/{LORA}"] if "average" in kind else []
-    for name in (LORA, *average, "samples/step-00000004.png", "checkpoints/step-00000004/optimizer.safetensors"):
-        assert (halves / name).read_bytes() == (unbroken / name).read_bytes(), name
+    job(kind, *words)
+    unbroken, resumed = job.root / kind, job.root / f"{kind}_resumed"
+    results = [LORA, "samples/step-00000004.png", *([f"ema/{LORA}"] if "average" in kind else [])]
+    shutil.copytree(unbroken, resumed, symlinks=True)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000004")
+    for name in (*results, "run_status.json"):
+        (resumed / name).unlink()
+    job(resumed.name, *words)
+    assert metrics(resumed) == metrics(unbroken)
+    for name in (*results, "checkpoints/step-00000004/optimizer.safetensors"):
+        assert (resumed / name).read_bytes() == (unbroken / name).read_bytes(), name
     with safe_open(unbroken / LORA, "pt") as file:
         assert json.loads(file.metadata()["mixres"])["quantize"] == RUNS[kind][0].partition("=")[2]
 
 
 def test_two_ranks_train_over_a_quantised_base_as_one(job: Jobs) -> None:
     words = ("model.quantize=int8", "train.max_train_steps=3", *PRODIGY)
-    job("one", *words)
+    one = job.here("one", *words)
     job("two", *words, launcher=torchrun(2))
-    for one, two in zip(metrics(job.root / "one"), metrics(job.root / "two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    for ours, theirs in zip(metrics(job.root / "two"), metrics(one), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(job: Jobs, few_pairs: Path) -> None:
@@ -63,9 +71,8 @@ def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(job: Jobs, few_pairs:
         *(f"data.train={few_pairs / 'held_out'}", "batch.samples_per_step=3"),
         *("train.ema_decay=0.5", "optimizer.class_path=torch.optim.SGD", "optimizer.init_args={lr: 10}"),
     )
-    job("plain", *words)
+    plain, compiled = job.here("plain", *words), job.root / "compiled"
     job("compiled", *words, "train.compile=true", launcher=torchrun(2))
-    plain, compiled = job.root / "plain", job.root / "compiled"
     for one, other in zip(metrics(plain), metrics(compiled), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
@@ -77,16 +84,27 @@ def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(job: Jobs, few_pairs:
         assert all(tensor.any() for tensor in theirs.values()), "B too has been trained"
 
 
-def test_what_cannot_be_is_refused_before_anything_is_encoded_and_without_a_library_s_chatter(job: Jobs) -> None:
+COMPILED = "train.compile=true"
+REFUSED = {
+    "quantised over all ranks": (
+        ("model.quantize=int8", "model.lora=null", "train.parallel=fsdp2"), ["model.quantize"] * 2,
+    ),
+    "compiled, packed and quantised": ((COMPILED, "model.quantize=int8"), ["train.compile"] * 2),
+    "compiled with DoRA": ((COMPILED, "batch.layout=padded", "model.lora.use_dora=true"), ["train.compile"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "keys"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_combined_is_refused(
+    job: Jobs, words: tuple[str, ...], keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.here("refused", *words, code=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:3] for line in lines] == [["mixres", "error", key] for key in keys]
+
+
+def test_what_is_not_installed_is_refused_before_anything_is_encoded_and_without_a_librarys_output(job: Jobs) -> None:
     words = ("model.quantize=nf4", "optimizer.class_path=bitsandbytes.optim.AdamW8bit", "cache.cache_dir=/nowhere")
     lines = job("refused", *words, code=2).stderr.splitlines()
-    assert [line.split(": ")[2] for line in lines] == ["optimizer.class_path", "model.quantize"]
-    assert [line.startswith("mixres: error: ") for line in lines] == [True, True]
-    lines = job("refused", "train.compile=true", "model.quantize=int8", code=2).stderr.splitlines()
-    assert [line.split(": ")[2] for line in lines] == ["train.compile"] * 2
-    lines = job(
-        "refused", "train.compile=true", "batch.layout=padded", "model.lora.use_dora=true", code=2
-    ).stderr.splitlines()
-    assert [line.split(": ")[2] for line in lines] == ["train.compile"]
-    lines = job("refused", "model.quantize=int8", "model.lora=null", "train.parallel=fsdp2", code=2).stderr.splitlines()
-    assert [line.split(": ")[2] for line in lines] == ["model.quantize"] * 2
+    keys = ("optimizer.class_path", "model.quantize")
+    assert [line.split(": ")[:3] for line in lines] == [["mixres", "error", key] for key in keys]

@@ -35,17 +35,13 @@ def write(folder: Path, *, step: int, until: int) -> None:
             log.write({"step": done, "loss": done / 3})
 
 
-def test_lines_beyond_the_resumed_step_are_cut(tmp_path: Path) -> None:
+def test_lines_beyond_the_resumed_step_are_cut_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
     write(tmp_path, step=0, until=7)
-    write(tmp_path, step=4, until=6)
-    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
-
-
-def test_lines_kept_are_byte_for_byte_what_they_were(tmp_path: Path) -> None:
-    write(tmp_path, step=0, until=5)
     before = (tmp_path / FILE_NAME).read_bytes().splitlines()
-    write(tmp_path, step=3, until=3)
-    assert (tmp_path / FILE_NAME).read_bytes().splitlines() == before[:3]
+    write(tmp_path, step=4, until=6)
+    assert (tmp_path / FILE_NAME).read_bytes().splitlines() == before[:6]
+    write(tmp_path, step=0, until=2)
+    assert steps(tmp_path) == [1, 2], "a start from step 0 begins the file anew"
 
 
 @pytest.mark.parametrize("torn", ['{"step": 6, "lo', '{"step": 3', "\x00\x00\x00", "[]", "null", '{"loss": 1}'])
@@ -57,50 +53,26 @@ def test_a_line_that_a_kill_cut_short_goes(tmp_path: Path, torn: str) -> None:
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_start_afresh_begins_the_file_anew(tmp_path: Path) -> None:
-    write(tmp_path, step=0, until=5)
-    write(tmp_path, step=0, until=2)
-    assert steps(tmp_path) == [1, 2]
+EVALUATED = [
+    {"step": 0, "eval/loss": 3.0}, {"step": 1}, {"step": 1, "eval/loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3},
+    {"step": 3, "eval/loss": None}, {"step": 4},
+]  # fmt: skip
 
 
-def test_evaluation_lines_are_cut_with_their_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "kept", "evaluated"),
+    [(0, [], False), (1, [0, 1, 1], True), (2, [0, 1, 1, 2], False), (3, [0, 1, 1, 2, 3, 3], True)],
+)
+def test_evaluations_are_cut_with_their_steps_and_known_at_a_resume(
+    tmp_path: Path, step: int, kept: list[int], evaluated: bool
+) -> None:
     with MetricsLog(tmp_path, step=0) as log:
-        for values in ({"step": 1}, {"step": 1, "eval/loss": 2.0}, {"step": 2}, {"step": 2, "eval/loss": 1.0}):
+        for values in EVALUATED:
             log.write(values)
-    write(tmp_path, step=1, until=2)
-    assert steps(tmp_path) == [1, 1, 2]
-
-
-def test_the_evaluation_before_the_first_step_stays_and_is_not_doubled(tmp_path: Path) -> None:
-    def start(step: int, *later: int) -> bool:
-        with MetricsLog(tmp_path, step=step) as log:
-            for values in ({"step": 0, "eval/loss": 3.0}, *({"step": done} for done in later)):
-                if step == 0 or values["step"]:
-                    log.write(values)
-            return log.evaluated
-
-    assert not start(0, 1, 2)
-    assert not start(2, 3)
-    assert steps(tmp_path) == [0, 1, 2, 3]
-    assert not start(0, 1), "afresh: what was evaluated there goes"
-    assert steps(tmp_path) == [0, 1]
-
-
-def test_whether_the_resumed_step_was_evaluated_is_told(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, step=0) as log:
-        for values in ({"step": 1, "eval/loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "eval/loss": None}):
-            log.write(values)
-    told = {}
-    for step in (4, 3, 2, 1):
-        with MetricsLog(tmp_path, step=step) as log:
-            told[step] = log.evaluated
-    assert told == {4: False, 3: True, 2: False, 1: True}
-
-
-def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, step=0) as log:
-        log.write({"step": 1})
-        assert steps(tmp_path) == [1]
+            assert steps(tmp_path)[-1] == values["step"], "a line is there as soon as it is written"
+    with MetricsLog(tmp_path, step=step) as log:
+        assert log.evaluated is evaluated
+    assert steps(tmp_path) == kept
 
 
 FULL = """
@@ -133,28 +105,21 @@ def accelerator_with(tracker: Any, folder: Path) -> Accelerator:
     return Accelerator(cpu=True, log_with=tracker, project_dir=str(folder))
 
 
-def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_step_and_images_as_they_are(tmp_path: Path) -> None:
     accelerator = accelerator_with("tensorboard", tmp_path)
+    grid = Image.fromarray(data.astronaut()[:40, :60])
     with Tracker(accelerator, "tensorboard", "project", {"a": {"b": [1]}}) as tracker:
         assert tracker.folder == tmp_path / "project"
         for step in (1, 2):
             tracker.log({"step": step, "loss": step / 2})
+        tracker.log_image("samples", grid, 3)
     (file,) = (tmp_path / "project").glob("events.out.tfevents.*")
-    scalars = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
-    assert [(event.step, event.summary.value[0].tag) for event in scalars] == [(1, "loss"), (2, "loss")]
+    events = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+    seen = [(event.step, event.summary.value[0].tag) for event in events]
+    assert seen == [(1, "loss"), (2, "loss"), (3, "samples")]
+    shown = Image.open(io.BytesIO(events[2].summary.value[0].tensor.string_val[2]))  # after width and height
+    assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(grid))
     assert accelerator.num_processes == 1  # still usable: closing a tracker must not take the processes down
-
-
-def test_tensorboard_gets_sheets_as_they_are(tmp_path: Path) -> None:
-    sheet = Image.fromarray(data.astronaut()[:40, :60])
-    with Tracker(accelerator_with("tensorboard", tmp_path), "tensorboard", "project", {}) as tracker:
-        tracker.picture("samples", sheet, 3)
-    (file,) = (tmp_path / "project").glob("events.out.tfevents.*")
-    (event,) = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
-    (value,) = event.summary.value
-    assert (event.step, value.tag) == (3, "samples")
-    shown = Image.open(io.BytesIO(value.tensor.string_val[2]))  # behind width and height
-    assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(sheet))
 
 
 class Failing(GeneralTracker):
@@ -179,40 +144,39 @@ class Failing(GeneralTracker):
         raise ConnectionError("no network")
 
 
-def test_a_tracker_that_fails_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     failing = Failing()
     accelerator = accelerator_with(failing, tmp_path)
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "custom", "project", {}) as tracker:
         for step in (1, 2, 3):
             tracker.log({"step": step, "loss": 0.0})
-        tracker.picture("samples", Image.new("RGB", (8, 8)), 3)
+        tracker.log_image("samples", Image.new("RGB", (8, 8)), 3)
     assert failing.calls == 1
-    assert caplog.messages == ["the tracker failed (no network): it is left alone from here on"]
+    assert caplog.messages == ["the tracker failed (no network): nothing more is sent to it"]
 
 
-def test_a_tracker_that_cannot_be_closed_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), Tracker(accelerator_with(Failing(), tmp_path), "custom", "project", {}):
-        pass
-    assert caplog.messages == ["the tracker could not be closed: no network"]
-
-
-def test_a_tracker_that_cannot_be_started_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_cannot_be_started_or_closed_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "project").write_text("a file where the tracker wants a folder")
-    accelerator = accelerator_with("tensorboard", tmp_path)
-    with caplog.at_level(logging.WARNING), Tracker(accelerator, "tensorboard", "project", {}) as tracker:
-        tracker.log({"step": 1, "loss": 0.0})
-    (message,) = caplog.messages
-    assert message.startswith("the tracker could not be started (")
+    with caplog.at_level(logging.WARNING):
+        with Tracker(accelerator_with("tensorboard", tmp_path), "tensorboard", "project", {}) as tracker:
+            tracker.log({"step": 1, "loss": 0.0})
+        with Tracker(accelerator_with(Failing(), tmp_path), "custom", "project", {}):
+            pass
+    start, close = caplog.messages
+    assert start.startswith("the tracker could not be started (")
+    assert close == "the tracker could not be closed: no network"
 
 
 def test_none_does_nothing(tmp_path: Path) -> None:
     with Tracker(accelerator_with(None, tmp_path), "none", "project", {}) as tracker:
         tracker.log({"step": 1, "loss": 0.0})
-        tracker.picture("samples", Image.new("RGB", (8, 8)), 1)
+        tracker.log_image("samples", Image.new("RGB", (8, 8)), 1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wandb_out_of_reach_goes_on_offline(
+def test_wandb_out_of_reach_continues_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing answers at that address."""
@@ -224,9 +188,9 @@ def test_wandb_out_of_reach_goes_on_offline(
     accelerator, config = accelerator_with("wandb", tmp_path), {"train": {"seed": 0}}
     with caplog.at_level(logging.WARNING), Tracker(accelerator, "wandb", "project", config) as tracker:
         tracker.log({"step": 1, "loss": 0.5})
-        tracker.picture("samples", Image.fromarray(data.astronaut()), 1)
-    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_1_*.png")
-    assert np.array_equal(np.asarray(Image.open(picture).convert("RGB")), data.astronaut())
+        tracker.log_image("samples", Image.fromarray(data.astronaut()), 1)
+    (image,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_1_*.png")
+    assert np.array_equal(np.asarray(Image.open(image).convert("RGB")), data.astronaut())
     assert any("logging offline" in message for message in caplog.messages)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
@@ -297,7 +261,7 @@ def service() -> Iterator[Service]:
         service.shutdown()
 
 
-def test_a_network_that_goes_away_holds_up_neither_steps_nor_the_end(service: Service, tmp_path: Path) -> None:
+def test_a_network_that_goes_away_delays_neither_steps_nor_the_end(service: Service, tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{service.server_address[1]}"
     environment = wandb_environment(tmp_path, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -308,15 +272,15 @@ def test_a_network_that_goes_away_holds_up_neither_steps_nor_the_end(service: Se
             while (line := process.stdout.readline()) and line != "begun\n":
                 pass
             service.lost.set()
-            said, _ = process.communicate("\n")
+            output, _ = process.communicate("\n")
         finally:
             process.kill()
-    assert said.startswith("ended\n")
+    assert output.startswith("ended\n")
     assert process.returncode == 0
     assert list(tmp_path.glob("wandb/run-*/*.wandb")), "what could not be sent is kept"
 
 
-def test_without_a_key_wandb_goes_on_offline_and_asks_nobody(tmp_path: Path) -> None:
+def test_without_a_key_wandb_continues_offline_and_asks_nobody(tmp_path: Path) -> None:
     """At a terminal, where it would ask and wait for an answer."""
     hand, terminal = pty.openpty()
     shown: list[bytes] = []

@@ -1,4 +1,4 @@
-"""A run saved anywhere goes on to the same bits, with any number of loader processes: state, result and metrics."""
+"""A run saved anywhere is resumed to the same bits, with any number of loader processes: state, result and metrics."""
 
 import hashlib
 import json
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixres.training.checkpoint import Checkpoint, Checkpoints
-from support.jobs import LORA, PYTHON, REPOSITORY, Jobs, environment, metrics, torchrun
+from support.jobs import LORA, PYTHON, REPOSITORY, Jobs, environment, metrics, newest, torchrun
 
 LAST = 7  # three steps an epoch, the third one short
 SAVED = {"in the middle of an epoch": 2, "at its end": 3, "after it": 4, "at the last step": LAST}
@@ -54,16 +53,10 @@ class Matrix(Jobs):
                 shutil.rmtree(path)
 
 
-def newest(folder: Path) -> Checkpoint:
-    found = Checkpoints(folder / "checkpoints", keep=2).newest_valid()
-    assert found is not None
-    assert found.step == LAST
-    return found
-
-
 def bits(folder: Path) -> dict[str, Any]:
     """Everything a run leaves, but for what names its folder and its number of workers."""
     checkpoint = newest(folder)
+    assert checkpoint.step == LAST
     files = [folder / LORA, *checkpoint.path.glob("*.safetensors")]
     return {
         **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
@@ -100,7 +93,7 @@ def state_of(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("words", [(), ("train.parallel=fsdp2", "model.lora=null")], ids=["lora", "all, sharded"])
-def test_another_number_of_ranks_goes_on_to_the_same_numbers(
+def test_another_number_of_ranks_comes_to_the_same_numbers(
     matrix: Matrix, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     kind = "all" if words else "lora"

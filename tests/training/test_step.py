@@ -1,7 +1,7 @@
 """One step of the tiny pipeline's transformer: however it is split, loss, gradients and update stay the same."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mixres.batch import Batch, FlowSample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Plan
 from mixres.diffusion.flow_matching import make_flow_sample
-from mixres.diffusion.loss import velocity_loss
+from mixres.diffusion.objective import Objective, sigma_weights
 from mixres.errors import WorkError
 from mixres.models.lora import trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
-from mixres.training.step import Objective, run_step
+from mixres.training.step import StepResult, run_step
 from support.steps import (
     ALONE,
     LAYOUTS,
     SPLITS,
     WHOLE,
     build_objective,
+    divisor_of,
     gradient_error,
     lengths_of,
     make_model,
@@ -65,7 +65,12 @@ def test_a_batch_gives_each_sample_the_velocity_and_the_loss_it_has_alone(
 
     def velocities(batch: Batch) -> tuple[Tensor, ...]:
         flow = make_flow_sample(
-            batch, seed=0, step=0, levels=objective.levels, constants=objective.shift_constants, dtype=torch.float32
+            batch,
+            seed=0,
+            step=0,
+            timesteps=objective.timesteps,
+            constants=objective.shift_constants,
+            dtype=torch.float32,
         )
         velocity = QwenImageEdit("").predict_velocity(model, batch, flow.noisy_latents, flow.sigmas)
         return velocity.flatten(0, 1)[batch.target_index].split(list(batch.target_lengths))
@@ -90,12 +95,12 @@ def trained(accelerator: Accelerator, base: Path, normalization: Any, max_tokens
     )  # fmt: skip
     parameters = list(trainable_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
         planned = plan.step(step)
         batches = [microbatch(m.indices, layout) for m in planned.ranks[0]]
         result = run_step(
-            accelerator, model, optimizer, scheduler, objective, batches, count=len(batches), step=step,
+            accelerator, model, optimizer, objective, batches, count=len(batches), step=step,
             divisor=objective.divisor(planned.samples, planned.target_tokens), max_grad_norm=0.05,
         )  # fmt: skip
         assert result.grad_norm > 0.05
@@ -118,137 +123,120 @@ def test_updates_do_not_change_with_budget_and_layout(
     assert max(float((other - one).norm() / one.norm()) for other in others) <= 1e-10
 
 
-def mean_over(velocity: Tensor, batch: Batch, flow: FlowSample, slots: list[Tensor]) -> Tensor:
-    """Each sample's mean error over `slots` of its row in a padded batch; the velocity outside the target is zero."""
-    wanted = torch.zeros_like(velocity).flatten(0, 1).index_copy(0, batch.target_index, flow.velocity)
-    errors = (velocity - wanted.view_as(velocity)).square().mean(dim=-1)
-    return torch.stack([w * row[kept].mean() for w, row, kept in zip(flow.weights, errors, slots, strict=True)]).sum()
-
-
-class Plain(Objective):
-    """The loss without masks, so that it is written in a line; the planted problems below differ in the slots alone."""
+class Planted(Objective):
+    """An objective with a bug: `slots` are the rows of a padded batch that enter the loss, here the right ones."""
 
     def slots(self, batch: Batch) -> list[Tensor]:
         return [torch.arange(n) for n in batch.target_lengths]
 
-    def loss_sum(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        flow = make_flow_sample(
-            batch, seed=self.seed, step=step, levels=self.levels, constants=self.shift_constants, dtype=self.dtype
+    def flow(self, batch: Batch, step: int) -> FlowSample:
+        return make_flow_sample(
+            batch, seed=self.seed, step=step, timesteps=self.timesteps, constants=self.shift_constants, dtype=self.dtype
         )
+
+    def loss_sum(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Each sample's mean error over its slots; the target outside the target tokens is zero. No edit masks."""
+        flow = self.flow(batch, step)
         velocity = self.predict_velocity(model, batch, flow.noisy_latents, flow.sigmas)
-        return mean_over(velocity, batch, flow, self.slots(batch))
+        wanted = torch.zeros_like(velocity).flatten(0, 1).index_copy(0, batch.target_index, flow.velocity)
+        errors = (velocity - wanted.view_as(velocity)).square().mean(dim=-1)
+        weights, slots = sigma_weights(flow.sigmas, self.weighting), self.slots(batch)
+        return torch.stack([w * row[kept].mean() for w, row, kept in zip(weights, errors, slots, strict=True)]).sum()
 
 
-class PaddingInTheLoss(Plain):
+class PaddingInTheLoss(Planted):
     def slots(self, batch: Batch) -> list[Tensor]:
         images = [sum(grid.tokens for grid in shapes) for shapes in batch.img_shapes]
         pairs = zip(batch.target_lengths, images, strict=True)
         return [torch.cat([torch.arange(n), torch.arange(image, batch.latents.shape[1])]) for n, image in pairs]
 
 
-class ControlsInTheLoss(Plain):
+class ControlsInTheLoss(Planted):
     def slots(self, batch: Batch) -> list[Tensor]:
         return [torch.arange(sum(grid.tokens for grid in shapes)) for shapes in batch.img_shapes]
 
 
-class LocalCount(Objective):
+class LocalDivisor(Objective):
     """Each microbatch divides by what it holds itself; the step then averages over microbatches."""
 
     def loss_sum(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        flow = make_flow_sample(
-            batch, seed=self.seed, step=step, levels=self.levels, constants=self.shift_constants, dtype=self.dtype
-        )
-        velocity = self.predict_velocity(model, batch, flow.noisy_latents, flow.sigmas)
-        loss = velocity_loss(
-            velocity, batch, flow, normalization=self.normalization, foreground=3.0, background=0.5
-        )  # fmt: skip
-        return loss.total / loss.count
+        return super().loss_sum(model, batch, step) / self.divisor(len(batch.names), sum(batch.target_lengths))
 
 
-@pytest.mark.parametrize("problem", [None, PaddingInTheLoss, ControlsInTheLoss])
-def test_padding_or_controls_in_the_loss_would_be_seen(
-    accelerator: Accelerator, models: dict[torch.dtype, nn.Module], problem: type[Plain] | None
-) -> None:
-    model = models[torch.float32]
-    right = replace(build_objective("sample", torch.float32), foreground=1.0, background=1.0)
+class MasksInTheDivisor(Objective):
+    """A weighted mean over tokens, so that a mask's weights are divided out again."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        weights = torch.lerp(torch.tensor(self.background), torch.tensor(self.foreground), batch.edit_mask)
+        return super().loss_sum(model, batch, step) / weights.mean()
+
+
+def planted_error(
+    accelerator: Accelerator, model: nn.Module, right: Objective, kind: type, split: str, divisor: int | None = None
+) -> float:
+    """How far the gradients of a step with the bug are from those of the samples one by one."""
+    planted = kind(**{field.name: getattr(right, field.name) for field in fields(right)})
     reference = record(accelerator, model, right, microbatches(ALONE, "padded"))
-    planted = build_objective("sample", torch.float32, problem or Plain)
-    for name in ("whole", "pairs"):
-        found = record(accelerator, model, planted, microbatches(SPLITS[name], "padded"))
-        assert (gradient_error(found, reference) > 1e-3) == (problem is not None)
-        assert (abs(found.result.loss - reference.result.loss) > 1e-3) == (problem is not None)
+    return gradient_error(
+        record(accelerator, model, planted, microbatches(SPLITS[split], "padded"), divisor), reference
+    )
 
 
-def test_division_by_the_local_count_would_be_seen(
+@pytest.mark.parametrize(("kind", "seen"), [(Planted, False), (PaddingInTheLoss, True), (ControlsInTheLoss, True)])
+def test_padding_or_controls_in_the_loss_would_be_seen(
+    accelerator: Accelerator, models: dict[torch.dtype, nn.Module], kind: type, seen: bool
+) -> None:
+    right = replace(build_objective("sample", torch.float32), foreground=1.0, background=1.0)
+    for split in ("whole", "pairs"):
+        assert (planted_error(accelerator, models[torch.float32], right, kind, split) > 1e-3) is seen
+
+
+def test_a_wrong_divisor_would_be_seen(
     accelerator: Accelerator, models: dict[torch.dtype, nn.Module], normalization: Any
 ) -> None:
-    model = models[torch.float32]
-    reference = record(accelerator, model, build_objective(normalization, torch.float32), microbatches(WHOLE, "packed"))
-    planted = build_objective(normalization, torch.float32, LocalCount)
-    whole = record(accelerator, model, planted, microbatches(WHOLE, "packed"), divisor=1)
-    assert gradient_error(whole, reference) <= 1e-5  # in one microbatch it is right
-    uneven = record(accelerator, model, planted, microbatches(SPLITS["uneven"], "packed"), divisor=3)
-    assert gradient_error(uneven, reference) > 1e-3
+    model, right = models[torch.float32], build_objective(normalization, torch.float32)
+    assert planted_error(accelerator, model, right, LocalDivisor, "whole", 1) <= 1e-5, "right in one microbatch"
+    assert planted_error(accelerator, model, right, LocalDivisor, "uneven", 3) > 1e-3
+    assert planted_error(accelerator, model, right, MasksInTheDivisor, "uneven") > 1e-3
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["target_latents", "prompt_embeds"])
+def step_once(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch]
+) -> tuple[StepResult, torch.optim.Optimizer]:
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
+    result = run_step(
+        accelerator, model, optimizer, objective, batches,
+        count=len(batches), step=5, divisor=divisor_of(objective), max_grad_norm=1.0,
+    )  # fmt: skip
+    return result, optimizer
+
+
+@pytest.mark.parametrize(("where", "value"), [("target_latents", math.nan), ("prompt_embeds", math.inf)])
 def test_a_loss_that_is_not_finite_names_the_samples_and_updates_nothing(
     accelerator: Accelerator, tiny_base: Path, where: str, value: float
 ) -> None:
     model, objective = make_model(tiny_base, torch.float32), build_objective("sample", torch.float32)
     hurt = replace(make_sample(1), **{where: torch.full_like(getattr(make_sample(1), where), value)})
     bad = collate([make_sample(0), hurt], indices=[0, 1], weights=[1.0, 1.0], layout="packed")
-    batches = [microbatch([2, 3], "packed"), bad]
-    parameters = trainable_parameters(model)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
-    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    result = run_step(
-        accelerator, model, optimizer, scheduler, objective, batches, count=2, step=5, divisor=4, max_grad_norm=1.0
-    )
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    result, optimizer = step_once(accelerator, model, objective, [microbatch([2, 3], "packed"), bad])
     assert result.skipped == tuple(make_sample(i).name for i in (0, 1)), "those beside it in the microbatch, no others"
     assert not math.isfinite(result.loss)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
-    assert all(parameter.grad is None for parameter in parameters.values())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in trainable_parameters(model).items())
     assert not optimizer.state
-    assert scheduler.get_last_lr() == [5e-3], "the schedule is a function of the step"
 
 
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_a_step_left_out(
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_a_skipped_step(
     accelerator: Accelerator, tiny_base: Path
 ) -> None:
     model, objective = make_model(tiny_base, torch.float32), build_objective("sample", torch.float32)
-    parameters = trainable_parameters(model)
-    hurt = next(iter(parameters.values()))
+    hurt = next(iter(trainable_parameters(model).values()))
     hurt.register_hook(lambda gradient: gradient * math.inf)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     before = hurt.detach().clone()
-    result = run_step(
-        accelerator, model, optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,
-        microbatches(SPLITS["uneven"], "packed"), count=3, step=5, divisor=6, max_grad_norm=1.0,
-    )  # fmt: skip
+    result, _ = step_once(accelerator, model, objective, microbatches(SPLITS["uneven"], "packed"))
     assert math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
     assert sorted(result.skipped) == sorted(make_sample(i).name for i in range(6)), "any of them may be to blame"
     assert torch.equal(hurt, before)
-
-
-def test_a_device_without_room_names_the_microbatch(accelerator: Accelerator, tiny_base: Path) -> None:
-    def no_room(*_: Any) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    model = make_model(tiny_base, torch.float32)
-    objective = replace(build_objective("sample", torch.float32), predict_velocity=no_room)
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
-    with pytest.raises(WorkError) as caught:
-        run_step(
-            accelerator, model, optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,
-            microbatches([[0, 1]], "packed"), count=1, step=5, divisor=6, max_grad_norm=1.0,
-        )  # fmt: skip
-    message = str(caught.value)
-    assert message.startswith("step 6: cpu is out of memory with 123 tokens in one microbatch (in tokens: ")
-    assert f"{make_sample(0).name} 6x9 + 4x4; {make_sample(1).name} 8x5)" in message
-    assert "batch.max_tokens" in message
 
 
 class Endless(Objective):
@@ -258,14 +246,23 @@ class Endless(Objective):
         return super().loss_sum(model, batch, step) + math.inf
 
 
-def test_a_loss_that_is_not_finite_over_finite_gradients_is_a_step_left_out(
+def test_a_loss_that_is_not_finite_over_finite_gradients_is_a_skipped_step(
     accelerator: Accelerator, models: dict[torch.dtype, nn.Module]
 ) -> None:
     objective = build_objective("sample", torch.float32, Endless)
-    optimizer = torch.optim.SGD(trainable_parameters(models[torch.float32]).values(), lr=0.0)
-    result = run_step(
-        accelerator, models[torch.float32], optimizer, LambdaLR(optimizer, lambda step: 1.0), objective,
-        microbatches([[0, 1]], "packed"), count=1, step=5, divisor=2, max_grad_norm=1.0,
-    )  # fmt: skip
+    result, _ = step_once(accelerator, models[torch.float32], objective, microbatches([[0, 1]], "packed"))
     assert math.isfinite(result.grad_norm)
     assert result.skipped == (make_sample(0).name, make_sample(1).name)
+
+
+def test_a_device_without_room_names_the_microbatch(accelerator: Accelerator, tiny_base: Path) -> None:
+    def no_room(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    objective = replace(build_objective("sample", torch.float32), predict_velocity=no_room)
+    with pytest.raises(WorkError) as caught:
+        step_once(accelerator, make_model(tiny_base, torch.float32), objective, microbatches([[0, 1]], "packed"))
+    message = str(caught.value)
+    assert message.startswith("step 6: cpu is out of memory with 123 tokens in one microbatch (in tokens: ")
+    assert f"{make_sample(0).name} 6x9 + 4x4; {make_sample(1).name} 8x5)" in message
+    assert "batch.max_tokens" in message

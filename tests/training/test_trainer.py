@@ -1,4 +1,4 @@
-"""The small parts of the loop: what it draws, what it writes of a step, what it says of one left out."""
+"""The small parts of the loop: what it draws, what it records of a step, what it logs of a skipped one."""
 
 import json
 import math
@@ -42,22 +42,22 @@ def test_the_metrics_of_a_step_can_be_read_back() -> None:
     assert (read["loss"], read["grad_norm"], read["skipped"]) == (None, None, ["a", "b"])
 
 
-def test_a_skip_is_told_until_it_is_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_skip_is_logged_until_it_is_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     names = tuple(f"{i}.png" for i in range(22))
     left_out, skips = StepResult(math.nan, 1.0, 6, 6, stopping=False, skipped=names), Skips()
     for step in (7, 8):
         skips.count(True)
-        trainer._tell_skip(left_out, step, skips, 2, is_main=True)
+        trainer._log_skip(left_out, step, skips, 2, is_main=True)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("skipped   step 7: loss nan, gradient norm 1.0: not finite: nothing is updated (1 in a row")
     assert "(2 in a row, at most 2)" in second
     assert second.endswith("18.png, 19.png and 2 more")
     skips.count(True)
     with pytest.raises(WorkError, match=r"step 9: .* 3 steps in a row are more than train.max_skips = 2"):
-        trainer._tell_skip(left_out, 9, skips, 2, is_main=True)
+        trainer._log_skip(left_out, 9, skips, 2, is_main=True)
 
 
-def test_the_end_says_where_everything_is_and_what_to_type_next(
+def test_the_end_names_where_everything_is_and_what_to_type_next(
     small_run: Path, small_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AcceleratorState._reset_state(True)
@@ -66,11 +66,11 @@ def test_the_end_says_where_everything_is_and_what_to_type_next(
     words += ["train.max_train_steps=2", "sample.every=2", "train.ema_decay=0.5"]
     assert cli.main(["--config", str(small_run), *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    end = {line[:10].strip(): line[10:] for line in lines[-6:]}
-    assert list(end) == ["result", "samples", "metrics", "tracker", "next", "overhead"]
-    told = [path for name in end for path in re.findall(rf"{re.escape(str(run))}[\w./-]*", end[name])]
-    assert {Path(path).name for path in told} >= {"ema", "samples", "metrics.jsonl", "checkpoints", "mixres"}
-    assert all(Path(path).exists() for path in told)
+    end = {line[:10].strip(): line[10:] for line in lines[-5:]}
+    assert list(end) == ["result", "samples", "metrics", "tracker", "next"]
+    named = [path for name in end for path in re.findall(rf"{re.escape(str(run))}[\w./-]*", end[name])]
+    assert {Path(path).name for path in named} >= {"ema", "samples", "metrics.jsonl", "checkpoints", "mixres"}
+    assert all(Path(path).exists() for path in named)
     verb, *options = re.findall(r"mixres (\w+)|(--[\w-]+)", end["next"])
     assert verb[0] == "sample"
     assert [option for _, option in options] == ["--lora", "--image", "--prompt", "--size", "--steps", "--out"]

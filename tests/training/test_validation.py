@@ -1,4 +1,4 @@
-"""The loss on held-out samples: what it is, what it does not depend on, and that training goes on untouched."""
+"""The loss on held-out samples: what it is, what it does not depend on, and that the training is untouched."""
 
 import json
 import math
@@ -19,21 +19,19 @@ from accelerate.state import AcceleratorState
 from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
-from mixres.errors import Stopped, WorkError
+from mixres.diffusion.objective import Objective
+from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedData, encode_all
-from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import make_accelerator
 from mixres.training.ema import Ema
 from mixres.training.resume import restore_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState, build_objective, load_trained
-from mixres.training.step import Objective
-from mixres.training.trainer import train
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
 from support.family_cases import with_family
-from support.jobs import metrics
+from support.jobs import Jobs, metrics, newest, status
 
 STEPS, EVALUATED = 5, [0, 2, 4, 5]
 SIGMAS = (0.2, 0.7)
@@ -101,13 +99,10 @@ def losses_of(evaluation: HeldOutLoss) -> dict[tuple[str, float], float]:
     """By key of the sample."""
     found = evaluation.losses()
     assert found is not None
-    return {(evaluation.items[position].key, sigma): loss for (position, sigma), loss in found.items()}
+    return {(evaluation.samples[position].key, sigma): loss for (position, sigma), loss in found.items()}
 
 
-# --- What it is
-
-
-def test_it_is_the_velocity_error_of_each_sample_at_each_level(
+def test_it_is_the_velocity_error_of_each_sample_at_each_sigma(
     make: Make, trained: TrainState, encoded: CachedData
 ) -> None:
     """Noise, interpolant and error once more by hand, through the stock call for one sample."""
@@ -136,7 +131,7 @@ def test_it_is_the_velocity_error_of_each_sample_at_each_level(
     assert len(set(found.values())) == 6
 
 
-def test_the_line_holds_means_over_all_levels_and_bands(encoded: CachedData) -> None:
+def test_the_line_holds_means_over_all_sigmas_and_bands(encoded: CachedData) -> None:
     sizes = [Size(128, 128), Size(1024, 768), Size(1184, 880)]
     items = [replace(item, target_size=size) for item, size in zip(encoded.held_out, sizes, strict=True)]
     losses = {(i, sigma): 10.0 * i + sigma for i in range(3) for sigma in (0.25, 0.75)}
@@ -171,9 +166,6 @@ def test_bands_have_the_nearest_square(width: int, height: int, band: int) -> No
     assert ratios[band] == pytest.approx(min(ratios.values()))
 
 
-# --- What it does not depend on
-
-
 def test_the_same_bits_whatever_the_training_does(
     make: Make, config: Config, objective: Objective, trained: TrainState, encoded: CachedData
 ) -> None:
@@ -181,8 +173,9 @@ def test_the_same_bits_whatever_the_training_does(
     reference = losses_of(make())
     torch.manual_seed(99)
     assert losses_of(make()) == reference
+    drawn = replace(objective.timesteps, shift="none", density="uniform")
     other = replace(objective, seed=7, normalization="token", foreground=9.0, background=0.1,
-                    levels=replace(objective.levels, weighting="cosmap", shift="none", density="uniform"))  # fmt: skip
+                    weighting="cosmap", timesteps=drawn)  # fmt: skip
     assert losses_of(make(objective=other)) == reference
     trained.transformer.eval()
     assert losses_of(make()) == reference
@@ -193,33 +186,20 @@ def test_the_same_bits_whatever_the_training_does(
     assert fewer == {key: reference[key] for key in fewer}
     assert len(fewer) == 4
     evaluate = config.evaluate.model_copy(update={"sigmas": (0.7, 0.5)})
-    levels = losses_of(make(config=config.model_copy(update={"evaluate": evaluate})))
-    assert {key: loss for key, loss in levels.items() if key[1] == 0.7} == {
+    other_sigmas = losses_of(make(config=config.model_copy(update={"evaluate": evaluate})))
+    assert {key: loss for key, loss in other_sigmas.items() if key[1] == 0.7} == {
         key: loss for key, loss in reference.items() if key[1] == 0.7
     }
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 100])
-def test_the_ranks_share_all_passes_and_have_equally_many(make: Make, ranks: int) -> None:
+def test_the_ranks_divide_all_passes_and_have_equally_many(make: Make, ranks: int) -> None:
     evaluation = make()
-    shares = [evaluation.share(rank, ranks) for rank in range(ranks)]
-    assert {len(share) for share in shares} == {math.ceil(6 / ranks)}
-    assert {one for share in shares for one in share} == {(i, sigma) for i in range(3) for sigma in SIGMAS}
-    tokens = [evaluation.items[i].lengths.total for i, _ in shares[0]]
+    parts = [evaluation.passes_of(rank, ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {math.ceil(6 / ranks)}
+    assert {one for part in parts for one in part} == {(i, sigma) for i in range(3) for sigma in SIGMAS}
+    tokens = [evaluation.samples[i].lengths.total for i, _ in parts[0]]
     assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
-
-
-def test_the_weights_decide(make: Make, trained: TrainState) -> None:
-    reference = losses_of(make())
-    name = next(name for name in trained.parameters if "lora_B" in name)
-    before = trained.parameters[name].detach().clone()
-    with torch.no_grad():
-        trained.parameters[name].mul_(1.5)
-    changed = losses_of(make())
-    with torch.no_grad():
-        trained.parameters[name].copy_(before)
-    assert all(changed[key] != loss for key, loss in reference.items())
-    assert losses_of(make()) == reference
 
 
 def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: TrainState) -> None:
@@ -260,10 +240,7 @@ def test_training_is_left_as_it_was(make: Make, trained: TrainState, encoded: Ca
         next(gone.cache.root.glob(f"??/{item.key}*")).unlink()
     with pytest.raises(WorkError, match="run the same command again"):
         make(encoded=gone).losses()
-    assert state() == before, "behind an error too"
-
-
-# --- When it is computed
+    assert state() == before, "after an error too"
 
 
 def test_without_samples_or_interval_there_is_none(make: Make, config: Config, encoded: CachedData) -> None:
@@ -294,28 +271,15 @@ def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, capsys: pyt
 
 
 def bands_of(evaluation: HeldOutLoss) -> set[str]:
-    areas = (item.target_size.width * item.target_size.height for item in evaluation.items)
+    areas = (item.target_size.width * item.target_size.height for item in evaluation.samples)
     return {f"eval/resolution_{resolution_band(area)}" for area in areas}
 
 
-class Run:
-    """Runs of five steps that save each of them, every one in a folder of its own."""
-
-    def __init__(self, file: Path, cache: Path, root: Path) -> None:
-        self.file, self.cache, self.root = file, cache, root
-
-    def config(self, name: str, *overrides: str) -> Config:
-        folders = (f"cache.cache_dir={self.cache}", f"logging.output_dir={self.root / name}")
-        saving = (f"train.max_train_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=9")
-        return load_config(self.file, [*folders, *saving, *WORDS, *overrides])
-
-    def __call__(self, name: str, *overrides: str) -> Path:
-        AcceleratorState._reset_state(True)
-        train(self.config(name, *overrides))
-        return self.root / name
+class Run(Jobs):
+    """Runs of five steps that save each of them."""
 
     def copy_at(self, step: int, name: str) -> Path:
-        """The whole run's folder as it was behind `step`, but for lines that were written later."""
+        """The whole run's folder as it was after `step`, but for lines that were written later."""
         folder = shutil.copytree(self.root / "whole", self.root / name, symlinks=True)
         for path in [*folder.glob("*.safetensors"), folder / "run_status.json"]:
             path.unlink()
@@ -327,8 +291,9 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    runs = Run(small_run, small_cache, tmp_path_factory.mktemp("runs"))
-    runs("whole")
+    often = (f"train.max_train_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=9")
+    runs = Run(small_run, small_cache, tmp_path_factory.mktemp("runs"), (*often, *WORDS))
+    runs.here("whole")
     return runs
 
 
@@ -347,24 +312,23 @@ def test_a_run_is_evaluated_before_its_first_step_at_each_interval_and_at_its_en
 
 
 def test_it_leaves_no_trace_in_the_training(run: Run) -> None:
-    plain = run("plain", "evaluate.every=0")
+    plain = run.here("plain", "evaluate.every=0")
     whole = run.root / "whole"
     assert [line for line in metrics(whole) if "loss" in line] == metrics(plain)
     last = f"checkpoints/step-{STEPS:08d}/trainable.safetensors"
     assert (plain / last).read_bytes() == (whole / last).read_bytes()
 
 
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_resumed_run_writes_the_same_lines_each_once(run: Run, step: int) -> None:
-    run.copy_at(step, f"from {step}")
-    folder = run(f"from {step}")
-    assert metrics(folder) == metrics(run.root / "whole")
+def test_a_resumed_run_writes_the_same_lines_each_once(run: Run) -> None:
+    """From a step that was evaluated: it is not evaluated again."""
+    run.copy_at(4, "from 4")
+    assert metrics(run.here("from 4")) == metrics(run.root / "whole")
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal comes in the middle of the second evaluation, behind a step that would not be saved otherwise."""
+    """The signal comes in the middle of the second evaluation, after a step that would not be saved otherwise."""
     passes, loss = [], HeldOutLoss._loss
 
     def interrupted(self: HeldOutLoss, position: int, sigma: float) -> float:
@@ -375,13 +339,13 @@ def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOutLoss, "_loss", interrupted)
-        with pytest.raises(Stopped, match="after step 2, which is saved"):
-            run("stopped", "checkpoint.every=4")
+        run.here("stopped", "checkpoint.every=4", code=75)
     folder = run.root / "stopped"
+    assert status(folder)["reason"].startswith("stopped by a signal after step 2, which is saved")
     assert len(passes) == 6 + 3
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000002"]
     assert sorted(evaluations(folder)) == [0]
-    assert metrics(run("stopped", "checkpoint.every=4")) == metrics(run.root / "whole")
+    assert metrics(run.here("stopped", "checkpoint.every=4")) == metrics(run.root / "whole")
 
 
 def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Run, make: Make) -> None:
@@ -391,10 +355,10 @@ def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Ru
         config = run.config(f"saved {step}")
         accelerator = new_accelerator(folder)
         trained = load_trained(*with_family(config), accelerator)
-        checkpoint = Checkpoints(folder / "checkpoints", keep=9).newest_valid()
-        assert checkpoint is not None and checkpoint.step == step
+        checkpoint = newest(folder)
+        assert checkpoint.step == step
         restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
         evaluation = make(config=config, accelerator=accelerator, trained=trained)
         losses = evaluation.losses()
         assert losses is not None
-        assert {"step": step, **metrics_line(losses, evaluation.items)} == lines[step]
+        assert {"step": step, **metrics_line(losses, evaluation.samples)} == lines[step]

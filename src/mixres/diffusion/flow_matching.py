@@ -1,12 +1,17 @@
-"""Noise levels, interpolant and velocity target of rectified flow, per sample.
+"""Rectified flow, per sample: what is drawn, what the model sees and what it is to predict.
+
+    x_sigma = (1 - sigma) x_0 + sigma eps        x_0 clean latents, eps ~ N(0, 1), sigma in [0, 1]
+    v       = d x_sigma / d sigma = eps - x_0    the target of the model's prediction v_hat(x_sigma, sigma)
+
+    sigma   = s u / (1 + (s - 1) u)              u from the density, s the shift of the target's resolution
 
 Promise: what a sample gets in a step is a function of (seed, step, sample) alone, drawn on the CPU from a generator of
-its own, so neither batching nor the number of devices changes it. For evaluation it is a function of the sample and a
-given noise level. Cost: one Gaussian draw per valid target token.
+its own. So neither batching nor the number of devices changes it. For evaluation it is a function of the sample's key
+and a given sigma. Cost: one Gaussian draw per valid target token.
 
-Sources: interpolant and velocity, Liu et al. 2022 (arXiv 2209.03003); noise-level densities and weights, Esser et al.
-2024 (arXiv 2403.03206), as `diffusers.training_utils` has them; resolution shift, `calculate_shift` and the
-exponential `time_shift` of the Qwen-Image pipelines' scheduler.
+Sources: interpolant and velocity, Liu et al. 2022 (arXiv 2209.03003); densities, Esser et al. 2024 (arXiv 2403.03206),
+as `diffusers.training_utils` has them; resolution shift, `calculate_shift` and the exponential `time_shift` of the
+Qwen-Image pipelines' scheduler.
 
 Legend: B sample, V valid target token of the batch, P packed channel.
 """
@@ -19,18 +24,15 @@ from typing import Literal
 
 import torch
 import xxhash
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from mixres.batch import Batch, FlowSample
 
-# The last of the 1000 noise levels that the stock schedulers train on: 1 / sigma^2 has no mean without a smallest one.
-SMALLEST_WEIGHTED_SIGMA = 1e-3
-
 
 @dataclass(frozen=True)
 class TimestepSampler:
-    """How noise levels are drawn, shifted and weighted; fields as the configuration's `flow` and `loss.weighting`."""
+    """How sigmas are drawn and shifted; fields as the configuration's `flow`."""
 
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     logit_mean: float = 0.0
@@ -38,7 +40,6 @@ class TimestepSampler:
     mode_scale: float = 1.29
     shift: Literal["resolution", "constant", "none"] = "resolution"
     shift_value: float = 3.0
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
 
 
 def sample_generator(seed: int, step: int, index: int) -> torch.Generator:
@@ -62,34 +63,37 @@ def shifted(sigma: Tensor, shift: float) -> Tensor:
 
 
 def make_flow_sample(
-    batch: Batch, *, seed: int, step: int, levels: TimestepSampler, constants: Mapping[str, float], dtype: torch.dtype
+    batch: Batch,
+    *,
+    seed: int,
+    step: int,
+    timesteps: TimestepSampler,
+    constants: Mapping[str, float],
+    dtype: torch.dtype,
 ) -> FlowSample:
-    """Noise the batch's target tokens; controls and filler stay. Tensors are on the batch's device, in `dtype`.
+    """Add noise to the batch's target tokens; controls and padding stay. Tensors are on the batch's device, in `dtype`.
 
     `step` is the optimizer step; `constants` are those of `resolution_shift`.
     """
     sigmas, noises = [], []
     for index, tokens in zip(batch.indices, batch.target_lengths, strict=True):
         generator = sample_generator(seed, step, index)
-        sigmas.append(_draw_sigma(generator, tokens, levels, constants))
+        sigmas.append(_draw_sigma(generator, tokens, timesteps, constants))
         noises.append(torch.randn(tokens, batch.latents.shape[-1], generator=generator))
-    sigma = torch.cat(sigmas).to(dtype)
-    weights = compute_loss_weighting_for_sd3(levels.weighting, sigmas=sigma.clamp(min=SMALLEST_WEIGHTED_SIGMA))
-    return _noised(batch, sigma, torch.cat(noises), weights)
+    return _interpolate(batch, torch.cat(sigmas).to(dtype), torch.cat(noises))
 
 
 def fixed_flow_sample(batch: Batch, *, keys: Sequence[str], sigma: float, dtype: torch.dtype) -> FlowSample:
-    """The batch at the noise level `sigma`, each sample's noise a function of its key and the level; of weight 1."""
+    """The batch at the given `sigma`; each sample's noise is a function of its key and sigma."""
     noises = []
     for key, tokens in zip(keys, batch.target_lengths, strict=True):
         generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{key} {sigma!r}".encode()))
         noises.append(torch.randn(tokens, batch.latents.shape[-1], generator=generator))
-    levels = torch.full((len(keys),), sigma, dtype=dtype)
-    return _noised(batch, levels, torch.cat(noises), torch.ones_like(levels))
+    return _interpolate(batch, torch.full((len(keys),), sigma, dtype=dtype), torch.cat(noises))
 
 
-def _noised(batch: Batch, sigma: Tensor, noise: Tensor, weights: Tensor) -> FlowSample:
-    """`sigma` and `weights` `(B,)` and `noise` `(V, P)` on the CPU; all that comes back has the dtype of `sigma`."""
+def _interpolate(batch: Batch, sigma: Tensor, noise: Tensor) -> FlowSample:
+    """The equations above; `sigma` `(B,)` and `noise` `(V, P)` on the CPU. All results have the dtype of `sigma`."""
     device, dtype = batch.latents.device, sigma.dtype
     noise = noise.to(device=device, dtype=dtype)
     lengths = torch.tensor(batch.target_lengths)
@@ -98,26 +102,21 @@ def _noised(batch: Batch, sigma: Tensor, noise: Tensor, weights: Tensor) -> Flow
     rows = latents.flatten(0, 1)
     clean = rows[batch.target_index]
     noisy = rows.index_copy(0, batch.target_index, torch.lerp(clean, noise, sigma_per_token))
-    return FlowSample(
-        noisy_latents=noisy.view_as(latents),
-        sigmas=sigma.to(device),
-        velocity=noise - clean,
-        weights=weights.to(device=device, dtype=dtype),
-    )
+    return FlowSample(noisy_latents=noisy.view_as(latents), sigmas=sigma.to(device), velocity=noise - clean)
 
 
 def _draw_sigma(
-    generator: torch.Generator, target_tokens: int, levels: TimestepSampler, constants: Mapping[str, float]
+    generator: torch.Generator, target_tokens: int, timesteps: TimestepSampler, constants: Mapping[str, float]
 ) -> Tensor:
-    """`(1,)` noise level in [0, 1]."""
+    """`(1,)` sigma in [0, 1]."""
     sigma: Tensor = compute_density_for_timestep_sampling(
-        levels.density,
+        timesteps.density,
         batch_size=1,
-        logit_mean=levels.logit_mean,
-        logit_std=levels.logit_std,
-        mode_scale=levels.mode_scale,
+        logit_mean=timesteps.logit_mean,
+        logit_std=timesteps.logit_std,
+        mode_scale=timesteps.mode_scale,
         generator=generator,
     )
-    if levels.shift == "resolution":
+    if timesteps.shift == "resolution":
         return shifted(sigma, resolution_shift(target_tokens, constants))
-    return shifted(sigma, levels.shift_value) if levels.shift == "constant" else sigma
+    return shifted(sigma, timesteps.shift_value) if timesteps.shift == "constant" else sigma

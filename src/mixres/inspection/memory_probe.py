@@ -18,9 +18,9 @@ from mixres.config.schema import Config
 from mixres.data.cache import CacheEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Lengths
+from mixres.errors import WorkError
 from mixres.models.family import Family
-from mixres.training.step import bare_step_seconds
-from mixres.verification.setup import Workbench, one_process, peak_memory, set_up
+from mixres.verification.setup import Workbench, one_process, peak_memory, set_up, step_seconds
 from mixres.verification.synthetic_samples import noise_sample
 
 _ROUNDS = 3
@@ -28,7 +28,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of forward, backward and update over the microbatch; None where the device's memory was not enough."""
+    """Seconds of an optimizer step over the microbatch; None where the device's memory was not enough."""
 
     device: str
     fits: bool
@@ -48,12 +48,10 @@ def measure(config: Config, family: Family, entries: Sequence[CacheEntry], lengt
     setting = set_up(config, family, accelerator)
     batch = _noise_batch(setting, entries, lengths)
     step = partial(
-        bare_step_seconds,
-        accelerator,
-        setting.trained.transformer,
-        setting.trained.optimizer,
-        setting.objective,
+        step_seconds,
+        setting,
         [batch],
+        count=1,
         step=0,
         divisor=setting.objective.divisor(len(entries), sum(batch.target_lengths)),
     )
@@ -62,7 +60,7 @@ def measure(config: Config, family: Family, entries: Sequence[CacheEntry], lengt
         step()  # the optimizer's state is made here
         peak = peak_memory(device, step)
         seconds = [step() for _ in range(_ROUNDS)]
-    except torch.OutOfMemoryError:
+    except (WorkError, torch.OutOfMemoryError):  # in a microbatch, in the update
         return Measured(str(device), False, None, None, None, None)
     return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
 

@@ -79,7 +79,7 @@ class Checkpoint:
         return {key: self.tensor(group, key) for key in self.shapes(group)}
 
     def close(self) -> None:
-        """Let the files go; only the state can be read from here on. One that is open keeps its space on the disk."""
+        """Close the files; only the state can be read from here on. An open file keeps its space on the disk."""
         self._files = {}
 
     def _parts(self, group: str) -> list[Any]:
@@ -132,9 +132,9 @@ class Checkpoints:
         return final
 
     def newest_valid(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its manifest says; damaged ones are told in a warning each.
+        """The newest checkpoint whose files match its manifest; each damaged one is logged as a warning.
 
-        All ranks get the same one: they share the hashing, and what one of them cannot read does not count.
+        All ranks get the same one: they divide the hashing, and what one of them cannot read does not count.
         """
         for name in reversed(self.gather([path.name for path in self._all()])[0]):
             path = self.root / name
@@ -223,12 +223,12 @@ class Checkpoints:
         link.replace(self.root / "latest")
 
     def _problem(self, path: Path) -> str | None:
-        """By this rank's share of the files."""
+        """By this rank's part of the files."""
         return problem_of(path, rank=self.rank, ranks=self.ranks)
 
 
 def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
-    """Why the files of a checkpoint, of which each of `ranks` reads a share, are not as saved; None if they are."""
+    """Why the files of a checkpoint, of which each of `ranks` reads a part, are not as saved; None if they are."""
     try:
         manifest = _manifest(path)
         if STATE not in manifest:
@@ -251,13 +251,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> list[int | str]:
     with atomic.replace(path) as tmp:
         try:
             save_file(_separate({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}), tmp)
-        except SafetensorError as error:  # how it tells that the disk is full
+        except SafetensorError as error:  # what it raises where the disk is full
             raise OSError(str(error)) from error
     return _digest(path)
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each that shares its memory with one before it, which safetensors refuses to write."""
+    """A copy of each that lies in the memory of one before it, which safetensors refuses to write."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
         address = tensor.untyped_storage().data_ptr()

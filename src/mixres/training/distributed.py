@@ -1,7 +1,7 @@
 """Processes and devices: which backend, and how a model is spread over the ranks.
 
 Promise: the same code on one process, on gloo and on NCCL. The configuration decides about precision and sharding,
-not the launcher's own file. Cost: none on one process.
+not the launcher's own file.
 
 Gradients are summed over ranks, not averaged: loss sums are divided by the step's global divisor before backward. A
 factor of the world size there, to undo an average, would change roundings with the number of ranks wherever a layer
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from mixres.errors import UserError
+from mixres.errors import Problems, UserError
 
 # What a launcher's own configuration file can ask for, by the variable in which accelerate hands it on.
 _PLUGINS = {
@@ -45,10 +45,10 @@ class DistEnv(NamedTuple):
 
 
 def dist_env() -> DistEnv:
-    """What torchrun and accelerate tell their processes; no connection between them is opened."""
-    said = os.environ.get
-    device = torch.device("cuda", int(said("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    return DistEnv(int(said("RANK", 0)), int(said("WORLD_SIZE", 1)), device)
+    """What torchrun and accelerate set in the environment; no connection between processes is opened."""
+    value = os.environ.get
+    device = torch.device("cuda", int(value("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return DistEnv(int(value("RANK", 0)), int(value("WORLD_SIZE", 1)), device)
 
 
 def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> Accelerator:
@@ -56,18 +56,17 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
 
     Raises:
         UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
-            (accelerate would leave it out without a word).
+            (accelerate would ignore it silently).
     """
-    problems = [
+    problems = Problems(
         f"accelerate launch: its configuration turns on {name}, which mixres does not use: turn it off there (or take "
         "one of configs/accelerate/), and choose train.parallel=ddp or fsdp2 here"
         for variable, name in _PLUGINS.items()
         if os.environ.get(variable, "false").lower() == "true"
-    ]
+    )
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        problems.append(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
-    if problems:
-        raise UserError(problems)
+        problems.add(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
+    problems.raise_if_any()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
         mixed_precision=mixed_precision,
@@ -85,9 +84,9 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def any_rank(accelerator: Accelerator, word: bool) -> bool:
-    """Whether one rank says so. All must call it; it waits for the last of them."""
-    return bool(accelerator.reduce(torch.tensor(float(word), device=accelerator.device), "sum"))
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on one rank at least. All must call it; it waits for the last of them."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
 
 
 def assert_same_on_all_ranks(digest: str) -> None:
@@ -103,14 +102,21 @@ def assert_same_on_all_ranks(digest: str) -> None:
         )
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """FSDP2: split the weights of each repeated block, and of the rest, over all ranks, in place.
+def parallelize(model: nn.Module, accelerator: Accelerator, parallel: Literal["ddp", "fsdp2"]) -> nn.Module:
+    """The module that a step calls: on several ranks `model` sharded in place, or wrapped; else `model` itself.
 
-    Before the optimizer is made: the parameters become sharded tensors of the same names. On one process there is
-    nothing to split.
+    To be called before the optimizer is made: sharded parameters are other tensors of the same names.
     """
     if accelerator.num_processes == 1:
-        return
+        return model
+    if parallel == "fsdp2":
+        _shard(model, accelerator)
+        return model
+    return _replicate(model, accelerator)
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """FSDP2: split the weights of each repeated block, and of the rest, over all ranks, in place."""
     # The model's output is a view; it is read, never changed in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -125,10 +131,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
             module.set_force_sum_reduction_for_comms(True)  # else the factor becomes an operation gloo does not have
 
 
-def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """DDP: the model wrapped so that gradients are summed over ranks; itself on one process or where it is sharded."""
-    if accelerator.num_processes == 1 or isinstance(model, FSDPModule):
-        return model
+def _replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """DDP: the model wrapped so that gradients are summed over ranks."""
     device = accelerator.device
     # Weights quantised by torchao cannot be sent; each rank has read and rounded the same ones.
     unsent = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]

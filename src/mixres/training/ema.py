@@ -1,6 +1,6 @@
 """An exponential moving average of what is trained, beside the weights that the optimizer moves.
 
-Promise: every update of the optimizer is averaged once, none that was left out is; the average is part of the
+Promise: every update of the optimizer is averaged once, a skipped step is not; the average is part of the
 optimizer's state, so it is saved, restored and split over ranks with it. Cost: one more copy of the trained parameters
 and one pass over them a step.
 
@@ -45,7 +45,7 @@ class Ema:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the parameters have their average's values, and behind it their own, bit for bit."""
+        """Inside, the parameters have the values of their average; afterwards their own, bit for bit."""
         parameters = self._parameters
         before = [parameter.detach().clone() for parameter in parameters]
         state = self._optimizer.state

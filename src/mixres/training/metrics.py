@@ -1,7 +1,7 @@
 """`metrics.jsonl`, the record of a run that everything else is derived from, and an optional tracker beside it.
 
 Promise: one line a step, each step once, also after a kill and a resume. A tracker that fails never stops training,
-and one whose network has gone holds up no step. Cost: one write a step.
+and a lost network delays no step. Cost: one write a step.
 """
 
 import io
@@ -35,7 +35,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path | None, *, step: int) -> None:
         self._file: io.FileIO | None = None
-        self._pending, self._told, self.evaluated = b"", False, False
+        self._pending, self._warned, self.evaluated = b"", False, False
         if folder is None:
             return
         path = folder / FILE_NAME
@@ -62,11 +62,11 @@ class MetricsLog:
         self._pending += json.dumps(values, allow_nan=False).encode() + b"\n"
         try:
             self._pending = self._pending[self._file.write(self._pending) or 0 :]  # a full disk may take a part
-            self._told = False
+            self._warned = False
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 _log.warning("%s cannot be written (%s): its lines wait in memory", self._file.name, error.strerror)
-            self._told = True
+            self._warned = True
 
 
 def _step_of(line: str) -> int:
@@ -94,7 +94,7 @@ class Tracker:
             else:
                 accelerator.init_trackers(project)
         except Exception as error:  # as in `log`
-            _log.warning("the tracker could not be started (%s): the run goes on without it", error)
+            _log.warning("the tracker could not be started (%s): the run continues without it", error)
             self._accelerator = self.folder = None
 
     def __enter__(self) -> Self:
@@ -117,7 +117,7 @@ class Tracker:
         limits = wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, finish_timeout=_WANDB_FINISH_S)
         settings = {"settings": limits, "dir": str(root)}
         try:
-            # Without a key wandb would ask at a terminal and wait, where one may have gone home.
+            # Without a key wandb would ask at a terminal and wait for an answer.
             asked = self._accelerator.is_main_process and "WANDB_MODE" not in os.environ
             if asked and not wandb.login(prompt=False, verify=False):
                 raise PermissionError("no API key, `wandb login` keeps one")
@@ -129,14 +129,14 @@ class Tracker:
             self._accelerator.init_trackers(project, dict(config), {"wandb": {**settings, "mode": "offline"}})
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Scalars of the step `values["step"]`; after the first failure the tracker is left alone."""
+        """Scalars of the step `values["step"]`; after the first failure nothing more is sent to the tracker."""
         if self._accelerator:
             scalars = {k: v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
             with self._tolerant():
                 self._accelerator.log(scalars, step=values["step"])
 
-    def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """A picture of `step`, for example a contact sheet; failures as in `log`."""
+    def log_image(self, name: str, image: Image.Image, step: int) -> None:
+        """An image of `step`, for example a sample grid; failures as in `log`."""
         for tracker in self._accelerator.trackers if self._accelerator else ():
             form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             with self._tolerant():
@@ -147,5 +147,5 @@ class Tracker:
         try:
             yield
         except Exception as error:  # a tracker's failure is not the run's
-            _log.warning("the tracker failed (%s): it is left alone from here on", error)
+            _log.warning("the tracker failed (%s): nothing more is sent to it", error)
             self._accelerator = None

@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule by the names users know.
 
-Promise: a wrong class or argument is told before anything is encoded or loaded. The schedule is a function of
-(configuration, step), so a resumed run needs no state of it. Cost: none per step.
+Promise: a wrong class or argument is reported before anything is encoded or loaded. The schedule is a function of
+(configuration, step), so a resumed run needs no state of it.
 """
 
 import importlib
@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch.distributed.checkpoint.state_dict import _init_optim_state
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from mixres.errors import UserError
+from mixres.errors import Problems, UserError
 
 KEY = "optimizer.class_path"
 _OPTIONAL = ("bitsandbytes", "prodigyopt", "torchao")  # installed under the names that they are imported by
@@ -41,15 +39,12 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     _, *arguments = inspect.signature(found).parameters.values()  # the first takes the parameters
     known = [a.name for a in arguments if a.kind is not inspect.Parameter.VAR_KEYWORD]
     takes_any = len(known) < len(arguments)
-    problems = [
-        f"optimizer.init_args.{key}: {name} does not take it; it takes: {', '.join(known)}"
-        for key in init_args
-        if key not in known and not takes_any
-    ]
-    if problems:
-        raise UserError(problems)
+    unknown = [key for key in init_args if key not in known and not takes_any]
+    Problems(
+        f"optimizer.init_args.{key}: {name} does not take it; it takes: {', '.join(known)}" for key in unknown
+    ).raise_if_any()
     try:
-        found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers take nothing else
+        found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers accept nothing else
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.init_args: {name} refuses them: {error}; correct them") from error
     return found
@@ -91,19 +86,27 @@ def check_step(
         )
 
 
-def schedule(
-    optimizer: Optimizer, *, scheduler_type: str, warmup_steps: int, max_train_steps: int, step: int
-) -> LambdaLR:
-    """diffusers' schedule of that name, standing at optimizer step `step`."""
-    scheduler: LambdaLR = get_scheduler(
-        scheduler_type, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
-    )
-    scheduler.last_epoch = step
-    rates = [base * at(step) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
-    return scheduler
+class Schedule:
+    """diffusers' learning-rate schedule of that name for an optimizer that starts with the base rate.
+
+    With warm-up the rate of the first step is 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, scheduler_type: str, warmup_steps: int, max_train_steps: int) -> None:
+        scheduler = get_scheduler(
+            scheduler_type, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps
+        )
+        self._optimizer, self._base_rates, self._factors = optimizer, scheduler.base_lrs, scheduler.lr_lambdas
+
+    def set(self, step: int) -> float:
+        """Give the optimizer the rate of optimizer step `step`, and return it."""
+        rates = [base * factor(step) for base, factor in zip(self._base_rates, self._factors, strict=True)]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):  # torchao's optimizers read theirs on the device
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        return float(rates[0])
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -156,7 +159,7 @@ def restore_optimizer(
     group = optimizer.param_groups[0]
     parts = {key for key in tensors if "." in key.partition("|")[0]}
     if parts:  # only the optimizer itself can make the quantised tensors that these are copied into
-        _init_optim_state(optimizer)
+        _make_state(optimizer)
     by_name = dict(zip(names, group["params"], strict=True))
     counts_on_device = bool(group.get("fused") or group.get("capturable"))  # else torch keeps step counts on the CPU
     for key, value in [*tensors.items(), *scalars["entries"].items()]:
@@ -169,6 +172,19 @@ def restore_optimizer(
         else:
             optimizer.state[parameter][entry] = value
     group.update(scalars["group"])
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """Make the optimizer's state by a step with gradients of zero at learning rate 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 * group["lr"]  # a tensor stays one
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _fill_part(state: Mapping[str, torch.Tensor], entry: str, saved: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of a run, and whether this run may go on from it.
+"""What a checkpoint holds of a run, and whether this run may resume from it.
 
-Promise: a run goes on from the newest valid checkpoint or is told why not; what would make it another run is refused
-with both values, what may change is applied and told. All ranks come to the same answer. Cost: hashing one checkpoint
-at a start; reading each rank's own part of it.
+Promise: a run resumes from the newest valid checkpoint, or the error names the reason. What would make it another run
+is refused with both values; what may change is applied and logged. All ranks come to the same answer. Cost: hashing
+one checkpoint at a start; reading each rank's own part of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from mixres.config.problems import as_written, dotted, leaves
 from mixres.config.schema import Changeable
-from mixres.errors import UserError, WorkError
+from mixres.errors import Problems, UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import distribute_like, local_shards
 from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
@@ -25,7 +25,7 @@ OPTIMIZER = "optimizer.class_path"
 
 @dataclass
 class Skips:
-    """Steps left out because their numbers were not finite: all of them, and those since the last one that was not."""
+    """Steps skipped because their numbers were not finite: all, and those since the last step that was not skipped."""
 
     total: int = 0
     consecutive: int = 0
@@ -39,10 +39,10 @@ class Skips:
 def checkpoint_to_resume(
     checkpoints: Checkpoints, resume: str, frozen: Mapping[str, Any], allowed: Sequence[str]
 ) -> Checkpoint | None:
-    """The checkpoint to go on from, None to start afresh.
+    """The checkpoint to resume from, None to start from step 0.
 
-    `frozen` is what a run must share with the one it goes on from, by key. Changes of the keys in `allowed` are let
-    through.
+    `frozen` is what a run must have in common with the one it resumes, by key. Changes of the keys in `allowed` are
+    accepted.
 
     Raises:
         UserError: one is required and there is none, none of those there is valid, or it is of another run.
@@ -63,8 +63,11 @@ def checkpoint_to_resume(
                 f"resume: required, but there is no checkpoint in {root}: name the folder of one, or set resume=auto"
             )
         return None
-    if refused := [line for key, line in _changed(found, frozen).items() if key not in allowed]:
-        raise UserError(refused)
+    saved, problems = found.state["frozen"], Problems()
+    for key in {**saved, **frozen}:
+        if key not in allowed and saved.get(key) != frozen.get(key):
+            problems.add(_change(found, key, saved.get(key), frozen.get(key)))
+    problems.raise_if_any()
     return found
 
 
@@ -80,16 +83,6 @@ def check_order(found: Checkpoint | None, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _changed(found: Checkpoint, frozen: Mapping[str, Any]) -> dict[str, str]:
-    """A line for every frozen key whose value is not the checkpoint's."""
-    saved = found.state["frozen"]
-    return {
-        key: _change(found, key, saved.get(key), frozen.get(key))
-        for key in {**saved, **frozen}
-        if saved.get(key) != frozen.get(key)
-    }
-
-
 def _change(found: Checkpoint, key: str, before: object, now: object) -> str:
     allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
     what = f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has {as_written(now)}"
@@ -97,14 +90,14 @@ def _change(found: Checkpoint, key: str, before: object, now: object) -> str:
 
 
 def changes(found: Checkpoint | None, identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What this run has otherwise than the checkpoint's, `key: old -> new`: frozen keys that were let through first."""
+    """What differs from the checkpoint's run, `key: old -> new`; first the frozen keys whose change was allowed."""
     if found is None:
         return []
     saved: Mapping[str, Any] = found.state
     lines: list[str] = []
     for before, now in ((saved["frozen"], identity["frozen"]), (_flat(saved["config"]), _flat(config))):
-        told = {line.partition(":")[0] for line in lines}
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in told]
+        listed = {line.partition(":")[0] for line in lines}
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in listed]
         lines += [f"{key}: {as_written(before.get(key))} -> {as_written(now.get(key))}" for key in keys]
     return lines
 
@@ -121,7 +114,7 @@ def save_run(
     step: int,
     state: Mapping[str, Any],
 ) -> None:
-    """On all ranks: each writes the rows it holds, the first also what is whole.
+    """Save a checkpoint, on all ranks: each writes the rows it holds, the first also the unsplit tensors.
 
     Raises:
         WorkError: on all ranks; the weights are not finite, or the checkpoint could not be written.

@@ -1,6 +1,6 @@
-"""The run folder: one writer at a time, a status others can read, and a polite end when a signal comes.
+"""The run folder: one writer at a time, a status that others can read, and an orderly end after a signal.
 
-Promise: `run_status.json` says how a run ended even where a launcher hides its exit code; a second writer never
+Promise: `run_status.json` records how a run ended even where a launcher hides its exit code; a second writer never
 touches it. SIGTERM, SIGINT, SIGUSR1 and the death of the launcher ask for the same: finish the step, save, end.
 Cost: one lock and a few small writes a run.
 """
@@ -43,7 +43,7 @@ class RunFolder:
     def __init__(
         self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float | None = None
     ) -> None:
-        self.folder, self.main = folder, rank == 0
+        self.folder, self.is_main = folder, rank == 0
         self._wait_s = _LOCK_WAIT_S if wait_s is None else wait_s
         self.stop_requested = False
         self._stop_at_once = True
@@ -71,7 +71,7 @@ class RunFolder:
         if end_with_launcher():
             self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
         try:
-            if self.main:
+            if self.is_main:
                 self._take_folder()
         except BaseException:
             self._let_go()
@@ -115,10 +115,10 @@ class RunFolder:
         self._let_go()
 
     def update(self, **changes: Any) -> None:
-        """Write the status with `changes`; where it cannot be written the run goes on without."""
+        """Write the status with `changes`; where it cannot be written the run continues without."""
         self._status |= {**changes, "updated": time.time()}
         try:
-            if self.main:
+            if self.is_main:
                 self._write()
         except OSError as error:
             _log.warning("%s could not be written: %s", self.folder / STATUS, error.strerror or error)
@@ -127,7 +127,7 @@ class RunFolder:
         atomic.write_json(self.folder / STATUS, self._status)
 
     def was_done(self, step: int) -> bool:
-        """Whether the last run that trained in the folder came to its end at `step`, its result written."""
+        """Whether the last run that trained in the folder finished at `step` and wrote its result."""
         return bool(self._status["done_before"] == step)
 
     def stop_between_steps(self) -> None:
@@ -153,7 +153,7 @@ class RunFolder:
             return
         self.stop_requested, self._asked_at = True, time.monotonic()
         if self._stop_at_once:
-            raise Stopped("stopped by a signal before the first step: run the same command to go on")
+            raise Stopped("stopped by a signal before the first step: run the same command to resume")
 
 
 @contextmanager
@@ -169,8 +169,8 @@ def _children_ignored() -> Iterator[None]:
 def end_with_launcher() -> bool:
     """Whether a launcher started this process. One that is killed leaves its processes behind: they get SIGUSR1 then.
 
-    It ends a process at once, unless an open `RunFolder` takes it. To be called early: what was missed never comes.
-    Where there is no prctl nothing is sent.
+    It ends a process at once, unless an open `RunFolder` takes it. Call it early: a launcher
+    that died before is not noticed. Where there is no prctl nothing is sent.
     """
     launched = any(name in os.environ for name in LAUNCHERS)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -182,8 +182,6 @@ def end_with_launcher() -> bool:
 def _ending(error: BaseException | None) -> tuple[str, int]:
     if error is None:
         return "done", 0
-    endings: list[tuple[type[BaseException], tuple[str, int]]] = [
-        (Stopped, ("preempted", Stopped.exit_code)),
-        (UserError, ("refused", 2)),
-    ]
-    return next((ending for kind, ending in endings if isinstance(error, kind)), ("failed", 1))
+    if isinstance(error, Stopped):
+        return "preempted", Stopped.exit_code
+    return ("refused", 2) if isinstance(error, UserError) else ("failed", 1)

@@ -1,7 +1,7 @@
-"""Held-out pairs through the stock pipeline while training, as one picture a person can judge.
+"""Held-out samples through the stock pipeline while training, in one grid of images.
 
-Promise: the sheet shows what the stock pipeline makes of the weights as they are, at the pairs' own sizes, and leaves
-the training untouched: its own random generators, no mode left over. Cost: `sample.steps` forward calls a row.
+Promise: the grid shows what the stock pipeline makes of the current weights, at the samples' own sizes. The training
+is untouched: random generators of its own, no mode left behind. Cost: `sample.steps` forward calls a row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ _SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a contact sheet; None is an empty cell."""
+    """One row of a sample grid; None is an empty cell."""
 
     pictures: tuple[Image.Image | None, ...]
     caption: str
@@ -46,7 +46,7 @@ class Row:
 
 
 class HeldOutSampler:
-    """Predicts a few held-out pairs of several sizes, always the same ones and from the same noise."""
+    """Predicts a few held-out samples of several sizes, always the same ones and from the same noise."""
 
     def __init__(
         self, config: Config, family: Family, transformer: nn.Module, encoded: CachedData, ema: Ema | None = None
@@ -65,10 +65,10 @@ class HeldOutSampler:
     def write(
         self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False
     ) -> Image.Image | None:
-        """Sample every item, save the sheet and return it; a rank that only samples along does not `keep` it.
+        """Predict every sample, save the grid and return it; a rank that only takes part does not `keep` it.
 
-        `stopping` is asked before each picture; once it says yes there is no sheet. Where it cannot be written, a line
-        says so.
+        `stopping` is called before each image; once it is true there is no grid. Where the grid cannot be written, the
+        reason is logged.
         """
         rows = []
         with self.ema.averaged() if self.ema else nullcontext():
@@ -80,26 +80,19 @@ class HeldOutSampler:
             return None
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
-        sheet = contact_sheet(headings, rows)
+        grid = contact_sheet(headings, rows)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(sheet, path, [row.caption for row in rows])
+            save_png(grid, path, [row.caption for row in rows])
         except OSError as error:
-            log(f"samples   {path} could not be written ({error.strerror or error}): the run goes on without it")
-        return sheet
+            log(f"samples   {path} could not be written ({error.strerror or error}): the run continues without it")
+        return grid
 
     def predict(self, item: CachedSample) -> Image.Image:
-        """The pipeline's picture for one held-out item, at the size of its target."""
-        return self._predict(item, [self.read(path) for path in item.record.controls])
-
-    def read(self, path: Picture) -> Image.Image:
-        """A held-out picture as it lies on disk, RGB."""
-        return read_image(path, image_limits(self.config))
-
-    def _predict(self, item: CachedSample, controls: Sequence[Image.Image]) -> Image.Image:
+        """The pipeline's image for one held-out sample, at the size of its target."""
         return self.family.sample_image(
             self.pipeline,
-            controls=controls,
+            controls=[self.read(path) for path in item.record.controls],
             prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
             size=item.target_size,
             steps=self.config.sample.steps,
@@ -107,18 +100,22 @@ class HeldOutSampler:
             areas=control_areas(self.config, self.family, item.target_size),
         )
 
+    def read(self, path: Picture) -> Image.Image:
+        """A held-out image as it is on disk, RGB."""
+        return read_image(path, image_limits(self.config))
+
     def _row(self, item: CachedSample) -> Row:
         controls = [self.read(path) for path in item.record.controls]
         empty = [None] * (self.controls - len(controls))
         sizes = [f"control {control.width}x{control.height}" for control in controls]
         target = self.read(item.record.target)
-        pictures = (*controls, *empty, target, self._predict(item, controls))
+        images = (*controls, *empty, target, self.predict(item))
         own = f"target {target.width}x{target.height}"
         trained = f", trained and predicted at {item.target_size}" if target.size != item.target_size else ""
-        return Row(pictures, item.record.prompt, ", ".join([*sizes, own]) + trained)
+        return Row(images, item.record.prompt, ", ".join([*sizes, own]) + trained)
 
 
-def sheet_writer(
+def grid_writer(
     config: Config,
     accelerator: Accelerator,
     family: Family,
@@ -127,13 +124,13 @@ def sheet_writer(
     run: RunFolder,
     show: Callable[[str, Image.Image, int], None],
 ) -> Callable[[int], None] | None:
-    """Samples the held-out items at a step, into `samples/` of the run folder; None where this rank is not to.
+    """What writes the grid of a step into `samples/` of the run folder; None where this rank takes no part.
 
-    `show` is handed each sheet with its name and step.
+    `show` gets each grid with its name and step.
     """
-    # Sharded weights are gathered block by block as they are used: then every rank has to sample along.
+    # Sharded weights are gathered block by block as they are used: then every rank has to take part.
     together = config.train.parallel == "fsdp2"
-    if not (config.sample.every and encoded.held_out and (run.main or together)):
+    if not (config.sample.every and encoded.held_out and (run.is_main or together)):
         return None
     sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
 
@@ -142,31 +139,31 @@ def sheet_writer(
 
     def write(step: int) -> None:
         path = run.folder / "samples" / f"step-{step:08d}.png"
-        if sheet := sampler.write(path, keep=run.main, stopping=stopping):
-            show("samples", sheet, step)
+        if grid := sampler.write(path, keep=run.is_main, stopping=stopping):
+            show("samples", grid, step)
 
     return write
 
 
 def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
-    """Rows of pictures, each scaled to fit its cell with its aspect kept, under column headings."""
+    """A grid of images: rows under column headings, each image scaled to fit its cell with its aspect kept."""
     font = _font()
     width = _GAP + len(headings) * (_CELL + _GAP)
     heights = [_row_height(row) for row in rows]
-    sheet = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
+    canvas = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
+    draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
         draw.text((_left(column), 6), heading, fill="black", font=font)
     top = _HEAD
     for row, height in zip(rows, heights, strict=True):
-        for column, picture in enumerate(row.pictures):
-            if picture:
-                sheet.paste(_fitted(picture), (_left(column), top))
+        for column, image in enumerate(row.pictures):
+            if image:
+                canvas.paste(_fitted(image), (_left(column), top))
         base = top + height - _CAPTION
         draw.text((_GAP, base), _drawable(row.caption, font), fill="black", font=font)
         draw.text((_GAP, base + 17), row.note, fill="gray", font=font)
         top += height
-    return sheet
+    return canvas
 
 
 def save_png(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
@@ -183,13 +180,13 @@ def _left(column: int) -> int:
 
 
 def _row_height(row: Row) -> int:
-    return max(_fitted(picture).height for picture in row.pictures if picture) + _CAPTION + 6
+    return max(_fitted(image).height for image in row.pictures if image) + _CAPTION + 6
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
-    scale = min(_CELL / picture.width, _CELL / picture.height)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+def _fitted(image: Image.Image) -> Image.Image:
+    scale = min(_CELL / image.width, _CELL / image.height)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
 
 
 def _font() -> Any:
@@ -211,7 +208,7 @@ def _font_names() -> Iterator[str]:
 
 
 def _drawable(text: str, font: Any) -> str:
-    """The text, or where the font lacks its script, where to find it: boxes and code points would tell nothing."""
+    """The text, or where the font lacks its script, where to find it: boxes and code points would show nothing."""
     missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
     lacks = any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text)
     return "(no font here draws this prompt: it stands in the file's metadata)" if lacks else text

@@ -1,7 +1,7 @@
 """A validated configuration -> the parts of a run: model, plan, objective, loader.
 
-Promise: what trains, and what will verify and measure, is put together in one place, so that all of them mean the same
-run. Cost: loading the transformer.
+Promise: `train`, `verify` and `bench` build a run here, so that all of them mean the same run. Cost: loading the
+transformer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 
 from mixres import __version__
 from mixres.batch import Batch
-from mixres.config.schema import Config, LoraConfig
+from mixres.config.schema import Config
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import MAX_LENGTHS, Layout, Lengths, Plan, Rounding, rounding_of
 from mixres.diffusion.flow_matching import TimestepSampler
-from mixres.errors import UserError
+from mixres.diffusion.objective import Objective, sample_weight
+from mixres.errors import Problems, UserError
 from mixres.models import hub
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.family import Family
@@ -28,14 +29,13 @@ from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_ta
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import stated_areas
-from mixres.training.distributed import dist_env, shard
+from mixres.training.distributed import dist_env, parallelize
 from mixres.training.ema import Ema
 from mixres.training.optimizer import check_step, optimizer_class
-from mixres.training.step import Objective
 
 # Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
 _LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
-_LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its file says
+_LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its file records
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class TrainState:
     """The patched transformer and what is trained of it, by name in the optimizer's order."""
 
     transformer: nn.Module
+    model: nn.Module  # what a step calls: the transformer, in a wrapper where DDP replicates it
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     table: tuple[TargetMatch, ...]  # empty where all weights are trained
@@ -55,50 +56,39 @@ class TrainState:
         return trained, self.transformer.num_parameters()  # type: ignore[operator] # 4-bit weights hold two in a byte
 
     def lines(self) -> list[str]:
-        """What is trained, as runs and reports tell it: a row a target pattern, then the share."""
+        """What is trained, as runs and reports print it: a row a target pattern, then the fraction."""
         rows = [f"          {r.pattern:<16} {r.modules:>4} layers  {r.parameters:>12,} parameters" for r in self.table]
         trained, total = self.counts
         return [*rows, f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})"]
 
 
 def check_early(config: Config, family: Family) -> None:
-    """What needs torch to be told and can be told before hours of encoding.
+    """Check what needs torch, before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, LoRA targets that match nothing, or a LoRA to go on from that does
-            not fit; all at once.
+        UserError: the optimizer or its arguments, LoRA targets that match nothing, or a pretrained LoRA that does not
+            fit; all at once.
     """
-    problems: list[str] = []
-    here, path, arguments = dist_env(), config.optimizer.class_path, config.optimizer.init_args
-    split = config.train.parallel == "fsdp2" and here.world_size > 1
-    try:
-        check_step(optimizer_class(path, arguments), path, arguments, device=here.device, split=split)
-    except UserError as error:
-        problems += error.messages
-    model = config.model
-    try:
+    problems = Problems()
+    here, model, optimizer = dist_env(), config.model, config.optimizer
+    with problems.collecting():
+        kind = optimizer_class(optimizer.class_path, optimizer.init_args)
+        split = config.train.parallel == "fsdp2" and here.world_size > 1
+        check_step(kind, optimizer.class_path, optimizer.init_args, device=here.device, split=split)
+    with problems.collecting():
         if model.quantize:
             check_method(model.quantize, here.device)
         if config.train.compile:
             check_compiler(here.device)
-    except UserError as error:
-        problems += error.messages
     skeleton = family.transformer_skeleton()
-    try:
+    with problems.collecting():
         if model.lora:
-            _check_lora(model.lora, skeleton, family)
-    except UserError as error:
-        problems += error.messages
-    if problems:
-        raise UserError(problems)
-
-
-def _check_lora(lora: LoraConfig, skeleton: nn.Module, family: Family) -> None:
-    untrained, presets = family.untrained_modules(skeleton), family.lora_presets
-    check_targets(skeleton, lora.target_modules, untrained=untrained, presets=presets)
-    if lora.pretrained_weight is not None:
-        settings = lora.model_dump(exclude={"lora_dropout", "pretrained_weight"})
-        check_pretrained(skeleton, lora.pretrained_weight, **settings, untrained=untrained, presets=presets)
+            untrained, presets = family.untrained_modules(skeleton), family.lora_presets
+            check_targets(skeleton, model.lora.target_modules, untrained=untrained, presets=presets)
+            if model.lora.pretrained_weight is not None:
+                settings = model.lora.model_dump(exclude={"lora_dropout"})
+                check_pretrained(skeleton, **settings, untrained=untrained, presets=presets)
+    problems.raise_if_any()
 
 
 def load_trained(config: Config, family: Family, accelerator: Accelerator) -> TrainState:
@@ -123,13 +113,12 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
         recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
     if config.train.compile:
         compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MAX_LENGTHS))
-    if config.train.parallel == "fsdp2":
-        shard(transformer, accelerator)
+    wrapped = parallelize(transformer, accelerator, config.train.parallel)
     parameters = trainable_parameters(transformer)
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     optimizer = kind(parameters.values(), **config.optimizer.init_args)
     ema = Ema(optimizer, config.train.ema_decay) if config.train.ema_decay else None
-    return TrainState(transformer.train(), parameters, optimizer, tuple(table), ema)
+    return TrainState(transformer.train(), wrapped, parameters, optimizer, tuple(table), ema)
 
 
 def build_objective(config: Config, family: Family) -> Objective:
@@ -137,7 +126,8 @@ def build_objective(config: Config, family: Family) -> Objective:
     model, flow = config.model, config.flow
     return Objective(
         predict_velocity=family.predict_velocity,
-        levels=TimestepSampler(**flow.model_dump(), weighting=config.loss.weighting),
+        timesteps=TimestepSampler(**flow.model_dump()),
+        weighting=config.loss.weighting,
         shift_constants=family.flow_shift(),
         normalization=config.loss.normalization,
         foreground=config.data.mask_weight.foreground,
@@ -149,11 +139,12 @@ def build_objective(config: Config, family: Family) -> Objective:
 
 def build_plan(config: Config, encoded: CachedData, *, world_size: int) -> Plan:
     """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
-    items = encoded.train
-    if all(item.regularization for item in items):
+    samples = encoded.train
+    if all(sample.regularization for sample in samples):
         raise UserError("data.train: there is no usable sample; add some")
-    weights = [config.loss.prior_loss_weight if item.regularization else 1.0 for item in items]
-    lengths, names = [item.lengths for item in items], [item.record.name for item in items]
+    prior = config.loss.prior_loss_weight
+    weights = [sample_weight(regularization=s.regularization, prior_loss_weight=prior) for s in samples]
+    lengths, names = [sample.lengths for sample in samples], [sample.record.name for sample in samples]
     return make_plan(config, lengths, names, weights, layout=config.batch.layout, world_size=world_size)
 
 
@@ -186,7 +177,7 @@ def make_plan(
 
 
 def _rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
-    """Compiled blocks want few different lengths; without them rows are filled up to the longest alone."""
+    """Compiled blocks want few different lengths; without them rows are padded to the longest alone."""
     return rounding_of(lengths) if config.train.compile else Rounding()
 
 
@@ -194,14 +185,15 @@ def build_loader(
     config: Config, encoded: CachedData, plan: Plan, *, rank: int, first: int, workers: int
 ) -> Iterator[Batch]:
     """The batches of `rank` from optimizer step `first` to the run's end."""
-    keys, names = [item.key for item in encoded.train], [item.record.name for item in encoded.train]
-    rounding = _rounding(config, [item.lengths for item in encoded.train])
+    samples = encoded.train
+    keys, names = [sample.key for sample in samples], [sample.record.name for sample in samples]
+    rounding = _rounding(config, [sample.lengths for sample in samples])
     dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
 def run_identity(config: Config, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from, by key; told before anything is encoded.
+    """What a resumed run must have in common with the one it resumes, by key; known before anything is encoded.
 
     `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.
     """
@@ -234,7 +226,7 @@ def _revision(config: Config) -> str | None:
 
 
 def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
-    """What a LoRA file or a trained transformer says of itself, so that sampling needs no configuration."""
+    """What a LoRA file or a trained transformer records of its training, so that sampling needs no configuration."""
     lora = config.model.lora
     return {
         "format": 1,

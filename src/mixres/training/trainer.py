@@ -1,13 +1,11 @@
-"""The training run: the loop, its checkpoints, samples and result.
+"""The training run: setup, the loop, checkpoints, evaluation, samples and the result, in the order they happen.
 
-Promise: the order of things and nothing else; every formula lives in the room it belongs to. The same command goes on
-where it stopped, and a step is the same whatever the machine. Cost: what a step costs beyond forward, backward and
-update is measured at the end of every run and printed.
+Promise: every formula lives in the module it belongs to; here is their order. The same command resumes where the run
+stopped, and a step is the same whatever the machine.
 """
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,7 +25,7 @@ from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
 from mixres.models.family import Family
-from mixres.preprocessing.fill import CachedData, CachedSample, encode, family_of, keyed_records
+from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
     any_rank,
@@ -35,14 +33,13 @@ from mixres.training.distributed import (
     dist_env,
     gather,
     make_accelerator,
-    replicate,
 )
 from mixres.training.metrics import MetricsLog, Tracker
-from mixres.training.optimizer import schedule
+from mixres.training.optimizer import Schedule
 from mixres.training.result import write_results
 from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run_folder import RunFolder
-from mixres.training.sample_sheets import sheet_writer
+from mixres.training.sample_sheets import grid_writer
 from mixres.training.setup import (
     TrainState,
     build_loader,
@@ -52,10 +49,9 @@ from mixres.training.setup import (
     load_trained,
     run_identity,
 )
-from mixres.training.step import Objective, StepResult, bare_step_seconds, run_step
+from mixres.training.step import StepResult, run_step
 from mixres.training.validation import HeldOutLoss
 
-_BARE_STEPS = 3
 _SHOWN_NAMES = 20
 
 
@@ -67,63 +63,75 @@ def train(config: Config) -> None:
         WorkError: numbers that are not finite too often, a damaged cache entry, or a checkpoint that cannot be written.
         Stopped: a signal came; the run has saved.
     """
-    logging, last, keep = config.logging, config.train.max_train_steps, config.checkpoint.keep
-    folder, rank, public = Path(logging.output_dir), dist_env().rank, public_config(config)
+    logging, last, rank = config.logging, config.train.max_train_steps, dist_env().rank
+    folder, public = Path(logging.output_dir), public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
         accelerator = make_accelerator(
             mixed_precision=config.train.mixed_precision, report_to=logging.report_to, folder=folder
         )
         ranks = accelerator.num_processes
-        family = family_of(config, is_main=run.main)
+
+        # All that can be wrong is found here, before anything is encoded or loaded.
+        family = family_of(config, is_main=run.is_main)
         check_early(config, family)
-        found = keyed_records(config, family, is_main=run.main)
-        assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([found.keys, public]).encode()))
-        frozen = run_identity(config, found.train_keys(regularization=False), found.train_keys(regularization=True))
-        checkpoints = Checkpoints(folder / "checkpoints", keep=keep, rank=rank, ranks=ranks, gather=gather)
+        records = keyed_records(config, family, is_main=run.is_main)
+        assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([records.keys, public]).encode()))
+
+        # What is there to resume?
+        frozen = run_identity(config, records.train_keys(regularization=False), records.train_keys(regularization=True))
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
+        )
         checkpoint = checkpoint_to_resume(checkpoints, config.resume, frozen, config.resume_allow_changes)
-        first, skips, seconds = checkpoint.step if checkpoint else 0, Skips(), list[float]()
+        first = checkpoint.step if checkpoint else 0
         run.update(step=first)
         if first >= last and any_rank(accelerator, run.was_done(first)):
-            if run.main:
-                log(f"done      {first} steps were done before; raise train.max_train_steps, now {last}, to go on")
+            if run.is_main:
+                log(f"done      {first} steps were done before; raise train.max_train_steps, now {last}, to train more")
             return
-        encoded = encode(config, family, found, device=accelerator.device, rank=rank, world_size=ranks)
+
+        # Data: a full cache, and the plan of all steps.
+        encoded = encode(config, family, records, device=accelerator.device, rank=rank, world_size=ranks)
         plan = build_plan(config, encoded, world_size=ranks)
-        keys = [item.key for item in encoded.train]
+        keys = [sample.key for sample in encoded.train]
         assert_same_on_all_ranks(plan.plan_hash(keys))
         identity = {"frozen": frozen, "order": plan.order_hash(keys)}
         check_order(checkpoint, identity)
-        if run.main:
+        if run.is_main:
             atomic.write_text(folder / "config.yaml", dump_config(config))
+
+        # Model, optimizer, schedule, objective, batches.
         trained = load_trained(config, family, accelerator)
+        skips = Skips()
         if checkpoint:
             restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
             skips = Skips(**checkpoint.state["skips"])
-        scheduler = schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last, step=first)
+        schedule = Schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last)
         objective = build_objective(config, family)
-        model = replicate(trained.transformer, accelerator)
         loader = build_loader(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
-        if run.main:
-            _banner(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
-        metrics = stack.enter_context(MetricsLog(folder if run.main else None, step=first))
+        if run.is_main:
+            _log_start(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
+
+        # What watches the run.
+        metrics = stack.enter_context(MetricsLog(folder if run.is_main else None, step=first))
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
-        sample = sheet_writer(config, accelerator, family, trained, encoded, run, tracker.picture)
-        progress = stack.enter_context(Progress(first=first, last=last, enabled=run.main))
+        sample = grid_writer(config, accelerator, family, trained, encoded, run, tracker.log_image)
+        progress = stack.enter_context(Progress(first=first, last=last, enabled=run.is_main))
         evaluate = HeldOutLoss(config, accelerator, objective, trained, encoded, run, (metrics.write, tracker.log))
+
         run.stop_between_steps()
         if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
-            raise Stopped(f"stopped by a signal before step {first + 1}: run the same command to go on")
+            raise Stopped(f"stopped by a signal before step {first + 1}: run the same command to resume")
         for step in range(first, last):
             start = time.perf_counter()
             planned = plan.step(step)
             count = len(planned.ranks[rank])
-            lr = float(scheduler.get_last_lr()[0])
+            lr = schedule.set(step)
             torch.manual_seed(_step_seed(config.train.seed, step, rank))
             result = run_step(
                 accelerator,
-                model,
+                trained.model,
                 trained.optimizer,
-                scheduler,
                 objective,
                 (next(loader) for _ in range(count)),
                 count=count,
@@ -132,11 +140,10 @@ def train(config: Config) -> None:
                 max_grad_norm=config.train.max_grad_norm,
                 stop_requested=run.stop_requested,
             )
-            seconds.append(time.perf_counter() - start)
-            done = step + 1
+            seconds, done = time.perf_counter() - start, step + 1
             skips.count(bool(result.skipped))
-            _tell_skip(result, done, skips, config.train.max_skips, is_main=run.main)
-            line = _metrics_line(planned, result, lr, seconds[-1])
+            _log_skip(result, done, skips, config.train.max_skips, is_main=run.is_main)
+            line = _metrics_line(planned, result, lr, seconds)
             metrics.write(line)
             tracker.log(line)
             progress.step(line)
@@ -146,28 +153,28 @@ def train(config: Config) -> None:
                 save_run(checkpoints, trained.parameters, trained.optimizer, step=done, state=state)
                 run.update(step=done)
             if stop and done < last:
-                raise Stopped(f"stopped by a signal after step {done}, which is saved: run the same command to go on")
+                raise Stopped(f"stopped by a signal after step {done}, which is saved: run the same command to resume")
             if sample and done < last and done % config.sample.every == 0:
                 sample(done)
+
         done = max(first, last)
         if sample:
             sample(done)
         if any_rank(accelerator, run.stop_requested):
-            raise Stopped("stopped by a signal after the last step, which is saved: run the same command to go on")
-        result_path = write_results(config, family, trained, folder, step=done, keep=run.main)
+            raise Stopped("stopped by a signal after the last step, which is saved: run the same command to resume")
+        result_path = write_results(config, family, trained, folder, step=done, keep=run.is_main)
         accelerator.wait_for_everyone()
-        if run.main:
-            _say_end(config, result_path, family, encoded.train, skips, tracker.folder, sampled=sample is not None)
-            _say_overhead(config, accelerator, trained, objective, encoded, plan, seconds)
+        if run.is_main:
+            _log_end(config, result_path, family, encoded.train, skips, tracker.folder, sampled=sample is not None)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """For the global generators, from which dropout draws: so that no state of theirs is needed to go on."""
+    """For the global generators, from which dropout draws: so that a resume needs no state of theirs."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, is_main: bool) -> None:
-    """A line about a step that was left out.
+def _log_skip(result: StepResult, done: int, skips: Skips, max_skips: int, *, is_main: bool) -> None:
+    """Log a step that was skipped.
 
     Raises:
         WorkError: it is one too many in a row.
@@ -178,13 +185,14 @@ def _tell_skip(result: StepResult, done: int, skips: Skips, most: int, *, is_mai
     if (more := len(result.skipped) - _SHOWN_NAMES) > 0:
         shown += f" and {more} more"
     what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
-    if skips.consecutive > most:
+    if skips.consecutive > max_skips:
         raise WorkError(
-            f"{what}, and {skips.consecutive} steps in a row are more than train.max_skips = {most}; the last "
+            f"{what}, and {skips.consecutive} steps in a row are more than train.max_skips = {max_skips}; the last "
             f"checkpoint is intact: lower optimizer.init_args.lr, or look at the samples: {shown}"
         )
     if is_main:
-        log(f"skipped   {what}: nothing is updated ({skips.consecutive} in a row, at most {most}). Samples: {shown}")
+        in_a_row = f"{skips.consecutive} in a row, at most {max_skips}"
+        log(f"skipped   {what}: nothing is updated ({in_a_row}). Samples: {shown}")
 
 
 def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
     }
 
 
-def _banner(
+def _log_start(
     config: Config, accelerator: Accelerator, trained: TrainState, plan: Plan, first: int, changed: list[str]
 ) -> None:
     model, train = config.model, config.train
@@ -221,20 +229,18 @@ def _banner(
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
     if plan.caption_dropout:
-        log(
-            f"          each sample trains on the empty instruction in {plan.caption_dropout:.1%} of the steps it is in"
-        )
+        log(f"          each sample trains on the empty prompt in {plan.caption_dropout:.1%} of the steps it is in")
     if model.lora and model.lora.lora_dropout > 0:
         log("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
     for change in changed:
         log(f"changed   since the checkpoint: {change}")
 
 
-def _say_end(
+def _log_end(
     config: Config,
     result: Path,
     family: Family,
-    items: Sequence[CachedSample],
+    samples: Sequence[CachedSample],
     skips: Skips,
     tracked: Path | None,
     *,
@@ -250,35 +256,7 @@ def _say_end(
     if tracked:
         log(f"tracker   {tracked}")
     images = " --image IMAGE" * family.controls[0]
-    sizes = sorted((item.target_size for item in items), key=math.prod)
-    size = sizes[len(sizes) // 2]  # the stock pipelines' own may be far from what was learnt
+    sizes = sorted((sample.target_size for sample in samples), key=math.prod)
+    size = sizes[len(sizes) // 2]  # the stock pipelines' default may be far from what was trained
     how = f"--size {size} --steps {config.sample.steps}"
     log(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")
-
-
-def _say_overhead(
-    config: Config,
-    accelerator: Accelerator,
-    trained: TrainState,
-    objective: Objective,
-    encoded: CachedData,
-    plan: Plan,
-    seconds: list[float],
-) -> None:
-    """The last steps again without data, logging or clipping. The weights have been written; these are thrown away."""
-    if accelerator.num_processes > 1 or not seconds:
-        return  # the other ranks are done, or no step was left to do
-    last = config.train.max_train_steps
-    first = last - min(_BARE_STEPS, len(seconds))
-    loader = build_loader(config, encoded, plan, rank=0, first=first, workers=0)
-    ratios = []
-    for step in range(first, last):
-        planned = plan.step(step)
-        batches = [next(loader) for _ in planned.ranks[0]]
-        divisor = objective.divisor(planned.samples, planned.target_tokens)
-        bare = bare_step_seconds(
-            accelerator, trained.transformer, trained.optimizer, objective, batches, step=step, divisor=divisor
-        )
-        ratios.append(seconds[step - last] / bare)
-    ratio = statistics.median(ratios)
-    log(f"overhead  a step took {ratio:.3f} x its bare forward, backward and update ({len(ratios)} steps)")

@@ -1,12 +1,12 @@
-"""The loss on held-out samples at fixed noise and fixed noise levels, while a run trains.
+"""The loss on held-out samples at fixed noise and fixed sigmas, while a run trains.
 
-Promise: a function of the weights, the held-out samples and the noise levels alone, so the same bits in the middle of
-a run, behind a resume and by itself. Every sample is computed alone, without dropout, on noise that no step draws; the
-ranks share the work, and who computes what changes nothing else. The training goes on as if nothing had been: no
-random generator is touched, no mode is left over. Cost: one forward pass a sample and noise level.
+Promise: a function of the weights, the held-out samples and the sigmas alone, so the same bits in the middle of a run,
+after a resume and by itself. Every sample is computed alone, without dropout, on noise that no step draws; the ranks
+divide the work, and who computes what changes nothing else. The training is untouched: no random generator is used, no
+mode is left behind. Cost: one forward pass a sample and sigma.
 
-The loss is the bare squared error of the velocity, a mean over target tokens and channels: without weights of noise
-levels, masks or sets, so that runs that differ in those can be compared.
+The loss is the bare squared error of the velocity, a mean over target tokens and channels: without weights of sigmas,
+masks or sets, so that runs that differ in those can be compared.
 """
 
 import itertools
@@ -23,23 +23,22 @@ from mixres.console import counted, log
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
-from mixres.diffusion.loss import velocity_loss
+from mixres.diffusion.objective import Objective, velocity_loss
 from mixres.errors import WorkError
 from mixres.preprocessing.fill import CachedData, CachedSample
 from mixres.training.distributed import any_rank, gather
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState
-from mixres.training.step import Objective
 
 # Sides of the squares that resolution bands are named after; a target is in the band whose area is nearest to its own.
 SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-Losses = Mapping[tuple[int, float], float]  # by position of the sample and noise level
+Losses = Mapping[tuple[int, float], float]  # by position of the sample, and sigma
 
 
 class HeldOutLoss:
     """Evaluates a run at step 0, every `evaluate.every` steps and at its end; with 0 there, or no samples, never.
 
-    Each of `sinks` is handed the line of metrics, on the first rank.
+    Each of `sinks` gets the line of metrics, on the first rank.
     """
 
     def __init__(
@@ -56,15 +55,15 @@ class HeldOutLoss:
         self.run, self.sinks, self.sigmas = run, sinks, config.evaluate.sigmas
         self.every, self.last = config.evaluate.every, config.train.max_train_steps
         self.ema = trained.ema if config.evaluate.use_ema else None
-        self.items = encoded.held_out if self.every else []
-        keys, names = [item.key for item in self.items], [item.record.name for item in self.items]
-        self.samples = MicrobatchDataset(encoded.cache, keys, names, "padded")
-        longest_first = sorted(range(len(keys)), key=lambda i: (-self.items[i].lengths.total, keys[i]))
+        self.samples = encoded.held_out if self.every else []
+        keys, names = [s.key for s in self.samples], [s.record.name for s in self.samples]
+        self.dataset = MicrobatchDataset(encoded.cache, keys, names, "padded")
+        longest_first = sorted(range(len(keys)), key=lambda i: (-self.samples[i].lengths.total, keys[i]))
         self.passes = list(itertools.product(longest_first, self.sigmas))
 
     def due(self, step: int) -> bool:
         """Whether the weights of `step` are to be evaluated."""
-        return bool(self.items) and (step % self.every == 0 or step == self.last)
+        return bool(self.samples) and (step % self.every == 0 or step == self.last)
 
     def __call__(self, step: int) -> bool:
         """Evaluate if it is due, on all ranks; False where a rank was asked to stop first: then there is no line.
@@ -77,46 +76,46 @@ class HeldOutLoss:
         losses = self.losses(lambda: any_rank(self.accelerator, self.run.stop_requested))
         if losses is None:
             return False
-        if self.run.main:
-            line = metrics_line(losses, self.items)
-            log(report(step, line, len(self.items)))
+        if self.run.is_main:
+            line = metrics_line(losses, self.samples)
+            log(report(step, line, len(self.samples)))
             for sink in self.sinks:
                 sink({"step": step, **line})
         return True
 
     def losses(self, stopping: Callable[[], bool] = lambda: False) -> Losses | None:
-        """The loss of each sample at each noise level, on all ranks; None once `stopping`, alike on all, says yes."""
+        """The loss of each sample at each sigma, on all ranks; None once `stopping`, alike on all ranks, is true."""
         found: dict[tuple[int, float], float] = {}
-        own = self.share(self.accelerator.process_index, self.accelerator.num_processes)
+        own = self.passes_of(self.accelerator.process_index, self.accelerator.num_processes)
         with self._held_still():
-            for position, sigma in counted(own, "evaluate", "pass", enabled=self.run.main):
+            for position, sigma in counted(own, "evaluate", "pass", enabled=self.run.is_main):
                 if stopping():
                     return None
                 found[position, sigma] = self._loss(position, sigma)
         return {key: loss for part in gather(found) for key, loss in part.items()}
 
-    def share(self, rank: int, ranks: int) -> list[tuple[int, float]]:
-        """What a rank computes: sample and level, one after the other.
+    def passes_of(self, rank: int, ranks: int) -> list[tuple[int, float]]:
+        """What a rank computes: sample and sigma, one after the other.
 
-        As many for each, since sharded weights are gathered in every pass: one that has none left repeats the last.
+        Every rank has as many, since sharded weights are gathered in every pass: one with none left repeats the last.
         """
         end = -(-len(self.passes) // ranks) * ranks
         return [self.passes[min(k, len(self.passes) - 1)] for k in range(rank, end, ranks)]
 
     def _loss(self, position: int, sigma: float) -> float:
-        batch = self.samples[Microbatch((position,), (1.0,))]
+        batch = self.dataset[Microbatch((position,), (1.0,))]
         if isinstance(batch, WorkError):
             raise batch
         batch = batch.to(self.accelerator.device)
-        flow = fixed_flow_sample(batch, keys=self.samples.keys[position : position + 1], sigma=sigma,
+        flow = fixed_flow_sample(batch, keys=self.dataset.keys[position : position + 1], sigma=sigma,
                                  dtype=self.objective.dtype)  # fmt: skip
         with self.accelerator.autocast():
             velocity = self.objective.predict_velocity(self.transformer, batch, flow.noisy_latents, flow.sigmas)
-        return float(velocity_loss(velocity, batch, flow, normalization="sample").total)
+        return float(velocity_loss(velocity, batch, flow, normalization="sample"))
 
     @contextmanager
     def _held_still(self) -> Iterator[None]:
-        """No gradient, no dropout, and the weights that are to be evaluated; behind it all is as it was."""
+        """No gradient, no dropout, and the weights that are to be evaluated; all is restored afterwards."""
         was_training = self.transformer.training
         self.transformer.eval()
         try:
@@ -131,9 +130,9 @@ def resolution_band(pixels: int) -> int:
     return max([SIDES[0], *(upper for lower, upper in itertools.pairwise(SIDES) if pixels >= lower * upper)])
 
 
-def metrics_line(losses: Losses, items: Sequence[CachedSample]) -> dict[str, float | None]:
-    """Means over all samples and noise levels, at each noise level, and over each resolution band; None: not finite."""
-    bands = [resolution_band(item.target_size.width * item.target_size.height) for item in items]
+def metrics_line(losses: Losses, samples: Sequence[CachedSample]) -> dict[str, float | None]:
+    """Means over all samples and sigmas, at each sigma, and over each resolution band; None: not finite."""
+    bands = [resolution_band(sample.target_size.width * sample.target_size.height) for sample in samples]
     sigmas = sorted({sigma for _, sigma in losses})
     groups = {"loss": list(losses)}
     groups |= {f"sigma_{sigma}": [key for key in losses if key[1] == sigma] for sigma in sigmas}
@@ -143,7 +142,7 @@ def metrics_line(losses: Losses, items: Sequence[CachedSample]) -> dict[str, flo
 
 
 def report(step: int, line: Mapping[str, float | None], samples: int) -> str:
-    """What a terminal gets of an evaluation."""
+    """The line that is logged of an evaluation."""
     shown = {name: "not finite" if value is None else f"{value:.4f}" for name, value in line.items()}
     bands = [f"{loss} at {name.rpartition('_')[2]}" for name, loss in shown.items() if "resolution_" in name]
     return f"evaluate  step {step}: held-out loss {shown['eval/loss']} ({samples} samples; {', '.join(bands)})"

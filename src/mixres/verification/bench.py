@@ -1,8 +1,8 @@
 """The verb `bench`: what the ways to batch the same samples cost, on the user's own model, data and machine.
 
 Promise: all ways are timed in one process, interleaved step by step, on whole optimizer steps of the configuration's
-own plan (forward, backward, update); a figure is the median over rounds, with its lowest and highest. No weight
-changes: the learning rate is zero. Cost: about two minutes of rounds, but three rounds at least.
+own plan (`run_step`: noise, forward, backward, clip, update); a figure is the median over rounds, with its lowest and
+highest. No weight changes: the learning rate is zero. Cost: about two minutes of rounds, but three rounds at least.
 
 The ways: `one_by_one` accumulates gradients over single samples; `padded` and `packed` are split as planned within
 `batch.max_tokens`; `padded_random` pads under the same budget, but fills its microbatches in shuffled order, unsorted.
@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from mixres import atomic
 from mixres.batch import Sample
@@ -31,7 +30,6 @@ from mixres.geometry import token_count
 from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import encode_all, family_of
-from mixres.training.step import bare_step_seconds, run_step
 from mixres.verification.batching import BASELINE, Source, Work, collated, make_work, plan_in
 from mixres.verification.flops import TrainingFlops
 from mixres.verification.setup import (
@@ -42,6 +40,7 @@ from mixres.verification.setup import (
     precision_label,
     report_path,
     set_up,
+    step_seconds,
     versions,
 )
 from mixres.verification.synthetic_samples import synthetic_samples
@@ -84,14 +83,13 @@ def bench(config: Config, *, synthetic: bool = False) -> None:
         untrained=family.untrained_modules(transformer),
         checkpointing=config.train.gradient_checkpointing,
     )
-    still = LambdaLR(setting.trained.optimizer, lambda step: 0.0)
     name = config.model.pretrained_model_name_or_path
     weights = "random weights and samples, " if synthetic else ""
     log(f"model     {name}, {weights}{precision_label(config)} on {accelerator.device}")
     peaks, seconds = _time(setting, work)
     peak_flops = _peak_flops(config, accelerator.device)
     rows = [_row(way, work, flops, seconds, peaks[way], peak_flops) for way in seconds]
-    trainer = _trainer_over_bare(setting, source, work, still)
+    trainer = _trainer_step(setting, source, work)
     _report(config, rows, trainer, work, len(seconds[BASELINE]), synthetic, accelerator.device)
 
 
@@ -140,16 +138,9 @@ def _time(setting: Workbench, work: Work) -> tuple[dict[str, int | None], dict[s
     """Peak memory of a step of each way, and the seconds of all steps in each round, after a round to warm up."""
 
     def seconds_of(name: str, k: int) -> float:
-        step, objective = work.steps[k], setting.objective
-        return bare_step_seconds(
-            setting.accelerator,
-            setting.trained.transformer,
-            setting.trained.optimizer,
-            objective,
-            work.batches[name][k],
-            step=step.step,
-            divisor=objective.divisor(step.samples, step.target_tokens),
-        )
+        step, batches = work.steps[k], work.batches[name][k]
+        divisor = setting.objective.divisor(step.samples, step.target_tokens)
+        return step_seconds(setting, batches, count=len(batches), step=step.step, divisor=divisor)
 
     names, steps = list(work.batches), range(len(work.steps))
     seconds_of(BASELINE, 0)  # the optimizer's state is made here
@@ -206,36 +197,21 @@ def _peak_flops(config: Config, device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def _trainer_over_bare(setting: Workbench, source: Source, work: Work, still: LambdaLR) -> dict[str, float]:
-    """A step as training does it (read, collate, noise, loss, clip, schedule) over its forward, backward and update."""
-    layout, trained, objective = setting.config.batch.layout, setting.trained, setting.objective
+def _trainer_step(setting: Workbench, source: Source, work: Work) -> dict[str, float]:
+    """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
+    layout = setting.config.batch.layout
     plan, ratios = plan_in(setting.config, source, layout), []
     for planned in work.steps * _LEAST_ROUNDS:
         (microbatches,) = plan.step(planned.step).ranks
-        divisor = objective.divisor(planned.samples, planned.target_tokens)
-        bare = bare_step_seconds(
-            setting.accelerator,
-            trained.transformer,
-            trained.optimizer,
-            objective,
-            list(collated(source, microbatches, layout)),
-            step=planned.step,
-            divisor=divisor,
-        )
-        start = time.perf_counter()
-        run_step(
-            setting.accelerator,
-            trained.transformer,
-            trained.optimizer,
-            still,
-            objective,
-            collated(source, microbatches, layout),
+        timed = partial(
+            step_seconds,
+            setting,
             count=len(microbatches),
             step=planned.step,
-            divisor=divisor,
-            max_grad_norm=setting.config.train.max_grad_norm,
+            divisor=setting.objective.divisor(planned.samples, planned.target_tokens),
         )
-        ratios.append((time.perf_counter() - start) / bare)
+        ready = timed(list(collated(source, microbatches, layout)))
+        ratios.append(timed(collated(source, microbatches, layout)) / ready)
     return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
@@ -264,8 +240,8 @@ def _report(
         "trainer_step": trainer,
     }
     _say_table(rows)
-    log(f"trainer   a {config.batch.layout} step as training does it takes {trainer['ratio']:.3f} x its bare forward, "
-        f"backward and update ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
+    log(f"trainer   a {config.batch.layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
+        f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
     path = report_path(config, "bench.json")
     atomic.write_json(path, found)
     log(f"report    {path}: {len(work.steps)} steps of {config.batch.samples_per_step} samples, {rounds} rounds")

@@ -70,8 +70,8 @@ def run(bench: Workbench, samples: Sequence[Sample], ride: Ride, *, autocast: bo
     try:
         for batch in batches:
             with _recorded_mask(model, masks), bench.accelerator.autocast() if autocast else nullcontext():
-                loss = objective.loss_sum(model, batch.to(bench.accelerator.device), step=0)
-            torch.autograd.backward(loss / divisor)
+                loss = objective.loss(model, batch.to(bench.accelerator.device), step=0, divisor=divisor)
+            torch.autograd.backward(loss)
         gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
     finally:
         for parameter in parameters.values():

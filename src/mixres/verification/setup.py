@@ -8,7 +8,8 @@ import ctypes
 import gc
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,13 +19,15 @@ import torch
 from accelerate import Accelerator
 
 from mixres import __version__
+from mixres.batch import Batch
 from mixres.config.schema import Config
+from mixres.diffusion.objective import Objective
 from mixres.errors import UserError
 from mixres.models.family import Family
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import TrainState, build_objective, load_trained
-from mixres.training.step import Objective
+from mixres.training.step import run_step
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -65,6 +68,32 @@ def set_up(config: Config, family: Family, accelerator: Accelerator) -> Workbenc
     whole = config.train.model_copy(update={"parallel": "ddp", "compile": False})
     config = config.model_copy(update={"train": whole})
     return Workbench(config, accelerator, load_trained(config, family, accelerator), build_objective(config, family))
+
+
+def step_seconds(setting: Workbench, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
+    """Seconds of `run_step` over `count` microbatches. No weight changes: the learning rate is zero.
+
+    Raises:
+        WorkError: the device has not enough memory for a microbatch.
+    """
+    accelerator, trained = setting.accelerator, setting.trained
+    for group in trained.optimizer.param_groups:
+        group["lr"] = 0.0 * group["lr"]  # a tensor stays one
+    start = time.perf_counter()
+    run_step(
+        accelerator,
+        trained.model,
+        trained.optimizer,
+        setting.objective,
+        microbatches,
+        count=count,
+        step=step,
+        divisor=divisor,
+        max_grad_norm=setting.config.train.max_grad_norm,
+    )
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)
+    return time.perf_counter() - start
 
 
 def report_path(config: Config, name: str) -> Path:

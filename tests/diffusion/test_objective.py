@@ -1,0 +1,181 @@
+"""The loss of a batch is the sum of its samples' losses, in both layouts, over target tokens and nothing else."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+from mixres.batch import Batch, FlowSample
+from mixres.data.collate import collate
+from mixres.data.plan import Layout
+from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
+from mixres.diffusion.objective import (
+    MIN_WEIGHTED_SIGMA,
+    Normalization,
+    Weighting,
+    sample_weight,
+    sigma_weights,
+    velocity_loss,
+)
+from support.steps import LAYOUTS, NORMALIZATIONS, build_objective, make_sample
+
+CONSTANTS = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
+MASKS = {"foreground": 3.0, "background": 0.25}
+derandomized = settings(derandomize=True, deadline=None, database=None, max_examples=40)
+both_normalizations = pytest.mark.parametrize("normalization", NORMALIZATIONS)
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def batch_of(indices: list[int], layout: Layout = "padded", weights: list[float] | None = None) -> Batch:
+    made = [make_sample(i) for i in indices]
+    return collate(made, indices=indices, weights=weights or [1.0] * len(made), layout=layout)
+
+
+def flow_of(batch: Batch) -> FlowSample:
+    timesteps = TimestepSampler()
+    return make_flow_sample(batch, seed=0, step=0, timesteps=timesteps, constants=CONSTANTS, dtype=torch.float64)
+
+
+def outputs_of(batch: Batch) -> Tensor:
+    """In place of a model's: a function of each token alone, not zero at padding and controls either."""
+    tokens = batch.latents.double()
+    return torch.sin(3 * tokens) + tokens.roll(1, dims=-1)
+
+
+def loss_of(batch: Batch, outputs: Tensor | None = None, **kw: Any) -> Tensor:
+    return velocity_loss(outputs_of(batch) if outputs is None else outputs, batch, flow_of(batch), **kw)
+
+
+def by_definition(
+    index: int, *, normalization: Normalization, weighting: Weighting, foreground: float, background: float
+) -> float:
+    """The loss of one sample, token by token."""
+    batch, sample = batch_of([index]), make_sample(index)
+    flow, total = flow_of(batch), 0.0
+    for t in range(len(sample.target_latents)):
+        error = float((outputs_of(batch)[0, t] - flow.velocity[t]).square().mean())
+        mask = 0.0 if sample.edit_mask is None else float(sample.edit_mask[t])
+        total += error * (1.0 if sample.edit_mask is None else background + (foreground - background) * mask)
+    weight = float(sigma_weights(flow.sigmas, weighting)[0])
+    return weight * total / (len(sample.target_latents) if normalization == "sample" else 1)
+
+
+@both_normalizations
+@pytest.mark.parametrize("weighting", ["none", "cosmap"])
+@derandomized
+@given(st.dictionaries(st.integers(0, 5), st.sampled_from([0.25, 1.0, 3.0]), min_size=1))
+def test_a_batch_is_the_weighted_sum_of_its_samples(
+    normalization: Normalization, weighting: Weighting, weights: dict[int, float]
+) -> None:
+    settings: dict[str, Any] = {"normalization": normalization, "weighting": weighting, **MASKS}
+    alone = sum(weight * by_definition(i, **settings) for i, weight in weights.items())
+    for layout in LAYOUTS:
+        batch = batch_of(list(weights), layout, list(weights.values()))
+        assert float(loss_of(batch, **settings)) == pytest.approx(alone, rel=1e-6)  # masks are stored in float32
+
+
+def test_the_divisor_counts_samples_or_target_tokens_and_no_weight() -> None:
+    """With an error of 1 everywhere the loss is 1, whatever the sizes; weights and masks change the numerator alone."""
+    batch = batch_of([0, 2, 4])
+    flow = flow_of(batch)
+    outputs = torch.zeros(batch.latents.shape, dtype=torch.float64)
+    outputs.flatten(0, 1)[batch.target_index] = flow.velocity + 1
+    for normalization, count in (("sample", 3), ("token", sum(batch.target_lengths))):
+        objective = build_objective(normalization, torch.float64)
+        assert objective.divisor(3, sum(batch.target_lengths)) == count
+        assert float(velocity_loss(outputs, batch, flow, normalization=normalization)) == pytest.approx(count)
+    assert (sample_weight(regularization=True, prior_loss_weight=0.2), sample_weight(
+        regularization=False, prior_loss_weight=0.2)) == (0.2, 1.0)  # fmt: skip
+
+
+@both_normalizations
+@both_layouts
+@pytest.mark.parametrize("junk", [1e3, float("nan"), float("inf")])
+def test_padding_and_control_tokens_never_enter(normalization: Normalization, layout: Layout, junk: float) -> None:
+    batch = batch_of([0, 1, 2, 3], layout)
+    others = torch.ones(batch.latents.shape[:2], dtype=torch.bool)
+    others.flatten()[batch.target_index] = False
+    assert others.any()
+    results = []
+    for filled in (False, True):
+        outputs = outputs_of(batch)
+        if filled:
+            outputs[others] = junk
+        outputs.requires_grad_()
+        loss = loss_of(batch, outputs, normalization=normalization, **MASKS)
+        torch.autograd.backward(loss)
+        assert outputs.grad is not None and not outputs.grad[others].any()
+        assert outputs.grad[~others].any(dim=-1).all()
+        results.append((loss.detach(), outputs.grad))
+    assert all(torch.equal(plain, junked) for plain, junked in zip(*results, strict=True))
+
+
+@both_normalizations
+def test_mask_weights_scale_the_numerator_of_their_sample_alone(normalization: Normalization) -> None:
+    batch = batch_of([1, 0])  # the first has a mask
+    second = loss_of(batch_of([0]), normalization=normalization)
+    first = loss_of(batch, normalization=normalization) - second
+    for factor in (0.5, 4.0):
+        weighted = loss_of(batch, normalization=normalization, foreground=factor, background=factor)
+        torch.testing.assert_close(weighted, factor * first + second, rtol=1e-12, atol=0)
+
+
+def test_a_masks_ends_are_exactly_the_two_weights() -> None:
+    batch = batch_of([1])
+    plain = loss_of(batch, normalization="token")
+    for value, weights in ((1.0, {"foreground": 0.1}), (0.0, {"background": 0.1})):
+        ended = replace(batch, edit_mask=torch.full_like(batch.edit_mask, value))
+        found = loss_of(ended, normalization="token", **weights)
+        torch.testing.assert_close(found, float(torch.tensor(0.1)) * plain, rtol=1e-12, atol=0)
+
+
+@both_normalizations
+@both_layouts
+def test_a_dummy_is_left_out_and_its_nan_does_not_leak(normalization: Normalization, layout: Layout) -> None:
+    batch = batch_of([0, 1, 2], layout, weights=[1.0, 0.0, 1.0])
+    lengths = list(batch.target_lengths)
+    outputs = outputs_of(batch)
+    outputs.flatten(0, 1)[batch.target_index.split(lengths)[1]] = float("nan")
+    outputs.requires_grad_()
+    loss = loss_of(batch, outputs, normalization=normalization, **MASKS)
+    kept = loss_of(batch_of([0, 2], layout), normalization=normalization, **MASKS)
+    torch.testing.assert_close(loss, kept, rtol=1e-12, atol=0)
+    torch.autograd.backward(loss)
+    assert outputs.grad is not None and outputs.grad.isfinite().all()
+    first, dummy, last = outputs.grad.flatten(0, 1)[batch.target_index].split(lengths)
+    assert first.any() and last.any() and not dummy.any()
+
+
+def test_a_batch_of_dummies_gives_zero_and_zero_gradients() -> None:
+    batch = batch_of([0], weights=[0.0])
+    layer = torch.nn.Linear(batch.latents.shape[-1], batch.latents.shape[-1], dtype=torch.float64)
+    loss = loss_of(batch, layer(batch.latents.double()), normalization="sample")
+    assert loss.item() == 0
+    torch.autograd.backward(loss)
+    gradients = [p.grad for p in layer.parameters()]
+    assert all(g is not None and not g.any() for g in gradients)  # a rank without them would stop all others
+
+
+def test_the_error_is_computed_in_the_targets_precision() -> None:
+    batch = batch_of([0, 1])
+    outputs = outputs_of(batch).bfloat16()
+    loss = loss_of(batch, outputs, normalization="sample")
+    assert loss.dtype == torch.float64
+    assert torch.equal(loss, loss_of(batch, outputs.double(), normalization="sample"))
+
+
+def test_sigma_weights_are_those_of_the_paper_and_finite_at_zero() -> None:
+    """torch.rand gives 0 once in 2^24 draws: 1 / sigma^2 would end the run there, and again at each resume."""
+    sigma = torch.linspace(0.01, 1, 60, dtype=torch.float64)
+    expected = {
+        "none": torch.ones_like(sigma),
+        "sigma_sqrt": sigma**-2,
+        "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
+    }
+    for weighting, weights in expected.items():
+        torch.testing.assert_close(sigma_weights(sigma, weighting), weights, rtol=1e-6, atol=0)
+    assert sigma_weights(torch.zeros(1), "sigma_sqrt").tolist() == pytest.approx([MIN_WEIGHTED_SIGMA**-2])
