@@ -15,10 +15,9 @@ from mixres import atomic
 from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.cache import Cache
-from mixres.data.plan import Lengths, Plan, computed_tokens
+from mixres.data.plan import Plan
 from mixres.errors import UserError, WorkError
 from mixres.inspection import memory_probe
-from mixres.inspection.activations import rows_of
 from mixres.inspection.buckets import bucketing
 from mixres.inspection.input_preview import Decoded, chosen, decoded_of, input_sheet
 from mixres.inspection.memory import MemoryEstimate
@@ -103,13 +102,13 @@ class _Look:
             planned = [i for i, e in enumerate(self.entries) if lengths_of(e).most <= config.batch.max_tokens]
             self.plan = self._planned(planned) if planned else None
         valid = [lengths_of(self.entries[i]) for i in planned]
-        cuda = self.device.type == "cuda"
-        self.memory = MemoryEstimate(config, family, ranks=ranks, cuda=cuda) if estimate else None
+        self.memory = MemoryEstimate(config, family, ranks=ranks, device=self.device) if estimate else None
         self.epoch: Totals | None = None
         if self.plan:
             epoch, run = (min(n, MAX_STEPS) for n in (self.plan.steps_per_epoch, config.train.max_train_steps))
-            self.epoch, _ = totals(self.plan, valid, range(epoch), self._cost)
-            self.run, self.largest = totals(self.plan, valid, range(run), self._cost)
+            self.epoch, _ = totals(self.plan, valid, range(epoch))
+            self.run, self.largest = totals(self.plan, valid, range(run))
+            self.largest_entries = [self.entries[planned[i]] for i in self.largest.microbatch.indices]
 
     def _planned(self, indices: Sequence[int]) -> Plan | None:
         lengths = [lengths_of(self.entries[i]) for i in indices]
@@ -120,13 +119,6 @@ class _Look:
         except UserError as error:
             self.problems += error.messages
             return None
-
-    def _cost(self, lengths: Sequence[Lengths]) -> int:
-        """What makes one microbatch larger than another: its activations."""
-        layout, checkpointing = self.config.batch.layout, self.config.train.gradient_checkpointing
-        if self.memory is None:
-            return computed_tokens(lengths, layout)
-        return self.memory.activations.peak(rows_of(lengths, layout), checkpointing=checkpointing)
 
     def report(self, problems: Sequence[str]) -> Figures:
         """Everything that `inspect.json` says, `measured` left out."""
@@ -197,37 +189,36 @@ class _Look:
         }
 
     def _largest_figures(self) -> Figures:
-        lengths, layout = self.largest.lengths, self.config.batch.layout
-        rows = rows_of(lengths, layout)
+        lengths = self.largest.lengths
         return {
             "samples": len(lengths),
             "image_tokens": sum(length.image for length in lengths),
             "text_tokens": sum(length.text for length in lengths),
-            "tokens_computed": rows.image + rows.text,
+            "tokens_computed": self.largest.tokens,
         }
 
     def _memory_figures(self) -> Figures:
         assert self.memory is not None
-        formula, rows = self.memory.activations, rows_of(self.largest.lengths, self.config.batch.layout)
+        grids = [entry.img_shapes for entry in self.largest_entries]
+        image_token, text_token = self.memory.token_bytes()
         return {
             "device": self.device.type,
             "parallel": self.config.train.parallel,
             "gradient_checkpointing": self.config.train.gradient_checkpointing,
-            "bytes": asdict(self.memory.memory(rows)),
-            "blocks": formula.blocks,
-            "bytes_of_an_image_token_in_a_block": max(formula.block(b, "image") for b in range(formula.blocks)),
-            "bytes_of_a_text_token_in_a_block": max(formula.block(b, "text") for b in range(formula.blocks)),
+            "bytes": asdict(self.memory.memory(grids, [length.text for length in self.largest.lengths])),
+            "blocks": self.memory.blocks,
+            "bytes_of_an_image_token_in_a_block": image_token,
+            "bytes_of_a_text_token_in_a_block": text_token,
         }
 
     def measured(self) -> Figures:
         """The largest microbatch, computed; and how long epoch and run take at its rate."""
         assert self.plan and self.epoch
-        entries = [self.entries[i] for i in self.largest.microbatch.indices]  # all fit: there are no problems
-        found = memory_probe.measure(self.config, self.family, entries, self.largest.lengths)
+        found = memory_probe.measure(self.config, self.family, self.largest_entries, self.largest.lengths)
         figures: Figures = asdict(found)
         if found.seconds is None:
             return figures
-        a_token = found.seconds / computed_tokens(self.largest.lengths, self.config.batch.layout)
+        a_token = found.seconds / self.largest.tokens
         epoch = a_token * self.epoch.heaviest_tokens * self.plan.steps_per_epoch / self.epoch.steps
         run = a_token * self.run.heaviest_tokens * self.config.train.max_train_steps / self.run.steps
         return figures | {"epoch_seconds": epoch, "run_seconds": run}

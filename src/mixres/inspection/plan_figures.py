@@ -4,7 +4,7 @@ Promise: the sums are those that `metrics.jsonl` will show, since they are of th
 for. Cost: planning each step that is summed, some 0.1 ms a sample.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,11 +31,11 @@ class Totals:
 
 
 class Largest(NamedTuple):
-    """The microbatch that costs the most, and its cost."""
+    """The microbatch with the most computed tokens."""
 
     microbatch: Microbatch
     lengths: list[Lengths]
-    cost: int
+    tokens: int
 
 
 def _valid_tokens(valid: Sequence[Lengths], microbatch: Microbatch) -> int:
@@ -43,10 +43,8 @@ def _valid_tokens(valid: Sequence[Lengths], microbatch: Microbatch) -> int:
     return sum((length.without_caption() if dropped else length).total for dropped, length in own)
 
 
-def totals(
-    plan: Plan, valid: Sequence[Lengths], steps: range, cost: Callable[[Sequence[Lengths]], int]
-) -> tuple[Totals, Largest]:
-    """Sums over `steps`, at least one, and their microbatch of the highest `cost`; `valid`: lengths not rounded."""
+def totals(plan: Plan, valid: Sequence[Lengths], steps: range) -> tuple[Totals, Largest]:
+    """Sums over `steps`, at least one, and their largest microbatch; `valid`: lengths not rounded."""
     ranks, counts = [0] * plan.world_size, list[int]()
     samples = tokens = heaviest = fillers = short = 0
     largest: Largest | None = None
@@ -57,11 +55,12 @@ def totals(
         loads = [0] * plan.world_size
         for rank, microbatch in ((r, m) for r, ms in enumerate(step.ranks) for m in ms):
             lengths, real = plan.lengths_in(microbatch), any(microbatch.weights)
-            loads[rank] += computed_tokens(lengths, plan.layout)
+            computed = computed_tokens(lengths, plan.layout)
+            loads[rank] += computed
             tokens += _valid_tokens(valid, microbatch) if real else 0
             fillers += not real
-            if largest is None or cost(lengths) > largest.cost:
-                largest = Largest(microbatch, lengths, cost(lengths))
+            if largest is None or computed > largest.tokens:
+                largest = Largest(microbatch, lengths, computed)
         heaviest += max(loads)
         ranks = [total + load for total, load in zip(ranks, loads, strict=True)]
     assert largest is not None, "no step"

@@ -51,7 +51,8 @@ def synthetic_family(name: str | None, path: str, *, revision: str | None = None
 
 def _stock_skeleton(path: str, *, revision: str | None = None) -> QwenImageTransformer2DModel:
     with torch.device("meta"):
-        return QwenImageTransformer2DModel()
+        transformer = QwenImageTransformer2DModel()
+    return patch_qwen_model_for_multi_resolution(transformer)
 
 
 def _stock_pixels_per_token(path: str, *, revision: str | None = None) -> int:
@@ -72,15 +73,12 @@ def _random_transformer(
     device: torch.device | str,
     quantize: str | None = None,
 ) -> QwenImageTransformer2DModel:
-    """The skeleton filled with noise. Its position tables are no parameters, so that module is made anew."""
+    """The skeleton filled with noise."""
     if quantize is not None:
         raise UserError("model.quantize: bench --synthetic has no weights that could be quantised: set it to null")
     skeleton = family.transformer_skeleton(path, revision=revision)
-    positions = type(skeleton.pos_embed)
-    theta, axes = skeleton.pos_embed.theta, list(skeleton.config.axes_dims_rope)
     nn.Module.to(skeleton, dtype)  # not diffusers' own, which warns about casts of pretrained weights
     transformer: QwenImageTransformer2DModel = skeleton.to_empty(device=device)
-    transformer.pos_embed = positions(theta=theta, axes_dim=axes, scale_rope=True)
     generator = torch.Generator(device).manual_seed(0)
     for module in transformer.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -88,4 +86,4 @@ def _random_transformer(
                 parameter.normal_(std=module.in_features**-0.5, generator=generator)
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
-    return patch_qwen_model_for_multi_resolution(transformer.eval())
+    return transformer.eval()

@@ -181,14 +181,15 @@ def load_transformer(
 
 
 def transformer_skeleton(path: str, *, revision: str | None = None) -> QwenImageTransformer2DModel:
-    """The transformer without weights, on the meta device: names and shapes to check a configuration against.
+    """The transformer without weights, patched, on the meta device: to check a configuration, or to plan memory on.
 
     Raises:
         UserError: the pipeline or its `transformer/config.json` cannot be had.
     """
     config = hub.pipeline_json(path, "transformer/config.json", revision=revision)
     with torch.device("meta"):
-        return QwenImageTransformer2DModel.from_config(config)
+        transformer = QwenImageTransformer2DModel.from_config(config)
+    return patch_qwen_model_for_multi_resolution(transformer)
 
 
 def untrained_modules(transformer: QwenImageTransformer2DModel) -> tuple[str, ...]:
