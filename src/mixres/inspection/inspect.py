@@ -124,8 +124,9 @@ class _DryRun:
             steps = {"epoch": self.plan.steps_per_epoch, "run": config.train.max_train_steps}
             self.sums = {name: plan_sums(self.plan, valid, min(n, MAX_STEPS)) for name, n in steps.items()}
             largest = self.sums["run"].largest
-            self.largest = [self.entries[planned[i]] for i in largest.indices]
-            self.largest_lengths = self.plan.lengths_in(largest)
+            self.lengths = self.plan.lengths_in(largest)
+            self.grids = [self.entries[planned[i]].img_shapes for i in largest.indices]
+            self.texts = [length.text for length in self.lengths]
 
     def _planned(self, indices: Sequence[int]) -> Plan | None:
         lengths = [lengths_of(self.entries[i]) for i in indices]
@@ -183,7 +184,7 @@ class _DryRun:
         }
 
     def _plan_figures(self, plan: Plan) -> Figures:
-        steps, lengths = self.config.train.max_train_steps, self.largest_lengths
+        steps, lengths = self.config.train.max_train_steps, self.lengths
         loads = enumerate(zip(*(sums.rank_tokens for sums in self.sums.values()), strict=True))
         return {
             "layout": plan.layout,
@@ -205,13 +206,12 @@ class _DryRun:
         }
 
     def _memory_figures(self, memory: MemoryEstimate) -> Figures:
-        train, grids = self.config.train, [entry.img_shapes for entry in self.largest]
-        image_token, text_token = memory.token_bytes()
+        train, (image_token, text_token) = self.config.train, memory.token_bytes()
         return {
             "device": self.device.type,
             "parallel": train.parallel,
             "gradient_checkpointing": train.gradient_checkpointing,
-            "bytes": asdict(memory.memory(grids, [length.text for length in self.largest_lengths])),
+            "bytes": asdict(memory.memory(self.grids, self.texts)),
             "blocks": memory.blocks,
             "bytes_of_an_image_token_in_a_block": image_token,
             "bytes_of_a_text_token_in_a_block": text_token,
@@ -219,10 +219,10 @@ class _DryRun:
 
     def measured(self, plan: Plan) -> Figures:
         """The largest microbatch, computed; and how long epoch and run take at its rate."""
-        figures: Figures = asdict(memory_probe.measure(self.config, self.family, self.largest, self.largest_lengths))
+        figures: Figures = asdict(memory_probe.measure(self.config, self.family, self.grids, self.texts))
         if figures["seconds"] is None:
             return figures
-        a_token = figures["seconds"] / computed_tokens(self.largest_lengths, plan.layout)
+        a_token = figures["seconds"] / computed_tokens(self.lengths, plan.layout)
         steps = {"epoch": plan.steps_per_epoch, "run": self.config.train.max_train_steps}
         for name, count in steps.items():
             sums = self.sums[name].figures

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch
 from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.geometry import Grid
@@ -36,6 +36,7 @@ from mixres.models.quantize import is_torchao, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step, state_parts
 from mixres.training.setup import build_objective
+from mixres.verification.synthetic_samples import noise_sample
 
 _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
 _KEPT_BLOCKS = 3  # of a run of equal ones: the first and the last may keep less than one between them
@@ -193,20 +194,8 @@ class MemoryEstimate:
 
     def batch(self, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Batch:
         """Samples without values."""
-        shape, dtype = self._model.config, getattr(torch, self._config.model.dtype)
         with self._fake:
-            samples = [
-                Sample(
-                    name="",
-                    target_latents=torch.empty(sizes[0].tokens, shape.in_channels, dtype=dtype),
-                    control_latents=tuple(torch.empty(s.tokens, shape.in_channels, dtype=dtype) for s in sizes[1:]),
-                    prompt_embeds=torch.empty(text, shape.joint_attention_dim, dtype=dtype),
-                    img_shapes=sizes,
-                )
-                for sizes, text in zip(grids, texts, strict=True)
-            ]
-            count, layout = len(samples), self._config.batch.layout
-            return collate(samples, indices=range(count), weights=[1.0] * count, layout=layout).to(self._device)
+            return noise_batch(self._config, self._model.config, grids, texts).to(self._device)
 
     def _step(self, batch: Batch, checkpointing: bool | int, lengths: Sequence[int]) -> StepBytes:
         """Forward and backward with so many blocks of each run."""
@@ -256,6 +245,25 @@ class MemoryEstimate:
                     empty = _empty_like(parameter.detach(), self._device)
                     setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
         return transformer.train()
+
+
+def noise_batch(config: Config, shape: Any, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Batch:
+    """A microbatch of these token grids, target first, and text tokens; `shape` is the transformer's configuration."""
+    noise = torch.Generator().manual_seed(config.train.seed)
+    samples = [
+        noise_sample(
+            f"largest-{number}",
+            sizes,
+            text=text,
+            channels=shape.in_channels,
+            text_width=shape.joint_attention_dim,
+            dtype=getattr(torch, config.model.dtype),
+            noise=noise,
+        )
+        for number, (sizes, text) in enumerate(zip(grids, texts, strict=True))
+    ]
+    weights = [1.0] * len(samples)
+    return collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)
 
 
 def _runs_of_equal(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[nn.ModuleList, list[nn.Module]]]:

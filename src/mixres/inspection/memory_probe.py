@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from mixres.batch import Batch
 from mixres.config.schema import Config
-from mixres.data.cache import CacheEntry
-from mixres.data.collate import collate
-from mixres.data.plan import Lengths
+from mixres.geometry import Grid
+from mixres.inspection.memory import noise_batch
 from mixres.training.step import bare_step_seconds
-from mixres.verification.setup import Workbench, one_process, peak_memory, set_up
-from mixres.verification.synthetic_samples import noise_sample
+from mixres.verification.setup import one_process, peak_memory, set_up
 
 _ROUNDS = 3
 
@@ -38,24 +35,25 @@ class Measured:
     peak_bytes: int | None  # on CUDA all that is allocated, on a CPU how far the process grew
 
 
-def measure(config: Config, family: ModuleType, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Measured:
-    """Of a microbatch of these samples, each with the text of its `lengths`.
+def measure(config: Config, family: ModuleType, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Measured:
+    """Of a microbatch of samples with these token grids and text tokens.
 
     Raises:
         UserError: the base cannot be loaded, or a launcher started several processes.
     """
     accelerator = one_process(config, "inspect --measure")
     setting = set_up(config, family, accelerator)
-    batch = _noise_batch(setting, entries, lengths)
+    transformer: Any = setting.trained.transformer
+    batch = noise_batch(config, transformer.config, grids, texts)
     step = partial(
         bare_step_seconds,
         accelerator,
-        setting.trained.transformer,
+        transformer,
         setting.trained.optimizer,
         setting.objective,
         [batch],
         step=0,
-        divisor=setting.objective.divisor(len(entries), sum(batch.target_lengths)),
+        divisor=setting.objective.divisor(len(texts), sum(batch.target_lengths)),
     )
     device = accelerator.device
     try:
@@ -65,23 +63,3 @@ def measure(config: Config, family: ModuleType, entries: Sequence[CacheEntry], l
     except torch.OutOfMemoryError:
         return Measured(str(device), False, None, None, None, None)
     return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
-
-
-def _noise_batch(setting: Workbench, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Batch:
-    transformer: Any = setting.trained.transformer
-    config, shape = setting.config, transformer.config
-    noise = torch.Generator().manual_seed(config.train.seed)
-    samples = [
-        noise_sample(
-            f"largest-{number}",
-            entry.img_shapes,
-            text=length.text,
-            channels=shape.in_channels,
-            text_width=shape.joint_attention_dim,
-            dtype=getattr(torch, config.model.dtype),
-            noise=noise,
-        )
-        for number, (entry, length) in enumerate(zip(entries, lengths, strict=True))
-    ]
-    weights = [1.0] * len(samples)
-    return collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)
