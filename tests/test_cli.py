@@ -13,7 +13,8 @@ from mixres.errors import WorkError
 from support.jobs import children
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "pydantic", "omegaconf", "yaml", "numpy", "diffusers", "transformers", "accelerate", "peft", "PIL")
+HEAVY = ("torch", "pydantic", "omegaconf", "yaml", "numpy", "diffusers", "transformers", "accelerate", "peft", "PIL",
+         "jinja2")  # fmt: skip
 
 
 def train_py(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from mixres import cli
 from mixres.config.load import load_config
-from mixres.inspection.charts import columns
 from mixres.inspection.input_preview import chosen, input_sheet
+from mixres.inspection.report import page, template
 from mixres.inspection.statistics import histogram
 from mixres.models.qwen.family import _text_preview, _vae_preview
 from mixres.preprocessing.training_data import usable_records
@@ -369,14 +369,35 @@ def counts_of(start: int, step: int, bins: int) -> list[tuple[str, int]]:
     "values", [counts_of(8000, 200, 14), counts_of(1_000_000, 50_000, 12), counts_of(0, 1, 64), []]
 )
 def test_words_of_a_chart_do_not_overlap(values: list[tuple[str, int]]) -> None:
-    drawn = [text for text in ElementTree.fromstring(columns("a title", values)).iter() if text.tag.endswith("}text")]
+    macros: Any = template().make_module({"report": {"model": {"base": ""}}, "preview": None})
+    drawn = [x for x in ElementTree.fromstring(macros.columns("a title", values)).iter() if x.tag.endswith("}text")]
     lines: dict[str, list[tuple[float, float]]] = {}
     for text in drawn[1:]:
         middle, half = float(text.attrib["x"]), 0.3 * float(text.attrib["font-size"]) * len(text.text or "")
         lines.setdefault(text.attrib["y"], []).append((middle - half, middle + half))
+    assert bool(lines) == bool(values)
     for spans in lines.values():
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(sorted(spans)))
         assert all(begin >= -4 and end <= 764 for begin, end in spans)
+
+
+def test_the_page_escapes_what_users_write() -> None:
+    script = """"><script>alert('&')</script>"""
+    report = {"model": {"base": script}, "faults": [f"{script}.png"], "inputs": [{"name": script, "caption": script}]}
+    text = page(report, None)
+    check_page(text, report)
+    assert "<script" not in text
+
+
+@pytest.mark.parametrize("method", ["nf4", "bnb_int8"])
+def test_a_run_that_needs_cuda_is_planned_without(inspect: Inspect, method: str) -> None:
+    plain = inspect("model.dtype=bfloat16")[1]["memory"]["bytes"]
+    words = ["model.dtype=bfloat16", f"model.quantize={method}"]
+    code, report = inspect(*words)
+    assert code == 0
+    assert report["memory"]["bytes"]["weights"] < plain["weights"]
+    assert any(f"model.quantize={method} needs a CUDA device" in notice for notice in report["notices"])
+    assert inspect("--measure", *words)[0] == 2
 
 
 def test_bins_lie_between_round_numbers() -> None:

@@ -97,7 +97,7 @@ def _interpolate(batch: Batch, sigma: Tensor, noise: Tensor) -> FlowSample:
     device, dtype = batch.latents.device, sigma.dtype
     noise = noise.to(device=device, dtype=dtype)
     lengths = torch.tensor(batch.target_lengths)
-    sigma_per_token = torch.repeat_interleave(sigma, lengths)[:, None].to(device)
+    sigma_per_token = torch.repeat_interleave(sigma, lengths, output_size=len(noise))[:, None].to(device)
     latents = batch.latents.to(dtype)
     rows = latents.flatten(0, 1)
     clean = rows[batch.target_index]

@@ -6,7 +6,7 @@ largest crop that fits it, nothing thrown out for its aspect. Cost: one pass ove
 The rule. Buckets: for each width that is a multiple of `STEP`, the largest height that is one and keeps width x height
 within `max_pixels`, and the same with width and height exchanged, no bucket longer than `MAX_ASPECT` to 1. This is
 how NovelAI described it in 2022 and what `make_bucket_resolutions` of kohya's sd-scripts does but for its bounds on
-sides. A picture goes to the bucket that is nearest in log(width / height), is scaled to cover it and cropped at the
+sides. An image goes to the bucket that is nearest in log(width / height), is scaled to cover it and cropped at the
 centre. Batches are of one bucket; the rest of a bucket that does not fill a batch is dropped in each epoch
 (`drop_last`; OneTrainer and diffusers' examples do so). Trainers that keep the rest drop nothing and make steps of
 fewer samples: `mean_batch`.
@@ -25,12 +25,12 @@ MAX_ASPECT = 4.0
 
 @dataclass(frozen=True)
 class Bucketing:
-    """Counts of pictures, and shares of 1."""
+    """Counts of images, and fractions of 1."""
 
-    buckets: int  # that hold a picture
-    cropped: int  # pictures that lose a pixel row or column
-    cropped_most: float  # share of its area that the worst of them loses
-    cropped_mean: float  # over all pictures
+    buckets: int  # that hold an image
+    cropped: int  # images that lose a pixel row or column
+    cropped_most: float  # fraction of its area that the worst of them loses
+    cropped_mean: float  # over all images
     enlarged: int
     dropped: int  # in each epoch
     dropped_share: float
@@ -80,6 +80,6 @@ def nearest(size: Size, shapes: Sequence[Size]) -> Size:
 
 
 def crop_loss(size: Size, bucket: Size) -> float:
-    """Share of the picture's area that is cut off where it is scaled to cover `bucket`."""
+    """Fraction of the image's area that is cut off where it is scaled to cover `bucket`."""
     ratio = (size.width * bucket.height) / (size.height * bucket.width)
     return 1 - min(ratio, 1 / ratio)

@@ -1,7 +1,7 @@
-"""What the encoders are given, to look at: pictures behind every resizing, and what the cache holds of them.
+"""What the encoders are given: images after all resizing, and what the cache holds of them.
 
-Promise: each picture is made by the function that prepares it for encoding; a decoded one comes from the very latents
-that training reads. Cost: decoding and resizing a few examples; with `decoded_of` the VAE's decoder once a picture.
+Promise: each image is made by the function that prepares it for encoding; a decoded one comes from the very latents
+that training reads. Cost: decoding and resizing a few records; with `decoded_of` the VAE's decoder once an image.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from mixres.preprocessing.fill import evenly
 from mixres.training.sample_sheets import Row, contact_sheet
 
 ROWS = 6
-Decoded = Sequence[Sequence[Image.Image]]  # of each example target first, then its controls; none where not cached
+Decoded = Sequence[Sequence[Image.Image]]  # of each record target first, then its controls; none where not cached
 
 
 def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
-    """A few examples, smallest target first; one with a mask is among them where there is one."""
+    """A few records, smallest target first; one with a mask is among them where there is one."""
     ordered = sorted(train, key=lambda s: (s.target_size.width * s.target_size.height, s.record.name))
     some = evenly(ordered, ROWS)
     masked = [scanned for scanned in ordered if scanned.record.mask is not None]
@@ -35,7 +35,7 @@ def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
 
 
 def input_sheet(config: Config, family: Family, some: Sequence[ScannedRecord], decoded: Decoded = ()) -> Image.Image:
-    """A row an example: target, its mask on the token grid, each control for VAE and text encoder, and `decoded`."""
+    """A row a record: target, its mask on the token grid, each control for VAE and text encoder, and `decoded`."""
     preprocessors = family.load_preprocessors()
     token = family.pixels_per_token()
     given = [_pictures(family, preprocessors, encode_inputs(config, family, scanned), token) for scanned in some]
@@ -76,7 +76,7 @@ def decoded_of(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> list[list[Image.Image]]:
-    """Target and controls of each example, none where it is not cached; `tell` is told how many are not.
+    """Target and controls of each record, none where it is not cached; `tell` gets a line about those that are not.
 
     Raises:
         UserError: VAE or encoders of the base cannot be had.
@@ -84,7 +84,7 @@ def decoded_of(
     keys = entry_keys(config, family, some, empty_prompt=config.data.caption_dropout > 0)
     missing = sum(cache.lookup(key) is None for key in keys)
     if missing:
-        tell(f"{missing} of {len(some)} examples of the sheet are not in the cache: run the verb cache first")
+        tell(f"{missing} of {len(some)} records of the input preview are not in the cache: run the verb cache first")
     if missing == len(some):
         return []
     pipeline = family.load_sampling_pipeline(

@@ -1,8 +1,9 @@
 """The verb `inspect`: what a run would do, from scan and plan alone, before anything is encoded or trained.
 
-Promise: token totals, steps, microbatches and filler are those that the run will have, exactly; every problem of data
-and configuration is reported, and what is usable is reported all the same. Cost: the scan, the tokenizer once an
-example, planning (at most `MAX_STEPS` steps); no weights but with `measure` (the transformer) and `decode` (the VAE).
+Promise: token totals, steps, microbatches and padding are exactly those that the run will have. Every problem of data
+and configuration is reported, and so is what can be used. Cost: the scan, the tokenizer once a record, planning (at
+most `MAX_STEPS` steps), and seconds of counting memory; no weights but with `measure` (the transformer) and `decode`
+(the VAE).
 """
 
 import shutil
@@ -14,17 +15,24 @@ from mixres import atomic
 from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.cache import Cache
-from mixres.data.plan import Lengths, Plan, computed_tokens
+from mixres.data.plan import Plan, computed_tokens
 from mixres.errors import UserError, WorkError
 from mixres.inspection import memory_probe
-from mixres.inspection.activations import rows_of
 from mixres.inspection.buckets import bucketing
 from mixres.inspection.input_preview import Decoded, chosen, decoded_of, input_sheet
 from mixres.inspection.memory import MemoryEstimate
-from mixres.inspection.plan_figures import Totals, totals
 from mixres.inspection.report import page, summary_lines
-from mixres.inspection.statistics import Figures, item_figures, notices, seen_sizes, size_figures, token_figures
+from mixres.inspection.statistics import (
+    Figures,
+    item_figures,
+    notices,
+    plan_sums,
+    seen_sizes,
+    size_figures,
+    token_figures,
+)
 from mixres.models.family import Family
+from mixres.models.quantize import is_torchao
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries
 from mixres.preprocessing.fill import family_of, lengths_of, make_folder
 from mixres.preprocessing.training_data import ScannedData, scan_records, tell
@@ -37,9 +45,9 @@ MAX_STEPS = 20_000  # that are planned for the sums over a run
 
 
 def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bool = False) -> None:
-    """Look at the configuration's data and plan for `ranks` processes; write `inspect.json`, `.html` and `inputs.png`.
+    """Report on data and plan for `ranks` processes in `inspect.json`, `inspect.html` and `inputs.png`.
 
-    `measure` computes the largest microbatch on the device; `decode` shows what the cache holds beside the pictures.
+    `measure` computes the largest microbatch on the device; `decode` shows what the cache holds beside the images.
 
     Raises:
         UserError: everything that would keep the run from training; the reports of what is usable are written.
@@ -47,20 +55,20 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     """
     _check_ranks(ranks)
     family = family_of(config)
-    problems = _early_problems(config, family)
+    problems = _early_problems(config, family, measure=measure)
     make_folder(Path(config.cache.cache_dir))
     try:
         found = scan_records(config, family, is_main=True)
     except UserError as error:
         raise UserError([*problems, *error.messages]) from error
     tell(found, family.max_prompt_tokens, config.data.background)
-    look = _Look(config, family, found, ranks, estimate=not problems)
+    run = _DryRun(config, family, found, ranks, estimate=not problems)
     problems += [*map(str, found.problems), found.summary()] if found.stop(config) else []
-    problems += [*filter(None, [found.share_problem(config)]), *look.problems]
-    report = look.report(problems)
-    if measure and look.plan and not problems:
-        report["measured"] = look.measured()
-    _write(config, family, look, report, decode=decode)
+    problems += [*filter(None, [found.share_problem(config)]), *run.problems]
+    report = run.report(problems)
+    if measure and run.plan and not problems:
+        report["measured"] = run.measured(run.plan)
+    _write(config, family, run, report, decode=decode)
     if problems:
         raise UserError(problems)
     if report["measured"] and not report["measured"]["fits"]:
@@ -77,7 +85,11 @@ def _check_ranks(ranks: int) -> None:
         raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
 
 
-def _early_problems(config: Config, family: Family) -> list[str]:
+def _early_problems(config: Config, family: Family, *, measure: bool) -> list[str]:
+    """What keeps the run from starting; that this machine has no CUDA for bitsandbytes does not keep it from a plan."""
+    model = config.model
+    if _planned_for_cuda(config) and not measure:
+        config = config.model_copy(update={"model": model.model_copy(update={"quantize": None})})
     try:
         check_early(config, family)
     except UserError as error:
@@ -85,57 +97,54 @@ def _early_problems(config: Config, family: Family) -> list[str]:
     return []
 
 
-class _Look:
-    """A configuration's usable examples, and the plan of those among them that fit a microbatch."""
+def _planned_for_cuda(config: Config) -> bool:
+    method = config.model.quantize
+    return method is not None and not is_torchao(method) and dist_env().device.type != "cuda"
+
+
+class _DryRun:
+    """The usable records of a configuration, and the plan of those among them that fit a microbatch."""
 
     def __init__(self, config: Config, family: Family, found: ScannedData, ranks: int, *, estimate: bool) -> None:
         self.config, self.family, self.found, self.ranks = config, family, found, ranks
         self.device = dist_env().device
-        everything = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
-        train = list(everything)[: len(found.train)]
-        with_empty = train if config.data.caption_dropout > 0 else []
-        self.foreseen = foreseen_entries(config, family, everything, with_empty)
+        records = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
+        train = list(records)[: len(found.train)]
+        self.foreseen = foreseen_entries(config, family, records, train if config.data.caption_dropout > 0 else [])
         self.entries = [self.foreseen[key] for key in train]
         self.problems: list[str] = []
-        planned: Sequence[int] = range(len(self.entries))
+        planned = list(range(len(self.entries)))
         self.plan = self._planned(planned)
         if self.plan is None:
             planned = [i for i, e in enumerate(self.entries) if lengths_of(e).most <= config.batch.max_tokens]
             self.plan = self._planned(planned) if planned else None
-        valid = [lengths_of(self.entries[i]) for i in planned]
-        cuda = self.device.type == "cuda"
-        self.memory = MemoryEstimate(config, family, ranks=ranks, cuda=cuda) if estimate else None
-        self.epoch: Totals | None = None
+        self.memory = MemoryEstimate(config, family, ranks=ranks, device=self.device) if estimate else None
         if self.plan:
-            epoch, run = (min(n, MAX_STEPS) for n in (self.plan.steps_per_epoch, config.train.max_train_steps))
-            self.epoch, _ = totals(self.plan, valid, range(epoch), self._cost)
-            self.run, self.largest = totals(self.plan, valid, range(run), self._cost)
+            valid = [lengths_of(self.entries[i]) for i in planned]
+            steps = {"epoch": self.plan.steps_per_epoch, "run": config.train.max_train_steps}
+            self.sums = {name: plan_sums(self.plan, valid, min(n, MAX_STEPS)) for name, n in steps.items()}
+            largest = self.sums["run"].largest
+            self.lengths = self.plan.lengths_in(largest)
+            self.grids = [self.entries[planned[i]].img_shapes for i in largest.indices]
+            self.texts = [length.text for length in self.lengths]
 
     def _planned(self, indices: Sequence[int]) -> Plan | None:
         lengths = [lengths_of(self.entries[i]) for i in indices]
         names = [self.found.train[i].record.name for i in indices]
-        layout = self.config.batch.layout
         try:
-            return make_plan(self.config, lengths, names, layout=layout, world_size=self.ranks)
+            return make_plan(self.config, lengths, names, layout=self.config.batch.layout, world_size=self.ranks)
         except UserError as error:
             self.problems += error.messages
             return None
 
-    def _cost(self, lengths: Sequence[Lengths]) -> int:
-        """What makes one microbatch larger than another: its activations."""
-        layout, checkpointing = self.config.batch.layout, self.config.train.gradient_checkpointing
-        if self.memory is None:
-            return computed_tokens(lengths, layout)
-        return self.memory.activations.peak(rows_of(lengths, layout), checkpointing=checkpointing)
-
     def report(self, problems: Sequence[str]) -> Figures:
         """Everything that `inspect.json` says, `measured` left out."""
         config, found = self.config, self.found
-        left_out = [] if found.stop(config) else [str(problem) for problem in found.problems]
+        root, sizes = Path(config.cache.cache_dir), entry_bytes(config, self.family, self.foreseen)
         report: Figures = {
             "model": self._model_figures(),
             "faults": list(problems),
-            "left_out": left_out,
+            "left_out": [] if found.stop(config) else [str(problem) for problem in found.problems],
             "notices": [],
             "items": item_figures(found),
         }
@@ -150,36 +159,31 @@ class _Look:
                     max_pixels=config.data.resize.target.max_pixels,
                 )
             )
-        report["cache"] = self._cache_figures()
-        if self.epoch:
-            report["notices"] = notices(config, found, report["sizes"], self.epoch, self.ranks)
-            report["plan"] = self._plan_figures(self.epoch)
-            report["memory"] = self._memory_figures() if self.memory else None
+        free = shutil.disk_usage(root).free
+        report["cache"] = {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": free}
+        if self.plan:
+            report["notices"] = notices(config, found, report["sizes"], self.sums["epoch"].figures, self.ranks)
+            report["plan"] = self._plan_figures(self.plan)
+            report["memory"] = self._memory_figures(self.memory) if self.memory else None
+        if _planned_for_cuda(config):
+            report["notices"].append(
+                f"model.quantize={config.model.quantize} needs a CUDA device, this machine has none: it is planned only"
+            )
         return report | {"measured": None}
 
     def _model_figures(self) -> Figures:
-        model = self.config.model
-        counts = (
-            {"trained_parameters": self.memory.trained, "parameters": self.memory.parameters} if self.memory else {}
-        )
+        memory = self.memory
         return {
-            "base": model.pretrained_model_name_or_path,
+            "base": self.config.model.pretrained_model_name_or_path,
             "family": self.family.name,
             "precision": precision_label(self.config),
-            **counts,
+            **({"trained_parameters": memory.trained, "parameters": memory.parameters} if memory else {}),
             **versions(),
         }
 
-    def _cache_figures(self) -> Figures:
-        root = Path(self.config.cache.cache_dir)
-        sizes = entry_bytes(self.config, self.family, self.foreseen)
-        return {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": shutil.disk_usage(root).free}
-
-    def _plan_figures(self, epoch: Totals) -> Figures:
-        config, plan = self.config, self.plan
-        assert plan is not None
-        sums = {name: asdict(some) for name, some in (("epoch", epoch), ("run", self.run))}
-        loads = [some.pop("rank_tokens") for some in sums.values()]
+    def _plan_figures(self, plan: Plan) -> Figures:
+        steps, lengths = self.config.train.max_train_steps, self.lengths
+        loads = enumerate(zip(*(sums.rank_tokens for sums in self.sums.values()), strict=True))
         return {
             "layout": plan.layout,
             "samples_per_step": plan.samples_per_step,
@@ -187,65 +191,58 @@ class _Look:
             "ranks": plan.world_size,
             "examples": len(plan.lengths),
             "steps_per_epoch": plan.steps_per_epoch,
-            "max_train_steps": config.train.max_train_steps,
-            "epochs": config.train.max_train_steps / plan.steps_per_epoch,
-            "sums": sums,
-            "tokens_of_rank": [{"rank": r, "epoch": a, "run": b} for r, (a, b) in enumerate(zip(*loads, strict=True))],
-            "largest_microbatch": self._largest_figures(),
+            "max_train_steps": steps,
+            "epochs": steps / plan.steps_per_epoch,
+            "sums": {name: sums.figures for name, sums in self.sums.items()},
+            "tokens_of_rank": [{"rank": rank, "epoch": epoch, "run": run} for rank, (epoch, run) in loads],
+            "largest_microbatch": {
+                "samples": len(lengths),
+                "image_tokens": sum(length.image for length in lengths),
+                "text_tokens": sum(length.text for length in lengths),
+                "tokens_computed": computed_tokens(lengths, plan.layout),
+            },
         }
 
-    def _largest_figures(self) -> Figures:
-        lengths, layout = self.largest.lengths, self.config.batch.layout
-        rows = rows_of(lengths, layout)
-        return {
-            "samples": len(lengths),
-            "image_tokens": sum(length.image for length in lengths),
-            "text_tokens": sum(length.text for length in lengths),
-            "tokens_computed": rows.image + rows.text,
-        }
-
-    def _memory_figures(self) -> Figures:
-        assert self.memory is not None
-        formula, rows = self.memory.activations, rows_of(self.largest.lengths, self.config.batch.layout)
+    def _memory_figures(self, memory: MemoryEstimate) -> Figures:
+        train, (image_token, text_token) = self.config.train, memory.token_bytes()
         return {
             "device": self.device.type,
-            "parallel": self.config.train.parallel,
-            "gradient_checkpointing": self.config.train.gradient_checkpointing,
-            "bytes": asdict(self.memory.memory(rows)),
-            "blocks": formula.blocks,
-            "bytes_of_an_image_token_in_a_block": max(formula.block(b, "image") for b in range(formula.blocks)),
-            "bytes_of_a_text_token_in_a_block": max(formula.block(b, "text") for b in range(formula.blocks)),
+            "parallel": train.parallel,
+            "gradient_checkpointing": train.gradient_checkpointing,
+            "bytes": asdict(memory.memory(self.grids, self.texts)),
+            "blocks": memory.blocks,
+            "bytes_of_an_image_token_in_a_block": image_token,
+            "bytes_of_a_text_token_in_a_block": text_token,
         }
 
-    def measured(self) -> Figures:
+    def measured(self, plan: Plan) -> Figures:
         """The largest microbatch, computed; and how long epoch and run take at its rate."""
-        assert self.plan and self.epoch
-        entries = [self.entries[i] for i in self.largest.microbatch.indices]  # all fit: there are no problems
-        found = memory_probe.measure(self.config, self.family, entries, self.largest.lengths)
-        figures: Figures = asdict(found)
-        if found.seconds is None:
+        figures: Figures = asdict(memory_probe.measure(self.config, self.family, self.grids, self.texts))
+        if figures["seconds"] is None:
             return figures
-        a_token = found.seconds / computed_tokens(self.largest.lengths, self.config.batch.layout)
-        epoch = a_token * self.epoch.heaviest_tokens * self.plan.steps_per_epoch / self.epoch.steps
-        run = a_token * self.run.heaviest_tokens * self.config.train.max_train_steps / self.run.steps
-        return figures | {"epoch_seconds": epoch, "run_seconds": run}
+        a_token = figures["seconds"] / computed_tokens(self.lengths, plan.layout)
+        steps = {"epoch": plan.steps_per_epoch, "run": self.config.train.max_train_steps}
+        for name, count in steps.items():
+            sums = self.sums[name].figures
+            figures[f"{name}_seconds"] = a_token * sums["heaviest_tokens"] * count / sums["steps"]
+        return figures
 
 
-def _write(config: Config, family: Family, look: _Look, report: Figures, *, decode: bool) -> None:
+def _write(config: Config, family: Family, run: _DryRun, report: Figures, *, decode: bool) -> None:
     paths = [report_path(config, name) for name in ("inspect.json", "inspect.html", "inputs.png")]
-    picture = None
-    if some := chosen(look.found.train):
+    preview = None
+    if some := chosen(run.found.train):
         decoded: Decoded = ()
         if decode:
             cache = Cache(config.cache.cache_dir)
-            decoded = decoded_of(config, family, some, cache, look.device, report["notices"].append)
+            decoded = decoded_of(config, family, some, cache, run.device, report["notices"].append)
         save_png(input_sheet(config, family, some, decoded), paths[2], [scanned.record.prompt for scanned in some])
-        picture = paths[2].read_bytes()
+        preview = paths[2].read_bytes()
         report["inputs"] = [{"name": scanned.record.name, "caption": scanned.record.prompt} for scanned in some]
     else:
-        paths.pop().unlink(missing_ok=True)  # an earlier look's
+        paths.pop().unlink(missing_ok=True)  # an earlier report's
     for line in summary_lines(report):
         log(line)
     atomic.write_json(paths[0], report)
-    atomic.write_text(paths[1], page(report, picture))
+    atomic.write_text(paths[1], page(report, preview))
     log(f"report    {', '.join(map(str, paths))}")

@@ -9,26 +9,20 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
-
-from mixres.batch import Batch
 from mixres.config.schema import Config
-from mixres.data.cache import CacheEntry
-from mixres.data.collate import collate
-from mixres.data.plan import Lengths
 from mixres.errors import WorkError
+from mixres.geometry import Grid
+from mixres.inspection.memory import noise_batch
 from mixres.models.family import Family
-from mixres.verification.setup import Workbench, one_process, peak_memory, set_up, step_seconds
-from mixres.verification.synthetic_samples import noise_sample
+from mixres.verification.setup import one_process, peak_memory, set_up, step_seconds
 
 _ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of an optimizer step over the microbatch; None where the device's memory was not enough."""
+    """Seconds of forward, backward and update over the microbatch; None where the device's memory was not enough."""
 
     device: str
     fits: bool
@@ -38,48 +32,28 @@ class Measured:
     peak_bytes: int | None  # on CUDA all that is allocated, on a CPU how far the process grew
 
 
-def measure(config: Config, family: Family, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Measured:
-    """Of a microbatch of these samples, each with the text of its `lengths`.
+def measure(config: Config, family: Family, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Measured:
+    """Of a microbatch of samples with these token grids and text tokens.
 
     Raises:
         UserError: the base cannot be loaded, or a launcher started several processes.
     """
     accelerator = one_process(config, "inspect --measure")
     setting = set_up(config, family, accelerator)
-    batch = _noise_batch(setting, entries, lengths)
+    batch = noise_batch(config, family, grids, texts)
     step = partial(
         step_seconds,
         setting,
         [batch],
         count=1,
         step=0,
-        divisor=setting.objective.divisor(len(entries), sum(batch.target_lengths)),
+        divisor=setting.objective.divisor(len(texts), sum(batch.target_lengths)),
     )
     device = accelerator.device
     try:
         step()  # the optimizer's state is made here
         peak = peak_memory(device, step)
         seconds = [step() for _ in range(_ROUNDS)]
-    except (WorkError, torch.OutOfMemoryError):  # in a microbatch, in the update
+    except WorkError:  # there is not enough memory
         return Measured(str(device), False, None, None, None, None)
     return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
-
-
-def _noise_batch(setting: Workbench, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Batch:
-    transformer: Any = setting.trained.transformer
-    config, shape = setting.config, transformer.config
-    noise = torch.Generator().manual_seed(config.train.seed)
-    samples = [
-        noise_sample(
-            f"largest-{number}",
-            entry.img_shapes,
-            text=length.text,
-            channels=shape.in_channels,
-            text_width=shape.joint_attention_dim,
-            dtype=getattr(torch, config.model.dtype),
-            noise=noise,
-        )
-        for number, (entry, length) in enumerate(zip(entries, lengths, strict=True))
-    ]
-    weights = [1.0] * len(samples)
-    return collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)

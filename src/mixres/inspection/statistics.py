@@ -1,20 +1,21 @@
-"""The figures of `inspect`: sizes, tokens and notices, from what the scan found; no pixel and no weight is read.
+"""The figures of `inspect`: sizes, tokens, the plan's sums and notices. No pixel and no weight is read.
 
-Promise: every figure is a number or a text under a name of its own, ready for JSON. Cost: a few passes over the
-examples.
+Promise: every figure is a number or a text under a name of its own, ready for JSON. The sums are those that
+`metrics.jsonl` will show, since they are of the very steps that the run asks the plan for.
+Cost: a few passes over the records, and planning each step that is summed, some 0.1 ms a sample.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixres.config.schema import Config
 from mixres.console import amount
 from mixres.data.cache import CacheEntry
+from mixres.data.plan import Lengths, Microbatch, Plan, computed_tokens
 from mixres.data.scan import ScannedRecord
 from mixres.geometry import Size
-from mixres.inspection.plan_figures import Totals
 from mixres.preprocessing.training_data import ScannedData
 
 _BINS = 12
@@ -73,7 +74,7 @@ def item_figures(found: ScannedData) -> Figures:
 
 
 def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]]) -> Figures:
-    """Pixels and aspects of the training examples; `seen` are the sizes that the VAE sees, target first."""
+    """Pixels and aspects of the training records; `seen` are the sizes that the VAE sees, target first."""
     files = [scanned.target_size for scanned in train]
     trained = [sizes[0] for sizes in seen]
     controls = [size for scanned in train for size in scanned.control_sizes]
@@ -117,7 +118,7 @@ def _apart(one: Size, other: Size) -> float:
 
 
 def token_figures(train: Sequence[ScannedRecord], entries: Sequence[CacheEntry]) -> Figures:
-    """Tokens of the training examples: text, target, each control, all; and the examples at the ends."""
+    """Tokens of the training samples: text, target, each control, all; and the samples at the ends."""
     most_controls = max(len(entry.img_shapes) for entry in entries) - 1
     kinds = {"text": [entry.text_tokens for entry in entries]}
     if any(entry.empty_tokens for entry in entries):
@@ -162,8 +163,54 @@ def _example(scanned: ScannedRecord, entry: CacheEntry) -> Figures:
     }
 
 
-def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Totals, ranks: int) -> list[str]:
-    """What is allowed and may not be meant."""
+class PlanSums(NamedTuple):
+    """Sums over some steps and all ranks."""
+
+    figures: Figures
+    rank_tokens: list[int]  # computed by each rank
+    largest: Microbatch  # the one with the most computed tokens
+
+
+def plan_sums(plan: Plan, valid: Sequence[Lengths], steps: int) -> PlanSums:
+    """Of the first `steps`, at least one; `valid` are lengths that are not rounded.
+
+    `tokens` are valid ones, text and images; `fillers` are microbatches that only keep ranks in step. The idle share of
+    the ranks' time is 1 - mean load / heaviest load, as if time were proportional to tokens.
+    """
+
+    def computed(microbatch: Microbatch) -> int:
+        return computed_tokens(plan.lengths_in(microbatch), plan.layout)
+
+    planned = [plan.step(number) for number in range(steps)]
+    microbatches = [m for step in planned for rank in step.ranks for m in rank]
+    loads = [[sum(map(computed, rank)) for rank in step.ranks] for step in planned]
+    rank_tokens, heaviest = [sum(rank) for rank in zip(*loads, strict=True)], sum(map(max, loads))
+    counts = [sum(map(len, step.ranks)) for step in planned]
+    real = [m for m in microbatches if any(m.weights)]
+    tokens = sum(
+        (valid[i].without_caption() if i in microbatch.dropped else valid[i]).total
+        for microbatch in real
+        for i in microbatch.indices
+    )
+    figures = {
+        "steps": steps,
+        "samples": sum(step.samples for step in planned),
+        "tokens": tokens,
+        "tokens_computed": sum(rank_tokens),
+        "padding_share": 1 - tokens / sum(rank_tokens),
+        "microbatches": len(microbatches),
+        "fillers": len(microbatches) - len(real),
+        "heaviest_tokens": heaviest,
+        "idle_share": 1 - sum(rank_tokens) / (plan.world_size * heaviest),
+        "fewest_microbatches": min(counts),
+        "most_microbatches": max(counts),
+        "short_steps": sum(step.samples < plan.samples_per_step for step in planned),
+    }
+    return PlanSums(figures, rank_tokens, max(microbatches, key=computed))
+
+
+def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, ranks: int) -> list[str]:
+    """What is allowed, but perhaps not intended."""
     said = [*_data_notices(config, found, sizes), *_plan_notices(config, found, epoch, ranks)]
     return [text for holds, text in said if holds]
 
@@ -176,8 +223,8 @@ def _data_notices(config: Config, found: ScannedData, sizes: Figures) -> list[tu
     change, other = sizes["most_change_of_aspect"], sizes["controls_of_another_aspect"]
     return [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
-        (same, f"{amount(same, 'example')} with two pictures of the same bytes, such as a control that is its target"),
-        (twins, f"{amount(twins, 'exact repetition')} of other examples"),
+        (same, f"{amount(same, 'record')} with two images of the same bytes, such as a control that is its target"),
+        (twins, f"{amount(twins, 'exact repetition')} of other records"),
         (
             other,
             f"{amount(other, 'control')} of another aspect than the target, by over 10 %: allowed, each keeps its own",
@@ -200,14 +247,14 @@ def _data_notices(config: Config, found: ScannedData, sizes: Figures) -> list[tu
     ]
 
 
-def _plan_notices(config: Config, found: ScannedData, epoch: Totals, ranks: int) -> list[tuple[object, str]]:
+def _plan_notices(config: Config, found: ScannedData, epoch: Figures, ranks: int) -> list[tuple[object, str]]:
     wanted, steps, count = config.batch.samples_per_step, config.train.max_train_steps, len(found.train)
     rest, few = count % wanted, found.few(config)
     return [
         (few, str(few)),
         (
-            steps < epoch.steps,
-            f"train.max_train_steps={steps} ends before the first epoch of {epoch.steps} steps: some examples never "
+            steps < epoch["steps"],
+            f"train.max_train_steps={steps} ends before the first epoch of {epoch['steps']} steps: some records never "
             "train",
         ),
         (
@@ -215,22 +262,22 @@ def _plan_notices(config: Config, found: ScannedData, epoch: Totals, ranks: int)
             f"the last step of each epoch has {amount(rest, 'sample')} and moves the weights as far as one of {wanted}",
         ),
         (
-            epoch.fillers,
-            f"{epoch.fillers} microbatches an epoch are fillers, for ranks without an example of their own: "
-            f"{ranks} ranks, batch.samples_per_step={wanted}",
+            epoch["fillers"],
+            f"{epoch['fillers']} dummy microbatches an epoch, for ranks without a sample of their own: {ranks} ranks, "
+            f"batch.samples_per_step={wanted}",
         ),
         (
-            epoch.idle_share > _IDLE,
-            f"{epoch.idle_share:.0%} of the ranks' time goes into waiting for the heaviest one: raise "
+            epoch["idle_share"] > _IDLE,
+            f"{epoch['idle_share']:.0%} of the ranks' time goes into waiting for the heaviest one: raise "
             "batch.samples_per_step, or take fewer ranks",
         ),
         (
-            epoch.microbatches == epoch.samples and epoch.samples > epoch.steps * ranks,
-            "every microbatch is one example: raise batch.max_tokens if memory allows",
+            epoch["microbatches"] == epoch["samples"] and epoch["samples"] > epoch["steps"] * ranks,
+            "every microbatch is one sample: raise batch.max_tokens if memory allows",
         ),
     ]
 
 
 def seen_sizes(entries: Sequence[CacheEntry], token: int) -> list[list[Size]]:
-    """The sizes at which the VAE sees each example, target first; `token` is the side of a token in pixels."""
+    """The sizes at which the VAE sees each sample, target first; `token` is the side of a token in pixels."""
     return [[Size(grid.columns * token, grid.rows * token) for grid in entry.img_shapes] for entry in entries]

@@ -61,7 +61,7 @@ class Family(Protocol):
         ...
 
     def transformer_skeleton(self) -> Any:
-        """The transformer on the meta device: names and shapes."""
+        """The transformer on the meta device, patched: to check names and shapes, or to count memory and FLOPs on."""
         ...
 
     def token_widths(self) -> tuple[int, int]:

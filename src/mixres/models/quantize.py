@@ -9,12 +9,15 @@ recomputed there (gradient checkpointing).
 
 import importlib.util
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig
+from torch import nn
 
 from mixres.errors import UserError
+from mixres.models.blocks import repeated_blocks
 
 Method = Literal["int8", "fp8", "nf4", "bnb_int8"]
 KEY = "model.quantize"
@@ -25,6 +28,21 @@ def stored_bytes(method: Method, outputs: int, inputs: int) -> int:
     """Bytes of a quantised matrix, its float32 scales among them: nf4 has one for 64 values, the others one a row."""
     values = outputs * inputs
     return values // 2 + 4 * (values // 64) if method == "nf4" else values + 4 * outputs
+
+
+def is_torchao(method: Method | None) -> bool:
+    """Whether torchao does it; bitsandbytes' methods need CUDA."""
+    return method is not None and _PACKAGES[method] == "torchao"
+
+
+def quantize_skeleton(transformer: nn.Module, method: Method, *, dtype: torch.dtype) -> None:
+    """Quantise a transformer on the meta device by a method of torchao, as loading one with weights does."""
+    from torchao.quantization import quantize_
+
+    config = quantization_config(method, (), dtype=dtype, device="meta")
+    for block in repeated_blocks(transformer):
+        quantize_(block, config.quant_type)
+    transformer.hf_quantizer = SimpleNamespace(quantization_config=config)  # type: ignore[assignment] # peft reads it
 
 
 def check_method(method: Method, device: torch.device) -> None:

@@ -8,8 +8,8 @@ The ways: `one_by_one` accumulates gradients over single samples; `padded` and `
 `batch.max_tokens`; `padded_random` pads under the same budget, but fills its microbatches in shuffled order, unsorted.
 
 Reading a row: `ratio` is time over one_by_one's; `padding` the share of computed tokens that is filler; `flops` what a
-step computes, by the formula of `flops.py`; `mfu` what it needs (no filler, nothing computed twice) per second over
-the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew in a step.
+step computes, counted in the round that warms up; `mfu` what it needs (no padding, nothing computed twice) per second
+over the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew.
 """
 
 import statistics
@@ -31,7 +31,7 @@ from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import encode_all, family_of
 from mixres.verification.batching import BASELINE, Source, Work, collated, make_work, plan_in
-from mixres.verification.flops import TrainingFlops
+from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
     Workbench,
     machine,
@@ -77,16 +77,10 @@ def bench(config: Config, *, synthetic: bool = False) -> None:
     family, source = _source(config, accelerator.device, synthetic)
     work = make_work(config, source, _STEPS)
     setting = set_up(config, family, accelerator)
-    transformer = setting.trained.transformer
-    flops = TrainingFlops(
-        transformer,
-        untrained=family.untrained_modules(transformer),
-        checkpointing=config.train.gradient_checkpointing,
-    )
     name = config.model.pretrained_model_name_or_path
     weights = "random weights and samples, " if synthetic else ""
     log(f"model     {name}, {weights}{precision_label(config)} on {accelerator.device}")
-    peaks, seconds = _time(setting, work)
+    peaks, flops, seconds = _time(setting, work)
     peak_flops = _peak_flops(config, accelerator.device)
     rows = [_row(way, work, flops, seconds, peaks[way], peak_flops) for way in seconds]
     trainer = _trainer_step(setting, source, work)
@@ -134,8 +128,13 @@ def _synthetic_source(config: Config, family: Family) -> Source:
     return Source(lengths, [s.name for s in samples], samples.__getitem__)
 
 
-def _time(setting: Workbench, work: Work) -> tuple[dict[str, int | None], dict[str, list[float]]]:
-    """Peak memory of a step of each way, and the seconds of all steps in each round, after a round to warm up."""
+def _time(
+    setting: Workbench, work: Work
+) -> tuple[dict[str, int | None], dict[str, FlopCounter], dict[str, list[float]]]:
+    """Of each way the peak memory of a step, the FLOPs of all steps, and their seconds in each round.
+
+    FLOPs are counted in a round that warms up.
+    """
 
     def seconds_of(name: str, k: int) -> float:
         step, batches = work.steps[k], work.batches[name][k]
@@ -147,9 +146,11 @@ def _time(setting: Workbench, work: Work) -> tuple[dict[str, int | None], dict[s
     device = setting.accelerator.device
     peaks = {name: peak_memory(device, partial(seconds_of, name, 0)) for name in names}
     start = time.perf_counter()
+    flops = {name: FlopCounter() for name in names}
     for name in names:
-        for k in steps:
-            seconds_of(name, k)
+        with flops[name]:
+            for k in steps:
+                seconds_of(name, k)
     round_s = time.perf_counter() - start
     rounds = max(_LEAST_ROUNDS, min(_MAX_ROUNDS, int(_BUDGET_S / round_s)))
     seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in names}
@@ -158,13 +159,13 @@ def _time(setting: Workbench, work: Work) -> tuple[dict[str, int | None], dict[s
             turn = (number + k) % len(names)
             for name in names[turn:] + names[:turn]:
                 seconds[name][number] += seconds_of(name, k)
-    return peaks, seconds
+    return peaks, flops, seconds
 
 
 def _row(
     name: str,
     work: Work,
-    flops: TrainingFlops,
+    flops: dict[str, FlopCounter],
     seconds: dict[str, list[float]],
     peak_bytes: int | None,
     peak_flops: float | None,
@@ -173,7 +174,6 @@ def _row(
     steps, median = len(work.steps), statistics.median(seconds[name])
     ratios = [own / base for own, base in zip(seconds[name], seconds[BASELINE], strict=True)]
     tokens, useful = (sum(b.tokens_computed for b in batches), sum(b.tokens for b in batches))
-    needed = sum(flops.needed(batch) for batch in batches)
     return Row(
         name=name,
         ratio=statistics.median(ratios),
@@ -182,8 +182,8 @@ def _row(
         tokens_per_s=tokens / median,
         useful_tokens_per_s=useful / median,
         padding=1 - useful / tokens,
-        flops=sum(flops.computed(batch) for batch in batches) / steps,
-        mfu=None if peak_flops is None else needed / median / peak_flops,
+        flops=flops[name].computed / steps,
+        mfu=None if peak_flops is None else flops[BASELINE].needed / median / peak_flops,
         peak_bytes=peak_bytes,
         microbatches=len(batches) / steps,
         seconds=median / steps,

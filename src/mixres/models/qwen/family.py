@@ -253,7 +253,8 @@ class QwenFamily:
     def transformer_skeleton(self) -> Any:
         """See `Family`."""
         with torch.device("meta"):
-            return QwenImageTransformer2DModel.from_config(self._config("transformer/config.json"))
+            transformer = QwenImageTransformer2DModel.from_config(self._config("transformer/config.json"))
+        return patch_qwen_model_for_multi_resolution(transformer)
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
@@ -272,7 +273,7 @@ class QwenFamily:
         if self._synthetic:
             if quantize:
                 raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
-            return patch_qwen_model_for_multi_resolution(_filled_with_noise(self.transformer_skeleton(), dtype, device))
+            return _filled_with_noise(self.transformer_skeleton(), dtype, device)
         folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
@@ -429,12 +430,9 @@ def _text_preview(pipeline: Any, image: Image.Image) -> Image.Image:
 def _filled_with_noise(
     skeleton: QwenImageTransformer2DModel, dtype: torch.dtype, device: torch.device | str
 ) -> QwenImageTransformer2DModel:
-    """The skeleton with weights on `device`. Its position tables are no parameters, so that module is made anew."""
-    positions = type(skeleton.pos_embed)
-    theta, axes = skeleton.pos_embed.theta, list(skeleton.config.axes_dims_rope)
+    """The skeleton with weights on `device`."""
     nn.Module.to(skeleton, dtype)  # not diffusers' own, which warns about casts of pretrained weights
     transformer: QwenImageTransformer2DModel = skeleton.to_empty(device=device)
-    transformer.pos_embed = positions(theta=theta, axes_dim=axes, scale_rope=True)
     generator = torch.Generator(device).manual_seed(0)
     for module in transformer.modules():
         for name, parameter in module.named_parameters(recurse=False):

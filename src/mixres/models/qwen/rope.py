@@ -12,6 +12,7 @@ Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
         """`(..., 3)` integer positions -> `(..., D/2)` complex64 frequencies; `FILLER_POSITION` gives 0+0j."""
         table = self._table(torch.device("cpu") if device is None else device)
         rows = (positions + TABLE_HALF).to(table.device)
-        halves = torch.tensor([0, *(dim // 2 for dim in self.axes_dim)]).cumsum(0).tolist()
+        halves = list(accumulate((dim // 2 for dim in self.axes_dim), initial=0))
         axes = [table[rows[..., axis], halves[axis] : halves[axis + 1]] for axis in range(3)]
         return torch.cat(axes, dim=-1)
 

@@ -1,0 +1,173 @@
+"""Memory counted on fake tensors against what a step on the CPU takes from the allocator."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.profiler import ProfilerActivity, profile
+
+from mixres.batch import Batch
+from mixres.config.load import load_config
+from mixres.geometry import Grid
+from mixres.inspection.memory import MemoryEstimate, bytes_of, optimizer_bytes
+from mixres.models.lora import fill_adapters
+from mixres.models.registry import load_family
+from mixres.preprocessing.fill import family_of
+from mixres.training.optimizer import optimizer_tensors
+from mixres.verification.consistency import batches_of
+from mixres.verification.setup import Workbench, one_process, set_up
+from mixres.verification.synthetic_samples import synthetic_samples
+from support.family_cases import CASES, FamilyCase
+
+CPU = torch.device("cpu")
+BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
+DORA = "model.lora.use_dora=true"
+EVERY_LAYER = "model.lora.target_modules=all"
+
+
+def estimate_of(file: Path, *words: str, ranks: int = 1) -> MemoryEstimate:
+    config = load_config(file, list(words))
+    return MemoryEstimate(config, family_of(config), ranks=ranks, device=CPU)
+
+
+def allocated_at_peak(setting: Workbench, batch: Batch) -> int:
+    """Bytes that forward and backward take beside weights and gradients, by the allocator's own record."""
+
+    def step() -> None:
+        with setting.accelerator.autocast():
+            loss = setting.objective.loss_sum(setting.trained.transformer, batch, step=0)
+        torch.autograd.backward(loss)
+
+    step()  # gradients and position tables are there from now on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak + bytes_of(value for value in vars(batch).values() if isinstance(value, torch.Tensor))
+
+
+def check_estimate(file: Path, words: Sequence[str]) -> None:
+    AcceleratorState._reset_state(True)
+    config = load_config(file, list(words))
+    family = family_of(config)
+    setting = set_up(config, family, one_process(config, "inspect"))
+    samples = synthetic_samples(config, 3, channels=64, text_width=64, pixels_per_token=16, controls=family.controls)
+    estimate = MemoryEstimate(config, family, ranks=1, device=CPU)
+    assert (estimate.trained, estimate.parameters) == setting.trained.counts
+    batch = estimate.batch([sample.img_shapes for sample in samples], [len(sample.prompt_embeds) for sample in samples])
+    counted = estimate.count(batch, config.train.gradient_checkpointing).peak
+    real = allocated_at_peak(setting, batches_of(samples, config.batch.layout)[0])
+    assert counted == pytest.approx(real, rel=0.1)
+
+
+STEPS = {
+    "adapters": ["train.gradient_checkpointing=false"],
+    "adapters, padded, recomputed": ["batch.layout=padded", *BF16],
+    "every second block recomputed": ["train.gradient_checkpointing=2", EVERY_LAYER],
+    "float64, dropout": ["model.dtype=float64", "train.gradient_checkpointing=false", "model.lora.lora_dropout=0.1"],
+    "dora, padded": ["batch.layout=padded", "train.gradient_checkpointing=false", DORA, *BF16],
+    "dora, every layer, recomputed": [DORA, EVERY_LAYER, *BF16],
+    "all weights": ["model.lora=null", "train.gradient_checkpointing=false"],
+    "all weights, bf16, padded": ["model.lora=null", "batch.layout=padded", *BF16],
+    "over int8": ["model.quantize=int8", "train.gradient_checkpointing=false", *BF16],
+    "over fp8, recomputed": ["model.quantize=fp8", *BF16],
+}
+
+
+@pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
+def test_the_peak_is_that_of_a_real_step(small_run: Path, words: list[str]) -> None:
+    larger = ["data.resize.target.max_pixels=147456", "data.resize.control.area=147456"]
+    check_estimate(small_run, ["train.gradient_checkpointing=true", *larger, *words])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen_image_edit"])
+def test_every_family(name: str, small_run: Path, base_of: Callable[[FamilyCase], Path]) -> None:
+    case = CASES[name]
+    base = f"model.pretrained_model_name_or_path={base_of(case)}"
+    larger = ["data.resize.target.max_pixels=147456", "batch.layout=padded"]
+    check_estimate(small_run, [base, *case.overrides(), *larger, EVERY_LAYER, *BF16])
+
+
+STOCK = "Qwen/Qwen-Image-Edit"
+SETTINGS: dict[str, tuple[list[str], bool | int]] = {
+    "no block recomputed": ([], False),
+    "every second recomputed": ([], 2),
+    "one block trains": (["model.lora.target_modules=[transformer_blocks.4.attn.to_q]"], False),
+    "all weights": (["model.lora=null"], True),
+}
+
+
+@pytest.mark.parametrize(("words", "checkpointing"), SETTINGS.values(), ids=SETTINGS)
+def test_equal_blocks_stand_for_each_other(
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], checkpointing: bool | int
+) -> None:
+    """The stock widths with 6 blocks: the few that are run say of the others what running them says."""
+    config = load_config(small_run, [f"model.pretrained_model_name_or_path={STOCK}", *BF16, *words])
+    family = load_family(None, STOCK, synthetic=True)
+    skeleton = family.transformer_skeleton()
+    del skeleton.transformer_blocks[6:]
+    monkeypatch.setattr(family, "transformer_skeleton", lambda *args, **named: skeleton)
+    estimate = MemoryEstimate(config, family, ranks=1, device=CPU)
+    batch = estimate.batch([(Grid(1, 32, 32), Grid(1, 20, 24))], [300])
+    assert estimate.count(batch, checkpointing) == estimate.count(batch, checkpointing, whole=True)
+
+
+def test_memory_adds_up(small_run: Path) -> None:
+    microbatch = [(Grid(1, 5, 10), Grid(1, 5, 10)), (Grid(1, 5, 6), Grid(1, 5, 6))], [10, 20]
+    plain = estimate_of(small_run, "train.ema_decay=0.9")
+    memory = plain.memory(*microbatch)
+    trained = 4 * plain.trained
+    parts = (memory.trained_weights, memory.gradients, memory.optimizer, memory.ema)
+    assert parts == (trained, trained, 2 * trained, trained)
+    assert memory.weights == 4 * (plain.parameters - plain.trained)
+    assert memory.activations == memory.activations_without_checkpointing > memory.activations_with_checkpointing
+    assert memory.total == memory.weights + 5 * trained + memory.activations
+    half = estimate_of(small_run, "train.ema_decay=0.9", "train.parallel=fsdp2", ranks=2).memory(*microbatch)
+    assert (2 * half.optimizer, 2 * half.ema) == (memory.optimizer, memory.ema)
+    assert memory.weights / 2 < half.weights + half.gathered
+    assert half.activations == memory.activations
+    assert estimate_of(small_run, ranks=2).memory(*microbatch).weights == memory.weights
+    padded = estimate_of(small_run, "batch.layout=padded").memory(*microbatch)
+    assert padded.activations > memory.activations
+    assert min(plain.token_bytes()) > 20 * 4 * 32
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_quantised_weights_are_counted_as_they_are_stored(small_run: Path, method: str) -> None:
+    plain, quantised = (
+        estimate_of(small_run, *words).memory([(Grid(1, 4, 4),)], [4]) for words in ([], [f"model.quantize={method}"])
+    )
+    assert quantised.weights < plain.weights
+    assert quantised.trained_weights == plain.trained_weights
+
+
+OPTIMIZERS = {
+    "AdamW": [],
+    "SGD": ["optimizer.class_path=torch.optim.SGD"],
+    "Adagrad": ["optimizer.class_path=torch.optim.Adagrad"],
+    "Prodigy": ["optimizer.class_path=prodigyopt.Prodigy"],
+    **{name: [f"optimizer.class_path=torchao.optim.{name}"] for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8")},
+}
+
+
+@pytest.mark.parametrize("words", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list[str]) -> None:
+    """Of DoRA's matrices, which 8-bit optimizers quantise at this rank, and vectors, which they do not."""
+    config = load_config(small_run, [*words, "model.lora.r=64", DORA])
+    AcceleratorState._reset_state(True)
+    trained = set_up(config, family_of(config), one_process(config, "inspect")).trained
+    fill_adapters(trained.parameters, seed=0)
+    for parameter in trained.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.compiler.set_stance("force_eager"):
+        trained.optimizer.step()
+    state = optimizer_tensors(trained.optimizer, trained.parameters).values()
+    numbers = [parameter.numel() for parameter in trained.parameters.values()]
+    assert optimizer_bytes(config, numbers) == bytes_of(tensor for tensor in state if tensor.dim())
+    assert {True, False} == {count >= 4096 for count in numbers}
