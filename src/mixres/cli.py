@@ -257,15 +257,13 @@ def _bench(config: "Config", *, synthetic: bool = False) -> None:
 
 
 def _sample(**options: Any) -> Callable[[], None]:
-    from mixres.inference.sample import sample
-    from mixres.inference.sample_request import make_request
+    from mixres.inference.sample import make_request, sample
 
     return partial(sample, make_request(**options))
 
 
 def _export(**options: Any) -> Callable[[], None]:
-    from mixres.inference.export import export
-    from mixres.inference.export_request import make_request
+    from mixres.inference.export import export, make_request
 
     return partial(export, make_request(**options))
 

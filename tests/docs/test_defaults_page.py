@@ -7,7 +7,7 @@ import pytest
 
 from mixres.config.load import load_config
 from mixres.diffusion.flow_matching import resolution_shift
-from mixres.inference.sample_request import NEGATIVE_PROMPT
+from mixres.inference.sample import NEGATIVE_PROMPT
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "defaults.md").read_text(encoding="utf-8")
