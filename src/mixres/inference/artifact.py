@@ -119,7 +119,7 @@ def _checked(result: RunResult, key: str) -> RunResult:
     recipe: Any = result.recipe
     if recipe is None:
         raise UserError(
-            f"{key}: mixres did not write {result.path}, which has no recipe: load it in the stock pipeline"
+            f"{key}: {result.path} has no recipe of mixres: load it in the stock pipeline"
         )
     names = [family.name for family in FAMILIES.values()]
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or recipe.get("family") not in names:

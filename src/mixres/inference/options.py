@@ -44,4 +44,4 @@ def _lines(error: ValidationError, model: type[BaseModel], shown: Callable[[str]
         elif kind == "value_error":
             yield f"{shown(key)}: {each['ctx']['error']}"
         else:
-            yield f"{shown(key)}: given {each['input']}, {each['msg'].removeprefix('Input ')}"
+            yield f"{shown(key)}: given {each['input']}, {each['msg'].partition(' ')[2]}"
