@@ -134,13 +134,6 @@ def test_the_merged_weight_is_what_layer_and_adapter_compute_with(dora: bool, dt
     assert apart(ours, theirs) <= bar
 
 
-def test_a_narrow_weight_is_merged_in_float32() -> None:
-    weight, down, up = torch.randn(8, 6).bfloat16(), torch.randn(2, 6), torch.randn(8, 2)
-    merged = merged_weight(weight, down, up, None, alpha=2)
-    assert merged.dtype == torch.float32
-    assert apart(merged.double(), weight.double() + up.double() @ down.double()) <= 1e-6
-
-
 def test_merged_weights_give_the_outputs_of_base_and_adapters(
     tiny_base: Path, adapters: tuple[Path, bool], tmp_path: Path
 ) -> None:

@@ -45,7 +45,7 @@ CALL = ("--size", "96x64", "--steps", "2", "--seed", "7")
 
 @dataclass(frozen=True)
 class Result:
-    """A run folder with a LoRA that changes pictures visibly, its base, and images to be edited."""
+    """A run folder with a LoRA that changes images visibly, its base, and images to be edited."""
 
     case: FamilyCase
     base: Path
@@ -74,17 +74,17 @@ class Result:
             pipeline.load_lora_weights(self.folder / FILE_NAME)
         return pipeline
 
-    def images_of(self) -> list[Image.Image]:
+    def controls(self) -> list[Image.Image]:
         return [Image.open(path).convert("RGB") for path in self.images[: max(self.case.controls)]]
 
     def stock_image(self, pipeline: Any, images: list[Image.Image] | None = None, **call: Any) -> Image.Image:
-        images = self.images_of() if images is None else images
+        images = self.controls() if images is None else images
         given = {"prompt": PROMPT, "true_cfg_scale": 1.0, "width": SIZE[0], "height": SIZE[1]} | call
         noise = torch.Generator().manual_seed(given.pop("seed", 7))
         with self.case.stock_areas(self.case.areas):
             made = pipeline(**self.case.call(images), num_inference_steps=2, generator=noise, **given)
-        picture: Image.Image = made.images[0]
-        return picture
+        image: Image.Image = made.images[0]
+        return image
 
 
 @pytest.fixture(scope="session")
@@ -123,15 +123,15 @@ def difference(a: Image.Image | Path, b: Image.Image | Path) -> int:
     return int(np.abs(one - other).max())
 
 
-def said(path: Path) -> dict[str, Any]:
-    with Image.open(path) as picture:
-        return dict(json.loads(picture.text["mixres"]))
+def settings_of(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        return dict(json.loads(image.text["mixres"]))
 
 
-# --- Pictures ------------------------------------------------------------------------------------------------------
+# --- Images --------------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_path: Path) -> None:
+def test_the_image_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_path: Path) -> None:
     before = torch.get_rng_state(), random.getstate(), stock_edit.calculate_dimensions, stock_plus.VAE_IMAGE_SIZE
     assert cli.main([*trained.words("--compare"), "--out", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -142,15 +142,15 @@ def test_the_picture_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_p
     assert difference(tmp_path / names[0], without) <= 1
     expected = trained.stock_image(stock)
     assert difference(tmp_path / names[1], expected) <= 1
-    # The bound means something: each of these is a picture farther away.
+    # The bound means something: each of these is an image farther away.
     others = [without, *(trained.stock_image(stock, **other) for other in ({"seed": 8}, {"prompt": NEGATIVE}))]
     assert min(difference(other, expected) for other in others) > 3
-    with Image.open(tmp_path / names[2]) as sheet:
-        assert sheet.width == 12 + (max(trained.case.controls) + 2) * (224 + 12)
-        assert sheet.text == {"caption-0": PROMPT}
+    with Image.open(tmp_path / names[2]) as grid:
+        assert grid.width == 12 + (max(trained.case.controls) + 2) * (224 + 12)
+        assert grid.text == {"caption-0": PROMPT}
 
 
-def test_the_picture_says_how_it_was_made(edit: Result, tmp_path: Path) -> None:
+def test_the_image_says_how_it_was_made(edit: Result, tmp_path: Path) -> None:
     words = edit.words("--compare", "--guidance", "2.5", "--negative-prompt", NEGATIVE)
     assert cli.main([*words, "--out", str(tmp_path)]) == 0
     file = edit.folder / FILE_NAME
@@ -160,8 +160,8 @@ def test_the_picture_says_how_it_was_made(edit: Result, tmp_path: Path) -> None:
         "base": str(edit.base), "revision": None, "dtype": "float32", "quantize": None,
         "mixres": __version__,
     }  # fmt: skip
-    assert said(tmp_path / "0001.png") == settings
-    assert said(tmp_path / "0001-without.png") == settings | {"lora": None, "lora_xxh3": None}
+    assert settings_of(tmp_path / "0001.png") == settings
+    assert settings_of(tmp_path / "0001-without.png") == settings | {"lora": None, "lora_xxh3": None}
     stock = edit.stock()
     expected = edit.stock_image(stock, negative_prompt=NEGATIVE, true_cfg_scale=2.5)
     assert difference(tmp_path / "0001.png", expected) <= 1
@@ -186,7 +186,7 @@ def test_transparent_images_lie_on_the_colour_of_the_training(edit: Result, tmp_
     assert difference(tmp_path / "white" / "0001.png", tmp_path / "#ff0000" / "0001.png") > 0
 
 
-def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], Result], tmp_path: Path) -> None:
+def test_lines_of_a_file_are_images_of_their_own(trained_of: Callable[[str], Result], tmp_path: Path) -> None:
     plus = trained_of("qwen_image_edit_plus")
     for number, path in enumerate(plus.images):
         shutil.copyfile(path, tmp_path / f"{number}.png")
@@ -199,7 +199,7 @@ def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], R
     out = tmp_path / "out"
     assert cli.main(["sample", "--lora", str(plus.folder), "--prompts", file, "--out", str(out), *CALL]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["0001.png", "0002.png", "0003.png"]
-    stock, images = plus.stock(), plus.images_of()
+    stock, images = plus.stock(), plus.controls()
     calls = [
         (images[:1], {}),
         ([images[1], images[0]], {"prompt": NEGATIVE, "width": 64, "height": 96}),
@@ -207,7 +207,7 @@ def test_lines_of_a_file_are_pictures_of_their_own(trained_of: Callable[[str], R
     ]
     for number, (given, call) in enumerate(calls, start=1):
         assert difference(out / f"{number:04d}.png", plus.stock_image(stock, given, **call)) <= 1
-    assert [said(out / f"{n:04d}.png")["seed"] for n in (1, 2, 3)] == [7, 7, 8]
+    assert [settings_of(out / f"{n:04d}.png")["seed"] for n in (1, 2, 3)] == [7, 7, 8]
     assert difference(out / "0001.png", out / "0003.png") > 3
 
 
@@ -231,7 +231,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp
     file = edit.lines(tmp_path, *({"prompt": word, "path_control": "a.png"} for word in ("red", "blue")))
     request = edit.request(tmp_path / "out", prompts=file, size="64x48", steps="2")
     sample(replace(request, family=watched))
-    assert order == ["encoders", "transformer"], "each is loaded once, whatever the number of pictures"
+    assert order == ["encoders", "transformer"], "each is loaded once, whatever the number of images"
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
@@ -254,14 +254,14 @@ def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(
     expected = edit.stock_image(stock)
     assert difference(tmp_path / "out" / "0001.png", expected) <= 1
     assert difference(without, expected) > 3
-    assert len(said(tmp_path / "out" / "0001.png")["lora_xxh3"]) == 32
+    assert len(settings_of(tmp_path / "out" / "0001.png")["lora_xxh3"]) == 32
     wider = json.loads((whole / "config.json").read_text()) | {"num_layers": 3}
     (whole / "config.json").write_text(json.dumps(wider))
     with pytest.raises(UserError, match="num_layers of its transformer is 2, trained was 3"):
         given.request(tmp_path / "new")
 
 
-def test_over_a_quantised_base_the_picture_is_that_of_the_runs_own_sheet(
+def test_over_a_quantised_base_the_image_is_that_of_the_runs_own_grid(
     small_run: Path, small_cache: Path, tmp_path: Path
 ) -> None:
     run, made = tmp_path / "run", tmp_path / "made"
@@ -276,17 +276,17 @@ def test_over_a_quantised_base_the_picture_is_that_of_the_runs_own_sheet(
     ]  # fmt: skip
     assert cli.main([*command, "--out", str(made)]) == 0
     assert cli.main([*command, "--out", str(made / "unrounded"), "--quantize", "null"]) == 0
-    methods = [said(path / "0001.png")["quantize"] for path in (made, made / "unrounded")]
+    methods = [settings_of(path / "0001.png")["quantize"] for path in (made, made / "unrounded")]
     assert methods == ["fp8", None]
 
-    def cell(sheet: Image.Image) -> Image.Image:
-        return sheet.crop((12 + 2 * 236, 28, 12 + 2 * 236 + 224, 28 + 100))
+    def cell(grid: Image.Image) -> Image.Image:
+        return grid.crop((12 + 2 * 236, 28, 12 + 2 * 236 + 224, 28 + 100))
 
     expected = cell(Image.open(run / "samples" / "step-00000001.png"))
     shown = []
     for path in (made, made / "unrounded"):
-        with Image.open(path / "0001.png") as picture:
-            shown.append(cell(contact_sheet(["", "", ""], [Row((None, None, picture.convert("RGB")), "", "")])))
+        with Image.open(path / "0001.png") as image:
+            shown.append(cell(contact_sheet(["", "", ""], [Row((None, None, image.convert("RGB")), "", "")])))
     assert difference(shown[0], expected) <= 1 < difference(shown[1], expected)
 
 
@@ -298,7 +298,7 @@ def test_without_a_size_it_is_the_stock_pipelines(trained: Result, tmp_path: Pat
     if not max(trained.case.controls):
         assert job.size == (1024, 1024)
         return
-    last = trained.images_of()[-1]
+    last = trained.controls()[-1]
     assert job.size == stock_plus.calculate_dimensions(1024 * 1024, last.width / last.height)
     assert job.size[0] != job.size[1]
 
