@@ -1,4 +1,4 @@
-"""What a run has left: a LoRA file or a full transformer, and what its recipe says of the base.
+"""What a run has left: a LoRA file or a full transformer, and the base that its recipe names.
 
 Promise: everything that sampling and export need to know comes from the result itself; it is checked against the base
 before a weight is read. Cost: a file's header and a few JSON files of the base; `digest` reads every byte.
@@ -118,9 +118,7 @@ def _full_transformer(folder: Path, key: str) -> RunResult:
 def _checked(result: RunResult, key: str) -> RunResult:
     recipe: Any = result.recipe
     if recipe is None:
-        raise UserError(
-            f"{key}: {result.path} has no recipe of mixres: load it in the stock pipeline"
-        )
+        raise UserError(f"{key}: {result.path} has no recipe of mixres: load it in the stock pipeline")
     names = [family.name for family in FAMILIES.values()]
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or recipe.get("family") not in names:
         raise UserError(f"{key}: {result.path} was written by another version of mixres: install that one")

@@ -2,8 +2,8 @@
 
 Promise: options, prompts, control images, the trained weights and their base are checked before any weight is read;
 every bad line of a prompts file is reported at once. The images are those of a process without mixres, for the same
-base, LoRA, controls, prompt and seed, over the base quantised as under the LoRA in training. Each PNG says how it was
-made. Cost: one decode of each control; the text encoder once a prompt with its controls, then released; then the
+base, LoRA, controls, prompt and seed, over the base quantised as under the LoRA in training. Each PNG records its
+settings. Cost: one decode of each control; the text encoder once a prompt with its controls, then released; then the
 denoising loop once an image, twice with `compare` or guidance, four times with both. Embeddings wait in memory, 10 MB
 a prompt for Qwen-Image-Edit.
 
@@ -43,8 +43,8 @@ from mixres.training.sample_sheets import Row, contact_sheet, save_png
 
 NEGATIVE_PROMPT = " "  # the model cards' where guidance leads away from nothing in particular
 _LIMITS = Limits()
-_SHEET_ROWS = 12
-_NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # the names that `ImageJob` gives
+_GRID_ROWS = 12
+_NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # all that `sample` writes
 
 
 def _checked_prompt(text: str) -> str:
@@ -73,7 +73,7 @@ _Size = Annotated[Size, PlainValidator(_parsed_size)]
 
 
 class Options(BaseModel):
-    """Those of the command line, which says what each is for."""
+    """Those of the command line, whose help explains them."""
 
     lora: str
     out: Path
@@ -118,11 +118,6 @@ class ImageJob:
         """The image without the trained weights."""
         return self.path.with_name(f"{self.path.stem}-without.png")
 
-    @property
-    def grid_path(self) -> Path:
-        """The sample grid whose first row is this image."""
-        return self.path.with_name(f"compare-{self.path.stem}.png")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -133,7 +128,7 @@ class Request:
     family: Family
     jobs: tuple[ImageJob, ...]
     device: torch.device
-    dtype: torch.dtype
+    dtype: str
     quantize: Method | None  # of the base's weights
 
 
@@ -183,7 +178,7 @@ def make_request(**given: Any) -> Request:
         )
         for path, row in zip(_free_paths(asked.out.expanduser(), len(rows)), rows.values(), strict=True)
     ]
-    return Request(asked, result, family, tuple(jobs), device, getattr(torch, dtype), quantize)
+    return Request(asked, result, family, tuple(jobs), device, dtype, quantize)
 
 
 def _device(name: str | None) -> torch.device:
@@ -281,7 +276,7 @@ def sample(request: Request) -> None:
     except OSError as error:
         raise UserError(f"--out: {printable(folder)} cannot be written: {error.strerror}; choose another") from error
     quantized = f", weights in {request.quantize}" if request.quantize else ""
-    log(f"model     {request.family.path}, {_name(request.dtype)}{quantized} on {request.device}")
+    log(f"model     {request.family.path}, {request.dtype}{quantized} on {request.device}")
     log(f"weights   {printable(request.result.path)}")
     try:
         count = _make_images(request)
@@ -297,9 +292,8 @@ def _make_images(request: Request) -> int:
     digest = request.result.digest()
     embeds = _encode(request)
     release(request.device)
-    jobs = [
-        (trained, job) for trained in ((False, True) if request.options.compare else (True,)) for job in request.jobs
-    ]
+    passes = (False, True) if request.options.compare else (True,)
+    jobs = [(trained, job) for trained in passes for job in request.jobs]
     pipelines, pipeline, current = _pipelines(request), None, None
     for trained, job in counted(jobs, "sample", "image", enabled=True):
         if trained is not current:
@@ -321,7 +315,7 @@ def _encode(request: Request) -> dict[_Text, Tensor]:
     """The embeddings `(T, D)` of each prompt with its controls, on the CPU; the text encoder is gone then."""
     prompts = [(job, prompt) for job in request.jobs for prompt in (job.prompt, job.negative) if prompt is not None]
     texts = dict.fromkeys(_text(request, *each) for each in prompts)
-    encoders, embeds = request.family.load_encoders(dtype=request.dtype, device=request.device), {}
+    encoders, embeds = request.family.load_encoders(dtype=getattr(torch, request.dtype), device=request.device), {}
     for text in counted(texts, "encode", "prompt", enabled=True):
         prompt, controls, areas = text
         images = _read(request, controls)
@@ -345,7 +339,7 @@ def _pipelines(request: Request) -> Iterator[Any]:
 
 
 def _load(request: Request, trained: Path | None) -> Any:
-    family, dtype, device = request.family, request.dtype, request.device
+    family, dtype, device = request.family, getattr(torch, request.dtype), request.device
     transformer = family.load_transformer(trained=trained, quantize=request.quantize, dtype=dtype, device=device)
     pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # an image may take minutes
@@ -379,7 +373,7 @@ def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
 
 
 def _settings(request: Request, job: ImageJob, digest: str | None) -> dict[str, Any]:
-    """What the PNG says of itself; `digest` is that of the trained weights, None without them."""
+    """The metadata of the PNG; `digest` is that of the trained weights, None without them."""
     return {
         "prompt": job.prompt,
         "negative_prompt": job.negative,
@@ -393,31 +387,27 @@ def _settings(request: Request, job: ImageJob, digest: str | None) -> dict[str, 
         "lora_xxh3": digest,
         "base": request.family.path,
         "revision": request.family.revision,
-        "dtype": _name(request.dtype),
+        "dtype": request.dtype,
         "quantize": request.quantize,
         "mixres": __version__,
     }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _save(image: Image.Image, path: Path, **texts: str) -> None:
+def _save(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
     if path.exists():
         raise WorkError(f"{path} is there by now and is not overwritten: choose another --out")
-    save_png(image, path, **texts)
+    save_png(image, path, captions, **texts)
 
 
 def _write_grids(request: Request) -> None:
     """Controls, the image without the trained weights and the one with them; some rows a grid."""
-    for first in range(0, len(request.jobs), _SHEET_ROWS):
-        jobs = request.jobs[first : first + _SHEET_ROWS]
+    for first in range(0, len(request.jobs), _GRID_ROWS):
+        jobs = request.jobs[first : first + _GRID_ROWS]
         columns = max(len(job.controls) for job in jobs)
         rows = [_grid_row(request, job, columns) for job in jobs]
         headings = [f"image {number}" for number in range(1, columns + 1)]
         grid = contact_sheet((*headings, "without", "with"), rows)
-        _save(grid, jobs[0].grid_path, **{f"caption-{n}": row.caption for n, row in enumerate(rows)})
+        _save(grid, jobs[0].path.with_name(f"compare-{jobs[0].path.name}"), [row.caption for row in rows])
 
 
 def _grid_row(request: Request, job: ImageJob, columns: int) -> Row:
