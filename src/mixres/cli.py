@@ -180,15 +180,13 @@ def _run(argv: Sequence[str]) -> None:
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
     if verb == "sample":
-        from mixres.inference.sample import sample
-        from mixres.inference.sample_request import make_request
+        from mixres.inference.sample import make_request, sample
 
         return partial(sample, make_request(**options))
     if verb == "export":
-        from mixres.inference import export_request
-        from mixres.inference.export import export
+        from mixres.inference import export
 
-        return partial(export, export_request.make_request(**options))
+        return partial(export.export, export.make_request(**options))
     if verb == "quickstart" and not file:
         if len(words) != 1:
             raise UserError("quickstart: write DIR, a folder for the data, or --config FILE, to show what was learnt")

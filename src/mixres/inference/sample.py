@@ -1,186 +1,420 @@
-"""The verb `sample`: pictures from what a run has left, through the stock pipeline of its base.
+"""The verb `sample`: images from what a run has trained, through the stock pipeline of its base.
 
-Promise: what a process without mixres makes of the same base, LoRA, images, prompt and seed, over the base quantised as
-under the LoRA in training; each PNG says how it was made. Cost: the text encoder once a prompt and its images, then
-released; then the denoising loop once a picture, twice with `compare` or guidance, four times with both. Embeddings
-wait in memory, 10 MB a prompt for Qwen-Image-Edit.
+Promise: options, prompts, control images, the trained weights and their base are checked before any weight is read;
+every bad line of a prompts file is reported at once. The images are those of a process without mixres, for the same
+base, LoRA, controls, prompt and seed, over the base quantised as under the LoRA in training. Each PNG records its
+settings. Cost: one decode of each control; the text encoder once a prompt with its controls, then released; then the
+denoising loop once an image, twice with `compare` or guidance, four times with both. Embeddings wait in memory, 10 MB
+a prompt for Qwen-Image-Edit.
+
+Lines of a prompts file have the keys of a data manifest (`prompt`, `path_control`, `path_control_1`, ...), so that a
+manifest of held-out data can be given as it is: its targets and masks are not opened. `seed` and `size` may be added.
 """
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from torch import Tensor
 
 from mixres import __version__
+from mixres.config.schema import SampleConfig
 from mixres.console import counted, log
-from mixres.data.images import BadImageError, read_image
-from mixres.data.records import printable
-from mixres.errors import UserError, WorkError
-from mixres.inference.artifact import renamed
-from mixres.inference.sample_request import Request, Text, Wanted, beside
-from mixres.inference.sample_rows import LIMITS
+from mixres.data.images import WHITE, BadImageError, Limits, check_size, inspect_image, read_image
+from mixres.data.manifest import BadRowError, control_keys, file_below, json_rows, key_problems
+from mixres.data.records import check_caption, printable
+from mixres.errors import Problems, UserError, WorkError
+from mixres.geometry import Size, target_size
+from mixres.inference.artifact import RunResult, find_base, find_quantization, find_result, renamed
+from mixres.inference.options import options, validated
+from mixres.models.family import Family
+from mixres.models.quantize import Method
 from mixres.preprocessing.fill import release
+from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import Row, contact_sheet, save_png
 
-_SHEET_ROWS = 12
+NEGATIVE_PROMPT = " "  # the model cards' where guidance leads away from nothing in particular
+_LIMITS = Limits()
+_GRID_ROWS = 12
+_NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # all that `sample` writes
+
+
+def _checked_prompt(text: str) -> str:
+    if not (prompt := check_caption(text)):
+        raise ValueError("the prompt is empty; write one")
+    return prompt
+
+
+def _checked_negative(text: str) -> str:
+    check_caption(text)
+    return text  # with its white space: the default is a blank
+
+
+def _parsed_size(text: Any) -> Size:
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError(f"given {text}, should be WIDTHxHEIGHT in pixels, such as 1024x768")
+    size = Size(int(match[1]), int(match[2]))
+    check_size(size, _LIMITS)
+    return size
+
+
+_Prompt = Annotated[str, AfterValidator(_checked_prompt)]
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Size = Annotated[Size, PlainValidator(_parsed_size)]
+
+
+class Options(BaseModel):
+    """Those of the command line, whose help explains them."""
+
+    lora: str
+    out: Path
+    image: list[str] = []
+    prompt: _Prompt | None = None
+    prompts: Path | None = None
+    size: _Size | None = None
+    steps: Annotated[int, Field(ge=2, le=1000)] = SampleConfig().steps
+    seed: _Seed = 0
+    guidance: Annotated[float, Field(ge=1, le=100)] = 1.0
+    negative_prompt: Annotated[str, AfterValidator(_checked_negative)] | None = None
+    compare: bool = False
+    base: str | None = None
+    device: str | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
+    quantize: Literal["null", Method] | None = None
+
+
+class _Row(BaseModel):
+    """One image that is asked for: a line of a prompts file, its paths replaced by the control images."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    prompt: _Prompt
+    controls: Annotated[tuple[Path, ...], Field(alias="path_control")]
+    seed: _Seed | None = None
+    size: _Size | None = None
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image to be made."""
+
+    path: Path  # of the PNG file
+    prompt: str
+    negative: str | None  # with guidance
+    controls: tuple[Path, ...]
+    size: Size
+    seed: int
+
+    @property
+    def untrained_path(self) -> Path:
+        """The image without the trained weights."""
+        return self.path.with_name(f"{self.path.stem}-without.png")
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that `sample` needs."""
+
+    options: Options
+    result: RunResult
+    family: Family
+    jobs: tuple[ImageJob, ...]
+    device: torch.device
+    dtype: str
+    quantize: Method | None  # of the base's weights
+
+
+# A prompt, the controls that the text encoder sees with it, and their areas as the family takes them.
+_Text = tuple[str, tuple[Path, ...], tuple[tuple[str, int], ...]]
+
+
+# What is asked for.
+
+
+def make_request(**given: Any) -> Request:
+    """The options of the command line by name, as text or typed; None stands for one that is not given.
+
+    Raises:
+        UserError: the first option that is wrong, or every problem of the prompts and control images.
+    """
+    asked = options(Options, given)
+    if (asked.prompt is None) == (asked.prompts is None):
+        raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
+    if asked.prompts and asked.image:
+        raise UserError("--image: the lines of --prompts name their images: leave it out")
+    if asked.negative_prompt is not None and asked.guidance == 1:
+        raise UserError("--negative-prompt: has no effect without guidance: give --guidance above 1, or leave it out")
+    device = _device(asked.device)
+    result = find_result(asked.lora, "--lora")
+    family = find_base(result, asked.base, "--base")
+    quantize = find_quantization(result, asked.quantize, "--quantize", device)
+    dtype = asked.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    negative = NEGATIVE_PROMPT if asked.negative_prompt is None else asked.negative_prompt
+    problems = Problems()
+    if asked.prompts:
+        rows = _read_rows(asked.prompts.expanduser(), problems)
+    else:
+        images = tuple(Path(image).expanduser() for image in asked.image)
+        rows = {"": _Row.model_validate({"prompt": asked.prompt, "path_control": images})}
+    sizes = _control_sizes(rows, problems)
+    problems.add(*_fit_problems(family, rows, asked))
+    problems.raise_if_any()
+    jobs = [
+        ImageJob(
+            path,
+            row.prompt,
+            negative if asked.guidance > 1 else None,
+            row.controls,
+            row.size or asked.size or family.default_size(sizes[row.controls[-1]] if row.controls else None),
+            asked.seed if row.seed is None else row.seed,
+        )
+        for path, row in zip(_free_paths(asked.out.expanduser(), len(rows)), rows.values(), strict=True)
+    ]
+    return Request(asked, result, family, tuple(jobs), device, dtype, quantize)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = dist_env().device if name is None else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device: {name} cannot be used: {reason}; choose another") from error
+    return device
+
+
+def _read_rows(file: Path, problems: Problems) -> dict[str, _Row]:
+    """The good lines of `file` in their order, by their place; what is wrong with the others is noted."""
+    try:
+        lines, root = list(json_rows(file)), file.parent.resolve()
+    except OSError as error:
+        raise UserError(f"--prompts: {printable(file)} cannot be read: {error.strerror}; name another") from error
+    if not lines:
+        problems.add(f"--prompts: {printable(file)} has no lines: write one for each image")
+    places = {f"{printable(file)}:{number}": line for number, line in lines}
+    rows = {at: problems.collect(_read_row, line, file.parent, root, at) for at, line in places.items()}
+    return {at: row for at, row in rows.items() if row}
+
+
+def _read_row(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path, at: str) -> _Row | None:
+    if isinstance(line, BadRowError):
+        raise UserError(f"{at}: {line}")
+    problems, controls = Problems(f"{at}: {problem}" for problem in key_problems(line)), []
+    for key in control_keys(line):
+        try:
+            controls.append(file_below(folder, root, key, line.get(key), fix="put the file itself there"))
+        except BadRowError as error:
+            problems.add(f"{at}: {error}")
+    values = {key: value for key, value in line.items() if not key.startswith("path")}
+    values["path_control"] = tuple(controls)
+    row = problems.collect(validated, _Row, values, lambda key: f"{at}: '{printable(key)}'")
+    problems.raise_if_any()
+    return row
+
+
+def _control_sizes(rows: Mapping[str, _Row], problems: Problems) -> dict[Path, Size]:
+    """The upright size of every control that can be used; each is decoded once."""
+    sizes = {}
+    for path, at in {path: at or "--image" for at, row in rows.items() for path in row.controls}.items():
+        try:
+            sizes[path] = inspect_image(path, _LIMITS).size
+        except BadImageError as error:
+            problems.add(f"{at}: {printable(path)}: {error}")
+    return sizes
+
+
+def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> Iterator[str]:
+    """What the base cannot take: the number of controls, a prompt, a size."""
+    for at, row in rows.items():
+        if problem := family.record_problem(controls=len(row.controls), prompt=""):
+            yield f"{at or '--image'}: {problem}"
+    prompts = [(at or "--prompt", row.prompt) for at, row in rows.items()]
+    prompts += [("--negative-prompt", asked.negative_prompt)] if asked.negative_prompt else []
+    long, most = family.over_long(prompt for _, prompt in prompts), family.max_prompt_tokens
+    for at, prompt in prompts:
+        if problem := family.record_problem(controls=family.controls[0], prompt=prompt):
+            yield f"{at}: {problem}"
+        if prompt in long:
+            yield f"{at}: the prompt is {long[prompt][0]} tokens long, more than {most}: shorten it"
+    token = family.pixels_per_token()
+    for at, size in [("--size", asked.size), *((f"{at}: 'size'", row.size) for at, row in rows.items())]:
+        if size and (size.width % token or size.height % token):
+            near = target_size(size, max_pixels=_LIMITS.max_source_pixels, multiple_of=token)
+            yield f"{at}: {size} has a side that is no multiple of {token}, the pixels of a token: write {near}"
+
+
+def _free_paths(folder: Path, count: int) -> list[Path]:
+    """`0001.png` and so on, after the numbers that are taken in the folder."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    last = max((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), default=0) + count
+    digits = max(4, len(str(last)))
+    return [folder / f"{number:0{digits}d}.png" for number in range(last - count + 1, last + 1)]
+
+
+# What is made of it.
 
 
 def sample(request: Request) -> None:
-    """Make all pictures of `request`, and with `compare` the sheets that show them side by side.
+    """Make all images of `request`, and with `compare` the grids that show them side by side.
 
     Raises:
         UserError: the base's weights cannot be loaded, or the folder cannot be made.
-        WorkError: an image has changed since the request, a picture is there by now, or memory does not suffice.
+        WorkError: a control has changed since the request, an image is there by now, or memory does not suffice.
     """
-    folder = request.wanted[0].path.parent
+    folder = request.jobs[0].path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"--out: {printable(folder)} cannot be made: {error.strerror}; name another folder") from error
-    dtype = str(request.dtype).removeprefix("torch.")
-    rounded = f", weights in {request.quantize}" if request.quantize else ""
-    log(f"model     {request.base.path}, {dtype}{rounded} on {request.device}")
+        raise UserError(f"--out: {printable(folder)} cannot be written: {error.strerror}; choose another") from error
+    quantized = f", weights in {request.quantize}" if request.quantize else ""
+    log(f"model     {request.family.path}, {request.dtype}{quantized} on {request.device}")
     log(f"weights   {printable(request.result.path)}")
     try:
-        made = _make(request)
+        count = _make_images(request)
     except UserError as error:
         raise renamed(error, "--base") from error
-    if request.compare:
-        _write_sheets(request)
-    log(f"pictures  {made} in {printable(folder)}")
+    if request.options.compare:
+        _write_grids(request)
+    log(f"images    {count} in {printable(folder)}")
 
 
-def _make(request: Request) -> int:
-    """Make and save every picture; how many there are."""
+def _make_images(request: Request) -> int:
+    """Make and save every image; how many there are."""
     digest = request.result.digest()
-    embeds = _encoded(request)
+    embeds = _encode(request)
     release(request.device)
-    jobs = [(trained, one) for trained in ((False, True) if request.compare else (True,)) for one in request.wanted]
+    passes = (False, True) if request.options.compare else (True,)
+    jobs = [(trained, job) for trained in passes for job in request.jobs]
     pipelines, pipeline, current = _pipelines(request), None, None
-    for trained, one in counted(jobs, "sample", "picture", enabled=True):
+    for trained, job in counted(jobs, "sample", "image", enabled=True):
         if trained is not current:
             pipeline = None  # it may have to go before there is room for the next
             pipeline, current = next(pipelines), trained
-        path = one.path if trained else beside(one.path)[0]
-        log(f"picture   {path.name}: {one.size}, {request.steps} steps")
-        picture = _picture(request, pipeline, one, embeds)
-        settings = json.dumps(_settings(request, one, digest if trained else None), ensure_ascii=False)
-        _save(picture, path, mixres=settings)
+        path = job.path if trained else job.untrained_path
+        log(f"image     {path.name}: {job.size}, {request.options.steps} steps")
+        image = _make_image(request, pipeline, job, embeds)
+        settings = json.dumps(_settings(request, job, digest if trained else None), ensure_ascii=False)
+        _save(image, path, mixres=settings)
     return len(jobs)
 
 
-def _encoded(request: Request) -> dict[Text, Tensor]:
-    """The embeddings `(T, D)` of each prompt beside its images, on the CPU; the text encoder is gone then."""
-    family = request.base.family
-    texts = dict.fromkeys(text for one in request.wanted for text in (one.text, one.negative) if text)
-    encoders = family.load_encoders(dtype=request.dtype, device=request.device)
-    return {
-        text: family.encode_prompt(
-            encoders, controls=_read(request, text.images), prompt=text.prompt, areas=dict(text.areas)
-        )
-        for text in counted(texts, "encode", "prompt", enabled=True)
-    }
+def _text(request: Request, job: ImageJob, prompt: str) -> _Text:
+    return prompt, job.controls, tuple(request.result.areas(job.size).items())
+
+
+def _encode(request: Request) -> dict[_Text, Tensor]:
+    """The embeddings `(T, D)` of each prompt with its controls, on the CPU; the text encoder is gone then."""
+    prompts = [(job, prompt) for job in request.jobs for prompt in (job.prompt, job.negative) if prompt is not None]
+    texts = dict.fromkeys(_text(request, *each) for each in prompts)
+    encoders, embeds = request.family.load_encoders(dtype=getattr(torch, request.dtype), device=request.device), {}
+    for text in counted(texts, "encode", "prompt", enabled=True):
+        prompt, controls, areas = text
+        images = _read(request, controls)
+        embeds[text] = request.family.encode_prompt(encoders, controls=images, prompt=prompt, areas=dict(areas))
+    return embeds
 
 
 def _pipelines(request: Request) -> Iterator[Any]:
-    """The stock pipeline as it is, where that is to be compared with, then with the trained weights."""
+    """The stock pipeline of the base, if it is compared with, then that with the trained weights."""
     if request.result.lora:
         pipeline = _load(request, None)
-        if request.compare:
+        if request.options.compare:
             yield pipeline
         pipeline.load_lora_weights(request.result.path)
         yield pipeline
     else:
-        if request.compare:
+        if request.options.compare:
             yield _load(request, None)
             release(request.device)
         yield _load(request, request.result.path)
 
 
 def _load(request: Request, trained: Path | None) -> Any:
-    family, dtype, device = request.base.family, request.dtype, request.device
+    family, dtype, device = request.family, getattr(torch, request.dtype), request.device
     transformer = family.load_transformer(trained=trained, quantize=request.quantize, dtype=dtype, device=device)
     pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # a picture may take minutes
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # an image may take minutes
     return pipeline
 
 
-def _picture(request: Request, pipeline: Any, one: Wanted, embeds: dict[Text, Tensor]) -> Image.Image:
+def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Mapping[_Text, Tensor]) -> Image.Image:
+    negative = None if job.negative is None else embeds[_text(request, job, job.negative)]
     try:
-        picture = request.base.family.sample_image(
+        return request.family.sample_image(
             pipeline,
-            controls=_read(request, one.text.images),
-            prompt_embeds=embeds[one.text],
-            size=one.size,
-            steps=request.steps,
-            seed=one.seed,
-            negative_embeds=embeds[one.negative] if one.negative else None,
-            guidance=request.guidance,
-            areas=dict(one.text.areas),
+            controls=_read(request, job.controls),
+            prompt_embeds=embeds[_text(request, job, job.prompt)],
+            size=job.size,
+            steps=request.options.steps,
+            seed=job.seed,
+            negative_embeds=negative,
+            guidance=request.options.guidance,
+            areas=request.result.areas(job.size),
         )
     except torch.OutOfMemoryError as error:
-        raise WorkError(f"{request.device} is out of memory at {one.size}: give a smaller --size") from error
-    return picture
+        raise WorkError(f"{request.device} is out of memory at {job.size}: give a smaller --size") from error
 
 
-def _read(request: Request, images: Sequence[Path]) -> list[Image.Image]:
-    limits = replace(LIMITS, background=request.result.background)
+def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
+    limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE))
     try:
-        return [read_image(path, limits) for path in images]
+        return [read_image(path, limits) for path in controls]
     except BadImageError as error:
         raise WorkError(f"{error} (an image changed after the start: run the command again)") from error
 
 
-def _settings(request: Request, one: Wanted, digest: str | None) -> dict[str, Any]:
-    """What the PNG says of itself; `digest` is that of the trained weights, None without them."""
-    base = request.base
+def _settings(request: Request, job: ImageJob, digest: str | None) -> dict[str, Any]:
+    """The metadata of the PNG; `digest` is that of the trained weights, None without them."""
     return {
-        "prompt": one.text.prompt,
-        "negative_prompt": one.negative.prompt if one.negative else None,
-        "guidance": request.guidance,
-        "seed": one.seed,
-        "steps": request.steps,
-        "size": str(one.size),
-        "images": [printable(path) for path in one.text.images],
-        **dict(one.text.areas),
+        "prompt": job.prompt,
+        "negative_prompt": job.negative,
+        "guidance": request.options.guidance,
+        "seed": job.seed,
+        "steps": request.options.steps,
+        "size": str(job.size),
+        "images": [printable(path) for path in job.controls],
+        **request.result.areas(job.size),
         "lora": None if digest is None else printable(request.result.path),
         "lora_xxh3": digest,
-        "base": base.path,
-        "revision": base.revision,
-        "dtype": str(request.dtype).removeprefix("torch."),
+        "base": request.family.path,
+        "revision": request.family.revision,
+        "dtype": request.dtype,
         "quantize": request.quantize,
         "mixres": __version__,
     }
 
 
-def _save(picture: Image.Image, path: Path, **texts: str) -> None:
+def _save(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
     if path.exists():
-        raise WorkError(f"{path} is there by now and is not written over: choose another --out")
-    save_png(picture, path, **texts)
+        raise WorkError(f"{path} is there by now and is not overwritten: choose another --out")
+    save_png(image, path, captions, **texts)
 
 
-def _write_sheets(request: Request) -> None:
-    """Images, the picture without the trained weights and the one with them; some rows a sheet."""
-    for first in range(0, len(request.wanted), _SHEET_ROWS):
-        some = request.wanted[first : first + _SHEET_ROWS]
-        columns = max(len(one.text.images) for one in some)
-        rows = [_sheet_row(request, one, columns) for one in some]
+def _write_grids(request: Request) -> None:
+    """Controls, the image without the trained weights and the one with them; some rows a grid."""
+    for first in range(0, len(request.jobs), _GRID_ROWS):
+        jobs = request.jobs[first : first + _GRID_ROWS]
+        columns = max(len(job.controls) for job in jobs)
+        rows = [_grid_row(request, job, columns) for job in jobs]
         headings = [f"image {number}" for number in range(1, columns + 1)]
-        sheet = contact_sheet((*headings, "without", "with"), rows)
-        _save(sheet, beside(some[0].path)[1], **{f"caption-{n}": row.caption for n, row in enumerate(rows)})
+        grid = contact_sheet((*headings, "without", "with"), rows)
+        _save(grid, jobs[0].path.with_name(f"compare-{jobs[0].path.name}"), [row.caption for row in rows])
 
 
-def _sheet_row(request: Request, one: Wanted, columns: int) -> Row:
-    images = _read(request, one.text.images)
-    empty = [None] * (columns - len(images))
+def _grid_row(request: Request, job: ImageJob, columns: int) -> Row:
+    controls = _read(request, job.controls)
+    empty = [None] * (columns - len(controls))
     made = []
-    for path in (beside(one.path)[0], one.path):
-        with Image.open(path) as picture:
-            made.append(picture.convert("RGB"))
-    return Row((*images, *empty, *made), one.text.prompt, f"{one.path.name}, {one.size}, seed {one.seed}")
+    for path in (job.untrained_path, job.path):
+        with Image.open(path) as image:
+            made.append(image.convert("RGB"))
+    return Row((*controls, *empty, *made), job.prompt, f"{job.path.name}, {job.size}, seed {job.seed}")
