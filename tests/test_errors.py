@@ -1,4 +1,6 @@
-from mixres.errors import UserError, WorkError
+import pytest
+
+from mixres.errors import Problems, UserError, WorkError
 
 
 def test_a_message_is_one_printable_line() -> None:
@@ -7,3 +9,23 @@ def test_a_message_is_one_printable_line() -> None:
     assert str(error).splitlines() == list(error.messages)
     assert UserError("one").messages == ("one",)
     assert str(WorkError("disk\nfull")) == "disk\\nfull"
+
+
+def test_problems_raises_everything_wrong_at_once() -> None:
+    def parse(text: str) -> int:
+        if text.isdigit():
+            return int(text)
+        raise UserError([f"{text}: is no number", "give digits"])
+
+    problems = Problems(["first"])
+    assert (problems.collect(parse, "12"), problems.collect(parse, text="x")) == (12, None)
+    with problems.collecting():
+        problems.add("inside", "first")
+        parse("y")
+    with pytest.raises(UserError) as caught:
+        problems.raise_if_any()
+    assert caught.value.messages == ("first", "x: is no number", "give digits", "inside", "y: is no number")
+
+    Problems().raise_if_any()
+    with pytest.raises(ZeroDivisionError), Problems().collecting():
+        _ = 1 // 0

@@ -1,9 +1,14 @@
 """The two ways a run ends that are no bug: the user's input is wrong, or the work could not be done.
 
-Promise: a message is always exactly one printable line, whatever file name or value stands in it. Cost: none.
+Promise: a message is always exactly one printable line, whatever file name or value stands in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def one_line(text: str) -> str:
@@ -27,6 +32,42 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.messages)
+
+
+class Problems:
+    """Collects everything that is wrong with an input, so that one `UserError` names it all."""
+
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
+
+    def add(self, *lines: str) -> None:
+        """Note messages; one that is already there is raised once."""
+        self.lines += lines
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Note the messages of a `UserError` that ends the block; what follows the block runs in any case."""
+        try:
+            yield
+        except UserError as error:
+            self.add(*error.messages)
+
+    def collect(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `make` returns; None where it raises `UserError`, whose messages are noted."""
+        try:
+            return make(*args, **kwargs)
+        except UserError as error:
+            self.add(*error.messages)
+            return None
+
+    def raise_if_any(self) -> None:
+        """Raise all that was noted, each message once, in the order of the calls.
+
+        Raises:
+            UserError: there is a problem.
+        """
+        if self.lines:
+            raise UserError(list(dict.fromkeys(self.lines)))
 
 
 class WorkError(Exception):
