@@ -25,7 +25,7 @@ from mixres.inspection.plan_figures import Totals, totals
 from mixres.inspection.report import page, summary_lines
 from mixres.inspection.statistics import Figures, item_figures, notices, seen_sizes, size_figures, token_figures
 from mixres.models.family import Family
-from mixres.preprocessing.encode import entry_bytes, foreseen_entries
+from mixres.preprocessing.encode import entry_bytes, foreseen_entries, text_problems
 from mixres.preprocessing.fill import family_of, lengths_of, make_folder
 from mixres.preprocessing.training_data import ScannedData, scan_records, tell
 from mixres.training.distributed import dist_env
@@ -96,7 +96,7 @@ class _Look:
         with_empty = train if config.data.caption_dropout > 0 else []
         self.foreseen = foreseen_entries(config, family, everything, with_empty)
         self.entries = [self.foreseen[key] for key in train]
-        self.problems: list[str] = []
+        self.problems = text_problems(family, everything, self.foreseen)
         planned: Sequence[int] = range(len(self.entries))
         self.plan = self._planned(planned)
         if self.plan is None:
