@@ -2,10 +2,8 @@
 
 import logging
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,33 +145,3 @@ def filled_cache(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def small_cache(filled_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of `small_run`, filled, for all tests. Entries may be added, none taken away."""
     return shutil.copytree(filled_cache, tmp_path_factory.mktemp("shared") / "cache")
-
-
-CLAIM_HOLDER = """
-import sys
-from pathlib import Path
-from mixres.data.claims import Claims
-with Claims(Path(sys.argv[1])).claim(sys.argv[2]) as mine:
-    print(mine, flush=True)
-    sys.stdin.readline()
-print("let go", flush=True)
-sys.stdin.readline()
-"""
-
-
-@pytest.fixture
-def claim_holder() -> Callable[[Path, str], "AbstractContextManager[subprocess.Popen[str]]"]:
-    """Called with the root of a cache and a key: a process that holds the claim until it gets a line."""
-
-    @contextmanager
-    def hold(root: Path, key: str) -> Iterator["subprocess.Popen[str]"]:
-        command = [sys.executable, "-c", CLAIM_HOLDER, str(root), key]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                assert process.stdout is not None
-                assert process.stdout.readline() == "True\n"
-                yield process
-            finally:
-                process.kill()
-
-    return hold

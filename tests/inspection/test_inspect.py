@@ -295,7 +295,7 @@ def test_all_problems_are_told_and_the_rest_is_reported(
     assert lines == report["faults"]
     wanted = ["to_qq", *(target.name for target in targets[:3])]
     assert [part for part in wanted if part in " ".join(lines)] == wanted
-    assert [line for line in lines if line.startswith("data: 2 problems; 11 of 13 examples can be used: fix the data,")]
+    assert [line for line in lines if line.startswith("data: 2 problems; 11 of 13 records can be used: fix the data,")]
     over = [line for line in lines if "tokens alone are over batch.max_tokens = 75" in line]
     assert 1 <= len(over) < 8
     assert report["items"]["training_examples"] == 8
@@ -305,7 +305,7 @@ def test_all_problems_are_told_and_the_rest_is_reported(
     code, report = inspect(f"data.train={data}", "data.on_bad_item=skip", "batch.samples_per_step=16")
     assert code == 0
     assert report["faults"] == [] and len(report["left_out"]) == 2
-    few = "8 training examples for batch.samples_per_step=16: every step is an epoch"
+    few = "8 training records for batch.samples_per_step=16: every step is an epoch"
     assert any(notice.startswith(few) for notice in report["notices"])
     assert "plan      1 step an epoch on 1 rank, 16 samples a step" in capsys.readouterr().out
     shutil.rmtree(data / "training_images")

@@ -1,28 +1,38 @@
-"""Filling a cache: shares, help for those that died, full disks. The encoder is a stand-in, all else is real."""
+"""Filling a cache: the shares of ranks, dead ranks, two runs at once, full disks; then the real command, killed."""
 
-import contextlib
-import io
+import gc
+import os
+import pickle
 import resource
 import shutil
+import signal
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mixres.batch import Sample
 from mixres.data.cache import Cache, entry_key
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Grid
-from mixres.preprocessing.fill import check_space, fill, make_folder
+from mixres.preprocessing.fill import check_space, encode_all, fill, make_folder, spread
+from support.caching import Caching
+from support.family_cases import with_family
+from support.jobs import REPOSITORY, environment, torchrun
 
-ITEMS = {entry_key(i=i): i for i in range(12)}
-SIZES = dict.fromkeys(ITEMS, 10_000)
-Holder = Callable[[Path, str], "AbstractContextManager[subprocess.Popen[str]]"]
+NUMBERS = {entry_key(i=i): i for i in range(12)}
+SIZES = dict.fromkeys(NUMBERS, 10_000)
+ALL, FEW = 13, 3
+CPU = torch.device("cpu")
 
 
 def sample(number: int, rows: int = 4) -> Sample:
@@ -31,19 +41,19 @@ def sample(number: int, rows: int = 4) -> Sample:
 
 
 class Encoder:
-    """Counts what is loaded and encoded, in its order."""
+    """Stands for the family's: counts what is loaded and encoded, in its order."""
 
     def __init__(self, encode: Callable[[int], Sample] = sample) -> None:
         self.loaded, self.function = 0, encode
         self.encoded: list[int] = []
 
-    def load(self) -> Callable[[int], Sample]:
+    def load(self) -> Callable[[str], Sample]:
         self.loaded += 1
         return self
 
-    def __call__(self, number: int) -> Sample:
-        made = self.function(number)
-        self.encoded.append(number)
+    def __call__(self, key: str) -> Sample:
+        made = self.function(NUMBERS[key])
+        self.encoded.append(NUMBERS[key])
         return made
 
 
@@ -51,96 +61,131 @@ def entries(root: Path) -> dict[str, bytes]:
     return {path.stem: path.read_bytes() for path in root.glob("??/*.safetensors")}
 
 
+def files(root: Path) -> dict[str, tuple[int, int]]:
+    """Which file each entry is: another one under the same name has been written anew."""
+    stats = {path.stem: path.stat() for path in root.glob("??/*.safetensors")}
+    return {key: (stat.st_ino, stat.st_mtime_ns) for key, stat in stats.items()}
+
+
+def share(rank: int, world_size: int) -> list[int]:
+    return [number for key, number in NUMBERS.items() if int(key, 16) % world_size == rank]
+
+
 def test_every_missing_entry_is_encoded_once(tmp_path: Path) -> None:
-    encoder = Encoder()
-    assert fill(Cache(tmp_path), ITEMS, SIZES, encoder.load) == 12
-    assert encoder.encoded == list(range(12))
-    assert encoder.loaded == 1
-    assert entries(tmp_path).keys() == ITEMS.keys()
-    again = Encoder()
-    assert fill(Cache(tmp_path), ITEMS, SIZES, again.load) == 0
+    encoder, again = Encoder(), Encoder()
+    assert fill(Cache(tmp_path), SIZES, encoder.load) == 12
+    assert (encoder.encoded, encoder.loaded) == ([*range(12)], 1)
+    assert entries(tmp_path).keys() == NUMBERS.keys()
+    assert fill(Cache(tmp_path), SIZES, again.load) == 0
     assert again.loaded == 0, "encoders are loaded for an entry, not before"
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_rank_begins_with_its_share_and_ends_with_everything(tmp_path: Path, rank: int) -> None:
-    """The others never come: nobody waits for them."""
+def test_a_rank_encodes_its_share_and_then_what_the_others_have_not(tmp_path: Path) -> None:
+    """The others never come: nobody waits for them. Those that help the same one begin at different keys."""
+    orders = []
+    for rank in range(3):
+        encoder, own = Encoder(), share(rank, 3)
+        assert fill(Cache(tmp_path / str(rank)), SIZES, encoder.load, rank=rank, world_size=3) == 12
+        assert encoder.encoded[: len(own)] == own and len(own) > 1
+        assert sorted(encoder.encoded) == [*range(12)]
+        orders.append([number for number in encoder.encoded if number in share(2, 3)])
+    assert orders[0] != orders[1]
+
+
+HOLDER = """
+import sys
+sys.path[:0] = ["tests", "tests/preprocessing"]
+from pathlib import Path
+from test_fill import *
+def encode(number):
+    print(number, flush=True)
+    assert sys.stdin.readline(), "the test has ended"
+    return sample(number)
+rank, world_size = map(int, sys.argv[2:])
+fill(Cache(Path(sys.argv[1])), SIZES, Encoder(encode).load, rank=rank, world_size=world_size)
+print("done", flush=True)
+"""
+
+
+@contextmanager
+def held_process(root: Path, *, rank: int, world_size: int, encoded: int) -> Iterator["subprocess.Popen[str]"]:
+    """A process that has written `encoded` entries and waits for a line while it encodes the next one."""
+    command = [sys.executable, "-c", HOLDER, str(root), str(rank), str(world_size)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in range(encoded):
+            process.stdout.readline()
+            process.stdin.write("\n")
+            process.stdin.flush()
+        while not process.stdout.readline().strip().isdigit():  # the line of the bar's last entry
+            continue
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_rank_that_is_killed_while_encoding_is_replaced_and_what_it_wrote_stays(tmp_path: Path) -> None:
     encoder = Encoder()
-    assert fill(Cache(tmp_path), ITEMS, SIZES, encoder.load, rank=rank, world_size=3) == 12
-    share = [number for key, number in ITEMS.items() if int(key, 16) % 3 == rank]
-    assert 0 < len(share) < 12
-    assert encoder.encoded[: len(share)] == share
-    assert sorted(encoder.encoded) == list(range(12))
+    with held_process(tmp_path, rank=1, world_size=2, encoded=2) as process:
+        process.kill()
+        process.wait()
+    before = files(tmp_path)
+    assert sorted(NUMBERS[key] for key in before) == sorted(share(1, 2)[:2])
+    assert fill(Cache(tmp_path), SIZES, encoder.load, rank=0, world_size=2) == 10
+    assert sorted(encoder.encoded) == sorted({*range(12)} - {*share(1, 2)[:2]})
+    assert before.items() <= files(tmp_path).items()
 
 
-def test_what_another_process_wrote_meanwhile_is_not_encoded_again(tmp_path: Path) -> None:
-    """Rank 1 has finished before rank 0 comes to its share."""
-    first, second = Encoder(), Encoder()
-    share = {key: number for key, number in ITEMS.items() if int(key, 16) % 2 == 1}
-    fill(Cache(tmp_path), share, SIZES, first.load, rank=1, world_size=2)
-    assert fill(Cache(tmp_path), ITEMS, SIZES, second.load, rank=0, world_size=2) == 12 - len(share)
-    assert sorted(first.encoded + second.encoded) == list(range(12))
+def test_two_runs_at_once_finish_without_each_other_and_write_the_same_bytes(tmp_path: Path) -> None:
+    with held_process(tmp_path, rank=0, world_size=1, encoded=3) as process:
+        encoder = Encoder()
+        assert fill(Cache(tmp_path), SIZES, encoder.load) == 9, "nobody waits for the entry in flight"
+        assert encoder.encoded == [*range(3, 12)]
+        before, old = entries(tmp_path), files(tmp_path)
+        assert process.communicate("\n")[0] == "done\n", "the other one encodes the entry in flight and no more"
+    changed = old.items() - files(tmp_path).items()
+    assert [NUMBERS[key] for key, _ in changed] == [3], "the last rename wins"
+    assert entries(tmp_path) == before
 
 
-def test_the_entry_of_a_process_that_is_killed_while_encoding_is_taken_over(
-    tmp_path: Path, claim_holder: Holder
-) -> None:
-    encoder = Encoder()
-    with claim_holder(tmp_path, list(ITEMS)[3]) as holder, contextlib.redirect_stdout(io.StringIO()) as out:
-
-        def kill_when_it_is_waited_for() -> None:
-            while "waits for 1 entries that other processes are encoding" not in out.getvalue():
-                time.sleep(0.01)
-            holder.kill()
-
-        threading.Thread(target=kill_when_it_is_waited_for, daemon=True).start()
-        assert fill(Cache(tmp_path), ITEMS, SIZES, encoder.load) == 12
-    assert encoder.encoded == [0, 1, 2, *range(4, 12), 3]
-
-
-def test_an_example_that_cannot_be_encoded_stops_the_pass_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_encoded_stops_the_pass_and_keeps_the_rest(tmp_path: Path) -> None:
     def failing(number: int) -> Sample:
         if number == 5:
             raise WorkError("5 has changed since the scan")
         return sample(number)
 
-    for found in (0, 5):  # its claim is free again, and it fails again
-        encoder = Encoder(failing)
-        with pytest.raises(WorkError, match="5 has changed"):
-            fill(Cache(tmp_path), ITEMS, SIZES, encoder.load)
-        assert encoder.encoded == list(range(found, 5))
-    assert fill(Cache(tmp_path), ITEMS, SIZES, Encoder().load) == 7
+    with pytest.raises(WorkError, match="5 has changed"):
+        fill(Cache(tmp_path), SIZES, Encoder(failing).load)
+    assert fill(Cache(tmp_path), SIZES, Encoder().load) == 7
 
 
-# --- Full disks
-
-
-@contextmanager
-def files_at_most(size: int) -> Iterator[None]:
-    """The kernel refuses longer files: a write that fails in the middle, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+# Full disks
 
 
 def test_a_failed_write_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    """The kernel refuses long files: a write that fails in the middle, as on a full disk."""
     encoder = Encoder(lambda number: sample(number, rows=64 if number == 7 else 4))
-    with files_at_most(8192), pytest.raises(WorkError) as caught:
-        fill(Cache(tmp_path), ITEMS, SIZES, encoder.load)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(WorkError) as caught:
+            fill(Cache(tmp_path), SIZES, encoder.load)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(caught.value) == (
         f"cache.cache_dir: {tmp_path} cannot be written (File too large): make room, about 0.1 MB for the 5 entries to "
         "come, and run the same command again; those that are there stay"
     )
-    before = entries(tmp_path)
-    assert sorted(ITEMS[key] for key in before) == list(range(7))
+    before = files(tmp_path)
+    assert sorted(NUMBERS[key] for key in before) == [*range(7)]
     assert not list(tmp_path.rglob(".tmp-*")), "no part of the entry is left"
     again = Encoder()
-    fill(Cache(tmp_path), ITEMS, SIZES, again.load)
-    assert again.encoded == list(range(7, 12)), "the next pass goes on"
-    assert before.items() <= entries(tmp_path).items()
+    fill(Cache(tmp_path), SIZES, again.load)
+    assert again.encoded == [*range(7, 12)]
+    assert before.items() <= files(tmp_path).items()
 
 
 def test_space_is_compared_with_what_the_disk_has(tmp_path: Path) -> None:
@@ -148,18 +193,158 @@ def test_space_is_compared_with_what_the_disk_has(tmp_path: Path) -> None:
     check_space(tmp_path, [free // 4, free // 4])
     with pytest.raises(UserError) as caught:
         check_space(tmp_path, [2 * free, 10**12, 10**12])
-    assert len(caught.value.messages) == 1
-    message = caught.value.messages[0]
+    (message,) = caught.value.messages
     assert message.startswith(f"cache.cache_dir: {tmp_path} needs about {(2 * free + 2 * 10**12) / 1e9:.1f} GB for 3 ")
     assert message.endswith(" GB are free: make room, or name a folder on a larger disk")
 
 
-def test_a_folder_that_cannot_be_is_the_users_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "cache", "Not a directory")):
         with pytest.raises(UserError) as caught:
             make_folder(path)
         assert caught.value.messages == (f"cache.cache_dir: {path} cannot be made ({reason}): name another folder",)
-    make_folder(tmp_path / "a" / "b")
-    make_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+
+
+# The pass of a run
+
+
+def test_ranks_log_what_they_encoded_and_agree(caching: Caching, tmp_path: Path) -> None:
+    caching.keep_few()
+    caching.cache = tmp_path / "empty"
+    alone = encode_all(*with_family(caching.config()), device=CPU, rank=1, world_size=2)
+    assert caching.output() == f"cache     rank 1: {FEW} encoded\n", "it does not wait for a rank 0 that has failed"
+    assert caching() == (0, FEW)
+    other = encode_all(*with_family(caching.config()), device=CPU, rank=1, world_size=2)
+    assert caching.output() == "", "one process logs"
+    assert [x.key for x in alone.train] == [x.key for x in other.train] == [x.key for x in caching.encoded().train]
+
+
+def test_a_damaged_entry_is_made_again(caching: Caching) -> None:
+    path = caching.encoded().cache.path(caching.encoded().train[0].key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    caching.output()
+    assert caching() == (1, ALL - 1)
+    assert path.read_bytes() == whole
+
+
+def living_encoders() -> set[int]:
+    kinds = (AutoencoderKLQwenImage, Qwen2_5_VLForConditionalGeneration)
+    return {id(thing) for thing in gc.get_objects() if type(thing) in kinds}
+
+
+def test_the_encoders_are_gone_when_the_pass_returns(caching: Caching) -> None:
+    gc.collect()
+    before = living_encoders()
+    caching.first(suffix=".txt").write_text("make it greener")
+    caching.encoded()
+    assert "1 encoded" in caching.output()
+    assert living_encoders() <= before
+    held = with_family(caching.config())[1].load_encoders(dtype=torch.float32, device="cpu")
+    assert len(living_encoders() - before) == 2, "the check sees encoders that live"
+    del held
+
+
+def test_pickles_in_the_cache_and_the_base_run_nothing(caching: Caching, copy_of_base: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(witness),)
+
+    encoded = caching.encoded()
+    planted = [encoded.cache.path(encoded.train[0].key)]
+    planted += [caching.cache / name for name in ("index.json", "fingerprints.json", "cache.pt", "index.pkl")]
+    planted += [copy_of_base / "vae" / "diffusion_pytorch_model.bin", copy_of_base / "tokenizer" / "tokens.pkl"]
+    for path in planted:
+        path.write_bytes(pickle.dumps(Payload()))
+    caching.output()
+    assert caching(f"model.pretrained_model_name_or_path={copy_of_base}") == (1, ALL - 1)
+    assert caching() == (0, ALL)
+    assert not witness.exists()
+    pickle.loads(planted[3].read_bytes())
+    assert witness.exists(), "the planted ones are not blanks"
+
+
+def test_spread_takes_all_sizes_evenly(caching: Caching) -> None:
+    samples = caching.encoded().train
+    tokens = sorted(x.entry.target_tokens for x in samples)
+    assert [x.entry.target_tokens for x in spread(samples, 99)] == tokens
+    some = [x.entry.target_tokens for x in spread(samples, 4)]
+    assert (some[0], some[-1], len(some)) == (tokens[0], tokens[-1], 4)
+    assert some == sorted(some)
+    assert spread(samples, 4) == spread(reversed(samples), 4)
+
+
+# The real command
+
+
+def command(caching: Caching, ranks: int = 1) -> list[str]:
+    launcher = torchrun(2) if ranks == 2 else (sys.executable,)
+    return [*launcher, "train.py", "cache", "--config", str(caching.file), *caching.words()]
+
+
+def assert_undisturbed(root: Path, filled_cache: Path) -> None:
+    """It is what one process makes at once."""
+    assert entries(root) == entries(filled_cache)
+    assert (root / "index.json").read_bytes() == (filled_cache / "index.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_ranks_leave_entries_that_the_next_ranks_keep(
+    caching: Caching, filled_cache: Path, tmp_path: Path
+) -> None:
+    """Both ranks are killed each time that some entries are on disk, then two ranks finish."""
+    caching.cache = root = tmp_path / "empty"
+    seen = dict[str, tuple[int, int]]()
+    start = partial(subprocess.Popen, command(caching, ranks=2), cwd=REPOSITORY, env=environment(), text=True)
+    for wanted in (1, 6):
+        with start(stderr=subprocess.DEVNULL, start_new_session=True) as job:
+            while len(files(root)) < wanted:
+                assert job.poll() is None
+                time.sleep(0.01)
+            os.killpg(job.pid, signal.SIGKILL)
+        assert seen.items() <= files(root).items(), "an entry that is there is not encoded again"
+        seen = files(root)
+        assert wanted <= len(seen) < ALL
+    with start(stdout=subprocess.PIPE) as job:
+        assert f", {len(seen)} found" in job.communicate()[0]
+    assert job.returncode == 0
+    assert seen.items() <= files(root).items()
+    assert_undisturbed(root, filled_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_small_disk_is_refused_a_full_one_keeps_what_was_written_and_a_read_only_one_is_used(
+    caching: Caching, filled_cache: Path, tmp_path: Path
+) -> None:
+    """One disk, mounted where this script alone sees it: without room for bytes, then for files, then for writing."""
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    caching.cache = root = disk / "cache"
+    script = f"""
+    cache() {{ {" ".join(command(caching))} || echo "code $?"; find {disk} -name '*.safetensors' | wc -l; }}
+    mount -t tmpfs -o size=60k none {disk}; cache
+    mount -o remount,size=50m,nr_inodes=20 {disk}; cache
+    mount -o remount,nr_inodes=1000 {disk}; cache
+    cp -r {root} {copy}; rm {root}/scan.json; mount -o remount,ro {disk}; cache
+    """
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc", script]
+    done = subprocess.run(unshare, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+    lines, errors = done.stdout.splitlines(), done.stderr.splitlines()
+    small, full = (line for line in errors if line.startswith("mixres: error: "))
+    assert f"{root} needs about 0.3 MB for {ALL} entries, 0.0 MB are free: make room" in small
+    assert lines[lines.index("code 2") + 1] == "0"
+    count = int(lines[lines.index("code 1") + 1])
+    assert 1 < count < ALL
+    assert f"{root} cannot be written (No space left on device): make room, about 0." in full
+    assert f"MB for the {ALL - count} entries to come" in full
+    logged = [line.partition(": ")[2] for line in lines if line.startswith("cache ")]
+    assert logged == [f"{ALL - count} encoded, {count} found", f"0 encoded, {ALL} found"]
+    assert not list(copy.rglob(".tmp-*"))
+    assert_undisturbed(copy, filled_cache)

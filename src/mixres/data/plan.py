@@ -95,6 +95,16 @@ def caption_dropped(seed: int, step: int, index: int, probability: float) -> boo
     return drawn < probability * 2**64
 
 
+def over_budget(lengths: Iterable[Lengths], names: Iterable[str], max_tokens: int) -> list[str]:
+    """A message for each sample that does not fit a microbatch alone."""
+    return [
+        f"{name}: {length.most} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
+        "data.resize.target.max_pixels"
+        for name, length in zip(names, lengths, strict=True)
+        if length.most > max_tokens
+    ]
+
+
 class Plan:
     """All steps of a run, by index: resuming after step k is asking for step k + 1.
 
@@ -118,13 +128,7 @@ class Plan:
         if not lengths:
             raise UserError("data.train: there is no usable sample; add some")
         assert not caption_dropout or all(length.empty_text for length in lengths), "encoded without the empty prompt"
-        over = [
-            f"{name}: {length.total} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
-            "data.resize.target.max_pixels"
-            for name, length in zip(names, lengths, strict=True)
-            if length.most > max_tokens
-        ]
-        if over:
+        if over := over_budget(lengths, names, max_tokens):
             raise UserError(over)
         self.lengths = np.array(lengths, dtype=np.int32)  # (n, 4), columns as the fields of `Lengths`
         self.weights = np.ones(len(lengths)) if weights is None else np.array(weights, dtype=np.float64)

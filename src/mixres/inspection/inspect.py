@@ -33,7 +33,7 @@ from mixres.inspection.statistics import (
 )
 from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
-from mixres.preprocessing.encode import entry_bytes, foreseen_entries
+from mixres.preprocessing.encode import entry_bytes, foreseen_entries, text_problems
 from mixres.preprocessing.fill import family_of, lengths_of, make_folder
 from mixres.preprocessing.training_data import ScannedData, scan_records, tell
 from mixres.training.distributed import dist_env
@@ -112,7 +112,7 @@ class _DryRun:
         train = list(records)[: len(found.train)]
         self.foreseen = foreseen_entries(config, family, records, train if config.data.caption_dropout > 0 else [])
         self.entries = [self.foreseen[key] for key in train]
-        self.problems: list[str] = []
+        self.problems = text_problems(family, records, self.foreseen)
         planned = list(range(len(self.entries)))
         self.plan = self._planned(planned)
         if self.plan is None:

@@ -106,6 +106,10 @@ class Family(Protocol):
         """T of `encode_prompt`, exactly, from the sizes of the controls' files."""
         ...
 
+    def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
+        """Why the transformer has no positions for so much text beside images of these grids; None where it has."""
+        ...
+
     def previews(
         self,
         preprocessors: Any,

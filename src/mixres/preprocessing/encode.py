@@ -1,10 +1,11 @@
-"""A scanned example under a configuration: its key, its size on disk, and the encoded sample.
+"""A scanned record under a configuration: its key, its size on disk, and the encoded sample.
 
-Promise: whatever the encoding of an example depends on is in its key, here, side by side; what is stored under a key
-was made of the very bytes that the key names. Cost: VAE and text encoder once an example, one more read of its files.
+Promise: whatever the encoding of a record depends on is in its key, side by side here; what is stored under a key was
+made of the very bytes that the key names. Cost: VAE and text encoder once a record, one more read of its files.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import xxhash
 from PIL import ImageColor
 
+from mixres.batch import Sample
 from mixres.config.schema import Config
 from mixres.data.cache import CacheEntry, entry_key
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
@@ -29,10 +31,10 @@ ENCODING = 2
 def entry_keys(
     config: Config, family: Family, records: Sequence[ScannedRecord], *, empty_prompt: bool = False
 ) -> list[str]:
-    """For each record the hash over everything that its entry depends on; `empty_prompt`: it holds that one too.
+    """For each record the hash over everything that its entry depends on; `empty_prompt`: the entry holds that too.
 
     Raises:
-        UserError: the base's encoders cannot be had.
+        UserError: the base's encoders cannot be found.
     """
     memo = Path(config.cache.cache_dir) / "fingerprints.json"
     encoders = family.encoder_fingerprint(memo)
@@ -55,15 +57,8 @@ def entry_keys(
     ]
 
 
-def entry_sizes(
-    config: Config, family: Family, missing: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
-) -> dict[str, int]:
-    """The bytes that each entry will take; the keys `with_empty` hold the empty prompt too."""
-    return entry_bytes(config, family, foreseen_entries(config, family, missing, with_empty))
-
-
 def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
-    """The bytes of the files of such entries."""
+    """The bytes that the files of such entries take, at most."""
     return {
         key: family.entry_bytes(
             image_tokens=entry.image_tokens,
@@ -78,10 +73,12 @@ def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry
 def foreseen_entries(
     config: Config, family: Family, records: Mapping[str, ScannedRecord], with_empty: Collection[str] = ()
 ) -> dict[str, CacheEntry]:
-    """What the cache will say of each record once it is encoded, exactly, from sizes and words alone.
+    """The entry that each record will have once it is encoded, exactly, from sizes and words alone.
+
+    Entries of the keys `with_empty` hold the empty prompt too.
 
     Raises:
-        UserError: the base's tokenizer, processor or configuration cannot be had.
+        UserError: the base's tokenizer, processor or configuration cannot be found.
     """
     preprocessors = family.load_preprocessors()
     entries = {}
@@ -99,11 +96,38 @@ def foreseen_entries(
     return entries
 
 
-def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
-    """What the family's `encode` takes of an example, its pictures decoded.
+def text_problems(family: Family, records: Mapping[str, ScannedRecord], entries: Mapping[str, CacheEntry]) -> list[str]:
+    """Records whose text has more tokens than the transformer has positions for, a message each."""
+    return [
+        f"{scanned.record.name}: {problem}"
+        for key, scanned in records.items()
+        if (problem := family.text_problem(entries[key].img_shapes, entries[key].text_tokens))
+    ]
+
+
+def encode_record(
+    config: Config, family: Family, encoders: Any, scanned: ScannedRecord, *, with_empty: bool = False
+) -> Sample:
+    """The encoded sample of a record; `with_empty`: with the embeddings of the empty prompt.
+
+    The text encoder sees the controls, so the empty prompt is another one for each record.
 
     Raises:
-        WorkError: a file is not the one that the scan saw, whose bytes the key is of.
+        WorkError: a file has changed since the scan.
+    """
+    inputs = encode_inputs(config, family, scanned)
+    sample = family.encode(encoders, **inputs)
+    if not with_empty:
+        return sample
+    empty = family.encode_prompt(encoders, prompt="", controls=inputs["controls"], areas=inputs["areas"])
+    return replace(sample, empty_embeds=empty)
+
+
+def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
+    """The arguments of the family's `encode` for a record, its images decoded.
+
+    Raises:
+        WorkError: a file no longer has the bytes that the scan read and the key is made of.
     """
     limits, record = image_limits(config), scanned.record
     files = (record.target, *record.controls, *([record.mask] if record.mask else []))

@@ -1,4 +1,4 @@
-"""The verb `cache --verify`: read every entry of the configuration's data and say which are not what was written.
+"""The verb `cache --verify`: read every entry of the configuration's data and report the damaged and missing ones.
 
 Promise: nothing is encoded and no weight is loaded; what is damaged is named and removed, so that the next caching
 pass makes it again. Cost: the scan, and one read of every entry.
@@ -33,10 +33,9 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
     save_index(cache)
     for line in (*damaged, *missing):
         log(f"cache     {line}")
-    counts = f"{len(names) - len(damaged) - len(missing)} whole, {len(damaged)} damaged, {len(missing)} missing"
-    present = list(cache.root.glob("??/*.safetensors"))
-    others = [path for path in present if path.stem not in names]
+    counts = f"{len(names) - len(damaged) - len(missing)} valid, {len(damaged)} damaged, {len(missing)} missing"
     log(f"cache     {len(names)} entries in {cache.root}: {counts}")
+    others = [path for path in cache.root.glob("??/*.safetensors") if path.stem not in names]
     if others:
         size = readable_size(sum(path.stat().st_size for path in others))
         log(f"cache     {len(others)} more entries there ({size}) are of other data or configurations")

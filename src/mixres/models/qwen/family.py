@@ -30,6 +30,7 @@ from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
+from mixres.models.qwen.rope import TABLE_HALF, text_start
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
@@ -177,6 +178,16 @@ class QwenFamily:
             seen += processor.get_number_of_image_patches(size.height, size.width) // processor.merge_size**2
         count: int = words - len(controls) + seen - pipeline.prompt_template_encode_start_idx
         return count
+
+    def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
+        """See `Family`. Text stands behind the largest image in a table of fixed length."""
+        room = TABLE_HALF - text_start(grids)
+        if text_tokens <= room:
+            return None
+        return (
+            f"{text_tokens} text tokens, those of its controls included, are more than the {room} that this base has "
+            "positions for: lower data.resize.control, or shorten the prompt"
+        )
 
     def previews(
         self,

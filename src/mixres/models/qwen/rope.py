@@ -25,7 +25,7 @@ from mixres.geometry import token_count
 Shape = tuple[int, int, int]
 Runs = tuple[tuple[int, int], ...]  # (row, tokens): so many tokens in a row share that row of parameters
 
-TABLE_HALF = 4096  # the stock tables hold the positions -4096 .. 4095
+TABLE_HALF = 4096  # the tables of diffusers' `QwenEmbedRope` hold the positions -4096 .. 4095
 FILLER_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
 
 
@@ -89,9 +89,14 @@ def image_positions(shapes: Sequence[Shape]) -> Tensor:
     return torch.cat(grids)
 
 
+def text_start(shapes: Sequence[Shape]) -> int:
+    """The position of the first text token of a sample: behind its largest image."""
+    return max(max(rows // 2, columns // 2) for _, rows, columns in shapes)
+
+
 def text_positions(shapes: Sequence[Shape], length: int) -> Tensor:
     """`(T, 3)` int64: the same number on all three axes, starting behind the largest image of the sample."""
-    first = max(max(rows // 2, columns // 2) for _, rows, columns in shapes)
+    first = text_start(shapes)
     if first + length > TABLE_HALF:
         raise ValueError(f"{length} text tokens from position {first} on: the rotary table ends at {TABLE_HALF - 1}")
     return (torch.arange(length) + first)[:, None].expand(length, 3)

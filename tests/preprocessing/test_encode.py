@@ -1,0 +1,371 @@
+"""Entries: what makes one miss and what does not, what it is made of, and what is known of it before it is encoded."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+import pytest
+import torch
+from PIL import Image
+
+from mixres.config.load import load_config
+from mixres.data.images import Limits, read_image
+from mixres.data.scan import scan
+from mixres.errors import UserError, WorkError
+from mixres.geometry import Grid, Size, target_size
+from mixres.models.qwen.rope import MultiResolutionRope
+from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries
+from mixres.preprocessing.fill import encode, encode_all, keyed_records
+from mixres.preprocessing.training_data import control_areas, image_limits
+from support.caching import CONTROLS, TARGETS, Caching, same
+from support.family_cases import CASES, FamilyCase, with_family
+
+ALL, TRAIN, FEW = 13, 10, 3
+CPU = torch.device("cpu")
+
+
+def change_prompt(caching: Caching) -> None:
+    caching.first(suffix=".txt").write_text("make it greener", encoding="utf-8")
+
+
+def change_pixel(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+    red, *others = image.getpixel((0, 0))
+    image.putpixel((0, 0), (red ^ 1, *others))
+    image.save(path)
+
+
+def add_byte(path: Path) -> None:
+    """Behind the image: the file has changed, no pixel has."""
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def add_mask(caching: Caching) -> Path:
+    with Image.open(caching.first()) as image:
+        mask = Image.new("L", image.size, 255)
+    mask.paste(0, (0, 0, mask.width // 2, mask.height // 3))
+    path = caching.first().with_name(f"{caching.first().stem}_mask.png")
+    mask.save(path)
+    return path
+
+
+# What makes an entry miss
+
+CHANGES: dict[str, Callable[[Caching], object]] = {
+    "prompt": change_prompt,
+    "control": lambda caching: change_pixel(caching.first(CONTROLS)),
+    "a byte of a control": lambda caching: add_byte(caching.first(CONTROLS)),
+    "held-out target": lambda caching: change_pixel(caching.first(part="held_out")),
+    "mask": add_mask,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: str) -> None:
+    assert caching() == (0, ALL)
+    CHANGES[change](caching)
+    assert caching() == (1, ALL - 1)
+    assert caching() == (0, ALL)
+
+
+@pytest.mark.parametrize(
+    ("override", "encoded"),
+    [("data.resize.control.area=2048", FEW), ("model.dtype=bfloat16", FEW), ("data.caption_dropout=0.1", FEW - 1)],
+)
+def test_a_setting_makes_the_entries_that_depend_on_it_miss(caching: Caching, override: str, encoded: int) -> None:
+    caching.keep_few()
+    assert caching(override) == (encoded, FEW - encoded)
+    assert caching(override) == (0, FEW)
+    assert caching() == (0, FEW), "the entries there were are still there"
+
+
+def test_the_version_of_encoding_is_part_of_every_entry(caching: Caching, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = scan([str(caching.data / "train")], limits=Limits()).records
+    before = set(entry_keys(*with_family(caching.config()), records))
+    monkeypatch.setattr("mixres.preprocessing.encode.ENCODING", -1)  # a release that reads or resizes in another way
+    assert len(before) == TRAIN and not before & set(entry_keys(*with_family(caching.config()), records))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer_config.json", "text_encoder/config.json"],
+)
+def test_every_file_of_the_encoders_is_part_of_every_entry(caching: Caching, copy_of_base: Path, file: str) -> None:
+    caching.keep_few()
+    override = f"model.pretrained_model_name_or_path={copy_of_base}"
+    assert caching(override) == (0, FEW), "the contents count, not the folder"
+    path = copy_of_base / file
+    before, data = path.stat(), path.read_bytes()
+    path.write_bytes(data + b"\n" if path.suffix == ".json" else data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as after a copy that keeps times
+    assert caching(override) == (FEW, 0)
+
+
+def test_the_background_makes_the_entries_of_transparent_images_miss_and_no_others(caching: Caching) -> None:
+    path, blue = caching.first(CONTROLS), 'data.background="#204060"'
+    with Image.open(path) as image:
+        seethrough = image.convert("RGBA")
+    seethrough.putalpha(Image.linear_gradient("L").resize(seethrough.size))
+    seethrough.save(path)
+    assert caching() == (1, ALL - 1)
+    assert caching('data.background="#ffffff"') == (0, ALL), "it is what white is"
+    assert caching(blue) == (1, ALL - 1)
+    assert caching(blue) == caching() == (0, ALL)
+    laid_on_blue = caching.samples(blue)[0]
+    flat = Image.new("RGBA", seethrough.size, "#204060")
+    flat.alpha_composite(seethrough)
+    flat.convert("RGB").save(path)
+    assert same(caching.samples()[0], laid_on_blue)
+
+
+def test_a_size_rule_makes_only_the_sizes_it_changes_miss(caching: Caching) -> None:
+    changed = 0
+    for path in (*caching.files(), *caching.files(part="held_out")):
+        with Image.open(path) as image:
+            size = Size(*image.size)
+        changed += len({target_size(size, max_pixels=limit, multiple_of=16) for limit in (16384, 10000)}) == 2
+    assert 0 < changed < ALL
+    assert caching("data.resize.target.max_pixels=10000") == (changed, ALL - changed)
+
+
+def test_both_areas_of_edit_plus_are_part_of_an_entry(
+    caching: Caching, base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path]
+) -> None:
+    case = CASES["qwen_image_edit_plus"]
+    caching.data = pairs_of(case)
+    words = [f"model.pretrained_model_name_or_path={base_of(case)}", *case.overrides()]
+    keys = set[str]()
+    for other in ("area=12544", "area=12545", "text_area=6401"):
+        config = caching.config(*words, f"data.resize.control.{other}")
+        keys.update(keyed_records(*with_family(config), is_main=False).keys)
+    assert len(keys) == 3 * ALL
+
+
+def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(caching: Caching) -> None:
+    """The same bytes in the same order: as two controls, the other way round, and as control and mask."""
+    root, one = caching.data / "train" / TARGETS, caching.first()
+    with Image.open(one) as image:
+        image.rotate(180).save(root / "other.png")
+    row = {"path_target": one.name, "path_control": "other.png", "prompt": "make it blue"}
+    rows = [row | {"path_control_1": one.name}, row | {"path_mask": one.name}]
+    rows.append(row | {"path_control": one.name, "path_control_1": "other.png"})
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    records, problems, *_ = scan([str(root / "train.jsonl")], limits=Limits())
+    assert problems == [] and records[0].digests == records[1].digests
+    assert len(set(entry_keys(*with_family(caching.config()), records))) == 3
+
+
+# What does not
+
+
+def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
+    """Of any kind: spaces, line ends, dashes, other scripts in either form, 255 bytes."""
+    prefixes = ["re named ", "-", "line\nend", "图片", "café", normalize("NFD", "café")]
+    stems = sorted({path.stem for path in caching.data.rglob("*.txt")})
+    renamed = {stem: f"{prefixes[i % 6]}{stem}" for i, stem in enumerate(stems)} | {stems[-1]: "n" * 251}
+    for path in list(caching.data.rglob("*.*")):
+        path.rename(path.with_name(f"{renamed[path.stem]}{path.suffix}"))
+    assert caching() == (0, ALL)
+    assert all(sample.record.name.isprintable() for sample in caching.encoded().train)
+
+
+def test_equal_records_share_an_entry(caching: Caching) -> None:
+    for file in caching.pair(caching.first()):
+        shutil.copyfile(file, file.with_name(f"copy{file.suffix}"))
+    assert caching() == (0, ALL)
+    samples = caching.encoded().train
+    assert len({sample.key for sample in samples}) == TRAIN
+    assert len({sample.record.name for sample in samples}) == len(samples) == TRAIN + 1
+
+
+def test_a_sample_has_one_entry_trained_regularising_or_with_any_weight(caching: Caching) -> None:
+    for file in [file for target in caching.files()[:FEW] for file in caching.pair(target)]:
+        moved = caching.data / "regular" / file.parent.name / file.name
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(moved)
+    regular = f"data.regularization={caching.data / 'regular'}"
+    assert caching(regular, "loss.prior_loss_weight=0.3") == (0, ALL)
+    assert [x.regularization for x in caching.encoded(regular).train] == [False] * (TRAIN - FEW) + [True] * FEW
+
+
+# What an entry is made of
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_read_back_is_what_the_family_encodes(caching: Caching, dtype: str) -> None:
+    caching.keep_few()
+    mask = add_mask(caching)
+    config, family = with_family(caching.config(f"model.dtype={dtype}"))
+    encoded = caching.encoded(f"model.dtype={dtype}")
+    encoders = family.load_encoders(dtype=getattr(torch, dtype), device="cpu")
+    for sample in [*encoded.train, *encoded.held_out]:
+        record = sample.record
+        direct = family.encode(
+            encoders,
+            name=record.name,
+            target=read_image(record.target, Limits()),
+            target_size=sample.target_size,
+            controls=[read_image(path, Limits()) for path in record.controls],
+            prompt=record.prompt,
+            mask=Image.open(mask).convert("L") if record.mask else None,
+            areas={"control_area": 4096},
+        )
+        assert same(encoded.cache.read(sample.key), direct)
+        real = encoded.cache.path(sample.key).stat().st_size
+        assert real < entry_bytes(config, family, {"": sample.entry})[""] < 1.1 * real + 12_000
+        lengths = len(direct.prompt_embeds), len(direct.target_latents) + len(direct.control_latents[0])
+        assert sample.lengths == (*lengths, len(direct.target_latents), 0)
+    assert [sample.entry.has_mask for sample in encoded.train] == [True, False]
+
+
+def test_images_turned_by_exif_make_the_entry_of_the_upright_ones(caching: Caching) -> None:
+    caching.keep_few()
+    turned = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 5: Image.Transpose.TRANSPOSE}
+    files = caching.first(), add_mask(caching), caching.first(CONTROLS)
+    upright = caching.samples()[0]
+    for path, (orientation, stored) in zip(files, turned.items(), strict=True):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        with Image.open(path) as image:
+            image.transpose(stored).save(path, exif=exif)
+    caching.output()
+    assert same(caching.samples()[0], upright)
+    assert "1 encoded" in caching.output()
+
+
+def test_one_prompt_and_two_controls_are_two_embeddings(caching: Caching) -> None:
+    """The text encoder sees the control: a cache keyed by words would hand one embedding to both."""
+    caching.keep_few()
+    target, text, _ = caching.pair(caching.first())
+    for file, folder in ((target, TARGETS), (text, TARGETS), (caching.files(CONTROLS)[1], CONTROLS)):
+        shutil.copyfile(file, caching.data / "train" / folder / f"zz{file.suffix}")
+    one, _, two = caching.samples()
+    assert torch.equal(one.target_latents, two.target_latents)
+    assert one.prompt_embeds.shape == two.prompt_embeds.shape
+    difference = (one.prompt_embeds - two.prompt_embeds).norm() / one.prompt_embeds.norm()
+    assert difference > 0.05, "not by rounding"
+
+
+def test_the_empty_prompt_is_what_encoding_an_empty_caption_gives(caching: Caching) -> None:
+    """And that is bit for bit what the stock pipeline makes of it, see the tests of the family."""
+    caching.keep_few()
+    plain, dropped = caching.samples(), caching.samples("data.caption_dropout=0.1")
+    for caption in caching.files(suffix=".txt"):
+        caption.write_text("", encoding="utf-8")
+    empty = [sample.prompt_embeds for sample in caching.samples("data.empty_caption=use_empty")]
+    expected = [replace(sample, empty_embeds=embeds) for sample, embeds in zip(plain, empty, strict=True)]
+    assert all(same(one, two) for one, two in zip(dropped, expected, strict=True))
+    assert not torch.equal(empty[0][-8:], empty[1][-8:]), "it sees the sample's own control"
+
+
+@pytest.mark.parametrize("kind", ["target", "control", "mask"])
+def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(caching: Caching, kind: str) -> None:
+    files = {"mask": add_mask(caching), "target": caching.first(), "control": caching.first(CONTROLS)}
+    config, family = with_family(caching.config())
+    found = keyed_records(config, family, is_main=False)
+    missing = [key for key in found.keys if found.cache.lookup(key) is None]
+    assert len(missing) == 1
+    with Image.open(files[kind]) as image:
+        image.load()
+    image.putpixel((0, 0), 7 if image.mode == "L" else (1, 2, 3))
+    image.save(files[kind])
+    again = "has changed since the scan: run the same command again"
+    for reason in (f"{files[kind]} {again}", f"a file {again} (is empty (0 bytes); copy it again)"):
+        with pytest.raises(WorkError, match=re.escape(f"{TARGETS}/{files['target'].name}: {reason}")):
+            encode(config, family, found, device=CPU)
+        files[kind].write_bytes(b"")
+    assert found.cache.lookup(missing[0]) is None
+
+
+# What is known before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
+    name: str,
+    small_run: Path,
+    base_of: Callable[[FamilyCase], Path],
+    pairs_of: Callable[[FamilyCase], Path],
+    tmp_path: Path,
+) -> None:
+    case = CASES[name]
+    base, pairs, family = base_of(case), pairs_of(case), case.at(base_of(case))
+    words = [f"model.pretrained_model_name_or_path={base}", "data.caption_dropout=0.5", *case.overrides()]
+    words += [f"data.{part}={pairs / part}" for part in ("train", "held_out")]
+    words += [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}"]
+    config = load_config(small_run, words)
+    found = keyed_records(config, family, is_main=False)
+    records = dict(zip(found.keys, [*found.train, *found.held_out], strict=True))
+    foreseen = foreseen_entries(config, family, records, found.keys[: len(found.train)])
+    encoded = encode_all(config, family, device=CPU)
+    assert foreseen == {key: encoded.cache.lookup(key) for key in found.keys}, "token for token"
+    for key, size in entry_bytes(config, family, foreseen).items():
+        real = encoded.cache.path(key).stat().st_size
+        assert real < size < 1.1 * real + 25_000
+    encoders = family.load_encoders(dtype=torch.float32, device="cpu")
+    for sample in encoded.train[:3]:
+        controls = [read_image(path, image_limits(config)) for path in sample.record.controls]
+        areas = control_areas(config, family, sample.target_size)
+        empty = family.encode_prompt(encoders, controls=controls, prompt="", areas=areas)
+        cached = encoded.cache.read(sample.key).empty_embeds
+        assert cached is not None and torch.equal(cached, empty)
+        assert 0 < sample.lengths.empty_text == len(empty) < sample.lengths.text
+    assert all(encoded.cache.read(sample.key).empty_embeds is None for sample in encoded.held_out)
+
+
+def refused(caching: Caching, *overrides: str) -> dict[str, str]:
+    """Why no record is encoded, by its name."""
+    with pytest.raises(UserError) as caught:
+        caching.encoded(*overrides)
+    named = {name: reason for name, _, reason in (line.partition(": ") for line in caught.value.messages)}
+    assert len(named) == len(caught.value.messages)
+    assert len(list(caching.cache.glob("??/*"))) == ALL
+    return named
+
+
+def test_text_beyond_the_positions_of_the_base_is_refused_before_encoding(caching: Caching, copy_of_base: Path) -> None:
+    """The tables of Qwen-Image end at position 4095; text stands behind half the longest side of the images' grids.
+
+    A control of 2048 x 2048 pixels is 128 x 128 image tokens and 73 x 73 text tokens, where the processor permits it.
+    """
+    file = copy_of_base / "processor" / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"]["size"]["longest_edge"] = 2**24
+    file.write_text(json.dumps(settings))
+    for control in (*caching.files(CONTROLS), *caching.files(CONTROLS, "held_out")):
+        Image.new("RGB", (32, 32)).save(control)
+    words = [f"model.pretrained_model_name_or_path={copy_of_base}", "batch.max_tokens=99999"]
+    problems = refused(caching, *words, "data.resize.control.area=4194304")
+    assert len(problems) == ALL
+    for reason in problems.values():
+        found = re.match(r"(\d+) text tokens, those of its controls included, are more than the 4032 that", reason)
+        assert found and 73 * 73 < int(found[1]) < 73 * 73 + 60, reason
+
+
+def test_what_is_over_the_budget_is_refused_before_encoding(caching: Caching) -> None:
+    lengths = {sample.record.name: sample.lengths.total for sample in caching.encoded().train}
+    most = sorted(lengths.values())[-3] - 1
+    found = refused(caching, f"batch.max_tokens={most}", "data.caption_dropout=0.1")
+    over = {name: f"{total} tokens alone are over batch.max_tokens = {most}" for name, total in lengths.items()}
+    assert {name: reason.partition(":")[0] for name, reason in found.items()} == {
+        name: reason for name, reason in over.items() if lengths[name] > most
+    }
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_the_last_position_may_be_used(caching: Caching, beyond: bool) -> None:
+    _, family = with_family(caching.config())
+    shapes = Grid(1, 8, 8), Grid(1, 20, 64)
+    assert (family.text_problem(shapes, 4096 - 32 + beyond) is not None) == beyond
+    rope = MultiResolutionRope(family.transformer_skeleton().pos_embed)
+    with pytest.raises(ValueError, match="rotary table ends") if beyond else nullcontext():
+        rope([shapes], max_txt_seq_len=4096 - 32 + beyond, device=CPU)
