@@ -19,8 +19,8 @@ from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import family_of
 from mixres.training.optimizer import optimizer_tensors
 from mixres.verification.consistency import batches_of
-from mixres.verification.setup import Workbench, one_process, set_up
-from mixres.verification.synthetic_samples import synthetic_samples
+from mixres.verification.setup import Setup, one_process, set_up
+from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import CASES, FamilyCase
 
 BAR, WIDE = 0.03, 0.07  # the promise is 10 per cent
@@ -46,7 +46,7 @@ def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
         yield tensor.untyped_storage()
 
 
-def kept_bytes(setting: Workbench, batch: Batch) -> tuple[int, torch.Tensor]:
+def kept_bytes(setting: Setup, batch: Batch) -> tuple[int, torch.Tensor]:
     """Bytes of all storages, weights left out, that the graph holds when the forward pass is done; and the loss."""
     weights = {s.data_ptr() for p in setting.trained.transformer.parameters() for s in storages(p)}
     alive: weakref.WeakSet[_Held] = weakref.WeakSet()

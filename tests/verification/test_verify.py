@@ -20,15 +20,17 @@ from mixres.data.records import EditRecord
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size
 from mixres.models import qwen_multi_resolution_patch as patch
+from mixres.models.family import PatchState
 from mixres.models.qwen import packed
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.rope import MultiResolutionRope
-from mixres.models.qwen_multi_resolution_patch import PatchState, patch_qwen_model_for_multi_resolution, patch_state
+from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 from mixres.preprocessing.fill import CachedSample
 from mixres.training import step as step_module
 from mixres.verification import consistency, verify as verify_module
 from mixres.verification.batch_diagram import COLOURS, padded_segments, runs, token_layout
 from mixres.verification.consistency import Outcome, batches_of, errors
-from mixres.verification.synthetic_samples import synthetic_samples
+from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
 
 Verify = Callable[..., tuple[int, dict[str, Any]]]
@@ -38,10 +40,10 @@ Verify = Callable[..., tuple[int, dict[str, Any]]]
 def verify(small_run: Path, small_cache: Path, tmp_path: Path) -> Verify:
     """The verb through the command line; its exit code and its report."""
 
-    def run(*overrides: str) -> tuple[int, dict[str, Any]]:
+    def run(*overmodes: str) -> tuple[int, dict[str, Any]]:
         AcceleratorState._reset_state(True)
         words = ["verify", "--config", str(small_run), f"cache.cache_dir={small_cache}"]
-        code = cli.main([*words, f"logging.output_dir={tmp_path / 'run'}", *overrides])
+        code = cli.main([*words, f"logging.output_dir={tmp_path / 'run'}", *overmodes])
         report = tmp_path / "run" / "reports" / "verify.json"
         return code, json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
 
@@ -83,9 +85,9 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize(("overrides", "label"), PRECISIONS.values(), ids=PRECISIONS)
-def test_lower_precision_is_held_against_float32(verify: Verify, overrides: tuple[str, ...], label: str) -> None:
-    code, report = verify(*overrides)
+@pytest.mark.parametrize(("overmodes", "label"), PRECISIONS.values(), ids=PRECISIONS)
+def test_lower_precision_is_held_against_float32(verify: Verify, overmodes: tuple[str, ...], label: str) -> None:
+    code, report = verify(*overmodes)
     assert code == 0
     assert [case["dtype"] for case in report["cases"]] == ["float32"] * 2 + [label] * 2
     for case in report["cases"][2:]:
@@ -184,10 +186,10 @@ def test_what_does_not_fit_is_told_and_does_not_pass(
 def test_a_layout_that_runs_out_of_memory_is_not_passed(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = consistency.run
 
-    def run(bench: Any, samples: Any, ride: str, *, autocast: bool) -> Outcome:
-        if ride == "packed":
+    def run(bench: Any, samples: Any, mode: str, *, autocast: bool) -> Outcome:
+        if mode == "packed":
             raise torch.OutOfMemoryError("planted")
-        return stock(bench, samples, ride, autocast=autocast)  # type: ignore[arg-type]
+        return stock(bench, samples, mode, autocast=autocast)  # type: ignore[arg-type]
 
     monkeypatch.setattr(verify_module, "run", run)
     code, report = verify()
@@ -199,7 +201,7 @@ def test_a_layout_that_runs_out_of_memory_is_not_passed(verify: Verify, monkeypa
 def test_a_lost_patch_is_told(
     verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verify_module, "patch_state", lambda model: PatchState(2, 2, False))
+    monkeypatch.setattr(QwenImageEdit, "patch_state", lambda self, model: PatchState(2, 2, False))
     code, report = verify()
     assert (code, report["passed"], report["whole"]) == (1, False, False)
     assert "positions are NOT those of mixres" in capsys.readouterr().out
@@ -282,7 +284,7 @@ def test_the_picture_accounts_for_every_token(small_run: Path, tmp_path: Path) -
     for b in range(3):
         segments = padded_segments(padded, b)
         assert sum(tokens for _, tokens in segments) == longest
-        filler = sum(tokens for what, tokens in segments if what == "filler")
+        filler = sum(tokens for what, tokens in segments if what == "padding")
         valid = len(samples[b].prompt_embeds) + sum(grid.tokens for grid in samples[b].img_shapes)
         assert longest - filler == valid
     assert runs([True, True, False, True]) == [("attended key", 2), ("masked key", 1), ("attended key", 1)]

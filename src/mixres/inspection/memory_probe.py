@@ -20,8 +20,8 @@ from mixres.data.collate import collate
 from mixres.data.plan import Lengths
 from mixres.models.family import Family
 from mixres.training.step import bare_step_seconds
-from mixres.verification.setup import Workbench, one_process, peak_memory, set_up
-from mixres.verification.synthetic_samples import noise_sample
+from mixres.verification.setup import Setup, one_process, peak_memory, set_up
+from mixres.verification.synthetic import noise_sample
 
 _ROUNDS = 3
 
@@ -67,7 +67,7 @@ def measure(config: Config, family: Family, entries: Sequence[CacheEntry], lengt
     return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
 
 
-def _noise_batch(setting: Workbench, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Batch:
+def _noise_batch(setting: Setup, entries: Sequence[CacheEntry], lengths: Sequence[Lengths]) -> Batch:
     transformer: Any = setting.trained.transformer
     config, shape = setting.config, transformer.config
     noise = torch.Generator().manual_seed(config.train.seed)
