@@ -76,7 +76,7 @@ def ratios(file: Path, words: list[str]) -> dict[str, float]:
     config = load_config(file, words)
     family = family_of(config)
     setting = set_up(config, family, one_process(config, "inspect"))
-    samples = synthetic_samples(config, 3, channels=64, text_width=64, pixels_per_token=16, controls=family.CONTROLS)
+    samples = synthetic_samples(config, family, 3)
     estimate = MemoryEstimate(config, family, ranks=1, cuda=False)
     assert (estimate.trained, estimate.parameters) == setting.trained.counts
     found = {}

@@ -74,7 +74,7 @@ def bench_report(config: Config, *, synthetic: bool = False) -> dict[str, Any]:
 def test_a_timed_step_changes_no_weight(config: Config) -> None:
     setup = set_up(config, family_of(config), one_process(config, "bench"))
     before = {name: tensor.clone() for name, tensor in setup.trained.transformer.state_dict().items()}
-    (batch,) = batches_of(synthetic_samples(config, 2, channels=64, text_width=64, pixels_per_token=16), "packed")
+    (batch,) = batches_of(synthetic_samples(config, family_of(config), 2), "packed")
     assert step_seconds(setup, [batch], count=1, step=0, divisor=2) > 0
     assert setup.trained.optimizer.state  # it did step
     assert all(torch.equal(before[name], tensor) for name, tensor in setup.trained.transformer.state_dict().items())
@@ -102,22 +102,25 @@ def test_random_weights_are_those_of_the_base_in_shape(config: Config) -> None:
 
 
 def test_synthetic_samples_keep_the_configurations_limits(config: Config) -> None:
-    samples, again = (synthetic_samples(config, 40, channels=8, text_width=6, pixels_per_token=16) for _ in range(2))
+    family = family_of(config)
+    samples, again = (synthetic_samples(config, family, 40) for _ in range(2))
     assert all(torch.equal(a.target_latents, b.target_latents) for a, b in zip(samples, again, strict=True))
     targets = [sample.img_shapes[0] for sample in samples]
-    assert max(grid.tokens for grid in targets) <= config.data.resize.target.max_pixels // 256
+    assert (
+        max(grid.tokens for grid in targets) <= config.data.resize.target.max_pixels // family.pixels_per_token() ** 2
+    )
     assert len(set(targets)) > 15
     assert len({sample.img_shapes[1] for sample in samples}) > 3
     for sample in samples:
         assert [len(sample.target_latents), len(sample.control_latents[0])] == [g.tokens for g in sample.img_shapes]
-        assert sample.prompt_embeds.shape[1] == 6
+        assert (sample.target_latents.shape[1], sample.prompt_embeds.shape[1]) == family.token_widths()
 
 
 @pytest.mark.parametrize("caption_dropout", [0.0, 0.5])
 def test_every_way_holds_the_plans_samples_within_the_budget(config: Config, caption_dropout: float) -> None:
     data = config.data.model_copy(update={"caption_dropout": caption_dropout})
     config = config.model_copy(update={"data": data})
-    source = source_of(synthetic_samples(config, 14, channels=8, text_width=6, pixels_per_token=16))
+    source = source_of(synthetic_samples(config, family_of(config), 14))
     work = make_work(config, source)
     assert list(work) == list(WAYS)
     for steps in work.values():
@@ -164,7 +167,7 @@ def test_the_formula_counts_what_torch_counts(small_run: Path, overrides: list[s
     formula = TrainingFlops(
         model, untrained=family.untrained_modules(model), checkpointing=config.train.gradient_checkpointing
     )
-    samples = synthetic_samples(config, 4, channels=64, text_width=64, pixels_per_token=16)
+    samples = synthetic_samples(config, family, 4)
     for mode in ("packed", "padded", "alone"):
         batch = batches_of(samples, mode)[0]  # type: ignore[arg-type]
         with flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:

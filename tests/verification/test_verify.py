@@ -25,7 +25,7 @@ from mixres.models.qwen import packed
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
-from mixres.preprocessing.fill import CachedSample
+from mixres.preprocessing.fill import CachedSample, family_of
 from mixres.training import step as step_module
 from mixres.verification import consistency, verify as verify_module
 from mixres.verification.batch_diagram import COLOURS, padded_segments, runs, token_layout
@@ -278,7 +278,7 @@ def test_a_nan_fails(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_picture_accounts_for_every_token(small_run: Path, tmp_path: Path) -> None:
     config = load_config(small_run, [f"cache.cache_dir={tmp_path}"])
-    samples = synthetic_samples(config, 3, channels=4, text_width=4, pixels_per_token=16)
+    samples = synthetic_samples(config, family_of(config), 3)
     (padded,), (packed,) = batches_of(samples, "padded"), batches_of(samples, "packed")
     longest = padded.prompt_embeds.shape[1] + padded.latents.shape[1]
     for b in range(3):

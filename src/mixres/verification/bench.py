@@ -140,18 +140,7 @@ def _synthetic_source(config: Config) -> tuple[Family, Source]:
     """Random weights and samples in the shapes of the base: no weight, image or cache is read."""
     model = config.model
     family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision, synthetic=True)
-    channels, text_width = family.token_widths()
-    text_area = family.control_areas(**config.data.resize.control.model_dump()).get("text_area")
-    samples = synthetic_samples(
-        config,
-        MAX_STEPS * config.batch.samples_per_step,
-        channels=channels,
-        text_width=text_width,
-        pixels_per_token=family.pixels_per_token(),
-        controls=family.controls,
-        text_area=text_area if isinstance(text_area, int) else None,
-    )
-    return family, source_of(samples)
+    return family, source_of(synthetic_samples(config, family, MAX_STEPS * config.batch.samples_per_step))
 
 
 def source_of(samples: Sequence[Sample]) -> Source:

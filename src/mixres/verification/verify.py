@@ -251,14 +251,11 @@ def _adapters(setup: Setup) -> dict[str, Any]:
     assert wanted is not None
     transformer: Any = setup.trained.transformer
     carried = transformer.peft_config["default"]
+    rank, alpha, targets = carried.r, float(carried.lora_alpha), {row.pattern: row.modules for row in table}
     trained, _ = setup.trained.counts
-    agrees = (
-        (carried.r, float(carried.lora_alpha)) == (wanted.r, wanted.lora_alpha)
-        and all(row.modules for row in table)
-        and trained == sum(row.parameters for row in table)
-    )
-    targets = {row.pattern: row.modules for row in table}
-    return {"r": carried.r, "lora_alpha": float(carried.lora_alpha), "targets": targets, "as_configured": agrees}
+    agrees = (rank, alpha) == (wanted.r, wanted.lora_alpha) and all(targets.values())
+    agrees = agrees and trained == sum(row.parameters for row in table)
+    return {"r": rank, "lora_alpha": alpha, "targets": targets, "as_configured": agrees}
 
 
 def _log_table(cases: Sequence[Case]) -> None:
