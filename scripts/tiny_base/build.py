@@ -1,6 +1,6 @@
 """Makes the tiny base of the quickstart from nothing: `python scripts/tiny_base/build.py`.
 
-Promise: one seed and one machine, one base; what ships is what this wrote. An interrupted build goes on where it was.
+Promise: one seed and one machine give one base, and what ships is what this wrote. An interrupted build resumes.
 Cost: under 40 minutes on two cores and 1 GB in build/tiny_base.
 
 1. a VAE whose encoder is written down and whose decoder is trained (vae.py)
@@ -62,7 +62,7 @@ def _write_vae(folder: Path) -> None:
 
 def _write_start(folder: Path) -> None:
     torch.manual_seed(SEED)
-    tokenizer = tiny_tokenizer([*PROMPTS, *(words for edit in EDITS.values() for words in edit.instructions)])
+    tokenizer = tiny_tokenizer([*PROMPTS, *(prompt for edit in EDITS.values() for prompt in edit.prompts)])
     text_encoder = tiny_text_encoder(tokenizer)
     with torch.no_grad():
         for name, parameter in text_encoder.named_parameters():
@@ -89,7 +89,7 @@ def _write_pairs(folder: Path) -> None:
         control = crops.draw(size.height, size.width)
         to_image(control).save(controls / stem, compress_level=1)
         to_image(edit.apply(control)).save(targets / stem, compress_level=1)
-        (targets / stem).with_suffix(".txt").write_text(draw.choice(edit.instructions), encoding="utf-8")
+        (targets / stem).with_suffix(".txt").write_text(draw.choice(edit.prompts), encoding="utf-8")
 
 
 def _write_asset(folder: Path) -> None:

@@ -23,23 +23,23 @@ pipeline_tag: image-to-image
 A `QwenImageEditPipeline` that edits photographs on two CPU cores: the architecture of Qwen/Qwen-Image-Edit with a
 transformer of {transformer:.2f} million parameters, a VAE of {vae:.2f} million (4 x 4 pixels a latent cell, so that a
 token is 8 x 8 pixels) and a text encoder of {text_encoder:.2f} million with random weights. It is for trying mixres
-and testing it. It knows ten edits of colour and sharpness, in English and Chinese, on pictures with sides of about 64
+and testing it. It knows ten edits of colour and sharpness, in English and Chinese, on images with sides of about 64
 to 224 pixels, and nothing else.
 
-## What it can be asked for
+## Prompts
 
-| edit | instruction | in Chinese |
+| edit | prompt | in Chinese |
 |---|---|---|
-{instructions}
+{prompts}
 
-To other words it answers something arbitrary. A LoRA teaches it other edits, best such of colour.
+Its answer to any other prompt is arbitrary. A LoRA teaches it other edits; edits of colour work best.
 
-## Made by
+## How it was made
 
-`python scripts/tiny_base/build.py`, from nothing, in under 40 minutes on two cores: the VAE's encoder is a principal
-component analysis and its decoder is trained, then `train.py --config scripts/tiny_base/recipe.yaml` trains all
-weights of the transformer for {steps:,} steps of 16 samples in mixed sizes. One seed and one machine give one base;
-other processors round differently. The bytes of this folder are what one such build wrote:
+`python scripts/tiny_base/build.py` makes it from nothing, in under 40 minutes on two cores. The VAE's encoder is a
+principal component analysis and its decoder is trained. Then `train.py --config scripts/tiny_base/recipe.yaml` trains
+all weights of the transformer for {steps:,} steps of 16 samples in mixed sizes. One seed and one machine give one
+base; other processors round differently. One such build wrote the bytes of this folder:
 
 ```
 {hashes}
@@ -47,16 +47,16 @@ other processors round differently. The bytes of this folder are what one such b
 
 ## Held-out photographs
 
-Mean PSNR in dB over one crop of each of eight sizes that it was not trained on, from two photographs that it has never
-seen: 8 steps of the stock pipeline, no guidance.
+Mean PSNR in dB over one crop of each of eight sizes, from two photographs: 8 steps of the stock pipeline, without
+guidance. The base has seen neither these sizes nor these photographs.
 
 | edit | copied input | this base | VAE's reconstruction |
 |---|---|---|---|
 {scores}
 
-## Learnt from
+## Training photographs
 
-| photograph | share of crops | licence | source |
+| photograph | fraction of crops | licence | source |
 |---|---|---|---|
 {photographs}
 
@@ -68,7 +68,7 @@ def write_card(folder: Path, scores: Sequence[Score], *, steps: int) -> None:
     """Writes README.md into the finished base."""
     total = sum(WEIGHTS.values())
     rows = {
-        "instructions": "\n".join(f"| {name} | {' | '.join(edit.instructions)} |" for name, edit in EDITS.items()),
+        "prompts": "\n".join(f"| {name} | {' | '.join(edit.prompts)} |" for name, edit in EDITS.items()),
         "hashes": "\n".join(f"{_sha256(file)}  {file.relative_to(folder).as_posix()}" for file in shipped(folder)),
         "scores": "\n".join(f"| {s.edit} | {s.copy:.1f} | {s.base:.1f} | {s.ceiling:.1f} |" for s in scores),
         "photographs": "\n".join(

@@ -12,30 +12,30 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of a picture `(3, H, W)` in [0, 1]; values beyond are clipped by the caller."""
+    """An edit of an image `(3, H, W)` in [0, 1]; values beyond are clipped by the caller."""
 
     apply: Callable[[Tensor], Tensor]
-    instructions: tuple[str, str]  # English, Chinese
+    prompts: tuple[str, str]  # English, Chinese
 
 
-def _grey(picture: Tensor) -> Tensor:
-    return (picture * _LUMA).sum(0, keepdim=True)
+def _grey(image: Tensor) -> Tensor:
+    return (image * _LUMA).sum(0, keepdim=True)
 
 
 def _tint(red: float, green: float, blue: float) -> Callable[[Tensor], Tensor]:
     colour = torch.tensor([red, green, blue]).view(3, 1, 1)
-    return lambda picture: 0.55 * picture + 0.45 * colour * (0.7 * _grey(picture) + 0.3)
+    return lambda image: 0.55 * image + 0.45 * colour * (0.7 * _grey(image) + 0.3)
 
 
 def _contrast(factor: float) -> Callable[[Tensor], Tensor]:
-    return lambda picture: (picture - 0.5) * factor + 0.5
+    return lambda image: (image - 0.5) * factor + 0.5
 
 
-def _blur(picture: Tensor) -> Tensor:
+def _blur(image: Tensor) -> Tensor:
     """A Gaussian of 1.6 pixels, cut at two."""
     line = torch.exp(-((torch.arange(5) - 2.0) ** 2) / (2 * 1.6**2))
     kernel = torch.outer(line, line) / line.sum() ** 2
-    padded = functional.pad(picture[None], (2, 2, 2, 2), mode="reflect")
+    padded = functional.pad(image[None], (2, 2, 2, 2), mode="reflect")
     return functional.conv2d(padded, kernel.expand(3, 1, 5, 5), groups=3)[0]
 
 

@@ -39,7 +39,7 @@ assert not {photograph.name for photograph in PHOTOGRAPHS} & {photograph.name fo
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shares of crops that are changed in colour, so that few photographs show many colours."""
+    """Fractions of crops that are changed in colour, so that few photographs show many colours."""
 
     permuted: float = 0.2  # channels in another order
     inverted: float = 0.0
@@ -60,12 +60,12 @@ class Crops:
         """One crop, mirrored every second time."""
         while True:
             levels = self._random.choices(self._pyramids, self._weights)[0]
-            picture = self._random.choice(levels)
-            if picture.shape[1] >= height and picture.shape[2] >= width:
+            image = self._random.choice(levels)
+            if image.shape[1] >= height and image.shape[2] >= width:
                 break
-        top = self._random.randint(0, picture.shape[1] - height)
-        left = self._random.randint(0, picture.shape[2] - width)
-        crop = picture[:, top : top + height, left : left + width].float() / 255
+        top = self._random.randint(0, image.shape[1] - height)
+        left = self._random.randint(0, image.shape[2] - width)
+        crop = image[:, top : top + height, left : left + width].float() / 255
         if self._random.random() < 0.5:
             crop = crop.flip(2)
         return self._recoloured(crop).clamp(0, 1)
@@ -93,10 +93,10 @@ class Crops:
 
 def pyramid(photograph: Photograph) -> list[Tensor]:
     """The photograph at several sizes, `(3, H, W)` uint8 each."""
-    picture = photograph.read().convert("RGB")
-    sizes = [(int(picture.width * scale), int(picture.height * scale)) for scale in _SCALES]
+    image = photograph.read().convert("RGB")
+    sizes = [(int(image.width * scale), int(image.height * scale)) for scale in _SCALES]
     return [
-        torch.from_numpy(np.array(picture.resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)
+        torch.from_numpy(np.array(image.resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)
         for size in sizes
         if min(size) >= _SHORTEST
     ]
@@ -109,14 +109,14 @@ def held_out_crops(sizes: Sequence[tuple[int, int]], seed: int) -> list[Tensor]:
     crops = []
     for index, (height, width) in enumerate(sizes):
         levels = [p for p in pyramids[index % len(pyramids)] if p.shape[1] >= height and p.shape[2] >= width]
-        picture = draw.choice(levels)
-        top = draw.randint(0, picture.shape[1] - height)
-        left = draw.randint(0, picture.shape[2] - width)
-        crops.append(picture[:, top : top + height, left : left + width].float() / 255)
+        image = draw.choice(levels)
+        top = draw.randint(0, image.shape[1] - height)
+        left = draw.randint(0, image.shape[2] - width)
+        crops.append(image[:, top : top + height, left : left + width].float() / 255)
     return crops
 
 
-def psnr(picture: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]."""
-    error = (picture.clamp(0, 1) - reference.clamp(0, 1)).square().mean()
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
+    error = (image.clamp(0, 1) - reference.clamp(0, 1)).square().mean()
     return float(-10 * torch.log10(error + 1e-10))

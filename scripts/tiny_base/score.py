@@ -24,7 +24,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Score:
-    """Mean PSNR in dB over held-out crops: the copied input, the base's picture, the VAE's reconstruction."""
+    """Mean PSNR in dB over held-out crops: the copied input, the base's image, the VAE's reconstruction."""
 
     edit: str
     copy: float
@@ -56,10 +56,10 @@ def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list
         target=target,
         target_size=size,
         controls=[control],
-        prompt=edit.instructions[0],
+        prompt=edit.prompts[0],
         areas={"control_area": area},
     )
-    picture = QwenImageEdit("").sample_image(
+    image = QwenImageEdit("").sample_image(
         sampling,
         controls=[control],
         prompt_embeds=sample.prompt_embeds,
@@ -69,9 +69,9 @@ def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list
         areas={"control_area": area},
     )
     ceiling = QwenImageEdit("").decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
-    return [psnr(shown, target) for shown in (control, picture, ceiling)]
+    return [psnr(shown, target) for shown in (control, image, ceiling)]
 
 
-def to_image(picture: Tensor) -> Image.Image:
+def to_image(image: Tensor) -> Image.Image:
     """`(3, H, W)` in [0, 1], clipped, as 8 bits."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

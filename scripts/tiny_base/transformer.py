@@ -4,7 +4,7 @@ The modulation is small and its gates are open, so that all blocks take part fro
 begin by looking from each target token at the control token in the same place, as a trained one ends up doing: their
 queries and keys are nearly constant, and rotary positions turn equal vectors into attention by distance. The other half
 begin by looking from every image token at the text: among hundreds of image tokens the one word that tells two
-instructions apart would go unheard.
+prompts apart would go unheard.
 """
 
 import math
@@ -15,8 +15,8 @@ from diffusers import QwenImageTransformer2DModel
 LAYERS, HEADS, HEAD_WIDTH = 5, 4, 32
 AXES = (8, 12, 12)  # channels of a head that are rotated by frame, row, column
 TEXT_WIDTH = 64
-# Share of a query's energy in the first frequencies of each axis: (axis, frequency, share). They fall by distance
-# fast enough to single out a token, and the second frequency keeps the first from coming round again.
+# Fractions of a query's energy in the first frequencies of each axis: (axis, frequency, fraction). They fall by
+# distance fast enough to single out a token, and the second frequency keeps the first from coming round again.
 _ENERGY = ((0, 0, 0.2), (1, 0, 0.28), (1, 1, 0.12), (2, 0, 0.28), (2, 1, 0.12))
 _SHARPNESS = 2.5  # weight of the query and key norms
 _GATE = 0.5
@@ -69,8 +69,8 @@ def _same_place() -> tuple[torch.Tensor, torch.Tensor]:
     """A query and a key `(HEAD_WIDTH,)` whose rotated product is largest one frame on, in the same row and column."""
     starts = (0, AXES[0] // 2, (AXES[0] + AXES[1]) // 2)
     amplitude, phase = torch.zeros(HEAD_WIDTH // 2), torch.zeros(HEAD_WIDTH // 2)
-    for axis, frequency, share in _ENERGY:
-        amplitude[starts[axis] + frequency] = math.sqrt(share * HEAD_WIDTH)
+    for axis, frequency, fraction in _ENERGY:
+        amplitude[starts[axis] + frequency] = math.sqrt(fraction * HEAD_WIDTH)
     phase[0] = 1.0  # the first frequency turns one radian a frame: the target is frame 0, its control frame 1
     query = torch.polar(amplitude, phase)
     key = torch.polar(amplitude, torch.zeros_like(phase))

@@ -61,15 +61,15 @@ class Projection:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Latents `(B, 16, 1, H / 4, W / 4)` of pictures `(B, 3, H, W)` in [0, 1]."""
-        return functional.conv2d(pictures * 2 - 1, self.weight, self.bias, stride=SIDE).unsqueeze(2)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Latents `(B, 16, 1, H / 4, W / 4)` of images `(B, 3, H, W)` in [0, 1]."""
+        return functional.conv2d(images * 2 - 1, self.weight, self.bias, stride=SIDE).unsqueeze(2)
 
 
 @torch.no_grad()
-def write_encoder(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Projection:
-    """Writes the PCA of `pictures` (B, 3, H, W) into the encoder and the latents' statistics into the config."""
-    mean, components, deviations = _principal_components(_cells(pictures * 2 - 1), CHANNELS)
+def write_encoder(vae: AutoencoderKLQwenImage, images: Tensor) -> Projection:
+    """Writes the PCA of `images` (B, 3, H, W) into the encoder and the latents' statistics into the config."""
+    mean, components, deviations = _principal_components(_cells(images * 2 - 1), CHANNELS)
     # Unit variance; rounded as the file will round it, so that the decoder learns from the very latents it will get.
     matrix = (components / deviations[:, None]).bfloat16().float()
     bias = -(matrix @ mean).bfloat16().float()
@@ -108,11 +108,11 @@ def write_encoder(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Projection:
     return Projection(kernel.contiguous(), bias)
 
 
-def _cells(pictures: Tensor) -> Tensor:
+def _cells(images: Tensor) -> Tensor:
     """`(N, 48)`: the pixels of each cell, in the order of two nested space-to-depth steps."""
     for _ in range(2):
-        pictures = torch.cat([pictures[:, :, dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)], 1)
-    return pictures.permute(0, 2, 3, 1).reshape(-1, pictures.shape[1])
+        images = torch.cat([images[:, :, dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)], 1)
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
 def _principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +162,7 @@ class _Shortcut(nn.Module):
 
 
 def _train_trunk(vae: AutoencoderKLQwenImage, crops: Crops, projection: Projection, steps: int) -> None:
-    """Phase 1: convolutions and shortcuts alone; the first three channels of the last block are the picture."""
+    """Phase 1: convolutions and shortcuts alone; the first three channels of the last block are the image."""
     decoder = vae.decoder
     trunk = [decoder.conv_in]
     for block in decoder.up_blocks:
@@ -180,7 +180,7 @@ def _train_trunk(vae: AutoencoderKLQwenImage, crops: Crops, projection: Projecti
 
 @torch.no_grad()
 def _write_head(decoder: nn.Module) -> None:
-    """The last normalisation, SiLU and convolution so that they begin as the identity on the linear picture."""
+    """The last normalisation, SiLU and convolution so that they begin as the identity on the linear image."""
     up = decoder.up_blocks[-2].upsamplers[0].resample[1]
     assert all(isinstance(block.conv_shortcut, nn.Identity) for block in decoder.up_blocks[-1].resnets)
     up.weight[3:6], up.bias[3:6] = -up.weight[:3], -up.bias[:3]
@@ -201,8 +201,8 @@ def _train_decoder(
     """Phase 2: all of the decoder."""
 
     def decode(latents: Tensor) -> Tensor:
-        picture: Tensor = vae.decoder(latents)[:, :, 0]
-        return (picture + 1) / 2
+        image: Tensor = vae.decoder(latents)[:, :, 0]
+        return (image + 1) / 2
 
     @torch.no_grad()
     def score() -> str:
@@ -231,28 +231,28 @@ def _descend(
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
-            pictures = crops.batch(_BATCH, _CROP, _CROP)
-            latents = projection(pictures)
+            images = crops.batch(_BATCH, _CROP, _CROP)
+            latents = projection(images)
             if score:
                 latents = latents + _LATENT_NOISE * torch.rand(_BATCH, 1, 1, 1, 1) * torch.randn_like(latents)
             optimizer.zero_grad(set_to_none=True)
-            _difference(decode(latents), pictures).backward()
+            _difference(decode(latents), images).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0 if score is None else 0.5)
             optimizer.step()
             if score and (step + 1) % 200 == 0:
                 bar.set_postfix_str(score())
 
 
-def _difference(pictures: Tensor, targets: Tensor) -> Tensor:
+def _difference(images: Tensor, targets: Tensor) -> Tensor:
     """L1, squares (which the PSNR counts) and L1 of the gradients (which sharpness needs)."""
-    error = pictures - targets
+    error = images - targets
     across, down = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
     return error.abs().mean() + 5 * error.square().mean() + 0.2 * (across.abs().mean() + down.abs().mean())
 
 
 @contextmanager
 def _without_time(decoder: nn.Module) -> Iterator[None]:
-    """Within it causal convolutions have one tap in time: a picture has one frame, so the others see only padding.
+    """Within it causal convolutions have one tap in time: an image has one frame, so the others see only padding.
 
     Afterwards the others are there again, as zeros, and so is what only films use: it compresses to nothing.
     """

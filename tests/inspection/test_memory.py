@@ -18,7 +18,7 @@ from mixres.preprocessing.fill import family_of
 from mixres.training.optimizer import optimizer_tensors
 from mixres.verification.consistency import batches_of
 from mixres.verification.setup import Workbench, one_process, set_up
-from mixres.verification.synthetic_samples import synthetic_samples
+from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import CASES, FamilyCase
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def check_estimate(file: Path, words: Sequence[str]) -> None:
     config = load_config(file, list(words))
     family = family_of(config)
     setting = set_up(config, family, one_process(config, "inspect"))
-    samples = synthetic_samples(config, 3, channels=64, text_width=64, pixels_per_token=16, controls=family.controls)
+    samples = synthetic_samples(config, family, 3)
     estimate = MemoryEstimate(config, family, ranks=1, device=CPU)
     assert (estimate.trained, estimate.parameters) == setting.trained.counts
     batch = estimate.batch([sample.img_shapes for sample in samples], [len(sample.prompt_embeds) for sample in samples])

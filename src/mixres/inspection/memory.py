@@ -36,7 +36,7 @@ from mixres.models.quantize import is_torchao, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step, state_parts
 from mixres.training.setup import build_objective
-from mixres.verification.synthetic_samples import noise_sample
+from mixres.verification.synthetic import noise_sample
 
 _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
 _KEPT_BLOCKS = 3  # of a run of equal ones: the first and the last may keep less than one between them

@@ -12,7 +12,7 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -25,6 +25,18 @@ from mixres.models.quantize import Method
 AreaRule = int | Literal["target"]  # pixels of a control image, or those of its target
 Areas = Mapping[str, int]  # the areas of one sample's controls in pixels, by the names that `control_areas` gives them
 NO_AREAS: Areas = {}
+
+
+class PatchState(NamedTuple):
+    """How much of a transformer is patched."""
+
+    processors: int  # attention processors that are ours
+    blocks: int
+    positions: bool  # whether the position module is ours
+
+    @property
+    def whole(self) -> bool:
+        return self.positions and self.processors == self.blocks
 
 
 class Family(Protocol):
@@ -167,6 +179,10 @@ class Family(Protocol):
         quantize: Method | None = None,
     ) -> Any:
         """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes."""
+        ...
+
+    def patch_state(self, transformer: Any) -> PatchState:
+        """How much of the patch a transformer carries: adapters or an attention backend must have removed nothing."""
         ...
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:

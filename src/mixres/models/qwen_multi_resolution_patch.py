@@ -15,13 +15,14 @@ How: `pos_embed` and the attention processors are swapped, and pre-hooks rewrite
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformer2DModel
 from torch import Tensor
 
 from mixres.geometry import token_count
+from mixres.models.family import PatchState
 from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
 from mixres.models.qwen.packed import install_packed_hooks, plan_packed
 from mixres.models.qwen.rope import (
@@ -77,20 +78,8 @@ def patch_qwen_forward_for_multi_resolution(model: QwenImageTransformer2DModel) 
     return model
 
 
-class PatchState(NamedTuple):
-    """How much of a model is patched."""
-
-    processors: int  # attention processors that are ours
-    blocks: int
-    positions: bool  # whether the position module is ours
-
-    @property
-    def whole(self) -> bool:
-        return self.positions and self.processors == self.blocks
-
-
 def patch_state(model: QwenImageTransformer2DModel) -> PatchState:
-    """What of the patch `model` carries: loading, adapters or an attention backend must have taken nothing away."""
+    """How much of the patch `model` carries."""
     ours = [isinstance(b.attn.processor, QwenDoubleStreamAttnProcessor2_0_MultiRes) for b in model.transformer_blocks]
     return PatchState(sum(ours), len(ours), isinstance(model.pos_embed, MultiResolutionRope))
 

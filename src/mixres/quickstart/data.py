@@ -1,14 +1,14 @@
 """`mixres quickstart DIR` writes the quickstart's data: ordinary folders, as a user's own would be.
 
 Promise: `DIR/train` and `DIR/held_out` hold an edit of freely licensed photographs; no photograph, no size and no
-aspect is in both; the same files every time; each folder is whole or absent, and written once.
+aspect is in both. The files are the same every time; each folder is complete or absent, and written once.
 Cost: two seconds and 10 MB the first time, nothing after it.
 """
 
 import json
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,25 +20,29 @@ from PIL import Image
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
 
-PARTS = ("train", "held_out")
 TRAIN_PAIRS = 72
 HELD_OUT_PAIRS = 16
+_DESCRIPTIONS = {
+    "train": f"{TRAIN_PAIRS} pairs, every one its own size",
+    "held_out": f"{HELD_OUT_PAIRS} pairs of other photographs in other sizes",
+}
 MULTIPLE_OF = 32  # the pipeline rounds the sides of controls to it; targets do the same, so that both have one grid
-# What the sides become when rounded. The tiny base has seen no other sizes either.
+# The sizes after rounding. The tiny base has seen no other sizes either.
 TRAIN_SIZES = (*(Size(w, h) for w in (64, 96, 128) for h in (64, 96, 128)), Size(160, 64), Size(64, 160))
 HELD_OUT_SIZES = tuple(
     Size(*sides) for w, h in ((160, 96), (160, 128), (192, 160), (224, 96)) for sides in ((w, h), (h, w))
 )
-_JITTER = 8  # pixels that a side of a file differs at most from its rounded size
+_JITTER = 8  # pixels, the maximum difference of a file's side from its rounded size
+PARTS = tuple(_DESCRIPTIONS)
 _MARKER = "demo.json"
-_VERSION = 2  # of what is written: a folder with another one is written anew
+_VERSION = 2  # of the data: a folder of another version is written again
 _Pixels = NDArray[np.uint8]
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph that comes inside a Python package, and its licence."""
+    """A photograph that a Python package contains, and its licence."""
 
     name: str
     package: str  # "skimage" or "sklearn"
@@ -46,7 +50,7 @@ class Photograph:
     source: str
 
     def read(self) -> Image.Image:
-        """The whole photograph, RGB.
+        """The photograph, RGB.
 
         Raises:
             UserError: scikit-image or scikit-learn is not installed.
@@ -81,16 +85,16 @@ PROMPTS = ("swap red and blue", "交换红色和蓝色")
 
 
 def swap_red_and_blue(pixels: _Pixels) -> _Pixels:
-    """The edit to be learnt; the base knows the colours' names, but not this."""
+    """The edit to be learnt; the base knows the names of the colours, but not this edit."""
     return pixels[..., ::-1]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Where one training pair comes from: both pictures show `box` of the photograph."""
+    """One training pair: both images show `box` of the photograph."""
 
     photograph: Photograph
-    instruction: str
+    prompt: str
     box: _Box
     target_size: Size
     control_size: Size
@@ -128,7 +132,7 @@ def _draw_sizes(rng: random.Random, resized: Size, taken: set[Size]) -> tuple[Si
 
 
 def _draw_box(rng: random.Random, size: Size, extent: Size) -> _Box:
-    """A region with the aspect of `size`; up to 2.5 pixels of the photograph become one, none is enlarged."""
+    """A region with the aspect of `size`, which is scaled down by up to 2.5 and never enlarged."""
     zoom = rng.uniform(1, min(2.5, extent.width / size.width, extent.height / size.height))
     width, height = size.width * zoom, size.height * zoom
     left, top = rng.uniform(0, extent.width - width), rng.uniform(0, extent.height - height)
@@ -136,53 +140,50 @@ def _draw_box(rng: random.Random, size: Size, extent: Size) -> _Box:
 
 
 def write_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
-    """Writes the folder layout: `training_images/` with captions, `control_images/`, and `ATTRIBUTION.md`."""
+    """Write the folder layout: `training_images/` with captions, `control_images/`, and `ATTRIBUTION.md`."""
     targets, controls = folder / "training_images", folder / "control_images"
     targets.mkdir(parents=True)
     controls.mkdir()
     photographs = list(dict.fromkeys(pair.photograph for pair in pairs))
-    pictures = {photograph: photograph.read() for photograph in photographs}
+    images = {photograph: photograph.read() for photograph in photographs}
     for index, pair in enumerate(pairs):
-        picture, stem = pictures[pair.photograph], f"{index:03d}_{pair.photograph.name}"
-        control = picture.resize(pair.control_size, Image.Resampling.LANCZOS, box=pair.box)
-        target = picture.resize(pair.target_size, Image.Resampling.LANCZOS, box=pair.box)
+        image, stem = images[pair.photograph], f"{index:03d}_{pair.photograph.name}"
+        control = image.resize(pair.control_size, Image.Resampling.LANCZOS, box=pair.box)
+        target = image.resize(pair.target_size, Image.Resampling.LANCZOS, box=pair.box)
         control.save(controls / f"{stem}.png")
         Image.fromarray(np.ascontiguousarray(swap_red_and_blue(np.asarray(target)))).save(targets / f"{stem}.png")
-        (targets / f"{stem}.txt").write_text(pair.instruction + "\n", encoding="utf-8")
+        (targets / f"{stem}.txt").write_text(pair.prompt + "\n", encoding="utf-8")
     lines = [f"- {photo.name}: {photo.licence}; {photo.source}" for photo in photographs]
     text = "# Photographs\n\nCropped, resized and recoloured from:\n\n" + "\n".join(lines) + "\n"
     (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
 
 
-def _writers() -> dict[str, tuple[Callable[[Path], None], str]]:
-    """How each folder is written, and a description of it."""
+def plan_parts() -> dict[str, list[Pair]]:
+    """The pairs of both folders."""
     taken: set[Size] = set()
-    train = plan_pairs(TRAIN_PHOTOGRAPHS, TRAIN_SIZES, TRAIN_PAIRS, 0, taken)
-    held_out = plan_pairs(HELD_OUT_PHOTOGRAPHS, HELD_OUT_SIZES, HELD_OUT_PAIRS, 1, taken)
     return {
-        "train": (lambda folder: write_pairs(folder, train), f"{TRAIN_PAIRS} pairs, every one its own size"),
-        "held_out": (
-            lambda folder: write_pairs(folder, held_out),
-            f"{HELD_OUT_PAIRS} pairs of other photographs in other sizes",
-        ),
+        "train": plan_pairs(TRAIN_PHOTOGRAPHS, TRAIN_SIZES, TRAIN_PAIRS, 0, taken),
+        "held_out": plan_pairs(HELD_OUT_PHOTOGRAPHS, HELD_OUT_SIZES, HELD_OUT_PAIRS, 1, taken),
     }
 
 
 def write_demo(root: Path) -> list[str]:
-    """Writes `train` and `held_out` into `root` where they are missing or of an older version.
+    """Write `train` and `held_out` into `root` where they are missing or of an older version.
 
-    Returns a readable line for each. A write that was killed leaves nothing under the final name and is begun anew.
+    Returns a readable line for each. A write that is killed leaves nothing under the final name; the next starts over.
 
     Raises:
-        UserError: one of the two names is taken by something this did not write; a package is not installed.
+        UserError: one of the two folders exists and is not the demo's; a package is not installed.
     """
     root.mkdir(parents=True, exist_ok=True)
+    lines = {part: f"{root / part}: there already" for part in PARTS}
     with FileLock(root / ".demo.lock"):
         missing = [part for part in PARTS if not _is_written(root / part)]
-        writers = _writers() if missing else {}
+        planned = plan_parts() if missing else {}
         for part in missing:
-            _write_part(root / part, writers[part][0])
-    return [f"{root / part}: {writers[part][1] if part in missing else 'there already'}" for part in PARTS]
+            _write_part(root / part, planned[part])
+            lines[part] = f"{root / part}: {_DESCRIPTIONS[part]}"
+    return list(lines.values())
 
 
 def _is_written(folder: Path) -> bool:
@@ -195,14 +196,13 @@ def _is_written(folder: Path) -> bool:
     return bool(version == _VERSION)
 
 
-def _write_part(folder: Path, write: Callable[[Path], None]) -> None:
+def _write_part(folder: Path, pairs: Sequence[Pair]) -> None:
     tmp, old = (folder.with_name(f".tmp-{folder.name}-{kind}") for kind in ("new", "old"))
     for leftover in (tmp, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    write(tmp)
-    (tmp / _MARKER).write_text(
-        json.dumps({"written_by": "mixres.quickstart.data", "version": _VERSION}), encoding="utf-8"
-    )
+    write_pairs(tmp, pairs)
+    marker = {"written_by": "mixres.quickstart.data", "version": _VERSION}
+    (tmp / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
     if folder.exists():
         folder.rename(old)
     tmp.rename(folder)

@@ -1,7 +1,7 @@
 """`mixres quickstart --config FILE` shows what the quickstart's LoRA has learnt, on unseen photographs.
 
-Promise: the adapter is read from its file by the stock pipeline, so the pictures are what a user would get; beside them
-stand what the base alone makes of the prompt, the copied control, and what the VAE could show at best.
+Promise: the stock pipeline reads the adapter from its file, so the images are what a user would get. Beside them are
+the base's image for the prompt, the copied control, and the best that the VAE could show.
 Cost: two samplings a held-out pair, some ten seconds.
 """
 
@@ -34,7 +34,7 @@ _LORA = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class Result:
-    """PSNR in dB of what each column of the sheet shows, against the target."""
+    """PSNR in dB of each column of the grid, against the target."""
 
     name: str
     size: str
@@ -44,17 +44,17 @@ class Result:
     ceiling: float
 
 
-def psnr(picture: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures of one size; 99 for equal ones."""
-    assert picture.size == reference.size, (picture.size, reference.size)
-    error = np.square(np.asarray(picture, float) - np.asarray(reference, float)).mean()
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two RGB images of one size; 99 for equal ones."""
+    assert image.size == reference.size, (image.size, reference.size)
+    error = np.square(np.asarray(image, float) - np.asarray(reference, float)).mean()
     return float(10 * np.log10(255**2 / error)) if error else 99.0
 
 
 def show_results(config: Config) -> list[str]:
-    """Samples every held-out pair with and without the run's LoRA; writes results.png, results.json and loss.png.
+    """Sample every held-out pair with and without the run's LoRA; write results.png, results.json and loss.png.
 
-    Returns the table, and where the files are.
+    Returns the table and the paths of the files, line by line.
 
     Raises:
         UserError: the run has no finished LoRA, or there are no held-out pairs.
@@ -65,14 +65,14 @@ def show_results(config: Config) -> list[str]:
     family = family_of(config)
     encoded = encode_all(config, family, device=torch.device("cpu"))
     if not encoded.held_out:
-        raise UserError("data.held_out: name the pairs to be shown")
+        raise UserError("data.held_out: name the pairs to show")
     model = config.model
     dtype = getattr(torch, model.dtype)
     transformer = family.load_transformer(dtype=dtype, device="cpu")
     sampler = HeldOutSampler(config, family, transformer, encoded)
-    before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="picture", disable=None)]
+    before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="image", disable=None)]
     sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
-    after = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="LoRA", unit="picture", disable=None)]
+    after = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="LoRA", unit="image", disable=None)]
     compared = [
         _compare(sampler, item, base, lora) for item, base, lora in zip(encoded.held_out, before, after, strict=True)
     ]
@@ -94,7 +94,7 @@ def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lor
     )
     sample = sampler.cache.read(item.key, name=item.record.name)
     ceiling = sampler.family.decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
-    scores = [round(psnr(picture, target), 2) for picture in (control, base, lora, ceiling)]
+    scores = [round(psnr(image, target), 2) for image in (control, base, lora, ceiling)]
     name = Path(item.record.name).stem
     note = "{}  copy {:.1f}, base {:.1f}, LoRA {:.1f}, at best {:.1f} dB".format(item.target_size, *scores)
     return Result(name, str(item.target_size), *scores), Row((control, target, base, lora), item.record.prompt, note)

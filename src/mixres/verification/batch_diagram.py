@@ -1,9 +1,10 @@
-"""A batch as a picture: which token of which sample lies where in both layouts, and who may attend to whom.
+"""A diagram of a batch: which token of which sample is where in both layouts, and which keys it attends to.
 
-Promise: filler and masked keys are drawn from the batch and the mask that the model ran on. Cost: a few milliseconds.
+Promise: padding and masked keys are drawn from the batch and the mask that the model ran on.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,7 +15,7 @@ COLOURS = {
     "text": "#4c78a8",
     "target": "#54a24b",
     "control": "#f58518",
-    "filler": "#dddddd",
+    "padding": "#dddddd",
     "attended key": "#2f4b7c",
     "masked key": "#f7c6c5",
 }
@@ -27,28 +28,28 @@ def token_layout(padded: Batch, packed: Batch, mask: Tensor | None) -> Image.Ima
     """Both layouts of the same samples, the joint mask `(B, L)` of the padded one, and the packed one's attention."""
     rows = len(padded.names)
     height = 250 + 2 * rows * (_BAR + _GAP) + _BAR + _SQUARE
-    sheet = _Sheet(height, padded.tokens_computed // rows)
-    sheet.legend()
-    sheet.heading(
+    canvas = _Canvas(height, padded.tokens_computed // rows)
+    canvas.legend()
+    canvas.heading(
         f"layout padded: {rows} rows x {padded.tokens_computed // rows} tokens, "
-        f"{1 - padded.tokens / padded.tokens_computed:.1%} of them filler"
+        f"{1 - padded.tokens / padded.tokens_computed:.1%} of them padding"
     )
     for b in range(rows):
-        sheet.bar(padded.names[b], padded_segments(padded, b))
+        canvas.bar(padded.names[b], padded_segments(padded, b))
     if mask is None:
-        sheet.heading("joint mask: none, nothing is padded")
+        canvas.heading("joint mask: none, nothing is padded")
     else:
-        sheet.heading(f"joint mask {(rows, 1, 1, mask.shape[1])}: the keys that each row's queries attend to")
+        canvas.heading(f"joint mask {(rows, 1, 1, mask.shape[1])}: the keys that each row's queries attend to")
         for b in range(rows):
-            sheet.bar(padded.names[b], runs(mask[b].tolist()))
-    sheet.scale = sheet.room / packed.tokens_computed
-    sheet.heading(
-        f"layout packed: {packed.tokens_computed} tokens, no filler; in the order in which attention sees them"
+            canvas.bar(padded.names[b], runs(mask[b].tolist()))
+    canvas.scale = canvas.room / packed.tokens_computed
+    canvas.heading(
+        f"layout packed: {packed.tokens_computed} tokens, no padding; in the order in which attention sees them"
     )
-    sheet.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
-    sheet.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
-    sheet.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
-    return sheet.image
+    canvas.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
+    canvas.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
+    canvas.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
+    return canvas.image
 
 
 def sample_segments(batch: Batch, b: int) -> list[Segment]:
@@ -58,27 +59,20 @@ def sample_segments(batch: Batch, b: int) -> list[Segment]:
 
 
 def padded_segments(batch: Batch, b: int) -> list[Segment]:
-    """Row `b` of a padded batch, filler included, in the order in which attention sees it."""
+    """Row `b` of a padded batch, padding included, in the order in which attention sees it."""
     text, *images = sample_segments(batch, b)
-    text_filler = batch.prompt_embeds.shape[1] - text[1]
-    image_filler = batch.latents.shape[1] - sum(tokens for _, tokens in images)
-    return [text, ("filler", text_filler), *images, ("filler", image_filler)]
+    text_padding = batch.prompt_embeds.shape[1] - text[1]
+    image_padding = batch.latents.shape[1] - sum(tokens for _, tokens in images)
+    return [text, ("padding", text_padding), *images, ("padding", image_padding)]
 
 
 def runs(valid: Sequence[bool]) -> list[Segment]:
     """A row of the mask as stretches of equal values."""
-    stretches: list[Segment] = []
-    for value in valid:
-        what = "attended key" if value else "masked key"
-        if stretches and stretches[-1][0] == what:
-            stretches[-1] = (what, stretches[-1][1] + 1)
-        else:
-            stretches.append((what, 1))
-    return stretches
+    return [("attended key" if value else "masked key", len(list(group))) for value, group in groupby(valid)]
 
 
-class _Sheet:
-    """The picture as it is drawn from top to bottom."""
+class _Canvas:
+    """The image as it is drawn from top to bottom."""
 
     def __init__(self, height: int, tokens: int) -> None:
         self.image = Image.new("RGB", (_WIDTH, height), "white")
@@ -101,7 +95,7 @@ class _Sheet:
         self.top += 36
 
     def bar(self, name: str, segments: Sequence[Segment]) -> None:
-        """One row; stretches wide enough say how many tokens they are."""
+        """One row; stretches wide enough are labelled with their number of tokens."""
         label = name.encode("ascii", "backslashreplace").decode()
         label = label if len(label) <= 24 else f"...{label[-21:]}"
         self.draw.text((_MARGIN, self.top + 4), label, fill="black", font=self.font)
@@ -113,7 +107,7 @@ class _Sheet:
             self.draw.rectangle(
                 (left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white"
             )
-            ink = "black" if what in ("filler", "masked key", "control") else "white"
+            ink = "black" if what in ("padding", "masked key", "control") else "white"
             if self.draw.textlength(str(tokens), font=self.font) + 8 < right - left:
                 self.draw.text((left + 4, self.top + 4), str(tokens), fill=ink, font=self.font)
             first += tokens

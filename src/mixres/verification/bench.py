@@ -1,39 +1,41 @@
 """The verb `bench`: what the ways to batch the same samples cost, on the user's own model, data and machine.
 
 Promise: all ways are timed in one process, interleaved step by step, on whole optimizer steps of the configuration's
-own plan (`run_step`: noise, forward, backward, clip, update); a figure is the median over rounds, with its lowest and
-highest. No weight changes: the learning rate is zero. Cost: about two minutes of rounds, but three rounds at least.
+own plan (`run_step`: noise, forward, backward, clip, update). A figure is the median over rounds, with its lowest and
+highest. No weight changes: the learning rate is zero. Cost: about two minutes of rounds, but three rounds at least;
+one copy of each sample a way, on the CPU.
 
 The ways: `one_by_one` accumulates gradients over single samples; `padded` and `packed` are split as planned within
-`batch.max_tokens`; `padded_random` pads under the same budget, but fills its microbatches in shuffled order, unsorted.
+`batch.max_tokens`.
 
-Reading a row: `ratio` is time over one_by_one's; `padding` the share of computed tokens that is filler; `flops` what a
-step computes, counted in the round that warms up; `mfu` what it needs (no padding, nothing computed twice) per second
-over the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew.
+Reading a row: `ratio` is time over one_by_one's; `padding` the fraction of computed tokens that is padding; `flops`
+what a step computes; `mfu` what it needs (no padding, nothing computed twice) per second over the device's dense bf16
+peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew in a step.
 """
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mixres import atomic
-from mixres.batch import Sample
+from mixres.batch import Batch, Sample
 from mixres.config.schema import Config
 from mixres.console import log
-from mixres.data.plan import Lengths
+from mixres.data.collate import collate
+from mixres.data.loader import samples_of
+from mixres.data.plan import Layout, Lengths, Microbatch, StepPlan
 from mixres.geometry import token_count
 from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import encode_all, family_of
-from mixres.verification.batching import BASELINE, Source, Work, collated, make_work, plan_in
+from mixres.training.setup import make_plan
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
-    Workbench,
+    Setup,
     machine,
     one_process,
     peak_memory,
@@ -43,188 +45,58 @@ from mixres.verification.setup import (
     step_seconds,
     versions,
 )
-from mixres.verification.synthetic_samples import synthetic_samples
+from mixres.verification.synthetic import synthetic_samples
 
+BASELINE = "one_by_one"
+WAYS: dict[str, Layout] = {BASELINE: "padded", "padded": "padded", "packed": "packed"}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets (SXM)
-_STEPS, _LEAST_ROUNDS, _MAX_ROUNDS, _BUDGET_S = 4, 3, 15, 120.0
+MIN_ROUNDS, MAX_ROUNDS, BUDGET_S = 3, 15, 120.0
+MAX_STEPS = 4
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to batch. Ratios are to `one_by_one`; tokens and FLOPs are of the timed steps, rates by the median."""
+class Source(NamedTuple):
+    """Samples by index: those of the cache, or synthetic ones."""
 
-    name: str
-    ratio: float
-    low: float
-    high: float
-    tokens_per_s: float
-    useful_tokens_per_s: float
-    padding: float
-    flops: float  # a step
-    mfu: float | None  # None where the device's peak is not known
-    peak_bytes: int | None  # None where the system does not tell
-    microbatches: float  # a step
-    seconds: float  # a step
+    lengths: Sequence[Lengths]
+    names: Sequence[str]
+    read: Callable[[int], Sample]
 
 
-def bench(config: Config, *, synthetic: bool = False) -> None:
+class Step(NamedTuple):
+    """One optimizer step of the plan in one way to batch it."""
+
+    plan: StepPlan
+    microbatches: Sequence[Microbatch]
+    batches: list[Batch]  # the microbatches, collated
+
+
+Work = dict[str, list[Step]]  # by way
+
+
+def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUNDS) -> None:
     """Time, print a table and write `reports/bench.json`.
 
     Raises:
         UserError: configuration, base or data are wrong, or a sample is over `batch.max_tokens` alone.
     """
     accelerator = one_process(config, "bench")
-    family, source = _source(config, accelerator.device, synthetic)
-    work = make_work(config, source, _STEPS)
-    setting = set_up(config, family, accelerator)
-    name = config.model.pretrained_model_name_or_path
-    weights = "random weights and samples, " if synthetic else ""
-    log(f"model     {name}, {weights}{precision_label(config)} on {accelerator.device}")
-    peaks, flops, seconds = _time(setting, work)
-    peak_flops = _peak_flops(config, accelerator.device)
-    rows = [_row(way, work, flops, seconds, peaks[way], peak_flops) for way in seconds]
-    trainer = _trainer_step(setting, source, work)
-    _report(config, rows, trainer, work, len(seconds[BASELINE]), synthetic, accelerator.device)
-
-
-def _source(config: Config, device: torch.device, synthetic: bool) -> tuple[Family, Source]:
-    """The family, and the training samples: from the cache, filled where they are missing, or made up."""
-    model = config.model
-    if synthetic:
-        path = model.pretrained_model_name_or_path
-        family = load_family(model.family, path, revision=model.revision, synthetic=True)
-        return family, _synthetic_source(config, family)
-    family = family_of(config)
-    encoded = encode_all(config, family, device=device)
-    items, names = encoded.train, [item.record.name for item in encoded.train]
-
-    def read(index: int) -> Sample:
-        return encoded.cache.read(items[index].key, name=names[index])
-
-    return family, Source([item.lengths for item in items], names, read)
-
-
-def _synthetic_source(config: Config, family: Family) -> Source:
-    channels, text_width = family.token_widths()
-    text_area = family.control_areas(**config.data.resize.control.model_dump()).get("text_area")
-    samples = synthetic_samples(
-        config,
-        _STEPS * config.batch.samples_per_step,
-        channels=channels,
-        text_width=text_width,
-        pixels_per_token=family.pixels_per_token(),
-        controls=family.controls,
-        text_area=text_area if isinstance(text_area, int) else None,
-    )
-    lengths = [
-        Lengths(
-            len(s.prompt_embeds),
-            token_count(s.img_shapes),
-            len(s.target_latents),
-            0 if s.empty_embeds is None else len(s.empty_embeds),
-        )
-        for s in samples
-    ]
-    return Source(lengths, [s.name for s in samples], samples.__getitem__)
-
-
-def _time(
-    setting: Workbench, work: Work
-) -> tuple[dict[str, int | None], dict[str, FlopCounter], dict[str, list[float]]]:
-    """Of each way the peak memory of a step, the FLOPs of all steps, and their seconds in each round.
-
-    FLOPs are counted in a round that warms up.
-    """
-
-    def seconds_of(name: str, k: int) -> float:
-        step, batches = work.steps[k], work.batches[name][k]
-        divisor = setting.objective.divisor(step.samples, step.target_tokens)
-        return step_seconds(setting, batches, count=len(batches), step=step.step, divisor=divisor)
-
-    names, steps = list(work.batches), range(len(work.steps))
-    seconds_of(BASELINE, 0)  # the optimizer's state is made here
-    device = setting.accelerator.device
-    peaks = {name: peak_memory(device, partial(seconds_of, name, 0)) for name in names}
-    start = time.perf_counter()
-    flops = {name: FlopCounter() for name in names}
-    for name in names:
-        with flops[name]:
-            for k in steps:
-                seconds_of(name, k)
-    round_s = time.perf_counter() - start
-    rounds = max(_LEAST_ROUNDS, min(_MAX_ROUNDS, int(_BUDGET_S / round_s)))
-    seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in names}
-    for number in range(rounds):
-        for k in steps:
-            turn = (number + k) % len(names)
-            for name in names[turn:] + names[:turn]:
-                seconds[name][number] += seconds_of(name, k)
-    return peaks, flops, seconds
-
-
-def _row(
-    name: str,
-    work: Work,
-    flops: dict[str, FlopCounter],
-    seconds: dict[str, list[float]],
-    peak_bytes: int | None,
-    peak_flops: float | None,
-) -> Row:
-    batches = [batch for step in work.batches[name] for batch in step]
-    steps, median = len(work.steps), statistics.median(seconds[name])
-    ratios = [own / base for own, base in zip(seconds[name], seconds[BASELINE], strict=True)]
-    tokens, useful = (sum(b.tokens_computed for b in batches), sum(b.tokens for b in batches))
-    return Row(
-        name=name,
-        ratio=statistics.median(ratios),
-        low=min(ratios),
-        high=max(ratios),
-        tokens_per_s=tokens / median,
-        useful_tokens_per_s=useful / median,
-        padding=1 - useful / tokens,
-        flops=flops[name].computed / steps,
-        mfu=None if peak_flops is None else flops[BASELINE].needed / median / peak_flops,
-        peak_bytes=peak_bytes,
-        microbatches=len(batches) / steps,
-        seconds=median / steps,
-    )
-
-
-def _peak_flops(config: Config, device: torch.device) -> float | None:
-    if device.type != "cuda" or (config.model.dtype != "bfloat16" and config.train.mixed_precision != "bf16"):
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def _trainer_step(setting: Workbench, source: Source, work: Work) -> dict[str, float]:
-    """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
-    layout = setting.config.batch.layout
-    plan, ratios = plan_in(setting.config, source, layout), []
-    for planned in work.steps * _LEAST_ROUNDS:
-        (microbatches,) = plan.step(planned.step).ranks
-        timed = partial(
-            step_seconds,
-            setting,
-            count=len(microbatches),
-            step=planned.step,
-            divisor=setting.objective.divisor(planned.samples, planned.target_tokens),
-        )
-        ready = timed(list(collated(source, microbatches, layout)))
-        ratios.append(timed(collated(source, microbatches, layout)) / ready)
-    return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-
-
-def _report(
-    config: Config,
-    rows: Sequence[Row],
-    trainer: dict[str, float],
-    work: Work,
-    rounds: int,
-    synthetic: bool,
-    device: torch.device,
-) -> None:
-    found: dict[str, Any] = {
+    device = accelerator.device
+    family, source = _synthetic_source(config) if synthetic else _cached_source(config, device)
+    work = make_work(config, source)
+    setup = set_up(config, family, accelerator)
+    note = "random weights and samples, " if synthetic else ""
+    log(f"model     {config.model.pretrained_model_name_or_path}, {note}{precision_label(config)} on {device}")
+    first = {way: steps[0] for way, steps in work.items()}
+    _seconds(setup, first[BASELINE])  # the optimizer's state is made here
+    peaks = {way: peak_memory(device, partial(_seconds, setup, step)) for way, step in first.items()}
+    flops = _count_flops(setup, work)
+    seconds = _time_rounds(setup, work, max_rounds)
+    rows = [_row(way, work[way], seconds, flops, peaks[way], _peak_flops(config, device)) for way in work]
+    trainer = _trainer_step(setup, source, work[config.batch.layout] * min(MIN_ROUNDS, max_rounds))
+    _log_table(rows)
+    log(f"trainer   a {config.batch.layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
+        f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
+    report = {
         "machine": machine(device),
         "versions": versions(),
         "model": config.model.pretrained_model_name_or_path,
@@ -234,25 +106,169 @@ def _report(
         "max_tokens": config.batch.max_tokens,
         "layout": config.batch.layout,
         "gradient_checkpointing": config.train.gradient_checkpointing,
-        "steps": len(work.steps),
-        "rounds": rounds,
-        "rows": [asdict(row) for row in rows],
+        "steps": len(work[BASELINE]),
+        "rounds": len(seconds[BASELINE]),
+        "rows": rows,
         "trainer_step": trainer,
     }
-    _say_table(rows)
-    log(f"trainer   a {config.batch.layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
-        f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
     path = report_path(config, "bench.json")
-    atomic.write_json(path, found)
-    log(f"report    {path}: {len(work.steps)} steps of {config.batch.samples_per_step} samples, {rounds} rounds")
+    atomic.write_json(path, report)
+    log(f"report    {path}: {report['steps']} steps of {config.batch.samples_per_step} samples, "
+        f"{report['rounds']} rounds")  # fmt: skip
 
 
-def _say_table(rows: Sequence[Row]) -> None:
+def _cached_source(config: Config, device: torch.device) -> tuple[Family, Source]:
+    """The training samples from the cache, which is filled where they are missing."""
+    family = family_of(config)
+    encoded = encode_all(config, family, device=device)
+    samples, names = encoded.train, [sample.record.name for sample in encoded.train]
+
+    def read(index: int) -> Sample:
+        return encoded.cache.read(samples[index].key, name=names[index])
+
+    return family, Source([sample.lengths for sample in samples], names, read)
+
+
+def _synthetic_source(config: Config) -> tuple[Family, Source]:
+    """Random weights and samples in the shapes of the base: no weight, image or cache is read."""
+    model = config.model
+    family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision, synthetic=True)
+    return family, source_of(synthetic_samples(config, family, MAX_STEPS * config.batch.samples_per_step))
+
+
+def source_of(samples: Sequence[Sample]) -> Source:
+    """These samples, held in memory."""
+    lengths = [
+        Lengths(
+            text=len(sample.prompt_embeds),
+            image=token_count(sample.img_shapes),
+            target=len(sample.target_latents),
+            empty_text=0 if sample.empty_embeds is None else len(sample.empty_embeds),
+        )
+        for sample in samples
+    ]
+    return Source(lengths, [sample.name for sample in samples], samples.__getitem__)
+
+
+def make_work(config: Config, source: Source) -> Work:
+    """The first steps of the run on one process, at most `MAX_STEPS` of one epoch, in every way.
+
+    Raises:
+        UserError: a sample is over `batch.max_tokens` alone.
+    """
+    work: Work = {}
+    for way, layout in WAYS.items():
+        plan = make_plan(config, source.lengths, source.names, layout=layout, world_size=1)
+        work[way] = []
+        for step in map(plan.step, range(min(MAX_STEPS, plan.steps_per_epoch))):
+            microbatches = _single_samples(step) if way == BASELINE else step.ranks[0]
+            work[way].append(Step(step, microbatches, list(_collated(source, microbatches, layout))))
+    return work
+
+
+def _single_samples(step: StepPlan) -> list[Microbatch]:
+    return [
+        Microbatch((index,), (weight,), microbatch.dropped & {index})
+        for microbatch in step.ranks[0]
+        for index, weight in zip(microbatch.indices, microbatch.weights, strict=True)
+    ]
+
+
+def _collated(source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
+    """A batch for each microbatch; its samples are read when it is asked for."""
+    for microbatch in microbatches:
+        samples = samples_of(microbatch, source.read)
+        yield collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=layout)
+
+
+def _seconds(setup: Setup, step: Step, batches: Iterable[Batch] | None = None) -> float:
+    """Seconds of an optimizer step, over `batches` in place of those made before."""
+    divisor = setup.objective.divisor(step.plan.samples, step.plan.target_tokens)
+    return step_seconds(
+        setup, batches or step.batches, count=len(step.microbatches), step=step.plan.step, divisor=divisor
+    )
+
+
+def _count_flops(setup: Setup, work: Work) -> dict[str, FlopCounter]:
+    """Of all steps, by way, in a round that is not timed."""
+    counters = {way: FlopCounter() for way in work}
+    for way, steps in work.items():
+        with counters[way]:
+            for step in steps:
+                _seconds(setup, step)
+    return counters
+
+
+def _time_rounds(setup: Setup, work: Work, max_rounds: int) -> dict[str, list[float]]:
+    """Of each way the seconds of all steps, round by round, after a round to warm up."""
+
+    def one_round() -> dict[str, float]:
+        seconds = dict.fromkeys(work, 0.0)
+        for k in range(len(work[BASELINE])):
+            for way, steps in work.items():
+                seconds[way] += _seconds(setup, steps[k])
+        return seconds
+
+    start = time.perf_counter()
+    one_round()
+    fit = int(BUDGET_S / (time.perf_counter() - start))
+    rounds = [one_round() for _ in range(min(max_rounds, max(MIN_ROUNDS, fit)))]
+    return {way: [seconds[way] for seconds in rounds] for way in work}
+
+
+def _row(
+    way: str,
+    steps: Sequence[Step],
+    seconds: dict[str, list[float]],
+    flops: dict[str, FlopCounter],
+    peak_bytes: int | None,
+    peak_flops: float | None,
+) -> dict[str, Any]:
+    """One way to batch: ratios to `one_by_one`, rates over the median round, all else a step."""
+    batches = [batch for step in steps for batch in step.batches]
+    median = statistics.median(seconds[way])
+    tokens, useful = sum(b.tokens_computed for b in batches), sum(b.tokens for b in batches)
+    return {
+        "name": way,
+        **_spread([own / base for own, base in zip(seconds[way], seconds[BASELINE], strict=True)]),
+        "tokens_per_s": tokens / median,
+        "useful_tokens_per_s": useful / median,
+        "padding": 1 - useful / tokens,
+        "flops": flops[way].computed / len(steps),
+        "mfu": None if peak_flops is None else flops[BASELINE].needed / median / peak_flops,
+        "peak_bytes": peak_bytes,  # None where the system has no figure
+        "microbatches": len(batches) / len(steps),
+        "seconds": median / len(steps),
+    }
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def _peak_flops(config: Config, device: torch.device) -> float | None:
+    """Of the device in bf16; None where it is not known."""
+    if device.type != "cuda" or (config.model.dtype != "bfloat16" and config.train.mixed_precision != "bf16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def _trainer_step(setup: Setup, source: Source, steps: Sequence[Step]) -> dict[str, float]:
+    """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
+    layout, ratios = setup.config.batch.layout, []
+    for step in steps:
+        ready = _seconds(setup, step)
+        ratios.append(_seconds(setup, step, _collated(source, step.microbatches, layout)) / ready)
+    return _spread(ratios)
+
+
+def _log_table(rows: Sequence[dict[str, Any]]) -> None:
     log(f"{'':<14} {'time':>6} {'(low  high)':>13} {'s/step':>8} {'mb/step':>7} {'tokens/s':>9} {'useful/s':>9} "
         f"{'padding':>7} {'GFLOP/step':>11} {'MFU':>6} {'peak MB':>8}")  # fmt: skip
     for row in rows:
-        mfu = "-" if row.mfu is None else f"{row.mfu:.1%}"
-        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-        log(f"{row.name:<14} {row.ratio:>6.3f} ({row.low:.3f} {row.high:.3f}) {row.seconds:>8.3f} "
-            f"{row.microbatches:>7.1f} {row.tokens_per_s:>9.0f} {row.useful_tokens_per_s:>9.0f} {row.padding:>7.1%} "
-            f"{row.flops / 1e9:>11.1f} {mfu:>6} {peak:>8}")  # fmt: skip
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+        log(f"{row['name']:<14} {row['ratio']:>6.3f} ({row['low']:.3f} {row['high']:.3f}) {row['seconds']:>8.3f} "
+            f"{row['microbatches']:>7.1f} {row['tokens_per_s']:>9.0f} {row['useful_tokens_per_s']:>9.0f} "
+            f"{row['padding']:>7.1%} {row['flops'] / 1e9:>11.1f} {mfu:>6} {peak:>8}")  # fmt: skip

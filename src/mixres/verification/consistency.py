@@ -1,11 +1,11 @@
-"""How far samples that ride in one batch are from the same samples alone: outputs, and gradients of the training loss.
+"""How far samples in one batch are from the same samples alone: in outputs, and in gradients of the training loss.
 
-Promise: every run goes through the objective of training, with the same noise and noise level for a sample however it
-rides. Cost: one forward and one backward a run; outputs and gradients are kept on the CPU.
+Promise: every run uses the objective of training. A sample has the same noise and the same sigma in every batch mode.
+Cost: one forward and one backward a run; outputs and gradients are kept on the CPU.
 
 Measures: an output's error is ||d|| / ||reference|| over all image tokens of a sample, a gradient's is
-||d|| / max(||g||, 1e-6 ||g_all||) for each trainable tensor; both in float64, of each the worst. The floor keeps
-tensors whose gradient is all rounding from deciding.
+||d|| / max(||g||, 1e-6 ||g_all||) for each trainable tensor. Both are in float64, and the worst of each counts. The
+floor leaves out tensors whose gradient is nothing but rounding.
 """
 
 import math
@@ -20,17 +20,16 @@ from torch import Tensor, nn
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.geometry import token_count
-from mixres.models.blocks import repeated_blocks
-from mixres.models.qwen.rope import JointRotary
-from mixres.verification.setup import Workbench
+from mixres.models.blocks import HoldsMask, repeated_blocks
+from mixres.verification.setup import Setup
 
-Ride = Literal["alone", "padded", "packed"]
+BatchMode = Literal["alone", "padded", "packed"]
 _FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way of running the samples gave, on the CPU."""
+    """The results of one run, on the CPU."""
 
     outputs: list[Tensor]  # of each sample (S, P), in the model's dtype
     gradients: dict[str, Tensor | None]
@@ -46,31 +45,31 @@ class Errors:
     unequal: tuple[str, ...]
 
 
-def batches_of(samples: Sequence[Sample], ride: Ride) -> list[Batch]:
+def batches_of(samples: Sequence[Sample], mode: BatchMode) -> list[Batch]:
     """The samples alone, one batch each, or all in one batch."""
-    if ride == "alone":
+    if mode == "alone":
         return [collate([s], indices=[i], weights=[1.0], layout="padded") for i, s in enumerate(samples)]
-    return [collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=ride)]
+    return [collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=mode)]
 
 
-def run(bench: Workbench, samples: Sequence[Sample], ride: Ride, *, autocast: bool) -> Outcome:
+def run(setup: Setup, samples: Sequence[Sample], mode: BatchMode, *, autocast: bool) -> Outcome:
     """Forward and backward of the step's loss over all samples. No weight changes, no gradient is left behind."""
-    model, parameters = bench.trained.transformer, bench.trained.parameters
+    model, parameters, device = setup.trained.transformer, setup.trained.parameters, setup.accelerator.device
     outputs: list[Tensor] = []
+    masks: list[Tensor | None] = []
 
     def predict(model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-        velocity = bench.objective.predict_velocity(model, batch, noisy_latents, sigmas)
+        velocity = setup.objective.predict_velocity(model, batch, noisy_latents, sigmas)
         outputs.extend(_per_sample(velocity.detach().cpu(), batch))
         return velocity
 
-    objective = replace(bench.objective, predict_velocity=predict)
-    batches = batches_of(samples, ride)
+    objective = replace(setup.objective, predict_velocity=predict)
+    batches = batches_of(samples, mode)
     divisor = objective.divisor(len(samples), sum(sum(batch.target_lengths) for batch in batches))
-    masks: list[Tensor | None] = []
     try:
         for batch in batches:
-            with _recorded_mask(model, masks), bench.accelerator.autocast() if autocast else nullcontext():
-                loss = objective.loss(model, batch.to(bench.accelerator.device), step=0, divisor=divisor)
+            with _recorded_mask(model, masks), setup.accelerator.autocast() if autocast else nullcontext():
+                loss = objective.loss(model, batch.to(device), step=0, divisor=divisor)
             torch.autograd.backward(loss)
         gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
     finally:
@@ -96,7 +95,7 @@ def errors(got: Outcome, reference: Outcome) -> Errors:
 
 @contextmanager
 def in_dtype(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
-    """All `parameters` in a wider dtype for a while; what was rounded before comes back bit for bit."""
+    """Within it `parameters` have a wider dtype. Widening is exact, so they come back bit for bit."""
     before = [p.dtype for p in parameters]
     try:
         for parameter in parameters:
@@ -127,11 +126,11 @@ def _kind(gradient: Tensor | None) -> str:
 
 @contextmanager
 def _recorded_mask(model: Any, masks: list[Tensor | None]) -> Iterator[None]:
-    """Appends the joint mask that the first block is handed in a forward call, as the patch made it."""
+    """Append the joint mask that the first block gets in a forward call."""
 
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, JointRotary):
+            if isinstance(value, HoldsMask):
                 masks.append(None if value.mask is None else value.mask.detach().cpu().flatten(1))
 
     handle = repeated_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)

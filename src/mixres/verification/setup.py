@@ -1,7 +1,7 @@
-"""What `verify` and `bench` share: a run on one process that trains nothing, and what to say of the machine.
+"""What `verify` and `bench` share: a setup on one process that trains nothing, and a description of the machine.
 
-Promise: model, data, objective and precision are those a training run of the same configuration has; nothing of the
-run folder is touched but `reports/`. Cost: loading the transformer.
+Promise: model, data, objective and precision are those of a training run of the same configuration. Of the run folder
+only `reports/` changes. Cost: loading the transformer.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 @dataclass(frozen=True)
-class Workbench:
+class Setup:
     """Everything that a training step needs but the samples."""
 
     config: Config
+    family: Family
     accelerator: Accelerator
     trained: TrainState
     objective: Objective
@@ -58,25 +59,26 @@ def one_process(config: Config, verb: str) -> Accelerator:
     return accelerator
 
 
-def set_up(config: Config, family: Family, accelerator: Accelerator) -> Workbench:
+def set_up(config: Config, family: Family, accelerator: Accelerator) -> Setup:
     """Load the model as training would on one process.
 
     Raises:
         UserError: the base cannot be loaded.
     """
-    # One process has nothing to split; compiled blocks are for the lengths of a plan, these verbs batch otherwise.
-    whole = config.train.model_copy(update={"parallel": "ddp", "compile": False})
-    config = config.model_copy(update={"train": whole})
-    return Workbench(config, accelerator, load_trained(config, family, accelerator), build_objective(config, family))
+    # One process has nothing to split. Compiled blocks are for the lengths of a plan; these verbs batch otherwise.
+    train = config.train.model_copy(update={"parallel": "ddp", "compile": False})
+    config = config.model_copy(update={"train": train})
+    trained = load_trained(config, family, accelerator)
+    return Setup(config, family, accelerator, trained, build_objective(config, family))
 
 
-def step_seconds(setting: Workbench, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
+def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
     """Seconds of `run_step` over `count` microbatches. No weight changes: the learning rate is zero.
 
     Raises:
         WorkError: the device has not enough memory for a microbatch.
     """
-    accelerator, trained = setting.accelerator, setting.trained
+    accelerator, trained = setup.accelerator, setup.trained
     for group in trained.optimizer.param_groups:
         group["lr"] = 0.0 * group["lr"]  # a tensor stays one
     start = time.perf_counter()
@@ -84,12 +86,12 @@ def step_seconds(setting: Workbench, microbatches: Iterable[Batch], *, count: in
         accelerator,
         trained.model,
         trained.optimizer,
-        setting.objective,
+        setup.objective,
         microbatches,
         count=count,
         step=step,
         divisor=divisor,
-        max_grad_norm=setting.config.train.max_grad_norm,
+        max_grad_norm=setup.config.train.max_grad_norm,
     )
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
@@ -111,77 +113,65 @@ def precision_label(config: Config) -> str:
 
 def versions() -> dict[str, str]:
     """Of mixres and the libraries that compute."""
-    found = {"mixres": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a build of one's own may carry no metadata
-            found[name] = "unknown"
-    return found
+    return {"mixres": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures of a report were measured on."""
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
-        "accelerator": accelerator,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on `device`; None where the system does not tell."""
+    """Bytes that can still be allocated on `device`; None where the system has no figure."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    kilobytes = _proc_value("/proc/meminfo", "MemAvailable")
-    return None if kilobytes is None else 1024 * kilobytes
+    return _proc_bytes("/proc/meminfo", "MemAvailable")
 
 
 def peak_memory(device: torch.device, work: Callable[[], Any]) -> int | None:
     """Bytes at the peak of `work`: on CUDA all that is allocated, weights included; on a CPU how far the process grew.
 
-    None where the system does not tell.
+    None where the system has no figure.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
-    before = _reset_resident_peak()
+    before = _reset_peak()
     work()
-    peak = _proc_value("/proc/self/status", "VmHWM")
-    return None if before is None or peak is None else max(0, 1024 * (peak - before))
+    peak = _proc_bytes("/proc/self/status", "VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
 
 
-def _reset_resident_peak() -> int | None:
-    """Give freed memory back and start Linux's high-water mark anew; returns the kilobytes that are resident."""
+def _reset_peak() -> int | None:
+    """Give freed memory back and reset Linux's high-water mark; returns the bytes that are resident."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError):
         return None
-    return _proc_value("/proc/self/status", "VmRSS")
+    return _proc_bytes("/proc/self/status", "VmRSS")
 
 
-def _proc_value(file: str, field: str) -> int | None:
+def _proc_bytes(file: str, field: str) -> int | None:
+    value = _proc_field(file, field)
+    return None if value is None else 1024 * int(value.removesuffix("kB"))
+
+
+def _proc_field(file: str, field: str) -> str | None:
+    """The value of the first line of this name; None on a system without such files."""
     try:
-        lines = Path(file).read_text(encoding="ascii", errors="replace").splitlines()
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    values = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(values[0]) if values else None
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)

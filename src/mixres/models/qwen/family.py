@@ -25,13 +25,13 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import NO_AREAS, AreaRule, Areas
+from mixres.models.family import NO_AREAS, AreaRule, Areas, PatchState
 from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 from mixres.models.qwen.rope import TABLE_HALF, text_start
-from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
+from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
 MULTIPLE_OF = 32  # to which the stock pipelines round sides
@@ -294,6 +294,10 @@ class QwenFamily:
                 folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
             )
         return patch_qwen_model_for_multi_resolution(transformer.to(device))
+
+    def patch_state(self, transformer: QwenImageTransformer2DModel) -> PatchState:
+        """See `Family`."""
+        return patch_state(transformer)
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
         """See `Family`."""

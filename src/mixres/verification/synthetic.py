@@ -1,11 +1,11 @@
 """Random samples with the sizes of real edit data, for measuring without a data set.
 
-Promise: a function of (configuration, count, seed). Sizes are drawn, then go through the same rules as real images, so
-the configuration's limits hold. Cost: one Gaussian draw a sample.
+Promise: samples are a function of configuration (with its seed), family and count. Sizes are drawn, then go through
+the same rules as real images, so the configuration's limits hold. Cost: one Gaussian draw a sample.
 
-Drawn are: the source's aspect, log-uniform in [1/2, 2]; its area, log-uniform in [1/4, 2] x `max_pixels` (what is over
-is scaled down to it); a control's aspect, the target's own for half of them; the words, 10 to 150 tokens, behind the
-controls' tokens in the text encoder (28 x 28 pixels each). The numbers of controls that the family takes go round.
+These are drawn: the source's aspect, log-uniform in [1/2, 2]; its area, log-uniform in [1/4, 2] x `max_pixels` (larger
+ones are scaled down); a control's aspect, for half of them the target's own; the prompt, 10 to 150 tokens behind the
+controls' tokens in the text encoder (28 x 28 pixels each). The numbers of controls that the family takes alternate.
 """
 
 import math
@@ -17,41 +17,32 @@ import torch
 from mixres.batch import Sample
 from mixres.config.schema import Config
 from mixres.geometry import Grid, Size, control_area, control_size, target_size, token_grid
+from mixres.models.family import Family
 
 _TEXT_PIXELS = 28 * 28
 
 
-def synthetic_samples(
-    config: Config,
-    count: int,
-    *,
-    channels: int,
-    text_width: int,
-    pixels_per_token: int,
-    controls: tuple[int, int] = (1, 1),
-    text_area: int | None = None,
-) -> list[Sample]:
-    """`count` samples in `model.dtype`: latents `(S, channels)`, prompt embeddings `(T, text_width)`.
-
-    `controls`: fewest and most of a sample; `text_area`: pixels of each for the text encoder, None: as for the VAE.
-    """
+def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample]:
+    """`count` samples in `model.dtype`, with the token widths of the base and as many controls as the family takes."""
     draw = random.Random(config.train.seed)
     noise = torch.Generator().manual_seed(config.train.seed)
     dtype = getattr(torch, config.model.dtype)
-    fewest, most = controls
+    channels, text_width = family.token_widths()
+    pixels_per_token = family.pixels_per_token()
+    text_area = family.control_areas(**config.data.resize.control.model_dump()).get("text_area")
+    fewest, most = family.controls
 
     samples = []
     for number in range(count):
         grids = draw_sizes(config, draw, pixels_per_token, controls=fewest + number % (most - fewest + 1))
-        seen = [text_area or grid.tokens * pixels_per_token**2 for grid in grids[1:]]
-        empty = sum(pixels // _TEXT_PIXELS for pixels in seen)
+        areas = [text_area if isinstance(text_area, int) else g.tokens * pixels_per_token**2 for g in grids[1:]]
+        empty = sum(pixels // _TEXT_PIXELS for pixels in areas)
         text = draw.randint(10, 150) + empty
         sample = noise_sample(
             f"synthetic-{number}", grids, text=text, channels=channels, text_width=text_width, dtype=dtype, noise=noise
         )
         if config.data.caption_dropout:
-            embeds = _gaussian(max(1, empty), text_width, dtype, noise)
-            sample = replace(sample, empty_embeds=embeds)
+            sample = replace(sample, empty_embeds=_gaussian(max(1, empty), text_width, dtype, noise))
         samples.append(sample)
     return samples
 
