@@ -1,4 +1,4 @@
-"""Any mix of samples, in either layout, trains as its samples alone: drawn mixes against the stock model."""
+"""Batch = alone: any mix, in either layout, gives the outputs and gradients of the stock model on each sample."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +12,87 @@ from mixres.models.qwen.layers import untrained_modules
 from support.mixes import (
     EVERY_LINEAR,
     FORWARDS,
+    LAYOUTS,
+    MIXES,
     Mix,
+    Result,
     Shape,
+    alone,
     assert_same,
     backward,
+    forward_error,
+    forward_padded,
+    gradient_error,
     loss,
+    main_mix,
     make_mix,
+    pad_rows,
     patched_model,
+    precomputed_call,
     run,
     stock_model,
 )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("name", MIXES)
+def test_a_batch_equals_each_sample_alone(name: str, zero_cond_t: bool, layout: str) -> None:
+    """With adapters on every linear layer over a base that trains too, without and with gradient checkpointing."""
+    model, mix = patched_model(zero_cond_t, EVERY_LINEAR), MIXES[name]()
+    assert_same(run(model, mix, layout), alone(name, zero_cond_t))
+    model.enable_gradient_checkpointing()
+    assert_same(run(model, mix, layout), alone(name, zero_cond_t))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_float64_a_batch_equals_each_sample_alone_to_float64(layout: str) -> None:
+    """Against the patched model on one sample: the stock model rotates in fp32 even then."""
+    mix, model = main_mix().to("cpu", torch.float64), patched_model(True, EVERY_LINEAR).to(torch.float64)
+    measured, reference = (run(model, mix, how) for how in (layout, "alone"))
+    assert forward_error(measured, reference) < 1e-10
+    assert gradient_error(measured, reference) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(layout: str) -> None:
+    mix, dtype = main_mix().to("cpu", torch.bfloat16), torch.bfloat16
+    measured = run(patched_model(False, EVERY_LINEAR).to(dtype), mix, layout)
+    single = run(stock_model(False, EVERY_LINEAR).to(dtype), mix, "alone")
+    reference = alone("main", False)
+    assert forward_error(measured, reference) <= 1.5 * forward_error(single, reference)
+    assert gradient_error(measured, reference) <= 1.5 * gradient_error(single, reference)
+
+
+def planted(problem: str) -> Result:
+    """The main mix with one problem, through precomputed frequencies and masks or through the loss."""
+    model, mix, call = patched_model(False, EVERY_LINEAR), main_mix(), precomputed_call(main_mix())
+    image, text = call["image_rotary_emb"]
+    if problem == "text positions of sample 0":
+        call["image_rotary_emb"] = (image, text[0])
+    if problem == "no mask":
+        call["attention_kwargs"] = {}
+    if not problem.startswith("loss"):
+        outputs = forward_padded(model, mix, **call)
+        return backward(model, outputs, loss(outputs, mix))
+    output = model(**call)[0]
+    lengths = {"loss over padding": [output.shape[1]] * 3, "loss over controls": [len(x) for x in mix.images]}
+    long = [pad_rows([v], n - len(v))[0] for v, n in zip(mix.velocities, lengths[problem], strict=True)]
+    value = loss(list(output), Mix(mix.shapes, mix.images, mix.texts, mix.timesteps, long))
+    return backward(model, [row[: len(x)] for row, x in zip(output, mix.images, strict=True)], value)
+
+
+def test_the_measure_sees_planted_problems() -> None:
+    reference = alone("main", False)
+    assert_same(planted("none"), reference)
+    for problem in ("text positions of sample 0", "no mask"):
+        assert forward_error(planted(problem), reference) > 1e-3, problem
+        assert gradient_error(planted(problem), reference) > 1e-2, problem
+    for problem in ("loss over padding", "loss over controls"):
+        assert gradient_error(planted(problem), reference) > 1e-2, problem
+
+
+# Drawn mixes, two microbatches at once.
 
 # Without shrinking: it runs failing cases for minutes, and what is printed of the first one is enough to repeat it.
 drawn_alike = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])
@@ -59,24 +130,21 @@ class Case:
     checkpointing: bool
     trained: str
 
-    def model(self, make: Callable[[bool, list[str] | None], QwenImageTransformer2DModel]) -> torch.nn.Module:
-        return trained_as(self.trained, make(self.zero_cond_t, EVERY_LINEAR if self.trained == "lora" else None))
+    def model(self, make: Callable[..., QwenImageTransformer2DModel]) -> QwenImageTransformer2DModel:
+        """All weights train but those that reach no loss, or adapters on every linear layer over a frozen base."""
+        model = make(self.zero_cond_t, EVERY_LINEAR if self.trained == "lora" else ())
+        untrained = untrained_modules(model)
+        for name, parameter in model.named_parameters():
+            chosen = self.trained == "all weights" or ".lora_" in name
+            parameter.requires_grad_(chosen and not name.startswith(untrained))
+        return model
 
 
-layouts = st.sampled_from(("padded", "packed"))
+layouts = st.sampled_from(LAYOUTS)
 cases = st.builds(
     Case, st.tuples(mixes(), mixes()), st.tuples(layouts, layouts), st.booleans(), st.booleans(),
     st.sampled_from(("lora", "all weights")),
 )  # fmt: skip
-
-
-def trained_as(trained: str, model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
-    """All weights but those that reach no loss, or adapters on every linear layer over a frozen base."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained == "all weights" or ".lora_" in name)
-    for name in untrained_modules(model):
-        model.get_submodule(name).requires_grad_(False)
-    return model
 
 
 def assert_each_as_alone(case: Case) -> None:
@@ -110,12 +178,13 @@ SMALL = Drawn([[(1, 5, 7), (1, 3, 3)], [(1, 1, 1)]], [8, 1], 1)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("zero_cond_t", [False, True])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_all_weights_get_the_gradients_that_they_get_alone(layout: str, zero_cond_t: bool, checkpointing: bool) -> None:
-    case = Case((MAIN, SMALL), (layout, layout), zero_cond_t, checkpointing, "all weights")
+@pytest.mark.parametrize("layouts", [("padded", "padded"), ("packed", "packed"), ("padded", "packed")])
+def test_all_weights_get_the_gradients_that_they_get_alone(
+    layouts: tuple[str, str], zero_cond_t: bool, checkpointing: bool
+) -> None:
+    case = Case((MAIN, SMALL), layouts, zero_cond_t, checkpointing, "all weights")
     assert_each_as_alone(case)
-    gradients = run(case.model(patched_model), MAIN.mix(), layout).gradients
-    untrained = untrained_modules(stock_model())
-    frozen = {name for name in gradients if name.startswith(untrained)}
+    gradients = run(case.model(patched_model), SMALL.mix(), layouts[0]).gradients
+    frozen = {name for name in gradients if name.startswith(untrained_modules(stock_model()))}
     assert {name for name, gradient in gradients.items() if gradient is None} == frozen
     assert all(gradient is None or gradient.any() for gradient in gradients.values())

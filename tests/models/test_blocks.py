@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig
-from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
@@ -25,38 +24,36 @@ from mixres.training.ema import Ema
 from support.mixes import (
     ATTENTION_AND_MLP,
     CHANNELS,
-    FORWARDS,
+    LAYOUTS,
     TEXT_WIDTH,
     Mix,
     Result,
     assert_identical,
     backward,
-    filled_up,
     forward_error,
     forward_padded,
     gradient_error,
+    kept_bytes,
     loss,
-    main_mix,
     make_mix,
     padded_call,
     random_mix,
     run,
-    valid_slots,
     vanished,
 )
 
-BLOCKS, HEADS, HEAD_WIDTH = 5, 2, 32
+BLOCKS, WIDTH = 5, 64
 
 
 def small_model(blocks: int = BLOCKS, *, adapters: bool = True) -> QwenImageTransformer2DModel:
     """Adapters on a frozen base, or that base alone."""
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=HEAD_WIDTH,
-        num_attention_heads=HEADS, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12),
+        patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=WIDTH // 2,
+        num_attention_heads=2, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12),
     ).requires_grad_(False)  # fmt: skip
     if adapters:
-        model.add_adapter(LoraConfig(r=4, target_modules=ATTENTION_AND_MLP, init_lora_weights=False))
+        model.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION_AND_MLP), init_lora_weights=False))
     return patch_qwen_model_for_multi_resolution(model)
 
 
@@ -77,7 +74,7 @@ def forward_calls(model: QwenImageTransformer2DModel, layout: str) -> tuple[Resu
     return result, calls
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("every", "calls"), [(1, [2, 2, 2, 2, 2]), (2, [2, 1, 2, 1, 2]), (3, [2, 1, 1, 2, 1]), (60, [2, 1, 1, 1, 1])]
 )
@@ -91,35 +88,18 @@ def test_every_nth_block_is_recomputed_and_the_gradients_stay(every: int, calls:
     assert_identical(recomputed, kept)
 
 
-def kept_bytes(model: QwenImageTransformer2DModel, layout: str = "padded") -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, without those of weights."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage().data_ptr()
-        if storage not in weights:
-            kept[storage] = tensor
-        return tensor
-
-    mix = main_mix()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(FORWARDS[layout](model, mix), mix)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
 def test_a_recomputed_block_keeps_its_inputs_alone() -> None:
-    """The formula of docs/memory.md: one row of the model's width for each image and text token."""
-    call = padded_call(main_mix())
-    tokens = call["hidden_states"].shape[:2].numel() + call["encoder_hidden_states"].shape[:2].numel()
-    inputs = 4 * tokens * HEADS * HEAD_WIDTH
+    """One row of the model's width for each image and text token."""
+    mix = random_mix(3)
+    call = padded_call(mix)
+    inputs = 4 * WIDTH * sum(call[name].shape[:2].numel() for name in ("hidden_states", "encoder_hidden_states"))
     kept = {}
     for blocks in (BLOCKS, BLOCKS - 1):
         model = small_model(blocks)
-        kept[blocks, 0] = kept_bytes(model)
+        kept[blocks, 0] = kept_bytes(model, mix, "padded")
         for every in (1, 2, 60):
             recompute_blocks(model, every=every)
-            kept[blocks, every] = kept_bytes(model)
+            kept[blocks, every] = kept_bytes(model, mix, "padded")
     assert kept[BLOCKS, 1] - kept[BLOCKS - 1, 1] == inputs
     assert 19 * inputs < kept[BLOCKS, 0] - kept[BLOCKS - 1, 0] < 20 * inputs
     assert kept[BLOCKS, 1] < kept[BLOCKS, 2] < kept[BLOCKS, 60] < kept[BLOCKS, 0]
@@ -154,93 +134,67 @@ def trained_model(trained: str, blocks: int) -> QwenImageTransformer2DModel:
     return model
 
 
-def assert_alike(compiled: QwenImageTransformer2DModel, plain: QwenImageTransformer2DModel, mixes: list[Mix]) -> None:
-    for mix in mixes:
-        ours, theirs = run(compiled, mix, "padded"), run(plain, mix, "padded")
-        assert forward_error(ours, theirs) <= 1e-5
-        assert gradient_error(ours, theirs) <= 1e-5
-        assert vanished(ours.gradients) == vanished(theirs.gradients)
+def assert_alike(compiled: QwenImageTransformer2DModel, plain: QwenImageTransformer2DModel, mix: Mix) -> None:
+    ours, theirs = run(compiled, mix, "padded"), run(plain, mix, "padded")
+    assert forward_error(ours, theirs) <= 1e-5
+    assert gradient_error(ours, theirs) <= 1e-5
+    assert vanished(ours.gradients) == vanished(theirs.gradients)
 
 
-def updated(model: QwenImageTransformer2DModel, mixes: list[Mix]) -> Ema:
+def updated(model: QwenImageTransformer2DModel, mix: Mix) -> Ema:
     """The average over three updates."""
     optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
     ema = Ema(optimizer, 0.7)
-    for mix in (*mixes, *mixes, *mixes)[:3]:
+    for _ in range(3):
         loss(forward_padded(model, mix), mix).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     return ema
 
 
-def compiled_as_plain(trained: str, backend: str, blocks: int, mixes: list[Mix]) -> None:
-    """Outputs and gradients, recomputed too, before and behind updates, and those of the average."""
-    plain, compiled = trained_model(trained, blocks), trained_model(trained, blocks)
-    compile_blocks(compiled, graphs=most_graphs(rows=3, lengths=len(mixes)), backend=backend)
+# Of three blocks with adapters, the first's inputs need no gradient, and the last has fewer adapters.
+@pytest.mark.parametrize(("trained", "blocks"), [("lora", 3), ("all weights", 2)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
+@pytest.mark.usefixtures("no_graphs")
+def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(trained: str, blocks: int, backend: str) -> None:
+    """Recomputed too, before and behind updates, and with the average of the weights in their place."""
+    mix, plain, compiled = random_mix(3), trained_model(trained, blocks), trained_model(trained, blocks)
+    compile_blocks(compiled, graphs=most_graphs(rows=3, lengths=1), backend=backend)
     for every in (0, 1, 2):
         for model in (plain, compiled):
             if every:
                 recompute_blocks(model, every=every)
-        assert_alike(compiled, plain, mixes)
-    with updated(plain, mixes).averaged(), updated(compiled, mixes).averaged():
-        assert_alike(compiled, plain, mixes)
-    assert_alike(compiled, plain, mixes)
-    kinds = min(blocks, 3 if trained == "lora" else 2)
-    assert graphs() == kinds * len(mixes), "each kind of block once for each shape"
+        assert_alike(compiled, plain, mix)
+    with updated(plain, mix).averaged(), updated(compiled, mix).averaged():
+        assert_alike(compiled, plain, mix)
+    assert_alike(compiled, plain, mix)
+    assert graphs() == blocks, "each kind of block once"
     assert sum(counters["graph_break"].values()) == 0
-
-
-# Of three blocks with adapters, the first's inputs need no gradient, and the last has fewer adapters.
-TRAINED = pytest.mark.parametrize(("trained", "blocks"), [("lora", 3), ("all weights", 2)])
-
-
-@TRAINED
-@pytest.mark.usefixtures("no_graphs")
-def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(trained: str, blocks: int) -> None:
-    compiled_as_plain(trained, "aot_eager", blocks, [main_mix(), random_mix(3)])
-
-
-@TRAINED
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
-@pytest.mark.usefixtures("no_graphs")
-def test_inductors_code_gives_the_outputs_and_gradients_of_plain_blocks(trained: str, blocks: int) -> None:
-    compiled_as_plain(trained, "inductor", blocks, [main_mix()])
 
 
 @pytest.mark.usefixtures("no_graphs")
 def test_rounded_lengths_bound_the_graphs_and_the_next_epoch_needs_none() -> None:
-    """Eight microbatches of other sizes, and two image lengths and one text length after rounding."""
-    model, rounding = small_model(3), Rounding(text=16, image=64)
+    """Eight microbatches of other sizes make two image lengths and one text length after rounding."""
+    model, rounding = small_model(1), Rounding(text=16, image=64)
     compile_blocks(model, graphs=most_graphs(rows=2, lengths=2), backend="aot_eager")
     mixes = [make_mix([[(1, 5, 5 + n)], [(1, 8, 4 + n)]], [3 + n, 9], seed=n) for n in range(8)]
     shapes = set()
-    for epoch in range(2):
-        for mix in mixes:
-            images, texts = (max(len(row) for row in rows) for rows in (mix.images, mix.texts))
-            more_images, more_texts = rounded(images, rounding.image) - images, rounded(texts, rounding.text) - texts
-            shapes.add((images + more_images, texts + more_texts))
-            (output,) = model(
-                hidden_states=filled_up(mix.images, more_images, 0.0),
-                encoder_hidden_states=filled_up(mix.texts, more_texts, 0.0),
-                encoder_hidden_states_mask=valid_slots(mix.texts, more_texts),
-                timestep=mix.timesteps,
-                img_shapes=mix.shapes,
-                return_dict=False,
-            )
-            outputs = [row[: len(image)] for row, image in zip(output, mix.images, strict=True)]
-            backward(model, outputs, loss(outputs, mix))
-        if epoch == 0:
-            assert len(shapes) == 2
-            assert graphs() <= 3 * len(shapes)
-            first = graphs()
-    assert graphs() == first
+    for mix in (*mixes, *mixes):
+        images, texts = (max(len(row) for row in rows) for rows in (mix.images, mix.texts))
+        call = padded_call(
+            mix, image=rounded(images, rounding.image) - images, text=rounded(texts, rounding.text) - texts
+        )
+        shapes.add((call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]))
+        outputs = forward_padded(model, mix, **call)
+        backward(model, outputs, loss(outputs, mix))
+    assert graphs() == len(shapes) == 2
 
 
 @pytest.mark.usefixtures("no_graphs")
 def test_where_no_gradient_is_asked_for_nothing_is_compiled() -> None:
-    plain, compiled = small_model(3), small_model(3)
+    plain, compiled = small_model(1), small_model(1)
     compile_blocks(compiled, graphs=1, backend="aot_eager")
     with torch.no_grad():
         for seed in range(3):

@@ -1,9 +1,11 @@
-"""What can be wrong with a base, each in a plain sentence and soon; and the fingerprint of its encoders."""
+"""A base: which family it is, what can be wrong with it, each in one line and soon; the fingerprint of its encoders."""
 
+import json
 import os
 import pickle
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +15,86 @@ import torch
 from mixres.errors import UserError
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.registry import load_family
+from support.family_cases import CASES, FamilyCase
+
+KEY = r"^model\.pretrained_model_name_or_path: "
+LOADERS: dict[str, Callable[[str], Any]] = {
+    "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
+    "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
+    "transformer": lambda base: QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_each_pipeline_class_has_its_family(case: FamilyCase, base_of: Callable[[FamilyCase], Path]) -> None:
+    base = str(base_of(case))
+    found = {type(load_family(None, base)), type(load_family(case.family, base)), type(case.at(base))}
+    assert {family.name for family in found} == {case.family}
+    other = next(row.family for row in CASES.values() if row.family != case.family)
+    with pytest.raises(UserError, match=rf"^model\.family: '{other}' does not fit .* or {case.family}$"):
+        load_family(other, base)
+
+
+@pytest.mark.parametrize("class_name", ["FluxPipeline", None, ["module", "Class"]])
+def test_an_unsupported_pipeline_class_is_named(tmp_path: Path, class_name: Any) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
+    with pytest.raises(UserError) as raised:
+        load_family(None, str(tmp_path))
+    message, _, supported = str(raised.value).rpartition("supported: ")
+    assert str(class_name) in message
+    assert set(supported.split(", ")) == {case.pipeline_class.__name__ for case in CASES.values()}
+
+
+def test_what_is_loaded_draws_no_bars_into_a_log(tiny_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    family = load_family(None, str(tiny_base))
+    transformer = family.load_transformer(dtype=torch.float32, device="cpu")
+    family.load_encoders(dtype=torch.float32, device="cpu")
+    family.load_sampling_pipeline(transformer=transformer, dtype=torch.float32, device="cpu")
+    assert capfd.readouterr().err == ""
+
+
+# What can be wrong.
 
 
 @pytest.fixture
-def _empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-@pytest.mark.usefixtures("_empty_hub_cache")
+@pytest.mark.usefixtures("empty_hub_cache")
 @pytest.mark.parametrize("offline", [False, True], ids=["unreachable", "offline"])
-def test_weights_that_cannot_be_had_are_one_sentence_and_soon(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+def test_weights_that_cannot_be_had_are_one_line_and_soon(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     # Nothing listens there, so the Hub is unreachable on any machine.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
-    with pytest.raises(UserError) as raised:
+    reason = "HF_HUB_OFFLINE is set" if offline else "could not be reached"
+    what = r"no configuration or tokenizer \(a few MB\) for 'Qwen/Qwen-Image-Edit'"
+    with pytest.raises(UserError, match=f"{KEY}{what}.* {reason}"):
         load_family(None, "Qwen/Qwen-Image-Edit")
+    with pytest.raises(UserError, match=f"{KEY}no weights for 'Qwen/Qwen-Image-Edit'"):
+        LOADERS["vae"]("Qwen/Qwen-Image-Edit")
     assert time.monotonic() - started < 15
-    (message,) = raised.value.messages
-    what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
-    assert message.startswith(f"model.pretrained_model_name_or_path: {what}")
-    with pytest.raises(
-        UserError, match=r"^model\.pretrained_model_name_or_path: no weights for 'Qwen/Qwen-Image-Edit'"
-    ):
-        QwenImageEdit("Qwen/Qwen-Image-Edit").load_encoders(dtype=torch.float32, device="cpu")
-    assert ("HF_HUB_OFFLINE is set" in message) is offline
-    assert ("could not be reached" in message) is not offline
 
 
-@pytest.mark.usefixtures("_empty_hub_cache")
+@pytest.mark.usefixtures("empty_hub_cache")
 @pytest.mark.parametrize("path", ["./no/such", "/no/such", "~/no_such_base", "one/two/three"])
 def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
-    with pytest.raises(UserError, match=r"^model\.pretrained_model_name_or_path: there is no folder"):
-        QwenImageEdit(path).load_transformer(dtype=torch.float32, device="cpu")
+    with pytest.raises(UserError, match=f"{KEY}there is no folder"):
+        LOADERS["transformer"](path)
 
 
-def test_a_folder_without_a_pipeline_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no model_index\.json"):
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("other.json", "{}", r"has no model_index\.json"),
+        ("model_index.json", "{", r"model_index\.json cannot be read"),
+        ("model_index.json", "[]", r"model_index\.json holds no JSON object"),
+    ],
+)
+def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{KEY}.*{problem}"):
         load_family(None, str(tmp_path))
 
 
@@ -57,7 +102,7 @@ def test_all_missing_components_are_named_at_once(copy_of_base: Path) -> None:
     shutil.rmtree(copy_of_base / "text_encoder")
     (copy_of_base / "vae" / "config.json").unlink()
     with pytest.raises(UserError) as raised:
-        QwenImageEdit(str(copy_of_base)).load_encoders(dtype=torch.float32, device="cpu")
+        LOADERS["vae"](str(copy_of_base))
     assert len(raised.value.messages) == 2
     assert "text_encoder is missing" in str(raised.value) and "vae/config.json is missing" in str(raised.value)
 
@@ -70,13 +115,6 @@ class _Planted:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.trace}",)
-
-
-LOADERS = {
-    "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
-    "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
-    "transformer": lambda base: QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu"),
-}
 
 
 @pytest.mark.parametrize("component", LOADERS)
@@ -96,7 +134,7 @@ def test_pickled_weights_are_refused_unread(copy_of_base: Path, tmp_path: Path, 
 def test_truncated_weights_are_named(copy_of_base: Path, component: str) -> None:
     (weights,) = (copy_of_base / component).glob("*.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"^model\.pretrained_model_name_or_path: .* cannot be loaded"):
+    with pytest.raises(UserError, match=f"{KEY}.* cannot be loaded"):
         LOADERS[component](str(copy_of_base))
 
 
@@ -105,8 +143,7 @@ def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_p
     base = str(copy_of_base)
     first = QwenImageEdit(base).encoder_fingerprint()
     assert len(first) == 32
-    assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
-    assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
+    assert [QwenImageEdit(base).encoder_fingerprint(memo=memo) for _ in range(2)] == [first] * 2
     (copy_of_base / "transformer" / "config.json").write_text("{}")
     (copy_of_base / "vae" / "notes.md").write_text("not read by any loader")
     assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
