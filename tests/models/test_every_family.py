@@ -21,6 +21,7 @@ from mixres.errors import UserError
 from mixres.geometry import Size, token_count
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.lora_file import FILE_NAME, lora_file
 from support.family_cases import CASES, PROMPTS, FamilyCase
 
 NAMES = [name for name, case in CASES.items() if not case.zero_cond_t]
@@ -289,8 +290,9 @@ def trained_on(
     ids=[*CASES, "zero_cond_t, dora"], indirect=["case"], scope="module",
 )  # fmt: skip
 def test_a_batch_of_all_control_counts_is_its_samples_alone(
-    case: FamilyCase, base: Path, encoders: Any, use_dora: bool
+    case: FamilyCase, base: Path, encoders: Any, use_dora: bool, tmp_path: Path
 ) -> None:
+    """And the stock pipeline with the adapters' file gives the same."""
     samples = [
         encode(case, encoders, images(count), prompt, size)
         for count, prompt, size in zip(case.controls, PROMPTS, TARGETS, strict=True)
@@ -304,6 +306,18 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(
     fill_adapters(trainable_parameters(transformer), seed=1)
     sigmas = torch.tensor([0.9, 0.2, 0.5])
     alone, reference = trained_on(case, transformer, [batch_of([s], "padded") for s in samples], sigmas)
+    (tmp_path / FILE_NAME).write_bytes(lora_file(trainable_parameters(transformer), transformer, {}))
+    stock = case.load_stock(base, torch.float32)
+    for loaded in (False, True):
+        if loaded:
+            stock.load_lora_weights(tmp_path)
+        for sample, sigma, expected in zip(samples, sigmas, alone, strict=True):
+            batch = batch_of([sample], "padded")
+            with torch.no_grad():
+                (found,) = case.at("").predict_velocity(stock.transformer, batch, batch.latents, sigma[None])
+            error = float((found - expected).norm() / expected.norm())
+            assert error <= 1e-6 if loaded else error > 1e-3
+
     total = torch.cat([g.flatten() for g in reference.values() if g is not None]).norm()
     for layout in ("padded", "packed"):
         outputs, gradients = trained_on(case, transformer, [batch_of(samples, layout)], sigmas)

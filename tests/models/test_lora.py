@@ -1,7 +1,6 @@
 """Adapters: what they attach to, how they start, and the file the stock pipeline loads."""
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -10,32 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch import nn
 
 from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
-from mixres.models.lora import (
-    TargetMatch,
-    add_lora,
-    check_pretrained,
-    check_targets,
-    expanded,
-    train_all,
-    trainable_parameters,
-)
+from mixres.models.lora import add_lora, check_pretrained, check_targets, expanded, train_all, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import LORA_PRESETS, untrained_modules
+from support import mixes
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
 
 
-def with_table(
-    base: Path, dtype: torch.dtype = torch.float32, **changes: Any
-) -> tuple[QwenImageTransformer2DModel, list[TargetMatch]]:
+def with_table(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
     transformer = QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": ATTENTION, "seed": 0}
     options["presets"] = LORA_PRESETS
@@ -96,10 +86,8 @@ def test_patterns_that_match_only_what_cannot_learn_are_named(skeleton: QwenImag
     check_targets(skeleton, ["to_add_out", "txt_mlp.net.2"], untrained=untrained)
     with pytest.raises(UserError) as caught:
         check_targets(skeleton, [f"{LAST}attn.to_add_out", "to_q", f"{LAST}txt_mlp.net.2"], untrained=untrained)
-    assert [line.split("'")[1] for line in caught.value.messages] == [
-        f"{LAST}attn.to_add_out",
-        f"{LAST}txt_mlp.net.2",
-    ]
+    found = [line.split("'")[1] for line in caught.value.messages]
+    assert found == [f"{LAST}attn.to_add_out", f"{LAST}txt_mlp.net.2"]
     assert all("reaches no loss" in line for line in caught.value.messages)
 
 
@@ -115,12 +103,22 @@ def test_what_reaches_no_loss_gets_no_adapter_and_the_table_counts_the_others(ti
     assert not [name for name in trained if name.startswith(untrained_modules(transformer))]
 
 
-def test_dora_trains_the_lengths_too(tiny_base: Path) -> None:
-    transformer, table = with_table(tiny_base, torch.bfloat16, target_modules=["all"], use_dora=True)
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("base_dtype", "dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_adapters_are_float32_or_better(
+    tiny_base: Path, base_dtype: torch.dtype, dtype: torch.dtype, use_dora: bool
+) -> None:
+    """On every layer; DoRA's lengths too."""
+    transformer, table = with_table(tiny_base, base_dtype, target_modules=["all"], use_dora=use_dora)
     trained = trainable_parameters(transformer)
-    assert 3 * len([name for name in trained if "lora_magnitude_vector" in name]) == len(trained)
+    assert {p.dtype for p in trained.values()} == {dtype}
+    assert {p.dtype for name, p in transformer.named_parameters() if name not in trained} == {base_dtype}
+    lengths = [name for name in trained if "lora_magnitude_vector" in name]
+    assert len(trained) == (3 * len(lengths) if use_dora else 2 * sum(row.modules for row in table))
     assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
-    assert {p.dtype for p in trained.values()} == {torch.float32}
 
 
 def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
@@ -137,17 +135,6 @@ def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
             assert not torch.equal(parameter, other[name])
         else:
             assert not parameter.any()
-
-
-@pytest.mark.parametrize(
-    ("base_dtype", "adapter_dtype"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
-)
-def test_adapters_are_float32_or_better(tiny_base: Path, base_dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
-    transformer = with_lora(tiny_base, base_dtype)
-    trained = trainable_parameters(transformer)
-    assert {p.dtype for p in trained.values()} == {adapter_dtype}
-    assert {p.dtype for name, p in transformer.named_parameters() if name not in trained} == {base_dtype}
 
 
 def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base: Path) -> None:
@@ -181,9 +168,8 @@ def file(filled: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathF
 
 def test_the_file_holds_the_recipe_and_only_the_adapters(file: Path, filled: QwenImageTransformer2DModel) -> None:
     with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+        assert json.loads(opened.metadata()[RECIPE_KEY]) == RECIPE
         names = set(opened.keys())
-    assert json.loads(metadata[RECIPE_KEY]) == RECIPE
     trained = trainable_parameters(filled)
     stored = {name.replace("_vector.default.weight", "_vector").replace(".default", "") for name in trained}
     assert names == {f"transformer.{name}" for name in stored}
@@ -196,43 +182,12 @@ def test_equal_adapters_make_equal_bytes(file: Path, filled: QwenImageTransforme
     assert {lora_file(parameters, filled, recipe) for _ in range(8)} == {file.read_bytes()}
 
 
-@pytest.fixture
-def stock(tiny_base: Path) -> QwenImageEditPipeline:
-    """The stock pipeline around a transformer that mixres never touched."""
-    return QwenImageEditPipeline.from_pretrained(tiny_base, text_encoder=None, tokenizer=None, processor=None)
-
-
-def test_the_stock_pipeline_loads_the_file(
-    stock: QwenImageEditPipeline, filled: QwenImageTransformer2DModel, file: Path
-) -> None:
-    """Same adapters, same scale: the same output as the model that was trained."""
-    generator = torch.Generator().manual_seed(3)
-    arguments = {
-        "hidden_states": torch.randn(1, 24, 64, generator=generator),
-        "timestep": torch.tensor([0.4]),
-        "encoder_hidden_states": torch.randn(1, 9, 64, generator=generator),
-        "img_shapes": [[(1, 4, 3), (1, 3, 4)]],
-        "return_dict": False,
-    }
-    with torch.no_grad():
-        before = stock.transformer(**arguments)[0]
-        stock.load_lora_weights(file.parent)
-        loaded = stock.transformer(**arguments)[0]
-        trained = filled(**arguments)[0]
-    assert (loaded - before).abs().max() > 0.01
-    assert (loaded - trained).abs().max() <= 1e-5 * trained.abs().max()
-    saved = {name: p for name, p in stock.transformer.named_parameters() if ".lora_" in name}
-    assert len(saved) == len(trainable_parameters(filled))
-    config = stock.transformer.peft_config["default_0"]
-    assert (config.r, config.lora_alpha) == (4, 8.0)
-
-
 # Training that continues from a LoRA.
 
 
-def settings(transformer: QwenImageTransformer2DModel, **changes: Any) -> dict[str, Any]:
-    own = {"r": 4, "lora_alpha": 8.0, "use_dora": transformer.peft_config["default"].use_dora}
-    return own | {"target_modules": ["attention"], "presets": LORA_PRESETS} | changes
+def settings(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
+    use_dora = transformer.peft_config["default"].use_dora
+    return {"r": 4, "lora_alpha": 8.0, "use_dora": use_dora, "target_modules": ["attention"], "presets": LORA_PRESETS}
 
 
 @pytest.mark.parametrize("from_folder", [False, True])
@@ -266,17 +221,11 @@ def test_every_setting_that_does_not_fit_a_file_is_named_with_the_one_that_does(
     assert "it has one for transformer_blocks.0.attn.add_k_proj and 11 more" in lines[3]
 
 
-def test_a_lora_of_a_base_of_another_size_is_refused(file: Path) -> None:
-    other = QwenImageTransformer2DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64
-    )
-    header = read_header(str(file))
-    untrained = untrained_modules(other)
-    wanted = {"presets": LORA_PRESETS, "r": header.r, "lora_alpha": header.lora_alpha, "use_dora": header.use_dora}
-    with pytest.raises(
-        UserError, match=r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
-    ):
-        check_pretrained(other, str(file), **wanted, target_modules=["attention"], untrained=untrained)
+def test_a_lora_of_a_base_of_another_size_is_refused(filled: QwenImageTransformer2DModel, file: Path) -> None:
+    other = mixes.stock_model()
+    reason = r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
+    with pytest.raises(UserError, match=reason):
+        check_pretrained(other, str(file), **settings(filled), untrained=untrained_modules(other))
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path, file: Path, tiny_base: Path) -> None:
@@ -296,23 +245,12 @@ def test_what_is_no_lora_is_refused(tmp_path: Path, file: Path, tiny_base: Path)
         assert reason in caught.value.messages[0]
 
 
-class Payload:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
 def test_planted_pickles_in_the_folder_of_a_lora_run_nothing(file: Path, tiny_base: Path, tmp_path: Path) -> None:
     folder, mark = shutil.copytree(file.parent, tmp_path / "lora"), tmp_path / "opened"
-    payload = pickle.dumps(Payload(mark))
+    payload = f"cos\nmkdir\n(V{mark}\ntR.".encode()  # it makes the folder `mark` where it is unpickled
     for name in ("pytorch_lora_weights.bin", "adapter_model.bin", "optimizer.pt", "x.pkl", ".metadata"):
         (folder / name).write_bytes(payload)
-    header = read_header(str(folder))
-    with_lora(tiny_base, pretrained_weight=str(folder), use_dora=header.use_dora)
+    with_lora(tiny_base, pretrained_weight=str(folder), use_dora=read_header(str(folder)).use_dora)
     for name in ("pytorch_lora_weights.bin", FILE_NAME):  # named itself, and in the place of the weights
         (folder / name).write_bytes(payload)
         with pytest.raises(UserError, match=r"is not a \.safetensors file|cannot be read"):

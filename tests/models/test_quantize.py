@@ -18,18 +18,7 @@ from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.quantize import Method, check_method, quantization_config
 from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS, untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
-from support.mixes import (
-    ATTENTION_AND_MLP,
-    LAYOUTS,
-    forward_error,
-    gradient_error,
-    kept_bytes,
-    kept_tensors,
-    random_mix,
-    run,
-    stock_model,
-    vanished,
-)
+from support import mixes
 
 Load = Callable[..., QwenImageTransformer2DModel]
 ANYWHERE = ("int8", "fp8")
@@ -42,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """The small stock transformer on disk, without and with `zero_cond_t`."""
     folders = {zero: tmp_path_factory.mktemp("stock") for zero in (False, True)}
     for zero, folder in folders.items():
-        stock_model(zero).save_pretrained(folder)
+        mixes.stock_model(zero).save_pretrained(folder)
     return folders
 
 
@@ -58,7 +47,7 @@ def load(saved: dict[bool, Path]) -> Load:
             saved[zero_cond_t], dtype=torch.float32, use_safetensors=True, quantization_config=config
         ).to(device)
         add_lora(
-            model, r=4, lora_alpha=8, lora_dropout=0, target_modules=ATTENTION_AND_MLP, seed=0, use_dora=use_dora,
+            model, r=4, lora_alpha=8, lora_dropout=0, target_modules=mixes.ATTENTION_AND_MLP, seed=0, use_dora=use_dora,
             untrained=untrained_modules(model),
         )  # fmt: skip
         fill_adapters(trainable_parameters(model), seed=1)
@@ -72,27 +61,27 @@ def load(saved: dict[bool, Path]) -> Load:
 def test_a_quantised_batch_trains_as_quantised_samples_alone(
     method: Method, device: str, use_dora: bool, load: Load
 ) -> None:
-    for zero_cond_t, mix in ((False, random_mix(3)), (True, random_mix(4))):
+    for zero_cond_t, mix in ((False, mixes.random_mix(3)), (True, mixes.random_mix(4))):
         mix = mix.to(device, torch.float32)
         kind = {"zero_cond_t": zero_cond_t, "use_dora": use_dora}
-        alone = run(load(method, device, **kind), mix, "alone")
+        alone = mixes.run(load(method, device, **kind), mix, "alone")
         patched = patch_qwen_model_for_multi_resolution(load(method, device, **kind))
         for checkpointing in (False, True):
             if checkpointing:
                 recompute_blocks(patched, every=1)
-            for layout in LAYOUTS:
-                batch = run(patched, mix, layout)
-                assert forward_error(batch, alone) <= 1e-5
-                assert gradient_error(batch, alone) <= 1e-5
-                assert vanished(batch.gradients) == vanished(alone.gradients)
+            for layout in mixes.LAYOUTS:
+                batch = mixes.run(patched, mix, layout)
+                assert mixes.forward_error(batch, alone) <= 1e-5
+                assert mixes.gradient_error(batch, alone) <= 1e-5
+                assert mixes.vanished(batch.gradients) == mixes.vanished(alone.gradients)
         assert any(gradient is not None for gradient in alone.gradients.values())
 
 
 @pytest.mark.parametrize("method", ANYWHERE)
 def test_the_base_is_rounded_and_little_else_changes(method: Method, load: Load) -> None:
     """More than float32 rounds, and less than a hundredth."""
-    mix, rounded = random_mix(3), load(method)
-    error = forward_error(run(rounded, mix, "alone"), run(load(None), mix, "alone"))
+    mix, rounded = mixes.random_mix(3), load(method)
+    error = mixes.forward_error(mixes.run(rounded, mix, "alone"), mixes.run(load(None), mix, "alone"))
     assert 1e-4 < error < 1e-2
     assert all(p.dtype == torch.float32 and type(p.data) is Tensor for p in trainable_parameters(rounded).values())
 
@@ -116,15 +105,15 @@ def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
 
 @pytest.mark.parametrize("method", ANYWHERE)
 def test_without_recomputing_a_copy_of_every_weight_waits_for_backward(method: Method, load: Load) -> None:
-    model, mix = patch_qwen_model_for_multi_resolution(load(method)), random_mix(3)
+    model, mix = patch_qwen_model_for_multi_resolution(load(method)), mixes.random_mix(3)
     weights = [
         m.weight for n, m in model.named_modules() if n.startswith("transformer_blocks.") and n.endswith("base_layer")
     ]
-    kept = kept_bytes(model, mix, "packed")
+    kept = mixes.kept_bytes(model, mix, "packed")
     recompute_blocks(model, every=1)
-    assert kept - kept_bytes(model, mix, "packed") > sum(4 * weight.numel() for weight in weights) / 2
+    assert kept - mixes.kept_bytes(model, mix, "packed") > sum(4 * weight.numel() for weight in weights) / 2
     shapes = {tuple(weight.shape) for weight in weights} | {tuple(weight.shape[::-1]) for weight in weights}
-    assert not shapes & {tuple(t.shape) for t in kept_tensors(model, mix, "packed")}
+    assert not shapes & {tuple(t.shape) for t in mixes.kept_tensors(model, mix, "packed")}
 
 
 @pytest.mark.parametrize("method", ["nf4", "bnb_int8"])

@@ -14,38 +14,18 @@ from mixres.models.qwen_multi_resolution_patch import (
     patch_qwen_forward_for_multi_resolution,
     patch_qwen_model_for_multi_resolution,
 )
-from support.mixes import (
-    EVERY_LINEAR,
-    FORWARDS,
-    LAYOUTS,
-    Result,
-    alone,
-    assert_identical,
-    assert_same,
-    backward,
-    forward_padded,
-    loss,
-    main_mix,
-    make_mix,
-    packed_call,
-    padded_call,
-    patched_model,
-    precomputed_call,
-    random_mix,
-    run,
-    stock_model,
-)
+from support import mixes
 
-EQUAL = make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
+EQUAL = mixes.make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
 
 
 def equal_call(mask: Tensor | None) -> dict[str, Any]:
-    return padded_call(EQUAL) | {"encoder_hidden_states_mask": mask}
+    return mixes.padded_call(EQUAL) | {"encoder_hidden_states_mask": mask}
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_equal_sizes_give_what_the_stock_model_gives_bit_for_bit(zero_cond_t: bool) -> None:
-    stock, patched = stock_model(zero_cond_t), patched_model(zero_cond_t)
+    stock, patched = mixes.stock_model(zero_cond_t), mixes.patched_model(zero_cond_t)
     ragged = torch.arange(9) < torch.tensor([9, 4, 6])[:, None]
     for mask in (None, torch.ones(3, 9, dtype=torch.bool), torch.ones(3, 9), ragged, ragged.long()):
         call = equal_call(mask)
@@ -64,8 +44,8 @@ def test_equal_sizes_give_what_the_stock_model_gives_bit_for_bit(zero_cond_t: bo
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_precomputed_positions_and_mask(zero_cond_t: bool, mask: str) -> None:
     """Split: each of two masks hides what the other one shows, and together they are the joint mask."""
-    mix, model = main_mix(), patched_model(zero_cond_t, EVERY_LINEAR)
-    call = precomputed_call(mix)
+    mix, model = mixes.main_mix(), mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR)
+    call = mixes.precomputed_call(mix)
     if zero_cond_t:
         with pytest.raises(ValueError, match="image_rotary_emb needs img_shapes too"):
             model(**call)
@@ -77,12 +57,12 @@ def test_precomputed_positions_and_mask(zero_cond_t: bool, mask: str) -> None:
         text_tokens = call["encoder_hidden_states"].shape[1]
         call["encoder_hidden_states_mask"] = joint[:, :text_tokens].clone()
         joint[:, :text_tokens] = True
-    outputs = forward_padded(model, mix, **call)
-    assert_same(backward(model, outputs, loss(outputs, mix)), alone("main", zero_cond_t))
+    outputs = mixes.forward_padded(model, mix, **call)
+    mixes.assert_same(mixes.backward(model, outputs, mixes.loss(outputs, mix)), mixes.alone("main", zero_cond_t))
 
 
 def test_precomputed_positions_shared_by_all_samples() -> None:
-    stock, patched = stock_model(), patched_model()
+    stock, patched = mixes.stock_model(), mixes.patched_model()
     pair = stock.pos_embed(EQUAL.shapes[:1], max_txt_seq_len=9, device=torch.device("cpu"))
     call = equal_call(None)
     expected = stock(**call)[0]
@@ -91,25 +71,25 @@ def test_precomputed_positions_shared_by_all_samples() -> None:
         assert torch.equal(patched(**call, image_rotary_emb=(image, text))[0], expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mixes.LAYOUTS)
 def test_half_patch_takes_equal_sizes_and_refuses_the_rest(layout: str) -> None:
-    stock, half = stock_model(), patch_qwen_forward_for_multi_resolution(stock_model())
+    stock, half = mixes.stock_model(), patch_qwen_forward_for_multi_resolution(mixes.stock_model())
     call = equal_call(torch.arange(9) < torch.tensor([9, 4, 6])[:, None])
     assert torch.equal(half(**call)[0], stock(**call)[0])
-    one = make_mix([[(1, 5, 7), (1, 3, 3)]], [8])
+    one = mixes.make_mix([[(1, 5, 7), (1, 3, 3)]], [8])
     pair = stock.pos_embed(one.shapes, max_txt_seq_len=8, device=torch.device("cpu"))
     for image, text in (pair, (pair[0][None], pair[1][None])):
-        call = {**padded_call(one), "img_shapes": None, "image_rotary_emb": (image, text)}
-        assert torch.equal(half(**call)[0][0], FORWARDS["alone"](stock, one)[0])
+        call = {**mixes.padded_call(one), "img_shapes": None, "image_rotary_emb": (image, text)}
+        assert torch.equal(half(**call)[0][0], mixes.FORWARDS["alone"](stock, one)[0])
     with pytest.raises(ValueError, match="call patch_qwen_model_for_multi_resolution"):
-        FORWARDS[layout](half, main_mix())
-    turned = make_mix([[(1, 4, 6)], [(1, 6, 4)]], [5, 5])  # equal lengths, other positions
+        mixes.FORWARDS[layout](half, mixes.main_mix())
+    turned = mixes.make_mix([[(1, 4, 6)], [(1, 6, 4)]], [5, 5])  # equal lengths, other positions
     with pytest.raises(ValueError, match="call patch_qwen_model_for_multi_resolution"):
-        FORWARDS[layout](half, turned)
+        mixes.FORWARDS[layout](half, turned)
 
 
 def test_patched_model_is_still_the_stock_model(tmp_path: Path) -> None:
-    stock, patched = stock_model(), stock_model()
+    stock, patched = mixes.stock_model(), mixes.stock_model()
     assert patch_qwen_model_for_multi_resolution(patched) is patched
     parts = (patched.pos_embed, patched.transformer_blocks[0].attn.processor, len(patched._forward_pre_hooks))
     patch_qwen_model_for_multi_resolution(patched)
@@ -119,11 +99,11 @@ def test_patched_model_is_still_the_stock_model(tmp_path: Path) -> None:
     assert list(expected) == list(found) and all(torch.equal(expected[k], found[k]) for k in expected)
     patched.save_pretrained(tmp_path / "model")
     loaded = QwenImageTransformer2DModel.from_pretrained(tmp_path / "model").train()
-    mix = random_mix(5)
-    outputs = run(patched, mix, "padded")
-    assert_identical(run(loaded, mix, "alone"), run(stock, mix, "alone"))
-    assert_identical(run(patch_qwen_model_for_multi_resolution(loaded), mix, "padded"), outputs)
-    assert_identical(run(copy.deepcopy(patched), mix, "padded"), outputs)
+    mix = mixes.random_mix(5)
+    outputs = mixes.run(patched, mix, "padded")
+    mixes.assert_identical(mixes.run(loaded, mix, "alone"), mixes.run(stock, mix, "alone"))
+    mixes.assert_identical(mixes.run(patch_qwen_model_for_multi_resolution(loaded), mix, "padded"), outputs)
+    mixes.assert_identical(mixes.run(copy.deepcopy(patched), mix, "padded"), outputs)
 
 
 def test_other_models_are_refused() -> None:
@@ -140,34 +120,20 @@ def test_stocks_warning_about_sizes_never_appears(caplog: pytest.LogCaptureFixtu
     logger = logging.getLogger("diffusers.models.transformers.transformer_qwenimage")
     logger.addHandler(caplog.handler)  # what diffusers logs does not propagate
     try:
-        for layout in LAYOUTS:
-            run(patched_model(), main_mix(), layout)
-        patched_model()(**equal_call(None))
+        for layout in mixes.LAYOUTS:
+            mixes.run(mixes.patched_model(), mixes.main_mix(), layout)
+        mixes.patched_model()(**equal_call(None))
         assert caplog.messages == []
         with pytest.raises(RuntimeError):  # the stock model warns, and then fails on the length of sample 1
-            stock_model()(**padded_call(main_mix()))
+            mixes.stock_model()(**mixes.padded_call(mixes.main_mix()))
         assert "variable-sized" in caplog.messages[0]
     finally:
         logger.removeHandler(caplog.handler)
 
 
-def test_calls_in_any_order_give_identical_values() -> None:
-    model = patched_model(True, EVERY_LINEAR)
-    mixes = {"several": random_mix(6), "one": make_mix([[(1, 7, 5), (1, 4, 6)]], [9])}
-    first: dict[tuple[str, str], Result] = {}
-    calls = [(layout, name) for layout in (*LAYOUTS, "alone") for name in mixes]
-    for layout, name in [*calls, *reversed(calls), *calls[::2]]:
-        result = run(model, mixes[name], layout)
-        assert_identical(result, first.setdefault((layout, name), result))
-        with torch.inference_mode():
-            sampled = FORWARDS[layout](model.eval(), mixes[name])
-        model.train()
-        assert all(torch.equal(a, b) for a, b in zip(sampled, result.outputs, strict=True))
-
-
 def test_calls_that_cannot_be_meant_are_refused() -> None:
-    model, mix = patched_model(), main_mix()
-    call, pre, packed = padded_call(mix), precomputed_call(mix), packed_call(mix)
+    model, mix = mixes.patched_model(), mixes.main_mix()
+    call, pre, packed = mixes.padded_call(mix), mixes.precomputed_call(mix), mixes.packed_call(mix)
     image, text = pre["image_rotary_emb"]
     lengths = packed["attention_kwargs"]
     wrong: dict[str, dict[str, Any]] = {
@@ -205,20 +171,20 @@ def assert_nothing_left(model: QwenImageTransformer2DModel) -> None:
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_left_behind_by_a_call_that_fails(where: str, checkpointing: bool) -> None:
-    mix, model = random_mix(2), patched_model(True)
+    mix, model = mixes.random_mix(2), mixes.patched_model(True)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    before = {layout: run(model, mix, layout) for layout in LAYOUTS}
+    before = {layout: mixes.run(model, mix, layout) for layout in mixes.LAYOUTS}
     assert_nothing_left(model)
 
     def fail(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         raise MemoryError("planted")
 
     hook = model.get_submodule(where).register_forward_pre_hook(fail)
-    for call in (packed_call(mix), padded_call(mix)):
+    for call in (mixes.packed_call(mix), mixes.padded_call(mix)):
         with pytest.raises(MemoryError, match="planted"):
             model(**call)
         assert_nothing_left(model)
     hook.remove()
     for layout, result in before.items():
-        assert_identical(run(model, mix, layout), result)
+        mixes.assert_identical(mixes.run(model, mix, layout), result)

@@ -85,10 +85,10 @@ def random_mix(seed: int) -> Mix:
 
 
 @functools.cache
-def _stock(zero_cond_t: bool, adapters: tuple[str, ...]) -> QwenImageTransformer2DModel:
+def _stock(zero_cond_t: bool, adapters: tuple[str, ...], blocks: int) -> QwenImageTransformer2DModel:
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=2, attention_head_dim=32,
+        patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=32,
         num_attention_heads=2, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12), zero_cond_t=zero_cond_t,
     )  # fmt: skip
     if adapters:  # B filled: at the usual initialisation it is zero, and so are all gradients of A
@@ -96,13 +96,17 @@ def _stock(zero_cond_t: bool, adapters: tuple[str, ...]) -> QwenImageTransformer
     return model.requires_grad_(True)
 
 
-def stock_model(zero_cond_t: bool = False, adapters: Sequence[str] = ()) -> QwenImageTransformer2DModel:
+def stock_model(
+    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
+) -> QwenImageTransformer2DModel:
     """A small transformer as diffusers makes it; base weights and adapters train."""
-    return copy.deepcopy(_stock(zero_cond_t, tuple(adapters)))
+    return copy.deepcopy(_stock(zero_cond_t, tuple(adapters), blocks))
 
 
-def patched_model(zero_cond_t: bool = False, adapters: Sequence[str] = ()) -> QwenImageTransformer2DModel:
-    return patch_qwen_model_for_multi_resolution(stock_model(zero_cond_t, adapters))
+def patched_model(
+    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
+) -> QwenImageTransformer2DModel:
+    return patch_qwen_model_for_multi_resolution(stock_model(zero_cond_t, adapters, blocks=blocks))
 
 
 def forward_alone(model: QwenImageTransformer2DModel, mix: Mix) -> list[Tensor]:

@@ -8,25 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixres.models.qwen.packed import PackedModulation, expand_rows
-from support.mixes import (
-    EVERY_LINEAR,
-    FORWARDS,
-    LAYOUTS,
-    assert_same,
-    forward_packed,
-    loss,
-    main_mix,
-    make_mix,
-    patched_model,
-    random_mix,
-    run,
-    stock_model,
-)
+from support import mixes
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_exactly_the_valid_tokens_are_computed(zero_cond_t: bool) -> None:
-    mix, model = main_mix(), patched_model(zero_cond_t)
+    mix, model = mixes.main_mix(), mixes.patched_model(zero_cond_t)
     rows: dict[str, int] = {}
 
     def count(name: str, layer: torch.nn.Linear, args: tuple[Any, ...]) -> None:
@@ -35,7 +22,7 @@ def test_exactly_the_valid_tokens_are_computed(zero_cond_t: bool) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_pre_hook(functools.partial(count, name))
-    forward_packed(model, mix)
+    mixes.forward_packed(model, mix)
     image, text, samples = 512 + 770 + 560, 19 + 7 + 40, 3
     for name, found in rows.items():
         if "img_mod" in name or "timestep_embedder" in name:
@@ -63,13 +50,13 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
     """Lengths are Python integers from the call on; what is read is read once a call, not once a layer."""
-    mix, model = random_mix(4), patched_model(zero_cond_t, EVERY_LINEAR)
+    mix, model = mixes.random_mix(4), mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR)
     found: dict[str, int] = {}
     model.enable_gradient_checkpointing()
-    for layout in LAYOUTS:
+    for layout in mixes.LAYOUTS:
         with HostReads() as reads:
-            outputs = FORWARDS[layout](model, mix)
-            loss(outputs, mix).backward()
+            outputs = mixes.FORWARDS[layout](model, mix)
+            mixes.loss(outputs, mix).backward()
         found[layout] = reads.count
     with HostReads() as reads:
         assert torch.ones(1).sum().item() == 1
@@ -78,8 +65,10 @@ def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
 
 
 def test_samples_of_one_token() -> None:
-    mix = make_mix([[(1, 1, 1)], [(1, 3, 2), (1, 1, 1)]], [1, 1])
-    assert_same(run(patched_model(True), mix, "packed"), run(stock_model(True), mix, "alone"))
+    mix = mixes.make_mix([[(1, 1, 1)], [(1, 3, 2), (1, 1, 1)]], [1, 1])
+    mixes.assert_same(
+        mixes.run(mixes.patched_model(True), mix, "packed"), mixes.run(mixes.stock_model(True), mix, "alone")
+    )
 
 
 def test_modulation_rows_expand_where_the_block_has_split_them() -> None:

@@ -1,12 +1,13 @@
 """Positions: the stock's for one sample, each sample's own in a batch, none for padding; rotation in fp32 or wider."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor
 
 from mixres.models.qwen.rope import (
-    FILLER_POSITION,
+    PADDING_POSITION,
     TABLE_HALF,
     apply_rotary_emb_qwen_batched,
     as_shape_lists,
@@ -40,7 +41,7 @@ def test_each_sample_of_a_batch_gets_the_pair_it_gets_alone_and_padding_gets_zer
         assert torch.equal(image[b, :tokens], expected[0]) and torch.equal(text[b], expected[1])
         assert not image[b, tokens:].any()
     assert not torch.equal(text[0], text[1])
-    assert not patched.frequencies(torch.full((2, 3), FILLER_POSITION), CPU).any()
+    assert not patched.frequencies(torch.full((2, 3), PADDING_POSITION), CPU).any()
 
 
 def test_positions_are_centred_and_text_starts_behind_the_largest_image() -> None:
@@ -48,7 +49,10 @@ def test_positions_are_centred_and_text_starts_behind_the_largest_image() -> Non
     expected = [[0, r, c] for r in (-1, 0) for c in (-2, -1, 0)] + [[1, -1, c] for c in (-2, -1, 0, 1)]
     assert image_positions(shapes).tolist() == expected
     assert text_positions(shapes, 3).tolist() == [[2] * 3, [3] * 3, [4] * 3]
-    assert as_shape_lists([(1, 2, 3), [[1, 2, 3], (1, 4, 5)]]) == [[(1, 2, 3)], [(1, 2, 3), (1, 4, 5)]]
+    for triple in ((1, 2, 3), tuple(np.array([1, 2, 3]))):
+        listed = as_shape_lists([triple, [[1, 2, 3], (1, 4, 5)]])
+        assert listed == [[(1, 2, 3)], [(1, 2, 3), (1, 4, 5)]]
+        assert all(type(side) is int for sample in listed for grid in sample for side in grid)
 
 
 def test_text_beyond_the_table_is_refused() -> None:

@@ -91,7 +91,7 @@ def tokens(base: Path, text: str) -> int:
 def test_only_what_is_over_the_limit_is_found(tiny_base: Path) -> None:
     limit, base = TOKENIZER_MAX_LENGTH, str(tiny_base)
     exact, over, many_bytes = "a" * limit, "a" * (limit + 1), "<|im_end|>" * (limit - 1)
-    assert over_long(["", "short", exact, over, over, many_bytes], base, most=limit) == {over: (limit + 1, exact)}
+    assert over_long(["", "short", exact, over, over, many_bytes], base, limit=limit) == {over: (limit + 1, exact)}
     pipeline = QwenImageEdit(base).load_sampling_pipeline(transformer=None, dtype=torch.float32, device="cpu")
     assert pipeline.tokenizer_max_length == limit == QwenImageEdit("").max_prompt_tokens
 
@@ -99,7 +99,7 @@ def test_only_what_is_over_the_limit_is_found(tiny_base: Path) -> None:
 @pytest.mark.parametrize("word", ["blue ", "图片，", "👩‍👩‍👧 ", normalize("NFD", "é"), "<|im_end|>"])
 def test_what_is_cut_fits_and_is_the_beginning(tiny_base: Path, word: str) -> None:
     text, limit = "x" + word * 1500, TOKENIZER_MAX_LENGTH
-    count, cut = over_long([text], str(tiny_base), most=limit)[text]
+    count, cut = over_long([text], str(tiny_base), limit=limit)[text]
     assert count == tokens(tiny_base, text) > limit
     assert tokens(tiny_base, cut) <= limit
     assert text.startswith(cut)
@@ -109,9 +109,9 @@ def test_what_is_cut_fits_and_is_the_beginning(tiny_base: Path, word: str) -> No
 
 def test_short_prompts_need_no_tokenizer_and_a_missing_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    assert over_long(["short"] * 3, str(tmp_path), most=1024) == {}
+    assert over_long(["short"] * 3, str(tmp_path), limit=1024) == {}
     with pytest.raises(UserError, match="tokenizer is missing"):
-        over_long(["a" * 2000], str(tmp_path), most=1024)
+        over_long(["a" * 2000], str(tmp_path), limit=1024)
 
 
 def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any], Path]) -> None:
