@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: the tiny base pipelines and the demo's data, written once a session."""
+"""Fixtures that several packages share: the tiny base pipelines and the demo's data, written once a session."""
 
 import logging
 import shutil
@@ -50,14 +50,14 @@ def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     from support.family_cases import CASES, PROMPTS
     from support.tiny_pipeline import write_tiny_pipeline
 
-    folders = {CASES["qwen_image_edit"].pipeline_class: {False: tiny_base}}
+    written = {(CASES["qwen_image_edit"].pipeline_class, False): tiny_base}
 
     def base(case: Any) -> Path:
-        written = folders.setdefault(case.pipeline_class, {})
-        if case.zero_cond_t not in written:
-            folder = written[case.zero_cond_t] = tmp_path_factory.mktemp("family") / "base"
-            write_tiny_pipeline(folder, PROMPTS, pipeline_class=case.pipeline_class, zero_cond_t=case.zero_cond_t)
-        return written[case.zero_cond_t]
+        kind = case.pipeline_class, case.zero_cond_t
+        if kind not in written:
+            written[kind] = tmp_path_factory.mktemp("family") / "base"
+            write_tiny_pipeline(written[kind], PROMPTS, pipeline_class=kind[0], zero_cond_t=kind[1])
+        return written[kind]
 
     return base
 

@@ -1,4 +1,4 @@
-"""Any mix of samples, in either layout, trains as its samples alone: drawn mixes against the stock model."""
+"""Batch = alone: any mix, in either layout, gives the outputs and gradients of the stock model on each sample."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,19 +9,75 @@ from diffusers import QwenImageTransformer2DModel
 from hypothesis import Phase, given, settings, strategies as st
 
 from mixres.models.qwen.layers import untrained_modules
-from support.mixes import (
-    EVERY_LINEAR,
-    FORWARDS,
-    Mix,
-    Shape,
-    assert_same,
-    backward,
-    loss,
-    make_mix,
-    patched_model,
-    run,
-    stock_model,
-)
+from support import mixes
+
+
+@pytest.mark.parametrize("layout", mixes.LAYOUTS)
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("name", mixes.MIXES)
+def test_a_batch_equals_each_sample_alone(name: str, zero_cond_t: bool, layout: str) -> None:
+    """With adapters on every linear layer over a base that trains too, without and with gradient checkpointing."""
+    model, mix = mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR), mixes.MIXES[name]()
+    mixes.assert_same(mixes.run(model, mix, layout), mixes.alone(name, zero_cond_t))
+    model.enable_gradient_checkpointing()
+    mixes.assert_same(mixes.run(model, mix, layout), mixes.alone(name, zero_cond_t))
+
+
+@pytest.mark.parametrize("layout", mixes.LAYOUTS)
+def test_in_float64_a_batch_equals_each_sample_alone_to_float64(layout: str) -> None:
+    """Against the patched model on one sample: the stock model rotates in fp32 even then."""
+    mix, model = (
+        mixes.main_mix().to("cpu", torch.float64),
+        mixes.patched_model(True, mixes.EVERY_LINEAR).to(torch.float64),
+    )
+    measured, reference = (mixes.run(model, mix, how) for how in (layout, "alone"))
+    assert mixes.forward_error(measured, reference) < 1e-10
+    assert mixes.gradient_error(measured, reference) < 1e-10
+
+
+@pytest.mark.parametrize("layout", mixes.LAYOUTS)
+def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(layout: str) -> None:
+    mix, dtype = mixes.main_mix().to("cpu", torch.bfloat16), torch.bfloat16
+    measured = mixes.run(mixes.patched_model(False, mixes.EVERY_LINEAR).to(dtype), mix, layout)
+    single = mixes.run(mixes.stock_model(False, mixes.EVERY_LINEAR).to(dtype), mix, "alone")
+    reference = mixes.alone("main", False)
+    assert mixes.forward_error(measured, reference) <= 1.5 * mixes.forward_error(single, reference)
+    assert mixes.gradient_error(measured, reference) <= 1.5 * mixes.gradient_error(single, reference)
+
+
+def planted(problem: str) -> mixes.Result:
+    """The main mix with one problem, through precomputed frequencies and masks or through the loss."""
+    model, mix, call = (
+        mixes.patched_model(False, mixes.EVERY_LINEAR),
+        mixes.main_mix(),
+        mixes.precomputed_call(mixes.main_mix()),
+    )
+    image, text = call["image_rotary_emb"]
+    if problem == "text positions of sample 0":
+        call["image_rotary_emb"] = (image, text[0])
+    if problem == "no mask":
+        call["attention_kwargs"] = {}
+    if not problem.startswith("loss"):
+        outputs = mixes.forward_padded(model, mix, **call)
+        return mixes.backward(model, outputs, mixes.loss(outputs, mix))
+    output = model(**call)[0]
+    lengths = {"loss over padding": [output.shape[1]] * 3, "loss over controls": [len(x) for x in mix.images]}
+    long = [mixes.pad_rows([v], n - len(v))[0] for v, n in zip(mix.velocities, lengths[problem], strict=True)]
+    value = mixes.loss(list(output), mixes.Mix(mix.shapes, mix.images, mix.texts, mix.timesteps, long))
+    return mixes.backward(model, [row[: len(x)] for row, x in zip(output, mix.images, strict=True)], value)
+
+
+def test_the_measure_sees_planted_problems() -> None:
+    reference = mixes.alone("main", False)
+    mixes.assert_same(planted("none"), reference)
+    for problem in ("text positions of sample 0", "no mask"):
+        assert mixes.forward_error(planted(problem), reference) > 1e-3, problem
+        assert mixes.gradient_error(planted(problem), reference) > 1e-2, problem
+    for problem in ("loss over padding", "loss over controls"):
+        assert mixes.gradient_error(planted(problem), reference) > 1e-2, problem
+
+
+# Drawn mixes, two microbatches at once.
 
 # Without shrinking: it runs failing cases for minutes, and what is printed of the first one is enough to repeat it.
 drawn_alike = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])
@@ -33,18 +89,18 @@ grids = st.tuples(st.just(1), st.integers(1, 12), st.integers(1, 12))
 class Drawn:
     """Sizes of a mix; its values come from the seed."""
 
-    shapes: list[list[Shape]]
+    shapes: list[list[mixes.Shape]]
     texts: list[int]
     seed: int
 
-    def mix(self) -> Mix:
-        return make_mix(self.shapes, self.texts, self.seed)
+    def mix(self) -> mixes.Mix:
+        return mixes.make_mix(self.shapes, self.texts, self.seed)
 
 
 @st.composite
-def mixes(draw: st.DrawFn) -> Drawn:
+def drawn(draw: st.DrawFn) -> Drawn:
     """1 to 6 samples, each of its own target, 0 to 3 controls of their own sizes, and 1 to 64 text tokens."""
-    shapes: list[list[Shape]] = draw(st.lists(st.lists(grids, min_size=1, max_size=4), min_size=1, max_size=6))
+    shapes: list[list[mixes.Shape]] = draw(st.lists(st.lists(grids, min_size=1, max_size=4), min_size=1, max_size=6))
     texts = draw(st.lists(st.integers(1, 64), min_size=len(shapes), max_size=len(shapes)))
     return Drawn(shapes, texts, draw(st.integers(0, 2**32)))
 
@@ -59,35 +115,32 @@ class Case:
     checkpointing: bool
     trained: str
 
-    def model(self, make: Callable[[bool, list[str] | None], QwenImageTransformer2DModel]) -> torch.nn.Module:
-        return trained_as(self.trained, make(self.zero_cond_t, EVERY_LINEAR if self.trained == "lora" else None))
+    def model(self, make: Callable[..., QwenImageTransformer2DModel]) -> QwenImageTransformer2DModel:
+        """All weights train but those that reach no loss, or adapters on every linear layer over a frozen base."""
+        model = make(self.zero_cond_t, mixes.EVERY_LINEAR if self.trained == "lora" else ())
+        untrained = untrained_modules(model)
+        for name, parameter in model.named_parameters():
+            chosen = self.trained == "all weights" or ".lora_" in name
+            parameter.requires_grad_(chosen and not name.startswith(untrained))
+        return model
 
 
-layouts = st.sampled_from(("padded", "packed"))
+either = st.sampled_from(mixes.LAYOUTS)
 cases = st.builds(
-    Case, st.tuples(mixes(), mixes()), st.tuples(layouts, layouts), st.booleans(), st.booleans(),
+    Case, st.tuples(drawn(), drawn()), st.tuples(either, either), st.booleans(), st.booleans(),
     st.sampled_from(("lora", "all weights")),
 )  # fmt: skip
 
 
-def trained_as(trained: str, model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
-    """All weights but those that reach no loss, or adapters on every linear layer over a frozen base."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained == "all weights" or ".lora_" in name)
-    for name in untrained_modules(model):
-        model.get_submodule(name).requires_grad_(False)
-    return model
-
-
 def assert_each_as_alone(case: Case) -> None:
-    stock, patched = case.model(stock_model), case.model(patched_model)
+    stock, patched = case.model(mixes.stock_model), case.model(mixes.patched_model)
     if case.checkpointing:
         patched.enable_gradient_checkpointing()
     both = [drawn.mix() for drawn in case.drawn]
-    outputs = [FORWARDS[layout](patched, mix) for layout, mix in zip(case.layouts, both, strict=True)]
-    losses = [loss(out, mix) for out, mix in zip(outputs, both, strict=True)]
+    outputs = [mixes.FORWARDS[layout](patched, mix) for layout, mix in zip(case.layouts, both, strict=True)]
+    losses = [mixes.loss(out, mix) for out, mix in zip(outputs, both, strict=True)]
     for mix, out, value in reversed(list(zip(both, outputs, losses, strict=True))):  # both forward, then back
-        assert_same(backward(patched, out, value), run(stock, mix, "alone"))
+        mixes.assert_same(mixes.backward(patched, out, value), mixes.run(stock, mix, "alone"))
 
 
 @settings(drawn_alike, max_examples=30)
@@ -110,12 +163,13 @@ SMALL = Drawn([[(1, 5, 7), (1, 3, 3)], [(1, 1, 1)]], [8, 1], 1)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("zero_cond_t", [False, True])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_all_weights_get_the_gradients_that_they_get_alone(layout: str, zero_cond_t: bool, checkpointing: bool) -> None:
-    case = Case((MAIN, SMALL), (layout, layout), zero_cond_t, checkpointing, "all weights")
+@pytest.mark.parametrize("layouts", [("padded", "padded"), ("packed", "packed"), ("padded", "packed")])
+def test_all_weights_get_the_gradients_that_they_get_alone(
+    layouts: tuple[str, str], zero_cond_t: bool, checkpointing: bool
+) -> None:
+    case = Case((MAIN, SMALL), layouts, zero_cond_t, checkpointing, "all weights")
     assert_each_as_alone(case)
-    gradients = run(case.model(patched_model), MAIN.mix(), layout).gradients
-    untrained = untrained_modules(stock_model())
-    frozen = {name for name in gradients if name.startswith(untrained)}
+    gradients = mixes.run(case.model(mixes.patched_model), SMALL.mix(), layouts[0]).gradients
+    frozen = {name for name in gradients if name.startswith(untrained_modules(mixes.stock_model()))}
     assert {name for name, gradient in gradients.items() if gradient is None} == frozen
     assert all(gradient is None or gradient.any() for gradient in gradients.values())

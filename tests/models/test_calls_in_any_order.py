@@ -1,4 +1,4 @@
-"""A patched model that trains and samples by turns gives each call what a fresh model gives it, bit for bit."""
+"""A patched model that trains and samples in turns gives each call what a fresh model gives it, bit for bit."""
 
 import random
 from collections.abc import Callable
@@ -65,20 +65,25 @@ def train(
 
 
 def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
-    """What the stock pipeline's transformer predicts in each denoising step, and the picture."""
+    """What the stock pipeline's transformer predicts in each denoising step, and the image."""
     seen: Values = []
-    handle = pipeline.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+
+    def keep(module: nn.Module, args: object, output: tuple[Tensor]) -> None:
+        assert not module.training, "dropout is off"
+        seen.append(output[0].clone())
+
+    handle = pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
     try:
-        picture = QwenImageEdit("").sample_image(
+        image = QwenImageEdit("").sample_image(
             pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
             areas={"control_area": AREA},
         )  # fmt: skip
     finally:
         handle.remove()
     assert len(seen) == 2 and pipeline.transformer.training
-    return [*seen, torch.from_numpy(np.array(picture))]
+    return [*seen, torch.from_numpy(np.array(image))]
 
 
 CALLS: dict[str, Callable[[QwenImageEditPipeline], Values]] = {

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mixres.models.qwen.rope import JointRotary
-from support.mixes import EVERY_LINEAR, Result, forward_error, gradient_error, main_mix, patched_model, run, stock_model
+from support import mixes
 
 LAYOUTS = ("padded", "packed")
 
@@ -40,10 +40,10 @@ def test_positions_stay_exact_under_fsdp2_mixed_precision() -> None:
 
 def compare(layout: str, zero_cond_t: bool) -> dict[str, Any]:
     """Errors against float32 of a batch under the policy, and of the stock bfloat16 model on one sample at a time."""
-    reference = run(stock_model(zero_cond_t, EVERY_LINEAR), main_mix(), "alone")
-    rounded = main_mix().to("cpu", torch.bfloat16)
-    alone = run(stock_model(zero_cond_t, EVERY_LINEAR).to(torch.bfloat16), rounded, "alone")
-    model = patched_model(zero_cond_t, EVERY_LINEAR)
+    reference = mixes.run(mixes.stock_model(zero_cond_t, mixes.EVERY_LINEAR), mixes.main_mix(), "alone")
+    rounded = mixes.main_mix().to("cpu", torch.bfloat16)
+    alone = mixes.run(mixes.stock_model(zero_cond_t, mixes.EVERY_LINEAR).to(torch.bfloat16), rounded, "alone")
+    model = mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR)
     seen: dict[str, set[str]] = {"frequencies": set(), "weights": set()}
 
     def look(attn: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -54,18 +54,18 @@ def compare(layout: str, zero_cond_t: bool) -> dict[str, Any]:
 
     for block in model.transformer_blocks:
         block.attn.register_forward_pre_hook(look, with_kwargs=True)
-    measured = run(sharded(model), rounded, layout)
+    measured = mixes.run(sharded(model), rounded, layout)
     gradients = {name: None if g is None else g.full_tensor() for name, g in measured.gradients.items()}
     found, single = (
-        result.to("cpu", torch.float32) for result in (Result(measured.outputs, gradients), alone)
+        result.to("cpu", torch.float32) for result in (mixes.Result(measured.outputs, gradients), alone)
     )  # fmt: skip
     return {
         "case": [layout, zero_cond_t],
         **{name: sorted(dtypes) for name, dtypes in seen.items()},
-        "forward": forward_error(found, reference),
-        "forward alone": forward_error(single, reference),
-        "gradient": gradient_error(found, reference),
-        "gradient alone": gradient_error(single, reference),
+        "forward": mixes.forward_error(found, reference),
+        "forward alone": mixes.forward_error(single, reference),
+        "gradient": mixes.gradient_error(found, reference),
+        "gradient alone": mixes.gradient_error(single, reference),
     }
 
 

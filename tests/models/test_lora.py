@@ -1,46 +1,39 @@
 """Adapters: what they attach to, how they start, and the file the stock pipeline loads."""
 
 import json
-import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch import nn
 
 from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
-from mixres.models.lora import (
-    add_lora,
-    check_pretrained,
-    check_targets,
-    expanded,
-    train_all,
-    trainable_parameters,
-)
+from mixres.models.lora import add_lora, check_pretrained, check_targets, expanded, train_all, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import LORA_PRESETS, untrained_modules
+from support import mixes
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
 
 
-def transformer_of(base: Path, dtype: torch.dtype = torch.float32) -> QwenImageTransformer2DModel:
-    return QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
+def with_table(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
+    transformer = QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": ATTENTION, "seed": 0}
+    options["presets"] = LORA_PRESETS
+    return transformer, add_lora(transformer, **(options | changes), untrained=untrained_modules(transformer))
 
 
 def with_lora(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> QwenImageTransformer2DModel:
-    transformer = transformer_of(base, dtype)
-    options: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": ATTENTION, "seed": 0}
-    options["presets"] = LORA_PRESETS
-    add_lora(transformer, **(options | changes), untrained=untrained_modules(transformer))
-    return transformer
+    return with_table(base, dtype, **changes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +41,8 @@ def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
     return QwenImageEdit(str(tiny_base)).transformer_skeleton()
 
 
-def test_the_default_targets_match(skeleton: nn.Module) -> None:
-    check_targets(skeleton, ATTENTION)
-    check_targets(skeleton, ["attn.to_out.0", "transformer_blocks.0.img_mlp.net.2", "proj_out", "img_mod.1"])
-
-
-def test_all_patterns_that_match_nothing_are_told_at_once_with_the_nearest(skeleton: nn.Module) -> None:
+def test_all_patterns_that_match_nothing_are_named_at_once_with_the_nearest(skeleton: nn.Module) -> None:
+    check_targets(skeleton, [*ATTENTION, "attn.to_out.0", "transformer_blocks.0.img_mlp.net.2", "proj_out"])
     with pytest.raises(UserError) as caught:
         check_targets(skeleton, ["to_q", "to_kk", "attn.to_vv", "add_q_prj", "norm_q", "o_q", "zzz"])
     lines = caught.value.messages
@@ -66,74 +55,70 @@ def test_all_patterns_that_match_nothing_are_told_at_once_with_the_nearest(skele
 
 def test_a_preset_stands_for_its_layers(skeleton: nn.Module) -> None:
     assert expanded(["attention"], LORA_PRESETS) == list(ATTENTION)
-    assert expanded(["to_q", "attention+mlp", "x"], LORA_PRESETS)[0] == "to_q"
-    assert len(expanded(["to_q", "attention+mlp", "x"], LORA_PRESETS)) == len(set(LORA_PRESETS["attention+mlp"])) + 1
-    matched = {
-        preset: {
-            name
-            for name, module in skeleton.named_modules()
-            if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{p}") for p in LORA_PRESETS[preset])
-        }
-        for preset in LORA_PRESETS
-    }
+    several = expanded(["to_q", "attention+mlp", "x"], LORA_PRESETS)
+    assert several[0] == "to_q" and len(several) == len(set(LORA_PRESETS["attention+mlp"])) + 1
     every = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    matched = {
+        preset: {name for name in every if any(f".{name}".endswith(f".{ending}") for ending in endings)}
+        for preset, endings in LORA_PRESETS.items()
+    }
     assert matched["attention"] < matched["attention+mlp"] < matched["all"] == every
-    for preset in LORA_PRESETS:
-        check_targets(skeleton, [preset], presets=LORA_PRESETS)
-    for near, preset in (("atention", "attention"), ("ALL", "all"), ("attention,mlp", "attention+mlp")):
-        with pytest.raises(
-            UserError, match=rf"'{near}' matches no linear layer .* did you mean '{re.escape(preset)}'\?$"
-        ):
-            check_targets(skeleton, [near], presets=LORA_PRESETS)
-    for far in ("mlp", "all-linear", "everything"):
-        with pytest.raises(UserError, match=r"write one of attention, attention\+mlp, all, or the ending of a layer's"):
-            check_targets(skeleton, [far], presets=LORA_PRESETS)
+    check_targets(skeleton, list(LORA_PRESETS), presets=LORA_PRESETS)
 
 
-def test_patterns_that_match_only_what_cannot_learn_are_told(skeleton: QwenImageTransformer2DModel) -> None:
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("atention", "did you mean 'attention'?"),
+        ("ALL", "did you mean 'all'?"),
+        ("attention,mlp", "did you mean 'attention+mlp'?"),
+        *((far, "write one of attention, attention+mlp, all, or the ending of a layer's name")
+          for far in ("mlp", "all-linear", "everything")),
+    ],
+)  # fmt: skip
+def test_a_word_near_a_preset_is_led_to_it(skeleton: nn.Module, given: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"'{given}' matches no linear layer .* {re.escape(hint)}$"):
+        check_targets(skeleton, [given], presets=LORA_PRESETS)
+
+
+def test_patterns_that_match_only_what_cannot_learn_are_named(skeleton: QwenImageTransformer2DModel) -> None:
     untrained = untrained_modules(skeleton)
     check_targets(skeleton, ["to_add_out", "txt_mlp.net.2"], untrained=untrained)
     with pytest.raises(UserError) as caught:
         check_targets(skeleton, [f"{LAST}attn.to_add_out", "to_q", f"{LAST}txt_mlp.net.2"], untrained=untrained)
-    assert [line.split("'")[1] for line in caught.value.messages] == [
-        f"{LAST}attn.to_add_out",
-        f"{LAST}txt_mlp.net.2",
-    ]
+    found = [line.split("'")[1] for line in caught.value.messages]
+    assert found == [f"{LAST}attn.to_add_out", f"{LAST}txt_mlp.net.2"]
     assert all("reaches no loss" in line for line in caught.value.messages)
 
 
-def test_the_table_counts_what_was_added(tiny_base: Path) -> None:
-    transformer = transformer_of(tiny_base)
-    table = add_lora(
-        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=[*ATTENTION, "img_mlp.net.2"], seed=0,
-        untrained=untrained_modules(transformer),
-    )  # fmt: skip
-    counts = {row.pattern: row.modules for row in table}
-    assert counts == dict.fromkeys([*ATTENTION, "img_mlp.net.2"], 2) | {"add_q_proj": 1, "to_add_out": 1}
+def test_what_reaches_no_loss_gets_no_adapter_and_the_table_counts_the_others(tiny_base: Path) -> None:
+    targets = [*ATTENTION, "img_mlp.net.2", "txt_mlp.net.2"]
+    transformer, table = with_table(tiny_base, target_modules=targets)
+    in_last = {"add_q_proj": 1, "to_add_out": 1, "txt_mlp.net.2": 1}
+    assert {row.pattern: row.modules for row in table} == dict.fromkeys(targets, 2) | in_last
     trained = trainable_parameters(transformer)
     assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
-    assert 2 * sum(counts.values()) == len(trained)
+    assert 2 * sum(row.modules for row in table) == len(trained)
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert not [name for name in trained if name.startswith(untrained_modules(transformer))]
 
 
-def test_what_reaches_no_loss_gets_no_adapter(tiny_base: Path) -> None:
-    trained = trainable_parameters(with_lora(tiny_base, target_modules=[*ATTENTION, "txt_mlp.net.2", "img_mlp.net.2"]))
-    in_last = {name.removeprefix(LAST).partition(".lora_")[0] for name in trained if name.startswith(LAST)}
-    attention = {f"attn.{name}" for name in ATTENTION} - {"attn.add_q_proj", "attn.to_add_out"}
-    assert in_last == attention | {"img_mlp.net.2"}
-
-
-def test_dora_trains_the_lengths_too(tiny_base: Path) -> None:
-    transformer = transformer_of(tiny_base, torch.bfloat16)
-    table = add_lora(
-        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=["all"], seed=0, use_dora=True,
-        presets=LORA_PRESETS, untrained=untrained_modules(transformer),
-    )  # fmt: skip
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("base_dtype", "dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_adapters_are_float32_or_better(
+    tiny_base: Path, base_dtype: torch.dtype, dtype: torch.dtype, use_dora: bool
+) -> None:
+    """On every layer; DoRA's lengths too."""
+    transformer, table = with_table(tiny_base, base_dtype, target_modules=["all"], use_dora=use_dora)
     trained = trainable_parameters(transformer)
+    assert {p.dtype for p in trained.values()} == {dtype}
+    assert {p.dtype for name, p in transformer.named_parameters() if name not in trained} == {base_dtype}
     lengths = [name for name in trained if "lora_magnitude_vector" in name]
-    assert 3 * len(lengths) == len(trained)
+    assert len(trained) == (3 * len(lengths) if use_dora else 2 * sum(row.modules for row in table))
     assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
-    assert {p.dtype for p in trained.values()} == {torch.float32}
 
 
 def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
@@ -152,20 +137,9 @@ def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
             assert not parameter.any()
 
 
-@pytest.mark.parametrize(
-    ("base_dtype", "adapter_dtype"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
-)
-def test_adapters_are_float32_or_better(tiny_base: Path, base_dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
-    transformer = with_lora(tiny_base, base_dtype)
-    trained = trainable_parameters(transformer)
-    assert {p.dtype for p in trained.values()} == {adapter_dtype}
-    assert {p.dtype for name, p in transformer.named_parameters() if name not in trained} == {base_dtype}
-
-
 def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base: Path) -> None:
     """One precision throughout: mixed ones cannot be multiplied where there is no autocast, in sampling for one."""
-    transformer = transformer_of(tiny_base, torch.bfloat16)
+    transformer = QwenImageEdit(str(tiny_base)).load_transformer(dtype=torch.bfloat16, device="cpu")
     untrained = untrained_modules(transformer)
     assert train_all(transformer, untrained=untrained) == []
     assert {p.dtype for p in transformer.parameters()} == {torch.float32}
@@ -194,9 +168,8 @@ def file(filled: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathF
 
 def test_the_file_holds_the_recipe_and_only_the_adapters(file: Path, filled: QwenImageTransformer2DModel) -> None:
     with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+        assert json.loads(opened.metadata()[RECIPE_KEY]) == RECIPE
         names = set(opened.keys())
-    assert json.loads(metadata[RECIPE_KEY]) == RECIPE
     trained = trainable_parameters(filled)
     stored = {name.replace("_vector.default.weight", "_vector").replace(".default", "") for name in trained}
     assert names == {f"transformer.{name}" for name in stored}
@@ -209,62 +182,29 @@ def test_equal_adapters_make_equal_bytes(file: Path, filled: QwenImageTransforme
     assert {lora_file(parameters, filled, recipe) for _ in range(8)} == {file.read_bytes()}
 
 
-@pytest.fixture
-def stock(tiny_base: Path) -> QwenImageEditPipeline:
-    """The stock pipeline around a transformer that mixres never touched."""
-    return QwenImageEditPipeline.from_pretrained(tiny_base, text_encoder=None, tokenizer=None, processor=None)
+# Training that continues from a LoRA.
 
 
-def test_the_stock_pipeline_loads_the_file(
-    stock: QwenImageEditPipeline, filled: QwenImageTransformer2DModel, file: Path
+def settings(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
+    use_dora = transformer.peft_config["default"].use_dora
+    return {"r": 4, "lora_alpha": 8.0, "use_dora": use_dora, "target_modules": ["attention"], "presets": LORA_PRESETS}
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_training_continues_from_a_file(
+    tiny_base: Path, skeleton: nn.Module, filled: QwenImageTransformer2DModel, file: Path, from_folder: bool
 ) -> None:
-    """Same adapters, same scale: the same output as the model that was trained."""
-    generator = torch.Generator().manual_seed(3)
-    arguments = {
-        "hidden_states": torch.randn(1, 24, 64, generator=generator),
-        "timestep": torch.tensor([0.4]),
-        "encoder_hidden_states": torch.randn(1, 9, 64, generator=generator),
-        "img_shapes": [[(1, 4, 3), (1, 3, 4)]],
-        "return_dict": False,
-    }
-    with torch.no_grad():
-        before = stock.transformer(**arguments)[0]
-        stock.load_lora_weights(file.parent)
-        loaded = stock.transformer(**arguments)[0]
-        trained = filled(**arguments)[0]
-    assert (loaded - before).abs().max() > 0.01
-    assert (loaded - trained).abs().max() <= 1e-5 * trained.abs().max()
-    saved = {name: p for name, p in stock.transformer.named_parameters() if ".lora_" in name}
-    assert len(saved) == len(trainable_parameters(filled))
-    config = stock.transformer.peft_config["default_0"]
-    assert (config.r, config.lora_alpha) == (4, 8.0)
-
-
-# --- Going on from a LoRA ------------------------------------------------------------------------------------------
-
-
-def settings(transformer: QwenImageTransformer2DModel, **changes: Any) -> dict[str, Any]:
-    own = {"r": 4, "lora_alpha": 8.0, "use_dora": transformer.peft_config["default"].use_dora}
-    return own | {"target_modules": ["attention"], "presets": LORA_PRESETS} | changes
-
-
-@pytest.mark.parametrize("whole_folder", [False, True])
-def test_training_goes_on_from_a_file(
-    tiny_base: Path, filled: QwenImageTransformer2DModel, file: Path, whole_folder: bool
-) -> None:
-    given = str(file.parent if whole_folder else file)
-    skeleton = QwenImageEdit(str(tiny_base)).transformer_skeleton()
+    given = str(file.parent if from_folder else file)
     check_pretrained(skeleton, given, **settings(filled), untrained=untrained_modules(skeleton))
-    gone_on = with_lora(tiny_base, seed=5, pretrained_weight=given, **settings(filled))
-    own, theirs = trainable_parameters(gone_on), trainable_parameters(filled)
+    continued = with_lora(tiny_base, seed=5, pretrained_weight=given, **settings(filled))
+    own, theirs = trainable_parameters(continued), trainable_parameters(filled)
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
 
 
-def test_every_setting_that_does_not_fit_a_file_is_told_with_the_one_that_does(
-    tiny_base: Path, filled: QwenImageTransformer2DModel, file: Path
+def test_every_setting_that_does_not_fit_a_file_is_named_with_the_one_that_does(
+    skeleton: nn.Module, filled: QwenImageTransformer2DModel, file: Path
 ) -> None:
-    skeleton = QwenImageEdit(str(tiny_base)).transformer_skeleton()
     dora = settings(filled)["use_dora"]
     wrong = {"r": 8, "lora_alpha": 4.0, "use_dora": not dora, "target_modules": ["to_q", "img_mlp.net.2"]}
     with pytest.raises(UserError) as caught:
@@ -281,20 +221,14 @@ def test_every_setting_that_does_not_fit_a_file_is_told_with_the_one_that_does(
     assert "it has one for transformer_blocks.0.attn.add_k_proj and 11 more" in lines[3]
 
 
-def test_a_lora_of_a_base_of_another_size_is_refused(file: Path) -> None:
-    other = QwenImageTransformer2DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=(8, 12, 12), joint_attention_dim=64
-    )
-    header = read_header(str(file))
-    untrained = untrained_modules(other)
-    wanted = {"presets": LORA_PRESETS, "r": header.r, "lora_alpha": header.lora_alpha, "use_dora": header.use_dora}
-    with pytest.raises(
-        UserError, match=r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
-    ):
-        check_pretrained(other, str(file), **wanted, target_modules=["attention"], untrained=untrained)
+def test_a_lora_of_a_base_of_another_size_is_refused(filled: QwenImageTransformer2DModel, file: Path) -> None:
+    other = mixes.stock_model()
+    reason = r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
+    with pytest.raises(UserError, match=reason):
+        check_pretrained(other, str(file), **settings(filled), untrained=untrained_modules(other))
 
 
-def test_what_is_no_lora_is_told(tmp_path: Path, file: Path, tiny_base: Path) -> None:
+def test_what_is_no_lora_is_refused(tmp_path: Path, file: Path, tiny_base: Path) -> None:
     truncated, pickled = tmp_path / "half.safetensors", tmp_path / "lora.bin"
     truncated.write_bytes(file.read_bytes()[:-8])
     pickled.write_bytes(b"never opened")
@@ -311,28 +245,16 @@ def test_what_is_no_lora_is_told(tmp_path: Path, file: Path, tiny_base: Path) ->
         assert reason in caught.value.messages[0]
 
 
-class Payload:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
-def test_planted_pickles_in_the_folder_of_a_lora_run_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    folder, mark = tmp_path / "lora", tmp_path / "opened"
-    folder.mkdir()
-    transformer, payload = with_lora(tiny_base), pickle.dumps(Payload(mark))
-    (folder / FILE_NAME).write_bytes(lora_file(trainable_parameters(transformer), transformer, RECIPE))
+def test_planted_pickles_in_the_folder_of_a_lora_run_nothing(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    folder, mark = shutil.copytree(file.parent, tmp_path / "lora"), tmp_path / "opened"
+    payload = f"cos\nmkdir\n(V{mark}\ntR.".encode()  # it makes the folder `mark` where it is unpickled
     for name in ("pytorch_lora_weights.bin", "adapter_model.bin", "optimizer.pt", "x.pkl", ".metadata"):
         (folder / name).write_bytes(payload)
-    with_lora(tiny_base, pretrained_weight=str(folder))
+    with_lora(tiny_base, pretrained_weight=str(folder), use_dora=read_header(str(folder)).use_dora)
     for name in ("pytorch_lora_weights.bin", FILE_NAME):  # named itself, and in the place of the weights
         (folder / name).write_bytes(payload)
         with pytest.raises(UserError, match=r"is not a \.safetensors file|cannot be read"):
-            with_lora(tiny_base, pretrained_weight=str(folder / name))
+            read_header(str(folder / name))
     assert not mark.exists()
     pickle.loads(payload)  # it would have left its mark
     assert mark.exists()

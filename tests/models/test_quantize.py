@@ -18,22 +18,9 @@ from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.quantize import Method, check_method, quantization_config
 from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS, untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
-from support.mixes import (
-    ATTENTION_AND_MLP,
-    FORWARDS,
-    Mix,
-    forward_error,
-    gradient_error,
-    loss,
-    main_mix,
-    random_mix,
-    run,
-    stock_model,
-    vanished,
-)
+from support import mixes
 
 Load = Callable[..., QwenImageTransformer2DModel]
-CPU = torch.device("cpu")
 ANYWHERE = ("int8", "fp8")
 ON_CUDA = [pytest.param(method, "cuda", marks=pytest.mark.gpu) for method in ("nf4", "bnb_int8")]
 METHODS = pytest.mark.parametrize(("method", "device"), [*((method, "cpu") for method in ANYWHERE), *ON_CUDA])
@@ -44,27 +31,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """The small stock transformer on disk, without and with `zero_cond_t`."""
     folders = {zero: tmp_path_factory.mktemp("stock") for zero in (False, True)}
     for zero, folder in folders.items():
-        stock_model(zero).save_pretrained(folder)
+        mixes.stock_model(zero).save_pretrained(folder)
     return folders
 
 
 @pytest.fixture
 def load(saved: dict[bool, Path]) -> Load:
-    """The stock model with quantised weights and adapters, B filled."""
+    """The stock model, its weights quantised where a method is given, with adapters, B filled."""
 
     def loaded(
-        method: Method, device: str = "cpu", *, zero_cond_t: bool = False, use_dora: bool = False
+        method: Method | None, device: str = "cpu", *, zero_cond_t: bool = False, use_dora: bool = False
     ) -> QwenImageTransformer2DModel:
+        config = method and quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device)
         model = QwenImageTransformer2DModel.from_pretrained(
-            saved[zero_cond_t],
-            dtype=torch.float32,
-            use_safetensors=True,
-            quantization_config=quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device),
+            saved[zero_cond_t], dtype=torch.float32, use_safetensors=True, quantization_config=config
         ).to(device)
-        untrained = untrained_modules(model)
         add_lora(
-            model, r=4, lora_alpha=8, lora_dropout=0, target_modules=ATTENTION_AND_MLP, untrained=untrained, seed=0,
-            use_dora=use_dora,
+            model, r=4, lora_alpha=8, lora_dropout=0, target_modules=mixes.ATTENTION_AND_MLP, seed=0, use_dora=use_dora,
+            untrained=untrained_modules(model),
         )  # fmt: skip
         fill_adapters(trainable_parameters(model), seed=1)
         return model
@@ -77,32 +61,27 @@ def load(saved: dict[bool, Path]) -> Load:
 def test_a_quantised_batch_trains_as_quantised_samples_alone(
     method: Method, device: str, use_dora: bool, load: Load
 ) -> None:
-    for zero_cond_t, mix in ((False, main_mix()), (True, random_mix(4))):
+    for zero_cond_t, mix in ((False, mixes.random_mix(3)), (True, mixes.random_mix(4))):
         mix = mix.to(device, torch.float32)
         kind = {"zero_cond_t": zero_cond_t, "use_dora": use_dora}
-        alone = run(load(method, device, **kind), mix, "alone")
+        alone = mixes.run(load(method, device, **kind), mix, "alone")
         patched = patch_qwen_model_for_multi_resolution(load(method, device, **kind))
         for checkpointing in (False, True):
             if checkpointing:
                 recompute_blocks(patched, every=1)
-            for layout in ("padded", "packed"):
-                batch = run(patched, mix, layout)
-                assert forward_error(batch, alone) <= 1e-5
-                assert gradient_error(batch, alone) <= 1e-5
-                assert vanished(batch.gradients) == vanished(alone.gradients)
+            for layout in mixes.LAYOUTS:
+                batch = mixes.run(patched, mix, layout)
+                assert mixes.forward_error(batch, alone) <= 1e-5
+                assert mixes.gradient_error(batch, alone) <= 1e-5
+                assert mixes.vanished(batch.gradients) == mixes.vanished(alone.gradients)
         assert any(gradient is not None for gradient in alone.gradients.values())
 
 
 @pytest.mark.parametrize("method", ANYWHERE)
 def test_the_base_is_rounded_and_little_else_changes(method: Method, load: Load) -> None:
     """More than float32 rounds, and less than a hundredth."""
-    mix = main_mix()
-    exact = stock_model()
-    untrained = untrained_modules(exact)
-    add_lora(exact, r=4, lora_alpha=8, lora_dropout=0, target_modules=ATTENTION_AND_MLP, untrained=untrained, seed=0)
-    fill_adapters(trainable_parameters(exact), seed=1)
-    rounded = load(method)
-    error = forward_error(run(rounded, mix, "alone"), run(exact, mix, "alone"))
+    mix, rounded = mixes.random_mix(3), load(method)
+    error = mixes.forward_error(mixes.run(rounded, mix, "alone"), mixes.run(load(None), mix, "alone"))
     assert 1e-4 < error < 1e-2
     assert all(p.dtype == torch.float32 and type(p.data) is Tensor for p in trainable_parameters(rounded).values())
 
@@ -111,7 +90,7 @@ def test_the_base_is_rounded_and_little_else_changes(method: Method, load: Load)
 def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
     method: Method, device: str, load: Load
 ) -> None:
-    """What docs/settings.md says: 1 byte a weight (nf4: half of one) and 4 a row."""
+    """1 byte a weight (nf4: half of one) and 4 a row."""
     model = load(method, device)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
@@ -126,50 +105,21 @@ def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
 
 @pytest.mark.parametrize("method", ANYWHERE)
 def test_without_recomputing_a_copy_of_every_weight_waits_for_backward(method: Method, load: Load) -> None:
-    """The warning of docs/settings.md."""
-    model = patch_qwen_model_for_multi_resolution(load(method))
+    model, mix = patch_qwen_model_for_multi_resolution(load(method)), mixes.random_mix(3)
     weights = [
         m.weight for n, m in model.named_modules() if n.startswith("transformer_blocks.") and n.endswith("base_layer")
     ]
-    kept = kept_bytes(model, main_mix())
+    kept = mixes.kept_bytes(model, mix, "packed")
     recompute_blocks(model, every=1)
-    assert kept - kept_bytes(model, main_mix()) > sum(4 * weight.numel() for weight in weights) / 2
+    assert kept - mixes.kept_bytes(model, mix, "packed") > sum(4 * weight.numel() for weight in weights) / 2
     shapes = {tuple(weight.shape) for weight in weights} | {tuple(weight.shape[::-1]) for weight in weights}
-    assert not shapes & {tuple(t.shape) for t in kept_tensors(model, main_mix())}
-
-
-def kept_tensors(model: QwenImageTransformer2DModel, mix: Mix) -> list[Tensor]:
-    """What autograd keeps between forward and backward, without the parameters."""
-    own = {id(p) for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own and type(tensor) is Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(FORWARDS["packed"](model, mix), mix)
-    return list(kept.values())
-
-
-def kept_bytes(model: QwenImageTransformer2DModel, mix: Mix) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept_tensors(model, mix))
+    assert not shapes & {tuple(t.shape) for t in mixes.kept_tensors(model, mix, "packed")}
 
 
 @pytest.mark.parametrize("method", ["nf4", "bnb_int8"])
-def test_bitsandbytes_is_refused_without_a_cuda_device(method: Method) -> None:
+def test_bitsandbytes_is_refused_without_a_cuda_device_or_its_package(method: Method) -> None:
+    """It is not among the packages of the tests."""
     with pytest.raises(UserError, match=rf"model.quantize: {method} is bitsandbytes' and needs a CUDA device"):
-        check_method(method, CPU)
-
-
-@pytest.mark.parametrize("method", ["nf4", "bnb_int8"])
-def test_a_package_that_is_not_installed_is_named_with_its_command(method: Method) -> None:
-    """bitsandbytes is not among the packages of the tests."""
+        check_method(method, torch.device("cpu"))
     with pytest.raises(UserError, match=rf"model.quantize: {method} needs bitsandbytes, .*: pip install bitsandbytes"):
         check_method(method, torch.device("cuda"))
-
-
-def test_methods_for_every_device_are_taken() -> None:
-    for method in ANYWHERE:
-        check_method(method, CPU)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@
 import copy
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,15 @@ from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from mixres.models.qwen.layers import LORA_PRESETS
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 
 Shape = tuple[int, int, int]
 CHANNELS, TEXT_WIDTH = 16, 24
 
-ATTENTION_AND_MLP = [
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-]
-EVERY_LINEAR = [*ATTENTION_AND_MLP, "img_mod.1", "txt_mod.1", "norm_out.linear", "proj_out", "img_in", "txt_in"]
+LAYOUTS = ("padded", "packed")
+ATTENTION_AND_MLP = LORA_PRESETS["attention+mlp"]
+EVERY_LINEAR = (*ATTENTION_AND_MLP, "img_mod.1", "txt_mod.1", "norm_out.linear", "proj_out", "img_in", "txt_in")
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,10 @@ def random_mix(seed: int) -> Mix:
 
 
 @functools.cache
-def _stock(zero_cond_t: bool, adapters: tuple[str, ...]) -> QwenImageTransformer2DModel:
+def _stock(zero_cond_t: bool, adapters: tuple[str, ...], blocks: int) -> QwenImageTransformer2DModel:
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=2, attention_head_dim=32,
+        patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=32,
         num_attention_heads=2, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12), zero_cond_t=zero_cond_t,
     )  # fmt: skip
     if adapters:  # B filled: at the usual initialisation it is zero, and so are all gradients of A
@@ -97,13 +96,17 @@ def _stock(zero_cond_t: bool, adapters: tuple[str, ...]) -> QwenImageTransformer
     return model.requires_grad_(True)
 
 
-def stock_model(zero_cond_t: bool = False, adapters: list[str] | None = None) -> QwenImageTransformer2DModel:
+def stock_model(
+    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
+) -> QwenImageTransformer2DModel:
     """A small transformer as diffusers makes it; base weights and adapters train."""
-    return copy.deepcopy(_stock(zero_cond_t, tuple(adapters or ())))
+    return copy.deepcopy(_stock(zero_cond_t, tuple(adapters), blocks))
 
 
-def patched_model(zero_cond_t: bool = False, adapters: list[str] | None = None) -> QwenImageTransformer2DModel:
-    return patch_qwen_model_for_multi_resolution(stock_model(zero_cond_t, adapters))
+def patched_model(
+    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
+) -> QwenImageTransformer2DModel:
+    return patch_qwen_model_for_multi_resolution(stock_model(zero_cond_t, adapters, blocks=blocks))
 
 
 def forward_alone(model: QwenImageTransformer2DModel, mix: Mix) -> list[Tensor]:
@@ -117,22 +120,23 @@ def forward_alone(model: QwenImageTransformer2DModel, mix: Mix) -> list[Tensor]:
     ]  # fmt: skip
 
 
-def filled_up(rows: list[Tensor], extra: int, filler: float) -> Tensor:
+def pad_rows(rows: list[Tensor], extra: int = 0, value: float = 0.0) -> Tensor:
+    """`(B, longest + extra, width)`."""
     length = max(len(x) for x in rows) + extra
-    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, length - len(x)), value=filler) for x in rows])
+    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, length - len(x)), value=value) for x in rows])
 
 
 def valid_slots(rows: list[Tensor], extra: int = 0) -> Tensor:
     """`(B, longest + extra)` bool."""
-    return filled_up([x.new_ones(len(x), 1) for x in rows], extra, 0.0)[..., 0].bool()
+    return pad_rows([x.new_ones(len(x), 1) for x in rows], extra)[..., 0].bool()
 
 
-def padded_call(mix: Mix, extra: int = 0, filler: float = 0.0) -> dict[str, Any]:
-    """Arguments of call form (b)."""
+def padded_call(mix: Mix, *, image: int = 0, text: int = 0, value: float = 0.0) -> dict[str, Any]:
+    """Arguments of call form (b), with so many more slots than the longest sample needs; `value` fills all padding."""
     return {
-        "hidden_states": filled_up(mix.images, extra, filler),
-        "encoder_hidden_states": filled_up(mix.texts, extra, filler),
-        "encoder_hidden_states_mask": valid_slots(mix.texts, extra),
+        "hidden_states": pad_rows(mix.images, image, value),
+        "encoder_hidden_states": pad_rows(mix.texts, text, value),
+        "encoder_hidden_states_mask": valid_slots(mix.texts, text),
         "timestep": mix.timesteps,
         "img_shapes": mix.shapes,
         "return_dict": False,
@@ -156,7 +160,7 @@ def precomputed_call(mix: Mix) -> dict[str, Any]:
     stock = stock_model().pos_embed
     longest = max(len(text) for text in mix.texts)
     pairs = [stock([shapes], max_txt_seq_len=longest, device=torch.device("cpu")) for shapes in mix.shapes]
-    image = torch.nn.utils.rnn.pad_sequence([image for image, _ in pairs], batch_first=True)
+    image = pad_rows([image for image, _ in pairs])
     mask = torch.cat([valid_slots(mix.texts), valid_slots(mix.images)], dim=1)
     call = padded_call(mix)
     del call["encoder_hidden_states_mask"], call["img_shapes"]
@@ -196,6 +200,25 @@ def run(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> Result:
     """Forward and backward of one microbatch in the layout `alone`, `padded` or `packed`."""
     outputs = FORWARDS[layout](model, mix)
     return backward(model, outputs, loss(outputs, mix))
+
+
+def kept_tensors(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> list[Tensor]:
+    """What autograd keeps between forward and backward, each storage once, without the parameters'."""
+    own = {p.data_ptr() for p in model.parameters() if type(p.data) is Tensor}
+    kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        if type(tensor) is Tensor and tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss(FORWARDS[layout](model, mix), mix)
+    return list(kept.values())
+
+
+def kept_bytes(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept_tensors(model, mix, layout))
 
 
 def forward_error(measured: Result, reference: Result) -> float:
@@ -240,3 +263,9 @@ MIXES: dict[str, Callable[[], Mix]] = {
     "main": main_mix,
     **{f"random {seed}": functools.partial(random_mix, seed) for seed in range(12)},
 }
+
+
+@functools.cache
+def alone(name: str, zero_cond_t: bool) -> Result:
+    """One of `MIXES` on the stock model with adapters on every linear layer, one sample at a time. Read only."""
+    return run(stock_model(zero_cond_t, EVERY_LINEAR), MIXES[name](), "alone")

@@ -1,4 +1,4 @@
-"""What the tests of the documentation share: the scripts that write its pages and pictures, as modules."""
+"""What the tests of the documentation share: the scripts that write its pages and images, as modules."""
 
 import importlib.util
 import sys

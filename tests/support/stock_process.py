@@ -1,7 +1,7 @@
-"""Pictures of a LoRA through its base's stock pipeline, in a process that cannot import mixres.
+"""Images of a LoRA through its base's stock pipeline, in a process that cannot import mixres.
 
 `python stock_process.py BASE FOLDER_OF_THE_LORA OUT [TRANSFORMER]` reads calls as JSON from its input and writes each
-picture without the LoRA and with it, and with a transformer that was trained as a whole in the place of the base's.
+image without the LoRA and with it, and with a transformer whose weights were all trained in place of the base's.
 """
 
 import json
@@ -63,8 +63,8 @@ def set_control_areas(target_area: int) -> None:
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         set_control_areas(call["width"] * call["height"])
-        pictures = [Image.open(path).convert("RGB") for path in call["controls"]]
-        images = {"image": pictures if "text_area" in recipe else pictures[0]} if pictures else {}
+        controls = [Image.open(path).convert("RGB") for path in call["controls"]]
+        images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
         pipeline(
             **images,
             prompt=call["prompt"],

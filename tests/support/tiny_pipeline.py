@@ -1,7 +1,7 @@
 """A random Qwen-Image pipeline of the real architecture, small enough for a CPU: every part is the stock class.
 
 Promise: one seed, one pipeline; on disk it is an ordinary diffusers folder that the stock pipeline loads. A random one
-edits nothing. Cost: about a second and 2 MB; a 128 x 128 picture is 64 tokens.
+edits nothing. Cost: about a second and 2 MB; a 128 x 128 image is 64 tokens.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from mixres import atomic
 from mixres.models.qwen.processor import QwenImageTextProcessor
 
 _TEXT_WIDTH = 64
-_VISION_PIXELS = 56 * 56  # what the text encoder sees of a picture: 4 tokens, whatever the control's size
+_VISION_PIXELS = 56 * 56  # what the text encoder gets of an image: 4 tokens, whatever the control's size
 _SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -75,12 +75,12 @@ def save_pipeline(
     transformer: QwenImageTransformer2DModel,
     pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
 ) -> None:
-    """Writes the four parts, a scheduler and, where it sees pictures, a processor as a stock pipeline.
+    """Writes the four parts, a scheduler and, where it takes images, a processor as a stock pipeline.
 
     Each part keeps its own dtype.
     """
     parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer}
-    if _sees_pictures(pipeline_class):
+    if _takes_images(pipeline_class):
         image_processor = Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS)
         parts["processor"] = QwenImageTextProcessor(image_processor, tokenizer)
     pipeline = pipeline_class(scheduler=_scheduler(), **parts)
@@ -95,7 +95,7 @@ def save_pipeline(
         _name_stock_processor(folder)
 
 
-def _sees_pictures(pipeline_class: type[DiffusionPipeline]) -> bool:
+def _takes_images(pipeline_class: type[DiffusionPipeline]) -> bool:
     return "processor" in inspect.signature(pipeline_class.__init__).parameters
 
 
@@ -109,7 +109,7 @@ def tiny_tokenizer(
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = Qwen2Tokenizer(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
-    empty = pipeline_class(*[None] * (6 if _sees_pictures(pipeline_class) else 5))
+    empty = pipeline_class(*[None] * (6 if _takes_images(pipeline_class) else 5))
     words = [empty.prompt_template_encode.format(""), *prompts]
     for token in _SPECIAL_TOKENS:
         words = [text.replace(token, "\n") for text in words]
@@ -168,16 +168,16 @@ def _vae() -> AutoencoderKLQwenImage:
 
 @torch.no_grad()
 def _stretch_contrast(vae: AutoencoderKLQwenImage, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Scales the decoder's last convolution so that random latents decode to pictures of mid grey and fair contrast.
+    """Scales the decoder's last convolution so that random latents decode to images of mid grey and fair contrast.
 
     Untouched, each colour is nearly one flat value, in which a change of the latents is lost by rounding to 8 bits.
     """
     noise = mean.view(1, -1, 1, 1, 1) + std.view(1, -1, 1, 1, 1) * torch.randn(2, 16, 1, 12, 12)
-    picture = vae.decode(noise).sample.transpose(0, 1).flatten(1)
-    gain = 0.4 / picture.std(1)
+    image = vae.decode(noise).sample.transpose(0, 1).flatten(1)
+    gain = 0.4 / image.std(1)
     last = vae.decoder.conv_out
     last.weight.mul_(gain.view(-1, 1, 1, 1, 1))
-    last.bias.sub_(picture.mean(1)).mul_(gain)
+    last.bias.sub_(image.mean(1)).mul_(gain)
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
 
 @torch.no_grad()
 def _open(block: Any) -> None:
-    """Makes control and prompt matter to the picture: by default attention is flat and its gates are nearly shut.
+    """Makes control and prompt matter to the image: by default attention is flat and its gates are nearly shut.
 
     Queries and keys are normalised, so their norms' weights set how sharp attention is.
     """

@@ -53,9 +53,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     pretrained_model_name_or_path: Text = Field(description="Hub name or local folder of the base pipeline.")
     revision: Text | None = Field(None, description="Hub branch, tag or commit; null takes the default branch.")
-    family: Literal["qwen_image", "qwen_image_edit", "qwen_image_edit_plus"] | None = Field(
-        None, description="Model family; null reads it from the base's model_index.json."
-    )
+    family: Text | None = Field(None, description="Model family; null reads it from the base's model_index.json.")
     dtype: Literal["bfloat16", "float32", "float64"] = Field(
         "bfloat16", description="Precision of the base weights; adapters stay float32. float64 is for tests."
     )

@@ -46,7 +46,7 @@ def most_graphs(*, rows: int, lengths: int) -> int:
 def compile_blocks(transformer: nn.Module, *, graphs: int, backend: str = "inductor") -> None:
     """torch.compile of each repeated block, for at most so many `graphs`; one more would be an error.
 
-    Only where gradients are computed: pictures and evaluations have lengths of their own, and run uncompiled.
+    Only where gradients are computed: images and evaluations have lengths of their own, and run uncompiled.
     """
     # Tracing looks at this attribute of a block's inputs, which is what the warning is about; nothing here does.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

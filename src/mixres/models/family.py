@@ -4,7 +4,7 @@ Everything above `models/` asks this object and knows no layer name. `docs/addin
 new family; `registry.py` is the one place that chooses.
 
 Two rules decide most questions. The stock pipeline is right: sizes of controls, prompt template, normalisation of
-latents and their order come from it, by calling it where it has a method for it. Training sees what sampling sees:
+latents and their order come from it, by calling it where it has a method for it. Training gets what sampling gets:
 what can be changed about an image is one argument of `encode` and of `sample_image` alike.
 
 Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.

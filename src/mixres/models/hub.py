@@ -1,7 +1,7 @@
 """Where a pretrained pipeline's files are: a folder, or a snapshot of the Hugging Face Hub.
 
 Promise: only safetensors, JSON and tokenizer text are ever fetched or opened, so that no file of a base model can run
-code; what is missing is said in plain sentences, all of it at once. Cost: one request to the Hub per process for a
+code; what is missing is reported at once, one line each. Cost: one request to the Hub per process for a
 base that is not a folder, a listing of a few folders otherwise; `fingerprint` reads every weight byte once per change.
 """
 

@@ -1,6 +1,6 @@
 """Adapters into the transformer, trainable parameters out.
 
-Promise: every target pattern matches at least one layer and is told with what it matched; layers whose output
+Promise: every target pattern matches at least one layer and is reported with what it matched; layers whose output
 reaches no loss get no adapter. Adapters are float32 (float64 over a float64 base) whatever the base is.
 Cost: none after set-up.
 
@@ -97,8 +97,8 @@ def add_lora(
     config = LoraConfig(
         r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(chosen), use_dora=use_dora
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # A is drawn on the CPU, wherever the transformer is
+        torch.default_generator.manual_seed(seed)
         transformer.add_adapter(config)  # type: ignore[operator]
     parameters = trainable_parameters(transformer)
     for parameter in parameters.values():

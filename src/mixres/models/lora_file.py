@@ -1,4 +1,4 @@
-"""A LoRA as a file: written so that the stock pipelines load it, read so that training goes on from it.
+"""A LoRA as a file: written so that the stock pipelines load it, read so that training continues from it.
 
 Promise: equal adapters make equal bytes; a file that does not fit a run is refused with the setting that would make it
 fit, before anything is computed. Only safetensors are opened. Cost: the file once; its header alone for the check.
@@ -22,7 +22,7 @@ from mixres.config.problems import as_written
 from mixres.errors import UserError
 
 RECIPE_KEY = "mixres"
-RECIPE_FILE = "mixres.json"  # the same of a transformer trained as a whole, in its folder
+RECIPE_FILE = "mixres.json"  # the same of a transformer whose weights were all trained, in its folder
 FILE_NAME = "pytorch_lora_weights.safetensors"
 KEY = "model.lora.pretrained_weight"
 _PREFIX = "transformer"
@@ -33,8 +33,8 @@ _MAGNITUDE = "lora_magnitude_vector"
 def lora_file(parameters: Mapping[str, Tensor], transformer: nn.Module, recipe: Mapping[str, Any]) -> bytes:
     """The adapters as a safetensors file that the stock pipeline's `load_lora_weights` takes.
 
-    `parameters` are the trainable ones by name, whole. `recipe` (base, rank, alpha, targets, control area, version)
-    goes into the metadata as JSON under `mixres`.
+    `parameters` are the trainable ones by name, as full tensors. `recipe` (base, rank, alpha, targets, control area,
+    version) goes into the metadata as JSON under `mixres`.
     """
     tensors: dict[str, Tensor] = get_peft_model_state_dict(transformer, state_dict=dict(parameters))
     config = transformer.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
@@ -57,7 +57,7 @@ def _ordered(file: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """What a LoRA file says of its adapters without its weights."""
+    """The adapters of a LoRA file without their weights."""
 
     path: Path
     r: int
@@ -103,7 +103,7 @@ def read_header(given: str, *, key: str = KEY) -> LoraHeader:
 def check_fit(
     header: LoraHeader, layers: Mapping[str, tuple[int, int]], *, r: int, lora_alpha: float, use_dora: bool
 ) -> None:
-    """That a run whose adapters have these settings can go on from the file; `layers` as in the header.
+    """That a run whose adapters have these settings can continue from the file; `layers` as in the header.
 
     Raises:
         UserError: every setting that differs, with the value that fits.
@@ -120,11 +120,11 @@ def check_fit(
             problems.append(f"{what}, which has {there}: write {there}")
     missing, extra = sorted(layers.keys() - header.layers.keys()), sorted(header.layers.keys() - layers.keys())
     if missing or extra:
-        told = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
-        told += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
+        parts = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
+        parts += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
         problems.append(
             f"model.lora.target_modules: the adapters of {header.path} are for others: write those it was made with; "
-            f"{'; '.join(told)}"
+            f"{'; '.join(parts)}"
         )
     other = [name for name in layers.keys() & header.layers.keys() if layers[name] != header.layers[name]]
     if other:

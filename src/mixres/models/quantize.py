@@ -2,7 +2,7 @@
 
 Promise: the weights of the linear layers inside the repeated blocks and nothing else are quantised: biases, norms and
 the layers before and behind the blocks keep `model.dtype`, activations too, adapters are float32. What device or
-packages cannot do is said in a sentence. Cost: one pass over the weights while loading; in each call of a layer its
+packages cannot do is refused in one line. Cost: one pass over the weights while loading; in each call of a layer its
 weights once more in the precision of the call. torchao's int8 and fp8 keep that copy for backward, unless the block is
 recomputed there (gradient checkpointing).
 """

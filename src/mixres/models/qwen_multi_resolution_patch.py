@@ -99,7 +99,7 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         _require_patched_processors(model, "a packed batch")
         if explicit_mask is not None or rotary_pair is not None:
             name = "attention_mask" if rotary_pair is None else "image_rotary_emb"
-            raise ValueError(f"packed batch: {name} must be None, the lengths and img_shapes say it all")
+            raise ValueError(f"packed batch: {name} must be None, the lengths and img_shapes are enough")
         call["img_shapes"] = plan_packed(model, call, shapes, [int(n) for n in text_lengths])
     else:
         call["img_shapes"] = _plan_padded(model, call, shapes, rotary_pair, explicit_mask)
@@ -123,7 +123,7 @@ def _plan_padded(
         shapes = _one_per_sample(shapes, hidden)
         image_mask = _image_mask(shapes, hidden)
     elif model.zero_cond_t:
-        raise ValueError("with zero_cond_t, image_rotary_emb needs img_shapes too: they tell target from control")
+        raise ValueError("with zero_cond_t, image_rotary_emb needs img_shapes too: they separate target and controls")
     if rotary_pair is None:
         rotary_pair = model.pos_embed.padded_frequencies(shapes, image_tokens, text_tokens, hidden.device)
     image_freqs, text_freqs = _checked_pair(rotary_pair, hidden, text)
@@ -132,7 +132,7 @@ def _plan_padded(
         if image_mask is not None or explicit_mask is not None or per_sample:
             _require_patched_processors(model, "a batch of different sizes")
         return PlannedShapes(shapes or [], (image_freqs, text_freqs))
-    if text_mask is not None:  # filler of any kind has the zero frequency
+    if text_mask is not None:  # padding of any kind has the zero frequency
         text_freqs = text_freqs * text_mask.to(text_freqs.device).bool()[..., None]
     mask = joint_mask(text_mask, image_mask, text_tokens, hidden)
     if explicit_mask is not None:
@@ -167,7 +167,7 @@ def _image_mask(shapes: list[list[Shape]], hidden: Tensor) -> Tensor | None:
 
 
 def _rectangular(shapes: list[list[Shape]] | None, image_tokens: int) -> list[list[Shape]]:
-    """Append a filler grid to each short sample: with `zero_cond_t` the stock forward counts tokens from the grids."""
+    """Append a padding grid to each short sample: with `zero_cond_t` the stock forward counts tokens from the grids."""
     rows = []
     for sample in shapes or []:
         missing = image_tokens - token_count(sample)

@@ -28,8 +28,11 @@ def load_family(name: str | None, path: str, *, revision: str | None = None, syn
     its shape with noise.
 
     Raises:
-        UserError: the pipeline cannot be found, its class is not supported, or `name` is another family.
+        UserError: the pipeline cannot be found, its class is not supported, or `name` is another family or none.
     """
+    names = sorted(family.name for family in FAMILIES.values())
+    if name not in (None, *names):
+        raise UserError(f"model.family: there is no family {name!r}: leave it out, or write one of {', '.join(names)}")
     if not sys.stderr.isatty():  # in a log the libraries' bars of what they load would be lines of no news
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()

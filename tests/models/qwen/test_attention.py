@@ -1,4 +1,4 @@
-"""The joint mask hides exactly the filler, is absent where there is none, and backends reach the processors."""
+"""The joint mask hides exactly the padding, is absent where there is none, and backends reach the processors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,26 +12,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes
 from mixres.models.qwen.rope import JointRotary
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
-from support.mixes import (
-    ATTENTION_AND_MLP,
-    assert_identical,
-    assert_same,
-    backward,
-    forward_error,
-    forward_packed,
-    forward_padded,
-    gradient_error,
-    loss,
-    main_mix,
-    make_mix,
-    padded_call,
-    patched_model,
-    precomputed_call,
-    run,
-    stock_model,
-)
+from support import mixes
 
-EQUAL = make_mix([[(1, 6, 8)]] * 2, [9, 9])
+EQUAL = mixes.make_mix([[(1, 6, 8)]] * 2, [9, 9])
 
 
 @pytest.fixture(autouse=True)
@@ -57,21 +40,21 @@ def rotary_of(model: QwenImageTransformer2DModel, **call: Any) -> JointRotary:
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
-def test_junk_in_padded_slots_changes_nothing(zero_cond_t: bool) -> None:
-    mix, model = main_mix(), patched_model(zero_cond_t, ATTENTION_AND_MLP)
-    for extra in (0, 5):
-        results = []
-        for filler in (0.0, 1e3, -1e3):
-            outputs = forward_padded(model, mix, **padded_call(mix, extra, filler))
-            results.append(backward(model, outputs, loss(outputs, mix)))
-        assert_identical(results[1], results[0])
-        assert_identical(results[2], results[0])
-        assert_same(results[0], run(stock_model(zero_cond_t, ATTENTION_AND_MLP), mix, "alone"))
+@pytest.mark.parametrize("extra", [0, 5])
+def test_junk_in_padded_slots_changes_nothing(zero_cond_t: bool, extra: int) -> None:
+    mix, model = mixes.random_mix(3), mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR)
+    results = []
+    for value in (0.0, 1e3, -1e3):
+        outputs = mixes.forward_padded(model, mix, **mixes.padded_call(mix, image=extra, text=extra, value=value))
+        results.append(mixes.backward(model, outputs, mixes.loss(outputs, mix)))
+    mixes.assert_identical(results[1], results[0])
+    mixes.assert_identical(results[2], results[0])
+    mixes.assert_same(results[0], mixes.alone("random 3", zero_cond_t))
 
 
-def test_filler_has_no_frequency_and_is_no_key() -> None:
-    mix = main_mix()
-    rotary = rotary_of(patched_model(), **padded_call(mix, extra=3))
+def test_padding_has_no_frequency_and_is_no_key() -> None:
+    mix = mixes.main_mix()
+    rotary = rotary_of(mixes.patched_model(), **mixes.padded_call(mix, image=3, text=3))
     assert rotary.mask is not None and rotary.packed is None
     valid = torch.cat([
         torch.arange(43) < torch.tensor([[19], [7], [40]]),
@@ -82,22 +65,22 @@ def test_filler_has_no_frequency_and_is_no_key() -> None:
 
 
 def test_no_mask_where_nothing_is_padded() -> None:
-    model = patched_model()
-    call = padded_call(EQUAL)  # with a text mask that is all True
+    model = mixes.patched_model()
+    call = mixes.padded_call(EQUAL)  # with a text mask that is all True
     assert rotary_of(model, **call).mask is None
     explicit = {"attention_kwargs": {"attention_mask": torch.ones(2, 57)}}
     assert rotary_of(model, **{**call, "encoder_hidden_states_mask": None}, **explicit).mask is None
-    other_sizes = make_mix([[(1, 6, 8)], [(1, 8, 6)]], [9, 9])  # of equal length
-    assert rotary_of(model, **padded_call(other_sizes)).mask is None
-    assert_same(run(model, other_sizes, "padded"), run(stock_model(), other_sizes, "alone"))
-    pre = precomputed_call(EQUAL)
+    other_sizes = mixes.make_mix([[(1, 6, 8)], [(1, 8, 6)]], [9, 9])  # of equal length
+    assert rotary_of(model, **mixes.padded_call(other_sizes)).mask is None
+    mixes.assert_same(mixes.run(model, other_sizes, "padded"), mixes.run(mixes.stock_model(), other_sizes, "alone"))
+    pre = mixes.precomputed_call(EQUAL)
     assert rotary_of(model, **pre).mask is None
 
 
 def test_processor_alone_equals_the_stock_one() -> None:
-    attn, noise = stock_model().transformer_blocks[0].attn, torch.Generator().manual_seed(0)
+    attn, noise = mixes.stock_model().transformer_blocks[0].attn, torch.Generator().manual_seed(0)
     image, text = torch.randn(2, 6, 64, generator=noise), torch.randn(2, 4, 64, generator=noise)
-    freqs = stock_model().pos_embed([[(1, 2, 3)]], max_txt_seq_len=4, device=torch.device("cpu"))
+    freqs = mixes.stock_model().pos_embed([[(1, 2, 3)]], max_txt_seq_len=4, device=torch.device("cpu"))
     mask = torch.arange(4) < torch.tensor([[4], [2]])
     ours, stock = QwenDoubleStreamAttnProcessor2_0_MultiRes(), QwenDoubleStreamAttnProcessor2_0()
     for text_mask in (None, mask):
@@ -116,64 +99,50 @@ def test_processor_alone_equals_the_stock_one() -> None:
         ours(attn, image)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_attention_backend_reaches_the_processors(layout: str) -> None:
-    mix, model = main_mix(), patched_model(False, ATTENTION_AND_MLP)
-    before = run(model, mix, layout)
-    model.set_attention_backend("_native_math")
-    processors = {block.attn.processor._attention_backend for block in model.transformer_blocks}
-    assert processors == {AttentionBackendName._NATIVE_MATH}
-    assert_same(run(model, mix, layout), before)
-
-
-def test_patching_keeps_the_attention_backend() -> None:
-    model = stock_model()
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_attention_backend_reaches_the_processors(patched_first: bool) -> None:
+    """Chosen before the patch or after it."""
+    model = mixes.patched_model() if patched_first else mixes.stock_model()
     model.set_attention_backend("_native_math")
     patch_qwen_model_for_multi_resolution(model)
-    kept = {block.attn.processor._attention_backend for block in model.transformer_blocks}
-    assert kept == {AttentionBackendName._NATIVE_MATH}
+    processors = {block.attn.processor._attention_backend for block in model.transformer_blocks}
+    assert processors == {AttentionBackendName._NATIVE_MATH}
 
 
 def test_every_backend_that_a_cpu_reaches_is_right_or_refuses() -> None:
-    """Some take no mask and say so; none may answer with other values."""
-    mix, right = main_mix(), set()
-    expected = run(stock_model(False, ATTENTION_AND_MLP), mix, "alone")
-    reached = []
+    """Some take no mask and raise an error; none may answer with other values."""
+    right = set()
     for backend in AttentionBackendName:
-        model = patched_model(False, ATTENTION_AND_MLP)
+        model = mixes.patched_model(False, mixes.EVERY_LINEAR)
         if "hub" in backend.value:  # these are fetched when they are chosen
             continue
         try:
             model.set_attention_backend(backend.value)
         except (ImportError, RuntimeError):  # a package or a device that is not here
             continue
-        reached.append(backend.value)
-        for layout in ("padded", "packed"):
+        for layout in mixes.LAYOUTS:
             try:
-                found = run(model, mix, layout)
+                found = mixes.run(model, mixes.random_mix(3), layout)
             except (AttributeError, NotImplementedError, RuntimeError, UserWarning, ValueError):
                 continue
-            assert_same(found, expected)
+            mixes.assert_same(found, mixes.alone("random 3", False))
             right.add((backend.value, layout))
-    assert {("native", "padded"), ("native", "packed"), ("_native_math", "padded")} <= right, (reached, right)
+    assert {(name, layout) for name in ("native", "_native_math") for layout in mixes.LAYOUTS} <= right
 
 
 VARLEN = [name for name in AttentionBackendName if "varlen" in name.value]
 
 
-@pytest.mark.parametrize("backend", [*VARLEN, "flash_varlen"])
+@pytest.mark.parametrize("backend", [*VARLEN, "flash_varlen", "of the process"])
 def test_varlen_backends_never_see_a_padded_mask(backend: AttentionBackendName | str) -> None:
-    model = patched_model()
-    for block in model.transformer_blocks:
-        block.attn.processor._attention_backend = backend
-    with pytest.raises(ValueError, match=r"keeps the wrong keys of a padded batch: use batch\.layout packed"):
-        model(**padded_call(main_mix()))
-
-
-def test_varlen_backend_of_the_whole_process_never_sees_a_padded_mask() -> None:
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.FLASH_VARLEN)
-    with pytest.raises(ValueError, match="'flash_varlen' keeps the wrong keys"):
-        patched_model()(**padded_call(main_mix()))
+    model = mixes.patched_model()
+    if backend == "of the process":
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.FLASH_VARLEN)
+    else:
+        for block in model.transformer_blocks:
+            block.attn.processor._attention_backend = backend
+    with pytest.raises(ValueError, match=r"varlen.*' keeps the wrong keys of a padded batch: use batch\.layout packed"):
+        model(**mixes.padded_call(mixes.random_mix(3)))
 
 
 @pytest.mark.gpu
@@ -181,16 +150,16 @@ def test_varlen_backend_of_the_whole_process_never_sees_a_padded_mask() -> None:
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_varlen_kernel_equals_one_attention_call_per_sample(dtype: torch.dtype, zero_cond_t: bool) -> None:
     """The kernel of all samples is as near to fp32 as one call per sample is, and runs under autocast too."""
-    reference = run(stock_model(zero_cond_t, ATTENTION_AND_MLP), main_mix(), "alone")
-    model, mix = patched_model(zero_cond_t, ATTENTION_AND_MLP).to("cuda"), main_mix().to("cuda", dtype)
-    wide = main_mix().to("cuda", torch.float32)
+    reference = mixes.alone("main", zero_cond_t)
+    model, mix = mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR).to("cuda"), mixes.main_mix().to("cuda", dtype)
+    wide = mixes.main_mix().to("cuda", torch.float32)
     with torch.no_grad(), torch.autocast("cuda", dtype):
-        cast = [x.float().cpu() for x in forward_packed(model, wide)]
+        cast = [x.float().cpu() for x in mixes.forward_packed(model, wide)]
     model.to(dtype)
-    fused = run(model, mix, "packed")
+    fused = mixes.run(model, mix, "packed")
     model.set_attention_backend("_native_math")
-    single = run(model, mix, "packed")
+    single = mixes.run(model, mix, "packed")
     moved = [result.to("cpu", torch.float32) for result in (fused, single)]
-    assert forward_error(moved[0], reference) <= 1.5 * forward_error(moved[1], reference)
-    assert gradient_error(moved[0], reference) <= 1.5 * gradient_error(moved[1], reference)
+    assert mixes.forward_error(moved[0], reference) <= 1.5 * mixes.forward_error(moved[1], reference)
+    assert mixes.gradient_error(moved[0], reference) <= 1.5 * mixes.gradient_error(moved[1], reference)
     assert max(float((a - b).norm() / b.norm()) for a, b in zip(cast, reference.outputs, strict=True)) < 2e-2

@@ -24,7 +24,7 @@ class QwenImageEditPlus(QwenFamily):
     name = "qwen_image_edit_plus"
     pipeline_class = QwenImageEditPlusPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image-Edit-2509",)
-    controls = (1, 3)  # the model's authors name three as the most
+    controls = (1, 3)  # the model's authors name three as the maximum
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """One area for the VAE, one for the text encoder."""
@@ -32,11 +32,9 @@ class QwenImageEditPlus(QwenFamily):
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
-        fewest, most = self.controls
-        if not fewest <= controls <= most:
-            return (
-                f"Qwen-Image-Edit-Plus takes {fewest} to {most} control images, there are {controls}; give it so many"
-            )
+        low, high = self.controls
+        if not low <= controls <= high:
+            return f"Qwen-Image-Edit-Plus takes {low} to {high} control images, there are {controls}; give it so many"
         return super().record_problem(controls=controls, prompt=prompt)
 
     def vae_controls(

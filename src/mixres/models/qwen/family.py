@@ -62,14 +62,14 @@ class QwenFamily:
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
 
-    # What a variant says of its prompts and controls.
+    # A variant's prompts and controls.
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """See `Family`."""
         raise NotImplementedError
 
     def vae_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
-        """The sizes at which the VAE sees control images of these sizes."""
+        """The sizes at which the VAE gets control images of these sizes."""
         return [_control_size(size, areas.get("control_area", STOCK_CONTROL_AREA)) for size in controls]
 
     def vae_controls(
@@ -149,7 +149,7 @@ class QwenFamily:
 
     def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
         """See `Family`."""
-        return over_long(prompts, self.path, most=self.max_prompt_tokens, revision=self.revision)
+        return over_long(prompts, self.path, limit=self.max_prompt_tokens, revision=self.revision)
 
     def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
         """See `Family`."""

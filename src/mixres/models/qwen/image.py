@@ -54,7 +54,7 @@ class QwenImage(QwenFamily):
         return []
 
     def prompt_call(self, text_controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """The call cuts at 512 tokens unless it is told otherwise."""
+        """The call cuts at 512 tokens by default."""
         return {"max_sequence_length": TOKENIZER_MAX_LENGTH}
 
     def sampling_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:

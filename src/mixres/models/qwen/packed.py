@@ -1,6 +1,6 @@
-"""Packed samples through the stock forward: tokens ride the batch axis, modulation rows are expanded per token.
+"""Packed samples through the stock forward: tokens lie along the batch axis, modulation rows are expanded per token.
 
-Promise: exactly the valid tokens are computed, no filler at all. Cost: modulation parameters are expanded to one row
+Promise: exactly the valid tokens are computed, no padding at all. Cost: modulation parameters are expanded to one row
 per token in each block; the linear layers that make them still run once per sample.
 
 Legend: B sample, S_total and T_total image and text tokens of the microbatch.
@@ -115,7 +115,7 @@ def install_packed_hooks(model: Any) -> None:
 def _announce_runs(
     block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]] | None:
-    """Tell the block's modulations how to expand. Runs again when checkpointing recomputes the block."""
+    """Set how the block's modulations expand. Runs again when checkpointing recomputes the block."""
     names = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "image_rotary_emb",
              "joint_attention_kwargs", "modulate_index")  # fmt: skip
     call = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -15,15 +15,15 @@ TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the Qwen-Image pipeline
 
 
 def over_long(
-    prompts: Iterable[str], path: str, *, most: int, revision: str | None = None
+    prompts: Iterable[str], path: str, *, limit: int, revision: str | None = None
 ) -> dict[str, tuple[int, str]]:
-    """Of `prompts` those with more than `most` tokens: how many, and the longest beginning that fits.
+    """Of `prompts` those with more than `limit` tokens: how many, and the longest beginning that fits.
 
     Raises:
         UserError: the tokenizer of the pipeline cannot be had.
     """
     # A token of the byte-level vocabulary is one byte or more of the text in Unicode form NFC.
-    suspects = [text for text in dict.fromkeys(prompts) if len(normalize("NFC", text).encode()) > most]
+    suspects = [text for text in dict.fromkeys(prompts) if len(normalize("NFC", text).encode()) > limit]
     if not suspects:
         return {}
     folder = hub.pipeline_folder(path, ("tokenizer",), revision=revision)
@@ -37,8 +37,8 @@ def over_long(
     found = {}
     for text in suspects:
         tokens, cut = starts(text), text
-        while len(rest := starts(cut)) > most:  # what ends elsewhere may be split into more tokens
-            cut = cut[: rest[most]].rstrip()
+        while len(rest := starts(cut)) > limit:  # what ends elsewhere may be split into more tokens
+            cut = cut[: rest[limit]].rstrip()
         if cut != text:
             found[text] = (len(tokens), cut)
     return found

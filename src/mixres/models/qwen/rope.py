@@ -1,7 +1,7 @@
 """Per-sample 3D rotary positions for Qwen-Image: positions are data, frequencies are one table look-up.
 
-Promise: every token of every sample gets the position it would get alone; filler gets the frequency 0+0j, so that a
-filler query or key is the zero vector. Cost: three gathers once a forward call, nothing per block.
+Promise: every token of every sample gets the position it would get alone; padding gets the frequency 0+0j, so that a
+padded query or key is the zero vector. Cost: three gathers once a forward call, nothing per block.
 
 Positions follow the Qwen-Image report (Wu et al. 2025, arXiv 2508.02324, "MSRoPE"), as `QwenEmbedRope` in diffusers
 computes them for one sample: the frame axis counts the images of the sample (target 0, controls 1, 2, ...), rows and
@@ -13,6 +13,7 @@ Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from mixres.geometry import token_count
 Shape = tuple[int, int, int]
 Runs = tuple[tuple[int, int], ...]  # (row, tokens): so many tokens in a row share that row of parameters
 
-TABLE_HALF = 4096  # the tables of diffusers' `QwenEmbedRope` hold the positions -4096 .. 4095
-FILLER_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
+TABLE_HALF = 4096  # the stock tables hold the positions -4096 .. 4095
+PADDING_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def as_shape_lists(img_shapes: Sequence[Shape | Sequence[Shape]]) -> list[list[S
 
 
 def _as_shapes(entry: Any) -> list[Shape]:
-    images = [entry] if isinstance(entry[0], int) else entry
+    images = [entry] if isinstance(entry[0], Integral) else entry  # NumPy's integers too
     return [(int(frames), int(rows), int(columns)) for frames, rows, columns in images]
 
 
@@ -120,7 +121,7 @@ class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
         self._tables: dict[torch.device, Tensor] = {}
 
     def frequencies(self, positions: Tensor, device: torch.device | None) -> Tensor:
-        """`(..., 3)` integer positions -> `(..., D/2)` complex64 frequencies; `FILLER_POSITION` gives 0+0j."""
+        """`(..., 3)` integer positions -> `(..., D/2)` complex64 frequencies; `PADDING_POSITION` gives 0+0j."""
         table = self._table(torch.device("cpu") if device is None else device)
         rows = (positions + TABLE_HALF).to(table.device)
         halves = list(accumulate((dim // 2 for dim in self.axes_dim), initial=0))
@@ -136,18 +137,18 @@ class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
     def padded_frequencies(
         self, shapes: Sequence[Sequence[Shape]], image_tokens: int, text_tokens: int, device: torch.device | None
     ) -> tuple[Tensor, Tensor]:
-        """Per-sample frequencies `(B, S, D/2)` and `(B, T, D/2)`, rows filled up with 0+0j.
+        """Per-sample frequencies `(B, S, D/2)` and `(B, T, D/2)`, rows padded with 0+0j.
 
-        One sample, and samples of equal shapes without filler, share the stock's 2D pair `(S, D/2)`, `(T, D/2)`.
+        One sample, and samples of equal shapes without padding, share the stock's 2D pair `(S, D/2)`, `(T, D/2)`.
         """
         same = all(list(sample) == list(shapes[0]) for sample in shapes)
         per_sample = [image_positions(sample) for sample in (shapes[:1] if same else shapes)]
         texts = [text_positions(sample, text_tokens) for sample in (shapes[:1] if same else shapes)]
         if same and len(per_sample[0]) == image_tokens:
             return self.frequencies(per_sample[0], device), self.frequencies(texts[0], device)
-        padded = pad_sequence(per_sample, batch_first=True, padding_value=FILLER_POSITION)
+        padded = pad_sequence(per_sample, batch_first=True, padding_value=PADDING_POSITION)
         missing = image_tokens - padded.shape[1]
-        padded = torch.nn.functional.pad(padded, (0, 0, 0, missing), value=FILLER_POSITION)
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, missing), value=PADDING_POSITION)
         return self.frequencies(padded, device), self.frequencies(torch.stack(texts), device)
 
     def forward(

@@ -1,0 +1,166 @@
+"""What is a variant's own: sizes of controls, length of prompts, configuration; `test_every_family.py` has the rest."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unicodedata import normalize
+
+import pytest
+import torch
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit as stock_edit,
+    pipeline_qwenimage_edit_plus as stock_plus,
+)
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from mixres.errors import UserError
+from mixres.geometry import Size, control_size
+from mixres.models.qwen.edit import QwenImageEdit, control_area_set
+from mixres.models.qwen.edit_plus import QwenImageEditPlus, control_areas_set
+from mixres.models.qwen.family import STOCK_CONTROL_AREA
+from mixres.models.qwen.image import QwenImage
+from mixres.models.qwen.processor import QwenImageTextProcessor, load_processor, torchvision_imports
+from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
+from support.family_cases import CASES
+
+AREA, TEXT_AREA = 128 * 128, 2048
+SIZES = (Size(640, 427), Size(37, 211), Size(300, 300), Size(8000, 1000))
+
+# Sizes of controls.
+
+
+def test_the_stock_areas_are_the_pipelines_own() -> None:
+    areas = QwenImageEditPlus("").control_areas(STOCK_CONTROL_AREA, None)
+    assert areas == {"control_area": stock_plus.VAE_IMAGE_SIZE, "text_area": stock_plus.CONDITION_IMAGE_SIZE}
+    for stock, area in ((stock_edit, STOCK_CONTROL_AREA), *((stock_plus, area) for area in areas.values())):
+        for size in SIZES:
+            assert stock.calculate_dimensions(area, size.width / size.height)[:2] == control_size(size, area=area)
+    stock_function = stock_edit.calculate_dimensions
+    with control_area_set(STOCK_CONTROL_AREA):
+        assert stock_edit.calculate_dimensions is stock_function
+
+
+@pytest.mark.parametrize(
+    ("stock", "areas_set", "given"),
+    [
+        (stock_edit, partial(control_area_set, AREA), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
+        (stock_plus, partial(control_areas_set, control_area=AREA, text_area=TEXT_AREA), AREA),
+    ],
+)
+def test_other_areas_hold_for_a_while_and_no_side_is_zero(
+    stock: ModuleType, areas_set: Callable[[], AbstractContextManager[None]], given: int
+) -> None:
+    def constants() -> list[Any]:
+        return [
+            getattr(stock, name, None) for name in ("calculate_dimensions", "VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE")
+        ]
+
+    before = constants()
+    with areas_set():
+        for size in (*SIZES, Size(9000, 3)):
+            assert stock.calculate_dimensions(given, size.width / size.height)[:2] == control_size(size, area=AREA)
+        assert constants()[1:] == ([AREA, TEXT_AREA] if stock is stock_plus else [None, None])
+    assert constants() == before
+    with pytest.raises(ZeroDivisionError), areas_set():
+        raise ZeroDivisionError
+    assert constants() == before
+
+
+def test_sizes_of_controls_that_a_variant_does_not_have_are_refused() -> None:
+    assert QwenImage("").control_areas(STOCK_CONTROL_AREA, None) == {}
+    for family, lines in ((QwenImage(""), ["area", "text_area"]), (QwenImageEdit(""), ["text_area"])):
+        with pytest.raises(UserError) as caught:
+            family.control_areas(AREA, TEXT_AREA)
+        keys = [message.partition(":")[0] for message in caught.value.messages]
+        assert keys == [f"data.resize.control.{line}" for line in lines]
+
+
+# Length of prompts.
+
+
+def tokens(base: Path, text: str) -> int:
+    return len(AutoTokenizer.from_pretrained(base / "tokenizer")(text, add_special_tokens=False)["input_ids"])
+
+
+def test_only_what_is_over_the_limit_is_found(tiny_base: Path) -> None:
+    limit, base = TOKENIZER_MAX_LENGTH, str(tiny_base)
+    exact, over, many_bytes = "a" * limit, "a" * (limit + 1), "<|im_end|>" * (limit - 1)
+    assert over_long(["", "short", exact, over, over, many_bytes], base, limit=limit) == {over: (limit + 1, exact)}
+    pipeline = QwenImageEdit(base).load_sampling_pipeline(transformer=None, dtype=torch.float32, device="cpu")
+    assert pipeline.tokenizer_max_length == limit == QwenImageEdit("").max_prompt_tokens
+
+
+@pytest.mark.parametrize("word", ["blue ", "图片，", "👩‍👩‍👧 ", normalize("NFD", "é"), "<|im_end|>"])
+def test_what_is_cut_fits_and_is_the_beginning(tiny_base: Path, word: str) -> None:
+    text, limit = "x" + word * 1500, TOKENIZER_MAX_LENGTH
+    count, cut = over_long([text], str(tiny_base), limit=limit)[text]
+    assert count == tokens(tiny_base, text) > limit
+    assert tokens(tiny_base, cut) <= limit
+    assert text.startswith(cut)
+    longest = text[: len(cut) + len(word) + 1]
+    assert tokens(tiny_base, longest) > limit or longest.rstrip() == cut, "a longer beginning would not fit"
+
+
+def test_short_prompts_need_no_tokenizer_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert over_long(["short"] * 3, str(tmp_path), limit=1024) == {}
+    with pytest.raises(UserError, match="tokenizer is missing"):
+        over_long(["a" * 2000], str(tmp_path), limit=1024)
+
+
+def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any], Path]) -> None:
+    """The stock call cuts at 512 tokens by default and at 1024 always, those of the template behind the prompt too."""
+    encoders = QwenImage(str(base_of(CASES["qwen_image"]))).load_encoders(dtype=torch.float32, device="cpu")
+    most = QwenImage("").max_prompt_tokens
+    stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
+    embeds = {count: QwenImage("").encode_prompt(encoders, controls=[], prompt="z" * count) for count in (700, most)}
+    assert mask is None and torch.equal(embeds[700], stock[0])
+    assert 700 <= len(embeds[700]) <= 710
+    assert len(embeds[most]) == TOKENIZER_MAX_LENGTH
+    for count, kept in ((most, TOKENIZER_MAX_LENGTH), (most + 1, TOKENIZER_MAX_LENGTH + 1)):
+        ids = encoders.tokenizer(encoders.prompt_template_encode.format("z" * (count - 1) + "y")).input_ids
+        assert len(ids) - encoders.prompt_template_encode_start_idx == kept
+
+
+# Configuration and processor.
+
+
+def test_sizes_and_shift_come_from_the_configuration(tiny_base: Path, copy_of_base: Path) -> None:
+    assert QwenImageEdit(str(tiny_base)).pixels_per_token() == 16
+    shift = QwenImageEdit(str(tiny_base)).flow_shift()
+    assert shift == {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
+    assert stock_edit.calculate_shift(256, **shift) == pytest.approx(0.5)
+    (copy_of_base / "scheduler" / "scheduler_config.json").write_text("{}")
+    defaults = QwenImageEdit(str(copy_of_base)).flow_shift()
+    for count in (64, 4096):
+        assert stock_edit.calculate_shift(count, **defaults) == stock_edit.calculate_shift(count)
+
+
+def test_the_processor_is_the_stock_one_or_its_parts(tiny_base: Path) -> None:
+    """What `Qwen2VLProcessor.from_pretrained` reads, part by part: the whole of it needs torchvision."""
+    folder = tiny_base / "processor"
+    ours = load_processor(folder)
+    assert isinstance(ours, Qwen2VLProcessor if torchvision_imports() else QwenImageTextProcessor)
+    assert AutoImageProcessor.from_pretrained(folder).to_dict() == ours.image_processor.to_dict()
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == ours.tokenizer.get_vocab()
+    video, _ = BaseVideoProcessor.get_video_processor_dict(folder)
+    assert video["video_processor_type"] == "Qwen2VLVideoProcessor"
+
+
+def test_the_older_layout_of_a_processor_loads_too(tiny_base: Path, copy_of_base: Path) -> None:
+    """Qwen/Qwen-Image-Edit keeps the image processor in `preprocessor_config.json`."""
+    folder = copy_of_base / "processor"
+    config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(config["image_processor"]), encoding="utf-8")
+    image = Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 50).convert("RGB")
+    text = "<|vision_start|><|image_pad|><|vision_end|>swap red and blue"
+    older, newer = (load_processor(where)(text=[text], images=image) for where in (folder, tiny_base / "processor"))
+    assert older["input_ids"] == newer["input_ids"]
+    assert (older["pixel_values"] == newer["pixel_values"]).all()
