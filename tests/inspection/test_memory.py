@@ -17,7 +17,7 @@ from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.training.optimizer import optimizer_tensors
 from mixres.verification.consistency import batches_of
-from mixres.verification.setup import Workbench, one_process, set_up
+from mixres.verification.setup import Setup, one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import CASES, FamilyCase
 
@@ -32,7 +32,7 @@ def estimate_of(file: Path, *words: str, ranks: int = 1) -> MemoryEstimate:
     return MemoryEstimate(config, family_of(config), ranks=ranks, device=CPU)
 
 
-def allocated_at_peak(setting: Workbench, batch: Batch) -> int:
+def allocated_at_peak(setting: Setup, batch: Batch) -> int:
     """Bytes that forward and backward take beside weights and gradients, by the allocator's own record."""
 
     def step() -> None:

@@ -9,8 +9,8 @@ The ways: `one_by_one` accumulates gradients over single samples; `padded` and `
 `batch.max_tokens`.
 
 Reading a row: `ratio` is time over one_by_one's; `padding` the fraction of computed tokens that is padding; `flops`
-what a step computes; `mfu` what it needs (no padding, nothing computed twice) per second over the device's dense bf16
-peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew in a step.
+what a step computes, counted in the round that warms up; `mfu` what it needs (no padding, nothing computed twice) per
+second over the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew.
 """
 
 import statistics
@@ -89,8 +89,10 @@ def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUN
     first = {way: steps[0] for way, steps in work.items()}
     _seconds(setup, first[BASELINE])  # the optimizer's state is made here
     peaks = {way: peak_memory(device, partial(_seconds, setup, step)) for way, step in first.items()}
+    start = time.perf_counter()
     flops = _count_flops(setup, work)
-    seconds = _time_rounds(setup, work, max_rounds)
+    fit = int(BUDGET_S / (time.perf_counter() - start))
+    seconds = _time_rounds(setup, work, min(max_rounds, max(MIN_ROUNDS, fit)))
     rows = [_row(way, work[way], seconds, flops, peaks[way], _peak_flops(config, device)) for way in work]
     trainer = _trainer_step(setup, source, work[config.batch.layout] * min(MIN_ROUNDS, max_rounds))
     _log_table(rows)
@@ -190,30 +192,23 @@ def _seconds(setup: Setup, step: Step, batches: Iterable[Batch] | None = None) -
 
 
 def _count_flops(setup: Setup, work: Work) -> dict[str, FlopCounter]:
-    """Of all steps, by way, in a round that is not timed."""
-    counters = {way: FlopCounter() for way in work}
+    """Of all steps by way, in a round that warms up."""
+    flops = {way: FlopCounter() for way in work}
     for way, steps in work.items():
-        with counters[way]:
+        with flops[way]:
             for step in steps:
                 _seconds(setup, step)
-    return counters
+    return flops
 
 
-def _time_rounds(setup: Setup, work: Work, max_rounds: int) -> dict[str, list[float]]:
-    """Of each way the seconds of all steps, round by round, after a round to warm up."""
-
-    def one_round() -> dict[str, float]:
-        seconds = dict.fromkeys(work, 0.0)
+def _time_rounds(setup: Setup, work: Work, rounds: int) -> dict[str, list[float]]:
+    """Of each way the seconds of all steps, round by round."""
+    seconds = {way: [0.0] * rounds for way in work}
+    for number in range(rounds):
         for k in range(len(work[BASELINE])):
             for way, steps in work.items():
-                seconds[way] += _seconds(setup, steps[k])
-        return seconds
-
-    start = time.perf_counter()
-    one_round()
-    fit = int(BUDGET_S / (time.perf_counter() - start))
-    rounds = [one_round() for _ in range(min(max_rounds, max(MIN_ROUNDS, fit)))]
-    return {way: [seconds[way] for seconds in rounds] for way in work}
+                seconds[way][number] += _seconds(setup, steps[k])
+    return seconds
 
 
 def _row(
