@@ -13,12 +13,11 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors import safe_open
 from torch import nn
 
-from mixres.config.schema import ATTENTION
 from mixres.errors import UserError
 from mixres.models.lora import add_lora, check_pretrained, check_targets, expanded, train_all, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
-from mixres.models.qwen.layers import LORA_PRESETS, untrained_modules
+from mixres.models.qwen.layers import ATTENTION, LORA_PRESETS, untrained_modules
 from support import mixes
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}

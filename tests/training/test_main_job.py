@@ -13,8 +13,7 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
 from mixres.config.load import load_config
-from mixres.config.schema import ATTENTION
-from mixres.models.qwen.layers import untrained_modules
+from mixres.models.qwen.layers import ATTENTION, untrained_modules
 from support.jobs import BIN, LORA, PYTHON, REPOSITORY, Jobs, environment, error_lines, metrics, names, newest, status
 
 STEPS = 20

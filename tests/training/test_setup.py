@@ -184,7 +184,7 @@ def frozen(setup: Setup, encoded: CachedData, *overrides: str) -> dict[str, obje
     config = setup(*overrides)
     own, regular = ([x.key for x in encoded.train if x.regularization == which] for which in (False, True))
     order = build_plan(config, encoded, world_size=1).order_hash([item.key for item in encoded.train])
-    return {**run_identity(config, own, regular), "order": order}
+    return {**run_identity(*with_family(config), own, regular), "order": order}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,11 @@ def test_a_base_on_the_hub_is_known_by_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for revision in ("null", "main", commit):
         config = setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}")
-        assert run_identity(config, [], [])["model.revision"] == recipe(*with_family(config), 5)["revision"] == commit
+        assert (
+            run_identity(*with_family(config), [], [])["model.revision"]
+            == recipe(*with_family(config), 5)["revision"]
+            == commit
+        )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 COLOUR = r"^(white|gray|black|#[0-9A-Fa-f]{6})$"
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Area = Annotated[int, Field(ge=1024, le=2**28)]
@@ -44,7 +43,8 @@ class LoraConfig(Section):
         0.0, ge=0, lt=1, description="Dropout before the adapters; above 0 a resume is exact on the same topology only."
     )
     target_modules: Texts = Field(
-        ATTENTION, description="Layers with adapters: attention, attention+mlp, all, or name endings that all match."
+        ("attention",),
+        description="Layers with adapters: attention, attention+mlp, all, or name endings that all match.",
     )
     use_dora: bool = Field(False, description="DoRA: also learn the length of each output's weights (Liu 2024).")
     pretrained_weight: Text | None = Field(None, description="A LoRA file, or its folder; training continues from it.")

@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from mixres.config.problems import as_written, dotted, leaves
 from mixres.config.schema import Changeable
 from mixres.errors import Problems, UserError, WorkError
+from mixres.models.lora import NO_PRESETS, Presets, expanded
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import distribute_like, local_shards
 from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
 
 OPTIMIZER = "optimizer.class_path"
+_TARGETS = "model.lora.target_modules"
 
 
 @dataclass
@@ -37,12 +39,17 @@ class Skips:
 
 
 def checkpoint_to_resume(
-    checkpoints: Checkpoints, resume: str, frozen: Mapping[str, Any], allowed: Sequence[str]
+    checkpoints: Checkpoints,
+    resume: str,
+    frozen: Mapping[str, Any],
+    allowed: Sequence[str],
+    *,
+    presets: Presets = NO_PRESETS,
 ) -> Checkpoint | None:
     """The checkpoint to resume from, None to start from step 0.
 
     `frozen` is what a run must have in common with the one it resumes, by key. Changes of the keys in `allowed` are
-    accepted.
+    accepted. `presets` of layers count as what they stand for: earlier versions saved them as they were written.
 
     Raises:
         UserError: one is required and there is none, none of those there is valid, or it is of another run.
@@ -64,6 +71,8 @@ def checkpoint_to_resume(
             )
         return None
     saved, problems = found.state["frozen"], Problems()
+    if targets := saved.get(_TARGETS):
+        saved[_TARGETS] = expanded(targets, presets)
     for key in {**saved, **frozen}:
         if key not in allowed and saved.get(key) != frozen.get(key):
             problems.add(_change(found, key, saved.get(key), frozen.get(key)))

@@ -25,7 +25,15 @@ from mixres.errors import Problems, UserError
 from mixres.models import hub
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.family import Family
-from mixres.models.lora import TargetMatch, add_lora, check_pretrained, check_targets, train_all, trainable_parameters
+from mixres.models.lora import (
+    TargetMatch,
+    add_lora,
+    check_pretrained,
+    check_targets,
+    expanded,
+    train_all,
+    trainable_parameters,
+)
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import stated_areas
@@ -192,12 +200,12 @@ def build_loader(
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 
-def run_identity(config: Config, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
+def run_identity(config: Config, family: Family, own: Sequence[str], regularization: Sequence[str]) -> dict[str, Any]:
     """What a resumed run must have in common with the one it resumes, by key; known before anything is encoded.
 
     `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.
     """
-    lora = config.model.lora.model_dump(mode="json") if config.model.lora else {}
+    lora = _lora_values(config, family)
     return {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": _revision(config),
@@ -214,6 +222,14 @@ def run_identity(config: Config, own: Sequence[str], regularization: Sequence[st
     }
 
 
+def _lora_values(config: Config, family: Family) -> dict[str, Any]:
+    """The keys of `model.lora`, presets as the layers that they stand for."""
+    lora = config.model.lora
+    if lora is None:
+        return {}
+    return lora.model_dump(mode="json") | {"target_modules": expanded(lora.target_modules, family.lora_presets)}
+
+
 def _fingerprint(keys: Sequence[str]) -> str | None:
     digest = xxhash.xxh3_64_hexdigest(" ".join(keys).encode())
     return f"{len(keys)} samples of fingerprint {digest}" if keys else None
@@ -227,7 +243,6 @@ def _revision(config: Config) -> str | None:
 
 def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
     """What a LoRA file or a trained transformer records of its training, so that sampling needs no configuration."""
-    lora = config.model.lora
     return {
         "format": 1,
         "mixres": __version__,
@@ -236,7 +251,7 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "revision": _revision(config),
         "quantize": config.model.quantize,
         "background": config.data.background,
-        **(lora.model_dump(mode="json", include=_LORA_STATED) if lora else {}),
+        **{name: value for name, value in _lora_values(config, family).items() if name in _LORA_STATED},
         **stated_areas(config, family),
         "step": step,
     }

@@ -78,11 +78,14 @@ def train(config: Config) -> None:
         assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([records.keys, public]).encode()))
 
         # What is there to resume?
-        frozen = run_identity(config, records.train_keys(regularization=False), records.train_keys(regularization=True))
+        own, regularization = (records.train_keys(regularization=which) for which in (False, True))
+        frozen = run_identity(config, family, own, regularization)
         checkpoints = Checkpoints(
             folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
         )
-        checkpoint = checkpoint_to_resume(checkpoints, config.resume, frozen, config.resume_allow_changes)
+        checkpoint = checkpoint_to_resume(
+            checkpoints, config.resume, frozen, config.resume_allow_changes, presets=family.lora_presets
+        )
         first = checkpoint.step if checkpoint else 0
         run.update(step=first)
         if first >= last and any_rank(accelerator, run.was_done(first)):

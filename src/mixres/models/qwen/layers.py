@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mixres.config.schema import ATTENTION
-
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 _ENDS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "img_in", "txt_in", "norm_out.linear", "proj_out")
 LORA_PRESETS = {
