@@ -276,7 +276,7 @@ def test_problems_of_the_data_are_told_beside_a_base_that_cannot_be_had(
         assert cli.main([verb, "--config", str(small_run), *words, *folders, *more]) == 2
         said = capsys.readouterr()
         assert [line.removeprefix("mixres: error: ") for line in said.err.splitlines()] == expected
-        assert said.out == f"model     {base} cannot be used; the data are looked at all the same\n"
+        assert said.out == f"model     {base} cannot be used; the data are scanned all the same\n"
 
 
 def test_all_problems_are_told_and_the_rest_is_reported(
