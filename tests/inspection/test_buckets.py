@@ -37,8 +37,8 @@ def test_a_picture_goes_to_the_nearest_aspect(size: Size, bucket: Size, loss: fl
 def test_what_does_not_fill_a_batch_is_dropped() -> None:
     targets = [Size(1000, 1000)] * 5 + [Size(1500, 1000)] * 4 + [Size(1000, 1500)] * 3
     found = bucketing(targets, samples_per_step=4, max_pixels=MEGAPIXEL)
-    assert (found.buckets, found.dropped, found.steps_per_epoch) == (3, 4, 2)
-    assert found.dropped_share == pytest.approx(4 / 12)
-    assert found.mean_batch == 12 / 4
-    assert (found.cropped, found.enlarged) == (7, 5)
-    assert found.cropped_mean == pytest.approx(7 * found.cropped_most / 12)
+    assert (found["buckets"], found["dropped"], found["steps_per_epoch"]) == (3, 4, 2)
+    assert found["dropped_share"] == pytest.approx(4 / 12)
+    assert found["mean_batch"] == 12 / 4
+    assert (found["cropped"], found["enlarged"]) == (7, 5)
+    assert found["cropped_mean"] == pytest.approx(7 * found["cropped_most"] / 12)

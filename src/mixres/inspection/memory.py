@@ -71,9 +71,6 @@ class MemoryEstimate:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = self._fake_model()
         parameters, trained = list(self._model.parameters()), list(trainable_parameters(self._model).values())
-        with self._fake:
-            for parameter in trained:  # of the microbatches before this one
-                parameter.grad = torch.empty_like(parameter)
         self._known = [*parameters, *(p.grad for p in trained if p.grad is not None)]
         self.trained, self.parameters = sum(p.numel() for p in trained), sum(p.numel() for p in parameters)
         blocks = repeated_blocks(self._model)
@@ -198,6 +195,8 @@ class MemoryEstimate:
                 for name, parameter in module.named_parameters(recurse=False):
                     empty = _empty_like(parameter.detach(), self._device)
                     setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+            for parameter in trainable_parameters(transformer).values():
+                parameter.grad = torch.empty_like(parameter)  # of the microbatches before this one
         return transformer.train()
 
 
@@ -254,19 +253,17 @@ def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleToken
     channels, text_width = family.token_widths()
     draw = partial(noise_sample, channels=channels, text_width=text_width, dtype=dtype, noise=noise)
     samples = [draw(f"largest-{number}", grids, text=text) for number, (grids, text) in enumerate(microbatch)]
-    weights = [1.0] * len(samples)
-    return collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)
+    return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=config.batch.layout)
 
 
 def _runs_of_equal(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[nn.ModuleList, list[nn.Module]]]:
     """Each run of neighbours whose parameters are alike, and the list that holds them, in the order of the model."""
-    known = {id(block) for block in blocks}
 
     def kind(block: nn.Module) -> list[Any]:
         return [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
 
     for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and any(id(block) in known for block in stack):
+        if isinstance(stack, nn.ModuleList) and not set(blocks).isdisjoint(stack):
             yield from ((stack, list(run)) for _, run in groupby(list(stack), key=kind))
 
 

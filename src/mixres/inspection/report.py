@@ -16,19 +16,9 @@ from mixres.preprocessing.fill import readable_size
 
 def template(name: str) -> Template:
     """A template of this package, with the filters that write figures."""
-    environment = Environment(
-        loader=PackageLoader("mixres.inspection", ""),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {
-        "figure": shown,
-        "spec": format,
-        "size": readable_size,
-        "amount": amount,
-        "clock": clock,
-        "zip": lambda *some: list(zip(*some, strict=True)),
-    }
+    loader, escape = PackageLoader("mixres.inspection", ""), select_autoescape(["html.j2"])
+    environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined)
+    environment.filters |= {"figure": shown, "spec": format, "size": readable_size, "amount": amount, "clock": clock}
     return environment.get_template(name)
 
 

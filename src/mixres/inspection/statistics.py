@@ -217,7 +217,8 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
     twins = len(train) - len({(scanned.digests, scanned.record.prompt) for scanned in train})
     enlarged, other, rest = sizes["targets_enlarged"], sizes["controls_of_another_aspect"], len(train) % wanted
     enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
-    few = found.few(config)
+    few, no_samples = found.few(config), config.sample.every and not found.held_out
+    all_alone = epoch["microbatches"] == epoch["samples"] > epoch["steps"] * ranks
     said: list[tuple[object, str]] = [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
         (same, f"{amount(same, 'record')} with two images of the same bytes, such as a control that is its target"),
@@ -237,10 +238,7 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
             f"controls are enlarged up to {enlargement:.1f} times along a side; data.resize.control.area=target gives "
             "each as many pixels as its target has",
         ),
-        (
-            config.sample.every and not found.held_out,
-            "nothing is held out: there will be no samples while training (data.held_out)",
-        ),
+        (no_samples, "nothing is held out: there will be no samples while training (data.held_out)"),
         (few, str(few)),
         (
             steps < epoch["steps"],
@@ -261,9 +259,6 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
             f"{epoch['idle_share']:.0%} of the ranks' time goes into waiting for the heaviest one: raise "
             "batch.samples_per_step, or take fewer ranks",
         ),
-        (
-            epoch["microbatches"] == epoch["samples"] and epoch["samples"] > epoch["steps"] * ranks,
-            "every microbatch is one sample: raise batch.max_tokens if memory allows",
-        ),
+        (all_alone, "every microbatch is one sample: raise batch.max_tokens if memory allows"),
     ]
     return [text for holds, text in said if holds]
