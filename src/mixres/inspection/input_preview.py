@@ -22,7 +22,7 @@ from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import Row, contact_sheet
 
 ROWS = 6
-Pictures = dict[str, Image.Image]  # by the heading of their column
+Images = dict[str, Image.Image]  # by the heading of their column
 
 
 def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
@@ -36,23 +36,23 @@ def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
 
 
 def input_sheet(
-    config: Config, family: Family, some: Sequence[ScannedRecord], decoded: Sequence[Pictures] = ()
+    config: Config, family: Family, some: Sequence[ScannedRecord], decoded: Sequence[Images] = ()
 ) -> Image.Image:
     """A row a record: target, its mask on the token grid, each control for VAE and text encoder, and `decoded`."""
     preprocessors = family.load_preprocessors()
-    given = [_pictures(family, preprocessors, encode_inputs(config, family, scanned)) for scanned in some]
-    headings = {heading for pictures in given for heading in pictures}
+    given = [_images(family, preprocessors, encode_inputs(config, family, scanned)) for scanned in some]
+    headings = {heading for images in given for heading in images}
     columns = sorted(headings, key=lambda heading: (heading != "target", heading != "mask", heading))
-    columns += dict.fromkeys(heading for pictures in decoded for heading in pictures)
+    columns += dict.fromkeys(heading for images in decoded for heading in images)
     rows = []
-    for scanned, pictures, cached in zip(some, given, decoded or [Pictures()] * len(some), strict=True):
-        cells = tuple((pictures | cached).get(column) for column in columns)
-        sizes = ", ".join(f"{heading} {image.width}x{image.height}" for heading, image in pictures.items())
+    for scanned, images, cached in zip(some, given, decoded or [Images()] * len(some), strict=True):
+        cells = tuple((images | cached).get(column) for column in columns)
+        sizes = ", ".join(f"{heading} {image.width}x{image.height}" for heading, image in images.items())
         rows.append(Row(cells, f"{scanned.record.name}: {scanned.record.prompt}", sizes))
     return contact_sheet(columns, rows)
 
 
-def _pictures(family: Family, preprocessors: Any, inputs: dict[str, Any]) -> Pictures:
+def _images(family: Family, preprocessors: Any, inputs: dict[str, Any]) -> Images:
     shown = ("target", "target_size", "controls", "areas")
     found = family.previews(preprocessors, **{name: inputs[name] for name in shown})
     if inputs["mask"] is not None:
@@ -64,7 +64,7 @@ def _pictures(family: Family, preprocessors: Any, inputs: dict[str, Any]) -> Pic
 
 def decoded_of(
     config: Config, family: Family, some: Sequence[ScannedRecord], tell: Callable[[str], None]
-) -> list[Pictures]:
+) -> list[Images]:
     """Target and controls of each record, none where it is not cached; `tell` gets a line about those that are not.
 
     Raises:
@@ -81,7 +81,7 @@ def decoded_of(
     pipeline = family.load_sampling_pipeline(transformer=None, dtype=dtype, device=dist_env().device)
     found = []
     for key, scanned in zip(keys, some, strict=True):
-        found.append(Pictures())
+        found.append(Images())
         if cache.lookup(key) is not None:
             sample = cache.read(key, name=scanned.record.name)
             latents = (sample.target_latents, *sample.control_latents)

@@ -181,8 +181,8 @@ class _DryRun:
         figures = memory_probe.measure(self.config, self.family, self.largest)
         if figures["fits"]:
             a_token = figures["seconds"] / computed_tokens(self.lengths, self.config.batch.layout)
-            for name, (sums, *_) in self.sums.items():
-                tokens_per_step = sums["heaviest_tokens"] / sums["steps"]
+            for name, sums in self.sums.items():
+                tokens_per_step = sums.figures["heaviest_tokens"] / sums.figures["steps"]
                 figures[f"{name}_seconds"] = a_token * tokens_per_step * self.steps[name]
         return figures
 

@@ -24,8 +24,8 @@ def template(name: str) -> Template:
 
 def page(report: Mapping[str, Any], preview: bytes | None) -> str:
     """The HTML page of a report; `preview` is a PNG of what the encoders see."""
-    picture = preview and base64.b64encode(preview).decode()
-    return template("report.html.j2").render(report=report, preview=picture)
+    encoded = preview and base64.b64encode(preview).decode()
+    return template("report.html.j2").render(report=report, preview=encoded)
 
 
 def summary_lines(report: Mapping[str, Any]) -> list[str]:

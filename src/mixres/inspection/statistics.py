@@ -27,7 +27,7 @@ _APART = 1.1  # aspects of control and target that differ by this factor are cou
 _RESIZED = 1.05  # an area that changes by less is only rounded
 _CROOKED = 1.02  # a change of aspect by rounding that is worth a notice
 _ENLARGED = 2.0  # so is a control that is enlarged by this factor along a side,
-_IDLE = 0.2  # and this share of the ranks' time
+_IDLE = 0.2  # and this fraction of the ranks' time
 Figures = dict[str, Any]
 
 
@@ -219,7 +219,7 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
     enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
     few, no_samples = found.few(config), config.sample.every and not found.held_out
     all_alone = epoch["microbatches"] == epoch["samples"] > epoch["steps"] * ranks
-    said: list[tuple[object, str]] = [
+    checks: list[tuple[object, str]] = [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
         (same, f"{amount(same, 'record')} with two images of the same bytes, such as a control that is its target"),
         (twins, f"{amount(twins, 'exact repetition')} of other records"),
@@ -261,4 +261,4 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
         ),
         (all_alone, "every microbatch is one sample: raise batch.max_tokens if memory allows"),
     ]
-    return [text for holds, text in said if holds]
+    return [text for holds, text in checks if holds]
