@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw, ImageOps
 from mixres.config.load import load_config
 from mixres.diffusion.flow_matching import resolution_shift
 from mixres.geometry import Size
-from mixres.inspection.buckets import bucket_shapes
 from mixres.quickstart.data import PROMPTS
 from mixres.training.sample_sheets import _font
 from support.pages import DOCS, REPOSITORY, script
@@ -65,19 +64,13 @@ def test_a_bucket_crop_worked_by_hand() -> None:
     crop = MIXED.bucket_crop(Size(4000, 3000))
     assert crop.bucket == Size(1152, 896)
     assert crop.lost == pytest.approx(1 - 1152 / (4000 * 896 / 3000))
-    for bucket in bucket_shapes(MIXED.AREA):
-        assert bucket.width % 64 == bucket.height % 64 == 0 and bucket.width * bucket.height <= 1024 * 1024
 
 
 def test_sample_0_positions_spoil_the_others_and_the_patch_does_not(tiny_base: Path) -> None:
     errors = POSITIONS.measure(tiny_base)
     assert max(*errors.patched, *(values[0] for values in vars(errors).values())) < 1e-6
-    for low, high, values in (
-        (0.05, 0.20, errors.text_of_sample_0),
-        (0.25, 0.40, errors.image_of_sample_0),
-        (0.25, 0.40, errors.stock),
-    ):
-        assert all(low < value < high for value in values[1:]), values
+    assert all(0.05 < value < 0.20 for value in errors.text_of_sample_0[1:])
+    assert all(0.25 < value < 0.40 for value in (*errors.image_of_sample_0[1:], *errors.stock[1:]))
 
 
 def row(name: str) -> list[str]:

@@ -1,7 +1,5 @@
 """What the README, CONTRIBUTING and the pages name is there: keys, files, verbs and options. Their code runs."""
 
-import contextlib
-import io
 import itertools
 import re
 
@@ -88,12 +86,8 @@ def test_the_recipes_take_what_every_command_overrides(name: str) -> None:
 
 
 def test_the_checks_see_keys_and_commands() -> None:
-    assert named_keys("`train.seed`, `model.lora.{r,use_dora}`, `data.train=x`, `train.py`, `resume: auto`") == [
-        "train.seed",
-        "model.lora.r",
-        "model.lora.use_dora",
-        "data.train",
-    ]
+    keys = named_keys("`train.seed`, `model.lora.{r,use_dora}`, `data.train=x`, `train.py`, `resume: auto`")
+    assert keys == ["train.seed", "model.lora.r", "model.lora.use_dora", "data.train"]
     text = "a `train.py cache --verfy`\n\n```\npython train.py inspect --config F \\\n  data.tran=x 'data.train=[a]'\n"
     text += "```\n`mixres sample --lorra x`, `mixres frob x`, `mixres` and `train.py`\n"
     found = [problems for words in commands(text) if (problems := command_problems(words))]
@@ -117,11 +111,8 @@ def test_the_call_without_mixres_is_the_same_on_both() -> None:
     assert block in python_blocks("sampling.md")
 
 
-def test_the_patch_alone_gives_what_its_page_says() -> None:
+def test_the_patch_alone_gives_what_its_page_says(capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = python_blocks("patch.md")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(block, {})
-    errors = [float(line.split()[-1]) for line in printed.getvalue().splitlines()]
-    assert len(errors) == 4
-    assert max(errors) < 1e-6
+    exec(block, {})
+    errors = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(errors) == 4 and max(errors) < 1e-6

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from support.pages import DOCS, REPOSITORY
@@ -58,21 +57,15 @@ def test_the_readmes_links_lead_to_headings() -> None:
 DEAD = ["nowhere.md", "other.md#nowhere", "#nowhere", "images/nowhere.png", "/other.md", "../README.md"]
 
 
-@pytest.fixture
-def dead_site(tmp_path: Path) -> Path:
-    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+def test_dead_links_stop_the_build(tmp_path: Path) -> None:
+    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"docs_dir": str(tmp_path / "docs")}
     del settings["nav"]
-    settings["docs_dir"] = str(tmp_path / "docs")
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "other.md").write_text("# Other\n", encoding="utf-8")
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     links = "\n\n".join(f"{'!' * link.endswith('.png')}[x]({link})" for link in DEAD)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "other.md").write_text("# Other\n", encoding="utf-8")
     (tmp_path / "docs" / "index.md").write_text(f"# Index\n\n{links}", encoding="utf-8")
-    return tmp_path
-
-
-def test_dead_links_stop_the_build(dead_site: Path) -> None:
-    done = build(dead_site / "mkdocs.yml", dead_site / "site")
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0
     warnings = [line for line in done.stderr.splitlines() if "WARNING" in line]
     for link in DEAD:

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from mixres.batch import Batch
 from mixres.config.load import load_config
 from mixres.geometry import Grid
+from mixres.inspection import memory
 from mixres.inspection.memory import MemoryEstimate, bytes_of, optimizer_bytes
 from mixres.models.lora import fill_adapters
 from mixres.models.registry import load_family
@@ -21,7 +22,6 @@ from mixres.verification.setup import Setup, one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import CASES, FamilyCase
 
-CPU = torch.device("cpu")
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
 DORA = "model.lora.use_dora=true"
 EVERY_LAYER = "model.lora.target_modules=all"
@@ -29,7 +29,7 @@ EVERY_LAYER = "model.lora.target_modules=all"
 
 def estimate_of(file: Path, *words: str, ranks: int = 1) -> MemoryEstimate:
     config = load_config(file, list(words))
-    return MemoryEstimate(config, family_of(config), ranks=ranks, device=CPU)
+    return MemoryEstimate(config, family_of(config), ranks=ranks)
 
 
 def allocated_at_peak(setting: Setup, batch: Batch) -> int:
@@ -58,10 +58,10 @@ def check_estimate(file: Path, words: Sequence[str]) -> None:
     family = family_of(config)
     setting = set_up(config, family, one_process(config, "inspect"))
     samples = synthetic_samples(config, family, 3)
-    estimate = MemoryEstimate(config, family, ranks=1, device=CPU)
+    estimate = MemoryEstimate(config, family, ranks=1)
     assert (estimate.trained, estimate.parameters) == setting.trained.counts
-    batch = estimate.batch([sample.img_shapes for sample in samples], [len(sample.prompt_embeds) for sample in samples])
-    counted = estimate.count(batch, config.train.gradient_checkpointing).peak
+    batch = estimate.batch([(sample.img_shapes, len(sample.prompt_embeds)) for sample in samples])
+    counted = max(estimate.count(batch, config.train.gradient_checkpointing)[1:])
     real = allocated_at_peak(setting, batches_of(samples, config.batch.layout)[0])
     assert counted == pytest.approx(real, rel=0.1)
 
@@ -113,38 +113,33 @@ def test_equal_blocks_stand_for_each_other(
     skeleton = family.transformer_skeleton()
     del skeleton.transformer_blocks[6:]
     monkeypatch.setattr(family, "transformer_skeleton", lambda *args, **named: skeleton)
-    estimate = MemoryEstimate(config, family, ranks=1, device=CPU)
-    batch = estimate.batch([(Grid(1, 32, 32), Grid(1, 20, 24))], [300])
-    assert estimate.count(batch, checkpointing) == estimate.count(batch, checkpointing, whole=True)
+    estimate = MemoryEstimate(config, family, ranks=1)
+    batch = estimate.batch([((Grid(1, 32, 32), Grid(1, 20, 24)), 300)])
+    extended = estimate.count(batch, checkpointing)
+    monkeypatch.setattr(memory, "_KEPT_BLOCKS", 6)
+    assert extended == estimate.count(batch, checkpointing)
 
 
 def test_memory_adds_up(small_run: Path) -> None:
-    microbatch = [(Grid(1, 5, 10), Grid(1, 5, 10)), (Grid(1, 5, 6), Grid(1, 5, 6))], [10, 20]
-    plain = estimate_of(small_run, "train.ema_decay=0.9")
-    memory = plain.memory(*microbatch)
-    trained = 4 * plain.trained
-    parts = (memory.trained_weights, memory.gradients, memory.optimizer, memory.ema)
-    assert parts == (trained, trained, 2 * trained, trained)
-    assert memory.weights == 4 * (plain.parameters - plain.trained)
-    assert memory.activations == memory.activations_without_checkpointing > memory.activations_with_checkpointing
-    assert memory.total == memory.weights + 5 * trained + memory.activations
-    half = estimate_of(small_run, "train.ema_decay=0.9", "train.parallel=fsdp2", ranks=2).memory(*microbatch)
-    assert (2 * half.optimizer, 2 * half.ema) == (memory.optimizer, memory.ema)
-    assert memory.weights / 2 < half.weights + half.gathered
-    assert half.activations == memory.activations
-    assert estimate_of(small_run, ranks=2).memory(*microbatch).weights == memory.weights
-    padded = estimate_of(small_run, "batch.layout=padded").memory(*microbatch)
-    assert padded.activations > memory.activations
-    assert min(plain.token_bytes()) > 20 * 4 * 32
-
-
-@pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_quantised_weights_are_counted_as_they_are_stored(small_run: Path, method: str) -> None:
-    plain, quantised = (
-        estimate_of(small_run, *words).memory([(Grid(1, 4, 4),)], [4]) for words in ([], [f"model.quantize={method}"])
-    )
-    assert quantised.weights < plain.weights
-    assert quantised.trained_weights == plain.trained_weights
+    microbatch = [((Grid(1, 5, 10), Grid(1, 5, 10)), 10), ((Grid(1, 5, 6), Grid(1, 5, 6)), 20)]
+    estimate = estimate_of(small_run, "train.ema_decay=0.9")
+    plain, trained = estimate.memory(microbatch), 4 * estimate.trained
+    parts = [plain[name] for name in ("trained_weights", "gradients", "optimizer", "ema")]
+    assert parts == [trained, trained, 2 * trained, trained]
+    assert plain["weights"] == 4 * (estimate.parameters - estimate.trained)
+    assert plain["activations"] == plain["activations_without_checkpointing"] > plain["activations_with_checkpointing"]
+    assert plain["total"] == plain["weights"] + 5 * trained + plain["activations"]
+    half = estimate_of(small_run, "train.ema_decay=0.9", "train.parallel=fsdp2", ranks=2).memory(microbatch)
+    assert (2 * half["optimizer"], 2 * half["ema"]) == (plain["optimizer"], plain["ema"])
+    assert plain["weights"] / 2 < half["weights"] + half["gathered"]
+    assert half["activations"] == plain["activations"]
+    assert estimate_of(small_run, ranks=2).memory(microbatch)["weights"] == plain["weights"]
+    assert estimate_of(small_run, "batch.layout=padded").memory(microbatch)["activations"] > plain["activations"]
+    assert min(estimate.token_bytes()) > 20 * 4 * 32
+    for method in ("int8", "nf4"):
+        quantised = estimate_of(small_run, f"model.quantize={method}").memory(microbatch)
+        assert quantised["weights"] < plain["weights"]
+        assert quantised["trained_weights"] == plain["trained_weights"]
 
 
 OPTIMIZERS = {

@@ -15,7 +15,6 @@ fewer samples: `mean_batch`.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mixres.geometry import Size
 
@@ -23,40 +22,24 @@ STEP = 64
 MAX_ASPECT = 4.0
 
 
-@dataclass(frozen=True)
-class Bucketing:
-    """Counts of images, and fractions of 1."""
-
-    buckets: int  # that hold an image
-    cropped: int  # images that lose a pixel row or column
-    cropped_most: float  # fraction of its area that the worst of them loses
-    cropped_mean: float  # over all images
-    enlarged: int
-    dropped: int  # in each epoch
-    dropped_share: float
-    steps_per_epoch: int
-    mean_batch: float  # samples a step of those who keep the rest of each bucket
-
-
-def bucketing(targets: Sequence[Size], *, samples_per_step: int, max_pixels: int) -> Bucketing:
-    """`targets` are the sizes of the files, at least one."""
+def bucketing(targets: Sequence[Size], *, samples_per_step: int, max_pixels: int) -> dict[str, float]:
+    """Counts of images, and fractions of 1; `targets` are the sizes of the files, at least one."""
     shapes = bucket_shapes(max_pixels)
-    chosen = [nearest(size, shapes) for size in targets]
-    losses = [crop_loss(size, bucket) for size, bucket in zip(targets, chosen, strict=True)]
-    enlarged = sum(max(b.width / s.width, b.height / s.height) > 1 for s, b in zip(targets, chosen, strict=True))
-    counts = Counter(chosen).values()
+    pairs = [(size, nearest(size, shapes)) for size in targets]
+    losses = [crop_loss(size, bucket) for size, bucket in pairs]
+    counts = Counter(bucket for _, bucket in pairs).values()
     dropped = sum(count % samples_per_step for count in counts)
-    return Bucketing(
-        buckets=len(counts),
-        cropped=sum(loss > 0 for loss in losses),
-        cropped_most=max(losses),
-        cropped_mean=sum(losses) / len(losses),
-        enlarged=enlarged,
-        dropped=dropped,
-        dropped_share=dropped / len(targets),
-        steps_per_epoch=sum(count // samples_per_step for count in counts),
-        mean_batch=len(targets) / sum(-(-count // samples_per_step) for count in counts),
-    )
+    return {
+        "buckets": len(counts),  # that hold an image
+        "cropped": sum(loss > 0 for loss in losses),  # images that lose a pixel row or column
+        "cropped_most": max(losses),  # fraction of its area that the worst of them loses
+        "cropped_mean": sum(losses) / len(losses),  # over all images
+        "enlarged": sum(bucket.width > size.width or bucket.height > size.height for size, bucket in pairs),
+        "dropped": dropped,  # in each epoch
+        "dropped_share": dropped / len(targets),
+        "steps_per_epoch": sum(count // samples_per_step for count in counts),
+        "mean_batch": len(targets) / sum(-(-count // samples_per_step) for count in counts),
+    }
 
 
 def bucket_shapes(max_pixels: int) -> list[Size]:

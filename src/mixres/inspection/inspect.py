@@ -8,29 +8,19 @@ most `MAX_STEPS` steps), and seconds of counting memory; no weights but with `me
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from mixres import atomic
 from mixres.config.schema import Config
 from mixres.console import log
-from mixres.data.cache import Cache
 from mixres.data.plan import Plan, computed_tokens
-from mixres.errors import UserError, WorkError
+from mixres.errors import Problems, UserError, WorkError
 from mixres.inspection import memory_probe
 from mixres.inspection.buckets import bucketing
-from mixres.inspection.input_preview import Decoded, chosen, decoded_of, input_sheet
+from mixres.inspection.input_preview import chosen, decoded_of, input_sheet
 from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.report import page, summary_lines
-from mixres.inspection.statistics import (
-    Figures,
-    item_figures,
-    notices,
-    plan_sums,
-    seen_sizes,
-    size_figures,
-    token_figures,
-)
+from mixres.inspection.statistics import Figures, item_figures, notices, plan_sums, size_figures, token_figures
 from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries, text_problems
@@ -53,24 +43,27 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
         UserError: everything that would keep the run from training; the reports of what is usable are written.
         WorkError: the largest microbatch does not fit the device; the reports are written.
     """
-    _check_ranks(ranks)
-    family = family_of(config)
-    problems = _early_problems(config, family, measure=measure)
+    if (started := dist_env().world_size) > 1:
+        raise UserError(f"inspect: works on one process, {started} were started: python train.py inspect --ranks N")
+    if ranks < 1:
+        raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
+    family, problems = family_of(config), Problems()
+    problems.collect(check_early, config if measure else _checkable_here(config), family)
+    estimate = not problems.lines
     make_folder(Path(config.cache.cache_dir))
-    try:
-        found = scan_records(config, family, is_main=True)
-    except UserError as error:
-        raise UserError([*problems, *error.messages]) from error
+    found = problems.collect(scan_records, config, family, is_main=True)
+    if found is None:
+        raise UserError(problems.lines)
     tell(found, family.max_prompt_tokens, config.data.background)
-    run = _DryRun(config, family, found, ranks, estimate=not problems)
-    problems += [*map(str, found.problems), found.summary()] if found.stop(config) else []
-    problems += [*filter(None, [found.share_problem(config)]), *run.problems]
-    report = run.report(problems)
-    if measure and run.plan and not problems:
-        report["measured"] = run.measured(run.plan)
-    _write(config, family, run, report, decode=decode)
-    if problems:
-        raise UserError(problems)
+    if found.stop(config):
+        problems.add(*map(str, found.problems), found.summary())
+    problems.add(*filter(None, [found.share_problem(config)]))
+    run = _DryRun(config, family, found, ranks, problems, estimate=estimate)
+    report = run.report()
+    if measure and not problems.lines:
+        report["measured"] = run.measured()
+    _write(config, family, found, report, decode=decode)
+    problems.raise_if_any()
     if report["measured"] and not report["measured"]["fits"]:
         raise WorkError(
             f"the largest microbatch does not fit {report['measured']['device']}: lower batch.max_tokens, set "
@@ -78,23 +71,10 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
         )
 
 
-def _check_ranks(ranks: int) -> None:
-    if (started := dist_env().world_size) > 1:
-        raise UserError(f"inspect: works on one process, {started} were started: python train.py inspect --ranks N")
-    if ranks < 1:
-        raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
-
-
-def _early_problems(config: Config, family: Family, *, measure: bool) -> list[str]:
-    """What keeps the run from starting; that this machine has no CUDA for bitsandbytes does not keep it from a plan."""
-    model = config.model
-    if _planned_for_cuda(config) and not measure:
-        config = config.model_copy(update={"model": model.model_copy(update={"quantize": None})})
-    try:
-        check_early(config, family)
-    except UserError as error:
-        return list(error.messages)
-    return []
+def _checkable_here(config: Config) -> Config:
+    """Without a quantisation that is planned for CUDA: that this machine has none keeps nobody from planning."""
+    quantize = None if _planned_for_cuda(config) else config.model.quantize
+    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": quantize})})
 
 
 def _planned_for_cuda(config: Config) -> bool:
@@ -105,66 +85,61 @@ def _planned_for_cuda(config: Config) -> bool:
 class _DryRun:
     """The usable records of a configuration, and the plan of those among them that fit a microbatch."""
 
-    def __init__(self, config: Config, family: Family, found: ScannedData, ranks: int, *, estimate: bool) -> None:
-        self.config, self.family, self.found, self.ranks = config, family, found, ranks
-        self.device = dist_env().device
+    def __init__(
+        self, config: Config, family: Family, found: ScannedData, ranks: int, problems: Problems, *, estimate: bool
+    ) -> None:
+        self.config, self.family, self.found, self.ranks, self.problems = config, family, found, ranks, problems
         records = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
         train = list(records)[: len(found.train)]
         self.foreseen = foreseen_entries(config, family, records, train if config.data.caption_dropout > 0 else [])
         self.entries = [self.foreseen[key] for key in train]
         self.problems = text_problems(family, records, self.foreseen)
-        planned = list(range(len(self.entries)))
+        self.memory = MemoryEstimate(config, family, ranks=ranks) if estimate else None
+        planned = list(range(len(train)))
         self.plan = self._planned(planned)
         if self.plan is None:
-            planned = [i for i, e in enumerate(self.entries) if lengths_of(e).most <= config.batch.max_tokens]
+            planned = [i for i in planned if lengths_of(self.entries[i]).most <= config.batch.max_tokens]
             self.plan = self._planned(planned) if planned else None
-        self.memory = MemoryEstimate(config, family, ranks=ranks, device=self.device) if estimate else None
         if self.plan:
             valid = [lengths_of(self.entries[i]) for i in planned]
-            steps = {"epoch": self.plan.steps_per_epoch, "run": config.train.max_train_steps}
-            self.sums = {name: plan_sums(self.plan, valid, min(n, MAX_STEPS)) for name, n in steps.items()}
+            self.steps = {"epoch": self.plan.steps_per_epoch, "run": config.train.max_train_steps}
+            self.sums = {name: plan_sums(self.plan, valid, min(n, MAX_STEPS)) for name, n in self.steps.items()}
             largest = self.sums["run"].largest
             self.lengths = self.plan.lengths_in(largest)
-            self.grids = [self.entries[planned[i]].img_shapes for i in largest.indices]
-            self.texts = [length.text for length in self.lengths]
+            grids = [self.entries[planned[i]].img_shapes for i in largest.indices]
+            self.largest = [(own, length.text) for own, length in zip(grids, self.lengths, strict=True)]
 
     def _planned(self, indices: Sequence[int]) -> Plan | None:
-        lengths = [lengths_of(self.entries[i]) for i in indices]
+        config, lengths = self.config, [lengths_of(self.entries[i]) for i in indices]
         names = [self.found.train[i].record.name for i in indices]
-        try:
-            return make_plan(self.config, lengths, names, layout=self.config.batch.layout, world_size=self.ranks)
-        except UserError as error:
-            self.problems += error.messages
-            return None
+        layout = config.batch.layout
+        return self.problems.collect(make_plan, config, lengths, names, layout=layout, world_size=self.ranks)
 
-    def report(self, problems: Sequence[str]) -> Figures:
-        """Everything that `inspect.json` says, `measured` left out."""
+    def report(self) -> Figures:
+        """Everything that `inspect.json` holds; `measured` and the input preview come later."""
         config, found = self.config, self.found
-        root, sizes = Path(config.cache.cache_dir), entry_bytes(config, self.family, self.foreseen)
         report: Figures = {
             "model": self._model_figures(),
-            "faults": list(problems),
+            "faults": self.problems.lines,
             "left_out": [] if found.stop(config) else [str(problem) for problem in found.problems],
             "notices": [],
             "items": item_figures(found),
         }
         if self.entries:
-            token = self.family.pixels_per_token()
-            report["sizes"] = size_figures(found.train, seen_sizes(self.entries, token))
+            report["sizes"] = size_figures(found.train, self.entries, self.family.pixels_per_token())
             report["tokens"] = token_figures(found.train, self.entries)
-            report["bucketing"] = asdict(
-                bucketing(
-                    [scanned.target_size for scanned in found.train],
-                    samples_per_step=config.batch.samples_per_step,
-                    max_pixels=config.data.resize.target.max_pixels,
-                )
+            report["bucketing"] = bucketing(
+                [scanned.target_size for scanned in found.train],
+                samples_per_step=config.batch.samples_per_step,
+                max_pixels=config.data.resize.target.max_pixels,
             )
-        free = shutil.disk_usage(root).free
+        sizes = entry_bytes(config, self.family, self.foreseen)
+        free = shutil.disk_usage(config.cache.cache_dir).free
         report["cache"] = {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": free}
         if self.plan:
             report["notices"] = notices(config, found, report["sizes"], self.sums["epoch"].figures, self.ranks)
             report["plan"] = self._plan_figures(self.plan)
-            report["memory"] = self._memory_figures(self.memory) if self.memory else None
+            report["memory"] = self.memory.figures(self.largest) if self.memory else None
         if _planned_for_cuda(config):
             report["notices"].append(
                 f"model.quantize={config.model.quantize} needs a CUDA device, this machine has none: it is planned only"
@@ -182,7 +157,6 @@ class _DryRun:
         }
 
     def _plan_figures(self, plan: Plan) -> Figures:
-        steps, lengths = self.config.train.max_train_steps, self.lengths
         loads = enumerate(zip(*(sums.rank_tokens for sums in self.sums.values()), strict=True))
         return {
             "layout": plan.layout,
@@ -191,51 +165,34 @@ class _DryRun:
             "ranks": plan.world_size,
             "examples": len(plan.lengths),
             "steps_per_epoch": plan.steps_per_epoch,
-            "max_train_steps": steps,
-            "epochs": steps / plan.steps_per_epoch,
+            "max_train_steps": self.steps["run"],
+            "epochs": self.steps["run"] / plan.steps_per_epoch,
             "sums": {name: sums.figures for name, sums in self.sums.items()},
             "tokens_of_rank": [{"rank": rank, "epoch": epoch, "run": run} for rank, (epoch, run) in loads],
             "largest_microbatch": {
-                "samples": len(lengths),
-                "image_tokens": sum(length.image for length in lengths),
-                "text_tokens": sum(length.text for length in lengths),
-                "tokens_computed": computed_tokens(lengths, plan.layout),
+                "samples": len(self.lengths),
+                "image_tokens": sum(length.image for length in self.lengths),
+                "text_tokens": sum(length.text for length in self.lengths),
+                "tokens_computed": computed_tokens(self.lengths, plan.layout),
             },
         }
 
-    def _memory_figures(self, memory: MemoryEstimate) -> Figures:
-        train, (image_token, text_token) = self.config.train, memory.token_bytes()
-        return {
-            "device": self.device.type,
-            "parallel": train.parallel,
-            "gradient_checkpointing": train.gradient_checkpointing,
-            "bytes": asdict(memory.memory(self.grids, self.texts)),
-            "blocks": memory.blocks,
-            "bytes_of_an_image_token_in_a_block": image_token,
-            "bytes_of_a_text_token_in_a_block": text_token,
-        }
-
-    def measured(self, plan: Plan) -> Figures:
+    def measured(self) -> Figures:
         """The largest microbatch, computed; and how long epoch and run take at its rate."""
-        figures: Figures = asdict(memory_probe.measure(self.config, self.family, self.grids, self.texts))
-        if figures["seconds"] is None:
-            return figures
-        a_token = figures["seconds"] / computed_tokens(self.lengths, plan.layout)
-        steps = {"epoch": plan.steps_per_epoch, "run": self.config.train.max_train_steps}
-        for name, count in steps.items():
-            sums = self.sums[name].figures
-            figures[f"{name}_seconds"] = a_token * sums["heaviest_tokens"] * count / sums["steps"]
+        figures = memory_probe.measure(self.config, self.family, self.largest)
+        if figures["fits"]:
+            a_token = figures["seconds"] / computed_tokens(self.lengths, self.config.batch.layout)
+            for name, sums in self.sums.items():
+                tokens_per_step = sums.figures["heaviest_tokens"] / sums.figures["steps"]
+                figures[f"{name}_seconds"] = a_token * tokens_per_step * self.steps[name]
         return figures
 
 
-def _write(config: Config, family: Family, run: _DryRun, report: Figures, *, decode: bool) -> None:
+def _write(config: Config, family: Family, found: ScannedData, report: Figures, *, decode: bool) -> None:
     paths = [report_path(config, name) for name in ("inspect.json", "inspect.html", "inputs.png")]
     preview = None
-    if some := chosen(run.found.train):
-        decoded: Decoded = ()
-        if decode:
-            cache = Cache(config.cache.cache_dir)
-            decoded = decoded_of(config, family, some, cache, run.device, report["notices"].append)
+    if some := chosen(found.train):
+        decoded = decoded_of(config, family, some, report["notices"].append) if decode else ()
         save_png(input_sheet(config, family, some, decoded), paths[2], [scanned.record.prompt for scanned in some])
         preview = paths[2].read_bytes()
         report["inputs"] = [{"name": scanned.record.name, "caption": scanned.record.prompt} for scanned in some]

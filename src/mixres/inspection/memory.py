@@ -1,12 +1,16 @@
-"""Memory of a training step on one device, counted on a model without weights before anything is loaded.
+"""Memory of a training step on one device, counted before any weight is loaded.
 
-Promise: the configured model, with its adapters, precision, quantisation and recomputation, runs forward and backward
-over the largest microbatch on torch's fake tensors, and every storage is counted while it is alive. No layer is known
-here by name, and no GPU is needed. Cost: seconds, as equal neighbouring blocks are not all run.
+Promise: bytes of the configured model with its adapters, precision, quantisation and recomputation, for the largest
+microbatch. No layer is known here by name, and no GPU is needed. Cost: seconds.
 
-Equal blocks cost equally: a run of them is cut to its first few, one period of gradient checkpointing is added, and
-the difference stands for all others. Forward and backward are extended separately, so the result is that of the whole
-model, and so is the peak of both unless it moves inside one of them.
+How. Torch's fake tensors (`FakeTensorMode`) have a shape, a type and a device, but no values. The model is built of
+them, and forward and backward run as in training. A storage is the memory behind a tensor and all its views.
+`LiveStorages` sees every operation, and counts each storage from the operation that makes it until nothing holds it.
+
+Equal blocks. Neighbouring blocks with equal parameters are a run, and each block of it adds the same bytes. Forward and
+backward are counted with a few blocks of each run, and again with some more: the difference stands for all others.
+Where every n-th block is recomputed (gradient checkpointing), runs grow by n blocks at a time. What is kept between
+forward and backward and the peak of either are extended separately, which gives the figures of the whole model.
 
 Not counted: what a kernel allocates inside itself, the encoders (they are gone by then), the allocator's rounding, the
 library's own few hundred MB on a GPU, and copies that an optimizer makes while it updates. Weights of nf4 and bnb_int8
@@ -15,10 +19,11 @@ are counted by formula, as bitsandbytes' kernels have no fake form. `inspect --m
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +39,7 @@ from mixres.models.family import Family
 from mixres.models.lora import add_lora, train_all, trainable_parameters
 from mixres.models.quantize import is_torchao, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
-from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step, state_parts
+from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step
 from mixres.training.setup import build_objective
 from mixres.verification.synthetic import noise_sample
 
@@ -42,21 +47,7 @@ _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
 _KEPT_BLOCKS = 3  # of a run of equal ones: the first and the last may keep less than one between them
 _PROBE = 64  # tokens of the microbatches by which the bytes of one token are found
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on each device; `total` is with the configuration's own setting of gradient checkpointing."""
-
-    weights: int  # frozen ones
-    trained_weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    gathered: int  # with fsdp2: weights of blocks that are put together as they are used
-    activations: int  # all that is alive besides, at the peak of forward and backward
-    activations_with_checkpointing: int
-    activations_without_checkpointing: int
-    total: int
+SampleTokens = tuple[tuple[Grid, ...], int]  # of one sample: token grids, target first, and text tokens
 
 
 class StepBytes(NamedTuple):
@@ -66,156 +57,116 @@ class StepBytes(NamedTuple):
     forward: int  # at the peak of the forward pass
     backward: int
 
-    @property
-    def peak(self) -> int:
-        return max(self.forward, self.backward)
-
-
-class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operations return, but for those in `known`, until they are freed."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {storage._cdata for tensor in known for storage in storages(tensor)}
-        self._sizes: dict[int, int] = {}
-        self.live = self._peak = 0
-
-    def take_peak(self) -> int:
-        """The most since the last call."""
-        peak, self._peak = self._peak, self.live
-        return peak
-
-    def add(self, tensor: Tensor) -> None:
-        for storage in storages(tensor):
-            key = storage._cdata
-            if key not in self._known and key not in self._sizes:
-                self._sizes[key] = storage.nbytes()
-                self.live += storage.nbytes()
-                self._peak = max(self._peak, self.live)
-                weakref.finalize(storage, self._free, key).atexit = False
-
-    def _free(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(value, "__tensor_flatten__") for value in tree_iter((args, kwargs))):
-            return NotImplemented  # the operations that it is made of come here again
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False  # values are not known; the one that is asked for is whether a mask hides nothing
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self.add(value)
-        return result
-
-
-def storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """One, or those of the tensors that a quantised weight is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
-    else:
-        yield tensor.untyped_storage()
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that these tensors hold, quantised ones as they are stored."""
-    return sum(storage.nbytes() for tensor in tensors for storage in storages(tensor))
-
 
 class MemoryEstimate:
-    """Of one configuration on devices of one kind, for any microbatch.
+    """Of one configuration on this process's kind of device, for any microbatch.
 
     Raises:
         UserError: the base's configuration, the optimizer's class or an argument of it is wrong.
     """
 
-    def __init__(self, config: Config, family: Family, *, ranks: int, device: torch.device) -> None:
-        self._config, self._family, self._device = config, family, device
+    def __init__(self, config: Config, family: Family, *, ranks: int) -> None:
+        self._config, self._family, self._device = config, family, dist_env().device
         self._objective = build_objective(config, family)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._model = self._fake_model(family)
-        trained = list(trainable_parameters(self._model).values())
-        with self._fake:
-            for parameter in trained:  # of the microbatches before this one
-                parameter.grad = torch.empty_like(parameter)
-        parameters, blocks = list(self._model.parameters()), repeated_blocks(self._model)
+        self._model = self._fake_model()
+        parameters, trained = list(self._model.parameters()), list(trainable_parameters(self._model).values())
         self._known = [*parameters, *(p.grad for p in trained if p.grad is not None)]
-        self._runs = list(_runs_of_equal(self._model, blocks))
         self.trained, self.parameters = sum(p.numel() for p in trained), sum(p.numel() for p in parameters)
-        self.blocks = len(blocks)
+        blocks = repeated_blocks(self._model)
+        self._blocks, self._runs = len(blocks), list(_runs_of_equal(self._model, blocks))
         learnt = bytes_of(trained)
-        self._ranks = ranks if config.train.parallel == "fsdp2" else 1
         whole = {
-            "weights": bytes_of(parameters) - learnt - self._saved_by_bitsandbytes(blocks),
+            "weights": bytes_of(parameters) - learnt - self._saved_by_bitsandbytes(blocks),  # frozen ones
             "trained_weights": learnt,
             "gradients": learnt,
             "optimizer": optimizer_bytes(config, [p.numel() for p in trained]),
             "ema": learnt if config.train.ema_decay else 0,
         }
+        ranks = ranks if config.train.parallel == "fsdp2" else 1
+        self._parts = {name: -(-count // ranks) for name, count in whole.items()}
         largest = max(bytes_of(block.parameters()) for block in blocks)
-        self._parts = {name: -(-count // self._ranks) for name, count in whole.items()}
-        self._parts["gathered"] = min(_GATHERED_BLOCKS, self.blocks) * largest if self._ranks > 1 else 0
+        self._parts["gathered"] = min(_GATHERED_BLOCKS, self._blocks) * largest if ranks > 1 else 0
 
-    def memory(self, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Memory:
-        """With the samples of these token grids and text tokens in the largest microbatch."""
-        own, batch = self._config.train.gradient_checkpointing, self.batch(grids, texts)
-        peaks = {setting: self.count(batch, setting).peak for setting in {True, False, own}}
-        return Memory(
+    def figures(self, microbatch: Sequence[SampleTokens]) -> dict[str, Any]:
+        """What `inspect.json` holds, for the largest microbatch."""
+        train, (image_token, text_token) = self._config.train, self.token_bytes()
+        return {
+            "device": self._device.type,
+            "parallel": train.parallel,
+            "gradient_checkpointing": train.gradient_checkpointing,
+            "bytes": self.memory(microbatch),
+            "blocks": self._blocks,
+            "bytes_of_an_image_token_in_a_block": image_token,
+            "bytes_of_a_text_token_in_a_block": text_token,
+        }
+
+    def memory(self, microbatch: Sequence[SampleTokens]) -> dict[str, int]:
+        """Bytes on each device, by what holds them.
+
+        `gathered` are weights of blocks that fsdp2 puts together as they are used. `activations` are all that is alive
+        besides, at the peak of forward and backward, with the configuration's own gradient checkpointing.
+        """
+        own, batch = self._config.train.gradient_checkpointing, self.batch(microbatch)
+        counts = {setting: self.count(batch, setting) for setting in {True, False, own}}
+        peaks = {setting: max(count.forward, count.backward) for setting, count in counts.items()}
+        return {
             **self._parts,
-            activations=peaks[own],
-            activations_with_checkpointing=peaks[True],
-            activations_without_checkpointing=peaks[False],
-            total=sum(self._parts.values()) + peaks[own],
-        )
+            "activations": peaks[own],
+            "activations_with_checkpointing": peaks[True],
+            "activations_without_checkpointing": peaks[False],
+            "total": sum(self._parts.values()) + peaks[own],
+        }
 
-    def count(self, batch: Batch, checkpointing: bool | int, *, whole: bool = False) -> StepBytes:
-        """Of the whole model, extended from shortened runs of equal blocks unless all are to be run (`whole`)."""
+    def count(self, batch: Batch, checkpointing: bool | int) -> StepBytes:
+        """Of the whole model: of one with short runs, and what each run adds as it grows to its length."""
         period = max(1, int(checkpointing))
-        missing = [0 if whole else max(0, len(run) - _KEPT_BLOCKS) // period for _, run in self._runs]
-        short = [len(run) - gone * period for (_, run), gone in zip(self._runs, missing, strict=True)]
-        found = base = self._step(batch, checkpointing, short)
-        for i, gone in enumerate(missing):
-            if gone:
-                longer = self._step(batch, checkpointing, [n + period * (i == j) for j, n in enumerate(short)])
-                found = StepBytes(*(f + gone * (x - b) for f, x, b in zip(found, longer, base, strict=True)))
-        return found
+        missing = [max(0, len(blocks) - _KEPT_BLOCKS) // period for _, blocks in self._runs]  # periods of each run
+        short = [len(blocks) - count * period for (_, blocks), count in zip(self._runs, missing, strict=True)]
+        base = np.array(self._step(batch, checkpointing, short))
+        total = base.copy()
+        for i, count in enumerate(missing):
+            if count:
+                longer = [length + period * (i == j) for j, length in enumerate(short)]
+                total += count * (np.array(self._step(batch, checkpointing, longer)) - base)
+        return StepBytes(*total.tolist())
 
     def token_bytes(self) -> tuple[int, int]:
         """Bytes that one more block keeps of an image token and of a text token where it is not recomputed."""
-        short = [min(_KEPT_BLOCKS, len(run)) for _, run in self._runs]
+        short = [min(_KEPT_BLOCKS, len(blocks)) for _, blocks in self._runs]
         some = short.index(max(short))
-        fewer = [n - (i == some) for i, n in enumerate(short)]
-        found = []
-        for rows, text in ((1, 1), (2, 1), (1, 2)):
-            batch = self.batch([(Grid(1, rows, _PROBE),)], [text * _PROBE])
-            found.append(self._step(batch, False, short).kept - self._step(batch, False, fewer).kept)
-        return round((found[1] - found[0]) / _PROBE), round((found[2] - found[0]) / _PROBE)
+        fewer = [length - (i == some) for i, length in enumerate(short)]
 
-    def batch(self, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Batch:
+        def kept_by_a_block(image: int, text: int) -> int:
+            batch = self.batch([((Grid(1, image, _PROBE),), text * _PROBE)])
+            return self._step(batch, False, short).kept - self._step(batch, False, fewer).kept
+
+        base = kept_by_a_block(1, 1)
+        return round((kept_by_a_block(2, 1) - base) / _PROBE), round((kept_by_a_block(1, 2) - base) / _PROBE)
+
+    def batch(self, microbatch: Sequence[SampleTokens]) -> Batch:
         """Samples without values."""
         with self._fake:
-            return noise_batch(self._config, self._family, grids, texts).to(self._device)
+            return noise_batch(self._config, self._family, microbatch).to(self._device)
 
     def _step(self, batch: Batch, checkpointing: bool | int, lengths: Sequence[int]) -> StepBytes:
         """Forward and backward with so many blocks of each run."""
         for stack, _ in self._runs:
             del stack[:]
-        for (stack, run), length in zip(self._runs, lengths, strict=True):
-            stack.extend(run[:length])
+        for (stack, blocks), length in zip(self._runs, lengths, strict=True):
+            stack.extend(blocks[:length])
         self._model.disable_gradient_checkpointing()
         if checkpointing:
             recompute_blocks(self._model, every=int(checkpointing))
         autocast = self._config.train.mixed_precision == "bf16"
-        with self._fake, LiveStorages(self._known) as counter:
-            for value in vars(batch).values():
-                if isinstance(value, Tensor):
-                    counter.add(value)
+        with self._fake, LiveStorages(self._known) as storages:
+            storages.add(value for value in vars(batch).values() if isinstance(value, Tensor))
             with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
                 loss = self._objective.loss_sum(self._model, batch, step=0)
-            kept, forward = counter.live, counter.take_peak()
+            kept, forward = storages.live, storages.peak
+            storages.peak = kept
             torch.autograd.backward(loss)
-            return StepBytes(kept, forward, counter.take_peak())
+            return StepBytes(kept, forward, storages.peak)
 
     def _saved_by_bitsandbytes(self, blocks: Sequence[nn.Module]) -> int:
         """Bytes that nf4 and bnb_int8 take off the weights."""
@@ -226,9 +177,9 @@ class MemoryEstimate:
         weights = [m.weight for m in linears if type(m) is nn.Linear]
         return sum(w.numel() * w.itemsize - stored_bytes(method, *w.shape) for w in weights)
 
-    def _fake_model(self, family: Family) -> Any:
+    def _fake_model(self) -> Any:
         """Put together on the meta device as training does it; then its tensors become fake ones on the device."""
-        model, dtype = self._config.model, getattr(torch, self._config.model.dtype)
+        model, family, dtype = self._config.model, self._family, getattr(torch, self._config.model.dtype)
         transformer = family.transformer_skeleton()
         nn.Module.to(transformer, dtype)  # not diffusers' own, which warns
         if model.quantize and is_torchao(model.quantize):
@@ -244,38 +195,75 @@ class MemoryEstimate:
                 for name, parameter in module.named_parameters(recurse=False):
                     empty = _empty_like(parameter.detach(), self._device)
                     setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+            for parameter in trainable_parameters(transformer).values():
+                parameter.grad = torch.empty_like(parameter)  # of the microbatches before this one
         return transformer.train()
 
 
-def noise_batch(config: Config, family: Family, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Batch:
-    """A microbatch of these token grids, target first, and text tokens."""
-    noise = torch.Generator().manual_seed(config.train.seed)
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within its `with` block, the bytes of all storages that operations return, until they are freed.
+
+    The storages of the tensors `known` are left out.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes = {storage._cdata: 0 for tensor in known for storage in storages_of(tensor)}
+        self.live = self.peak = 0
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of these, as far as they are not counted yet."""
+        for storage in (storage for tensor in tensors for storage in storages_of(tensor)):
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata).atexit = False
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, storage: int) -> None:
+        self.live -= self._sizes.pop(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(value, "__tensor_flatten__") for value in tree_iter((args, kwargs))):
+            return NotImplemented  # the operations that it is made of come here again
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False  # values are not known; the one that is asked for is whether a mask hides nothing
+        result = func(*args, **(kwargs or {}))
+        self.add(value for value in tree_iter(result) if isinstance(value, Tensor))
+        return result
+
+
+def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """One, or those of the tensors that a quantised weight is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages_of(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that these tensors hold, quantised ones as they are stored."""
+    return sum(storage.nbytes() for tensor in tensors for storage in storages_of(tensor))
+
+
+def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleTokens]) -> Batch:
+    """A microbatch of these sizes; its values are noise."""
+    noise, dtype = torch.Generator().manual_seed(config.train.seed), getattr(torch, config.model.dtype)
     channels, text_width = family.token_widths()
-    samples = [
-        noise_sample(
-            f"largest-{number}",
-            sizes,
-            text=text,
-            channels=channels,
-            text_width=text_width,
-            dtype=getattr(torch, config.model.dtype),
-            noise=noise,
-        )
-        for number, (sizes, text) in enumerate(zip(grids, texts, strict=True))
-    ]
-    weights = [1.0] * len(samples)
-    return collate(samples, indices=range(len(samples)), weights=weights, layout=config.batch.layout)
+    draw = partial(noise_sample, channels=channels, text_width=text_width, dtype=dtype, noise=noise)
+    samples = [draw(f"largest-{number}", grids, text=text) for number, (grids, text) in enumerate(microbatch)]
+    return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=config.batch.layout)
 
 
 def _runs_of_equal(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[nn.ModuleList, list[nn.Module]]]:
-    """The list that holds them, and neighbours in it whose parameters are alike, in the order of the model."""
-    known = {id(block) for block in blocks}
+    """Each run of neighbours whose parameters are alike, and the list that holds them, in the order of the model."""
 
     def kind(block: nn.Module) -> list[Any]:
         return [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
 
     for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and any(id(block) in known for block in stack):
+        if isinstance(stack, nn.ModuleList) and not set(blocks).isdisjoint(stack):
             yield from ((stack, list(run)) for _, run in groupby(list(stack), key=kind))
 
 
@@ -291,8 +279,9 @@ def _empty_like(tensor: Any, device: torch.device) -> Any:
 def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
     """Bytes of state that the optimizer keeps for trained tensors of so many `numbers` each.
 
-    By steps on small matrices: 8-bit classes leave the smallest as they are and keep a map for each of the others. 8 a
-    number (two float32, as AdamW) where its class cannot step here.
+    From steps on three square matrices. A class may keep a fixed part once a tensor (8-bit classes: a map) beside one
+    that grows with its numbers, and store small tensors otherwise. 8 bytes a number (two float32, as AdamW) where its
+    class cannot step here.
     """
     try:
         few, some, more = (_state_bytes(config, size) for size in (TRIAL_SIZE // 2, TRIAL_SIZE, 2 * TRIAL_SIZE))
@@ -308,5 +297,4 @@ def _state_bytes(config: Config, size: int) -> int:
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for a minute
         state = state_of_a_step(kind, config.optimizer.init_args, device=dist_env().device, size=size)
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim()}
-    return sum(part.nbytes for name, value in tensors.items() for part in state_parts(name, value).values())
+    return bytes_of(value for value in state.values() if isinstance(value, Tensor) and value.dim())

@@ -7,53 +7,37 @@ backward passes.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from mixres.config.schema import Config
 from mixres.errors import WorkError
-from mixres.geometry import Grid
-from mixres.inspection.memory import noise_batch
+from mixres.inspection.memory import SampleTokens, noise_batch
 from mixres.models.family import Family
 from mixres.verification.setup import one_process, peak_memory, set_up, step_seconds
 
 _ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of forward, backward and update over the microbatch; None where the device's memory was not enough."""
+def measure(config: Config, family: Family, largest: Sequence[SampleTokens]) -> dict[str, Any]:
+    """Seconds of forward, backward and update over a microbatch; None where the device's memory is not enough.
 
-    device: str
-    fits: bool
-    seconds: float | None
-    low: float | None
-    high: float | None
-    peak_bytes: int | None  # on CUDA all that is allocated, on a CPU how far the process grew
-
-
-def measure(config: Config, family: Family, grids: Sequence[tuple[Grid, ...]], texts: Sequence[int]) -> Measured:
-    """Of a microbatch of samples with these token grids and text tokens.
+    `peak_bytes` is on CUDA all that is allocated, on a CPU how far the process grew.
 
     Raises:
         UserError: the base cannot be loaded, or a launcher started several processes.
     """
     accelerator = one_process(config, "inspect --measure")
     setting = set_up(config, family, accelerator)
-    batch = noise_batch(config, family, grids, texts)
-    step = partial(
-        step_seconds,
-        setting,
-        [batch],
-        count=1,
-        step=0,
-        divisor=setting.objective.divisor(len(texts), sum(batch.target_lengths)),
-    )
-    device = accelerator.device
+    batch = noise_batch(config, family, largest)
+    divisor = setting.objective.divisor(len(largest), sum(batch.target_lengths))
+    step = partial(step_seconds, setting, [batch], count=1, step=0, divisor=divisor)
+    found = {"device": str(accelerator.device), "fits": False}
     try:
         step()  # the optimizer's state is made here
-        peak = peak_memory(device, step)
+        peak = peak_memory(accelerator.device, step)
         seconds = [step() for _ in range(_ROUNDS)]
     except WorkError:  # there is not enough memory
-        return Measured(str(device), False, None, None, None, None)
-    return Measured(str(device), True, statistics.median(seconds), min(seconds), max(seconds), peak)
+        return found | dict.fromkeys(("seconds", "low", "high", "peak_bytes"))
+    times = {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+    return found | {"fits": True, **times, "peak_bytes": peak}

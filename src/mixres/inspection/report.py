@@ -8,24 +8,29 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 
 from mixres.console import amount, clock
 from mixres.preprocessing.fill import readable_size
 
-Figures = Mapping[str, Any]
+
+def template(name: str) -> Template:
+    """A template of this package, with the filters that write figures."""
+    loader, escape = PackageLoader("mixres.inspection", ""), select_autoescape(["html.j2"])
+    environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined)
+    environment.filters |= {"figure": shown, "spec": format, "size": readable_size, "amount": amount, "clock": clock}
+    return environment.get_template(name)
 
 
-def template() -> Template:
-    """The page; its macros draw the charts."""
-    environment = Environment(loader=PackageLoader("mixres.inspection", ""), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"figure": shown, "size": readable_size, "zip": lambda *some: list(zip(*some, strict=True))}
-    return environment.get_template("report.html.j2")
-
-
-def page(report: Figures, preview: bytes | None) -> str:
+def page(report: Mapping[str, Any], preview: bytes | None) -> str:
     """The HTML page of a report; `preview` is a PNG of what the encoders see."""
-    return template().render(report=report, preview=preview and base64.b64encode(preview).decode())
+    encoded = preview and base64.b64encode(preview).decode()
+    return template("report.html.j2").render(report=report, preview=encoded)
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report in a terminal's lines."""
+    return template("summary.txt.j2").render(report=report).strip().splitlines()
 
 
 def shown(value: Any, key: str = "") -> str:
@@ -41,64 +46,3 @@ def shown(value: Any, key: str = "") -> str:
             return f"{100 * value:.4g} %"
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}".removesuffix(".0")
     return str(value)
-
-
-def summary_lines(report: Figures) -> list[str]:
-    """The report in a terminal's lines."""
-    lines, cache = [], report["cache"]
-    if "tokens" in report:
-        for kind, row in report["tokens"]["per_example"].items():
-            lines.append(f"{'tokens' if kind == 'text' else '':<9} {kind.replace('_', ' '):<21} "
-                         f"{row['least']:>8,} to {row['most']:>8,}, median {row['median']:>10,.1f}")  # fmt: skip
-        sizes, buckets = report["sizes"], report["bucketing"]
-        pixels = sizes["pixels"]["targets_as_trained"]
-        lines += [
-            f"sizes     {sizes['different_target_sizes']} of targets, {pixels['least']:,} to {pixels['most']:,} pixels"
-            f", median {pixels['median']:,.0f}; aspects {sizes['least_aspect']:.2f} to {sizes['most_aspect']:.2f}",
-            f"buckets   would crop {buckets['cropped']} of {report['items']['training_examples']} targets (by up to "
-            f"{buckets['cropped_most']:.1%} of the area), enlarge {buckets['enlarged']} and drop {buckets['dropped']} "
-            "in each epoch",
-        ]
-    if "plan" in report:
-        lines += _plan_lines(report["plan"])
-    if memory := report.get("memory"):
-        lines.append(_memory_line(memory))
-    size, free = readable_size(cache["bytes"]), readable_size(cache["free_bytes"])
-    lines.append(f"cache     {cache['entries']} entries, {size}; {free} are free")
-    if measured := report["measured"]:
-        lines.append(_measured_line(measured))
-    return [*lines, *(f"notice    {notice}" for notice in report["notices"])]
-
-
-def _plan_lines(plan: Figures) -> list[str]:
-    steps, ranks = amount(plan["steps_per_epoch"], "step"), amount(plan["ranks"], "rank")
-    lines = [
-        f"plan      {steps} an epoch on {ranks}, {amount(plan['samples_per_step'], 'sample')} a step, "
-        f"{plan['layout']}, at most {plan['max_tokens']} tokens a microbatch"
-    ]
-    for name, sums in plan["sums"].items():
-        each = f"{sums['fewest_microbatches']} to {sums['most_microbatches']} microbatches a step"
-        lines.append(
-            f"{name:<9} {amount(sums['steps'], 'step')}: {sums['tokens']:,} tokens, {sums['tokens_computed']:,} "
-            f"computed, padding {sums['padding_share']:.1%}, {sums['microbatches']} microbatches ({each}), "
-            f"idle {sums['idle_share']:.1%}"
-        )
-    return lines
-
-
-def _memory_line(memory: Figures) -> str:
-    parts = {name: count for name, count in memory["bytes"].items() if count and "_checkpointing" not in name}
-    own = ", ".join(f"{name.replace('_', ' ')} {readable_size(count)}" for name, count in parts.items())
-    other = "without" if memory["gradient_checkpointing"] else "with"
-    count = memory["bytes"][f"activations_{other}_checkpointing"]
-    return f"memory    {own} (activations {other} gradient checkpointing: {readable_size(count)})"
-
-
-def _measured_line(measured: Figures) -> str:
-    if not measured["fits"]:
-        return f"measured  the largest microbatch does not fit {measured['device']}"
-    peak = "" if measured["peak_bytes"] is None else f", peak {readable_size(measured['peak_bytes'])}"
-    return (
-        f"measured  {measured['seconds']:.3g} s for the largest microbatch on {measured['device']}{peak}; at this rate "
-        f"{clock(measured['epoch_seconds'])} an epoch, {clock(measured['run_seconds'])} the run"
-    )

@@ -7,8 +7,11 @@ Cost: a few passes over the records, and planning each step that is summed, some
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mixres.config.schema import Config
 from mixres.console import amount
@@ -16,6 +19,7 @@ from mixres.data.cache import CacheEntry
 from mixres.data.plan import Lengths, Microbatch, Plan, computed_tokens
 from mixres.data.scan import ScannedRecord
 from mixres.geometry import Size
+from mixres.preprocessing.fill import lengths_of
 from mixres.preprocessing.training_data import ScannedData
 
 _BINS = 12
@@ -23,35 +27,32 @@ _APART = 1.1  # aspects of control and target that differ by this factor are cou
 _RESIZED = 1.05  # an area that changes by less is only rounded
 _CROOKED = 1.02  # a change of aspect by rounding that is worth a notice
 _ENLARGED = 2.0  # so is a control that is enlarged by this factor along a side,
-_IDLE = 0.2  # and this share of the ranks' time
+_IDLE = 0.2  # and this fraction of the ranks' time
 Figures = dict[str, Any]
 
 
 def summary(values: Sequence[int]) -> Figures:
-    """Least, median, mean, most and sum."""
-    ordered = list(values)
+    """Least, median, mean, most and sum; all are 0 where there is no value."""
+    values = values or [0]
     return {
-        "least": min(ordered, default=0),
-        "median": statistics.median(ordered or [0]),
-        "mean": statistics.fmean(ordered or [0]),
-        "most": max(ordered, default=0),
-        "sum": sum(ordered),
+        "least": min(values),
+        "median": statistics.median(values),
+        "mean": statistics.fmean(values),
+        "most": max(values),
+        "sum": sum(values),
     }
 
 
 def histogram(values: Sequence[float]) -> list[Figures]:
     """Counts between round numbers, at most `_BINS` + 2 of them; each bin is without its upper end."""
-    least, most = min(values), max(values)
-    rough = (most - least) / _BINS or most / _BINS or 1.0
+    rough = (max(values) - min(values)) / _BINS or max(values) / _BINS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    first = math.floor(least / step)
-    counts = [0] * (math.floor(most / step) - first + 1)
-    for value in values:
-        counts[math.floor(value / step) - first] += 1
+    numbers = np.floor(np.array(values) / step).astype(np.int64)
+    first = int(numbers.min())
     return [
-        {"from": round((first + i) * step, 9), "to": round((first + i + 1) * step, 9), "count": count}
-        for i, count in enumerate(counts)
+        {"from": round(number * step, 9), "to": round((number + 1) * step, 9), "count": count}
+        for number, count in enumerate(np.bincount(numbers - first).tolist(), first)
     ]
 
 
@@ -73,42 +74,41 @@ def item_figures(found: ScannedData) -> Figures:
     }
 
 
-def size_figures(train: Sequence[ScannedRecord], seen: Sequence[Sequence[Size]]) -> Figures:
-    """Pixels and aspects of the training records; `seen` are the sizes that the VAE sees, target first."""
-    files = [scanned.target_size for scanned in train]
-    trained = [sizes[0] for sizes in seen]
+def size_figures(train: Sequence[ScannedRecord], entries: Sequence[CacheEntry], token: int) -> Figures:
+    """Pixels and aspects of the training records, in files and as the VAE sees them.
+
+    `entries` are those of the records, `token` is the side of a token in pixels.
+    """
+    seen = [[Size(grid.columns * token, grid.rows * token) for grid in entry.img_shapes] for entry in entries]
+    files, trained = [scanned.target_size for scanned in train], [sizes[0] for sizes in seen]
     controls = [size for scanned in train for size in scanned.control_sizes]
-    resized = [size for sizes in seen for size in sizes[1:]]
-    pairs, aspects = list(zip(files, trained, strict=True)), [size.width / size.height for size in files]
-    changes = [_apart(*pair) for pair in pairs]
+    encoded = [size for sizes in seen for size in sizes[1:]]
+    growth = [math.prod(size) / math.prod(file) for file, size in zip(files, trained, strict=True)]
+    control_growth = [math.prod(size) / math.prod(file) for file, size in zip(controls, encoded, strict=True)]
+    apart = [_apart(scanned.target_size, size) for scanned in train for size in scanned.control_sizes]
+    changes = [_apart(file, size) for file, size in zip(files, trained, strict=True)]
     most = changes.index(max(changes))
+    aspects = [size.width / size.height for size in files]
+    pixels = {
+        "target_files": files,
+        "targets_as_trained": trained,
+        "control_files": controls,
+        "controls_as_encoded": encoded,
+    }
     return {
-        "pixels": {
-            "target_files": summary([math.prod(size) for size in files]),
-            "targets_as_trained": summary([math.prod(size) for size in trained]),
-            "control_files": summary([math.prod(size) for size in controls]),
-            "controls_as_encoded": summary([math.prod(size) for size in resized]),
-        },
+        "pixels": {name: summary([math.prod(size) for size in sizes]) for name, sizes in pixels.items()},
         "different_target_sizes": len(set(trained)),
-        "targets_scaled_down": sum(_area_ratio(*pair) < 1 / _RESIZED for pair in pairs),
-        "targets_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in pairs),
+        "targets_scaled_down": sum(ratio < 1 / _RESIZED for ratio in growth),
+        "targets_enlarged": sum(ratio > _RESIZED for ratio in growth),
         "most_change_of_aspect": changes[most] - 1,
         "most_changed_aspect": f"{train[most].record.name} ({files[most]} to {trained[most]})",
-        "controls_enlarged": sum(_area_ratio(*pair) > _RESIZED for pair in zip(controls, resized, strict=True)),
-        "most_enlargement_of_a_control": max(
-            (math.sqrt(_area_ratio(*pair)) for pair in zip(controls, resized, strict=True)), default=0.0
-        ),
-        "controls_of_another_aspect": sum(
-            _apart(scanned.target_size, size) > _APART for scanned in train for size in scanned.control_sizes
-        ),
+        "controls_enlarged": sum(ratio > _RESIZED for ratio in control_growth),
+        "most_enlargement_of_a_control": math.sqrt(max(control_growth, default=0)),
+        "controls_of_another_aspect": sum(ratio > _APART for ratio in apart),
         "least_aspect": min(aspects),
         "most_aspect": max(aspects),
         "aspects": histogram(aspects),
     }
-
-
-def _area_ratio(source: Size, size: Size) -> float:
-    return math.prod(size) / math.prod(source)
 
 
 def _apart(one: Size, other: Size) -> float:
@@ -119,48 +119,49 @@ def _apart(one: Size, other: Size) -> float:
 
 def token_figures(train: Sequence[ScannedRecord], entries: Sequence[CacheEntry]) -> Figures:
     """Tokens of the training samples: text, target, each control, all; and the samples at the ends."""
-    most_controls = max(len(entry.img_shapes) for entry in entries) - 1
     kinds = {"text": [entry.text_tokens for entry in entries]}
     if any(entry.empty_tokens for entry in entries):
         kinds["text_without_caption"] = [entry.empty_tokens for entry in entries]
-    kinds["target"] = [entry.target_tokens for entry in entries]
-    for number in range(1, most_controls + 1):
-        some = [entry.img_shapes[number].tokens for entry in entries if len(entry.img_shapes) > number]
-        kinds[f"control_{number}"] = some
-    kinds["all"] = [_all_tokens(entry) for entry in entries]
+    images = zip_longest(*([grid.tokens for grid in entry.img_shapes] for entry in entries))
+    for number, counts in enumerate(images):  # None where a sample has fewer controls
+        kinds[f"control_{number}" if number else "target"] = [count for count in counts if count is not None]
+    kinds["all"] = [lengths_of(entry).total for entry in entries]
     return {
-        "per_example": {kind: summary(values) for kind, values in kinds.items()},
+        "per_example": {kind: summary(counts) for kind, counts in kinds.items()},
         "of_all": histogram(kinds["all"]),
         "extremes": _extremes(train, entries),
     }
 
 
-def _all_tokens(entry: CacheEntry) -> int:
-    return entry.text_tokens + entry.image_tokens
-
-
 def _extremes(train: Sequence[ScannedRecord], entries: Sequence[CacheEntry]) -> list[Figures]:
-    pairs = sorted(zip(train, entries, strict=True), key=lambda pair: pair[0].record.name)
-    ways: dict[str, Callable[[tuple[ScannedRecord, CacheEntry]], float]] = {
-        "fewest tokens": lambda pair: -_all_tokens(pair[1]),
-        "most tokens": lambda pair: _all_tokens(pair[1]),
-        "longest text": lambda pair: pair[1].text_tokens,
-        "widest": lambda pair: pair[0].target_size.width / pair[0].target_size.height,
-        "tallest": lambda pair: pair[0].target_size.height / pair[0].target_size.width,
-    }
-    return [{"what": what, **_example(*max(pairs, key=way))} for what, way in ways.items()]
+    samples = sorted(zip(train, entries, strict=True), key=lambda sample: sample[0].record.name)
 
+    def tokens(sample: tuple[ScannedRecord, CacheEntry]) -> int:
+        return lengths_of(sample[1]).total
 
-def _example(scanned: ScannedRecord, entry: CacheEntry) -> Figures:
-    return {
-        "name": scanned.record.name,
-        "target": str(scanned.target_size),
-        "controls": ", ".join(map(str, scanned.control_sizes)) or "none",
-        "text_tokens": entry.text_tokens,
-        "target_tokens": entry.target_tokens,
-        "control_tokens": entry.image_tokens - entry.target_tokens,
-        "all_tokens": _all_tokens(entry),
+    def aspect(sample: tuple[ScannedRecord, CacheEntry]) -> float:
+        return sample[0].target_size.width / sample[0].target_size.height
+
+    ends = {
+        "fewest tokens": min(samples, key=tokens),
+        "most tokens": max(samples, key=tokens),
+        "longest text": max(samples, key=lambda sample: sample[1].text_tokens),
+        "widest": max(samples, key=aspect),
+        "tallest": min(samples, key=aspect),
     }
+    return [
+        {
+            "what": what,
+            "name": scanned.record.name,
+            "target": str(scanned.target_size),
+            "controls": ", ".join(map(str, scanned.control_sizes)) or "none",
+            "text_tokens": entry.text_tokens,
+            "target_tokens": entry.target_tokens,
+            "control_tokens": entry.image_tokens - entry.target_tokens,
+            "all_tokens": tokens((scanned, entry)),
+        }
+        for what, (scanned, entry) in ends.items()
+    ]
 
 
 class PlanSums(NamedTuple):
@@ -174,54 +175,51 @@ class PlanSums(NamedTuple):
 def plan_sums(plan: Plan, valid: Sequence[Lengths], steps: int) -> PlanSums:
     """Of the first `steps`, at least one; `valid` are lengths that are not rounded.
 
-    `tokens` are valid ones, text and images; `fillers` are microbatches that only keep ranks in step. The idle share of
-    the ranks' time is 1 - mean load / heaviest load, as if time were proportional to tokens.
+    `tokens` are valid ones, text and images; `fillers` are dummy microbatches, which only keep ranks in step. The idle
+    fraction of the ranks' time is 1 - mean load / heaviest load, as if time were proportional to tokens.
     """
 
     def computed(microbatch: Microbatch) -> int:
         return computed_tokens(plan.lengths_in(microbatch), plan.layout)
 
+    def tokens_of(microbatch: Microbatch) -> int:
+        without = microbatch.dropped
+        return sum((valid[i].without_caption() if i in without else valid[i]).total for i in microbatch.indices)
+
     planned = [plan.step(number) for number in range(steps)]
     microbatches = [m for step in planned for rank in step.ranks for m in rank]
-    loads = [[sum(map(computed, rank)) for rank in step.ranks] for step in planned]
-    rank_tokens, heaviest = [sum(rank) for rank in zip(*loads, strict=True)], sum(map(max, loads))
+    loads = np.array([[sum(map(computed, rank)) for rank in step.ranks] for step in planned])  # (steps, ranks)
     counts = [sum(map(len, step.ranks)) for step in planned]
     real = [m for m in microbatches if any(m.weights)]
-    tokens = sum(
-        (valid[i].without_caption() if i in microbatch.dropped else valid[i]).total
-        for microbatch in real
-        for i in microbatch.indices
-    )
+    tokens, heaviest = sum(map(tokens_of, real)), int(loads.max(axis=1).sum())
+    all_computed = int(loads.sum())
     figures = {
         "steps": steps,
         "samples": sum(step.samples for step in planned),
         "tokens": tokens,
-        "tokens_computed": sum(rank_tokens),
-        "padding_share": 1 - tokens / sum(rank_tokens),
+        "tokens_computed": all_computed,
+        "padding_share": 1 - tokens / all_computed,
         "microbatches": len(microbatches),
         "fillers": len(microbatches) - len(real),
         "heaviest_tokens": heaviest,
-        "idle_share": 1 - sum(rank_tokens) / (plan.world_size * heaviest),
+        "idle_share": 1 - all_computed / (plan.world_size * heaviest),
         "fewest_microbatches": min(counts),
         "most_microbatches": max(counts),
         "short_steps": sum(step.samples < plan.samples_per_step for step in planned),
     }
-    return PlanSums(figures, rank_tokens, max(microbatches, key=computed))
+    return PlanSums(figures, loads.sum(axis=0).tolist(), max(microbatches, key=computed))
 
 
 def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, ranks: int) -> list[str]:
     """What is allowed, but perhaps not intended."""
-    said = [*_data_notices(config, found, sizes), *_plan_notices(config, found, epoch, ranks)]
-    return [text for holds, text in said if holds]
-
-
-def _data_notices(config: Config, found: ScannedData, sizes: Figures) -> list[tuple[object, str]]:
-    train = found.train
+    train, wanted, steps = found.train, config.batch.samples_per_step, config.train.max_train_steps
     same = sum(len(set(s.digests[: 1 + len(s.control_sizes)])) <= len(s.control_sizes) for s in train)
     twins = len(train) - len({(scanned.digests, scanned.record.prompt) for scanned in train})
-    enlarged, enlargement = sizes["targets_enlarged"], sizes["most_enlargement_of_a_control"]
-    change, other = sizes["most_change_of_aspect"], sizes["controls_of_another_aspect"]
-    return [
+    enlarged, other, rest = sizes["targets_enlarged"], sizes["controls_of_another_aspect"], len(train) % wanted
+    enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
+    few, no_samples = found.few(config), config.sample.every and not found.held_out
+    all_alone = epoch["microbatches"] == epoch["samples"] > epoch["steps"] * ranks
+    checks: list[tuple[object, str]] = [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
         (same, f"{amount(same, 'record')} with two images of the same bytes, such as a control that is its target"),
         (twins, f"{amount(twins, 'exact repetition')} of other records"),
@@ -240,17 +238,7 @@ def _data_notices(config: Config, found: ScannedData, sizes: Figures) -> list[tu
             f"controls are enlarged up to {enlargement:.1f} times along a side; data.resize.control.area=target gives "
             "each as many pixels as its target has",
         ),
-        (
-            config.sample.every and not found.held_out,
-            "nothing is held out: there will be no samples while training (data.held_out)",
-        ),
-    ]
-
-
-def _plan_notices(config: Config, found: ScannedData, epoch: Figures, ranks: int) -> list[tuple[object, str]]:
-    wanted, steps, count = config.batch.samples_per_step, config.train.max_train_steps, len(found.train)
-    rest, few = count % wanted, found.few(config)
-    return [
+        (no_samples, "nothing is held out: there will be no samples while training (data.held_out)"),
         (few, str(few)),
         (
             steps < epoch["steps"],
@@ -258,7 +246,7 @@ def _plan_notices(config: Config, found: ScannedData, epoch: Figures, ranks: int
             "train",
         ),
         (
-            count > wanted and rest,
+            len(train) > wanted and rest,
             f"the last step of each epoch has {amount(rest, 'sample')} and moves the weights as far as one of {wanted}",
         ),
         (
@@ -271,13 +259,6 @@ def _plan_notices(config: Config, found: ScannedData, epoch: Figures, ranks: int
             f"{epoch['idle_share']:.0%} of the ranks' time goes into waiting for the heaviest one: raise "
             "batch.samples_per_step, or take fewer ranks",
         ),
-        (
-            epoch["microbatches"] == epoch["samples"] and epoch["samples"] > epoch["steps"] * ranks,
-            "every microbatch is one sample: raise batch.max_tokens if memory allows",
-        ),
+        (all_alone, "every microbatch is one sample: raise batch.max_tokens if memory allows"),
     ]
-
-
-def seen_sizes(entries: Sequence[CacheEntry], token: int) -> list[list[Size]]:
-    """The sizes at which the VAE sees each sample, target first; `token` is the side of a token in pixels."""
-    return [[Size(grid.columns * token, grid.rows * token) for grid in entry.img_shapes] for entry in entries]
+    return [text for holds, text in checks if holds]
