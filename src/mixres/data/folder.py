@@ -63,8 +63,19 @@ def records_from_folder(
     controlled = (root / CONTROLS).is_dir()
     controls = _list_files(root / CONTROLS, follow_symlinks, problems)[0] if controlled else {}
     by_stem = _targets_and_masks(images)
-    problems += _pair_captions(captions, by_stem)
-    problems += _pair_controls(controls, by_stem)
+    for stem, paths in captions.items():
+        if stem in by_stem:
+            by_stem[stem].captions = paths
+        else:
+            problems += _orphans(paths, "a caption without a target image")
+    for stem, paths in controls.items():
+        match = _CONTROL_STEM.fullmatch(stem)
+        if stem in by_stem:
+            by_stem[stem].controls[0] += paths
+        elif match and match[1] in by_stem:
+            by_stem[match[1]].controls[int(match[2])] += paths
+        else:
+            problems += _orphans(paths, "a control image without a target")
     spellings = defaultdict(list)
     for stem in by_stem:
         spellings[stem.casefold()].append(stem)
@@ -81,8 +92,8 @@ def records_from_folder(
         found = [*(Problem(printable(files.targets[0]), reason) for reason in reasons), *found]
         problems += [problem._replace(example=name) for problem in found]
         if not found:
-            paths = tuple(files.controls[slot][0] for slot in sorted(files.controls))
-            records.append(EditRecord(name, files.targets[0], paths, prompt, files.masks[0] if files.masks else None))
+            own = tuple(files.controls[slot][0] for slot in sorted(files.controls))
+            records.append(EditRecord(name, files.targets[0], own, prompt, files.masks[0] if files.masks else None))
     return records, problems
 
 
@@ -168,25 +179,6 @@ def _targets_and_masks(images: Mapping[str, list[Path]]) -> dict[str, _Files]:
     return by_stem
 
 
-def _pair_captions(captions: Mapping[str, list[Path]], by_stem: Mapping[str, _Files]) -> Iterator[Problem]:
-    for stem, paths in captions.items():
-        if stem in by_stem:
-            by_stem[stem].captions = paths
-        else:
-            yield from _orphans(paths, "a caption without a target image")
-
-
-def _pair_controls(controls: Mapping[str, list[Path]], by_stem: Mapping[str, _Files]) -> Iterator[Problem]:
-    for stem, paths in controls.items():
-        match = _CONTROL_STEM.fullmatch(stem)
-        if stem in by_stem:
-            by_stem[stem].controls[0] += paths
-        elif match and match[1] in by_stem:
-            by_stem[match[1]].controls[int(match[2])] += paths
-        else:
-            yield from _orphans(paths, "a control image without a target")
-
-
 def _orphans(paths: list[Path], what: str) -> Iterator[Problem]:
     for path in paths:
         yield Problem(printable(path), f"is {what} of its name; add that, rename this one, or take it out")
@@ -213,6 +205,5 @@ def _prompt(files: _Files, empty_caption: EmptyCaption) -> tuple[str, list[Probl
         target = files.targets[0]
         missing = f"has no caption file {printable(target.stem)}.txt"
         return prompt_or_problem(printable(target), str, empty_caption, if_empty=missing)
-    caption = files.captions[0]
-    read = partial(read_caption, caption)
-    return prompt_or_problem(printable(caption), read, empty_caption, if_empty="the caption is empty")
+    read = partial(read_caption, files.captions[0])
+    return prompt_or_problem(printable(files.captions[0]), read, empty_caption, if_empty="the caption is empty")
