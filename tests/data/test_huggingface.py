@@ -87,9 +87,11 @@ def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
         row(path_mask=png((89, 60), "L")),
         row(path_control_1=None, path_control=b"<html>"),
         row(prompt=None),
+        row(path_control=None),
     ]
     records, problems = scanned(save(tmp_path / "set", *rows))
-    assert [item.record.name for item in records] == [f"{tmp_path}/set:0"]
+    assert [item.record.name for item in records] == [f"{tmp_path}/set:0", f"{tmp_path}/set:7"]
+    assert records[1].record.controls == (), "text to image"
     expected = [
         "ROOT:2: has no 'path_control'; add it",
         f"ROOT:3: the prompt is empty{EMPTY}",
@@ -100,7 +102,7 @@ def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
     ]
     assert len(problems) == len(expected)
     assert all(problem.startswith(line) for problem, line in zip(problems, expected, strict=True)), problems
-    assert len(scanned(tmp_path / "set", empty_caption="use_empty")[0]) == 3
+    assert len(scanned(tmp_path / "set", empty_caption="use_empty")[0]) == 4
 
 
 COLUMNS = {
@@ -121,11 +123,9 @@ def test_bad_columns_are_reported_once(tmp_path: Path, values: dict[str, Any], r
     assert refusal(save(tmp_path / "set", values, values)) == [f"ROOT: {reason}"]
 
 
-def test_rows_without_controls(tmp_path: Path) -> None:
-    """Text to image: no column for controls, or a cell without an image."""
-    for name, given in (("none", {"path_target": png(), "prompt": "y"}), ("empty", row(path_control=None, prompt="y"))):
-        (item,), problems = scanned(save(tmp_path / name, given))
-        assert (item.record.controls, item.record.prompt, problems) == ((), "y", [])
+def test_a_data_set_without_controls(tmp_path: Path) -> None:
+    (item,), problems = scanned(save(tmp_path / "set", {"path_target": png(), "prompt": "y"}))
+    assert (item.record.controls, item.record.prompt, problems) == ((), "y", [])
 
 
 def test_text_is_no_image_and_a_path_is_not_opened(tmp_path: Path) -> None:
