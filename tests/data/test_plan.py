@@ -267,11 +267,8 @@ def test_samples_over_budget_are_refused_together_by_name_and_size(layout: Layou
     for message, name, size in zip(caught.value.messages, names[1::2], (101, 250), strict=True):
         assert message.startswith(f"{name}: {size} tokens")
         assert "batch.max_tokens = 100" in message
-
-
-def test_no_samples_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.train"):
-        Plan([], names=[], seed=0, samples_per_step=2, max_tokens=100, layout="padded")
+        Plan([], names=[], seed=0, samples_per_step=2, max_tokens=100, layout=layout)
 
 
 BASE: dict[str, Any] = {
