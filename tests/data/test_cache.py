@@ -19,28 +19,9 @@ from mixres import atomic
 from mixres.batch import Sample
 from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key
 from mixres.geometry import Grid
+from support.samples import make_sample
 
 KEY, OTHER = entry_key(name="one"), entry_key(name="other")
-
-
-def make_sample(
-    grids: tuple[Grid, ...] = (Grid(1, 3, 2), Grid(1, 2, 2)),
-    *,
-    text: int = 5,
-    mask: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> Sample:
-    generator = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(grid.tokens, 8, generator=generator).to(dtype) for grid in grids]
-    return Sample(
-        name="training_images/a.png",
-        target_latents=latents[0],
-        control_latents=tuple(latents[1:]),
-        prompt_embeds=torch.randn(text, 6, generator=generator).to(dtype),
-        img_shapes=grids,
-        edit_mask=torch.rand(grids[0].tokens, generator=generator) if mask else None,
-    )
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -64,8 +45,7 @@ def assert_same(a: Sample, b: Sample) -> None:
 @pytest.mark.parametrize(("controls", "mask"), [(0, True), (1, False), (2, True), (11, False)])
 def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: int, mask: bool) -> None:
     grids = (Grid(1, 3, 2), *(Grid(1, 2, 1 + i) for i in range(controls)))
-    empty = None if mask else torch.full((3, 6), 0.5, dtype=dtype)
-    sample = replace(make_sample(grids, mask=mask, dtype=dtype), empty_embeds=empty)
+    sample = make_sample(grids, mask=mask, dtype=dtype, empty=0 if mask else 3)
     entry = Cache(tmp_path).write(KEY, sample)
     assert entry == CacheEntry(KEY, grids, text_tokens=5, has_mask=mask, empty_tokens=0 if mask else 3)
     assert (entry.target_tokens, entry.image_tokens) == (6, sum(grid.tokens for grid in grids))

@@ -10,27 +10,22 @@ from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Lengths, Rounding, computed_tokens, rounded
 from mixres.geometry import Grid
+from support.samples import make_sample
 
-CHANNELS, WIDTH = 4, 3
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
 derandomized = settings(derandomize=True, deadline=None, database=None, max_examples=80)
 
 grids = st.builds(Grid, st.just(1), st.integers(1, 5), st.integers(1, 5))
 
 
-@st.composite
-def samples(draw: st.DrawFn, dtype: torch.dtype = torch.bfloat16) -> Sample:
-    shapes = tuple(draw(st.lists(grids, min_size=1, max_size=4)))
-    noise = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    latents = [torch.randn(grid.tokens, CHANNELS, generator=noise).to(dtype) for grid in shapes]
-    return Sample(
-        name=draw(st.text(max_size=3)),
-        target_latents=latents[0],
-        control_latents=tuple(latents[1:]),
-        prompt_embeds=torch.randn(draw(st.integers(1, 7)), WIDTH, generator=noise).to(dtype),
-        img_shapes=shapes,
-        edit_mask=torch.rand(shapes[0].tokens, generator=noise) if draw(st.booleans()) else None,
-    )
+samples = st.builds(
+    make_sample,
+    st.lists(grids, min_size=1, max_size=4).map(tuple),
+    name=st.text(max_size=3),
+    text=st.integers(1, 7),
+    mask=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
 
 
 def collated(chosen: list[Sample], layout: Layout, rounding: Rounding = Rounding()) -> Batch:  # noqa: B008
@@ -53,7 +48,7 @@ def image(sample: Sample) -> Tensor:
     return torch.cat([sample.target_latents, *sample.control_latents])
 
 
-mixes = st.lists(samples(), min_size=1, max_size=5)
+mixes = st.lists(samples, min_size=1, max_size=5)
 
 
 @derandomized

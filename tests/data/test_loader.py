@@ -22,32 +22,29 @@ from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Layout, Lengths, Plan
 from mixres.errors import WorkError
 from mixres.geometry import Grid
+from support.samples import make_sample
 
 COUNT, STEPS = 7, 6
 NAMES = [f"training_images/{i}.png" for i in range(COUNT)]
 KEYS = [entry_key(sample=i) for i in range(COUNT)]
 
 
-def make_sample(i: int) -> Sample:
-    noise = torch.Generator().manual_seed(i)
+def sample_of(i: int) -> Sample:
     shapes = (Grid(1, 2 + i % 3, 3), Grid(1, 2, 1 + i % 2))[: 1 + i % 2]
-    latents = [torch.randn(grid.tokens, 4, generator=noise).bfloat16() for grid in shapes]
-    mask = torch.rand(shapes[0].tokens, generator=noise) if i % 3 == 0 else None
-    text, empty = (torch.randn(n, 3, generator=noise).bfloat16() for n in (2 + i, 1 + i % 2))
-    return Sample(NAMES[i], latents[0], tuple(latents[1:]), text, shapes, mask, empty)
+    return make_sample(shapes, name=NAMES[i], text=2 + i, empty=1 + i % 2, mask=i % 3 == 0, seed=i)
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     cache = Cache(tmp_path)
     for i, key in enumerate(KEYS):
-        cache.write(key, make_sample(i))
+        cache.write(key, sample_of(i))
     return cache
 
 
 def make_plan(layout: Layout = "padded", world_size: int = 1, caption_dropout: float = 0.0) -> Plan:
     lengths = []
-    for sample in map(make_sample, range(COUNT)):
+    for sample in map(sample_of, range(COUNT)):
         assert sample.empty_embeds is not None
         image = sum(grid.tokens for grid in sample.img_shapes)
         lengths.append(Lengths(len(sample.prompt_embeds), image, len(sample.target_latents), len(sample.empty_embeds)))
@@ -85,7 +82,7 @@ def test_batches_are_the_plans_microbatches_of_the_samples_written(
         wanted = []
         for step in map(plan.step, range(STEPS)):
             for m in step.ranks[rank]:
-                samples = [make_sample(i) for i in m.indices]
+                samples = [sample_of(i) for i in m.indices]
                 texts = [
                     s.empty_embeds if i in step.dropped else s.prompt_embeds
                     for i, s in zip(m.indices, samples, strict=True)
@@ -136,13 +133,13 @@ def test_a_damaged_entry_ends_in_one_line_that_says_run_again(cache: Cache, dama
     assert str(path) in message
     assert len(message) < 400 and "Traceback" not in message
     assert not path.exists()  # so that the next caching pass makes it again
-    cache.write(KEYS[hurt], make_sample(hurt))
+    cache.write(KEYS[hurt], sample_of(hurt))
     assert_equal(list(loader(Cache(cache.root))), list(loader(cache)))
 
 
 PROGRAM = """
 import os, signal, sys, multiprocessing
-sys.path.insert(0, {folder!r})
+sys.path[:0] = [{folder!r}, {folder!r} + '/..']
 from test_loader import Cache, Path, loader
 batches = loader(Cache(Path({root!r})), workers=2)
 next(batches), next(batches)  # one of each worker: both are up
