@@ -87,13 +87,19 @@ def records_from_folder(
             for other in sorted(spellings[stem.casefold()])
             if other != stem
         ]
-        prompt, found = _prompt(files, empty_caption)
-        name = printable(files.targets[0].relative_to(root))
-        found = [*(Problem(printable(files.targets[0]), reason) for reason in reasons), *found]
+        target, caption = files.targets[0], next(iter(files.captions), None)
+        prompt, found = prompt_or_problem(
+            printable(caption or target),
+            partial(read_caption, caption) if caption else str,
+            empty_caption,
+            if_empty="the caption is empty" if caption else f"has no caption file {printable(target.stem)}.txt",
+        )
+        name = printable(target.relative_to(root))
+        found = [*(Problem(printable(target), reason) for reason in reasons), *found]
         problems += [problem._replace(example=name) for problem in found]
         if not found:
             own = tuple(files.controls[slot][0] for slot in sorted(files.controls))
-            records.append(EditRecord(name, files.targets[0], own, prompt, files.masks[0] if files.masks else None))
+            records.append(EditRecord(name, target, own, prompt, files.masks[0] if files.masks else None))
     return records, problems
 
 
@@ -179,9 +185,9 @@ def _targets_and_masks(images: Mapping[str, list[Path]]) -> dict[str, _Files]:
     return by_stem
 
 
-def _orphans(paths: list[Path], what: str) -> Iterator[Problem]:
-    for path in paths:
-        yield Problem(printable(path), f"is {what} of its name; add that, rename this one, or take it out")
+def _orphans(paths: list[Path], what: str) -> list[Problem]:
+    reason = f"is {what} of its name; add that, rename this one, or take it out"
+    return [Problem(printable(path), reason) for path in paths]
 
 
 def _pairing_problems(stem: str, files: _Files, controlled: bool) -> list[str]:
@@ -198,12 +204,3 @@ def _pairing_problems(stem: str, files: _Files, controlled: bool) -> list[str]:
             missing = f"{shown}_control_{slot}" if slot else shown
             reasons.append(f"its control images have a gap: {CONTROLS}/{missing}.* is missing; add it")
     return reasons
-
-
-def _prompt(files: _Files, empty_caption: EmptyCaption) -> tuple[str, list[Problem]]:
-    if not files.captions:
-        target = files.targets[0]
-        missing = f"has no caption file {printable(target.stem)}.txt"
-        return prompt_or_problem(printable(target), str, empty_caption, if_empty=missing)
-    read = partial(read_caption, files.captions[0])
-    return prompt_or_problem(printable(files.captions[0]), read, empty_caption, if_empty="the caption is empty")
