@@ -34,15 +34,12 @@ def test_field_keeps_the_rows_of_a_matrix() -> None:
     assert torch.equal(extract_batch_field({"x": [matrix, matrix + 1]}, "x", 1), matrix + 1)
 
 
-def test_absent_field_names_those_there_are() -> None:
-    with pytest.raises(KeyError, match=r"no field 'width'.*height, prompt"):
-        extract_batch_field({"prompt": 1, "height": 2}, "width", 0)
-
-
 @pytest.mark.parametrize("value", [[1], (1,), torch.tensor([1])], ids=["list", "tuple", "tensor"])
-def test_a_field_shorter_than_the_batch_is_an_error(value: Any) -> None:
+def test_a_field_that_is_short_or_absent_is_an_error(value: Any) -> None:
     with pytest.raises(IndexError):
         extract_batch_field({"x": value}, "x", 1)
+    with pytest.raises(KeyError, match=r"no field 'width'.*height, x"):
+        extract_batch_field({"x": value, "height": 2}, "width", 0)
 
 
 CONTROLS = {
@@ -52,18 +49,14 @@ CONTROLS = {
 }  # fmt: skip
 PIXELS: dict[str, tuple[dict[str, Any], Any]] = {
     "lists": ({"height": [256, 384], "width": [512, 320]}, [[(1, 16, 32)], [(1, 24, 20)]]),
-    "tensors": (
-        {"height": torch.tensor([256, 384]), "width": torch.tensor([512, 320])},
-        [[(1, 16, 32)], [(1, 24, 20)]],
-    ),
     "scalars": ({"height": 256, "width": torch.tensor(512)}, [[(1, 16, 32)]] * 2),
     "one control": (
         {"height": [256, 384], "width": 512, "height_control": 64, "width_control": [32, 96]},
         [[(1, 16, 32), (1, 4, 2)], [(1, 24, 32), (1, 4, 6)]],
     ),
     "three and one": (CONTROLS, [[(1, 16, 32), (1, 2, 3), (1, 4, 5), (1, 6, 7)], [(1, 16, 32), (1, 2, 3)]]),
-    "NumPy": (
-        {"height": [np.int64(256), np.int64(384)], "width": [np.int64(512), 320]},
+    "NumPy and a tensor": (
+        {"height": [np.int64(256), np.int64(384)], "width": torch.tensor([512, 320])},
         [[(1, 16, 32)], [(1, 24, 20)]],
     ),
 }
@@ -72,6 +65,9 @@ PIXELS: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize(("fields", "expected"), PIXELS.values(), ids=PIXELS)
 def test_shapes_from_pixel_fields(fields: dict[str, Any], expected: list[Any]) -> None:
     assert_plain(image_shapes_from_embeddings(fields, 2), expected)
+    halved = [[(1, rows // 2, columns // 2) for _, rows, columns in sample[:1]] for sample in expected]
+    sides = {"height": fields["height"], "width": fields["width"]}
+    assert image_shapes_from_embeddings(sides, 2, pixels_per_token=32) == halved
 
 
 SHAPES = [[(1, 16, 32), (1, 2, 3)], [(1, 24, 20), (1, 4, 5)]]
@@ -88,21 +84,13 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("img_shapes", FORMS.values(), ids=FORMS)
 def test_img_shapes_win_over_pixel_fields(img_shapes: Any) -> None:
     assert_plain(image_shapes_from_embeddings({"img_shapes": img_shapes, "height": 16, "width": 16}, 2), SHAPES)
+    ragged = [*SHAPES[:1], [(1, 4, 4)]]
+    assert image_shapes_from_embeddings({"img_shapes": ragged}, 2) == ragged
 
 
 def assert_plain(shapes: Any, expected: Any) -> None:
     assert shapes == expected
     assert all(type(side) is int for sample in shapes for grid in sample for side in grid)
-
-
-def test_img_shapes_may_hold_different_numbers_of_controls() -> None:
-    ragged = [[(1, 4, 4)], [(1, 2, 2), (1, 3, 3), (1, 5, 5)]]
-    assert image_shapes_from_embeddings({"img_shapes": ragged}, 2) == ragged
-
-
-def test_pixels_per_token_is_the_callers() -> None:
-    fields = {"height": 256, "width": 512}
-    assert image_shapes_from_embeddings(fields, 1, pixels_per_token=32) == [[(1, 8, 16)]]
 
 
 def test_sides_that_make_no_whole_token_are_refused_with_both_numbers() -> None:

@@ -13,28 +13,6 @@ from mixres.errors import WorkError
 from support.jobs import children
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "pydantic", "omegaconf", "yaml", "numpy", "diffusers", "transformers", "accelerate", "peft", "PIL",
-         "jinja2")  # fmt: skip
-
-
-def train_py(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
-def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
-    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    assert len(lines) > 20
-    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
-
-
-def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
 
 
 @pytest.fixture
@@ -47,33 +25,14 @@ def config(tmp_path: Path) -> Path:
 VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export")
 
 
-@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS)], ids=lambda verb: "".join(verb) or "none")
-def test_help_names_verbs_and_options_and_imports_nothing_but_the_standard_library(verb: tuple[str, ...]) -> None:
-    done = train_py(*verb, "--help")
-    assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: train.py {verb[0] if verb else '[VERB] --config FILE [key=value ...]'}")
-    whole, known = cli.parsers()
-    assert all(f"\n    {name}" in whole.format_help() for name in known) and tuple(known) == VERBS
-    parser = known[verb[0]] if verb else whole
-    assert all(option in done.stdout for option in parser._option_string_actions)
-    assert imported(done).isdisjoint(HEAVY)
-
-
-def test_version() -> None:
-    done = train_py("--version")
-    assert (done.returncode, done.stdout) == (0, f"mixres {__version__}\n")
-
-
-def test_wrong_config_is_reported_in_full_before_torch_is_imported(config: Path) -> None:
-    done = train_py("--config", str(config), "train.max_grad_nrm=1", "train.seed=x", "batch.layout=packd")
-    assert done.returncode == 2
-    assert messages(done) == [
-        "mixres: error: train.max_grad_nrm: unknown key; did you mean 'train.max_grad_norm'?",
-        "mixres: error: batch.layout: given \"packd\", should be 'packed' or 'padded'",
-        'mixres: error: train.seed: given "x", should be a valid integer',
-    ]
-    assert imported(done).isdisjoint({"torch", "diffusers", "transformers", "accelerate", "peft"})
-    assert "pydantic" in imported(done)  # the reading of import times does see what is imported
+def test_version_and_no_words_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"mixres {__version__}\n"
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage: ") and all(f"\n    {verb}" in shown for verb in VERBS)
+    assert shown.splitlines()[-1].startswith("mixres: error: --config: not given")
 
 
 def under_a_launcher(*arguments: str, rank: str = "0") -> int:
@@ -84,7 +43,7 @@ def under_a_launcher(*arguments: str, rank: str = "0") -> int:
 def test_under_a_launcher_the_run_folder_says_what_was_wrong_too(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ("--config", str(config), f"logging.output_dir={folder}", "train.sed=1", "train.seed=-1")
-    assert train_py(*words).returncode == under_a_launcher(*words, rank="1") == 2
+    assert cli.main(words) == under_a_launcher(*words, rank="1") == 2
     assert not folder.exists(), "the exit code has said it; other ranks write nothing"
     assert under_a_launcher(*words) == 2
     status = json.loads((folder / "run_status.json").read_text())
@@ -168,13 +127,6 @@ def test_wrong_arguments(arguments: str, expected: list[str], config: Path, caps
         assert line.startswith(f"mixres: error: {part.replace('CONFIG', str(config))}")
 
 
-def test_no_words_at_all_show_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("usage: ") and all(f"\n    {verb}" in shown for verb in VERBS)
-    assert shown.splitlines()[-1].startswith("mixres: error: --config: not given")
-
-
 CALLS: dict[str, tuple[str, dict[str, object]]] = {
     "--config CONFIG train.seed=3": ("train", {}),
     "train.seed=3 loss.weighting=none --config CONFIG": ("train", {}),
@@ -204,7 +156,7 @@ def test_verbs_get_the_validated_config_and_their_options(
     assert ran == [(*call, 3)]
 
 
-ENDS = {
+ENDS: dict[str, tuple[BaseException, object, str]] = {
     "work": (WorkError("disk full"), 1, "mixres: error: disk full\n"),
     "full disk": (
         OSError(28, "No space left on device", "cache/index.json"),
@@ -218,13 +170,14 @@ ENDS = {
         "short, lower it\n",
     ),
     "interrupt": (KeyboardInterrupt(), 130, "mixres: interrupted\n"),
+    "bug": (KeyError("bug"), KeyError, ""),
 }
 
 
 @pytest.mark.parametrize(("error", "code", "text"), ENDS.values(), ids=ENDS)
 def test_how_a_verb_ends(
     error: BaseException,
-    code: int,
+    code: object,
     text: str,
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -233,12 +186,10 @@ def test_how_a_verb_ends(
     def fail(_: object) -> None:
         raise error
 
+    ended: object
     monkeypatch.setattr(cli, "_train", fail)
-    assert cli.main(["--config", str(config)]) == code
-    assert capsys.readouterr().err == text
-
-
-def test_a_bug_comes_out_as_it_is(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_train", lambda _: {}["bug"])
-    with pytest.raises(KeyError):
-        cli.main(["--config", str(config)])
+    try:
+        ended = cli.main(["--config", str(config)])
+    except KeyError:
+        ended = KeyError
+    assert (ended, capsys.readouterr().err) == (code, text)

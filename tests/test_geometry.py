@@ -18,13 +18,10 @@ SIDES = st.integers(16, 12_000)
     ("source", "max_pixels", "upscale", "expected"),
     [
         pytest.param((512, 512), MEGAPIXEL, False, (512, 512), id="square_native"),
-        pytest.param((1024, 1024), MEGAPIXEL, False, (1024, 1024), id="exactly_the_limit"),
         pytest.param((600, 400), MEGAPIXEL, False, (608, 400), id="rounded_to_nearest"),
         pytest.param((71, 88), MEGAPIXEL, False, (64, 96), id="half_goes_up_to_the_even_multiple"),
         pytest.param((72, 104), MEGAPIXEL, False, (64, 96), id="half_goes_down_to_the_even_multiple"),
-        pytest.param((640, 427), MEGAPIXEL, False, (640, 432), id="photograph_landscape"),
         pytest.param((427, 640), MEGAPIXEL, False, (432, 640), id="photograph_portrait_is_its_mirror"),
-        pytest.param((2048, 2048), MEGAPIXEL, False, (1024, 1024), id="downscaled_square"),
         pytest.param((4000, 3000), MEGAPIXEL, False, (1184, 880), id="downscaled_4_to_3_rounds_down_when_over"),
         pytest.param((8000, 1000), MEGAPIXEL, False, (2896, 352), id="downscaled_8_to_1"),
         pytest.param((1025, 1023), MEGAPIXEL, False, (1024, 1024), id="rounding_alone_suffices"),
@@ -33,7 +30,6 @@ SIDES = st.integers(16, 12_000)
         pytest.param((1000, 3), 4096, False, (992, 16), id="sliver_keeps_one_token_of_height"),
         pytest.param((512, 512), MEGAPIXEL, True, (1024, 1024), id="upscaled_square"),
         pytest.param((300, 451), 65536, True, (208, 304), id="upscale_never_passes_the_limit"),
-        pytest.param((4096, 4096), MEGAPIXEL, True, (1024, 1024), id="upscale_still_downscales"),
     ],
 )
 def test_target_size(source: tuple[int, int], max_pixels: int, upscale: bool, expected: tuple[int, int]) -> None:
@@ -51,25 +47,17 @@ def test_target_size_holds_its_promise(
     assert size.width * size.height <= max_pixels or min(size) == multiple_of
     mirrored = target_size(Size(height, width), max_pixels=max_pixels, multiple_of=multiple_of, upscale=upscale)
     assert mirrored == (size.height, size.width)
-
-
-@given(SIDES, SIDES)
-def test_a_target_under_the_limit_changes_by_rounding_alone(width: int, height: int) -> None:
-    size = target_size(Size(width, height), max_pixels=2**40, multiple_of=16)
-    assert abs(size.width - width) <= 8
-    assert abs(size.height - height) <= 8
+    rounded = target_size(Size(width, height), max_pixels=2**40, multiple_of=16)
+    assert abs(rounded.width - width) <= 8 and abs(rounded.height - height) <= 8
 
 
 @pytest.mark.parametrize(
     ("source", "area", "expected"),
     [
-        pytest.param((512, 512), MEGAPIXEL, (1024, 1024), id="square_upscaled"),
-        pytest.param((4000, 4000), MEGAPIXEL, (1024, 1024), id="square_downscaled"),
-        pytest.param((640, 427), MEGAPIXEL, (1248, 832), id="photograph_landscape"),
-        pytest.param((427, 640), MEGAPIXEL, (832, 1248), id="photograph_portrait"),
         pytest.param((300, 451), 128 * 128, (96, 160), id="quickstart_area"),
-        pytest.param((8000, 1000), MEGAPIXEL, (2912, 352), id="8_to_1"),
-        pytest.param((5000, 1), MEGAPIXEL, (72416, 32), id="sliver_keeps_one_multiple"),
+        pytest.param(
+            (5000, 1), MEGAPIXEL, (72416, 32), id="sliver_keeps_one_multiple_where_the_stock_pipeline_gives_0"
+        ),
     ],
 )
 def test_control_size(source: tuple[int, int], area: int, expected: tuple[int, int]) -> None:
@@ -82,19 +70,11 @@ def test_control_size_is_what_the_stock_pipeline_computes(width: int, height: in
     assert control_size(Size(width, height), area=area) == (max(32, stock_width), max(32, stock_height))
 
 
-def test_control_size_mends_the_zero_side_of_the_stock_pipeline() -> None:
-    assert pipeline_qwenimage_edit.calculate_dimensions(MEGAPIXEL, 5000)[1] == 0
-    assert min(control_size(Size(5000, 1), area=MEGAPIXEL)) == 32
-
-
 def test_grid_puts_rows_before_columns_and_counts_tokens() -> None:
     grid = token_grid(Size(width=320, height=64), 16)
     assert grid == (1, 4, 20) == Grid(frames=1, rows=4, columns=20)
     assert grid.tokens == 80
     assert token_count([grid, (1, 2, 3)]) == 86
-
-
-def test_a_size_that_is_no_multiple_has_no_grid() -> None:
     with pytest.raises(AssertionError):
         token_grid(Size(320, 65), 16)
 

@@ -34,6 +34,7 @@ def test_problems_of_file_overrides_values_and_rules_are_listed_at_once(tmp_path
 model: {pretrained_model_name_or_path: base, dtype: float16}
 data: {train: pairs, on_bad_itm: skip}
 train: {max_train_steps: 1.5, seed: 1, seed: 2}
+train.seed: 5
 """
     assert sorted(problems(tmp_path, text, "checkpoint.keep=1", "evaluate.use_ema=true", "word")) == [
         "'word': not an override; write section.key=value",
@@ -42,6 +43,7 @@ train: {max_train_steps: 1.5, seed: 1, seed: 2}
         "evaluate.use_ema: given true with train.ema_decay: given null; set a decay, such as train.ema_decay: 0.999",
         "model.dtype: given \"float16\", should be 'bfloat16', 'float32' or 'float64'",
         "train.max_train_steps: given 1.5, should be a valid integer",
+        "train.seed: dots are for overrides; write it nested under 'train:' in the file",
         "train.seed: given twice, again at line 4; take one out",
     ]
 
@@ -54,21 +56,10 @@ def test_both_required_keys_are_missed_at_once(tmp_path: Path, text: str) -> Non
     ]
 
 
-@pytest.mark.parametrize("name", ["absent.yaml", "."])
-def test_problems_of_overrides_are_listed_beside_an_unreadable_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load_config(tmp_path / name, ["train.sed=1", "train.seed=-1"])
-    assert [message.split(": ")[0] for message in caught.value.messages] == [
-        f"--config {tmp_path / name}", "train.sed", "train.seed",
-    ]  # fmt: skip
-
-
 UNKNOWN = {
     "trian.seed=1": "trian: unknown key; did you mean 'train'?",
     "train.max_grad_nrm=1": "train.max_grad_nrm: unknown key; did you mean 'train.max_grad_norm'?",
-    "max_train_steps=5": "max_train_steps: unknown key; did you mean 'train.max_train_steps'?",
     "optimizer.max_grad_norm=5": "optimizer.max_grad_norm: unknown key; did you mean 'train.max_grad_norm'?",
-    "seed=5": "seed: unknown key; did you mean 'train.seed'?",
     "batch.batch_size=4": "batch.batch_size: unknown key; did you mean 'batch.samples_per_step'?",
     "model.name=x": "model.name: unknown key; did you mean 'model.pretrained_model_name_or_path'?",
     "optimizer.lr=1e-3": "optimizer.lr: unknown key; did you mean 'optimizer.init_args.lr'?",
@@ -82,11 +73,15 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: 
     assert problems(tmp_path, REQUIRED, override) == (expected,)
 
 
-def test_keys_inside_an_unknown_section_and_a_dotted_key_of_the_file(tmp_path: Path) -> None:
-    assert problems(tmp_path, REQUIRED + "train.seed: 5\n", "trian.max_steps=5", "trian.seed=1") == (
-        "train.seed: dots are for overrides; write it nested under 'train:' in the file",
+@pytest.mark.parametrize("name", ["absent.yaml", "."])
+def test_an_unknown_section_is_listed_beside_an_unreadable_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / name, ["trian.max_steps=5", "trian.seed=1", "train.seed=-1"])
+    assert caught.value.messages[0].startswith(f"--config {tmp_path / name}: cannot be read: ")
+    assert caught.value.messages[1:] == (
         "trian: unknown key; did you mean 'train'?",
         "trian.max_steps: unknown key; did you mean 'train.max_train_steps'?",
+        "train.seed: given -1, should be greater than or equal to 0",
     )
 
 
@@ -103,34 +98,25 @@ NOT_EMPTY, CHOICES = "should be text that is not empty", "should be 'logit_norma
 WRONG = {
     "train.seed='12'": INTEGER,
     "train.seed=1.0": INTEGER,
-    "train.seed=true": INTEGER,
     "train.seed=012": INTEGER,
     "train.seed=9223372036854775808": "should be less than 9223372036854775808",
     "train.max_train_steps=0": "should be greater than or equal to 1",
-    "train.max_grad_norm=fast": NUMBER,
     "train.max_grad_norm=1e999": FINITE,
     "data.follow_symlinks=1": TRUTH,
     "model.revision=1234567": TEXT,
     "cache.cache_dir=": TEXT,
     "cache.cache_dir=''": NOT_EMPTY,
-    "cache.cache_dir='  '": NOT_EMPTY,
-    'cache.cache_dir="a\\0b"': NOT_EMPTY,
     "flow.density=normal": CHOICES,
     "flow=uniform": SECTION,
-    "train=null": SECTION,
     "data.train=[]": "should have at least 1 item after validation, not 0",
-    "data.train=[a, '']": NOT_EMPTY,
     "model.lora.target_modules=[to_q, 5]": TEXT,
     "data.held_out=0": f"{LIST}, or should be greater than 0",
-    "data.held_out=true": f"{LIST}, or {NUMBER}",
     "data.held_out=[a, 3]": f"{TEXT}, or {NUMBER}",
-    "evaluate.sigmas=0.5": LIST,
     "evaluate.sigmas=[0.5, 0]": "should be greater than 0",
     "optimizer.class_path=AdamW": "should match pattern",
     "train.gradient_checkpointing=0": f"{TRUTH}, or should be greater than or equal to 1",
     "optimizer.init_args.lr=-1": "allowed: a number >= 0",
     "optimizer.init_args.lr='1e-4'": "allowed: a number >= 0",
-    "optimizer.init_args.lr=null": "allowed: a number >= 0",
     "optimizer.init_args.betas=[0.9, .nan]": FINITE,
 }
 
@@ -145,17 +131,13 @@ def test_wrong_values_are_one_line_with_key_given_and_reason(tmp_path: Path, ove
 
 RIGHT = {
     "train.max_grad_norm=1": 1.0,
-    "optimizer.init_args.lr=1e-3": 1e-3,
     "optimizer.init_args.betas=[0.9, 0.99]": [0.9, 0.99],
     "train.mixed_precision=no": "no",
-    "model.revision=0123456": "0123456",
     "data.held_out=0.1": 0.1,
     "data.held_out=a": ("a",),
     "model.lora.target_modules=to_q": ("to_q",),
     "evaluate.sigmas=[0.5, 1]": (0.5, 1.0),
     "train.gradient_checkpointing=3": 3,
-    "batch.max_tokens=16_384": 16384,
-    "cache.cache_dir=/data/a=b": "/data/a=b",
 }
 
 
@@ -202,33 +184,15 @@ def test_a_rule_waits_for_its_keys_to_be_right_and_belongs_to_the_schema(tmp_pat
         Config.model_validate(load(tmp_path).model_dump() | {"sample": {"use_ema": True}})
 
 
-def test_the_config_is_frozen(tmp_path: Path) -> None:
-    config = load(tmp_path)
-    with pytest.raises(ValueError, match="frozen"):
-        config.train.seed = 1  # type: ignore[misc]
-
-
 def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXRES_TEST", "s3cret")
     secret = "${oc.env:MIXRES_TEST}"
-    messages = problems(
-        tmp_path,
-        REQUIRED,
-        f"train.seed={secret}",
-        f"model.dtype={secret}",
-        f"resume={secret}",
-        f"loss.weighting=x-{secret}",
-        "logging.report_to=${resume}",
-        f"model.lora.target_modules=[{secret!r}, 5]",
-        f"optimizer.init_args.lr={secret}",
-        f"flow={secret}",
-        f"train.sed={secret}",
-        "data.train=${logging}",
-        "sample=${evaluate}",
-        f"evaluate.every={secret}",
-        f"logging.tracker_project_name={secret}",
-    )
-    assert len(messages) == 13
+    keys = "train.seed model.dtype resume optimizer.init_args.lr flow train.sed evaluate.every logging.report_to"
+    overrides = [f"{key}={secret}" for key in keys.split()]
+    overrides += [f"loss.weighting=x-{secret}", f"model.lora.target_modules=[{secret!r}, 5]"]
+    overrides += ["logging.tracker_project_name=${resume}", "data.train=${logging}", "sample=${evaluate}"]
+    messages = problems(tmp_path, REQUIRED, *overrides)
+    assert len(messages) == len(overrides)
     assert "s3cret" not in "\n".join(messages)
     hint = f'train.seed: given "{secret}" (what an environment variable holds is text), {INTEGER}'
     assert hint in messages
@@ -236,14 +200,10 @@ def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypat
     assert 'train.mixed_precision: given "${oc.env:NONE,bf16}"' in clash
 
 
-def test_every_key_has_a_meaning() -> None:
-    for name, field in known_keys(Config):
-        assert field.description and field.description.endswith("."), name
-
-
 @pytest.mark.parametrize("name", ["quickstart", "qwen_image_lora", "qwen_image_edit_lora", "qwen_image_edit_plus_lora"])
-def test_shipped_configs_are_valid(name: str) -> None:
-    load_config(ROOT / f"configs/{name}.yaml")
+def test_shipped_configs_are_valid_and_frozen(name: str) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(ROOT / f"configs/{name}.yaml").train.seed = 1  # type: ignore[misc]
 
 
 def test_the_real_recipe_names_and_comments_every_key() -> None:

@@ -1,11 +1,8 @@
-"""What is read is bit for bit what was written, or the entry is gone; no damage, no kill and no index changes that."""
+"""What is read is bit for bit what was written, or the entry is gone; no damage and no index changes that."""
 
 import json
 import os
-import pickle
 import struct
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,28 +19,9 @@ from mixres import atomic
 from mixres.batch import Sample
 from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key
 from mixres.geometry import Grid
+from support.samples import make_sample
 
 KEY, OTHER = entry_key(name="one"), entry_key(name="other")
-
-
-def make_sample(
-    grids: tuple[Grid, ...] = (Grid(1, 3, 2), Grid(1, 2, 2)),
-    *,
-    text: int = 5,
-    mask: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> Sample:
-    generator = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(grid.tokens, 8, generator=generator).to(dtype) for grid in grids]
-    return Sample(
-        name="training_images/a.png",
-        target_latents=latents[0],
-        control_latents=tuple(latents[1:]),
-        prompt_embeds=torch.randn(text, 6, generator=generator).to(dtype),
-        img_shapes=grids,
-        edit_mask=torch.rand(grids[0].tokens, generator=generator) if mask else None,
-    )
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -67,27 +45,22 @@ def assert_same(a: Sample, b: Sample) -> None:
 @pytest.mark.parametrize(("controls", "mask"), [(0, True), (1, False), (2, True), (11, False)])
 def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: int, mask: bool) -> None:
     grids = (Grid(1, 3, 2), *(Grid(1, 2, 1 + i) for i in range(controls)))
-    sample = make_sample(grids, mask=mask, dtype=dtype)
+    sample = make_sample(grids, mask=mask, dtype=dtype, empty=0 if mask else 3)
     entry = Cache(tmp_path).write(KEY, sample)
-    assert entry == CacheEntry(KEY, grids, text_tokens=5, has_mask=mask)
+    assert entry == CacheEntry(KEY, grids, text_tokens=5, has_mask=mask, empty_tokens=0 if mask else 3)
     assert (entry.target_tokens, entry.image_tokens) == (6, sum(grid.tokens for grid in grids))
     for cache in (Cache(tmp_path), Cache(tmp_path / ".")):
         assert cache.lookup(KEY) == entry
         for _ in range(2):
             assert_same(cache.read(KEY), sample)
     assert cache.read(KEY, name="b.png").name == "b.png"
+    whole = cache.path(KEY).read_bytes()
+    cache.write(KEY, replace(sample, name="b.png"))
+    assert cache.path(KEY).read_bytes() == whole, "equal samples make equal bytes"
     assert all(isinstance(grid, Grid) for grid in cache.read(KEY).img_shapes)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / KEY[:2] / f"{KEY}.safetensors"]
-
-
-def test_the_empty_prompt_is_stored_beside_and_its_length_is_known(tmp_path: Path) -> None:
-    sample = replace(make_sample(), empty_embeds=torch.full((3, 6), 0.5, dtype=torch.bfloat16))
-    writer = Cache(tmp_path)
-    assert writer.write(KEY, sample) == CacheEntry(KEY, sample.img_shapes, 5, False, empty_tokens=3)
-    assert Cache(tmp_path).lookup(KEY) == writer.lookup(KEY)  # by the header
-    writer.save_index()
-    assert Cache(tmp_path).lookup(KEY) == writer.lookup(KEY)  # by the index
-    assert_same(Cache(tmp_path).read(KEY), sample)
+    cache.save_index()
+    assert Cache(tmp_path).lookup(KEY) == entry, "by the index, above by the header"
 
 
 def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
@@ -100,10 +73,10 @@ def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
     assert same_bits(found.target_latents, odd.contiguous())
     assert found.prompt_embeds.shape == (0, 6)
     assert Cache(tmp_path).lookup(KEY) == CacheEntry(KEY, sample.img_shapes, 0, False)
-    sample = make_sample((Grid(1, 2, 2), Grid(1, 2, 2)))
-    sample = replace(sample, control_latents=(sample.target_latents,))  # which shares its memory
-    Cache(tmp_path).write(KEY, sample)
-    assert_same(Cache(tmp_path).read(KEY), sample)
+    shared = make_sample((Grid(1, 2, 2), Grid(1, 2, 2)))
+    shared = replace(shared, control_latents=(shared.target_latents,))
+    Cache(tmp_path).write(OTHER, shared)
+    assert_same(Cache(tmp_path).read(OTHER), shared)
 
 
 def test_a_sample_that_contradicts_its_shapes_is_never_written(tmp_path: Path) -> None:
@@ -118,27 +91,19 @@ def test_a_sample_that_contradicts_its_shapes_is_never_written(tmp_path: Path) -
     assert Cache(tmp_path).lookup(KEY) is None
 
 
-def test_equal_samples_make_equal_bytes(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
-    contents = set()
-    for name in "abcdef":
-        cache.write(KEY, replace(make_sample(mask=True), name=name))
-        contents.add(cache.path(KEY).read_bytes())
-    assert len(contents) == 1
-
-
 # --- Keys
 
 
 def test_any_change_of_a_part_changes_the_key() -> None:
     parts: dict[str, Any] = {
-        "target": "d1", "controls": ["d2", "d3"], "prompt": "改成蓝色", "mask": None, "dtype": "bfloat16",
-        "sizes": {"max_pixels": 1048576, "multiple_of": 16, "upscale": False}, "area": 1048576, "encoder": "e",
-    }  # fmt: skip
+        "controls": ["d2", "d3"],
+        "prompt": "改成蓝色",
+        "mask": None,
+        "sizes": {"a": 16, "b": False},
+    }
     changes: list[dict[str, Any]] = [
-        {"target": "d2"}, {"controls": ["d3", "d2"]}, {"controls": ["d2"]}, {"controls": ["d2d3"]},
-        {"prompt": "改成蓝"},
-        {"mask": ""}, {"dtype": "float32"}, {"sizes": {**parts["sizes"], "multiple_of": 32}}, {"area": 1}, {"new": 1},
+        {"controls": ["d3", "d2"]}, {"controls": ["d2"]}, {"controls": ["d2d3"]}, {"prompt": "改成蓝"}, {"mask": ""},
+        {"sizes": {"a": 32, "b": False}}, {"sizes": {"a": 16, "b": 0}}, {"new": 1},
     ]  # fmt: skip
     keys = {entry_key(**parts), *(entry_key(**(parts | change)) for change in changes)}
     assert len(keys) == 1 + len(changes)
@@ -184,13 +149,36 @@ def test_no_changed_byte_goes_unseen(tmp_path: Path, stored: tuple[Path, bytes, 
     assert unseen == 0
 
 
-def test_no_length_but_its_own_is_an_entry(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
+FOREIGN = {
+    "an archive": b"PK\x03\x04" + bytes(400),
+    "a page": b"<!DOCTYPE html><html>" + b"x" * 400,
+    "a header that is a list": struct.pack("<Q", 2) + b"[]",
+    "a header of brackets": struct.pack("<Q", 10**5) + b"[" * 10**5,
+    "metadata that is a number": struct.pack("<Q", 29) + b'{"__metadata__":{"mixres":5}}',
+    "tensors of somebody else": save({"target_latents": torch.zeros(4, 4)}),
+    "tensors with metadata of somebody else": save({"a": torch.zeros(4, 4)}, {"format": "pt", "mixres": "x"}),
+}
+
+
+def test_another_length_and_a_foreign_file_are_no_entry(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
     path, whole, _ = stored
-    for data in [*(whole[:length] for length in range(len(whole))), whole + b"\0", whole * 2, bytes(len(whole))]:
+    lengths = [*(whole[:length] for length in range(len(whole))), whole + b"\0", whole * 2, bytes(len(whole))]
+    for data in [*lengths, *FOREIGN.values()]:
         path.write_bytes(data)
         assert Cache(tmp_path).lookup(KEY) is None
         with pytest.raises(DamagedEntry, match="the next caching pass makes it again"):
             Cache(tmp_path).read(KEY)
+        assert not path.exists()
+
+
+def test_an_absent_entry_and_a_folder_in_its_place(tmp_path: Path) -> None:
+    none = Cache(tmp_path / "none")
+    assert none.lookup(KEY) is None
+    with pytest.raises(FileNotFoundError):
+        none.read(KEY)
+    assert not none.root.exists(), "looking makes no folder"
+    Cache(tmp_path).path(KEY).mkdir(parents=True)
+    assert Cache(tmp_path).lookup(KEY) is None
 
 
 def test_entry_under_another_key_is_refused(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
@@ -203,23 +191,12 @@ def test_entry_under_another_key_is_refused(tmp_path: Path, stored: tuple[Path, 
     assert cache.lookup(KEY) is not None
 
 
-def test_bits_are_not_read_as_another_type(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
-    path, whole, _ = stored
-    assert whole.count(b'"BF16"') == 3
-    path.write_bytes(whole.replace(b'"BF16"', b'"F16" '))
-    with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong"):
-        Cache(tmp_path).read(KEY)
-
-
-def test_absent_entry(tmp_path: Path) -> None:
-    assert Cache(tmp_path / "none").lookup(KEY) is None
-    with pytest.raises(FileNotFoundError):
-        Cache(tmp_path / "none").read(KEY)
-    assert not (tmp_path / "none").exists(), "looking makes no folder"
-
-
 def test_a_damaged_entry_is_gone_until_it_is_written_again(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
     path, whole, sample = stored
+    assert whole.count(b'"BF16"') == 3
+    path.write_bytes(whole.replace(b'"BF16"', b'"F16" '))  # the same bits as another type
+    with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong"):
+        Cache(tmp_path).read(KEY)
     damaged = whole[:-1] + bytes([whole[-1] ^ 1])
     cache = Cache(tmp_path)
     path.write_bytes(damaged)
@@ -236,46 +213,6 @@ def test_a_damaged_entry_is_gone_until_it_is_written_again(tmp_path: Path, store
     path.write_bytes(damaged)
     with pytest.raises(DamagedEntry):  # a file that comes back is verified again
         cache.read(KEY)
-
-
-def test_pickle_is_never_opened(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
-    witness = tmp_path / "executed"
-
-    class Payload:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(witness),)
-
-    stored[0].write_bytes(pickle.dumps(Payload()))
-    (tmp_path / INDEX).write_bytes(pickle.dumps(Payload()))
-    assert Cache(tmp_path).lookup(KEY) is None
-    with pytest.raises(DamagedEntry):
-        Cache(tmp_path).read(KEY)
-    assert not witness.exists()
-
-
-FOREIGN = {
-    "an archive": b"PK\x03\x04" + bytes(400),
-    "a page": b"<!DOCTYPE html><html>" + b"x" * 400,
-    "a header that is a list": struct.pack("<Q", 2) + b"[]",
-    "a header of brackets": struct.pack("<Q", 10**5) + b"[" * 10**5,
-    "metadata that is a number": struct.pack("<Q", 29) + b'{"__metadata__":{"mixres":5}}',
-    "tensors of somebody else": save({"target_latents": torch.zeros(4, 4)}),
-    "tensors with metadata of somebody else": save({"a": torch.zeros(4, 4)}, {"format": "pt", "mixres": "x"}),
-}
-
-
-@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_file_is_no_entry(tmp_path: Path, stored: tuple[Path, bytes, Sample], data: bytes) -> None:
-    stored[0].write_bytes(data)
-    assert Cache(tmp_path).lookup(KEY) is None
-    with pytest.raises(DamagedEntry):
-        Cache(tmp_path).read(KEY)
-    assert not stored[0].exists()
-
-
-def test_a_folder_in_the_place_of_an_entry_is_none(tmp_path: Path) -> None:
-    Cache(tmp_path).path(KEY).mkdir(parents=True)
-    assert Cache(tmp_path).lookup(KEY) is None
 
 
 # --- Format 1
@@ -412,61 +349,3 @@ def test_sweep_takes_old_temporary_files_only(tmp_path: Path) -> None:
         os.utime(path, (time.time() - 4000, time.time() - 4000))
     assert cache.sweep() == 2
     assert sorted(shard.iterdir()) == sorted([young, cache.path(next(iter(entries)))])
-
-
-# --- Kills
-
-KILLS, PER_WRITER = 10, 3
-ENTRIES = KILLS * PER_WRITER + 1  # so that no killed writer is ever the one that finishes
-WRITER = f"""
-import sys, torch
-from mixres.batch import Sample
-from mixres.data.cache import Cache, entry_key
-from mixres.geometry import Grid
-cache, allowed = Cache(sys.argv[1]), int(sys.argv[2])
-for i in range({ENTRIES}):
-    key = entry_key(i=i)
-    if cache.lookup(key) is None:
-        if not allowed:
-            sys.stdin.read()  # until it is killed
-        allowed -= 1
-        latents = torch.full((4096, 64), float(i))
-        cache.write(key, Sample("x", latents, (latents + 1,), latents[:700], (Grid(1, 64, 64), Grid(1, 64, 64))))
-        cache.save_index()
-"""
-
-
-def start_writer(root: Path, allowed: int = ENTRIES) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(root), str(allowed)], stdin=subprocess.PIPE)
-
-
-def entry_bytes(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(root.glob("??/*.safetensors"))}
-
-
-@pytest.mark.slow
-def test_killed_writers_leave_whole_entries_and_the_next_one_finishes(tmp_path: Path) -> None:
-    """Each is killed when the first file of an entry appears, temporary or whole: before it has written its last."""
-    with start_writer(tmp_path / "undisturbed") as writer:
-        assert writer.wait() == 0
-    expected = entry_bytes(tmp_path / "undisturbed")
-    assert len(expected) == ENTRIES
-    root = tmp_path / "killed"
-    for _ in range(KILLS):
-        before = set(root.glob("??/*"))
-        with start_writer(root, PER_WRITER) as writer:
-            while set(root.glob("??/*")) <= before:
-                assert writer.poll() is None, "the writer ended before it wrote anything"
-            writer.kill()
-        found = entry_bytes(root)
-        assert len(found) < ENTRIES
-        assert all(expected[name] == data for name, data in found.items()), "an entry is whole or absent"
-        odd = [path for path in root.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".json")]
-        assert all(path.name.startswith((atomic.TMP_PREFIX, ".index.lock")) for path in odd)
-        cache = Cache(root)
-        for name in found:
-            assert cache.lookup(Path(name).stem) is not None
-            cache.read(Path(name).stem)
-    with start_writer(root) as writer:
-        assert writer.wait() == 0
-    assert entry_bytes(root) == expected

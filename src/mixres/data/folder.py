@@ -63,8 +63,19 @@ def records_from_folder(
     controlled = (root / CONTROLS).is_dir()
     controls = _list_files(root / CONTROLS, follow_symlinks, problems)[0] if controlled else {}
     by_stem = _targets_and_masks(images)
-    problems += _pair_captions(captions, by_stem)
-    problems += _pair_controls(controls, by_stem)
+    for stem, paths in captions.items():
+        if stem in by_stem:
+            by_stem[stem].captions = paths
+        else:
+            problems += _orphans(paths, "a caption without a target image")
+    for stem, paths in controls.items():
+        match = _CONTROL_STEM.fullmatch(stem)
+        if stem in by_stem:
+            by_stem[stem].controls[0] += paths
+        elif match and match[1] in by_stem:
+            by_stem[match[1]].controls[int(match[2])] += paths
+        else:
+            problems += _orphans(paths, "a control image without a target")
     spellings = defaultdict(list)
     for stem in by_stem:
         spellings[stem.casefold()].append(stem)
@@ -76,13 +87,19 @@ def records_from_folder(
             for other in sorted(spellings[stem.casefold()])
             if other != stem
         ]
-        prompt, found = _prompt(files, empty_caption)
-        name = printable(files.targets[0].relative_to(root))
-        found = [*(Problem(printable(files.targets[0]), reason) for reason in reasons), *found]
+        target, caption = files.targets[0], next(iter(files.captions), None)
+        prompt, found = prompt_or_problem(
+            printable(caption or target),
+            partial(read_caption, caption) if caption else str,
+            empty_caption,
+            if_empty="the caption is empty" if caption else f"has no caption file {printable(target.stem)}.txt",
+        )
+        name = printable(target.relative_to(root))
+        found = [*(Problem(printable(target), reason) for reason in reasons), *found]
         problems += [problem._replace(example=name) for problem in found]
         if not found:
-            paths = tuple(files.controls[slot][0] for slot in sorted(files.controls))
-            records.append(EditRecord(name, files.targets[0], paths, prompt, files.masks[0] if files.masks else None))
+            own = tuple(files.controls[slot][0] for slot in sorted(files.controls))
+            records.append(EditRecord(name, target, own, prompt, files.masks[0] if files.masks else None))
     return records, problems
 
 
@@ -168,28 +185,9 @@ def _targets_and_masks(images: Mapping[str, list[Path]]) -> dict[str, _Files]:
     return by_stem
 
 
-def _pair_captions(captions: Mapping[str, list[Path]], by_stem: Mapping[str, _Files]) -> Iterator[Problem]:
-    for stem, paths in captions.items():
-        if stem in by_stem:
-            by_stem[stem].captions = paths
-        else:
-            yield from _orphans(paths, "a caption without a target image")
-
-
-def _pair_controls(controls: Mapping[str, list[Path]], by_stem: Mapping[str, _Files]) -> Iterator[Problem]:
-    for stem, paths in controls.items():
-        match = _CONTROL_STEM.fullmatch(stem)
-        if stem in by_stem:
-            by_stem[stem].controls[0] += paths
-        elif match and match[1] in by_stem:
-            by_stem[match[1]].controls[int(match[2])] += paths
-        else:
-            yield from _orphans(paths, "a control image without a target")
-
-
-def _orphans(paths: list[Path], what: str) -> Iterator[Problem]:
-    for path in paths:
-        yield Problem(printable(path), f"is {what} of its name; add that, rename this one, or take it out")
+def _orphans(paths: list[Path], what: str) -> list[Problem]:
+    reason = f"is {what} of its name; add that, rename this one, or take it out"
+    return [Problem(printable(path), reason) for path in paths]
 
 
 def _pairing_problems(stem: str, files: _Files, controlled: bool) -> list[str]:
@@ -206,13 +204,3 @@ def _pairing_problems(stem: str, files: _Files, controlled: bool) -> list[str]:
             missing = f"{shown}_control_{slot}" if slot else shown
             reasons.append(f"its control images have a gap: {CONTROLS}/{missing}.* is missing; add it")
     return reasons
-
-
-def _prompt(files: _Files, empty_caption: EmptyCaption) -> tuple[str, list[Problem]]:
-    if not files.captions:
-        target = files.targets[0]
-        missing = f"has no caption file {printable(target.stem)}.txt"
-        return prompt_or_problem(printable(target), str, empty_caption, if_empty=missing)
-    caption = files.captions[0]
-    read = partial(read_caption, caption)
-    return prompt_or_problem(printable(caption), read, empty_caption, if_empty="the caption is empty")

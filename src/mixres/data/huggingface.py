@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixres.data.manifest import BadRowError, control_keys, key_problems, record_from_row
+from mixres.data.manifest import BadRowError, control_keys, key_problems, records_from_rows
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
@@ -52,18 +52,13 @@ def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tu
     columns = _columns(root)
     status = _status(arrow_files)
     prompts = columns.pop("prompt", None)
-    records: list[EditRecord] = []
-    problems: list[Problem] = []
-    for row in range(len(columns["path_target"])):
-        where = f"{printable(root)}:{row}"
-        values = {key: value for key, column in columns.items() if (value := column[row]).is_valid}
-        values["prompt"] = None if prompts is None else prompts[row].as_py()
-        found = record_from_row(values, where, image=partial(_image, where, status), empty_caption=empty_caption)
-        if isinstance(found, EditRecord):
-            records.append(found)
-        else:
-            problems += found
-    return records, problems
+
+    def values(row: int) -> dict[str, Any]:
+        images = {key: value for key, column in columns.items() if (value := column[row]).is_valid}
+        return {**images, "prompt": None if prompts is None else prompts[row].as_py()}
+
+    rows = ((row, values(row)) for row in range(len(columns["path_target"])))
+    return records_from_rows(root, rows, partial(_image, status), empty_caption)
 
 
 def _arrow_files(root: Path) -> list[Path]:
@@ -118,7 +113,7 @@ def _status(files: list[Path]) -> EmbeddedStatus:
     )
 
 
-def _image(where: str, status: EmbeddedStatus, key: str, value: Any) -> EmbeddedImage:
+def _image(status: EmbeddedStatus, where: str, key: str, value: Any) -> EmbeddedImage:
     try:
         data = value["bytes"].as_buffer()
     except (AttributeError, KeyError, TypeError):

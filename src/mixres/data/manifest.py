@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from unicodedata import normalize
@@ -34,32 +34,39 @@ from mixres.data.records import (
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
-FOLLOW_LINKS = "set data.follow_symlinks=true"
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
 
 
-class BadRowError(ValueError):
+class BadRowError(Exception):
     """One reason why a row cannot be used."""
 
 
 Row = Mapping[str, Any] | BadRowError
+ImageOf = Callable[[str, str, Any], Picture]
 
 
 def records_from_manifest(
     manifest: Path, *, follow_symlinks: bool, empty_caption: EmptyCaption
 ) -> tuple[list[EditRecord], list[Problem]]:
     """All records of `manifest` in the order of its rows, and all problems (`path` is `manifest:line`)."""
-    records: list[EditRecord] = []
-    problems: list[Problem] = []
     root = manifest.parent
     allowed = None if follow_symlinks else root.resolve()
 
-    def file(key: str, value: Any) -> Path:
+    def file(where: str, key: str, value: Any) -> Path:
         return file_below(root, allowed, key, value)
 
-    for number, row in (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest):
-        where = f"{printable(manifest)}:{number}"
-        found = record_from_row(row, where, image=file, empty_caption=empty_caption)
+    rows = (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest)
+    return records_from_rows(manifest, rows, file, empty_caption)
+
+
+def records_from_rows(
+    source: Path, rows: Iterable[tuple[int, Row]], image: ImageOf, empty_caption: EmptyCaption
+) -> tuple[list[EditRecord], list[Problem]]:
+    """All records of numbered rows, and all problems; `image` makes one of `source:row`, a key and its value."""
+    records: list[EditRecord] = []
+    problems: list[Problem] = []
+    for number, row in rows:
+        found = _record(f"{printable(source)}:{number}", row, image, empty_caption)
         if isinstance(found, EditRecord):
             records.append(found)
         else:
@@ -67,12 +74,10 @@ def records_from_manifest(
     return records, problems
 
 
-def record_from_row(
-    row: Row, where: str, *, image: Callable[[str, Any], Picture], empty_caption: EmptyCaption
-) -> EditRecord | list[Problem]:
-    """The record in `row`, or every reason why there is none; `image` makes one of a key and its value.
+def _record(where: str, row: Row, image: ImageOf, empty_caption: EmptyCaption) -> EditRecord | list[Problem]:
+    """The record in `row`, or every reason why there is none.
 
-    The record's name is the text of `path_target` where that is text, else `where`.
+    Its name is the text of `path_target` where that is text, else `where`.
     """
     if isinstance(row, BadRowError):
         return [Problem(where, str(row), example=where)]
@@ -82,24 +87,24 @@ def record_from_row(
         try:
             if row.get(key) is None:
                 raise BadRowError(f"has no '{key}'; add it")
-            images[key] = image(key, row[key])
+            images[key] = image(where, key, row[key])
         except BadRowError as error:
             reasons.append(str(error))
     given = row.get("prompt")
     if_empty = "has no prompt" if given is None else "the prompt is empty"
-    prompt, found = prompt_or_problem(where, lambda: _prompt(given), empty_caption, if_empty=if_empty)
+
+    def read() -> str:
+        if given is not None and not isinstance(given, str):
+            raise BadCaptionError("'prompt' is not a string; write it in quotes")
+        return check_caption(given or "")
+
+    prompt, found = prompt_or_problem(where, read, empty_caption, if_empty=if_empty)
     if reasons or found:
         problems = [*(Problem(where, reason) for reason in reasons), *found]
         return [problem._replace(example=where) for problem in problems]
     target, mask = images.pop("path_target"), images.pop("path_mask", None)
     name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
     return EditRecord(name=name, target=target, controls=tuple(images.values()), prompt=prompt, mask=mask)
-
-
-def _prompt(given: Any) -> str:
-    if given is not None and not isinstance(given, str):
-        raise BadCaptionError("'prompt' is not a string; write it in quotes")
-    return check_caption(given or "")
 
 
 def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
@@ -109,7 +114,7 @@ def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
         if key.startswith("path") and key not in known and not _CONTROL_KEY.fullmatch(key):
             paths = "path_target, path_control, path_control_1, ..., path_mask"
             yield f"unknown key '{printable(key)}'; write one of: {paths}"
-    for number, key in enumerate(_numbered_controls(row), start=1):
+    for number, key in enumerate(control_keys(row)[1:], start=1):
         if key != f"path_control_{number}":
             yield f"its control images have a gap: '{key}' without 'path_control_{number}'; number them anew"
             return
@@ -145,8 +150,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     _check_line(line)
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
-    except BadRowError:
-        raise
     except UnicodeDecodeError as error:
         raise BadRowError(f"the line is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -226,16 +229,15 @@ def _column_problems(columns: Sequence[str]) -> Iterator[str]:
 
 def control_keys(row: Mapping[str, Any]) -> list[str]:
     """The keys of a row's controls, in order: none for text to image, else the first one always."""
-    numbered = _numbered_controls(row)
-    return ["path_control", *numbered] if numbered or row.get("path_control") is not None else []
+    given = [key for key, value in row.items() if value is not None]
+    numbers = sorted(int(match[1]) for key in given if (match := _CONTROL_KEY.fullmatch(key)))
+    first = ["path_control"] if numbers or "path_control" in given else []
+    return first + [f"path_control_{number}" for number in numbers]
 
 
-def _numbered_controls(row: Mapping[str, Any]) -> list[str]:
-    numbers = [int(match[1]) for key in row if (match := _CONTROL_KEY.fullmatch(key)) and row[key] is not None]
-    return [f"path_control_{number}" for number in sorted(numbers)]
-
-
-def file_below(root: Path, allowed: Path | None, key: str, value: Any, *, fix: str = FOLLOW_LINKS) -> Path:
+def file_below(
+    root: Path, allowed: Path | None, key: str, value: Any, *, fix: str = "set data.follow_symlinks=true"
+) -> Path:
     """The file that `value` names, checked to lie below `root`.
 
     A link may not lead out of `allowed` (None: it may), `fix` says what then; the text of the path never leads out of

@@ -9,15 +9,14 @@ A later scan with the same memo looks at the state of each file and decodes thos
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
-from tqdm import tqdm
 
+from mixres.console import counted
 from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
 from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image, inspect_mask
@@ -97,8 +96,8 @@ def scan(
     """All usable records of all sources in their order, and every problem.
 
     `key`: what named the sources, for messages. `min_side`: pixels along the shorter side that still make one token.
-    `workers`: threads, by default one a core and at most 8. `progress`: a bar on stderr with rate and time left; where
-    that is no terminal, a line every 10 s. `memo`: a file that keeps what the scan found for the next one.
+    `workers`: threads, by default one a core and at most 8. `progress`: as `console.counted` shows it. `memo`: a file
+    that keeps what the scan found for the next one.
 
     Raises:
         UserError: there are sources that are no data source; a message for each, and the problems of the others.
@@ -172,8 +171,6 @@ def _inspect(
 ) -> tuple[dict[_Job, ImageFacts | BadImageError], int]:
     """Facts or reason for each job, and how many were decoded."""
     decoded = 0
-    pause = 0.0 if sys.stderr.isatty() else 10.0  # in a log: nothing for 10 s and a line every 10 s after that
-    bar = tqdm(total=len(jobs), desc="scan", unit="file", disable=not progress, delay=pause, mininterval=pause or 0.1)
 
     def inspect(job: _Job) -> tuple[ImageFacts | BadImageError, bool]:
         if facts := memo.find(job.path, job.is_mask, limits):
@@ -191,11 +188,10 @@ def _inspect(
     found = {}
     pool = ThreadPoolExecutor(workers)
     try:
-        with bar:
-            for job, (facts, is_new) in zip(jobs, pool.map(inspect, jobs), strict=True):
-                found[job] = facts
-                decoded += is_new
-                bar.update()
+        results = pool.map(inspect, jobs)  # all are queued now, whoever counts
+        for job, (facts, is_new) in zip(counted(jobs, "scan", "file", enabled=progress), results, strict=True):
+            found[job] = facts
+            decoded += is_new
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
     with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time

@@ -1,0 +1,30 @@
+"""Samples of random tensors, as an encoder makes them."""
+
+import torch
+
+from mixres.batch import Sample
+from mixres.geometry import Grid
+
+
+def make_sample(
+    grids: tuple[Grid, ...] = (Grid(1, 3, 2), Grid(1, 2, 2)),
+    *,
+    name: str = "training_images/a.png",
+    text: int = 5,
+    empty: int = 0,
+    mask: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Sample:
+    """A target of the first grid with a control for each other: 8 channels, prompts `text` and `empty` tokens by 6."""
+    noise = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(grid.tokens, 8, generator=noise).to(dtype) for grid in grids]
+    return Sample(
+        name=name,
+        target_latents=latents[0],
+        control_latents=tuple(latents[1:]),
+        prompt_embeds=torch.randn(text, 6, generator=noise).to(dtype),
+        img_shapes=grids,
+        edit_mask=torch.rand(grids[0].tokens, generator=noise) if mask else None,
+        empty_embeds=torch.randn(empty, 6, generator=noise).to(dtype) if empty else None,
+    )
