@@ -4,7 +4,6 @@ A family comes into these tests by its row in `family_cases.CASES`.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,11 +83,8 @@ def test_a_checkpoint_of_adapters_is_small(runs: Runs, unbroken: Path) -> None:
 
 def test_a_resumed_run_is_an_unbroken_one(runs: Runs, unbroken: Path) -> None:
     """From the checkpoint of step 4, in another process than the one that wrote it."""
-    folder, last = shutil.copytree(unbroken, runs.root / "resumed", symlinks=True), f"step-{STEPS:08d}"
+    folder, last = runs.copy_at(4, "unbroken", "resumed"), f"step-{STEPS:08d}"
     results = [LORA, f"samples/{last}.png", *([f"ema/{LORA}"] if runs.extras else [])]
-    shutil.rmtree(folder / "checkpoints" / last)
-    for name in (*results, "run_status.json"):
-        (folder / name).unlink()
     runs.here("resumed")
     assert metrics(folder) == metrics(unbroken)
     for name in (*results, f"checkpoints/{last}/trainable.safetensors", f"checkpoints/{last}/optimizer.safetensors"):

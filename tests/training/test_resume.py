@@ -1,8 +1,6 @@
 """What a start finds: which checkpoint it resumes from, when it must not, what of a run is saved and restored."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ import torch
 
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
+from mixres.training.resume import changes, check_order, checkpoint_to_resume, restore_run, save_run
+from support.jobs import longest_file, names
 
 ADAM = "torch.optim.AdamW"
 FROZEN: dict[str, Any] = {"train.seed": 0, "model.lora.r": 4, "model.revision": None, "optimizer.class_path": ADAM}
@@ -43,15 +42,13 @@ def found(
     return checkpoint
 
 
-def step_of(checkpoint: Checkpoint | None) -> int | None:
-    return checkpoint.step if checkpoint else None
-
-
 def test_a_start_resumes_from_the_newest(checkpoints: Checkpoints) -> None:
-    assert step_of(found(checkpoints, "auto")) == 2
-    assert step_of(found(checkpoints, "required")) == 2
+    assert found(checkpoints, "auto").step == 2
+    assert found(checkpoints, "required").step == 2
     with pytest.raises(UserError, match=r"resume: never, but .* holds checkpoints"):
         found(checkpoints, "never")
+    with pytest.raises(UserError, match="orders the samples otherwise"):
+        found(checkpoints, "auto", order="other")
 
 
 def test_without_checkpoints_a_run_starts_at_step_0_unless_one_is_required(tmp_path: Path) -> None:
@@ -85,15 +82,10 @@ def test_every_frozen_key_that_changed_is_named_with_both_values(checkpoints: Ch
 
 def test_changes_are_accepted_by_name_only(checkpoints: Checkpoints) -> None:
     changed = {"train.seed": 7, "model.revision": "main"}
-    assert step_of(found(checkpoints, "auto", changed, order="other", allowed=("train.seed", "model.revision"))) == 2
+    assert found(checkpoints, "auto", changed, order="other", allowed=("train.seed", "model.revision")).step == 2
     with pytest.raises(UserError) as caught:
         found(checkpoints, "auto", changed, order="other", allowed=("train.seed",))
     assert [message.partition(":")[0] for message in caught.value.messages] == ["model.revision"]
-
-
-def test_another_order_of_the_same_samples_is_another_run(checkpoints: Checkpoints) -> None:
-    with pytest.raises(UserError, match="orders the samples otherwise"):
-        found(checkpoints, "auto", order="other")
 
 
 def test_what_changed_is_listed_once_frozen_keys_first(checkpoints: Checkpoints) -> None:
@@ -122,7 +114,6 @@ class Run:
         save_run(checkpoints, self.parameters, self.optimizer, step=step, state=STATE)
 
     def restore(self, checkpoint: Checkpoint | None, kind: str = ADAM) -> None:
-        assert checkpoint is not None
         restore_run(checkpoint, self.parameters, self.optimizer, kind=kind)
 
 
@@ -148,40 +139,17 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
         run.parameters["bias"][1] = float("nan")
     with pytest.raises(WorkError, match=r"step 6: the weights are not finite"):
         run.save(saved, 6)
-    assert step_of(saved.newest_valid()) == 5
+    assert saved.newest_valid().step == 5
     assert not list(tmp_path.glob("*6"))
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-import torch
-from mixres.errors import WorkError
-from mixres.training.checkpoint import Checkpoints
-from mixres.training.resume import save_run
-weight = {"w": torch.nn.Parameter(torch.ones(200, 100))}
-optimizer = torch.optim.SGD(weight.values(), lr=1.0)
-checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
-save_run(checkpoints, weight, optimizer, step=2, state={})
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the system refuses longer files
-try:
-    save_run(checkpoints, weight, optimizer, step=3, state={})
-except WorkError as error:
-    sys.stdout.write(str(error))
-"""
-
-
 def test_a_file_that_the_system_refuses_is_one_line_with_path_and_bytes(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"{tmp_path}: the checkpoint of step 3 needs 80,000 bytes and could not be written (")
-    assert "File too large" in done.stdout
-    assert "\n" not in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
-    assert step_of(Checkpoints(tmp_path, keep=2).newest_valid()) == 2
-
-
-def test_skips_count_those_in_a_row_and_all() -> None:
-    skips = Skips()
-    for skipped in (True, True, False, True):
-        skips.count(skipped)
-    assert (skips.total, skips.consecutive) == (3, 1)
+    run, saved = Run(width=20_000), Checkpoints(tmp_path, keep=2)
+    run.save(saved, 2)
+    with longest_file(50_000), pytest.raises(WorkError) as caught:
+        run.save(saved, 3)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}: the checkpoint of step 3 needs 480,032 bytes and could not be written (")
+    assert "File too large" in line
+    assert names(tmp_path) == ["latest", "step-00000002"]
+    assert saved.newest_valid().step == 2
