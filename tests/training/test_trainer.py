@@ -27,15 +27,7 @@ def test_what_dropout_draws_is_a_function_of_seed_step_and_rank() -> None:
 
 def test_the_metrics_of_a_step_can_be_read_back() -> None:
     """JSON has no NaN: a step that was left out has null, and the names of its samples."""
-    plan = Plan(
-        [Lengths(1, 2, 1)] * 3, names=["a"] * 3, seed=0, samples_per_step=2, max_tokens=6, layout="packed", world_size=2
-    )
-    result = StepResult(0.5, 1.5, 6, 6, stopping=False)
-    line = trainer._metrics_line(plan.step(1), result, 1e-3, 0.25)
-    assert json.loads(json.dumps(line)) == {
-        "step": 2, "epoch": 0, "loss": 0.5, "grad_norm": 1.5, "lr": 1e-3, "samples": 1, "tokens": 6,
-        "tokens_computed": 6, "microbatches": 2, "seconds": 0.25,
-    }  # fmt: skip
+    plan = Plan([Lengths(1, 2, 1)] * 3, names=["a"] * 3, seed=0, samples_per_step=2, max_tokens=6, layout="packed")
     left_out = StepResult(math.nan, math.inf, 6, 6, stopping=False, skipped=("a", "b"))
     line = trainer._metrics_line(plan.step(1), left_out, 1e-3, 0.25)
     read = json.loads(json.dumps(line, allow_nan=False))
