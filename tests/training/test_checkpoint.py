@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import stat
 import threading
@@ -18,7 +19,6 @@ import xxhash
 
 from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
 from support.jobs import names
-from support.pickles import payload
 
 STATE_VALUES = {"frozen": {"train.seed": 0}, "optimizer": {"entries": {}, "group": {"k": 1}}}
 
@@ -151,7 +151,12 @@ def test_a_full_disk_leaves_the_older_ones_and_no_part_of_the_new(
 def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> None:
     """Beside the files of a checkpoint, and in the place of one, under a wrong hash and under the right one."""
     mark, path = tmp_path / "opened", three.root / "step-00000030"
-    pickled = payload(mark)
+
+    class Payload:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return os.mkdir, (str(mark),)
+
+    pickled = pickle.dumps(Payload())
     for name in ("optimizer.pt", ".metadata", "random_states_0.pkl"):
         (path / name).write_bytes(pickled)
     assert three.newest_valid().tensors("trainable")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mixres.config.load import load_config
 from mixres.config.schema import ATTENTION
 from mixres.models.qwen.layers import untrained_modules
-from support.jobs import BIN, LORA, PYTHON, REPOSITORY, Jobs, environment, error_lines, metrics, names, newest, status
+from support.jobs import BIN, LORA, Jobs, error_lines, metrics, names, newest, status
 
 STEPS = 20
 COMMON = (f"train.max_train_steps={STEPS}", "checkpoint.every=6", "sample.every=8", "optimizer.init_args.lr=2e-2")
@@ -65,14 +65,11 @@ def test_the_literal_command_leaves_the_run_folder_that_is_promised(launched: La
 
 
 def test_metrics_have_one_line_a_step(launched: Launched) -> None:
-    lines = [json.loads(line) for line in (launched[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(launched[0])
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    fields = {"step", "epoch", "loss", "grad_norm", "lr", "samples", "tokens", "tokens_computed", "microbatches"}
-    assert all(line.keys() == fields | {"seconds"} for line in lines)
     assert [line["samples"] for line in lines[:6]] == [4, 4, 2, 4, 4, 2], "ten samples, four a step: the last is short"
     assert [line["epoch"] for line in lines[:6]] == [0, 0, 0, 1, 1, 1]
     assert all(line["tokens"] == line["tokens_computed"] for line in lines), "packed computes no padding"
-    assert {line["lr"] for line in lines} == {2e-2}
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
@@ -142,18 +139,3 @@ def test_numbers_that_stay_not_finite_end_the_run_and_leave_the_checkpoints(
     assert kept.step == ended["step"] == len(metrics(folder))
     assert all(tensor.isfinite().all() for tensor in kept.tensors("trainable").values())
     assert not (folder / LORA).exists()
-
-
-def test_the_real_recipe_ends_with_a_plain_sentence_without_its_weights(tmp_path: Path) -> None:
-    file = REPOSITORY / "configs" / "qwen_image_edit_lora.yaml"
-    words = [f"logging.output_dir={tmp_path / 'run'}", f"cache.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(
-        [*PYTHON, "train.py", "--config", str(file), *words],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    line, *data = error_lines(done)
-    what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
-    assert line.startswith(f"model.pretrained_model_name_or_path: {what}")
-    assert all(line.startswith("data.") and "no such folder or manifest" in line for line in data)
-    assert status(tmp_path / "run")["state"] == "refused"

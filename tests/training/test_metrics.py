@@ -36,15 +36,6 @@ def write(folder: Path, *, step: int, until: int) -> None:
             log.write({"step": done, "loss": done / 3})
 
 
-def test_lines_beyond_the_resumed_step_are_cut_and_the_others_stay_as_they_were(tmp_path: Path) -> None:
-    write(tmp_path, step=0, until=7)
-    before = (tmp_path / FILE_NAME).read_bytes().splitlines()
-    write(tmp_path, step=4, until=6)
-    assert (tmp_path / FILE_NAME).read_bytes().splitlines() == before[:6]
-    write(tmp_path, step=0, until=2)
-    assert steps(tmp_path) == [1, 2], "a start from step 0 begins the file anew"
-
-
 @pytest.mark.parametrize("torn", ['{"step": 6, "lo', '{"step": 3', "\x00\x00\x00", "[]", "null", '{"loss": 1}'])
 def test_a_line_that_a_kill_cut_short_goes(tmp_path: Path, torn: str) -> None:
     write(tmp_path, step=0, until=5)
@@ -64,16 +55,18 @@ EVALUATED = [
     ("step", "kept", "evaluated"),
     [(0, [], False), (1, [0, 1, 1], True), (2, [0, 1, 1, 2], False), (3, [0, 1, 1, 2, 3, 3], True)],
 )
-def test_evaluations_are_cut_with_their_steps_and_known_at_a_resume(
+def test_lines_beyond_the_resumed_step_are_cut_and_an_evaluation_at_it_is_known(
     tmp_path: Path, step: int, kept: list[int], evaluated: bool
 ) -> None:
     with MetricsLog(tmp_path, step=0) as log:
         for values in EVALUATED:
             log.write(values)
             assert steps(tmp_path)[-1] == values["step"], "a line is there as soon as it is written"
+    before = (tmp_path / FILE_NAME).read_bytes()
     with MetricsLog(tmp_path, step=step) as log:
         assert log.evaluated is evaluated
     assert steps(tmp_path) == kept
+    assert before.startswith((tmp_path / FILE_NAME).read_bytes())
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,28 +130,22 @@ class Failing(GeneralTracker):
         raise ConnectionError("no network")
 
 
-def test_a_tracker_that_fails_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    failing = Failing()
-    accelerator = accelerator_with(failing, tmp_path)
-    with caplog.at_level(logging.WARNING), Tracker(accelerator, "custom", "project", {}) as tracker:
-        for step in (1, 2, 3):
-            tracker.log({"step": step, "loss": 0.0})
-        tracker.log_image("samples", Image.new("RGB", (8, 8)), 3)
-    assert failing.calls == 1
-    assert caplog.messages == ["the tracker failed (no network): nothing more is sent to it"]
-
-
-def test_a_tracker_that_cannot_be_started_or_closed_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tracker_that_fails_anywhere_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "project").write_text("a file where the tracker wants a folder")
+    failing = Failing()
     with caplog.at_level(logging.WARNING):
         with Tracker(accelerator_with("tensorboard", tmp_path), "tensorboard", "project", {}) as tracker:
             tracker.log({"step": 1, "loss": 0.0})
-        with Tracker(accelerator_with(Failing(), tmp_path), "custom", "project", {}):
+        with Tracker(accelerator_with(failing, tmp_path), "custom", "project", {}) as tracker:
+            for step in (1, 2, 3):
+                tracker.log({"step": step, "loss": 0.0})
+            tracker.log_image("samples", Image.new("RGB", (8, 8)), 3)
+        with Tracker(accelerator_with(failing, tmp_path), "custom", "project", {}):
             pass
-    start, close = caplog.messages
+    assert failing.calls == 1
+    start, log, close = caplog.messages
     assert start.startswith("the tracker could not be started (")
+    assert log == "the tracker failed (no network): nothing more is sent to it"
     assert close == "the tracker could not be closed: no network"
 
 

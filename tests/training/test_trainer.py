@@ -63,7 +63,5 @@ def test_the_end_names_where_everything_is_and_what_to_type_next(
     named = [path for name in end for path in re.findall(rf"{re.escape(str(run))}[\w./-]*", end[name])]
     assert {Path(path).name for path in named} >= {"ema", "samples", "metrics.jsonl", "checkpoints", "mixres"}
     assert all(Path(path).exists() for path in named)
-    verb, *options = re.findall(r"mixres (\w+)|(--[\w-]+)", end["next"])
-    assert verb[0] == "sample"
-    assert [option for _, option in options] == ["--lora", "--image", "--prompt", "--size", "--steps", "--out"]
-    assert re.search(r"--size \d+x\d+ --steps 2 ", end["next"]), "as samples are trained, and the run's own are made"
+    what = r"mixres sample --lora \S+ --image IMAGE --prompt TEXT --size \d+x\d+ --steps 2 --out FOLDER"
+    assert re.fullmatch(what, end["next"]), "as samples are trained, and the run's own are made"

@@ -224,18 +224,7 @@ def test_modes_and_generators_are_left_as_they_were_after_an_error_too(
     assert state() == before
 
 
-def test_without_samples_or_interval_there_is_none(make: Make, config: Config, encoded: CachedData) -> None:
-    lines: list[Any] = []
-    never = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every": 0})})
-    for evaluation in (
-        make(config=never, sinks=(lines.append,)),
-        make(encoded=CachedData(encoded.cache, encoded.train, []), sinks=(lines.append,)),
-    ):
-        assert all(evaluation(step) for step in range(STEPS + 1))
-    assert lines == []
-
-
-def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make) -> None:
+def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, encoded: CachedData) -> None:
     first, second = list[Any](), list[Any]()
     evaluation = make(sinks=(first.append, second.append))
     assert [step for step in range(STEPS + 1) if evaluation.due(step)] == EVALUATED
@@ -245,6 +234,7 @@ def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make) -> None:
     evaluation.run.stop_requested = True
     assert evaluation(3), "nothing was due, so nothing was stopped"
     assert not evaluation(4)
+    assert make(encoded=CachedData(encoded.cache, encoded.train, []), sinks=(first.append,))(2), "there are no samples"
     assert [line["step"] for line in first] == [2]
     assert evaluation.transformer.training
 
