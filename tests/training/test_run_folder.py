@@ -18,8 +18,8 @@ from mixres.training.run_folder import STATUS, RunFolder
 from support.jobs import status
 
 
-def open_run(folder: Path, *, rank: int = 0) -> RunFolder:
-    return RunFolder(folder, verb="train", max_train_steps=10, rank=rank)
+def open_run(folder: Path, *, rank: int = 0, **options: float) -> RunFolder:
+    return RunFolder(folder, verb="train", max_train_steps=10, rank=rank, **options)
 
 
 def test_the_status_names_who_runs_and_how_far(tmp_path: Path) -> None:
@@ -138,11 +138,10 @@ def holder(folder: Path) -> "Iterator[subprocess.Popen[str]]":
             process.kill()
 
 
-def test_a_second_writer_is_refused_by_pid_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.2)
+def test_a_second_writer_is_refused_by_pid_and_host(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         before = (tmp_path / STATUS).read_bytes()
-        with pytest.raises(UserError) as caught, open_run(tmp_path):
+        with pytest.raises(UserError) as caught, open_run(tmp_path, wait_s=0.2):
             pass
     (message,) = caught.value.messages
     assert message.startswith(f"logging.output_dir: {tmp_path}")

@@ -137,9 +137,7 @@ def save_run(
             rows={name: rows for name, (_, rows) in parts.items()} if split else None,
         )
     except OSError as error:
-        needed = sum(
-            tensor.numel() * tensor.element_size() for tensors in groups.values() for tensor in tensors.values()
-        )
+        needed = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         raise WorkError(
             f"{checkpoints.root}: the checkpoint of step {step} needs {needed:,} bytes and could not be written "
             f"({error.strerror or error}); those before it are intact: make room and run the same command again"

@@ -57,9 +57,7 @@ class HeldOutSampler:
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
         self.pipeline = family.load_sampling_pipeline(
-            transformer=transformer,
-            dtype=parameter.dtype,
-            device=parameter.device,
+            transformer=transformer, dtype=parameter.dtype, device=parameter.device
         )
 
     def write(
