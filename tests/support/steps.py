@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mixres.batch import Batch, Sample
@@ -18,6 +19,7 @@ from mixres.geometry import Grid
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import untrained_modules
+from mixres.training.distributed import make_accelerator
 from mixres.training.ema import Ema
 from mixres.training.step import StepResult, run_step
 
@@ -101,6 +103,12 @@ def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtyp
         seed=11,
         dtype=dtype,
     )
+
+
+def new_accelerator(folder: Path) -> Accelerator:
+    """As a run makes it, whatever another test has made."""
+    AcceleratorState._reset_state(True)
+    return make_accelerator(mixed_precision="no", report_to="none", folder=folder)
 
 
 def moved_average(parameters: Sequence[nn.Parameter], size: float) -> Ema:

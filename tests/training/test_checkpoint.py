@@ -108,16 +108,7 @@ def test_unfinished_and_foreign_names_do_not_count_and_numbers_order(three: Chec
     assert three.newest_valid().step == 100_000_000, "by number, not by name"
 
 
-@pytest.mark.parametrize("keep", [2, 3])
-def test_rotation_keeps_the_newest(tmp_path: Path, keep: int) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=keep)
-    for step in range(1, 7):
-        checkpoints.save(step, tensors(step), STATE_VALUES)
-        assert checkpoints.newest_valid().step == step
-    assert names(checkpoints.root) == ["latest", *(f"step-{step:08d}" for step in range(7 - keep, 7))]
-
-
-def test_what_killed_runs_left_goes_with_the_next_save(three: Checkpoints) -> None:
+def test_the_oldest_and_what_killed_runs_left_go_with_the_next_save(three: Checkpoints) -> None:
     shutil.copytree(three.root / "step-00000030", three.root / ".tmp-step-00000035")
     shutil.copytree(three.root / "step-00000030", three.root / ".tmp-old-step-00000005")
     (three.root / ".tmp-latest").symlink_to("step-00000030")

@@ -119,19 +119,6 @@ def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
     assert newest(folder).step >= 2
 
 
-def test_a_plugin_of_the_launcher_is_refused_with_a_sentence(jobs: Jobs, tmp_path: Path) -> None:
-    file = tmp_path / "fsdp.yaml"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 1\n"
-        "mixed_precision: 'no'\nfsdp_config: {fsdp_version: 2}\n"
-    )
-    launcher = [ACCELERATE[0], "launch", "--config_file", str(file)]
-    done = jobs("plugin", launcher=launcher, code=1)
-    line = "accelerate launch: its configuration turns on FSDP, which mixres does not use: turn it off there"
-    assert line in done.stderr
-    assert status(jobs.root / "plugin")["reason"].startswith(line)
-
-
 def test_ranks_with_different_configurations_stop_together(jobs: Jobs) -> None:
     """As two machines with two files would: no launcher gives both one command line."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29657", "LOCAL_WORLD_SIZE": "2"}

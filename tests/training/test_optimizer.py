@@ -22,7 +22,6 @@ from mixres.training.optimizer import (
     optimizer_class,
     optimizer_scalars,
     optimizer_tensors,
-    restore_optimizer,
 )
 from mixres.training.resume import restore_run, save_run
 
@@ -166,17 +165,6 @@ def test_what_arguments_set_is_the_new_configurations(tmp_path: Path) -> None:
     assert {name: after[name] for name in names} == {name: before[name] for name in names}
     assert before["d"] > before["d0"] == 1e-6, "it has grown"
     assert (after["d_coef"], after["lr"]) == (0.5, 0.2)
-
-
-def test_state_is_found_by_name_not_by_position() -> None:
-    run = Run("torch.optim.AdamW")
-    run.steps(0, 1)
-    names = list(run.parameters)
-    saved = optimizer_tensors(run.optimizer, names)
-    resumed = torch.optim.AdamW(reversed(list(run.parameters.values())))
-    restore_optimizer(resumed, names[::-1], dict(reversed(saved.items())), optimizer_scalars(run.optimizer, names))
-    for parameter in run.parameters.values():
-        assert torch.equal(run.optimizer.state[parameter]["exp_avg"], resumed.state[parameter]["exp_avg"])
 
 
 def test_other_block_sizes_than_the_checkpoints_are_refused(tmp_path: Path) -> None:

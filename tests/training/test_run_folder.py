@@ -27,13 +27,10 @@ def test_the_status_names_who_runs_and_how_far(tmp_path: Path) -> None:
     with open_run(folder) as held:
         assert held.is_main
         first = status(folder)
-        expected = {"state": "running", "exit_code": None, "reason": None, "verb": "train", "step": 0}
-        assert expected.items() <= first.items()
+        assert (first["state"], first["exit_code"], first["verb"], first["step"]) == ("running", None, "train", 0)
         assert (first["host"], first["pid"], first["max_train_steps"]) == (socket.gethostname(), os.getpid(), 10)
         held.update(step=7)
-        assert status(folder)["step"] == 7
-        assert status(folder)["updated"] > first["updated"]
-        assert status(folder)["started"] == first["started"]
+        assert status(folder) == first | {"step": 7, "updated": status(folder)["updated"]}
     assert {"state": "done", "exit_code": 0, "reason": None, "step": 7}.items() <= status(folder).items()
 
 
@@ -43,7 +40,6 @@ def test_the_status_names_who_runs_and_how_far(tmp_path: Path) -> None:
         (Stopped("saved"), "preempted", 75),
         (UserError(["a: wrong", "b: wrong"]), "refused", 2),
         (WorkError("not finite"), "failed", 1),
-        (RuntimeError("a bug"), "failed", 1),
         (KeyError(), "failed", 1),
     ],
 )
@@ -62,15 +58,11 @@ def test_a_child_that_dies_while_the_end_is_written_hides_nothing(
     def raising(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker is killed")
 
-    def fail(held: RunFolder) -> None:
-        fsync = os.fsync
-        monkeypatch.setattr(os, "fsync", lambda file: (os.kill(os.getpid(), signal.SIGCHLD), fsync(file)))
-        raise WorkError("no")
-
-    before = signal.signal(signal.SIGCHLD, raising)
+    before, fsync = signal.signal(signal.SIGCHLD, raising), os.fsync
     try:
-        with pytest.raises(WorkError), open_run(tmp_path) as held:
-            fail(held)
+        with suppress(WorkError), open_run(tmp_path):
+            monkeypatch.setattr(os, "fsync", lambda file: (os.kill(os.getpid(), signal.SIGCHLD), fsync(file)))
+            raise WorkError("no")
         assert signal.getsignal(signal.SIGCHLD) is raising
     finally:
         signal.signal(signal.SIGCHLD, before)
@@ -90,8 +82,7 @@ def test_was_done_is_about_the_last_run_that_trained(tmp_path: Path) -> None:
     run(False)
     run(True)
     run(True, UserError("no"), trained=False)
-    run(True, trained=False)  # what was refused has changed nothing
-    run(False, WorkError("no"))
+    run(True, WorkError("no"))  # what was refused has changed nothing
     run(False)
 
 
@@ -162,14 +153,9 @@ def test_a_signal_between_steps_asks_and_the_old_handlers_come_back(tmp_path: Pa
     assert signal.getsignal(number) == before
 
 
-def signal_this_process() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    raise AssertionError("not reached")
-
-
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="before the first step"), open_run(tmp_path):
-        signal_this_process()
+        signal.raise_signal(signal.SIGTERM)
     assert (status(tmp_path)["state"], status(tmp_path)["exit_code"]) == ("preempted", 75)
 
 

@@ -2,14 +2,10 @@
 
 import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from mixres import cli
 from mixres.data.plan import Lengths, Plan
 from mixres.errors import WorkError
 from mixres.training import trainer
@@ -47,21 +43,3 @@ def test_a_skip_is_logged_until_it_is_one_too_many(capsys: pytest.CaptureFixture
     skips.count(True)
     with pytest.raises(WorkError, match=r"step 9: .* 3 steps in a row are more than train.max_skips = 2"):
         trainer._log_skip(left_out, 9, skips, 2, is_main=True)
-
-
-def test_the_end_names_where_everything_is_and_what_to_type_next(
-    small_run: Path, small_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    AcceleratorState._reset_state(True)
-    run = tmp_path / "run"
-    words = [f"cache.cache_dir={small_cache}", f"logging.output_dir={run}", "logging.report_to=tensorboard"]
-    words += ["train.max_train_steps=2", "sample.every=2", "train.ema_decay=0.5"]
-    assert cli.main(["--config", str(small_run), *words]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    end = {line[:10].strip(): line[10:] for line in lines[-5:]}
-    assert list(end) == ["result", "samples", "metrics", "tracker", "next"]
-    named = [path for name in end for path in re.findall(rf"{re.escape(str(run))}[\w./-]*", end[name])]
-    assert {Path(path).name for path in named} >= {"ema", "samples", "metrics.jsonl", "checkpoints", "mixres"}
-    assert all(Path(path).exists() for path in named)
-    what = r"mixres sample --lora \S+ --image IMAGE --prompt TEXT --size \d+x\d+ --steps 2 --out FOLDER"
-    assert re.fullmatch(what, end["next"]), "as samples are trained, and the run's own are made"

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,6 @@ import pytest
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
@@ -23,14 +21,13 @@ from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedData
-from mixres.training.distributed import make_accelerator
 from mixres.training.resume import restore_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState, build_objective, load_trained
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
 from support.family_cases import with_family
 from support.jobs import Jobs, metrics, newest, status
-from support.steps import moved_average
+from support.steps import moved_average, new_accelerator
 
 STEPS, EVALUATED = 5, [0, 2, 4, 5]
 SIGMAS = (0.2, 0.7)
@@ -40,11 +37,6 @@ WORDS = ("evaluate.every=2", "evaluate.sigmas=[0.2, 0.7]", "model.lora.lora_drop
 @pytest.fixture(scope="module")
 def config(setup: Callable[..., Config]) -> Config:
     return setup(*WORDS)
-
-
-def new_accelerator(folder: Path) -> Accelerator:
-    AcceleratorState._reset_state(True)
-    return make_accelerator(mixed_precision="no", report_to="none", folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +83,8 @@ def make(
 
 def losses_of(evaluation: HeldOutLoss) -> dict[tuple[str, float], float]:
     """By key of the sample."""
-    found = evaluation.losses()
-    assert found is not None
-    return {(evaluation.samples[position].key, sigma): loss for (position, sigma), loss in found.items()}
+    samples = evaluation.samples
+    return {(samples[position].key, sigma): loss for (position, sigma), loss in evaluation.losses().items()}
 
 
 def test_it_is_the_velocity_error_of_each_sample_at_each_sigma(
@@ -131,19 +122,13 @@ def test_the_line_holds_means_over_all_sigmas_and_bands(encoded: CachedData) -> 
     losses = {(i, sigma): 10.0 * i + sigma for i in range(3) for sigma in (0.25, 0.75)}
     line = metrics_line(losses, items)
     assert line == {
-        "eval/loss": 10.5,
-        "eval/sigma_0.25": 10.25,
-        "eval/sigma_0.75": 10.75,
-        "eval/resolution_128": 0.5,
-        "eval/resolution_1024": 15.5,
-    }
-    assert report(250, line, 3) == (
-        "evaluate  step 250: held-out loss 10.5000 (3 samples; 0.5000 at 128, 15.5000 at 1024)"
-    )
+        "eval/loss": 10.5, "eval/sigma_0.25": 10.25, "eval/sigma_0.75": 10.75,
+        "eval/resolution_128": 0.5, "eval/resolution_1024": 15.5,
+    }  # fmt: skip
+    assert "held-out loss 10.5000 (3 samples; 0.5000 at 128, 15.5000 at 1024)" in report(250, line, 3)
     broken = metrics_line(losses | {(0, 0.25): math.nan}, items)
     assert json.loads(json.dumps(broken, allow_nan=False))["eval/loss"] is None
     assert (broken["eval/resolution_128"], broken["eval/resolution_1024"]) == (None, 15.5)
-    assert "held-out loss not finite" in report(250, broken, 3)
 
 
 @pytest.mark.parametrize(
@@ -177,19 +162,7 @@ def test_the_same_bits_whatever_the_training_does(
     assert len(fewer) == 4
     evaluate = config.evaluate.model_copy(update={"sigmas": (0.7, 0.5)})
     other_sigmas = losses_of(make(config=config.model_copy(update={"evaluate": evaluate})))
-    assert {key: loss for key, loss in other_sigmas.items() if key[1] == 0.7} == {
-        key: loss for key, loss in reference.items() if key[1] == 0.7
-    }
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4, 6, 100])
-def test_the_ranks_divide_all_passes_and_have_equally_many(make: Make, ranks: int) -> None:
-    evaluation = make()
-    parts = [evaluation.passes_of(rank, ranks) for rank in range(ranks)]
-    assert {len(part) for part in parts} == {math.ceil(6 / ranks)}
-    assert {one for part in parts for one in part} == {(i, sigma) for i in range(3) for sigma in SIGMAS}
-    tokens = [evaluation.samples[i].lengths.total for i, _ in parts[0]]
-    assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
+    assert all(other_sigmas[key] == loss for key, loss in reference.items() if key[1] == 0.7)
 
 
 def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: TrainState) -> None:
@@ -207,21 +180,10 @@ def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained
             parameter.copy_(before[name])
 
 
-def test_modes_and_generators_are_left_as_they_were_after_an_error_too(
-    make: Make, trained: TrainState, encoded: CachedData, tmp_path: Path
-) -> None:
-    def state() -> tuple[Any, ...]:
-        return torch.get_rng_state().tolist(), [module.training for module in trained.transformer.modules()]
-
-    before = state()
-    losses_of(make())
-    assert state() == before
-    gone = CachedData(Cache(shutil.copytree(encoded.cache.root, tmp_path / "cache")), encoded.train, encoded.held_out)
-    for item in encoded.held_out:
-        next(gone.cache.root.glob(f"??/{item.key}*")).unlink()
+def test_a_missing_entry_ends_the_run(make: Make, encoded: CachedData, tmp_path: Path) -> None:
+    gone = CachedData(Cache(tmp_path / "empty"), encoded.train, encoded.held_out)
     with pytest.raises(WorkError, match="run the same command again"):
         make(encoded=gone).losses()
-    assert state() == before
 
 
 def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, encoded: CachedData) -> None:
@@ -236,7 +198,7 @@ def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, encoded: Ca
     assert not evaluation(4)
     assert make(encoded=CachedData(encoded.cache, encoded.train, []), sinks=(first.append,))(2), "there are no samples"
     assert [line["step"] for line in first] == [2]
-    assert evaluation.transformer.training
+    assert all(module.training for module in evaluation.transformer.modules())
 
 
 @pytest.fixture(scope="module")
@@ -293,16 +255,10 @@ def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
 
 
 def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Jobs, make: Make) -> None:
-    lines = evaluations(run.root / "whole")
-    for step in (2, 4):
-        folder = run.copy_at(step, "whole", f"saved {step}")
-        config = run.config(f"saved {step}")
-        accelerator = new_accelerator(folder)
-        trained = load_trained(*with_family(config), accelerator)
-        checkpoint = newest(folder)
-        assert checkpoint.step == step
-        restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
-        evaluation = make(config=config, accelerator=accelerator, trained=trained)
-        losses = evaluation.losses()
-        assert losses is not None
-        assert {"step": step, **metrics_line(losses, evaluation.samples)} == lines[step]
+    folder, config = run.copy_at(4, "whole", "saved"), run.config("saved")
+    accelerator = new_accelerator(folder)
+    trained = load_trained(*with_family(config), accelerator)
+    restore_run(newest(folder), trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
+    evaluation = make(config=config, accelerator=accelerator, trained=trained)
+    line = {"step": 4, **metrics_line(evaluation.losses(), evaluation.samples)}
+    assert line == evaluations(run.root / "whole")[4]
