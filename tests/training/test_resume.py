@@ -1,4 +1,4 @@
-"""What a start finds: which checkpoint it resumes from, when it must not, what of a run is saved and restored."""
+"""What a start finds: which checkpoint it resumes from, when it must not, and what has changed since."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from mixres.errors import UserError, WorkError
+from mixres.errors import UserError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
-from mixres.training.resume import changes, check_order, checkpoint_to_resume, restore_run, save_run
-from support.jobs import longest_file, names
+from mixres.training.resume import changes, check_order, checkpoint_to_resume
 
-ADAM = "torch.optim.AdamW"
-FROZEN: dict[str, Any] = {"train.seed": 0, "model.lora.r": 4, "model.revision": None, "optimizer.class_path": ADAM}
+FROZEN: dict[str, Any] = {
+    "train.seed": 0,
+    "model.lora.r": 4,
+    "model.revision": None,
+    "optimizer.class_path": "torch.optim.AdamW",
+}
 IDENTITY: dict[str, Any] = {"frozen": FROZEN, "order": "abc"}
 CONFIG: dict[str, Any] = {"train": {"seed": 0, "max_train_steps": 5}, "optimizer": {"init_args": {"lr": 1e-3}}}
 STATE: dict[str, Any] = {**IDENTITY, "config": CONFIG, "skips": {"total": 0, "consecutive": 0}}
@@ -85,58 +88,3 @@ def test_what_changed_is_listed_once_frozen_keys_first(checkpoints: Checkpoints)
     ]
     assert changes(checkpoints.newest_valid(), IDENTITY, CONFIG) == []
     assert changes(None, IDENTITY, now) == []
-
-
-class Run:
-    """Something that trains: two layers, one step taken."""
-
-    def __init__(self, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, width: int = 3) -> None:
-        module = torch.nn.Linear(width, 2)
-        self.parameters = dict(module.named_parameters())
-        self.optimizer = kind(module.parameters(), lr=1e-3)  # type: ignore[call-arg]
-        torch.autograd.backward(module(torch.ones(1, width)).sum())
-        self.optimizer.step()
-
-    def save(self, checkpoints: Checkpoints, step: int) -> None:
-        save_run(checkpoints, self.parameters, self.optimizer, step=step, state=STATE)
-
-    def restore(self, checkpoint: Checkpoint | None, kind: str = ADAM) -> None:
-        restore_run(checkpoint, self.parameters, self.optimizer, kind=kind)
-
-
-def test_the_state_of_another_class_of_optimizer_is_left_out(tmp_path: Path) -> None:
-    one, other = Run(), Run(torch.optim.SGD)
-    one.save(Checkpoints(tmp_path, keep=2), 5)
-    other.restore(Checkpoints(tmp_path, keep=2).newest_valid(), kind="torch.optim.SGD")
-    assert all(torch.equal(parameter, other.parameters[name]) for name, parameter in one.parameters.items())
-    assert not any("exp_avg" in state for state in other.optimizer.state.values())
-
-
-def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    saved = Checkpoints(tmp_path, keep=2)
-    Run().save(saved, 5)
-    with pytest.raises(UserError, match=r"1 weights of .* do not fit .* weight: \(2, 3\) there, \(2, 4\) here"):
-        Run(width=4).restore(saved.newest_valid())
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    run, saved = Run(), Checkpoints(tmp_path, keep=2)
-    run.save(saved, 5)
-    with torch.no_grad():
-        run.parameters["bias"][1] = float("nan")
-    with pytest.raises(WorkError, match=r"step 6: the weights are not finite"):
-        run.save(saved, 6)
-    assert saved.newest_valid().step == 5
-    assert not list(tmp_path.glob("*6"))
-
-
-def test_a_file_that_the_system_refuses_is_one_line_with_path_and_bytes(tmp_path: Path) -> None:
-    run, saved = Run(width=20_000), Checkpoints(tmp_path, keep=2)
-    run.save(saved, 2)
-    with longest_file(50_000), pytest.raises(WorkError) as caught:
-        run.save(saved, 3)
-    (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"{tmp_path}: the checkpoint of step 3 needs 480,032 bytes and could not be written (")
-    assert "File too large" in line
-    assert names(tmp_path) == ["latest", "step-00000002"]
-    assert saved.newest_valid().step == 2
