@@ -65,8 +65,13 @@ def checkpoint_to_resume(
         return None
     saved, problems = found.state["frozen"], Problems()
     for key in {**saved, **frozen}:
-        if key not in allowed and saved.get(key) != frozen.get(key):
-            problems.add(_change(found, key, saved.get(key), frozen.get(key)))
+        before, now = saved.get(key), frozen.get(key)
+        if key not in allowed and before != now:
+            allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
+            problems.add(
+                f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has "
+                f"{as_written(now)}: change it back, choose another logging.output_dir{allow}"
+            )
     problems.raise_if_any()
     return found
 
@@ -81,12 +86,6 @@ def check_order(found: Checkpoint | None, identity: Mapping[str, Any]) -> None:
         raise UserError(
             f"{found.path}: was made by a version that orders the samples otherwise: finish it with that one"
         )
-
-
-def _change(found: Checkpoint, key: str, before: object, now: object) -> str:
-    allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
-    what = f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has {as_written(now)}"
-    return f"{what}: change it back, choose another logging.output_dir{allow}"
 
 
 def changes(found: Checkpoint | None, identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
