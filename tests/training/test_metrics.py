@@ -114,9 +114,6 @@ class Failing(GeneralTracker):
     def tracker(self) -> None:
         return None
 
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        pass
-
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         self.calls += 1
         raise ConnectionError("no network")
