@@ -81,65 +81,36 @@ def test_draws_change_with_seed_step_and_sample_and_with_nothing_else() -> None:
     torch.set_rng_state(state)
     flow_of(batch)
     assert torch.equal(torch.get_rng_state(), state)
-    noise = [torch.randn(3, generator=sample_generator(*key)) for key in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0))]
-    assert torch.stack(noise).unique().numel() == 12
-    sample_generator(2**63 - 1, 10**9, 10**9)
-
-
-def test_noise_is_standard_normal_and_independent_of_sigma() -> None:
-    batch = batch_of(range(4000), "packed")
-    flow = flow_of(batch, dtype=torch.float64)
-    clean = batch.latents.flatten(0, 1)[batch.target_index].double()
-    noise = flow.velocity + clean
-    sigma = flow.sigmas.repeat_interleave(torch.tensor(batch.target_lengths))
-    assert noise.mean().abs() < 4 / math.sqrt(noise.numel())
-    assert (noise.var() - 1).abs() < 4 * math.sqrt(2 / noise.numel())
-    for other in (sigma, clean[:, 0], noise[:, 1]):
-        assert torch.corrcoef(torch.stack([noise[:, 0], other]))[0, 1].abs() < 4 / math.sqrt(len(noise))
+    keys = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0), (2**63 - 1, 10**9, 10**9))
+    noise = [torch.randn(3, generator=sample_generator(*key)) for key in keys]
+    assert torch.stack(noise).unique().numel() == 15
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
-    """x_sigma = (1 - sigma) data + sigma noise, and its derivative."""
+    """x_sigma = (1 - sigma) data + sigma noise, and its derivative; controls and padding stay as they are."""
     batch = batch_of([0, 1, 2, 3], layout, stored)
     flow = flow_of(batch, dtype=torch.float64)
     assert {t.dtype for t in (flow.noisy_latents, flow.sigmas, flow.velocity)} == {torch.float64}
-    clean = batch.latents.flatten(0, 1)[batch.target_index].double()
-    noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index]
+    before, after = (
+        batch_of([0, 1, 2, 3], layout, stored).latents.flatten(0, 1).double(),
+        flow.noisy_latents.flatten(0, 1),
+    )
+    assert torch.equal(batch.latents.flatten(0, 1).double(), before), "the batch itself is not written to"
+    others = torch.ones(len(before), dtype=torch.bool).index_fill(0, batch.target_index, value=False)
+    assert others.any()
+    assert torch.equal(after[others], before[others])
+    clean, noisy = before[batch.target_index], after[batch.target_index]
     sigma = flow.sigmas.repeat_interleave(torch.tensor(batch.target_lengths))[:, None]
     noise = noisy + (1 - sigma) * flow.velocity
     torch.testing.assert_close(noisy, (1 - sigma) * clean + sigma * noise, rtol=0, atol=1e-14)
-    torch.testing.assert_close(noisy - sigma * flow.velocity, clean, rtol=0, atol=1e-14)
-    assert (noisy - clean).abs().amax() > 0.1
+    torch.testing.assert_close(flow.velocity, noise - clean, rtol=0, atol=1e-14)
     for index, tokens in zip(batch.indices, noise.split(list(batch.target_lengths)), strict=True):
         generator = sample_generator(0, 0, index)
         torch.randn(1, generator=generator)  # sigma
         drawn = torch.randn(tokens.shape, generator=generator)
         torch.testing.assert_close(tokens, drawn.double(), rtol=0, atol=1e-14)
-
-
-def test_the_stock_scheduler_walks_the_velocity_back_to_the_data() -> None:
-    batch = batch_of([1])
-    flow = flow_of(batch)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=[float(flow.sigmas)])
-    end = scheduler.step(flow.velocity, scheduler.timesteps[0], flow.noisy_latents.flatten(0, 1)).prev_sample
-    torch.testing.assert_close(end, batch.latents.flatten(0, 1), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_controls_and_padding_stay_as_they_are(layout: Layout) -> None:
-    batch = batch_of([0, 1, 2], layout)
-    flow = flow_of(batch)
-    others = torch.ones(batch.latents.shape[:2], dtype=torch.bool).flatten()
-    others[batch.target_index] = False
-    assert others.any()
-    assert flow.noisy_latents.shape == batch.latents.shape
-    noisy, clean = flow.noisy_latents.flatten(0, 1), batch.latents.flatten(0, 1)
-    assert torch.equal(noisy[others], clean[others])
-    assert (noisy[~others] != clean[~others]).any(dim=1).all()
-    assert torch.equal(clean, batch_of([0, 1, 2], layout).latents.flatten(0, 1))  # the batch itself is not written to
 
 
 @pytest.mark.parametrize("tokens", [1, 256, 1000, 4096, 8192, 20_000])
@@ -180,13 +151,7 @@ DISTRIBUTIONS: dict[str, tuple[dict[str, Any], Quantile]] = {
     "mode_scale": ({"shift": "none", "density": "mode", "mode_scale": -0.9}, mode(-0.9)),
     "constant": ({"shift": "constant"}, with_shift(3.0, logit_normal(0, 1))),
     "shift_value": ({"shift": "constant", "shift_value": 0.3}, with_shift(0.3, logit_normal(0, 1))),
-    "uniform_constant": ({"shift": "constant", "density": "uniform"}, with_shift(3.0, lambda p: p)),
-    "mode_constant": ({"shift": "constant", "density": "mode"}, with_shift(3.0, mode(1.29))),
     "resolution": ({"shift": "resolution"}, with_shift(ONE_TOKEN_SHIFT, logit_normal(0, 1))),
-    "uniform_resolution": (
-        {"shift": "resolution", "density": "uniform"},
-        with_shift(ONE_TOKEN_SHIFT, lambda p: p),
-    ),
 }
 
 
@@ -227,29 +192,23 @@ def test_fixed_noise_depends_on_key_and_sigma_alone(dtype: torch.dtype) -> None:
     alone = {
         (i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i in range(4) if (b := batch_of([i])) for s in sigmas
     }
+    for (i, s), (sigma, noisy, velocity) in alone.items():
+        assert sigma == torch.tensor(s, dtype=dtype)
+        clean = make_sample(i).target_latents.to(dtype)
+        torch.testing.assert_close(noisy - sigma * velocity, clean, rtol=0, atol=1e-6)
+    drawn = [(velocity + make_sample(i).target_latents).flatten() for (i, _), (_, _, velocity) in alone.items()]
+    assert 0.9 < float(torch.cat(drawn).std()) < 1.1
     state = torch.get_rng_state()
-    for number, indices in enumerate(([0, 1, 2, 3], [3, 1], [2, 0, 1])):
-        torch.manual_seed(number)
+    for indices in ([0, 1, 2, 3], [3, 1], [2, 0, 1]):
+        torch.manual_seed(len(indices))
         for layout in LAYOUTS:
             for sigma in sigmas:
                 batch = batch_of(indices, layout)
                 for i, parts in by_sample(batch, fixed_of(batch, sigma, dtype=dtype)).items():
                     assert all(torch.equal(a, b) for a, b in zip(parts, alone[i, sigma], strict=True)), (i, indices)
     torch.set_rng_state(state)
-    fixed_of(batch_of([0]), 0.5)
-    assert torch.equal(torch.get_rng_state(), state)
     noises = [fixed_of(batch_of([5]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in sigmas]
     assert torch.cat(noises).unique().numel() == sum(map(len, noises)), "another key or sigma is other noise"
     trained = flow_of(batch_of([5]), dtype=torch.float64).velocity.flatten()
     assert not any(torch.isin(noise, trained).any() for noise in noises)
-
-
-def test_the_fixed_sigma_is_the_one_given() -> None:
-    batch = batch_of([0, 1, 2, 3], "packed")
-    clean = batch.latents.flatten(0, 1)[batch.target_index].double()
-    for sigma in (0.25, 1.0):
-        flow = fixed_of(batch, sigma)
-        assert flow.sigmas.tolist() == [sigma] * 4
-        noisy = flow.noisy_latents.flatten(0, 1)[batch.target_index]
-        torch.testing.assert_close(noisy - sigma * flow.velocity, clean, rtol=0, atol=1e-14)
-        assert 0.8 < float((flow.velocity + clean).std()) < 1.2
+    assert torch.equal(torch.get_rng_state(), state)

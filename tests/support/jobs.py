@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +106,18 @@ class Jobs:
     def output(self, run: str) -> str:
         return (self.root / f"{run}.out").read_text()
 
+    def copy_at(self, step: int, run: str, name: str) -> Path:
+        """A copy of the folder of `run` as it was after `step`, but for lines that were written later."""
+        folder = shutil.copytree(self.root / run, self.root / name, symlinks=True)
+        for result in (LORA, "run_status.json"):
+            (folder / result).unlink(missing_ok=True)
+        for result in ("transformer", "ema"):
+            shutil.rmtree(folder / result, ignore_errors=True)
+        for path in [*folder.glob("checkpoints/step-*"), *folder.glob("samples/step-*")]:
+            if int(path.stem.partition("-")[2]) > step:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return folder
+
 
 def processes(folder: Path) -> list[int]:
     """Every process whose command line names the run folder: launchers, ranks and their loader workers."""
@@ -124,6 +138,17 @@ def kill_all(folder: Path) -> None:
         for pid in pids:
             send(pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+@contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """The system refuses this process longer files, as a full disk would."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def send(pid: int, number: signal.Signals) -> None:

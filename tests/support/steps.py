@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from mixres.batch import Batch, Sample
@@ -18,6 +19,8 @@ from mixres.geometry import Grid
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import untrained_modules
+from mixres.training.distributed import make_accelerator
+from mixres.training.ema import Ema
 from mixres.training.step import StepResult, run_step
 
 CHANNELS, TEXT_WIDTH = 64, 64
@@ -100,6 +103,25 @@ def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtyp
         seed=11,
         dtype=dtype,
     )
+
+
+def new_accelerator(folder: Path) -> Accelerator:
+    """As a run makes it, whatever another test has made."""
+    AcceleratorState._reset_state(True)
+    return make_accelerator(mixed_precision="no", report_to="none", folder=folder)
+
+
+def moved_average(parameters: Sequence[nn.Parameter], size: float) -> Ema:
+    """The average of `parameters` after three steps by noise of `size`, which leaves it behind them."""
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    ema = Ema(optimizer, 0.9)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = size * torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return ema
 
 
 class Recorder(torch.optim.SGD):

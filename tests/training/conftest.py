@@ -1,6 +1,6 @@
-"""Makes `steps`, the builders of recorded steps, importable by the tests of this folder; models and accelerator."""
+"""Fixtures of the training tests: models and accelerator, configurations and data of the small run, its jobs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +10,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+from mixres.config.load import load_config
+from mixres.config.schema import Config
+from mixres.preprocessing.fill import CachedData, encode_all
+from support.family_cases import with_family
+from support.jobs import Jobs
+from support.steps import make_model
+
 
 @pytest.fixture(scope="module")
 def models(tiny_base: Path) -> dict[torch.dtype, nn.Module]:
-    from support.steps import make_model
-
     return {dtype: make_model(tiny_base, dtype) for dtype in (torch.float32, torch.float64)}
 
 
@@ -34,3 +39,20 @@ def accelerator() -> Iterator[Accelerator]:
 @pytest.fixture(params=["sample", "token"])
 def normalization(request: pytest.FixtureRequest) -> Literal["sample", "token"]:
     return request.param
+
+
+@pytest.fixture(scope="module")
+def setup(small_run: Path, small_cache: Path) -> Callable[..., Config]:
+    """Called with overrides: a configuration of the small run over the session's cache."""
+    common = (f"cache.cache_dir={small_cache}", "logging.output_dir=/nowhere")
+    return lambda *overrides: load_config(small_run, [*common, *overrides])
+
+
+@pytest.fixture(scope="module")
+def encoded(setup: Callable[..., Config]) -> CachedData:
+    return encode_all(*with_family(setup()), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def jobs(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(small_run, small_cache, tmp_path_factory.mktemp("jobs"))

@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
+from support.jobs import names
 
 STATE_VALUES = {"frozen": {"train.seed": 0}, "optimizer": {"entries": {}, "group": {"k": 1}}}
 
@@ -40,19 +41,9 @@ def three(tmp_path: Path) -> Checkpoints:
     return checkpoints
 
 
-def names(checkpoints: Checkpoints) -> list[str]:
-    return sorted(path.name for path in checkpoints.root.iterdir())
-
-
-def newest_step(checkpoints: Checkpoints) -> int:
-    found = checkpoints.newest_valid()
-    assert found is not None
-    return found.step
-
-
 def test_what_is_read_is_what_was_saved(three: Checkpoints) -> None:
+    assert (three.root / "latest").readlink() == Path("step-00000030")
     found = three.newest_valid()
-    assert found is not None
     assert found.step == 30
     assert found.state == {**STATE_VALUES, "step": 30}
     for name, group in tensors(30).items():
@@ -67,18 +58,9 @@ def test_tensors_that_share_their_memory_are_saved_each(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, {"optimizer": {"map|a": table, "map|b": table, "part|c": table[2:]}}, {})
     found = checkpoints.newest_valid()
-    assert found is not None
     assert {name: t.tolist() for name, t in found.tensors("optimizer").items()} == {
         "map|a": [0, 1, 2, 3], "map|b": [0, 1, 2, 3], "part|c": [2, 3],
     }  # fmt: skip
-
-
-def test_the_manifest_names_every_other_file_and_latest_the_newest(three: Checkpoints) -> None:
-    assert (three.root / "latest").readlink() == Path("step-00000030")
-    path = three.root / "step-00000020"
-    manifest = json.loads((path / MANIFEST).read_text())
-    assert {*manifest, MANIFEST} == {file.name for file in path.iterdir()}
-    assert all(manifest[name][0] == (path / name).stat().st_size for name in manifest)
 
 
 def truncate(path: Path) -> None:
@@ -102,25 +84,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(
 ) -> None:
     damage(three.root / "step-00000030" / file)
     with caplog.at_level(logging.WARNING):
-        assert newest_step(three) == 20
+        assert three.newest_valid().step == 20
     assert len(caplog.messages) == 1
     assert "step-00000030 is damaged" in caplog.messages[0]
     damage(three.root / "step-00000020" / file)
-    assert newest_step(three) == 10
+    assert three.newest_valid().step == 10
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', "{", '"a"'])
 def test_a_manifest_of_another_form_is_damage(three: Checkpoints, text: str) -> None:
     (three.root / "step-00000030" / MANIFEST).write_text(text)
-    assert newest_step(three) == 20
-
-
-def test_none_valid_is_none_and_still_any(three: Checkpoints) -> None:
-    for path in three.root.glob("step-*"):
-        empty(path / STATE)
-    assert (three.newest_valid(), three.any()) == (None, True)
-    nothing = Checkpoints(three.root / "none", keep=2)
-    assert (nothing.newest_valid(), nothing.any()) == (None, False)
+    assert three.newest_valid().step == 20
 
 
 def test_unfinished_and_foreign_names_do_not_count_and_numbers_order(three: Checkpoints) -> None:
@@ -128,27 +102,18 @@ def test_unfinished_and_foreign_names_do_not_count_and_numbers_order(three: Chec
     for name in (".tmp-step-00000040", ".tmp-old-step-00000040", "step-00000040.bak", "step-40", "a-step-00000040"):
         shutil.copytree(source, three.root / name)
     (three.root / "step-00000050").write_text("a file")
-    assert newest_step(three) == 30
+    assert three.newest_valid().step == 30
     for step in (99_999_999, 100_000_000):
         three.save(step, tensors(1), STATE_VALUES)
-    assert newest_step(three) == 100_000_000, "by number, not by name"
+    assert three.newest_valid().step == 100_000_000, "by number, not by name"
 
 
-@pytest.mark.parametrize("keep", [2, 3])
-def test_rotation_keeps_the_newest(tmp_path: Path, keep: int) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=keep)
-    for step in range(1, 7):
-        checkpoints.save(step, tensors(step), STATE_VALUES)
-        assert newest_step(checkpoints) == step
-    assert names(checkpoints) == ["latest", *(f"step-{step:08d}" for step in range(7 - keep, 7))]
-
-
-def test_what_killed_runs_left_goes_with_the_next_save(three: Checkpoints) -> None:
+def test_the_oldest_and_what_killed_runs_left_go_with_the_next_save(three: Checkpoints) -> None:
     shutil.copytree(three.root / "step-00000030", three.root / ".tmp-step-00000035")
     shutil.copytree(three.root / "step-00000030", three.root / ".tmp-old-step-00000005")
     (three.root / ".tmp-latest").symlink_to("step-00000030")
     three.save(40, tensors(40), STATE_VALUES)
-    assert names(three) == ["latest", "step-00000020", "step-00000030", "step-00000040"]
+    assert names(three.root) == ["latest", "step-00000020", "step-00000030", "step-00000040"]
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -169,39 +134,35 @@ def test_a_full_disk_leaves_the_older_ones_and_no_part_of_the_new(
         three.save(40, tensors(40), STATE_VALUES)
     monkeypatch.undo()
     assert {path: path.read_bytes() for path in three.root.rglob("*") if path.is_file()} == before
-    assert newest_step(three) == 30
+    assert three.newest_valid().step == 30
     three.save(40, tensors(40), STATE_VALUES)
-    assert newest_step(three) == 40
-
-
-class Payload:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
+    assert three.newest_valid().step == 40
 
 
 def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> None:
+    """Beside the files of a checkpoint, and in the place of one, under a wrong hash and under the right one."""
     mark, path = tmp_path / "opened", three.root / "step-00000030"
-    pickled = pickle.dumps(Payload(mark))
-    for name in ("optimizer.pt", "custom_checkpoint_0.pkl", ".metadata", "random_states_0.pkl", "rng.bin"):
+
+    class Payload:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return os.mkdir, (str(mark),)
+
+    pickled = pickle.dumps(Payload())
+    for name in ("optimizer.pt", ".metadata", "random_states_0.pkl"):
         (path / name).write_bytes(pickled)
-    found = three.newest_valid()
-    assert found is not None
-    assert found.step == 30
-    found.tensors("trainable")
+    assert three.newest_valid().tensors("trainable")
     (path / "trainable.safetensors").write_bytes(pickled)
-    assert newest_step(three) == 20
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["trainable.safetensors"] = [len(pickled), xxhash.xxh3_128_hexdigest(pickled)]
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    assert newest_step(three) == 20, "under a right hash too"
+    assert three.newest_valid().step == 20
+    name_in_manifest(path, "trainable.safetensors", pickled)
+    assert three.newest_valid().step == 20
     assert not mark.exists()
-    pickle.loads(pickled)  # it would have left its mark
-    assert mark.exists()
+
+
+def name_in_manifest(path: Path, name: str, data: bytes) -> None:
+    """As whoever wrote `data` himself could."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest[name] = [len(data), xxhash.xxh3_128_hexdigest(data)]
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_saving_syncs_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +182,7 @@ def test_saving_syncs_before_the_name_appears(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
     Checkpoints(tmp_path, keep=2).save(1, tensors(1), STATE_VALUES)
-    files = sorted(["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST])
+    files = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
     assert order == [*["sync"] * 4, f"{files} -> step-00000001"]
 
 
@@ -229,7 +190,7 @@ def test_without_room_nothing_is_begun(three: Checkpoints, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=150))
     with pytest.raises(OSError, match="150 bytes are free, 153 are asked for"):  # 1.2 x 128
         three.save(40, tensors(40), STATE_VALUES)
-    assert newest_step(three) == 30
+    assert three.newest_valid().step == 30
     assert not list(three.root.glob(".tmp*"))
 
 
@@ -245,33 +206,24 @@ ROTATIONS = {  # after 10, 20 and a damaged 30: what is saved, and what is kept 
 def test_damaged_ones_do_not_push_out_valid_ones(three: Checkpoints, saved: list[int], kept: list[int]) -> None:
     empty(three.root / "step-00000030" / STATE)
     three.keep = 2
-    assert newest_step(three) == 20
+    assert three.newest_valid().step == 20
     for step in saved:
         three.save(step, tensors(step), STATE_VALUES)
-    assert names(three) == ["latest", *(f"step-{step:08d}" for step in kept)]
-    found = three.newest_valid()
-    assert found is not None
-    assert torch.equal(found.tensors("trainable")["b"], tensors(saved[-1])["trainable"]["b"])
+    assert names(three.root) == ["latest", *(f"step-{step:08d}" for step in kept)]
+    assert torch.equal(three.newest_valid().tensors("trainable")["b"], tensors(saved[-1])["trainable"]["b"])
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(three: Checkpoints, tmp_path: Path) -> None:
     path = three.root / "step-00000030"
     shutil.copyfile(path / "trainable.safetensors", path / "trainable-00002-of-00002.safetensors")
-    found = three.newest_valid()
-    assert found is not None
-    assert found.shapes("trainable") == {"a.weight": (4, 3), "b": (3, 4)}
+    assert three.newest_valid().shapes("trainable") == {"a.weight": (4, 3), "b": (3, 4)}
 
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_manifest_that_leads_out_of_its_folder_is_damage(three: Checkpoints, absolute: bool) -> None:
     path, other = three.root / "step-00000030", three.root / "step-00000020" / "trainable.safetensors"
-    manifest = json.loads((path / MANIFEST).read_text())
-    data = other.read_bytes()
-    manifest[str(other) if absolute else f"../{other.parent.name}/{other.name}"] = [
-        len(data), xxhash.xxh3_128_hexdigest(data),
-    ]  # fmt: skip
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    assert newest_step(three) == 20
+    name_in_manifest(path, str(other) if absolute else f"../{other.parent.name}/{other.name}", other.read_bytes())
+    assert three.newest_valid().step == 20
 
 
 class Ranks:

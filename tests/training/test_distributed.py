@@ -1,11 +1,14 @@
 """What a launcher's own files may ask for; ranks that disagree are in test_launchers.py."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import launch
 
 from mixres.errors import UserError
+from mixres.training import distributed
 from mixres.training.distributed import make_accelerator
 
 
@@ -21,6 +24,7 @@ def test_plugins_of_the_launcher_and_a_tracker_that_is_not_installed_are_reporte
     assert "turns on DeepSpeed" in deepspeed
     assert "train.parallel=ddp or fsdp2" in fsdp
     assert tracker.startswith("logging.report_to: no_such_tracker is not installed: pip install")
+    assert all(f'"{name}"' in inspect.getsource(launch) for name in distributed._PLUGINS), "as accelerate names them"
 
 
 @pytest.mark.parametrize(("name", "processes"), [("single", 1), ("multi_gpu", 2), ("multi_node", 16)])

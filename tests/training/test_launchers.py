@@ -1,20 +1,14 @@
 """Runs that are stopped, orphaned, killed and refused under every launcher: what the user sees, what is left."""
 
 import os
-import pickle
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from mixres.preprocessing.fill import encode_all
-from mixres.training.setup import build_plan
-from support.family_cases import with_family
 from support.jobs import (
     ACCELERATE,
     PYTHON,
@@ -37,19 +31,14 @@ STOP_S = 25  # torchrun kills after 30
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def jobs(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    return Jobs(small_run, small_cache, tmp_path_factory.mktemp("launchers"))
-
-
-def last_step(folder: Path) -> int:
-    return newest(folder).step
+def ending(folder: Path) -> tuple[str, int]:
+    return status(folder)["state"], status(folder)["exit_code"]
 
 
 def assert_preempted(folder: Path) -> None:
     ended = wait_until_ended(folder, STOP_S)
     assert (ended["state"], ended["exit_code"]) == ("preempted", 75), ended
-    assert ended["step"] == last_step(folder) == len(metrics(folder)) >= 3
+    assert ended["step"] == newest(folder).step == len(metrics(folder)) >= 3
     assert not list(folder.rglob(".tmp*"))
 
 
@@ -114,24 +103,7 @@ def test_one_killed_rank_ends_the_job_and_is_named(jobs: Jobs, victim: int) -> N
     assert f"pid: {killed}" in output
     assert "Signal 9 (SIGKILL)" in output
     assert ended["state"] == ("running" if victim == 0 else "failed"), "running with a free lock: killed"
-    assert last_step(folder) >= 2
-
-
-def test_an_error_in_one_rank_ends_the_job_and_is_named(jobs: Jobs, tmp_path: Path) -> None:
-    """A damaged entry that the second rank alone reads, in the third step."""
-    cache = shutil.copytree(jobs.cache, tmp_path / "cache")
-    words = ("train.max_train_steps=4", f"cache.cache_dir={cache}")
-    config = jobs.config("error", *words)
-    encoded = encode_all(*with_family(config), device=torch.device("cpu"))
-    hurt = build_plan(config, encoded, world_size=2).step(2).ranks[1][0].indices[0]
-    path = encoded.cache.path(encoded.train[hurt].key)
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    done = jobs("error", *words, launcher=torchrun(2), code=1)
-    assert f"mixres: error: {path}: the checksum of its tensors is wrong; the entry has been removed" in done.stderr
-    assert "rank      : 1 (local_rank: 1)\n  exitcode  : 1 (pid: " in done.stderr
-    folder = jobs.root / "error"
-    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
-    assert last_step(folder) == 2
+    assert newest(folder).step >= 2
 
 
 def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
@@ -140,26 +112,11 @@ def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
         wait_for_steps(folder, 3, process)
         send(children(process.pid)[-1], signal.SIGKILL)
         assert process.wait(timeout=STOP_S) == 1
-    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
+    assert ending(folder) == ("failed", 1)
     (line,) = [line for line in jobs.output("loader").splitlines() if line.startswith("mixres: error: ")]
     assert "is killed by signal: Killed" in line
     assert line.startswith("mixres: error: data.num_workers: ") and line.endswith("lower it")
-    assert last_step(folder) >= 2
-
-
-def test_a_plugin_of_the_launcher_is_refused_with_a_sentence(jobs: Jobs, tmp_path: Path) -> None:
-    file = tmp_path / "fsdp.yaml"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 1\n"
-        "mixed_precision: 'no'\nfsdp_config: {fsdp_version: 2}\n"
-    )
-    launcher = [ACCELERATE[0], "launch", "--config_file", str(file)]
-    done = jobs("plugin", launcher=launcher, code=1)
-    line = "accelerate launch: its configuration turns on FSDP, which mixres does not use: turn it off there"
-    assert line in done.stderr
-    ended = status(jobs.root / "plugin")
-    assert (ended["state"], ended["exit_code"]) == ("refused", 2)
-    assert ended["reason"].startswith(line)
+    assert newest(folder).step >= 2
 
 
 def test_ranks_with_different_configurations_stop_together(jobs: Jobs) -> None:
@@ -178,72 +135,25 @@ def test_ranks_with_different_configurations_stop_together(jobs: Jobs) -> None:
         assert rank.returncode == 2, errors
         assert "mixres: error: ranks [1] read other data or another configuration than rank 0" in errors
         assert "Traceback" not in errors
-    ended = status(jobs.root / "differ")
-    assert (ended["state"], ended["exit_code"]) == ("refused", 2)
+    assert ending(jobs.root / "differ") == ("refused", 2)
     assert not (jobs.root / "differ" / "checkpoints").exists()
 
 
 def test_frozen_keys_refuse_a_change_and_free_ones_take_it(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
     folder = jobs.here("frozen", "train.max_train_steps=2")
-    before, config = metrics(folder), (folder / "config.yaml").read_bytes()
+    before = metrics(folder)
     empty = f"cache.cache_dir={jobs.root / 'empty'}"
     jobs.here("frozen", "train.max_train_steps=4", "train.seed=7", "model.lora.r=8", empty, code=2)
     assert not list((jobs.root / "empty").rglob("*.safetensors")), "refused before anything is encoded"
     errors = capsys.readouterr().err.splitlines()
-    assert [line.partition(", this run has")[0] for line in errors] == [
-        "mixres: error: model.lora.r: checkpoint step-00000002 was made with 4",
-        "mixres: error: train.seed: checkpoint step-00000002 was made with 0",
-    ]
-    assert (status(folder)["state"], status(folder)["exit_code"]) == ("refused", 2)
-    assert (metrics(folder), last_step(folder)) == (before, 2)
-    jobs.here("frozen", "train.max_train_steps=1", empty)
-    done = "done      2 steps were done before; raise train.max_train_steps, now 1, to train more\n"
-    assert capsys.readouterr().out.endswith(done)
-    assert not list((jobs.root / "empty").rglob("*.safetensors"))
-    assert (folder / "config.yaml").read_bytes() == config
+    assert [line.split(": ")[2] for line in errors] == ["model.lora.r", "train.seed"]
+    assert ending(folder) == ("refused", 2)
+    assert (metrics(folder), newest(folder).step) == (before, 2)
     free = ("train.max_train_steps=4", "optimizer.init_args.lr=1e-3")
     jobs.here("frozen", *free, "train.seed=7", "resume_allow_changes=[train.seed]")
     changed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed ")]
     assert changed[0] == "changed   since the checkpoint: train.seed: 0 -> 7"
-    assert "changed   since the checkpoint: optimizer.init_args.lr: 0.002 -> 0.001" in changed
     assert [line["lr"] for line in metrics(folder)] == [2e-3, 2e-3, 1e-3, 1e-3]
-
-
-class Payload:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
-
-
-PICKLED = ("optimizer.pt", "pytorch_model.bin", "custom_checkpoint_0.pkl", ".metadata", "x.ckpt", "diffusion.pth")
-
-
-def test_planted_pickles_run_nothing(
-    jobs: Jobs, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In checkpoints, run folder, cache and base, while a run resumes, encodes, trains and writes its result."""
-    base, cache, mark = shutil.copytree(tiny_base, tmp_path / "base"), tmp_path / "cache", tmp_path / "opened"
-    words = (f"model.pretrained_model_name_or_path={base}", f"cache.cache_dir={cache}")
-    folder = jobs.here("planted", *words, "train.max_train_steps=2")
-    payload = pickle.dumps(Payload(mark))
-    entries = sorted(cache.glob("??"))
-    entry = next(entries[0].glob("*.safetensors"))
-    entry.write_bytes(payload)  # and one in the place of an entry
-    places = [*base.iterdir(), base, cache, *entries, folder, *(folder / "checkpoints").glob("step-*")]
-    for place in places:
-        for name in PICKLED if place.is_dir() else ():
-            (place / name).write_bytes(payload)
-    (folder / "pytorch_lora_weights.bin").write_bytes(payload)
-    jobs.here("planted", *words, "train.max_train_steps=4")
-    assert "1 encoded, 9 found" in capsys.readouterr().out
-    assert last_step(folder) == 4
-    assert not mark.exists()
-    pickle.loads(payload)  # it would have left its mark
-    assert mark.exists()
 
 
 def test_no_file_and_no_line_holds_a_secret(
@@ -256,10 +166,3 @@ def test_no_file_and_no_line_holds_a_secret(
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     assert not any(b"s3cret" in data for data in written)
     assert sum(b"${oc.env:MIXRES_TEST}" in data for data in written) == 2, "config.yaml and the checkpoint"
-
-
-def test_a_step_larger_than_the_data_takes_them_all_and_saves_from_the_first_on(jobs: Jobs) -> None:
-    folder = jobs.here("few", "batch.samples_per_step=16", "train.max_train_steps=2", "checkpoint.every=1")
-    assert [line["samples"] for line in metrics(folder)] == [10, 10]
-    saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-    assert saved == ["step-00000001", "step-00000002"]

@@ -1,6 +1,5 @@
 """The main job as a user runs it: the literal command, repeated, damaged, out of room; what it leaves."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from mixres.config.load import load_config
 from mixres.models.qwen.layers import ATTENTION, untrained_modules
-from support.jobs import BIN, LORA, PYTHON, REPOSITORY, Jobs, environment, error_lines, metrics, names, newest, status
+from support.jobs import BIN, LORA, Jobs, error_lines, metrics, names, newest, status
 
 STEPS = 20
 COMMON = (f"train.max_train_steps={STEPS}", "checkpoint.every=6", "sample.every=8", "optimizer.init_args.lr=2e-2")
@@ -26,11 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 def fingerprints(folder: Path) -> dict[str, str]:
     """Every file's bytes but those of the status, which records each start, and the tracker's."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("run_status.json", ".lock")]
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if "tfevents" not in path.name
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "tfevents" not in path.name}
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +43,28 @@ def launched(job: Jobs) -> Launched:
 def test_the_literal_command_leaves_the_run_folder_that_is_promised(launched: Launched, job: Jobs) -> None:
     folder, done = launched
     assert "13 encoded, 0 found" in done.stdout
-    promised = {"config.yaml", "checkpoints", "samples", LORA, "metrics.jsonl", "run_status.json"}
-    assert promised <= set(names(folder))
     assert names(folder / "checkpoints") == ["latest", "step-00000018", "step-00000020"]
     assert names(folder / "samples") == [f"step-{step:08d}.png" for step in (8, 16, 20)]
     assert not list(folder.rglob(".tmp*"))
     assert load_config(folder / "config.yaml") == job.config("launched", TRACKED)
-    ended = status(folder)
-    expected = {"state": "done", "exit_code": 0, "reason": None, "verb": "train", "step": STEPS}
-    assert (expected | {"max_train_steps": STEPS}).items() <= ended.items()
-    assert {"host", "pid", "started", "updated"} <= ended.keys()
-    assert "next      mixres sample --lora " in done.stdout
+    expected = {"state": "done", "exit_code": 0, "verb": "train", "step": STEPS, "max_train_steps": STEPS}
+    assert expected.items() <= status(folder).items()
+    result, samples, written, tracker, then = done.stdout.splitlines()[-5:]
+    for line, name in ((result, LORA), (samples, "samples"), (written, "metrics.jsonl"), (tracker, "mixres")):
+        assert Path(line.split()[1].rstrip(",")) == folder / name, "each line names what is there"
+        assert (folder / name).exists()
+    what = r"next +mixres sample --lora \S+ --image IMAGE --prompt TEXT --size \d+x\d+ --steps 2 --out FOLDER"
+    assert re.fullmatch(what, then), "as samples are trained, and the run's own are made"
     rows = re.findall(r"^ {10}([a-z_.0]+) +(\d+) layers +[\d,]+ parameters$", done.stdout, re.MULTILINE)
     assert rows == [(pattern, "1" if "add_q" in pattern or "to_add" in pattern else "2") for pattern in ATTENTION]
 
 
 def test_metrics_have_one_line_a_step(launched: Launched) -> None:
-    lines = [json.loads(line) for line in (launched[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(launched[0])
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    fields = {"step", "epoch", "loss", "grad_norm", "lr", "samples", "tokens", "tokens_computed", "microbatches"}
-    assert all(line.keys() == fields | {"seconds"} for line in lines)
     assert [line["samples"] for line in lines[:6]] == [4, 4, 2, 4, 4, 2], "ten samples, four a step: the last is short"
     assert [line["epoch"] for line in lines[:6]] == [0, 0, 0, 1, 1, 1]
     assert all(line["tokens"] == line["tokens_computed"] for line in lines), "packed computes no padding"
-    assert {line["lr"] for line in lines} == {2e-2}
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
@@ -102,25 +95,12 @@ def test_a_run_killed_before_its_result_was_written_writes_it(launched: Launched
     )
     done = job("killed", before="ulimit -f 16", code=1)  # KiB: no room for the grid or the weights
     assert f"step-{STEPS:08d}.png could not be written (File too large): the run continues without it" in done.stdout
-    what = f"{folder}: the result could not be written (File too large); step {STEPS} is saved"
-    assert error_lines(done) == [f"{what}: make room and run the same command again"]
-    assert (status(folder)["state"], status(folder)["exit_code"]) == ("failed", 1)
+    (line,) = error_lines(done)
+    assert line.startswith(f"{folder}: the result could not be written (File too large); step {STEPS} is saved")
     job.here("killed")
     after = fingerprints(folder)
     assert after.pop("config.yaml") != before.pop("config.yaml")  # another output_dir
     assert after == before
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same_end(
-    launched: Launched, job: Jobs, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = shutil.copytree(launched[0], job.root / "damaged", symlinks=True)
-    damaged = newest(folder).path / "trainable.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    job.here("damaged")
-    assert f"step-{STEPS:08d} is damaged" in caplog.text
-    assert metrics(folder) == metrics(launched[0])
-    assert (folder / LORA).read_bytes() == (launched[0] / LORA).read_bytes()
 
 
 def test_all_weights_become_a_transformer_that_loads(job: Jobs, tiny_base: Path) -> None:
@@ -147,27 +127,10 @@ def test_numbers_that_stay_not_finite_end_the_run_and_leave_the_checkpoints(
 ) -> None:
     words = ("optimizer.class_path=torch.optim.SGD", "sample.every=0", "checkpoint.every=1", "train.max_skips=2")
     folder = job.here("wild", *words, "optimizer.init_args={lr: 1e38}", code=1)
-    output, errors = capsys.readouterr()
-    assert "not finite, and 3 steps in a row are more than train.max_skips = 2" in errors
-    assert output.count("skipped   step ") == 2
-    assert ["skipped" in line for line in metrics(folder)][-2:] == [True, True]
+    assert "are more than train.max_skips = 2" in capsys.readouterr().err
+    assert [line["loss"] for line in metrics(folder)][-2:] == [None, None], "JSON has no NaN"
     ended, kept = status(folder), newest(folder)
     assert (ended["state"], ended["exit_code"]) == ("failed", 1)
     assert kept.step == ended["step"] == len(metrics(folder))
     assert all(tensor.isfinite().all() for tensor in kept.tensors("trainable").values())
     assert not (folder / LORA).exists()
-
-
-def test_the_real_recipe_ends_with_a_plain_sentence_without_its_weights(tmp_path: Path) -> None:
-    file = REPOSITORY / "configs" / "qwen_image_edit_lora.yaml"
-    words = [f"logging.output_dir={tmp_path / 'run'}", f"cache.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(
-        [*PYTHON, "train.py", "--config", str(file), *words],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    line, *data = error_lines(done)
-    what = "no configuration or tokenizer (a few MB) for 'Qwen/Qwen-Image-Edit'"
-    assert line.startswith(f"model.pretrained_model_name_or_path: {what}")
-    assert all(line.startswith("data.") and "no such folder or manifest" in line for line in data)
-    assert status(tmp_path / "run")["state"] == "refused"

@@ -1,7 +1,6 @@
-"""Whole runs with what saves memory, through `train.py`: resumed, on two ranks, compiled, and refused."""
+"""Whole runs with what saves memory, through `train.py`: resumed, on two ranks, compiled, refused."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,24 +26,15 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def job(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    return Jobs(small_run, small_cache, tmp_path_factory.mktemp("memory"))
-
-
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_resumed_run_is_an_unbroken_one(job: Jobs, few_pairs: Path, kind: str) -> None:
+def test_a_resumed_run_is_an_unbroken_one(jobs: Jobs, few_pairs: Path, kind: str) -> None:
     """From the checkpoint of step 2, in processes of their own: the update is compiled."""
     sampled = ("sample.every=9", f"data.held_out={few_pairs / 'held_out'}", "train.gradient_checkpointing=2")
     words = (*RUNS[kind], *sampled, "train.max_train_steps=4")
-    job(kind, *words)
-    unbroken, resumed = job.root / kind, job.root / f"{kind}_resumed"
+    jobs(kind, *words)
+    unbroken, resumed = jobs.root / kind, jobs.copy_at(2, kind, f"{kind}_resumed")
     results = [LORA, "samples/step-00000004.png", *([f"ema/{LORA}"] if "average" in kind else [])]
-    shutil.copytree(unbroken, resumed, symlinks=True)
-    shutil.rmtree(resumed / "checkpoints" / "step-00000004")
-    for name in (*results, "run_status.json"):
-        (resumed / name).unlink()
-    job(resumed.name, *words)
+    jobs(resumed.name, *words)
     assert metrics(resumed) == metrics(unbroken)
     for name in (*results, "checkpoints/step-00000004/optimizer.safetensors"):
         assert (resumed / name).read_bytes() == (unbroken / name).read_bytes(), name
@@ -52,16 +42,16 @@ def test_a_resumed_run_is_an_unbroken_one(job: Jobs, few_pairs: Path, kind: str)
         assert json.loads(file.metadata()["mixres"])["quantize"] == RUNS[kind][0].partition("=")[2]
 
 
-def test_two_ranks_train_over_a_quantised_base_as_one(job: Jobs) -> None:
+def test_two_ranks_train_over_a_quantised_base_as_one(jobs: Jobs) -> None:
     words = ("model.quantize=int8", "train.max_train_steps=3", *PRODIGY)
-    one = job.here("one", *words)
-    job("two", *words, launcher=torchrun(2))
-    for ours, theirs in zip(metrics(job.root / "two"), metrics(one), strict=True):
+    one = jobs.here("one", *words)
+    jobs("two", *words, launcher=torchrun(2))
+    for ours, theirs in zip(metrics(jobs.root / "two"), metrics(one), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(job: Jobs, few_pairs: Path) -> None:
+def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(jobs: Jobs, few_pairs: Path) -> None:
     """By inductor; every second block is recomputed. Each shape is compiled, so all steps have the same three samples.
 
     Not by AdamW, which takes a gradient of nothing but rounding for as good as any other.
@@ -71,8 +61,8 @@ def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(job: Jobs, few_pairs:
         *(f"data.train={few_pairs / 'held_out'}", "batch.samples_per_step=3"),
         *("train.ema_decay=0.5", "optimizer.class_path=torch.optim.SGD", "optimizer.init_args={lr: 10}"),
     )
-    plain, compiled = job.here("plain", *words), job.root / "compiled"
-    job("compiled", *words, "train.compile=true", launcher=torchrun(2))
+    plain, compiled = jobs.here("plain", *words), jobs.root / "compiled"
+    jobs("compiled", *words, "train.compile=true", launcher=torchrun(2))
     for one, other in zip(metrics(plain), metrics(compiled), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
@@ -84,27 +74,8 @@ def test_a_compiled_run_of_two_ranks_is_a_plain_one_of_one(job: Jobs, few_pairs:
         assert all(tensor.any() for tensor in theirs.values()), "B too has been trained"
 
 
-COMPILED = "train.compile=true"
-REFUSED = {
-    "quantised over all ranks": (
-        ("model.quantize=int8", "model.lora=null", "train.parallel=fsdp2"), ["model.quantize"] * 2,
-    ),
-    "compiled, packed and quantised": ((COMPILED, "model.quantize=int8"), ["train.compile"] * 2),
-    "compiled with DoRA": ((COMPILED, "batch.layout=padded", "model.lora.use_dora=true"), ["train.compile"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "keys"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_combined_is_refused(
-    job: Jobs, words: tuple[str, ...], keys: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    job.here("refused", *words, code=2)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[:3] for line in lines] == [["mixres", "error", key] for key in keys]
-
-
-def test_what_is_not_installed_is_refused_before_anything_is_encoded_and_without_a_librarys_output(job: Jobs) -> None:
+def test_what_is_not_installed_is_refused_before_anything_is_encoded_and_without_a_librarys_output(jobs: Jobs) -> None:
     words = ("model.quantize=nf4", "optimizer.class_path=bitsandbytes.optim.AdamW8bit", "cache.cache_dir=/nowhere")
-    lines = job("refused", *words, code=2).stderr.splitlines()
+    lines = jobs("refused", *words, code=2).stderr.splitlines()
     keys = ("optimizer.class_path", "model.quantize")
     assert [line.split(": ")[:3] for line in lines] == [["mixres", "error", key] for key in keys]

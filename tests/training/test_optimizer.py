@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from mixres.config.schema import SchedulerConfig
-from mixres.errors import UserError
+from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.ema import Ema
 from mixres.training.optimizer import (
@@ -22,9 +22,9 @@ from mixres.training.optimizer import (
     optimizer_class,
     optimizer_scalars,
     optimizer_tensors,
-    restore_optimizer,
 )
 from mixres.training.resume import restore_run, save_run
+from support.jobs import longest_file, names
 
 THIS = "this_module"  # under which optimizer_class finds the classes below
 SCHEDULERS = get_args(SchedulerConfig.model_fields["scheduler_type"].annotation)
@@ -34,7 +34,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "torch.optim.Adafactor": {"lr": 1e-2},
     "torch.optim.ASGD": {"lr": 1e-2},  # learning rate and average as tensors in the state
     "torch.optim.Muon": {"lr": 1e-2},  # matrices only
-    f"{THIS}.Counting": {"lr": 1e-2},
 }
 MEMORY_SAVING: dict[str, dict[str, Any]] = {
     "prodigyopt.Prodigy": {"lr": 1.0, "d0": 1e-6, "use_bias_correction": True},
@@ -42,19 +41,9 @@ MEMORY_SAVING: dict[str, dict[str, Any]] = {
     "torchao.optim.AdamW4bit": {"lr": 1e-2},
     "torchao.optim.AdamWFp8": {"lr": 1e-2},
 }
+ON_CUDA = pytest.param("bitsandbytes.optim.AdamW8bit", marks=pytest.mark.gpu)
 WIDTH = 64  # a matrix of 4096 numbers, the fewest that are quantised
 CPU = torch.device("cpu")
-
-
-class Counting(torch.optim.SGD):
-    """As Prodigy does: numbers that no argument sets, in the group and beside a parameter."""
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        group = self.param_groups[0]
-        group["k"] = group.get("k", 0) + 1
-        for parameter in group["params"]:
-            self.state[parameter]["count"] = group["k"] * 0.5
 
 
 class Open(torch.optim.SGD):
@@ -82,13 +71,14 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Run:
     """A small model whose first matrix is quantised, and whose second, all zeros at first, is not."""
 
-    def __init__(self, class_path: str, *, decay: float | None = None, device: str = "cpu", **arguments: Any) -> None:
+    def __init__(self, class_path: str, *, decay: float | None = None, **arguments: Any) -> None:
         torch.manual_seed(0)
         bias = not class_path.endswith("Muon")
         layers = nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, 3, bias=bias)
-        self.model = nn.Sequential(*layers).to(device)
+        self.device = "cuda" if class_path.startswith("bitsandbytes") else "cpu"
+        self.model = nn.Sequential(*layers).to(self.device)
         nn.init.zeros_(self.model[2].weight)  # as B of an adapter
-        self.kind, self.device = class_path, device
+        self.kind = class_path
         arguments = (OPTIMIZERS | MEMORY_SAVING).get(class_path, {"lr": 1e-2}) | arguments
         self.optimizer = optimizer_class(class_path, arguments)(self.model.parameters(), **arguments)
         self.ema = None if decay is None else Ema(self.optimizer, decay)
@@ -109,9 +99,7 @@ class Run:
         save_run(checkpoints, self.parameters, self.optimizer, step=step, state=state)
 
     def restore(self, checkpoints: Checkpoints) -> None:
-        checkpoint = checkpoints.newest_valid()
-        assert checkpoint is not None
-        restore_run(checkpoint, self.parameters, self.optimizer, kind=self.kind)
+        restore_run(checkpoints.newest_valid(), self.parameters, self.optimizer, kind=self.kind)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -119,16 +107,13 @@ class Run:
 
     @property
     def average(self) -> list[Tensor]:
-        assert self.ema is not None
         with self.ema.averaged():
             return self.weights
 
     def everything(self) -> dict[str, Tensor]:
-        """Weights, their average and the optimizer's state."""
-        found = dict(optimizer_tensors(self.optimizer, self.parameters))
-        found |= {f"weight {number}": tensor for number, tensor in enumerate(self.weights)}
-        found |= {f"average {number}": tensor for number, tensor in enumerate(self.average if self.ema else [])}
-        return found
+        """Weights and the optimizer's state, of which their average is a part."""
+        weights = {f"weight {number}": tensor for number, tensor in enumerate(self.weights)}
+        return weights | optimizer_tensors(self.optimizer, self.parameters)
 
 
 def assert_same(one: Run, other: Run) -> None:
@@ -139,33 +124,24 @@ def assert_same(one: Run, other: Run) -> None:
     assert scalars[0] == scalars[1]
 
 
-def assert_resumes_bit_for_bit(class_path: str, decay: float | None, folder: Path, device: str = "cpu") -> None:
-    checkpoints = Checkpoints(folder, keep=2)
-    unbroken, first, second = (Run(class_path, decay=decay, device=device) for _ in range(3))
+@pytest.mark.parametrize("decay", [None, 0.7], ids=["plain", "average"])
+@pytest.mark.parametrize("class_path", [*OPTIMIZERS, *MEMORY_SAVING, ON_CUDA])
+def test_a_restored_optimizer_continues_bit_for_bit(class_path: str, decay: float | None, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    unbroken, first, second = (Run(class_path, decay=decay) for _ in range(3))
     unbroken.steps(0, 7)
     first.steps(0, 4)
     first.save(checkpoints, 4)
-    assert {file.suffix for file in (folder / "step-00000004").iterdir()} == {".safetensors", ".json"}
+    assert {file.suffix for file in (tmp_path / "step-00000004").iterdir()} == {".safetensors", ".json"}
     with torch.no_grad():
         for parameter in second.parameters.values():
             parameter.add_(1)  # nothing of the new run's own start may stay
     second.restore(checkpoints)
-    assert str(folder) not in Path("/proc/self/maps").read_text(), "a file in use keeps its space when it is deleted"
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(), "a file in use keeps its space when it is deleted"
     assert_same(second, first)
     second.steps(4, 7)
     assert_same(second, unbroken)
     assert not any(torch.equal(a, b) for a, b in zip(unbroken.weights, first.weights, strict=True))
-
-
-@pytest.mark.parametrize("decay", [None, 0.7], ids=["plain", "average"])
-@pytest.mark.parametrize("class_path", OPTIMIZERS | MEMORY_SAVING)
-def test_a_restored_optimizer_continues_bit_for_bit(class_path: str, decay: float | None, tmp_path: Path) -> None:
-    assert_resumes_bit_for_bit(class_path, decay, tmp_path / "checkpoints")
-
-
-@pytest.mark.gpu
-def test_bitsandbytes_continues_bit_for_bit(tmp_path: Path) -> None:
-    assert_resumes_bit_for_bit("bitsandbytes.optim.AdamW8bit", 0.7, tmp_path / "checkpoints", "cuda")
 
 
 def test_what_arguments_set_is_the_new_configurations(tmp_path: Path) -> None:
@@ -183,15 +159,37 @@ def test_what_arguments_set_is_the_new_configurations(tmp_path: Path) -> None:
     assert (after["d_coef"], after["lr"]) == (0.5, 0.2)
 
 
-def test_state_is_found_by_name_not_by_position() -> None:
-    run = Run("torch.optim.AdamW")
-    run.steps(0, 1)
-    names = list(run.parameters)
-    saved = optimizer_tensors(run.optimizer, names)
-    resumed = torch.optim.AdamW(reversed(list(run.parameters.values())))
-    restore_optimizer(resumed, names[::-1], dict(reversed(saved.items())), optimizer_scalars(run.optimizer, names))
-    for parameter in run.parameters.values():
-        assert torch.equal(run.optimizer.state[parameter]["exp_avg"], resumed.state[parameter]["exp_avg"])
+def test_the_state_of_another_class_of_optimizer_is_left_out_and_other_weights_are_refused(tmp_path: Path) -> None:
+    checkpoints, one, other = Checkpoints(tmp_path, keep=2), Run("torch.optim.AdamW"), Run("torch.optim.SGD")
+    one.steps(0, 2)
+    one.save(checkpoints, 2)
+    other.restore(checkpoints)
+    assert all(map(torch.equal, one.weights, other.weights))
+    assert not other.optimizer.state
+    with pytest.raises(UserError, match=r"1 weights of .* do not fit .* 2.bias: \(3,\) there, None here"):
+        Run("torch.optim.Muon").restore(checkpoints)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    checkpoints, run = Checkpoints(tmp_path, keep=2), Run("torch.optim.AdamW")
+    run.save(checkpoints, 5)
+    with torch.no_grad():
+        run.parameters["2.bias"][1] = float("nan")
+    with pytest.raises(WorkError, match=r"step 6: the weights are not finite"):
+        run.save(checkpoints, 6)
+    assert names(tmp_path) == ["latest", "step-00000005"]
+
+
+def test_a_file_that_the_system_refuses_is_one_line_with_path_and_bytes(tmp_path: Path) -> None:
+    checkpoints, run = Checkpoints(tmp_path, keep=2), Run("torch.optim.AdamW")
+    run.save(checkpoints, 2)
+    with longest_file(10_000), pytest.raises(WorkError) as caught:
+        run.save(checkpoints, 3)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}: the checkpoint of step 3 needs 17,164 bytes and could not be written (")
+    assert "File too large" in line
+    assert names(tmp_path) == ["latest", "step-00000002"]
+    assert checkpoints.newest_valid().step == 2
 
 
 def test_other_block_sizes_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -201,9 +199,6 @@ def test_other_block_sizes_than_the_checkpoints_are_refused(tmp_path: Path) -> N
     first.save(checkpoints, 1)
     with pytest.raises(UserError, match=r"optimizer.init_args: the checkpoint's exp_avg.scale has the shape \(16,\)"):
         Run("torchao.optim.AdamW8bit", block_size=128).restore(checkpoints)
-
-
-# The average.
 
 
 @pytest.mark.parametrize("class_path", ["torch.optim.AdamW", "torch.optim.SGD"])
@@ -221,13 +216,6 @@ def test_the_average_is_diffusers_own_and_the_weights_come_back(class_path: str)
     with pytest.raises(ZeroDivisionError), run.ema.averaged():  # type: ignore[union-attr]
         raise ZeroDivisionError
     assert all(map(torch.equal, run.weights, before))
-
-
-# The schedule.
-
-
-def test_every_schedule_of_diffusers_is_offered_or_left_out_on_purpose() -> None:
-    assert {kind.value for kind in SchedulerType} == {*SCHEDULERS, "piecewise_constant"}  # which takes rules, not steps
 
 
 @pytest.mark.parametrize("class_path", ["torch.optim.SGD", "torchao.optim.AdamW8bit"])  # its rate is a tensor
@@ -250,17 +238,12 @@ def test_the_rate_of_a_step_is_the_one_that_stepping_gives(scheduler_type: str, 
         assert isinstance(ours.param_groups[0]["lr"], Tensor) is tensor
 
 
-# What is refused.
-
-
 @pytest.mark.parametrize(
     ("class_path", "init_args", "messages"),
     [
         ("torch.optim.AdamV", {}, ["class_path: torch.optim.AdamV cannot be imported"]),
-        ("no_such_package.Adam", {}, ["class_path: no_such_package.Adam cannot be imported"]),
         ("bitsandbytes.optim.AdamW8bit", {}, ["class_path: .*: pip install bitsandbytes$"]),  # is for CUDA
         ("torch.nn.Linear", {}, ["class_path: torch.nn.Linear is no torch optimizer"]),
-        ("torch.optim.lr_scheduler", {}, ["class_path: torch.optim.lr_scheduler is no torch optimizer"]),
         ("torch.optim.Optimizer", {}, ["init_args: Optimizer refuses them"]),
         (
             "torch.optim.AdamW",
@@ -268,6 +251,7 @@ def test_the_rate_of_a_step_is_the_one_that_stepping_gives(scheduler_type: str, 
             ["init_args.learning_rate: AdamW does not take it; it takes: lr, betas", "init_args.beta: AdamW"],
         ),
         ("torch.optim.AdamW", {"lr": 1e-3, "betas": [0.9, 1.5]}, ["init_args: AdamW refuses them: Invalid beta"]),
+        (f"{THIS}.Open", {"speed": -1.0}, ["init_args: Open refuses them: Invalid learning rate"]),  # takes any name
     ],
 )
 def test_a_wrong_class_or_argument_is_one_line_each(
@@ -278,10 +262,6 @@ def test_a_wrong_class_or_argument_is_one_line_each(
     assert len(caught.value.messages) == len(messages)
     for line, message in zip(caught.value.messages, messages, strict=True):
         assert re.match(f"optimizer.{message}", line), line
-
-
-def test_a_class_with_open_arguments_takes_what_it_likes() -> None:
-    assert optimizer_class(f"{THIS}.Open", {"speed": 0.1}) is Open
 
 
 def test_what_cannot_step_or_be_split_is_refused_at_the_start() -> None:

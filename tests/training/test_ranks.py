@@ -1,6 +1,5 @@
 """The same run on one, two and more ranks, replicated and sharded, padded and packed: real processes over gloo."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from mixres.data.cache import Cache
 from mixres.preprocessing.fill import encode_all
 from mixres.training.setup import build_plan
 from support.family_cases import with_family
-from support.jobs import REPOSITORY, Jobs, newest, torchrun
+from support.jobs import REPOSITORY, Jobs, metrics, newest, torchrun
 
 STEPS = 4
 CLIP = 0.002  # well below the gradients of these runs, so that every step is clipped
@@ -35,17 +34,9 @@ class Runs(Jobs):
 
 @pytest.fixture(scope="module")
 def runs(tiny_base: Path, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    common = (
-        f"model.pretrained_model_name_or_path={tiny_base}",
-        f"data.train={demo_root / 'train'}",
-        f"data.held_out={demo_root / 'held_out'}",
-        "batch.samples_per_step=5",
-        f"train.max_train_steps={STEPS}",
-        "lr_scheduler.warmup_steps=2",
-        f"train.max_grad_norm={CLIP}",
-        "checkpoint.every=2",
-        "sample.every=0",
-    )
+    data = (f"data.train={demo_root / 'train'}", f"data.held_out={demo_root / 'held_out'}", "batch.samples_per_step=5")
+    steps = (f"train.max_train_steps={STEPS}", "lr_scheduler.warmup_steps=2", f"train.max_grad_norm={CLIP}")
+    common = (f"model.pretrained_model_name_or_path={tiny_base}", *data, *steps, "checkpoint.every=2", "sample.every=0")
     root = tmp_path_factory.mktemp("ranks")
     return Runs(REPOSITORY / "configs" / "quickstart.yaml", root / "float64", root, common)
 
@@ -65,8 +56,7 @@ def distance(run: Path, reference: Path) -> float:
 
 
 def lines(run: Path, key: str = "loss") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if key in line]
+    return [line for line in metrics(run) if key in line]
 
 
 TOPOLOGIES = {

@@ -1,6 +1,7 @@
 """Sample grids: their geometry, their captions, and that making one leaves the training as it was."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.images import read_image
 from mixres.geometry import Size
-from mixres.models.qwen.edit import QwenImageEdit
-from mixres.preprocessing.fill import CachedData, encode_all
+from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
-from mixres.training.ema import Ema
 from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
 from support.family_cases import with_family
+from support.jobs import names
+from support.steps import moved_average
 
 HEADINGS = ("control", "target", "prediction")
 CELL, GAP = sample_sheets._CELL, sample_sheets._GAP
@@ -35,46 +35,26 @@ def bounds(grid: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, i
     return columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
 
 
-def test_images_stand_in_their_columns_with_their_own_aspect() -> None:
+def test_images_stand_in_their_columns_with_their_own_aspect_above_their_captions() -> None:
+    """An empty cell stays white."""
     rows = [
         Row((plain(400, 200, "red"), plain(100, 100, "lime"), plain(50, 200, "blue")), "first", "sizes"),
-        Row((plain(10, 10, "yellow"), plain(640, 320, "cyan"), plain(224, 112, "magenta")), "second", "sizes"),
+        Row((None, plain(640, 320, "cyan"), plain(224, 112, "magenta")), "second", "sizes"),
     ]
     grid = contact_sheet(HEADINGS, rows)
-    assert grid.width == GAP + 3 * (CELL + GAP)
     left = [GAP + column * (CELL + GAP) for column in range(3)]
-    top = bounds(grid, (255, 0, 0))[1]
-    assert bounds(grid, (255, 0, 0)) == (left[0], top, 224, 112)
-    assert bounds(grid, (0, 255, 0)) == (left[1], top, 224, 224)
-    assert bounds(grid, (0, 0, 255)) == (left[2], top, 56, 224)
-    second = bounds(grid, (255, 255, 0))[1]
-    assert second > top + 224, "the caption stands between the rows"
-    assert bounds(grid, (255, 255, 0)) == (left[0], second, 224, 224)
+    assert grid.width == left[2] + CELL + GAP
+    first, second = bounds(grid, (255, 0, 0))[1], bounds(grid, (0, 255, 255))[1]
+    assert second > first + CELL, "the caption stands between the rows"
+    assert bounds(grid, (255, 0, 0)) == (left[0], first, 224, 112)
+    assert bounds(grid, (0, 255, 0)) == (left[1], first, 224, 224)
+    assert bounds(grid, (0, 0, 255)) == (left[2], first, 56, 224)
     assert bounds(grid, (0, 255, 255)) == (left[1], second, 224, 112)
     assert bounds(grid, (255, 0, 255)) == (left[2], second, 224, 112)
-    assert grid.height > second + 224
-
-
-def test_an_empty_cell_stays_white() -> None:
-    row = Row((plain(10, 10, "red"), None, plain(10, 10, "lime")), "one control", "sizes")
-    grid = contact_sheet(("control 1", "control 2", "target"), [row])
-    left, top, _, height = bounds(grid, (255, 0, 0))
-    cell = grid.crop((left + CELL + GAP, top, left + 2 * CELL + GAP, top + height))
-    assert (np.asarray(cell) == 255).all()
-    assert bounds(grid, (0, 255, 0))[0] == GAP + 2 * (CELL + GAP)
-
-
-def test_headings_and_captions_are_drawn() -> None:
-    row = Row((plain(64, 64, "red"),) * 3, "swap red and blue", "control 64x64, target 64x64")
-    grid = np.asarray(contact_sheet(HEADINGS, [row]).convert("L"))
-    top = bounds(contact_sheet(HEADINGS, [row]), (255, 0, 0))[1]
-    dark = grid < 100
-    for column in range(3):
-        left = GAP + column * (CELL + GAP)
-        assert dark[:top, left : left + CELL].any(), "a heading above each column"
-    assert dark[top + CELL :].any()
-    other = np.asarray(contact_sheet(HEADINGS, [Row(row.pictures, "make it brighter", row.note)]).convert("L"))
-    assert not np.array_equal(grid, other)
+    assert (np.asarray(grid.crop((left[0], second, left[1], second + 112))) == 255).all()
+    dark = np.asarray(grid.convert("L")) < 100
+    assert all(dark[:first, edge : edge + CELL].any() for edge in left), "a heading above each column"
+    assert dark[first + CELL : second].any()
 
 
 def test_captions_in_any_script_are_in_the_files_metadata(tmp_path: Path) -> None:
@@ -88,25 +68,15 @@ def test_captions_in_any_script_are_in_the_files_metadata(tmp_path: Path) -> Non
 def test_what_a_font_cannot_draw_is_said_to_be_in_the_metadata() -> None:
     font = sample_sheets.ImageFont.load_default(14)
     assert sample_sheets._drawable("naïve café", font) == "naïve café"
-    assert sample_sheets._drawable("交换", font).startswith("(no font here draws this caption")
+    assert sample_sheets._drawable("交换", font).startswith("(no font here draws this prompt")
 
 
 @pytest.fixture(scope="module")
-def config(small_run: Path, small_cache: Path) -> Config:
-    return load_config(small_run, [f"cache.cache_dir={small_cache}", "logging.output_dir=/nowhere"])
-
-
-@pytest.fixture(scope="module")
-def encoded(config: Config) -> CachedData:
-    return encode_all(*with_family(config), device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def sampler(config: Config, encoded: CachedData) -> HeldOutSampler:
-    base = config.model.pretrained_model_name_or_path
-    transformer = QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu")
+def sampler(setup: Callable[..., Config], encoded: CachedData) -> HeldOutSampler:
+    config, family = with_family(setup())
+    transformer = family.load_transformer(dtype=torch.float32, device="cpu")
     transformer.enable_gradient_checkpointing()
-    return HeldOutSampler(*with_family(config), transformer.train(), encoded)
+    return HeldOutSampler(config, family, transformer.train(), encoded)
 
 
 def test_a_grid_shows_every_held_out_size_and_leaves_the_training_alone(
@@ -115,8 +85,9 @@ def test_a_grid_shows_every_held_out_size_and_leaves_the_training_alone(
     transformer = sampler.pipeline.transformer
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    sampler.write(tmp_path / "none.png", keep=False)
     sampler.write(tmp_path / "samples" / "step-00000003.png")
-    assert transformer.training
+    assert names(tmp_path) == ["samples"], "a rank that only takes part writes nothing"
     assert all(module.training for module in transformer.modules())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in transformer.state_dict().items())
     assert all(parameter.grad is None for parameter in transformer.parameters())
@@ -137,39 +108,30 @@ def test_a_prediction_has_the_targets_size_and_is_always_the_same(sampler: HeldO
         assert image.tobytes() == sampler.predict(item).tobytes()
 
 
-def test_samples_are_made_with_the_average_on_request(config: Config, encoded: CachedData, tmp_path: Path) -> None:
-    base = config.model.pretrained_model_name_or_path
-    transformer = QwenImageEdit(base).load_transformer(dtype=torch.float32, device="cpu")
-    optimizer = torch.optim.SGD([transformer.proj_out.weight], lr=1.0)
-    ema = Ema(optimizer, 0.9)
-    for step in range(3):
-        noise = torch.randn(transformer.proj_out.weight.shape, generator=torch.Generator().manual_seed(step))
-        transformer.proj_out.weight.grad = 0.1 * noise
-        optimizer.step()
-    asked = config.model_copy(update={"sample": config.sample.model_copy(update={"use_ema": True})})
+def test_samples_are_made_with_the_average_on_request(
+    setup: Callable[..., Config], encoded: CachedData, tmp_path: Path
+) -> None:
+    config, family = with_family(setup())
+    transformer = family.load_transformer(dtype=torch.float32, device="cpu")
+    ema = moved_average([transformer.proj_out.weight], 0.1)
+    asked = setup("train.ema_decay=0.9", "sample.use_ema=true")
 
-    def grid(name: str, config: Config) -> bytes:
-        HeldOutSampler(*with_family(config), transformer, encoded, ema).write(tmp_path / name)
-        return (tmp_path / name).read_bytes()
+    def grid(config: Config) -> bytes:
+        return HeldOutSampler(config, family, transformer, encoded, ema).write(tmp_path / "a.png").tobytes()
 
-    plain, averaged = grid("plain.png", config), grid("averaged.png", asked)
+    plain, averaged = grid(config), grid(asked)
     with ema.averaged():
-        assert grid("inside.png", config) == averaged
-    assert grid("again.png", config) == plain != averaged
+        assert grid(config) == averaged
+    assert grid(config) == plain != averaged
 
 
-def test_a_rank_that_only_takes_part_writes_nothing(sampler: HeldOutSampler, tmp_path: Path) -> None:
-    sampler.write(tmp_path / "samples" / "a.png", keep=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, config: Config, tmp_path: Path) -> None:
+def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, tmp_path: Path) -> None:
     item = sampler.items[-1]
     row = sampler._row(item)
     control, target, _ = row.pictures
     small = tmp_path / "small.png"
     target.resize((64, 32)).save(small)
-    limits = image_limits(config)
+    limits = image_limits(sampler.config)
     assert control.tobytes() == read_image(item.record.controls[0], limits).tobytes()
     assert target.tobytes() == read_image(item.record.target, limits).tobytes()
     assert row.caption == item.record.prompt

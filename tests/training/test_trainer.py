@@ -1,16 +1,10 @@
-"""The small parts of the loop: what it draws, what it records of a step, what it logs of a skipped one."""
+"""The small parts of the loop: what it draws, and what it logs of a skipped step."""
 
-import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-from mixres import cli
-from mixres.data.plan import Lengths, Plan
 from mixres.errors import WorkError
 from mixres.training import trainer
 from mixres.training.resume import Skips
@@ -25,26 +19,10 @@ def test_what_dropout_draws_is_a_function_of_seed_step_and_rank() -> None:
         torch.Generator().manual_seed(seed)
 
 
-def test_the_metrics_of_a_step_can_be_read_back() -> None:
-    """JSON has no NaN: a step that was left out has null, and the names of its samples."""
-    plan = Plan(
-        [Lengths(1, 2, 1)] * 3, names=["a"] * 3, seed=0, samples_per_step=2, max_tokens=6, layout="packed", world_size=2
-    )
-    result = StepResult(0.5, 1.5, 6, 6, stopping=False)
-    line = trainer._metrics_line(plan.step(1), result, 1e-3, 0.25)
-    assert json.loads(json.dumps(line)) == {
-        "step": 2, "epoch": 0, "loss": 0.5, "grad_norm": 1.5, "lr": 1e-3, "samples": 1, "tokens": 6,
-        "tokens_computed": 6, "microbatches": 2, "seconds": 0.25,
-    }  # fmt: skip
-    left_out = StepResult(math.nan, math.inf, 6, 6, stopping=False, skipped=("a", "b"))
-    line = trainer._metrics_line(plan.step(1), left_out, 1e-3, 0.25)
-    read = json.loads(json.dumps(line, allow_nan=False))
-    assert (read["loss"], read["grad_norm"], read["skipped"]) == (None, None, ["a", "b"])
-
-
 def test_a_skip_is_logged_until_it_is_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     names = tuple(f"{i}.png" for i in range(22))
-    left_out, skips = StepResult(math.nan, 1.0, 6, 6, stopping=False, skipped=names), Skips()
+    left_out, skips = StepResult(math.nan, 1.0, 6, 6, stopping=False, skipped=names), Skips(total=5, consecutive=2)
+    skips.count(False)
     for step in (7, 8):
         skips.count(True)
         trainer._log_skip(left_out, step, skips, 2, is_main=True)
@@ -55,23 +33,4 @@ def test_a_skip_is_logged_until_it_is_one_too_many(capsys: pytest.CaptureFixture
     skips.count(True)
     with pytest.raises(WorkError, match=r"step 9: .* 3 steps in a row are more than train.max_skips = 2"):
         trainer._log_skip(left_out, 9, skips, 2, is_main=True)
-
-
-def test_the_end_names_where_everything_is_and_what_to_type_next(
-    small_run: Path, small_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    AcceleratorState._reset_state(True)
-    run = tmp_path / "run"
-    words = [f"cache.cache_dir={small_cache}", f"logging.output_dir={run}", "logging.report_to=tensorboard"]
-    words += ["train.max_train_steps=2", "sample.every=2", "train.ema_decay=0.5"]
-    assert cli.main(["--config", str(small_run), *words]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    end = {line[:10].strip(): line[10:] for line in lines[-5:]}
-    assert list(end) == ["result", "samples", "metrics", "tracker", "next"]
-    named = [path for name in end for path in re.findall(rf"{re.escape(str(run))}[\w./-]*", end[name])]
-    assert {Path(path).name for path in named} >= {"ema", "samples", "metrics.jsonl", "checkpoints", "mixres"}
-    assert all(Path(path).exists() for path in named)
-    verb, *options = re.findall(r"mixres (\w+)|(--[\w-]+)", end["next"])
-    assert verb[0] == "sample"
-    assert [option for _, option in options] == ["--lora", "--image", "--prompt", "--size", "--steps", "--out"]
-    assert re.search(r"--size \d+x\d+ --steps 2 ", end["next"]), "as samples are trained, and the run's own are made"
+    assert skips.total == 8

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,24 +13,21 @@ import pytest
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
 from mixres.diffusion.objective import Objective
 from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
-from mixres.preprocessing.fill import CachedData, encode_all
-from mixres.training.distributed import make_accelerator
-from mixres.training.ema import Ema
+from mixres.preprocessing.fill import CachedData
 from mixres.training.resume import restore_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState, build_objective, load_trained
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, report, resolution_band
 from support.family_cases import with_family
 from support.jobs import Jobs, metrics, newest, status
+from support.steps import moved_average, new_accelerator
 
 STEPS, EVALUATED = 5, [0, 2, 4, 5]
 SIGMAS = (0.2, 0.7)
@@ -39,18 +35,8 @@ WORDS = ("evaluate.every=2", "evaluate.sigmas=[0.2, 0.7]", "model.lora.lora_drop
 
 
 @pytest.fixture(scope="module")
-def config(small_run: Path, small_cache: Path) -> Config:
-    return load_config(small_run, [f"cache.cache_dir={small_cache}", "logging.output_dir=/nowhere", *WORDS])
-
-
-@pytest.fixture(scope="module")
-def encoded(config: Config) -> CachedData:
-    return encode_all(*with_family(config), device=torch.device("cpu"))
-
-
-def new_accelerator(folder: Path) -> Accelerator:
-    AcceleratorState._reset_state(True)
-    return make_accelerator(mixed_precision="no", report_to="none", folder=folder)
+def config(setup: Callable[..., Config]) -> Config:
+    return setup(*WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +83,8 @@ def make(
 
 def losses_of(evaluation: HeldOutLoss) -> dict[tuple[str, float], float]:
     """By key of the sample."""
-    found = evaluation.losses()
-    assert found is not None
-    return {(evaluation.samples[position].key, sigma): loss for (position, sigma), loss in found.items()}
+    samples = evaluation.samples
+    return {(samples[position].key, sigma): loss for (position, sigma), loss in evaluation.losses().items()}
 
 
 def test_it_is_the_velocity_error_of_each_sample_at_each_sigma(
@@ -137,29 +122,19 @@ def test_the_line_holds_means_over_all_sigmas_and_bands(encoded: CachedData) -> 
     losses = {(i, sigma): 10.0 * i + sigma for i in range(3) for sigma in (0.25, 0.75)}
     line = metrics_line(losses, items)
     assert line == {
-        "eval/loss": 10.5,
-        "eval/sigma_0.25": 10.25,
-        "eval/sigma_0.75": 10.75,
-        "eval/resolution_128": 0.5,
-        "eval/resolution_1024": 15.5,
-    }
-    assert report(250, line, 3) == (
-        "evaluate  step 250: held-out loss 10.5000 (3 samples; 0.5000 at 128, 15.5000 at 1024)"
-    )
+        "eval/loss": 10.5, "eval/sigma_0.25": 10.25, "eval/sigma_0.75": 10.75,
+        "eval/resolution_128": 0.5, "eval/resolution_1024": 15.5,
+    }  # fmt: skip
+    assert "held-out loss 10.5000 (3 samples; 0.5000 at 128, 15.5000 at 1024)" in report(250, line, 3)
     broken = metrics_line(losses | {(0, 0.25): math.nan}, items)
     assert json.loads(json.dumps(broken, allow_nan=False))["eval/loss"] is None
     assert (broken["eval/resolution_128"], broken["eval/resolution_1024"]) == (None, 15.5)
-    assert "held-out loss not finite" in report(250, broken, 3)
 
 
 @pytest.mark.parametrize(
     ("width", "height", "band"),
-    [
-        (16, 16, 128), (128, 128, 128), (192, 128, 192), (176, 128, 128), (512, 512, 512), (640, 432, 512),
-        (1024, 768, 1024), (1008, 768, 768), (1024, 1024, 1024), (1184, 880, 1024), (2896, 352, 1024),
-        (1536, 1008, 1024), (1536, 1024, 1536), (4096, 4096, 2048),
-    ],
-)  # fmt: skip
+    [(16, 16, 128), (192, 128, 192), (176, 128, 128), (1008, 768, 768), (2896, 352, 1024), (4096, 4096, 2048)],
+)
 def test_bands_have_the_nearest_square(width: int, height: int, band: int) -> None:
     assert resolution_band(width * height) == band
     ratios = {side: abs(math.log(width * height / side**2)) for side in SIDES}
@@ -187,31 +162,12 @@ def test_the_same_bits_whatever_the_training_does(
     assert len(fewer) == 4
     evaluate = config.evaluate.model_copy(update={"sigmas": (0.7, 0.5)})
     other_sigmas = losses_of(make(config=config.model_copy(update={"evaluate": evaluate})))
-    assert {key: loss for key, loss in other_sigmas.items() if key[1] == 0.7} == {
-        key: loss for key, loss in reference.items() if key[1] == 0.7
-    }
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 100])
-def test_the_ranks_divide_all_passes_and_have_equally_many(make: Make, ranks: int) -> None:
-    evaluation = make()
-    parts = [evaluation.passes_of(rank, ranks) for rank in range(ranks)]
-    assert {len(part) for part in parts} == {math.ceil(6 / ranks)}
-    assert {one for part in parts for one in part} == {(i, sigma) for i in range(3) for sigma in SIGMAS}
-    tokens = [evaluation.samples[i].lengths.total for i, _ in parts[0]]
-    assert tokens == sorted(tokens, reverse=True), "those that wait for each other take about as long"
+    assert all(other_sigmas[key] == loss for key, loss in reference.items() if key[1] == 0.7)
 
 
 def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained: TrainState) -> None:
-    optimizer = torch.optim.SGD(trained.parameters.values(), lr=1.0)
-    ema = Ema(optimizer, 0.9)
     before = {name: parameter.detach().clone() for name, parameter in trained.parameters.items()}
-    for step in range(3):
-        draw = torch.Generator().manual_seed(step)
-        for parameter in trained.parameters.values():
-            parameter.grad = 0.05 * torch.randn(parameter.shape, generator=draw)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    ema = moved_average(list(trained.parameters.values()), 0.05)
     kept = replace(trained, ema=ema)
     asked = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"use_ema": True})})
     plain, averaged = losses_of(make(trained=kept)), losses_of(make(trained=kept, config=asked))
@@ -224,75 +180,31 @@ def test_the_average_is_evaluated_on_request(make: Make, config: Config, trained
             parameter.copy_(before[name])
 
 
-def test_training_is_left_as_it_was(make: Make, trained: TrainState, encoded: CachedData, tmp_path: Path) -> None:
-    def state() -> tuple[Any, ...]:
-        return torch.get_rng_state().tolist(), [module.training for module in trained.transformer.modules()]
-
-    weights = {name: tensor.clone() for name, tensor in trained.transformer.state_dict().items()}
-    before = state()
-    assert any(module.p > 0 for module in trained.transformer.modules() if isinstance(module, torch.nn.Dropout))
-    losses_of(make())
-    assert state() == before
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in trained.transformer.state_dict().items())
-    assert all(parameter.grad is None for parameter in trained.parameters.values())
-    gone = CachedData(Cache(shutil.copytree(encoded.cache.root, tmp_path / "cache")), encoded.train, encoded.held_out)
-    for item in encoded.held_out:
-        next(gone.cache.root.glob(f"??/{item.key}*")).unlink()
+def test_a_missing_entry_ends_the_run(make: Make, encoded: CachedData, tmp_path: Path) -> None:
+    gone = CachedData(Cache(tmp_path / "empty"), encoded.train, encoded.held_out)
     with pytest.raises(WorkError, match="run the same command again"):
         make(encoded=gone).losses()
-    assert state() == before, "after an error too"
 
 
-def test_without_samples_or_interval_there_is_none(make: Make, config: Config, encoded: CachedData) -> None:
-    lines: list[Any] = []
-    never = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every": 0})})
-    for evaluation in (
-        make(config=never, sinks=(lines.append,)),
-        make(encoded=CachedData(encoded.cache, encoded.train, []), sinks=(lines.append,)),
-    ):
-        assert all(evaluation(step) for step in range(STEPS + 1))
-    assert lines == []
-
-
-def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, encoded: CachedData) -> None:
     first, second = list[Any](), list[Any]()
     evaluation = make(sinks=(first.append, second.append))
     assert [step for step in range(STEPS + 1) if evaluation.due(step)] == EVALUATED
     assert evaluation(1) and evaluation(2)
     assert first == second
     assert [line["step"] for line in first] == [2]
-    assert set(first[0]) == {"step", "eval/loss", "eval/sigma_0.2", "eval/sigma_0.7", *bands_of(evaluation)}
-    assert capsys.readouterr().out.startswith("evaluate  step 2: held-out loss ")
     evaluation.run.stop_requested = True
     assert evaluation(3), "nothing was due, so nothing was stopped"
     assert not evaluation(4)
+    assert make(encoded=CachedData(encoded.cache, encoded.train, []), sinks=(first.append,))(2), "there are no samples"
     assert [line["step"] for line in first] == [2]
-    assert evaluation.transformer.training
-
-
-def bands_of(evaluation: HeldOutLoss) -> set[str]:
-    areas = (item.target_size.width * item.target_size.height for item in evaluation.samples)
-    return {f"eval/resolution_{resolution_band(area)}" for area in areas}
-
-
-class Run(Jobs):
-    """Runs of five steps that save each of them."""
-
-    def copy_at(self, step: int, name: str) -> Path:
-        """The whole run's folder as it was after `step`, but for lines that were written later."""
-        folder = shutil.copytree(self.root / "whole", self.root / name, symlinks=True)
-        for path in [*folder.glob("*.safetensors"), folder / "run_status.json"]:
-            path.unlink()
-        for path in (folder / "checkpoints").glob("step-*"):
-            if int(path.name.partition("-")[2]) > step:
-                shutil.rmtree(path)
-        return folder
+    assert all(module.training for module in evaluation.transformer.modules())
 
 
 @pytest.fixture(scope="module")
-def run(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     often = (f"train.max_train_steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=9")
-    runs = Run(small_run, small_cache, tmp_path_factory.mktemp("runs"), (*often, *WORDS))
+    runs = Jobs(small_run, small_cache, tmp_path_factory.mktemp("runs"), (*often, *WORDS))
     runs.here("whole")
     return runs
 
@@ -303,30 +215,24 @@ def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def test_a_run_is_evaluated_before_its_first_step_at_each_interval_and_at_its_end(run: Run) -> None:
-    lines = metrics(run.root / "whole")
-    steps = [(line["step"], "eval/loss" in line) for line in lines]
-    assert steps == [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False),
-                     (5, True)]  # fmt: skip
-    assert len({line["eval/loss"] for line in evaluations(run.root / "whole").values()}) == 4
-
-
-def test_it_leaves_no_trace_in_the_training(run: Run) -> None:
+def test_it_leaves_no_trace_in_the_training(run: Jobs) -> None:
     plain = run.here("plain", "evaluate.every=0")
     whole = run.root / "whole"
     assert [line for line in metrics(whole) if "loss" in line] == metrics(plain)
+    assert sorted(evaluations(whole)) == EVALUATED
+    assert len({line["eval/loss"] for line in evaluations(whole).values()}) == 4
     last = f"checkpoints/step-{STEPS:08d}/trainable.safetensors"
     assert (plain / last).read_bytes() == (whole / last).read_bytes()
 
 
-def test_a_resumed_run_writes_the_same_lines_each_once(run: Run) -> None:
+def test_a_resumed_run_writes_the_same_lines_each_once(run: Jobs) -> None:
     """From a step that was evaluated: it is not evaluated again."""
-    run.copy_at(4, "from 4")
+    run.copy_at(4, "whole", "from 4")
     assert metrics(run.here("from 4")) == metrics(run.root / "whole")
 
 
 def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The signal comes in the middle of the second evaluation, after a step that would not be saved otherwise."""
     passes, loss = [], HeldOutLoss._loss
@@ -348,17 +254,11 @@ def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
     assert metrics(run.here("stopped", "checkpoint.every=4")) == metrics(run.root / "whole")
 
 
-def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Run, make: Make) -> None:
-    lines = evaluations(run.root / "whole")
-    for step in (2, 4):
-        folder = run.copy_at(step, f"saved {step}")
-        config = run.config(f"saved {step}")
-        accelerator = new_accelerator(folder)
-        trained = load_trained(*with_family(config), accelerator)
-        checkpoint = newest(folder)
-        assert checkpoint.step == step
-        restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
-        evaluation = make(config=config, accelerator=accelerator, trained=trained)
-        losses = evaluation.losses()
-        assert losses is not None
-        assert {"step": step, **metrics_line(losses, evaluation.samples)} == lines[step]
+def test_the_loss_of_saved_weights_is_the_line_of_their_step_bit_for_bit(run: Jobs, make: Make) -> None:
+    folder, config = run.copy_at(4, "whole", "saved"), run.config("saved")
+    accelerator = new_accelerator(folder)
+    trained = load_trained(*with_family(config), accelerator)
+    restore_run(newest(folder), trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
+    evaluation = make(config=config, accelerator=accelerator, trained=trained)
+    line = {"step": 4, **metrics_line(evaluation.losses(), evaluation.samples)}
+    assert line == evaluations(run.root / "whole")[4]

@@ -93,7 +93,7 @@ class _DryRun:
         train = list(records)[: len(found.train)]
         self.foreseen = foreseen_entries(config, family, records, train if config.data.caption_dropout > 0 else [])
         self.entries = [self.foreseen[key] for key in train]
-        self.problems = text_problems(family, records, self.foreseen)
+        problems.add(*text_problems(family, records, self.foreseen))
         self.memory = MemoryEstimate(config, family, ranks=ranks) if estimate else None
         planned = list(range(len(train)))
         self.plan = self._planned(planned)

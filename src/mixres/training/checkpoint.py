@@ -107,7 +107,7 @@ class Checkpoints:
         state: Mapping[str, Any],
         *,
         rows: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> Path:
+    ) -> None:
         """Commit a checkpoint after optimizer step `step`.
 
         `whole` are groups of tensors that are the same on all ranks: rank 0 writes them. `rows` are this rank's rows
@@ -129,7 +129,6 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        return final
 
     def newest_valid(self) -> Checkpoint | None:
         """The newest checkpoint whose files match its manifest; each damaged one is logged as a warning.
@@ -138,7 +137,8 @@ class Checkpoints:
         """
         for name in reversed(self.gather([path.name for path in self._all()])[0]):
             path = self.root / name
-            problems = [problem for problem in self.gather(self._problem(path)) if problem]
+            own = problem_of(path, rank=self.rank, ranks=self.ranks)
+            problems = [problem for problem in self.gather(own) if problem]
             if not problems:
                 return Checkpoint(path)
             self._damaged.add(name)
@@ -221,10 +221,6 @@ class Checkpoints:
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         link.replace(self.root / "latest")
-
-    def _problem(self, path: Path) -> str | None:
-        """By this rank's part of the files."""
-        return problem_of(path, rank=self.rank, ranks=self.ranks)
 
 
 def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:

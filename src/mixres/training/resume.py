@@ -74,8 +74,13 @@ def checkpoint_to_resume(
     if targets := saved.get(_TARGETS):
         saved[_TARGETS] = expanded(targets, presets)
     for key in {**saved, **frozen}:
-        if key not in allowed and saved.get(key) != frozen.get(key):
-            problems.add(_change(found, key, saved.get(key), frozen.get(key)))
+        before, now = saved.get(key), frozen.get(key)
+        if key not in allowed and before != now:
+            allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
+            problems.add(
+                f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has "
+                f"{as_written(now)}: change it back, choose another logging.output_dir{allow}"
+            )
     problems.raise_if_any()
     return found
 
@@ -90,12 +95,6 @@ def check_order(found: Checkpoint | None, identity: Mapping[str, Any]) -> None:
         raise UserError(
             f"{found.path}: was made by a version that orders the samples otherwise: finish it with that one"
         )
-
-
-def _change(found: Checkpoint, key: str, before: object, now: object) -> str:
-    allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
-    what = f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has {as_written(now)}"
-    return f"{what}: change it back, choose another logging.output_dir{allow}"
 
 
 def changes(found: Checkpoint | None, identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -146,9 +145,7 @@ def save_run(
             rows={name: rows for name, (_, rows) in parts.items()} if split else None,
         )
     except OSError as error:
-        needed = sum(
-            tensor.numel() * tensor.element_size() for tensors in groups.values() for tensor in tensors.values()
-        )
+        needed = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         raise WorkError(
             f"{checkpoints.root}: the checkpoint of step {step} needs {needed:,} bytes and could not be written "
             f"({error.strerror or error}); those before it are intact: make room and run the same command again"

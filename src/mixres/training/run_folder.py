@@ -12,10 +12,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -41,10 +39,10 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float | None = None
+        self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float = _LOCK_WAIT_S
     ) -> None:
         self.folder, self.is_main = folder, rank == 0
-        self._wait_s = _LOCK_WAIT_S if wait_s is None else wait_s
+        self._wait_s = wait_s
         self.stop_requested = False
         self._stop_at_once = True
         self._asked_at = 0.0
@@ -106,12 +104,14 @@ class RunFolder:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         state, code = _ending(error)
-        with _children_ignored():
+        # Torch raises from a signal handler when a worker of its loader has died, wherever the process is just then.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
             self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
+        finally:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         self._let_go()
 
     def update(self, **changes: Any) -> None:
@@ -154,16 +154,6 @@ class RunFolder:
         self.stop_requested, self._asked_at = True, time.monotonic()
         if self._stop_at_once:
             raise Stopped("stopped by a signal before the first step: run the same command to resume")
-
-
-@contextmanager
-def _children_ignored() -> Iterator[None]:
-    """Torch raises from a signal handler when a worker of its loader has died, wherever the process is just then."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def end_with_launcher() -> bool:

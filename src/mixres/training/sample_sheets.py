@@ -57,9 +57,7 @@ class HeldOutSampler:
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
         self.pipeline = family.load_sampling_pipeline(
-            transformer=transformer,
-            dtype=parameter.dtype,
-            device=parameter.device,
+            transformer=transformer, dtype=parameter.dtype, device=parameter.device
         )
 
     def write(
@@ -149,7 +147,7 @@ def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
     """A grid of images: rows under column headings, each image scaled to fit its cell with its aspect kept."""
     font = _font()
     width = _GAP + len(headings) * (_CELL + _GAP)
-    heights = [_row_height(row) for row in rows]
+    heights = [max(_fitted(image).height for image in row.pictures if image) + _CAPTION + 6 for row in rows]
     canvas = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
@@ -177,10 +175,6 @@ def save_png(image: Image.Image, path: Path, captions: Sequence[str] = (), **tex
 
 def _left(column: int) -> int:
     return _GAP + column * (_CELL + _GAP)
-
-
-def _row_height(row: Row) -> int:
-    return max(_fitted(image).height for image in row.pictures if image) + _CAPTION + 6
 
 
 def _fitted(image: Image.Image) -> Image.Image:

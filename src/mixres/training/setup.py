@@ -106,9 +106,7 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
     """
     model = config.model
     transformer = family.load_transformer(
-        dtype=getattr(torch, model.dtype),
-        device=accelerator.device,
-        quantize=model.quantize,
+        dtype=getattr(torch, model.dtype), device=accelerator.device, quantize=model.quantize
     )
     untrained = family.untrained_modules(transformer)
     if model.lora:

@@ -27,13 +27,7 @@ from mixres.errors import Stopped, WorkError
 from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
-from mixres.training.distributed import (
-    any_rank,
-    assert_same_on_all_ranks,
-    dist_env,
-    gather,
-    make_accelerator,
-)
+from mixres.training.distributed import any_rank, assert_same_on_all_ranks, dist_env, gather, make_accelerator
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optimizer import Schedule
 from mixres.training.result import write_results
