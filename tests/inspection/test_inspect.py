@@ -63,6 +63,10 @@ def check_terminal(out: str, report: dict[str, Any]) -> None:
     for name, sums in report["plan"]["sums"].items():
         tokens, computed, padding = sums["tokens"], sums["tokens_computed"], sums["padding_share"]
         assert f" {sums['steps']} steps: {tokens:,} tokens, {computed:,} computed, padding {padding:.1%}" in lines[name]
+        assert f", {sums['microbatches']} microbatches (" in lines[name]
+    sizes = report["sizes"]
+    assert f" {sizes['different_target_sizes']} of targets" in lines["sizes"]
+    assert f"aspects {sizes['least_aspect']:.2f} to {sizes['most_aspect']:.2f}" in lines["sizes"]
     assert f"crop {report['bucketing']['cropped']} of {report['items']['training_examples']}" in lines["buckets"]
 
 
