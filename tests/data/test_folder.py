@@ -262,3 +262,11 @@ def test_sources_that_cannot_be_read_are_named_with_the_problems_of_the_others(t
     write_image(tmp_path / f"one/{C}/a.png")
     followed = scan(sources[-1:], limits=Limits(follow_symlinks=True))
     assert (len(followed.records), followed.unusable) == (1, 1)
+
+
+def test_records_without_controls(tmp_path: Path) -> None:
+    """Text to image: the folder `control_images` is not there."""
+    write_image(tmp_path / "training_images/a.png")
+    (tmp_path / "training_images/a.txt").write_text("a cat")
+    (item,), problems = scanned(tmp_path)
+    assert (item.record.controls, item.control_sizes, item.record.prompt, problems) == ((), (), "a cat", [])

@@ -32,7 +32,7 @@ from mixres.models.hub import file_digest
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE
 from mixres.preprocessing.fill import encode_all, spread
 from mixres.training.checkpoint import MANIFEST
-from mixres.training.sample_sheets import ROWS, Row, contact_sheet
+from mixres.training.sample_sheets import ROWS, Row, image_grid
 from mixres.training.setup import recipe
 from mixres.training.trainer import train
 from support.family_cases import CASES, FamilyCase, with_family
@@ -286,7 +286,7 @@ def test_over_a_quantised_base_the_image_is_that_of_the_runs_own_grid(
     shown = []
     for path in (made, made / "unrounded"):
         with Image.open(path / "0001.png") as image:
-            shown.append(cell(contact_sheet(["", "", ""], [Row((None, None, image.convert("RGB")), "", "")])))
+            shown.append(cell(image_grid(["", "", ""], [Row((None, None, image.convert("RGB")), "", "")])))
     assert difference(shown[0], expected) <= 1 < difference(shown[1], expected)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mixres import cli
 from mixres.config.load import load_config
-from mixres.inspection.input_preview import chosen, input_sheet
+from mixres.inspection.input_preview import chosen, preview_grid
 from mixres.inspection.report import page, template
 from mixres.inspection.statistics import histogram
 from mixres.models.qwen.family import _text_preview, _vae_preview
@@ -287,7 +287,7 @@ def test_the_sheet_shows_what_the_encoders_get(
     some = chosen(usable_records(config, family, is_main=False)[0])
     assert any(scanned.record.mask for scanned in some)
     columns = 2 + 2 * max(len(scanned.record.controls) for scanned in some)
-    assert input_sheet(config, family, some).width == 12 + columns * (224 + 12)
+    assert preview_grid(config, family, some).width == 12 + columns * (224 + 12)
     encoders, preprocessors = family.load_encoders(dtype=torch.float32, device="cpu"), family.load_preprocessors()
     controls = [Image.open(control).convert("RGB") for control in some[0].record.controls]
     for image, size in family.vae_controls(preprocessors, controls, case.areas):

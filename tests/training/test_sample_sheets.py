@@ -16,7 +16,7 @@ from mixres.geometry import Size
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
-from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
+from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid, save_png
 from support.family_cases import with_family
 from support.jobs import names
 from support.steps import moved_average
@@ -41,7 +41,7 @@ def test_images_stand_in_their_columns_with_their_own_aspect_above_their_caption
         Row((plain(400, 200, "red"), plain(100, 100, "lime"), plain(50, 200, "blue")), "first", "sizes"),
         Row((None, plain(640, 320, "cyan"), plain(224, 112, "magenta")), "second", "sizes"),
     ]
-    grid = contact_sheet(HEADINGS, rows)
+    grid = image_grid(HEADINGS, rows)
     left = [GAP + column * (CELL + GAP) for column in range(3)]
     assert grid.width == left[2] + CELL + GAP
     first, second = bounds(grid, (255, 0, 0))[1], bounds(grid, (0, 255, 255))[1]
@@ -128,7 +128,7 @@ def test_samples_are_made_with_the_average_on_request(
 def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, tmp_path: Path) -> None:
     item = sampler.items[-1]
     row = sampler._row(item)
-    control, target, _ = row.pictures
+    control, target, _ = row.images
     small = tmp_path / "small.png"
     target.resize((64, 32)).save(small)
     limits = image_limits(sampler.config)
@@ -137,7 +137,7 @@ def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler, tmp
     assert row.caption == item.record.prompt
     sizes = f"control {control.width}x{control.height}, target {target.width}x{target.height}"
     assert row.note == f"{sizes}, trained and predicted at {item.target_size}"
-    assert row.pictures[2].size == item.target_size != target.size
+    assert row.images[2].size == item.target_size != target.size
     like_the_file = sampler._row(replace(item, target_size=Size(64, 32), record=replace(item.record, target=small)))
     assert like_the_file.note == f"control {control.width}x{control.height}, target 64x32"
 

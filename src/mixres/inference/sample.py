@@ -39,7 +39,7 @@ from mixres.models.family import Family
 from mixres.models.quantize import Method
 from mixres.preprocessing.fill import release
 from mixres.training.distributed import dist_env
-from mixres.training.sample_sheets import Row, contact_sheet, save_png
+from mixres.training.sample_sheets import Row, image_grid, save_png
 
 NEGATIVE_PROMPT = " "  # the model cards' where guidance leads away from nothing in particular
 _LIMITS = Limits()
@@ -406,7 +406,7 @@ def _write_grids(request: Request) -> None:
         columns = max(len(job.controls) for job in jobs)
         rows = [_grid_row(request, job, columns) for job in jobs]
         headings = [f"image {number}" for number in range(1, columns + 1)]
-        grid = contact_sheet((*headings, "without", "with"), rows)
+        grid = image_grid((*headings, "without", "with"), rows)
         _save(grid, jobs[0].path.with_name(f"compare-{jobs[0].path.name}"), [row.caption for row in rows])
 
 

@@ -19,7 +19,7 @@ from mixres.models.family import Family
 from mixres.preprocessing.encode import encode_inputs, entry_keys
 from mixres.preprocessing.fill import evenly
 from mixres.training.distributed import dist_env
-from mixres.training.sample_sheets import Row, contact_sheet
+from mixres.training.sample_sheets import Row, image_grid
 
 ROWS = 6
 Images = dict[str, Image.Image]  # by the heading of their column
@@ -35,7 +35,7 @@ def chosen(train: Sequence[ScannedRecord]) -> list[ScannedRecord]:
     return some
 
 
-def input_sheet(
+def preview_grid(
     config: Config, family: Family, some: Sequence[ScannedRecord], decoded: Sequence[Images] = ()
 ) -> Image.Image:
     """A row a record: target, its mask on the token grid, each control for VAE and text encoder, and `decoded`."""
@@ -49,7 +49,7 @@ def input_sheet(
         cells = tuple((images | cached).get(column) for column in columns)
         sizes = ", ".join(f"{heading} {image.width}x{image.height}" for heading, image in images.items())
         rows.append(Row(cells, f"{scanned.record.name}: {scanned.record.prompt}", sizes))
-    return contact_sheet(columns, rows)
+    return image_grid(columns, rows)
 
 
 def _images(family: Family, preprocessors: Any, inputs: dict[str, Any]) -> Images:

@@ -17,7 +17,7 @@ from mixres.data.plan import Plan, computed_tokens
 from mixres.errors import Problems, UserError, WorkError
 from mixres.inspection import memory_probe
 from mixres.inspection.buckets import bucketing
-from mixres.inspection.input_preview import chosen, decoded_of, input_sheet
+from mixres.inspection.input_preview import chosen, decoded_of, preview_grid
 from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.report import page, summary_lines
 from mixres.inspection.statistics import Figures, item_figures, notices, plan_sums, size_figures, token_figures
@@ -193,7 +193,7 @@ def _write(config: Config, family: Family, found: ScannedData, report: Figures, 
     preview = None
     if some := chosen(found.train):
         decoded = decoded_of(config, family, some, report["notices"].append) if decode else ()
-        save_png(input_sheet(config, family, some, decoded), paths[2], [scanned.record.prompt for scanned in some])
+        save_png(preview_grid(config, family, some, decoded), paths[2], [scanned.record.prompt for scanned in some])
         preview = paths[2].read_bytes()
         report["inputs"] = [{"name": scanned.record.name, "caption": scanned.record.prompt} for scanned in some]
     else:

@@ -20,7 +20,7 @@ from mixres import atomic
 from mixres.config.schema import Config
 from mixres.errors import UserError
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
-from mixres.training.sample_sheets import HeldOutSampler, Row, contact_sheet, save_png
+from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid, save_png
 
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line
 _NEXT = (
@@ -80,7 +80,7 @@ def show_results(config: Config) -> list[str]:
     # One row a photograph, its largest pair: 008_chelsea in landscape, 011_coffee in portrait.
     by_area = sorted(compared[::4] + compared[3::4], key=lambda pair: math.prod(map(int, pair[0].size.split("x"))))
     shown = list({result.name.rpartition("_")[2]: row for result, row in by_area}.values())
-    sheet = contact_sheet(("input", "target", "base", "base + LoRA"), shown)
+    sheet = image_grid(("input", "target", "base", "base + LoRA"), shown)
     save_png(sheet, run / "results.png", [row.caption for row in shown])
     atomic.write_json(run / "results.json", [asdict(result) for result in results])
     _draw_loss(run / "metrics.jsonl", run / "loss.png")

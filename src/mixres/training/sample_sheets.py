@@ -40,7 +40,7 @@ _SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", 
 class Row:
     """One row of a sample grid; None is an empty cell."""
 
-    pictures: tuple[Image.Image | None, ...]
+    images: tuple[Image.Image | None, ...]
     caption: str
     note: str
 
@@ -78,7 +78,7 @@ class HeldOutSampler:
             return None
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
-        grid = contact_sheet(headings, rows)
+        grid = image_grid(headings, rows)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(grid, path, [row.caption for row in rows])
@@ -143,18 +143,18 @@ def grid_writer(
     return write
 
 
-def contact_sheet(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
+def image_grid(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
     """A grid of images: rows under column headings, each image scaled to fit its cell with its aspect kept."""
     font = _font()
     width = _GAP + len(headings) * (_CELL + _GAP)
-    heights = [max(_fitted(image).height for image in row.pictures if image) + _CAPTION + 6 for row in rows]
+    heights = [max(_fitted(image).height for image in row.images if image) + _CAPTION + 6 for row in rows]
     canvas = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
         draw.text((_left(column), 6), heading, fill="black", font=font)
     top = _HEAD
     for row, height in zip(rows, heights, strict=True):
-        for column, image in enumerate(row.pictures):
+        for column, image in enumerate(row.images):
             if image:
                 canvas.paste(_fitted(image), (_left(column), top))
         base = top + height - _CAPTION
