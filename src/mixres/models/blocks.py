@@ -73,7 +73,6 @@ class HoldsComplex(Protocol):
 
     def without_complex(self) -> Any:
         """The same with real tensors."""
-        ...
 
 
 @runtime_checkable

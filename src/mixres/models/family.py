@@ -60,43 +60,34 @@ class Family(Protocol):
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         """`synthetic`: only shapes are read of the base, of a stock base nothing; weights are noise."""
-        ...
 
     # What configuration files of the base say. No weight is read.
 
     def pixels_per_token(self) -> int:
         """Side in pixels of one image token."""
-        ...
 
     def flow_shift(self) -> dict[str, float]:
         """Keyword arguments of `resolution_shift` for this base: those of its own scheduler, defaults filled in."""
-        ...
 
     def transformer_skeleton(self) -> Any:
         """The transformer on the meta device, patched: to check names and shapes, or to count memory and FLOPs on."""
-        ...
 
     def token_widths(self) -> tuple[int, int]:
         """P of an image token and D of a text token."""
-        ...
 
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of a cached sample on disk. `text_tokens` are those of all its prompts."""
-        ...
 
     def encoder_fingerprint(self, memo: Path | None = None) -> str:
         """32 hex characters that change with any byte of what `encode` uses; `memo` is a file of known digests."""
-        ...
 
     # Records before they are encoded.
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """Why this family cannot take a record with so many controls and this prompt; None where it can."""
-        ...
 
     def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
         """Of `prompts` those over `max_prompt_tokens`: how many tokens, and the longest beginning that fits."""
-        ...
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """The rules for the sizes of controls by name; part of the cache key and of the LoRA's metadata.
@@ -104,23 +95,18 @@ class Family(Protocol):
         Raises:
             UserError: the family does not have a size that is given.
         """
-        ...
 
     def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
         """Token grids of a target of this size and of controls whose files have these sizes, target first."""
-        ...
 
     def load_preprocessors(self) -> Any:
         """The stock pipeline with tokenizer and image processor, without any weight."""
-        ...
 
     def text_tokens(self, preprocessors: Any, *, prompt: str, controls: Sequence[Size], areas: Areas = NO_AREAS) -> int:
         """T of `encode_prompt`, exactly, from the sizes of the controls' files."""
-        ...
 
     def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
         """Why the transformer has no positions for so much text beside images of these grids; None where it has."""
-        ...
 
     def previews(
         self,
@@ -132,19 +118,16 @@ class Family(Protocol):
         areas: Areas = NO_AREAS,
     ) -> dict[str, Image.Image]:
         """What VAE and text encoder are given of a record, as images with a heading each, target first."""
-        ...
 
     # Encoding.
 
     def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The stock pipeline with frozen VAE and text encoder, without a transformer."""
-        ...
 
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
     ) -> Tensor:
         """`(T, D)` on the CPU: bit for bit what the stock pipeline hands to its transformer, unpadded."""
-        ...
 
     def encode(
         self,
@@ -166,7 +149,6 @@ class Family(Protocol):
         Raises:
             UserError: `record_problem` finds one.
         """
-        ...
 
     # The transformer.
 
@@ -179,15 +161,12 @@ class Family(Protocol):
         quantize: Method | None = None,
     ) -> Any:
         """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes."""
-        ...
 
     def patch_state(self, transformer: Any) -> PatchState:
         """How much of the patch a transformer carries: adapters or an attention backend must have removed nothing."""
-        ...
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
         """Modules whose output reaches no loss: they get no adapter and stay frozen."""
-        ...
 
     def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
         """The velocity at every image token, in the layout of the batch: one keyword call of the stock forward.
@@ -195,23 +174,19 @@ class Family(Protocol):
         `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1]. Any wrapper that passes keyword arguments on
         may stand for the transformer.
         """
-        ...
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors by which ComfyUI recognises a transformer of this configuration, beside its weights."""
-        ...
 
     # Sampling.
 
     def default_size(self, control: Size | None) -> Size:
         """The size that the stock pipeline makes where none is given, at the aspect of the last control."""
-        ...
 
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
     ) -> Any:
         """The stock pipeline around `transformer`, without a text encoder. `dtype` is the VAE's."""
-        ...
 
     def sample_image(
         self,
@@ -231,8 +206,6 @@ class Family(Protocol):
         `prompt_embeds` `(T, D)` are of these very controls. With `guidance` above 1 it leads away from
         `negative_embeds` `(T', D)`.
         """
-        ...
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """The RGB image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""
-        ...

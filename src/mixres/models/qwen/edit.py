@@ -48,12 +48,7 @@ class QwenImageEdit(QwenFamily):
         sizes = self.vae_sizes([Size(*control.size) for control in controls], areas)
         return list(zip(self.text_controls(pipeline, controls, areas), sizes, strict=True))
 
-    def prompt_call(self, text_controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """The control."""
-        (control,) = text_controls
-        return {"image": control}
-
-    def sampling_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+    def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """The control."""
         (control,) = controls
         return {"image": control}

@@ -52,11 +52,7 @@ class QwenImageEditPlus(QwenFamily):
         """ "Picture 1: ...", "Picture 2: ..." and so on, then the prompt."""
         return "".join(_PICTURE.format(number) for number in range(1, controls + 1)) + prompt
 
-    def prompt_call(self, text_controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """The controls."""
-        return {"image": list(text_controls)}
-
-    def sampling_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+    def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """The controls."""
         return {"image": list(controls)}
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import NO_AREAS, AreaRule, Areas, PatchState
+from mixres.models.family import NO_AREAS, Areas, Family, PatchState
 from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
@@ -45,28 +45,20 @@ _STOCK_CONFIGS = {
 }  # fmt: skip
 
 
-class QwenFamily:
+class QwenFamily(Family):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
-    name: ClassVar[str]
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")  # those that encode
-    stock_bases: ClassVar[tuple[str, ...]]
-    controls: ClassVar[tuple[int, int]]
-    max_prompt_tokens: ClassVar[int] = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
-    stock_control_area: ClassVar[int] = STOCK_CONTROL_AREA
-    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = layers.LORA_PRESETS
-    quantize_exclusions: ClassVar[tuple[str, ...]] = layers.QUANTIZE_EXCLUSIONS
-    comfyui_prefix: ClassVar[str] = layers.COMFYUI_PREFIX
+    max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
+    stock_control_area = STOCK_CONTROL_AREA
+    lora_presets = layers.LORA_PRESETS
+    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    comfyui_prefix = layers.COMFYUI_PREFIX
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
 
     # A variant's prompts and controls.
-
-    def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
-        """See `Family`."""
-        raise NotImplementedError
 
     def vae_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
         """The sizes at which the VAE gets control images of these sizes."""
@@ -92,12 +84,8 @@ class QwenFamily:
         """What stands in the pipeline's prompt template: `prompt`, behind what names the controls."""
         return prompt
 
-    def prompt_call(self, text_controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """What `encode_prompt` of the stock pipeline takes besides the prompt."""
-        raise NotImplementedError
-
-    def sampling_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """What `__call__` of the stock pipeline takes besides embeddings, size, steps, noise and guidance."""
+    def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        """How `encode_prompt` and `__call__` of the stock pipeline take the controls, and what else they take alike."""
         raise NotImplementedError
 
     def stock_areas(self, areas: Areas) -> AbstractContextManager[None]:
@@ -226,7 +214,7 @@ class QwenFamily:
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
     ) -> Tensor:
         """See `Family`."""
-        call = self.prompt_call(self.text_controls(encoders, controls, areas))
+        call = self.control_call(self.text_controls(encoders, controls, areas))
         embeds, mask = encoders.encode_prompt(prompt=prompt, device=encoders.device, **call)
         assert mask is None, "one prompt is never padded"
         one: Tensor = embeds[0].cpu()
@@ -362,7 +350,7 @@ class QwenFamily:
         """
         assert steps >= 2, steps
         assert (guidance > 1) == (negative_embeds is not None), guidance
-        transformer, call = pipeline.transformer, self.sampling_call(controls)
+        transformer, call = pipeline.transformer, self.control_call(controls)
         texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
         for name, embeds in texts.items():
             call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)

@@ -53,11 +53,7 @@ class QwenImage(QwenFamily):
         assert not controls
         return []
 
-    def prompt_call(self, text_controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """The call cuts at 512 tokens by default."""
-        return {"max_sequence_length": TOKENIZER_MAX_LENGTH}
-
-    def sampling_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """As `prompt_call`."""
+    def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        """There are none. The stock call cuts prompts at 512 tokens unless it is told otherwise."""
         assert not controls
         return {"max_sequence_length": TOKENIZER_MAX_LENGTH}
