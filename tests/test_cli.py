@@ -99,7 +99,6 @@ ARGUMENTS = {
         "--config: unknown option of export; see export --help",
         "--format: not given",
         "--out: not given",
-        "RUN: CONFIG is not a .safetensors file",
     ],
     "sample --lora": ["argument --lora: expected one argument; see --help"],
     "sample --seed x": ["argument --seed: invalid int value: 'x'"],

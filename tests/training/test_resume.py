@@ -88,3 +88,14 @@ def test_what_changed_is_listed_once_frozen_keys_first(checkpoints: Checkpoints)
     ]
     assert changes(checkpoints.newest_valid(), IDENTITY, CONFIG) == []
     assert changes(None, IDENTITY, now) == []
+
+
+def test_a_preset_of_layers_is_what_it_stands_for(checkpoints: Checkpoints) -> None:
+    """Earlier versions saved the words of the configuration; the layers are saved now."""
+    key, presets = "model.lora.target_modules", {"attention": ("to_q", "to_k")}
+    checkpoints.save(3, {"trainable": {}}, STATE | {"frozen": FROZEN | {key: ["attention"]}})
+    frozen = FROZEN | {key: ["to_q", "to_k"]}
+    checkpoint = checkpoint_to_resume(checkpoints, "auto", frozen, (), presets=presets)
+    assert checkpoint is not None and changes(checkpoint, IDENTITY | {"frozen": frozen}, CONFIG) == []
+    with pytest.raises(UserError, match=r"was made with \['to_q', 'to_k'\], this run has \['to_q'\]"):
+        checkpoint_to_resume(checkpoints, "auto", frozen | {key: ["to_q"]}, (), presets=presets)
