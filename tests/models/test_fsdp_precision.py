@@ -5,6 +5,7 @@ bfloat16 cannot tell the positions 1000 and 1001 apart, so frequencies must not 
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,9 @@ LAYOUTS = ("padded", "packed")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_positions_stay_exact_under_fsdp2_mixed_precision() -> None:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    here, paths = Path(__file__), os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}  # for `support`
+    done = subprocess.run([sys.executable, here], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = json.loads(done.stdout.splitlines()[-1])
     assert [case["case"] for case in cases] == [[layout, z] for layout in LAYOUTS for z in (False, True)]
