@@ -40,7 +40,6 @@ from mixres.verification.setup import (
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
 BARS = {"float32": (1e-6, 1e-5), "float64": (1e-12, 1e-11)}
 ROUNDING_FACTOR = 1.5
-MAX_SAMPLES = 4
 _CPU_PARAMETERS = 2_000_000_000  # a larger model takes a CPU hours in float32
 
 

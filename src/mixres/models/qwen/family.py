@@ -6,6 +6,7 @@ encoding is what is encoded. A variant adds its pipeline class, its prompts and 
 Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -57,6 +58,7 @@ class QwenFamily(Family):
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
+        self._config = functools.cache(self._read_config)  # asked for each record
 
     # A variant's prompts and controls.
 
@@ -99,7 +101,7 @@ class QwenFamily(Family):
 
     # Configuration files.
 
-    def _config(self, name: str) -> dict[str, Any]:
+    def _read_config(self, name: str) -> Mapping[str, Any]:
         if self._synthetic and self.path in self.stock_bases and not Path(self.path).is_dir():
             return dict(_STOCK_CONFIGS.get(name, {}))
         return hub.pipeline_json(self.path, name, revision=self.revision)
@@ -257,8 +259,8 @@ class QwenFamily(Family):
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
-        config = self.transformer_skeleton().config
-        return config.in_channels, config.joint_attention_dim
+        config = self._config("transformer/config.json")
+        return config.get("in_channels", 64), config.get("joint_attention_dim", 3584)  # the class's defaults
 
     def load_transformer(
         self,
