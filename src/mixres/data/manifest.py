@@ -3,9 +3,9 @@
 Promise: no row makes mixres open a file outside the manifest's folder, or anything that is not a file; every row is
 a record or is named with every reason why not; records keep the order of the rows. Cost: one pass, one `stat` a path.
 
-Paths are relative to the manifest. `path_mask` is optional. Other keys are left alone, except ones that look like a
-path. A CSV file is UTF-8 with commas, names its columns in the first line and may quote as RFC 4180 does; an empty
-field is no value.
+Paths are relative to the manifest. `path_mask` is optional, and so is `align_control` (true or false). Other keys are
+left alone, except ones that look like a path. A CSV file is UTF-8 with commas, names its columns in the first line and
+may quote as RFC 4180 does; an empty field is no value.
 """
 
 import csv
@@ -33,6 +33,7 @@ from mixres.data.records import (
 
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
+ALIGN = "align_control"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
 
@@ -90,6 +91,11 @@ def _record(where: str, row: Row, image: ImageOf, empty_caption: EmptyCaption) -
             images[key] = image(where, key, row[key])
         except BadRowError as error:
             reasons.append(str(error))
+    align = None
+    try:
+        align = _align(row)
+    except BadRowError as error:
+        reasons.append(str(error))
     given = row.get("prompt")
     if_empty = "has no prompt" if given is None else "the prompt is empty"
 
@@ -104,7 +110,20 @@ def _record(where: str, row: Row, image: ImageOf, empty_caption: EmptyCaption) -
         return [problem._replace(example=where) for problem in problems]
     target, mask = images.pop("path_target"), images.pop("path_mask", None)
     name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
-    return EditRecord(name=name, target=target, controls=tuple(images.values()), prompt=prompt, mask=mask)
+    return EditRecord(name, target, tuple(images.values()), prompt, mask, align)
+
+
+def _align(row: Mapping[str, Any]) -> bool | None:
+    """The value of `align_control`, which CSV has as text.
+
+    Raises:
+        BadRowError: it is neither true nor false.
+    """
+    given = row.get(ALIGN)
+    value = {"true": True, "false": False}.get(given.lower()) if isinstance(given, str) else given
+    if not isinstance(value, bool) and given is not None:
+        raise BadRowError(f"'{ALIGN}' is neither true nor false; write one of them")
+    return value
 
 
 def key_problems(row: Mapping[str, Any]) -> Iterator[str]:

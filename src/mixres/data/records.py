@@ -46,6 +46,7 @@ class EditRecord:
     controls: tuple[Picture, ...]
     prompt: str
     mask: Picture | None = None
+    align_control: bool | None = None  # instead of `data.resize.control.align`, for all its controls
 
 
 class Problem(NamedTuple):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixres import atomic
-from mixres.config.load import load_config
+from mixres.config.load import load_run_config
 from mixres.console import counted, log
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
@@ -124,7 +124,7 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
         return result, result.path.read_bytes() if result.lora else b""
     if problem := problem_of(path):
         raise UserError(f"{_KEY}: {path} is damaged ({problem}): name another checkpoint")
-    config = load_config(path.resolve().parents[1] / "config.yaml")
+    config = load_run_config(path.resolve().parents[1])
     settings, model = config.model.lora, config.model
     if settings is None:
         raise UserError(f"{_KEY}: {path} is of a run that trains all weights: name its result")

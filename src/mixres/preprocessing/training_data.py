@@ -17,8 +17,8 @@ from mixres.data.images import Limits
 from mixres.data.records import Picture, Problem, printable
 from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_held_out
 from mixres.errors import Problems, UserError
-from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
-from mixres.models.family import AreaRule, Family
+from mixres.geometry import Align, Size, aligned_controls, control_area, control_scale, target_scale, target_size
+from mixres.models.family import AreaRule, ControlSizes, Family
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
@@ -184,8 +184,9 @@ def _unfit(config: Config, family: Family, scanned: ScannedRecord, token: int) -
     sizes = [(record.target, target, scale, "data.resize.target.max_pixels")]
     for name, pixels in control_areas(config, family, target_size_of(config, scanned)).items():
         key = f"data.resize.control.{name.removeprefix('control_')}"
-        for path, size in zip(record.controls, scanned.control_sizes, strict=True):
-            sizes.append((path, size, control_scale(size, area=pixels), key))
+        for path, size, same in zip(record.controls, scanned.control_sizes, aligned(config, scanned), strict=True):
+            if not (same and name == "control_area"):
+                sizes.append((path, size, control_scale(size, area=pixels), key))
     for path, size, scale, key in sizes:
         if min(size) * scale < token:
             resized = f"{size.width * scale:.0f}x{size.height * scale:.0f}"
@@ -206,6 +207,8 @@ def _check_sizes(config: Config, family: Family, token: int) -> None:
             "this base: give a multiple of that"
         )
     problems.collect(stated_areas, config, family)
+    if family.controls == (0, 0) and config.data.resize.control.align != "auto":
+        problems.add(f"data.resize.control.align: {family.name} takes no control images: leave it out")
     problems.raise_if_any()
 
 
@@ -215,12 +218,30 @@ def stated_areas(config: Config, family: Family) -> dict[str, AreaRule]:
     Raises:
         UserError: the family does not have a size that the configuration gives.
     """
-    return family.control_areas(**config.data.resize.control.model_dump())
+    return family.control_areas(**config.data.resize.control.model_dump(exclude={"align"}))
+
+
+def control_rules(config: Config, family: Family) -> dict[str, AreaRule | Align]:
+    """What a result records of the sizes of its controls, none for a family that takes no controls."""
+    areas = stated_areas(config, family)
+    return {**areas, "control_align": config.data.resize.control.align} if areas else {}
 
 
 def control_areas(config: Config, family: Family, target: Size) -> dict[str, int]:
-    """The sizes of the controls of one target, under the names of `Family.control_areas`."""
+    """The areas of the controls of one target, under the names of `Family.control_areas`."""
     return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
+
+
+def aligned(config: Config, scanned: ScannedRecord) -> tuple[bool, ...]:
+    """Which controls of a record get the token grid of its target."""
+    rule, own = config.data.resize.control.align, scanned.record.align_control
+    return aligned_controls(rule, scanned.target_size, scanned.control_sizes, own)
+
+
+def control_sizes_of(config: Config, family: Family, scanned: ScannedRecord) -> ControlSizes:
+    """The sizes at which a record's controls are encoded, trained and sampled."""
+    target, rules = target_size_of(config, scanned), stated_areas(config, family)
+    return family.control_sizes(target, scanned.control_sizes, rules, aligned(config, scanned))
 
 
 def target_size_of(config: Config, scanned: ScannedRecord) -> Size:

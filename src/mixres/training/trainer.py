@@ -19,7 +19,7 @@ import xxhash
 from accelerate import Accelerator
 
 from mixres import atomic
-from mixres.config.load import dump_config, public_config
+from mixres.config.load import FROZEN, dump_config, public_config
 from mixres.config.schema import Config
 from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
@@ -95,7 +95,7 @@ def train(config: Config) -> None:
         identity = {"frozen": frozen, "order": plan.order_hash(keys)}
         check_order(checkpoint, identity)
         if run.is_main:
-            atomic.write_text(folder / "config.yaml", dump_config(config))
+            atomic.write_text(folder / FROZEN, dump_config(config))
 
         # Model, optimizer, schedule, objective, batches.
         trained = load_trained(config, family, accelerator)

@@ -7,6 +7,7 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,10 +24,10 @@ from transformers import AutoTokenizer
 
 from mixres.batch import Batch, Sample
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size, control_size, pack_latents, token_grid, unpack_latents
+from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import NO_AREAS, Areas, Family, PatchState
+from mixres.models.family import AreaRule, ControlSizes, Family, PatchState
 from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
@@ -62,24 +63,13 @@ class QwenFamily(Family):
 
     # A variant's prompts and controls.
 
-    def vae_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
-        """The sizes at which the VAE gets control images of these sizes."""
-        return [_control_size(size, areas.get("control_area", STOCK_CONTROL_AREA)) for size in controls]
+    def vae_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
+        """The controls as the VAE is handed them, which resizes each to its size."""
+        return list(controls)
 
-    def vae_controls(
-        self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
-    ) -> list[tuple[Image.Image, Size]]:
-        """The controls as the VAE is handed them, which resizes each to the size beside it."""
-        raise NotImplementedError
-
-    def text_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
-        """The sizes of the controls as the text encoder is handed them."""
-        return self.vae_sizes(controls, areas)
-
-    def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas) -> list[Image.Image]:
+    def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
         """The controls as the text encoder is handed them."""
-        sizes = self.text_sizes([Size(*control.size) for control in controls], areas)
-        pairs = zip(controls, sizes, strict=True)
+        pairs = zip(controls, sizes.text, strict=True)
         return [pipeline.image_processor.resize(control, size.height, size.width) for control, size in pairs]
 
     def template_text(self, prompt: str, controls: int) -> str:
@@ -90,8 +80,8 @@ class QwenFamily(Family):
         """How `encode_prompt` and `__call__` of the stock pipeline take the controls, and what else they take alike."""
         raise NotImplementedError
 
-    def stock_areas(self, areas: Areas) -> AbstractContextManager[None]:
-        """Within it the stock pipeline resizes its controls to these areas."""
+    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
+        """Within it one call of the stock pipeline resizes its controls to these sizes."""
         return nullcontext()
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
@@ -141,10 +131,29 @@ class QwenFamily(Family):
         """See `Family`."""
         return over_long(prompts, self.path, limit=self.max_prompt_tokens, revision=self.revision)
 
-    def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
+    def control_sizes(
+        self,
+        target: Size,
+        controls: Sequence[Size],
+        rules: Mapping[str, AreaRule] | None = None,
+        aligned: Sequence[bool] = (),
+    ) -> ControlSizes:
+        """See `Family`. Where the family has no area for the text encoder, that gets what the VAE gets."""
+        rules = self.control_areas(STOCK_CONTROL_AREA, None) if rules is None else rules
+        assert len(aligned) in (0, len(controls)), (aligned, controls)
+
+        def resized(rule: str) -> list[Size]:
+            area = control_area(rules[rule], target) if controls else 0
+            return [control_size(control, area=area, multiple_of=MULTIPLE_OF) for control in controls]
+
+        pairs = itertools.zip_longest(resized("control_area"), aligned)
+        vae = tuple(target if same else size for size, same in pairs)
+        return ControlSizes(vae, tuple(resized("text_area")) if "text_area" in rules else vae)
+
+    def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
         """See `Family`."""
         token = self.pixels_per_token()
-        return tuple(token_grid(size, token) for size in (target, *self.vae_sizes(controls, areas)))
+        return tuple(token_grid(size, token) for size in (target, *sizes.vae))
 
     def load_preprocessors(self) -> Any:
         """See `Family`. The VAE has shapes and no values."""
@@ -157,16 +166,17 @@ class QwenFamily(Family):
             parts["processor"] = load_processor(folder / "processor")
         return self.pipeline_class(**parts, text_encoder=None, transformer=None, scheduler=None)
 
-    def text_tokens(self, preprocessors: Any, *, prompt: str, controls: Sequence[Size], areas: Areas = NO_AREAS) -> int:
+    def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
         """See `Family`. Each control stands once in the template's text, as one token before it is expanded."""
-        pipeline, text = preprocessors, self.template_text(prompt, len(controls))
+        pipeline, controls = preprocessors, len(sizes.text)
+        text = self.template_text(prompt, controls)
         tokenizer = pipeline.processor.tokenizer if controls else pipeline.tokenizer
         words = len(tokenizer(pipeline.prompt_template_encode.format(text), verbose=False)["input_ids"])
         seen = 0
-        for size in self.text_sizes(controls, areas):
+        for size in sizes.text:
             processor = pipeline.processor.image_processor
             seen += processor.get_number_of_image_patches(size.height, size.width) // processor.merge_size**2
-        count: int = words - len(controls) + seen - pipeline.prompt_template_encode_start_idx
+        count: int = words - controls + seen - pipeline.prompt_template_encode_start_idx
         return count
 
     def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
@@ -186,13 +196,13 @@ class QwenFamily(Family):
         target: Image.Image,
         target_size: Size,
         controls: Sequence[Image.Image],
-        areas: Areas = NO_AREAS,
+        sizes: ControlSizes,
     ) -> dict[str, Image.Image]:
         """See `Family`."""
         found = {"target": _vae_preview(preprocessors, target, target_size)}
-        for number, (image, size) in enumerate(self.vae_controls(preprocessors, controls, areas), 1):
-            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, size)
-        for number, image in enumerate(self.text_controls(preprocessors, controls, areas), 1):
+        for number, image in enumerate(self.vae_controls(preprocessors, controls, sizes), 1):
+            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, sizes.vae[number - 1])
+        for number, image in enumerate(self.text_controls(preprocessors, controls, sizes), 1):
             found[f"control {number}, text encoder"] = _text_preview(preprocessors, image)
         return found
 
@@ -213,10 +223,10 @@ class QwenFamily(Family):
 
     @torch.no_grad()
     def encode_prompt(
-        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
+        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
     ) -> Tensor:
         """See `Family`."""
-        call = self.control_call(self.text_controls(encoders, controls, areas))
+        call = self.control_call(self.text_controls(encoders, controls, sizes))
         embeds, mask = encoders.encode_prompt(prompt=prompt, device=encoders.device, **call)
         assert mask is None, "one prompt is never padded"
         one: Tensor = embeds[0].cpu()
@@ -231,20 +241,21 @@ class QwenFamily(Family):
         target_size: Size,
         controls: Sequence[Image.Image],
         prompt: str,
+        sizes: ControlSizes,
         mask: Image.Image | None = None,
-        areas: Areas = NO_AREAS,
     ) -> Sample:
         """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
-        images = [(target, target_size), *self.vae_controls(encoders, controls, areas)]
-        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for _, size in images)
-        latents = [encode_image(encoders, image, size) for image, size in images]
+        images = [target, *self.vae_controls(encoders, controls, sizes)]
+        pixels = (target_size, *sizes.vae)
+        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in pixels)
+        latents = [encode_image(encoders, image, size) for image, size in zip(images, pixels, strict=True)]
         return Sample(
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, areas=areas),
+            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes),
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
         )
@@ -316,7 +327,7 @@ class QwenFamily(Family):
 
     def default_size(self, control: Size | None) -> Size:
         """See `Family`: 1024 x 1024 pixels in area, square without a control."""
-        return _control_size(control or Size(1, 1), STOCK_CONTROL_AREA)
+        return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA, multiple_of=MULTIPLE_OF)
 
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
@@ -339,11 +350,11 @@ class QwenFamily(Family):
         controls: Sequence[Image.Image],
         prompt_embeds: Tensor,
         size: Size,
+        sizes: ControlSizes,
         steps: int,
         seed: int,
         negative_embeds: Tensor | None = None,
         guidance: float = 1.0,
-        areas: Areas = NO_AREAS,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
 
@@ -360,7 +371,7 @@ class QwenFamily(Family):
         was_training = transformer.training
         transformer.eval()
         try:
-            with self.stock_areas(areas):
+            with self.stock_sizes(sizes):
                 images = pipeline(
                     true_cfg_scale=guidance,
                     width=size.width,
@@ -399,10 +410,6 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
         torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (vae.config.latents_mean, vae.config.latents_std)
     )
     return pack_latents(((latents - mean) / std)[0]).cpu()
-
-
-def _control_size(control: Size, area: int) -> Size:
-    return control_size(control, area=area, multiple_of=MULTIPLE_OF)
 
 
 def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:

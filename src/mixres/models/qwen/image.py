@@ -7,8 +7,7 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 from mixres.errors import UserError
-from mixres.geometry import Size
-from mixres.models.family import AreaRule, Areas
+from mixres.models.family import AreaRule
 from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 
@@ -45,13 +44,6 @@ class QwenImage(QwenFamily):
         if controls:
             return f"Qwen-Image takes no control images, there are {controls}: train an edit model, or take them out"
         return super().record_problem(controls=controls, prompt=prompt)
-
-    def vae_controls(
-        self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
-    ) -> list[tuple[Image.Image, Size]]:
-        """There are none."""
-        assert not controls
-        return []
 
     def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """There are none. The stock call cuts prompts at 512 tokens unless it is told otherwise."""
