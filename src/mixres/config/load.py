@@ -32,12 +32,12 @@ _ALLOWED_REFERENCES = "${section.key}, ${oc.env:NAME} or ${oc.env:NAME,default}"
 _MAX_REFERENCES = 16  # each may name others: 16 expand to some hundreds of values, without a bound they fill memory
 
 
-# Keys whose default has changed, with the value that they have where the run's own file does not know them yet.
+# Keys whose default has changed, with the default of runs whose own file does not know them yet.
 _OLDER_DEFAULTS = {"data": {"resize": {"control": {"align": "never"}}}}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < the YAML file < `section.key=value` overrides, validated. A resumed run keeps the defaults of its time.
+    """Defaults < the YAML file < `section.key=value` overrides, validated; a resumed run keeps older defaults.
 
     Raises:
         UserError: with one line for every problem of the file and the overrides.
@@ -60,12 +60,13 @@ def load_run_config(folder: Path) -> Config:
 
 
 def _older_defaults(frozen: Path) -> dict[str, Any]:
-    """Those of a run's file that lacks keys; none where there is no file."""
+    """Those of a run whose file lacks keys, or has their values since it was resumed; none where there is no file."""
     values = _read_file(frozen, Source(written={})) if frozen.is_file() else None
     try:
-        return {} if values is None or "align" in values["data"]["resize"]["control"] else _OLDER_DEFAULTS
-    except (KeyError, TypeError):  # not the file of a run
+        before = values and values["data"]["resize"]["control"].get("align", "never")
+    except (KeyError, TypeError, AttributeError):  # not the file of a run
         return {}
+    return _OLDER_DEFAULTS if before == "never" else {}
 
 
 def _validated(source: Source) -> Config:
