@@ -230,6 +230,11 @@ def export(request: Request) -> None:
             atomic.write_bytes(partial, request.lora)
     log(f"result    {out}")
     log(f"use       {_USE[request.format, model is not None].format(out=str(out))}")
+    rule, how = result.recipe.get("target_size"), result.family.comfyui_controls
+    if request.format == "comfyui" and how and rule:
+        limit = f"at most {rule['max_pixels']} pixels, sides multiples of {rule['multiple_of']}"
+        log(f"          scale the image to edit as in training ({limit}; mixres sample logs the size)")
+        log(f"          {how}; give the sampler an empty latent of that size")
 
 
 def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: Adapters) -> None:

@@ -20,6 +20,7 @@ class QwenImage(QwenFamily):
     components = ("vae", "text_encoder", "tokenizer")
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image",)
     controls = (0, 0)
+    comfyui_controls = None
     # The pipeline cuts what is over, the five tokens of the template behind the prompt among them.
     max_prompt_tokens = TOKENIZER_MAX_LENGTH - 5
 
