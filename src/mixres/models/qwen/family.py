@@ -57,7 +57,7 @@ class QwenFamily(Family):
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     comfyui_prefix = layers.COMFYUI_PREFIX
     comfyui_controls: ClassVar[str | None] = (
-        "VAE Encode it for ReferenceLatent, and leave vae of the text node unconnected, which would scale to 1024 x 1024"
+        "VAE Encode it for ReferenceLatent; leave vae of the text node unconnected, which would scale to 1024 x 1024"
     )
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
