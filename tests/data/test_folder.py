@@ -158,9 +158,9 @@ SPOILED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "blank caption": (caption(b" \n\t "), [f"{T}/b.txt: the caption is empty{EMPTY}"]),
     "byte order mark": (
         caption(b"\xef\xbb\xbfmake it blue"),
-        [f"{T}/b.txt: the caption starts with a byte order mark; save it as UTF-8 without one"],
+        [f"{T}/b.txt: the caption holds a byte order mark (character 0); take it out"],
     ),
-    "Latin-1": (caption(b"caf\xe9"), [f"{T}/b.txt: the caption is not UTF-8 (byte 3); save it as UTF-8"]),
+    "Latin-1": (caption(b"caf\xe9"), [f"{T}/b.txt: the caption is not UTF-8; save it as UTF-8"]),
     "NUL": (caption(b"a\0b"), [f"{T}/b.txt: the caption holds a NUL character; take it out"]),
     "caption too long": (
         lambda root: os.truncate(root / f"{T}/b.txt", 2**40),  # sparse: no memory holds it

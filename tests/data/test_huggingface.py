@@ -110,10 +110,10 @@ COLUMNS = {
         row(path_masks="x", pathology="a column of its own"),
         "unknown key 'path_masks'; write one of: path_target, path_control, path_control_1, ..., path_mask",
     ),
-    "other": ({"image": "x", "prompt": "y"}, "has no column 'path_target'; rename one of: image, prompt"),
+    "other": ({"image": "x", "prompt": "y"}, "has no column 'path_target'; add it, or rename one of: image, prompt"),
     "second": (
         {"path_target": png(), "path_control_1": png(), "prompt": "y"},
-        "has no column 'path_control'; rename one of: path_target, path_control_1, prompt",
+        "has no column 'path_control'; add it, or rename one of: path_target, path_control_1, prompt",
     ),
 }
 

@@ -106,10 +106,9 @@ BAD_LINES: dict[str, tuple[object, str]] = {
     "prompt number": (GOOD | {"prompt": 3}, "'prompt' is not a string; write it in quotes"),
     "prompt null": (GOOD | {"prompt": None}, "has no prompt; write one, or set data.empty_caption"),
     "prompt blank": (GOOD | {"prompt": " "}, "the prompt is empty; write one, or set"),
-    "prompt too long": (GOOD | {"prompt": "x" * (2**20 + 1)}, "the caption is over 1048576 bytes long; shorten it"),
     "prompt byte order mark": (GOOD | {"prompt": "\ufeffa"}, "the caption holds a byte order mark (character 0)"),
     "prompt NUL": (GOOD | {"prompt": "a\0"}, "the caption holds a NUL character; take it out"),
-    "prompt surrogate": (GOOD | {"prompt": "\ud83d"}, "the caption is not valid Unicode (character 0); write it anew"),
+    "prompt surrogate": (GOOD | {"prompt": "\ud83d"}, "the caption is not UTF-8; save it as UTF-8"),
 }
 COMMAS = "fields, the first line names 3; quote what holds commas"
 BAD_CSV_ROWS = {
@@ -169,7 +168,6 @@ def test_a_path_is_found_in_the_other_unicode_form(root: Path, form: Any) -> Non
     assert (record.target, problems) == (root / on_disk, [])
 
 
-NO_COLUMN = "the first line names no column"
 BAD_COLUMNS = {
     "byte order mark": (b"\xef\xbb\xbf" + HEAD, [BOM]),
     "UTF-16": ((HEAD + ROW).decode().encode("utf-16"), [BOM]),
@@ -177,16 +175,16 @@ BAD_COLUMNS = {
     "semicolons": (
         b"path_target;path_control;prompt\n",
         [
-            f"{NO_COLUMN} 'path_target'; add it to: path_target;path_control;prompt",
+            "has no column 'path_target'; add it, or rename one of: path_target;path_control;prompt",
             f"unknown key 'path_target;path_control;prompt'; write one of: {PATHS}",
         ],
     ),
     "gap": (b"path_target,path_control,path_control_2,prompt\n", [GAP]),
     "twice": (b"path_target,prompt,prompt\n", ["the column 'prompt' stands twice; take one out"]),
-    "blank": (b"\n", [f"{NO_COLUMN} 'path_target'; add it to: "]),
+    "blank": (b"\n", ["has no column 'path_target'; add it, or rename one of: "]),
     "second control alone": (
         b"path_target,path_control_1,prompt\n",
-        [f"{NO_COLUMN} 'path_control'; add it to: path_target, path_control_1, prompt"],
+        ["has no column 'path_control'; add it, or rename one of: path_target, path_control_1, prompt"],
     ),
 }
 
