@@ -75,7 +75,7 @@ def read_image(path: Picture, limits: Limits) -> Image.Image:
     Raises:
         BadImageError: with the reason.
     """
-    return _rgb(_decode(_read_bytes(path, limits), limits).upright, limits.background)[0]
+    return _rgb(_decode(_read_bytes(path, limits), limits)[0], limits.background)[0]
 
 
 def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
@@ -84,7 +84,7 @@ def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
     Raises:
         BadImageError: with the reason; another size, real transparency and a mask of 0 and 1 are refused too.
     """
-    mask = _mask(_decode(_read_bytes(path, limits), limits).upright)
+    mask = _mask(_decode(_read_bytes(path, limits), limits)[0])
     if mask.size != size:
         raise BadImageError(
             f"the mask is {Size(*mask.size)} pixels, its target {Size(*size)}; give it the target's size"
@@ -95,17 +95,16 @@ def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
 def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one image; see `read_image`."""
     data = _read_bytes(path, limits)
-    decoded = _decode(data, limits)
-    image, flattened = _rgb(decoded.upright, limits.background)
-    return ImageFacts(Size(*image.size), xxhash.xxh3_128_hexdigest(data), flattened, decoded.first_of_several)
+    upright, several = _decode(data, limits)
+    image, flattened = _rgb(upright, limits.background)
+    return ImageFacts(Size(*image.size), xxhash.xxh3_128_hexdigest(data), flattened, several)
 
 
 def inspect_mask(path: Picture, limits: Limits) -> ImageFacts:
     """Read and fully decode one mask; see `read_mask`. The caller compares its size with the target's."""
     data = _read_bytes(path, limits)
-    decoded = _decode(data, limits)
-    size = Size(*_mask(decoded.upright).size)
-    return ImageFacts(size, xxhash.xxh3_128_hexdigest(data), False, decoded.first_of_several)
+    upright, several = _decode(data, limits)
+    return ImageFacts(Size(*_mask(upright).size), xxhash.xxh3_128_hexdigest(data), False, several)
 
 
 def check_size(size: Size, limits: Limits) -> None:
@@ -146,13 +145,8 @@ def _read_bytes(path: Picture, limits: Limits) -> bytes:
     return data
 
 
-class _Decoded(NamedTuple):
-    upright: Image.Image
-    first_of_several: bool
-
-
-def _decode(data: bytes, limits: Limits) -> _Decoded:
-    """Header checks, full decode, then upright."""
+def _decode(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:
+    """Header checks, full decode, then upright; and whether the image is the first of several."""
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             several = _check_header(image, limits)
@@ -160,7 +154,7 @@ def _decode(data: bytes, limits: Limits) -> _Decoded:
             if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
                 # Pillow spreads 2 and 4 bits over 8, but not the gray that is transparent.
                 image.info["transparency"] *= 255 // (2 ** data[_PNG_DEPTH] - 1)
-            return _Decoded(_upright(image), several)
+            return _upright(image), several
     except BadImageError:
         raise
     except UnidentifiedImageError as error:

@@ -33,7 +33,6 @@ from mixres.data.records import (
 
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
 
 
@@ -150,11 +149,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     _check_line(line)
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise BadRowError(f"the line is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1}); correct it") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets inside brackets
+    except (ValueError, RecursionError) as error:  # not UTF-8; thousands of digits; brackets inside brackets
         raise BadRowError(f"the line is not JSON: {error}; correct it") from error
     if not isinstance(row, dict):
         raise BadRowError("the line is not a JSON object; write one")
@@ -250,8 +247,6 @@ def file_below(
     if not isinstance(value, str) or not value.strip():
         raise BadRowError(f"'{key}' is not a path; write one in quotes")
     shown = f"'{key}': {printable(value)}"
-    if _URL.match(value):
-        raise BadRowError(f"{shown} is a URL; download it, mixres reads local files only")
     if "\0" in value or has_surrogate(value):
         raise BadRowError(f"{shown} holds characters that no path has; correct it")
     if Path(value).is_absolute() or Path(os.path.normpath(value)).parts[:1] == ("..",):
@@ -260,10 +255,8 @@ def file_below(
         path = _existing(root, value)
         if allowed is not None and not path.resolve().is_relative_to(allowed):
             raise BadRowError(f"{shown} is a link out of the manifest's folder; {fix}")
-        if not path.exists():
-            raise BadRowError(f"{shown} does not exist; correct the path")
         if not path.is_file():
-            raise BadRowError(f"{shown} is not a file; correct the path")
+            raise BadRowError(f"{shown} is not a local file; correct the path")
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links, no permission
         reason = getattr(error, "strerror", None) or error
         raise BadRowError(f"{shown} cannot be opened: {reason}; make it readable, or correct the path") from error

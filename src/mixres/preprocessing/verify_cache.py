@@ -20,8 +20,8 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
     """
     if world_size > 1:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
-    cache, train, held_out, keys = keyed_records(config, family_of(config), is_main=True)
-    names = {key: scanned.record.name for key, scanned in zip(keys, [*train, *held_out], strict=True)}
+    found = keyed_records(config, family_of(config), is_main=True)
+    cache, names = found.cache, {key: scanned.record.name for key, scanned in found.by_key.items()}
     damaged, missing = [], []
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
         try:
