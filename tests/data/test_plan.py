@@ -12,7 +12,6 @@ from hypothesis import given, settings, strategies as st
 
 from mixres.data.plan import (
     MAX_LENGTHS,
-    MICROBATCH_TOKENS,
     Layout,
     Lengths,
     Microbatch,
@@ -194,43 +193,6 @@ def test_each_epoch_and_each_seed_has_its_own_uniform_order() -> None:
     assert len(seen) == 6  # all permutations, each 1000 times give or take 4 standard deviations
     assert all(abs(count - 1000) < 4 * math.sqrt(6000 * 5 / 36) for count in seen.values())
     assert [plan.step(e).indices for e in range(9)] != [make_plan(arguments, seed=1).step(e).indices for e in range(9)]
-
-
-@derandomized
-@given(st.lists(lengths(), min_size=1, max_size=7), st.integers(1, 3))
-def test_packed_loads_keep_the_bound_of_longest_first(made: list[Lengths], ranks: int) -> None:
-    """Graham 1969: at most 4/3 - 1/(3 m) of the best split over m ranks."""
-    arguments = {"lengths": made, "max_tokens": 10**6, "layout": "packed"}
-    step = make_plan(arguments, world_size=ranks).step(0)
-    loads = [sum(made[i].total for m in rank for i in m.indices if any(m.weights)) for rank in step.ranks]
-    best = min(
-        max(sum(made[i].total for i, r in enumerate(chosen) if r == rank) for rank in range(ranks))
-        for chosen in itertools.product(range(ranks), repeat=len(made))
-    )
-    assert max(loads) <= (4 / 3 - 1 / (3 * ranks)) * best
-
-
-def work_of(loads: Sequence[Sequence[int]]) -> int:
-    """What the heaviest rank does, in tokens: its microbatches' own, and what each microbatch costs besides."""
-    return max(sum(rank) for rank in loads) + MICROBATCH_TOKENS * len(loads[0])
-
-
-def padded_step(made: list[Lengths], ranks: int, max_tokens: int) -> list[list[int]]:
-    """The computed tokens of each microbatch of each rank, of one step over all samples."""
-    step = make_plan({"lengths": made, "max_tokens": max_tokens, "layout": "padded", "world_size": ranks}).step(0)
-    return [[computed_tokens([made[i] for i in m.indices], "padded") for m in rank] for rank in step.ranks]
-
-
-@derandomized
-@given(plans())
-def test_a_padded_step_splits_only_where_that_saves_more_than_it_costs(arguments: dict[str, Any]) -> None:
-    """Samples of a few dozen tokens: what a further microbatch costs is more than the padding that it would save."""
-    made = arguments["lengths"][:12]
-    found = padded_step(made, arguments["world_size"], 10**6)
-    one = [[computed_tokens(made, "padded")]]
-    assert len(found[0]) == 1 or work_of(found) < work_of(one)
-    large = [Lengths(length.text * 50, length.image * 50, 1) for length in made]
-    assert work_of(padded_step(large, 1, 10**6)) <= work_of([[computed_tokens(large, "padded")]])
 
 
 @pytest.mark.parametrize(
