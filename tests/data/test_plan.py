@@ -164,18 +164,6 @@ def test_captions_are_dropped_as_often_as_asked_and_independently() -> None:
         assert abs(both - count * p * p) < 4 * math.sqrt(count * p * p * (1 - p * p)) + 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_budget_counts_the_text_that_is_computed(layout: Layout) -> None:
-    made = [Lengths(60, 40, 40, empty_text=10)] * 8
-    arguments = {"lengths": made, "seed": 5, "max_tokens": 100, "layout": layout}
-    kept, mixed, dropped = (make_plan(arguments, caption_dropout=p).step(0) for p in (0.0, 0.5, 1.0))
-    assert [len(m.indices) for m in microbatches_of(kept)] == [1] * 8
-    assert [len(m.indices) for m in microbatches_of(dropped)] == [2] * 4
-    assert 0 < len(mixed.dropped) < 8
-    alone = [m.indices[0] for m in microbatches_of(mixed) if len(m.indices) == 1]
-    assert set(mixed.indices) - mixed.dropped <= set(alone)
-
-
 @derandomized
 @given(plans(), st.randoms(use_true_random=False))
 def test_a_step_is_a_pure_function_of_its_index(arguments: dict[str, Any], shuffle: random.Random) -> None:
