@@ -257,15 +257,12 @@ def test_index_is_never_believed_against_the_file(tmp_path: Path) -> None:
     cache.path(shorter).write_bytes(cache.path(shorter).read_bytes()[:-1])
     bigger = make_sample((Grid(1, 9, 9),))
     Cache(tmp_path).write(other, bigger)
-    for checked in (Cache(tmp_path), cache):
-        assert checked.lookup(absent) is None
-        assert checked.lookup(shorter) is None
     again = Cache(tmp_path)
-    assert [again.lookup(key) for key in (absent, shorter)] == [None, None]
+    for checked in (cache, again):
+        assert [checked.lookup(key) for key in (absent, shorter)] == [None, None]
     assert again.lookup(other) == CacheEntry(other, bigger.img_shapes, 5, False)
     again.save_index()
-    rows = json.loads((tmp_path / INDEX).read_text())["entries"]
-    assert set(rows) == set(entries) - {absent, shorter}
+    assert set(json.loads((tmp_path / INDEX).read_text())["entries"]) == set(entries) - {absent, shorter}
 
 
 BAD_ROWS: list[Any] = [

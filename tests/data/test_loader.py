@@ -80,17 +80,13 @@ def test_batches_are_the_plans_microbatches_of_the_samples_written(
     dataset = MicrobatchDataset(cache, KEYS, NAMES, layout)
     for rank in range(2):
         wanted = []
-        for step in map(plan.step, range(STEPS)):
-            for m in step.ranks[rank]:
-                samples = [sample_of(i) for i in m.indices]
-                texts = [
-                    s.empty_embeds if i in step.dropped else s.prompt_embeds
-                    for i, s in zip(m.indices, samples, strict=True)
-                ]
-                samples = [replace(s, prompt_embeds=text) for s, text in zip(samples, texts, strict=True)]
-                wanted.append(collate(samples, indices=m.indices, weights=m.weights, layout=layout))
-                dropped += len(m.dropped)
-                kept += len(m.indices) - len(m.dropped)
+        for m in (m for step in range(STEPS) for m in plan.step(step).ranks[rank]):
+            samples = [sample_of(i) for i in m.indices]
+            empty = [replace(s, prompt_embeds=s.empty_embeds) for s in samples]
+            samples = [e if i in m.dropped else s for i, e, s in zip(m.indices, empty, samples, strict=True)]
+            wanted.append(collate(samples, indices=m.indices, weights=m.weights, layout=layout))
+            dropped += len(m.dropped)
+            kept += len(m.indices) - len(m.dropped)
         batches = list(microbatch_loader(dataset, plan, rank=rank, first=0, last=STEPS, workers=0))
         assert_equal(batches, wanted)
         assert all(batch.tokens_computed <= plan.max_tokens for batch in batches)

@@ -152,16 +152,11 @@ def test_a_caption_is_dropped_by_seed_step_and_sample_alone(arguments: dict[str,
 def test_captions_are_dropped_as_often_as_asked_and_independently() -> None:
     """Over seeds, steps and samples: within 4 standard deviations, also how often two fall together."""
     count, p = 4000, 0.3
-    runs = [
-        [caption_dropped(7, 3, i, p) for i in range(count)],
-        [caption_dropped(7, step, 3, p) for step in range(count)],
-        [caption_dropped(seed, 7, 3, p) for seed in range(count)],
-    ]
-    for drawn in runs:
-        assert abs(sum(drawn) - count * p) < 4 * math.sqrt(count * p * (1 - p))
-    for one, two in [*itertools.combinations(runs, 2), *((drawn, drawn[1:]) for drawn in runs)]:
-        both = sum(a and b for a, b in zip(one, two, strict=False))
-        assert abs(both - count * p * p) < 4 * math.sqrt(count * p * p * (1 - p * p)) + 1
+    draws = [[(7, 3, i) for i in range(count)], [(7, i, 3) for i in range(count)], [(i, 7, 3) for i in range(count)]]
+    runs = [[caption_dropped(*drawn, p) for drawn in run] for run in draws]
+    both = [[a and b for a, b in zip(*pair, strict=True)] for pair in itertools.combinations(runs, 2)]
+    for drawn, rate in [*((run, p) for run in runs), *((run, p * p) for run in both)]:
+        assert abs(sum(drawn) - count * rate) < 4 * math.sqrt(count * rate * (1 - rate)) + 1
 
 
 @derandomized

@@ -13,11 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mixres.config.load import load_config
 from mixres.data.images import Limits, read_image
 from mixres.data.scan import scan
 from mixres.errors import UserError, WorkError
-from mixres.geometry import Size, target_size
 from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries
 from mixres.preprocessing.fill import encode, encode_all, keyed_records
 from mixres.preprocessing.training_data import control_areas, image_limits
@@ -66,7 +64,12 @@ def test_a_changed_file_makes_its_own_entry_miss(caching: Caching, change: str) 
 
 @pytest.mark.parametrize(
     ("override", "encoded"),
-    [("data.resize.control.area=2048", FEW), ("model.dtype=bfloat16", FEW), ("data.caption_dropout=0.1", FEW - 1)],
+    [
+        ("data.resize.target.max_pixels=1024", FEW),
+        ("data.resize.control.area=2048", FEW),
+        ("model.dtype=bfloat16", FEW),
+        ("data.caption_dropout=0.1", FEW - 1),
+    ],
 )
 def test_a_setting_makes_the_entries_that_depend_on_it_miss(caching: Caching, override: str, encoded: int) -> None:
     caching.keep_few()
@@ -104,16 +107,6 @@ def test_the_background_makes_the_entries_of_transparent_images_miss_and_no_othe
     assert caching(blue) == caching() == (0, ALL)
 
 
-def test_a_size_rule_makes_only_the_sizes_it_changes_miss(caching: Caching) -> None:
-    changed = 0
-    for path in (*caching.files(), *caching.files(part="held_out")):
-        with Image.open(path) as image:
-            size = Size(*image.size)
-        changed += len({target_size(size, max_pixels=limit, multiple_of=16) for limit in (16384, 10000)}) == 2
-    assert 0 < changed < ALL
-    assert caching("data.resize.target.max_pixels=10000") == (changed, ALL - changed)
-
-
 def test_both_areas_of_edit_plus_are_part_of_an_entry(caching: Caching, base_of: Callable[[Any], Path]) -> None:
     case, keys = CASES["qwen_image_edit_plus"], set[str]()
     words = [f"model.pretrained_model_name_or_path={base_of(case)}", *case.overrides()]
@@ -128,10 +121,10 @@ def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(c
     root, one = caching.data / "train" / TARGETS, caching.first()
     with Image.open(one) as image:
         image.rotate(180).save(root / "other.png")
-    row = {"path_target": one.name, "path_control": "other.png", "prompt": "make it blue"}
-    rows = [row | {"path_control_1": one.name}, row | {"path_mask": one.name}]
-    rows.append(row | {"path_control": one.name, "path_control_1": "other.png"})
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    roles = [("other.png", "path_control_1", one.name), ("other.png", "path_mask", one.name)]
+    roles.append((one.name, "path_control_1", "other.png"))
+    lines = [json.dumps({"path_target": one.name, "path_control": a, role: b, "prompt": "x"}) for a, role, b in roles]
+    (root / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     records, problems, *_ = scan([str(root / "train.jsonl")], limits=Limits())
     assert problems == [] and records[0].digests == records[1].digests
     assert len(set(entry_keys(*with_family(caching.config()), records))) == 3
@@ -208,23 +201,15 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
 # What is known before
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
-    name: str,
-    small_run: Path,
-    base_of: Callable[[FamilyCase], Path],
-    pairs_of: Callable[[FamilyCase], Path],
-    tmp_path: Path,
+    case: FamilyCase, caching: Caching, base_of: Callable[[FamilyCase], Path], pairs_of: Callable[[FamilyCase], Path]
 ) -> None:
-    case = CASES[name]
-    base, pairs, family = base_of(case), pairs_of(case), case.at(base_of(case))
-    words = [f"model.pretrained_model_name_or_path={base}", "data.caption_dropout=0.5", *case.overrides()]
-    words += [f"data.{part}={pairs / part}" for part in ("train", "held_out")]
-    words += [f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={tmp_path / 'run'}"]
-    config = load_config(small_run, words)
+    caching.data, caching.cache = pairs_of(case), caching.cache / "empty"
+    words = [f"model.pretrained_model_name_or_path={base_of(case)}", "data.caption_dropout=0.5", *case.overrides()]
+    config, family = with_family(caching.config(*words))
     found = keyed_records(config, family, is_main=False)
-    records = dict(zip(found.keys, [*found.train, *found.held_out], strict=True))
-    foreseen = foreseen_entries(config, family, records, found.keys[: len(found.train)])
+    foreseen = foreseen_entries(config, family, found.by_key, found.keys[: len(found.train)])
     encoded = encode_all(config, family, device=CPU)
     assert foreseen == {key: encoded.cache.lookup(key) for key in found.keys}, "token for token"
     for key, size in entry_bytes(config, family, foreseen).items():

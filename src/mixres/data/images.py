@@ -78,18 +78,13 @@ def read_image(path: Picture, limits: Limits) -> Image.Image:
     return _rgb(_decode(_read_bytes(path, limits), limits)[0], limits.background)[0]
 
 
-def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
-    """The edit mask as mode "L", 255 = foreground, of exactly its target's upright `size`. Its ICC profile is ignored.
+def read_mask(path: Picture, limits: Limits) -> Image.Image:
+    """The edit mask as mode "L", 255 = foreground. Its ICC profile is ignored. The scan compares its size.
 
     Raises:
-        BadImageError: with the reason; another size, real transparency and a mask of 0 and 1 are refused too.
+        BadImageError: with the reason; real transparency and a mask of 0 and 1 are refused too.
     """
-    mask = _mask(_decode(_read_bytes(path, limits), limits)[0])
-    if mask.size != size:
-        raise BadImageError(
-            f"the mask is {Size(*mask.size)} pixels, its target {Size(*size)}; give it the target's size"
-        )
-    return mask
+    return _mask(_decode(_read_bytes(path, limits), limits)[0])
 
 
 def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
