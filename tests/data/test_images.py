@@ -15,7 +15,7 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from mixres.data.images import BadImageError, Limits, check_size, inspect_image, inspect_mask, read_image, read_mask
+from mixres.data.images import BadImageError, Limits, check_size, inspect_image, read_image, read_mask
 from mixres.geometry import Size
 
 LIMITS, FIRST = Limits(), Limits(first_frame=True)
@@ -330,7 +330,7 @@ def test_of_several_frames_the_first_is_read_where_that_is_asked_for(tmp_path: P
     assert problem(tmp_path, data) == f"has 3 frames or pages; {fix}"
     first = read(tmp_path, data, FIRST)
     assert inspect_image(tmp_path / "image", FIRST).first_of_several
-    assert inspect_mask(tmp_path / "image", FIRST).first_of_several
+    assert inspect_image(tmp_path / "image", FIRST, is_mask=True).first_of_several
     assert np.array_equal(first, read(tmp_path, encode(PHOTO, file_format)))
     assert not inspect_image(tmp_path / "image", FIRST).first_of_several
 
@@ -385,7 +385,7 @@ def test_mask_of_any_pixel_type_is_gray(tmp_path: Path) -> None:
         found = read_mask(tmp_path / "mask", LIMITS)
         assert found.mode == "L"
         assert np.array_equal(np.asarray(found), half if image.getbbox() else np.zeros_like(half)), image.mode
-    assert inspect_mask(tmp_path / "mask", LIMITS).size == (120, 80)
+    assert inspect_image(tmp_path / "mask", LIMITS, is_mask=True).size == (120, 80)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_each_epoch_and_each_seed_has_its_own_uniform_order() -> None:
         ([Lengths(100, 4000, 1)] * 4 + [Lengths(100, 500, 1)] * 4, [4, 4]),
         ([Lengths(10, 64, 1)] * 4 + [Lengths(10, 32, 1)] * 4, [8]),  # 128 tokens of padding, half a microbatch's cost
         ([Lengths(10, 128, 1)] * 4 + [Lengths(10, 32, 1)] * 4, [4, 4]),  # 384
+        ([Lengths(10, 100 + 12 * i, 1) for i in range(8)], [8]),  # 336, of which a second microbatch saves 192
     ],
 )
 def test_one_padded_microbatch_is_split_where_padding_costs_more(made: list[Lengths], microbatches: list[int]) -> None:

@@ -262,31 +262,18 @@ def test_killed_ranks_leave_entries_that_the_next_ranks_keep(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_small_disk_is_refused_a_full_one_keeps_what_was_written_and_a_read_only_one_is_used(
-    caching: Caching, filled_cache: Path, tmp_path: Path
-) -> None:
-    """One disk, mounted where this script alone sees it: without room for bytes, then for files, then for writing."""
-    disk, copy = tmp_path / "disk", tmp_path / "copy"
+def test_a_full_cache_on_a_disk_that_cannot_be_written_is_used(caching: Caching, tmp_path: Path) -> None:
+    """The disk is mounted where this script alone sees it; without the index and the scan's memo."""
+    disk = tmp_path / "disk"
     disk.mkdir()
-    caching.cache = root = disk / "cache"
+    filled, caching.cache = caching.cache, disk / "cache"
     script = f"""
-    cache() {{ {" ".join(command(caching))} || echo "code $?"; find {disk} -name '*.safetensors' | wc -l; }}
-    mount -t tmpfs -o size=60k none {disk}; cache
-    mount -o remount,size=50m,nr_inodes=20 {disk}; cache
-    mount -o remount,nr_inodes=1000 {disk}; cache
-    cp -r {root} {copy}; rm {root}/scan.json; mount -o remount,ro {disk}; cache
+    mount -t tmpfs none {disk}
+    cp -r {filled} {caching.cache}
+    rm -f {caching.cache}/index.json {caching.cache}/scan.json
+    mount -o remount,ro {disk}; {" ".join(command(caching))}
     """
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc", script]
-    done = subprocess.run(unshare, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
-    lines, errors = done.stdout.splitlines(), done.stderr.splitlines()
-    small, full = (line for line in errors if line.startswith("mixres: error: "))
-    assert f"{root} needs about 0.3 MB for {ALL} entries, 0.0 MB are free: make room" in small
-    assert lines[lines.index("code 2") + 1] == "0"
-    count = int(lines[lines.index("code 1") + 1])
-    assert 1 < count < ALL
-    assert f"{root} cannot be written (No space left on device): make room, about 0." in full
-    assert f"MB for the {ALL - count} entries to come" in full
-    logged = [line.partition(": ")[2] for line in lines if line.startswith("cache ")]
-    assert logged == [f"{ALL - count} encoded, {count} found", f"0 encoded, {ALL} found"]
-    assert not list(copy.rglob(".tmp-*"))
-    assert_undisturbed(copy, filled_cache)
+    done = subprocess.run(unshare, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
+    assert f"{caching.cache}: 0 encoded, {ALL} found\n" in done.stdout
+    assert "the index could not be written (Read-only file system): the next start takes longer" in done.stdout

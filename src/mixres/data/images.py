@@ -87,19 +87,12 @@ def read_mask(path: Picture, limits: Limits) -> Image.Image:
     return _mask(_decode(_read_bytes(path, limits), limits)[0])
 
 
-def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
-    """Read and fully decode one image; see `read_image`."""
+def inspect_image(path: Picture, limits: Limits, *, is_mask: bool = False) -> ImageFacts:
+    """Read and fully decode one image or mask; see `read_image`, `read_mask`."""
     data = _read_bytes(path, limits)
     upright, several = _decode(data, limits)
-    image, flattened = _rgb(upright, limits.background)
+    image, flattened = (_mask(upright), False) if is_mask else _rgb(upright, limits.background)
     return ImageFacts(Size(*image.size), xxhash.xxh3_128_hexdigest(data), flattened, several)
-
-
-def inspect_mask(path: Picture, limits: Limits) -> ImageFacts:
-    """Read and fully decode one mask; see `read_mask`. The caller compares its size with the target's."""
-    data = _read_bytes(path, limits)
-    upright, several = _decode(data, limits)
-    return ImageFacts(Size(*_mask(upright).size), xxhash.xxh3_128_hexdigest(data), False, several)
 
 
 def check_size(size: Size, limits: Limits) -> None:

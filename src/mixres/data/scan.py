@@ -18,7 +18,7 @@ import xxhash
 from mixres.console import counted
 from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
-from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image, inspect_mask
+from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image
 from mixres.data.manifest import SUFFIXES, records_from_manifest
 from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, printable
 from mixres.data.scan_cache import ScanMemo
@@ -170,7 +170,7 @@ def _inspect(
             return facts, False
         try:
             status = job.path.stat()  # before the bytes are read: what is changed meanwhile is read again next time
-            facts = (inspect_mask if job.is_mask else inspect_image)(job.path, limits)
+            facts = inspect_image(job.path, limits, is_mask=job.is_mask)
             memo.add(job.path, job.is_mask, status, facts)
             return facts, True
         except OSError as error:
