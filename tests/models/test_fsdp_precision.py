@@ -22,8 +22,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from mixres.models.qwen.rope import JointRotary
 from support import mixes
 
-LAYOUTS = ("padded", "packed")
-
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
@@ -33,7 +31,7 @@ def test_positions_stay_exact_under_fsdp2_mixed_precision() -> None:
     done = subprocess.run([sys.executable, here], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = json.loads(done.stdout.splitlines()[-1])
-    assert [case["case"] for case in cases] == [[layout, z] for layout in LAYOUTS for z in (False, True)]
+    assert [case["case"] for case in cases] == [[layout, z] for layout in mixes.LAYOUTS for z in (False, True)]
     for case in cases:
         assert case["frequencies"] == ["torch.complex64"], case
         assert case["weights"] == ["torch.bfloat16"], case  # the policy is at work
@@ -59,9 +57,8 @@ def compare(layout: str, zero_cond_t: bool) -> dict[str, Any]:
         block.attn.register_forward_pre_hook(look, with_kwargs=True)
     measured = mixes.run(sharded(model), rounded, layout)
     gradients = {name: None if g is None else g.full_tensor() for name, g in measured.gradients.items()}
-    found, single = (
-        result.to("cpu", torch.float32) for result in (mixes.Result(measured.outputs, gradients), alone)
-    )  # fmt: skip
+    measured = mixes.Result(measured.outputs, gradients)
+    found, single = (result.to("cpu", torch.float32) for result in (measured, alone))
     return {
         "case": [layout, zero_cond_t],
         **{name: sorted(dtypes) for name, dtypes in seen.items()},
@@ -84,6 +81,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
-        results = [compare(layout, zero_cond_t) for layout in LAYOUTS for zero_cond_t in (False, True)]
+        results = [compare(layout, zero_cond_t) for layout in mixes.LAYOUTS for zero_cond_t in (False, True)]
         dist.destroy_process_group()
     sys.stdout.write(json.dumps(results) + "\n")

@@ -64,13 +64,6 @@ def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
     assert found["packed"] == 0 and found["padded"] <= 1  # padded asks once whether the text mask hides anything
 
 
-def test_samples_of_one_token() -> None:
-    mix = mixes.make_mix([[(1, 1, 1)], [(1, 3, 2), (1, 1, 1)]], [1, 1])
-    mixes.assert_same(
-        mixes.run(mixes.patched_model(True), mix, "packed"), mixes.run(mixes.stock_model(True), mix, "alone")
-    )
-
-
 def test_modulation_rows_expand_where_the_block_has_split_them() -> None:
     rows = torch.arange(36.0).reshape(2, 18).requires_grad_()
     runs = ((1, 2), (0, 1), (1, 3))
