@@ -116,19 +116,6 @@ def moved_average(parameters: Sequence[nn.Parameter], size: float) -> Ema:
     return ema
 
 
-class Recorder(torch.optim.SGD):
-    """In place of an update: keeps the gradients that one would see."""
-
-    gradients: dict[str, Tensor | None]
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.names = parameters
-        super().__init__(parameters.values(), lr=0.0)
-
-    def step(self, closure: Any = None) -> None:
-        self.gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.names.items()}
-
-
 @dataclass(frozen=True)
 class Recorded:
     result: StepResult
@@ -138,19 +125,16 @@ class Recorded:
 def record(
     accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], divisor: int | None = None
 ) -> Recorded:
-    optimizer = Recorder(trainable_parameters(model))
+    """A step whose update changes nothing, and the gradients that it saw."""
+    parameters, gradients = trainable_parameters(model), {}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: gradients.update({name: p.grad for name, p in parameters.items()}))
+    divisor = divisor or divisor_of(objective)
+    batches, count = iter(batches), len(batches)
     result = run_step(
-        accelerator,
-        model,
-        optimizer,
-        objective,
-        iter(batches),
-        count=len(batches),
-        step=5,
-        divisor=divisor or divisor_of(objective),
-        max_grad_norm=1e9,
+        accelerator, model, optimizer, objective, batches, count=count, step=5, divisor=divisor, max_grad_norm=1e9
     )
-    return Recorded(result, optimizer.gradients)
+    return Recorded(result, gradients)
 
 
 def gradient_error(measured: Recorded, reference: Recorded) -> float:
