@@ -1,7 +1,6 @@
 """Sigmas, noise and interpolant against closed forms and the stock scheduler, in any batch and any layout."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from mixres.batch import Batch, FlowSample
@@ -22,8 +22,6 @@ from mixres.diffusion.flow_matching import (
     sample_generator,
     shifted,
 )
-from mixres.geometry import Grid
-from support.samples import make_sample as sample_of
 from support.steps import LAYOUTS, make_sample, microbatch
 
 CONSTANTS = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
@@ -105,56 +103,30 @@ def test_resolution_shift_is_the_stock_schedulers(tokens: int) -> None:
     assert shifted(torch.tensor(0.0), 3.0) == 0
 
 
-Quantile = Callable[[Tensor], Tensor]
-
-
-def logit_normal(mean: float, std: float) -> Quantile:
-    return lambda p: torch.sigmoid(mean + std * torch.special.ndtri(p))
-
-
-def mode(scale: float) -> Quantile:
-    """Esser et al. 2024, eq. 20; it falls with u."""
-    return lambda p: p - scale * (torch.sin(math.pi * p / 2) ** 2 - p)
-
-
-def with_shift(shift: float, quantile: Quantile) -> Quantile:
-    """In logits a shift is an addition."""
-    return lambda p: torch.sigmoid(torch.logit(quantile(p)) + math.log(shift))
-
-
-ONE_TOKEN_SHIFT = math.exp(0.5 - 255 * 0.4 / 7936)  # of a target of one token
-DISTRIBUTIONS: dict[str, tuple[dict[str, Any], Quantile]] = {
-    "logit_normal": ({"shift": "none"}, logit_normal(0, 1)),
-    "logit_mean, logit_std": ({"shift": "none", "logit_mean": -0.7, "logit_std": 0.5}, logit_normal(-0.7, 0.5)),
-    "uniform": ({"shift": "none", "density": "uniform"}, lambda p: p),
-    "mode": ({"shift": "none", "density": "mode"}, mode(1.29)),
-    "mode_scale": ({"shift": "none", "density": "mode", "mode_scale": -0.9}, mode(-0.9)),
-    "shift_value": ({"shift": "constant", "shift_value": 0.3}, with_shift(0.3, logit_normal(0, 1))),
-    "resolution": ({"shift": "resolution"}, with_shift(ONE_TOKEN_SHIFT, logit_normal(0, 1))),
-}
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_sigmas_follow_their_own_closed_form_and_no_other(name: str) -> None:
-    """Kolmogorov-Smirnov: 1.95 / sqrt(n) is the 0.1 % level; the settings differ from each other by more than twice."""
-    count = 8000
-    batch = collate([sample_of((Grid(1, 1, 1),))] * count, indices=range(count), weights=[1.0] * count, layout="packed")
-    sigmas = flow_of(batch, **DISTRIBUTIONS[name][0]).sigmas.double().sort().values
-    assert sigmas[0] >= 0 and sigmas[-1] <= 1
-    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)[1:-1]
-    empirical = torch.searchsorted(sigmas, torch.stack([q(grid) for _, q in DISTRIBUTIONS.values()])) / count
-    distances = dict(zip(DISTRIBUTIONS, (empirical - grid).abs().amax(dim=1).tolist(), strict=True))
-    level = 1.95 / math.sqrt(count)
-    assert distances.pop(name) < level
-    assert min(distances.values()) > 2 * level, distances
-
-
-def test_each_sample_is_shifted_by_its_own_target_and_not_by_its_controls() -> None:
-    batch = microbatch(range(6))
-    plain, moved = flow_of(batch, shift="none").sigmas, flow_of(batch).sigmas
-    shifts = torch.tensor([resolution_shift(n, CONSTANTS) for n in batch.target_lengths])
-    torch.testing.assert_close(moved.logit(), plain.logit() + shifts.log(), rtol=0, atol=1e-5)
-    assert len(shifts.unique()) == 6
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shift": "none", "logit_mean": -0.7, "logit_std": 0.5},
+        {"shift": "none", "density": "uniform"},
+        {"shift": "none", "density": "mode"},
+        {"density": "mode", "mode_scale": -0.9},
+        {"shift": "constant"},
+        {"shift": "constant", "shift_value": 0.3},
+    ],
+)
+def test_sigmas_are_drawn_from_the_density_and_shifted_as_configured(settings: dict[str, Any]) -> None:
+    """The densities are those of `diffusers`."""
+    batch, t = microbatch(range(6)), TimestepSampler(**settings)
+    found = flow_of(batch, seed=3, step=2, **settings).sigmas
+    assert found.min() >= 0 and found.max() <= 1
+    for sigma, index, tokens in zip(found, batch.indices, batch.target_lengths, strict=True):
+        draw = sample_generator(3, 2, index)
+        (drawn,) = compute_density_for_timestep_sampling(
+            t.density, 1, t.logit_mean, t.logit_std, t.mode_scale, generator=draw
+        )
+        shifts = {"resolution": resolution_shift(tokens, CONSTANTS), "constant": t.shift_value, "none": 1}
+        torch.testing.assert_close(sigma, shifted(drawn, shifts[t.shift]))
 
 
 def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw: Any) -> FlowSample:

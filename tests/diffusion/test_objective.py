@@ -118,11 +118,7 @@ def test_the_error_is_computed_in_the_targets_precision() -> None:
 def test_sigma_weights_are_those_of_the_paper_and_finite_at_zero() -> None:
     """torch.rand gives 0 once in 2^24 draws: 1 / sigma^2 would end the run there, and again at each resume."""
     sigma = torch.linspace(0.01, 1, 60, dtype=torch.float64)
-    expected = {
-        "none": torch.ones_like(sigma),
-        "sigma_sqrt": sigma**-2,
-        "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
-    }
-    for weighting, weights in expected.items():
-        torch.testing.assert_close(sigma_weights(sigma, weighting), weights, rtol=1e-6, atol=0)
+    cosmap = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    for weighting, expected in (("none", torch.ones(60)), ("sigma_sqrt", sigma**-2), ("cosmap", cosmap)):
+        torch.testing.assert_close(sigma_weights(sigma, weighting), expected.double(), rtol=1e-6, atol=0)
     assert sigma_weights(torch.zeros(1), "sigma_sqrt").tolist() == pytest.approx([MIN_WEIGHTED_SIGMA**-2])

@@ -18,8 +18,8 @@ from mixres.errors import UserError
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks, repeated_blocks
 from mixres.models.lora import add_lora, fill_adapters, train_all, trainable_parameters
 from mixres.models.qwen.layers import untrained_modules
-from mixres.training.ema import Ema
 from support import mixes
+from support.steps import moved_average
 
 BLOCKS, WIDTH = 5, 64
 
@@ -102,17 +102,6 @@ def assert_alike(compiled: QwenImageTransformer2DModel, plain: QwenImageTransfor
     mixes.assert_same(mixes.run(compiled, mix, "padded"), mixes.run(plain, mix, "padded"), forward=1e-5)
 
 
-def updated(model: QwenImageTransformer2DModel, mix: mixes.Mix) -> Ema:
-    """The average over three updates."""
-    optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
-    ema = Ema(optimizer, 0.7)
-    for _ in range(3):
-        mixes.loss(mixes.forward_padded(model, mix), mix).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-    return ema
-
-
 # Of three blocks with adapters, the first's inputs need no gradient, and the last has fewer adapters.
 @pytest.mark.parametrize(("trained", "blocks"), [("lora", 3), ("all weights", 2)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -128,7 +117,8 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(trained: s
             if every:
                 recompute_blocks(model, every=every)
         assert_alike(compiled, plain, mix)
-    with updated(plain, mix).averaged(), updated(compiled, mix).averaged():
+    averages = [moved_average([*trainable_parameters(model).values()], 0.02) for model in (plain, compiled)]
+    with averages[0].averaged(), averages[1].averaged():
         assert_alike(compiled, plain, mix)
     assert_alike(compiled, plain, mix)
     assert graphs() == blocks, "each kind of block once"

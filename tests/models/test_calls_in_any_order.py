@@ -17,7 +17,6 @@ from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
 from support.steps import microbatch
 
-AREA = 64 * 64
 Values = list[Tensor]
 
 
@@ -36,12 +35,10 @@ def train(pipeline: QwenImageEditPipeline, numbers: list[int], layout: Layout, c
     batch = microbatch(numbers, layout)
     if checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    try:
-        sigmas = torch.tensor([0.2, 0.9, 0.5, 0.7])[numbers]
-        velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
-        velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
-    finally:
-        pipeline.transformer.disable_gradient_checkpointing()
+    sigmas = torch.tensor([0.2, 0.9, 0.5, 0.7])[numbers]
+    velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
+    velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
+    pipeline.transformer.disable_gradient_checkpointing()
     gradients = [p.grad.clone() for p in trainable_parameters(model).values() if p.grad is not None]
     assert gradients and all(gradient.any() for gradient in gradients)
     model.zero_grad(set_to_none=True)
@@ -59,13 +56,11 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     handle = pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
-    try:
-        image = QwenImageEdit("").sample_image(
-            pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
-            areas={"control_area": AREA},
-        )  # fmt: skip
-    finally:
-        handle.remove()
+    image = QwenImageEdit("").sample_image(
+        pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
+        areas={"control_area": 64 * 64},
+    )  # fmt: skip
+    handle.remove()
     assert len(seen) == 2 and pipeline.transformer.training
     return [*seen, torch.from_numpy(np.array(image))]
 

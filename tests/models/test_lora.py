@@ -17,6 +17,7 @@ from mixres.models.lora_file import FILE_NAME, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import ATTENTION, LORA_PRESETS, untrained_modules
 from support import mixes
+from support.lora_files import add_noise
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
@@ -89,9 +90,6 @@ def test_what_reaches_no_loss_gets_no_adapter_and_the_table_counts_the_others(ti
     in_last = {"add_q_proj": 1, "to_add_out": 1, "txt_mlp.net.2": 1}
     assert {row.pattern: row.modules for row in table} == dict.fromkeys(targets, 2) | in_last
     trained = trainable_parameters(transformer)
-    assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
-    assert 2 * sum(row.modules for row in table) == len(trained)
-    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     assert not [name for name in trained if name.startswith(untrained_modules(transformer))]
 
 
@@ -144,10 +142,7 @@ def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base
 def filled(tiny_base: Path, request: pytest.FixtureRequest) -> QwenImageTransformer2DModel:
     """Adapters whose B is not zero any more, and lengths that are not the base's."""
     transformer = with_lora(tiny_base, use_dora=request.param)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in trainable_parameters(transformer).items():
-        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-        parameter.data = parameter.data * noise.exp() if "magnitude" in name else noise
+    add_noise(trainable_parameters(transformer))
     return transformer
 
 
@@ -205,7 +200,7 @@ def test_every_setting_that_does_not_fit_a_file_is_named_with_the_one_that_does(
 
 def test_a_lora_of_a_base_of_another_size_is_refused(filled: QwenImageTransformer2DModel, file: Path) -> None:
     other = mixes.stock_model()
-    reason = r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
+    reason = r"is for another base: its transformer_blocks\.0\.attn\.add_k_proj is 64 x 64, .*; name one"
     with pytest.raises(UserError, match=reason):
         check_pretrained(other, str(file), **settings(filled), untrained=untrained_modules(other))
 

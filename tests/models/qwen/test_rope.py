@@ -1,17 +1,14 @@
 """Positions: the stock's for one sample, each sample's own in a batch, none for padding; rotation in fp32 or wider."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, apply_rotary_emb_qwen
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor
 
 from mixres.models.qwen.rope import (
     PADDING_POSITION,
     TABLE_HALF,
-    MultiResolutionRope,
     apply_rotary_emb_qwen_batched,
     as_shape_lists,
     image_positions,
@@ -107,25 +104,3 @@ def test_float64_is_rotated_in_float64() -> None:
     assert rotated.dtype == torch.float64
     assert float((rotated - exact.flatten(-2)).abs().max()) < 1e-14
     assert float((apply_rotary_emb_qwen_batched(x.float(), freqs) - rotated).abs().max()) > 1e-9
-
-
-# What docs/multi_resolution.md states, for the channels of Qwen-Image.
-AXES = (16, 56, 56)  # frame, row, column
-
-
-def test_the_score_is_the_formula_of_the_documentation() -> None:
-    """It has the difference of two positions alone, and for each axis its own frequencies."""
-    rope = MultiResolutionRope(QwenEmbedRope(theta=10_000, axes_dim=list(AXES), scale_rope=True))
-    query, key = torch.randn(2, sum(AXES), generator=torch.Generator().manual_seed(0))
-    at, other = (2, 5, -7), (0, -3, 4)
-    freqs = rope.frequencies(torch.tensor([at, other]), None)
-    rotated = apply_rotary_emb_qwen_batched(torch.stack([query, key])[None, :, None], freqs)[0, :, 0]
-    frequencies = [10_000.0 ** (-2 * i / dim) for dim in AXES for i in range(dim // 2)]
-    pair_axes = [axis for axis, dim in enumerate(AXES) for _ in range(dim // 2)]
-    angles = [(at[axis] - other[axis]) * f for axis, f in zip(pair_axes, frequencies, strict=True)]
-    pairs = torch.view_as_complex(query.view(-1, 2)) * torch.view_as_complex(key.view(-1, 2)).conj()
-    stated = (pairs * torch.polar(torch.ones(64), torch.tensor(angles))).sum().real
-    assert float(rotated[0] @ rotated[1]) == pytest.approx(float(stated), rel=1e-4)
-    wavelengths = [2 * math.pi / f for f in frequencies[8:36]]  # of the row axis
-    assert wavelengths[0] == pytest.approx(6.3, abs=0.05)
-    assert wavelengths[-1] == pytest.approx(45_000, rel=0.01)

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +17,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
 
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
-from mixres.models.qwen.edit import QwenImageEdit, control_area_set
-from mixres.models.qwen.edit_plus import QwenImageEditPlus, control_areas_set
-from mixres.models.qwen.family import STOCK_CONTROL_AREA
+from mixres.models.qwen.edit import QwenImageEdit
+from mixres.models.qwen.edit_plus import QwenImageEditPlus
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
 from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen.processor import QwenImageTextProcessor, load_processor, torchvision_imports
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
@@ -39,35 +37,25 @@ def test_the_stock_areas_are_the_pipelines_own() -> None:
     for stock, area in ((stock_edit, STOCK_CONTROL_AREA), *((stock_plus, area) for area in areas.values())):
         for size in SIZES:
             assert stock.calculate_dimensions(area, size.width / size.height)[:2] == control_size(size, area=area)
-    stock_function = stock_edit.calculate_dimensions
-    with control_area_set(STOCK_CONTROL_AREA):
-        assert stock_edit.calculate_dimensions is stock_function
 
 
 @pytest.mark.parametrize(
-    ("stock", "areas_set", "given"),
+    ("stock", "family", "given"),
     [
-        (stock_edit, partial(control_area_set, AREA), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
-        (stock_plus, partial(control_areas_set, control_area=AREA, text_area=TEXT_AREA), AREA),
+        (stock_edit, QwenImageEdit(""), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
+        (stock_plus, QwenImageEditPlus(""), AREA),
     ],
 )
-def test_other_areas_hold_for_a_while_and_no_side_is_zero(
-    stock: ModuleType, areas_set: Callable[[], AbstractContextManager[None]], given: int
-) -> None:
-    def constants() -> list[Any]:
-        return [
-            getattr(stock, name, None) for name in ("calculate_dimensions", "VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE")
-        ]
-
-    before = constants()
-    with areas_set():
+def test_other_areas_hold_for_a_while_and_no_side_is_zero(stock: ModuleType, family: QwenFamily, given: int) -> None:
+    before, areas = {**vars(stock)}, {"control_area": AREA, "text_area": TEXT_AREA}
+    with family.stock_areas(areas):
         for size in (*SIZES, Size(9000, 3)):
             assert stock.calculate_dimensions(given, size.width / size.height)[:2] == control_size(size, area=AREA)
-        assert constants()[1:] == ([AREA, TEXT_AREA] if stock is stock_plus else [None, None])
-    assert constants() == before
-    with pytest.raises(ZeroDivisionError), areas_set():
+        if stock is stock_plus:
+            assert (stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE) == (AREA, TEXT_AREA)
+    with pytest.raises(ZeroDivisionError), family.stock_areas(areas):
         raise ZeroDivisionError
-    assert constants() == before
+    assert vars(stock) == before
 
 
 def test_sizes_of_controls_that_a_variant_does_not_have_are_refused() -> None:
