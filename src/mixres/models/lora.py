@@ -1,8 +1,9 @@
 """Adapters into the transformer, trainable parameters out.
 
 Promise: every target pattern matches at least one layer and is reported with what it matched; layers whose output
-reaches no loss get no adapter. Adapters are float32 (float64 over a float64 base) whatever the base is.
-Cost: none after set-up.
+reaches no loss get no adapter. Adapters are float32 (float64 over a float64 base) whatever the base is. A file that
+does not fit a run is refused with the setting that would make it fit, before anything is computed. Cost: none after
+set-up.
 
 Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); DoRA, Liu et al. 2024 (arXiv 2402.09353); by peft through diffusers'
 `add_adapter`.

@@ -1,7 +1,6 @@
 """A LoRA as a file: written so that the stock pipelines load it, read so that training continues from it.
 
-Promise: equal adapters make equal bytes; a file that does not fit a run is refused with the setting that would make it
-fit, before anything is computed. Only safetensors are opened. Cost: the file once; its header alone for the check.
+Promise: equal adapters make equal bytes; only safetensors are opened. Cost: the file once; its header alone for a check.
 
 The format is that of diffusers' `save_lora_adapter`, with the recipe of the run in the metadata under `mixres`.
 """
