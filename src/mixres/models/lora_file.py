@@ -1,6 +1,6 @@
 """A LoRA as a file: written so that the stock pipelines load it, read so that training continues from it.
 
-Promise: equal adapters make equal bytes; only safetensors are opened. Cost: the file once; its header alone for a check.
+Promise: equal adapters make equal bytes; only safetensors are opened. Cost: the file once, or its header.
 
 The format is that of diffusers' `save_lora_adapter`, with the recipe of the run in the metadata under `mixres`.
 """
