@@ -58,7 +58,6 @@ class Family(Protocol):
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
-    quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
     path: str

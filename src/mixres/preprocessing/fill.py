@@ -62,6 +62,11 @@ class KeyedRecords(NamedTuple):
     held_out: list[ScannedRecord]
     keys: list[str]  # of the entries of both, in this order
 
+    @property
+    def by_key(self) -> dict[str, ScannedRecord]:
+        """One record of each entry: equal ones share it."""
+        return dict(zip(self.keys, [*self.train, *self.held_out], strict=True))
+
     def train_keys(self, *, regularization: bool) -> list[str]:
         """Those of the regularisation set, or of the samples beside it."""
         return [k for k, x in zip(self.keys, self.train, strict=False) if x.regularization == regularization]
@@ -142,7 +147,7 @@ def encode(
         UserError, WorkError: as `run_cache`.
     """
     cache, train, held_out, keys = found
-    records = dict(zip(keys, [*train, *held_out], strict=True))
+    records = found.by_key
     if rank == 0:
         cache.sweep()
     entries = {key: entry for key in records if (entry := cache.lookup(key))}
@@ -176,8 +181,7 @@ def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries:
     names = [scanned.record.name for scanned in found.train]
     lengths = [lengths_of(entries[key]) for key, _ in zip(found.keys, found.train, strict=False)]
     problems = Problems(over_budget(lengths, names, config.batch.max_tokens))
-    records = dict(zip(found.keys, [*found.train, *found.held_out], strict=True))
-    problems.add(*text_problems(family, records, entries))
+    problems.add(*text_problems(family, found.by_key, entries))
     problems.raise_if_any()
 
 

@@ -1,7 +1,7 @@
 """Qwen-Image-Edit: one control image a sample, seen by VAE and text encoder at one size."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from diffusers import QwenImageEditPipeline
@@ -10,7 +10,7 @@ from PIL import Image
 
 from mixres.errors import UserError
 from mixres.models.family import AreaRule, ControlSizes
-from mixres.models.qwen.family import QwenFamily
+from mixres.models.qwen.family import QwenFamily, module_set
 
 
 class QwenImageEdit(QwenFamily):
@@ -20,6 +20,7 @@ class QwenImageEdit(QwenFamily):
     pipeline_class = QwenImageEditPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image-Edit",)
     controls = (1, 1)
+    controls_problem = "Qwen-Image-Edit takes exactly one control image, there are {}; give it one"
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """One area for VAE and text encoder.
@@ -34,12 +35,6 @@ class QwenImageEdit(QwenFamily):
             )
         return {"control_area": area}
 
-    def record_problem(self, *, controls: int, prompt: str) -> str | None:
-        """See `Family`."""
-        if controls != 1:
-            return f"Qwen-Image-Edit takes exactly one control image, there are {controls}; give it one"
-        return super().record_problem(controls=controls, prompt=prompt)
-
     def vae_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
         """The pipeline resizes once, for the text encoder and the VAE."""
         return self.text_controls(pipeline, controls, sizes)
@@ -49,12 +44,6 @@ class QwenImageEdit(QwenFamily):
         (control,) = controls
         return {"image": control}
 
-    @contextmanager
-    def stock_sizes(self, sizes: ControlSizes) -> Iterator[None]:
+    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
         """See `QwenFamily`. The pipeline asks for the size of its one control."""
-        stock = pipeline_qwenimage_edit.calculate_dimensions
-        pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (*sizes.vae[0], None)
-        try:
-            yield
-        finally:
-            pipeline_qwenimage_edit.calculate_dimensions = stock
+        return module_set(pipeline_qwenimage_edit, calculate_dimensions=lambda area, ratio: (*sizes.vae[0], None))

@@ -2,8 +2,8 @@
 text encoder.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from diffusers import QwenImageEditPlusPipeline
@@ -11,7 +11,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from mixres.models.family import AreaRule, ControlSizes
-from mixres.models.qwen.family import QwenFamily
+from mixres.models.qwen.family import QwenFamily, module_set
 
 STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
 _PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # how the pipeline names each control
@@ -24,17 +24,11 @@ class QwenImageEditPlus(QwenFamily):
     pipeline_class = QwenImageEditPlusPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image-Edit-2509",)
     controls = (1, 3)  # the model's authors name three as the maximum
+    controls_problem = "Qwen-Image-Edit-Plus takes 1 to 3 control images, there are {}; give it so many"
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """One area for the VAE, one for the text encoder."""
         return {"control_area": area, "text_area": STOCK_TEXT_AREA if text_area is None else text_area}
-
-    def record_problem(self, *, controls: int, prompt: str) -> str | None:
-        """See `Family`."""
-        low, high = self.controls
-        if not low <= controls <= high:
-            return f"Qwen-Image-Edit-Plus takes {low} to {high} control images, there are {controls}; give it so many"
-        return super().record_problem(controls=controls, prompt=prompt)
 
     def template_text(self, prompt: str, controls: int) -> str:
         """ "Picture 1: ...", "Picture 2: ..." and so on, then the prompt."""
@@ -44,20 +38,14 @@ class QwenImageEditPlus(QwenFamily):
         """The controls."""
         return {"image": list(controls)}
 
-    @contextmanager
-    def stock_sizes(self, sizes: ControlSizes) -> Iterator[None]:
+    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
         """See `QwenFamily`. The pipeline asks for the sizes of each control in turn, by two constants."""
-        module = pipeline_qwenimage_edit_plus
-        names = ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE", "calculate_dimensions")
-        before = {name: getattr(module, name) for name in names}
+        module, stock = pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit_plus.calculate_dimensions
+        vae, text = map(iter, sizes)
 
         def calculate_dimensions(area: Any, ratio: float) -> Any:  # of other areas, too: what it would make by default
-            return next(area) if isinstance(area, Iterator) else before["calculate_dimensions"](area, ratio)
+            return next(area) if area in (vae, text) else stock(area, ratio)
 
-        try:
-            for name, value in zip(names, (iter(sizes.vae), iter(sizes.text), calculate_dimensions), strict=True):
-                setattr(module, name, value)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(module, name, value)
+        return module_set(
+            module, VAE_IMAGE_SIZE=vae, CONDITION_IMAGE_SIZE=text, calculate_dimensions=calculate_dimensions
+        )

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,7 +37,6 @@ from mixres.models.qwen.rope import TABLE_HALF, text_start
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
-MULTIPLE_OF = 32  # to which the stock pipelines round sides
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
 # Configuration files of the stock bases, where they differ from the defaults of diffusers' classes.
@@ -50,11 +50,11 @@ _STOCK_CONFIGS = {
 class QwenFamily(Family):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
+    controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")  # those that encode
     max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
     stock_control_area = STOCK_CONTROL_AREA
     lora_presets = layers.LORA_PRESETS
-    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     comfyui_prefix = layers.COMFYUI_PREFIX
     comfyui_controls: ClassVar[str | None] = (
         "VAE Encode it for ReferenceLatent; leave vae of the text node unconnected, which would scale to 1024 x 1024"
@@ -89,6 +89,9 @@ class QwenFamily(Family):
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
+        low, high = self.controls
+        if not low <= controls <= high:
+            return self.controls_problem.format(controls)
         markers = [token for token in _VISION_TOKENS if token in prompt]
         return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
@@ -147,7 +150,7 @@ class QwenFamily(Family):
 
         def resized(rule: str) -> list[Size]:
             area = control_area(rules[rule], target) if controls else 0
-            return [control_size(control, area=area, multiple_of=MULTIPLE_OF) for control in controls]
+            return [control_size(control, area=area) for control in controls]
 
         pairs = itertools.zip_longest(resized("control_area"), aligned)
         vae = tuple(target if same else size for size, same in pairs)
@@ -292,7 +295,7 @@ class QwenFamily(Family):
         folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
-            quantization = quantization_config(quantize, self.quantize_exclusions, dtype=dtype, device=device)
+            quantization = quantization_config(quantize, layers.QUANTIZE_EXCLUSIONS, dtype=dtype, device=device)
         with _reading(folder):
             transformer = QwenImageTransformer2DModel.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
@@ -324,13 +327,13 @@ class QwenFamily(Family):
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Family`."""
-        return layers.comfyui_markers(zero_cond_t=bool(config.get("zero_cond_t")))
+        return {layers.COMFYUI_ZERO_COND_T: torch.empty(0)} if config.get("zero_cond_t") else {}
 
     # Sampling.
 
     def default_size(self, control: Size | None) -> Size:
         """See `Family`: 1024 x 1024 pixels in area, square without a control."""
-        return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA, multiple_of=MULTIPLE_OF)
+        return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA)
 
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
@@ -392,9 +395,8 @@ class QwenFamily(Family):
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
         vae = pipeline.vae
-        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
-        mean, std = statistics.view(2, -1, 1, 1, 1)
         unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)
+        mean, std = _statistics(vae, unpacked)
         pixels = vae.decode((unpacked * std + mean)[None], return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
@@ -409,10 +411,14 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
     vae = pipeline.vae
     pixels = _vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = (
-        torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = _statistics(vae, latents)
     return pack_latents(((latents - mean) / std)[0]).cpu()
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, to be broadcast over `(B, C, frames, rows, columns)`."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return torch.tensor(mean).view(1, -1, 1, 1, 1).to(latents), torch.tensor(std).view(1, -1, 1, 1, 1).to(latents)
 
 
 def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
@@ -456,6 +462,17 @@ def _filled_with_noise(
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
     return transformer.eval()
+
+
+@contextmanager
+def module_set(module: ModuleType, **values: Any) -> Iterator[None]:
+    """Within it a stock module has these values."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)
 
 
 @contextmanager
