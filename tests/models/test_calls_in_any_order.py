@@ -58,7 +58,7 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
     image = QwenImageEdit("").sample_image(
         pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
-        areas={"control_area": 64 * 64},
+        sizes=QwenImageEdit("").control_sizes(size, [Size(*control.size)], {"control_area": 64 * 64}),
     )  # fmt: skip
     handle.remove()
     assert len(seen) == 2 and pipeline.transformer.training

@@ -70,7 +70,7 @@ def stock(case: FamilyCase, base: Path, dtype: torch.dtype) -> Any:
 def encode(
     case: FamilyCase, encoders: Any, controls: list[Image.Image], prompt: str, size: Size = TARGETS[1], **call: Any
 ) -> Sample:
-    call = {"areas": case.areas} | call
+    call = {"sizes": case.sizes(size, controls)} | call
     target = photograph(Size(170, 90), 2)
     return case.at("").encode(
         encoders, name="a", target=target, target_size=size, controls=controls, prompt=prompt, **call
@@ -82,7 +82,7 @@ class _CapturedError(Exception):
 
 
 def transformer_arguments(
-    pipeline: Any, case: FamilyCase, areas: dict[str, int], controls: list[Image.Image], size: Size, prompt: str
+    pipeline: Any, case: FamilyCase, areas: dict[str, int], controls: list[Image.Image], size: Size, **call: Any
 ) -> dict[str, Any]:
     """What the stock pipeline hands to its transformer at step 0."""
     captured: dict[str, Any] = {}
@@ -93,17 +93,24 @@ def transformer_arguments(
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     with pytest.raises(_CapturedError):
-        stock_image(pipeline, case, areas, controls, size, prompt=prompt)
+        stock_image(pipeline, case, areas, controls, size, **call)
     handle.remove()
     return captured
 
 
 def stock_image(
-    pipeline: Any, case: FamilyCase, areas: dict[str, int], controls: list[Image.Image], size: Size, **call: Any
+    pipeline: Any,
+    case: FamilyCase,
+    areas: dict[str, int],
+    controls: list[Image.Image],
+    size: Size,
+    *,
+    aligned: Size | None = None,
+    **call: Any,
 ) -> Image.Image:
     """In three steps, of seed 7, without guidance unless `call` has it."""
     call = {"true_cfg_scale": 1.0, "generator": torch.Generator().manual_seed(7)} | call
-    with case.stock_areas(areas):
+    with case.stock_areas(areas, aligned):
         made = pipeline(**case.call(controls), width=size.width, height=size.height, num_inference_steps=3, **call)
     image: Image.Image = made.images[0]
     return image
@@ -126,8 +133,12 @@ def test_a_sample_is_what_the_stock_transformer_is_handed(case: FamilyCase, enco
         count, first = case.controls[number % len(case.controls)], number // 3
         areas, size = ((case.areas, TARGETS[1]), (larger, TARGETS[2]))[first]
         controls = images(count, first)
-        sample = encode(case, encoders, controls, prompt, size, areas=areas)
-        seen = transformer_arguments(stock, case, areas, controls, size, prompt)
+        same = number % 2 == 1  # the stock pipeline's resize function returns the target's size
+        sizes = case.sizes(size, controls, areas, aligned=same)
+        sample = encode(case, encoders, controls, prompt, size, sizes=sizes)
+        assert not same or len(set(sample.img_shapes)) == 1
+        aligned = size if same else None
+        seen = transformer_arguments(stock, case, areas, controls, size, prompt=prompt, aligned=aligned)
         assert seen["encoder_hidden_states_mask"] is None
         assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
         assert [list(sample.img_shapes)] == seen["img_shapes"]
@@ -182,7 +193,7 @@ def test_a_predicted_velocity_is_that_of_the_stock_call(
     """At step 0 the stock pipeline's sigma is 1; the transformer here is the patched one."""
     controls, size = images(max(case.controls)), Size(64, 48)
     sample = encode(case, encoders, controls, PROMPTS[0], size)
-    seen = transformer_arguments(stock, case, case.areas, controls, size, PROMPTS[0])
+    seen = transformer_arguments(stock, case, case.areas, controls, size, prompt=PROMPTS[0])
     transformer = case.at(base).load_transformer(dtype=stock.vae.dtype, device="cpu")
     assert transformer.zero_cond_t is case.zero_cond_t
     batch, latents = batch_of([sample], "padded"), seen["hidden_states"].float()
@@ -207,13 +218,15 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
     assert sampling.text_encoder is None and sampling.tokenizer is None
     size = Size(64, 48)
     for count in sorted(set(case.controls)):
-        embeds = encode(case, encoders, images(count), PROMPTS[0]).prompt_embeds
-        call: dict[str, Any] = {"controls": images(count), "prompt_embeds": embeds, "size": size, "steps": 3, "seed": 7}
-        call["areas"] = case.areas
-        expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0])
-        made = case.at("").sample_image(sampling, **call)
-        assert made.size == tuple(size)
-        assert largest_difference(made, expected) <= 1
+        for aligned in (size, None):
+            sizes = case.sizes(size, images(count), aligned=aligned is not None)
+            embeds = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).prompt_embeds
+            call: dict[str, Any] = {"controls": images(count), "prompt_embeds": embeds, "sizes": sizes}
+            call |= {"size": size, "steps": 3, "seed": 7}
+            expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
+            made = case.at("").sample_image(sampling, **call)
+            assert made.size == tuple(size)
+            assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
     negative = encode(case, encoders, images(count), PROMPTS[1]).prompt_embeds
     changes: list[dict[str, Any]] = [{"negative_embeds": negative, "guidance": 4.0}]
@@ -221,7 +234,7 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
     if count:
         changes += [
             {"controls": [*images(count)[:-1], photograph(CONTROLS[0], 3)]},
-            {"areas": case.areas | {"control_area": 64 * 64}},
+            {"sizes": case.sizes(size, images(count), case.areas | {"control_area": 64 * 64})},
         ]
     others = [case.at("").sample_image(sampling, **(call | change)) for change in changes]
     assert all(largest_difference(other, expected) > 2 for other in others)

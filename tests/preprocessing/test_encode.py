@@ -18,7 +18,7 @@ from mixres.data.scan import scan
 from mixres.errors import UserError, WorkError
 from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries
 from mixres.preprocessing.fill import encode, encode_all, keyed_records
-from mixres.preprocessing.training_data import control_areas, image_limits
+from mixres.preprocessing.training_data import image_limits
 from support.caching import CONTROLS, TARGETS, Caching, same
 from support.family_cases import CASES, FamilyCase, with_family
 
@@ -173,7 +173,7 @@ def test_what_is_read_back_is_what_the_family_encodes(caching: Caching, dtype: s
             controls=[read_image(path, Limits()) for path in record.controls],
             prompt=record.prompt,
             mask=Image.open(mask).convert("L") if record.mask else None,
-            areas={"control_area": 4096},
+            sizes=sample.control_sizes,
         )
         assert same(encoded.cache.read(sample.key), direct)
     assert [sample.entry.has_mask for sample in encoded.train] == [True, False]
@@ -218,8 +218,7 @@ def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
     encoders = family.load_encoders(dtype=torch.float32, device="cpu")
     for sample in encoded.train[:3]:
         controls = [read_image(path, image_limits(config)) for path in sample.record.controls]
-        areas = control_areas(config, family, sample.target_size)
-        empty = family.encode_prompt(encoders, controls=controls, prompt="", areas=areas)
+        empty = family.encode_prompt(encoders, controls=controls, prompt="", sizes=sample.control_sizes)
         cached = encoded.cache.read(sample.key).empty_embeds
         assert cached is not None and torch.equal(cached, empty)
         assert 0 < sample.lengths.empty_text == len(empty) < sample.lengths.text

@@ -39,21 +39,13 @@ def test_the_stock_areas_are_the_pipelines_own() -> None:
             assert stock.calculate_dimensions(area, size.width / size.height)[:2] == control_size(size, area=area)
 
 
-@pytest.mark.parametrize(
-    ("stock", "family", "given"),
-    [
-        (stock_edit, QwenImageEdit(""), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
-        (stock_plus, QwenImageEditPlus(""), AREA),
-    ],
-)
-def test_other_areas_hold_for_a_while_and_no_side_is_zero(stock: ModuleType, family: QwenFamily, given: int) -> None:
+@pytest.mark.parametrize(("stock", "family"), [(stock_edit, QwenImageEdit("")), (stock_plus, QwenImageEditPlus(""))])
+def test_other_sizes_hold_for_a_while_and_no_side_is_zero(stock: ModuleType, family: QwenFamily) -> None:
     before, areas = {**vars(stock)}, {"control_area": AREA, "text_area": TEXT_AREA}
-    with family.stock_areas(areas):
-        for size in (*SIZES, Size(9000, 3)):
-            assert stock.calculate_dimensions(given, size.width / size.height)[:2] == control_size(size, area=AREA)
-        if stock is stock_plus:
-            assert (stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE) == (AREA, TEXT_AREA)
-    with pytest.raises(ZeroDivisionError), family.stock_areas(areas):
+    sizes = family.control_sizes(Size(64, 64), (*SIZES, Size(9000, 3)), areas)
+    assert sizes.vae == tuple(control_size(size, area=AREA) for size in (*SIZES, Size(9000, 3)))
+    assert min(min(size) for size in (*sizes.vae, *sizes.text)) == 32
+    with pytest.raises(ZeroDivisionError), family.stock_sizes(sizes):
         raise ZeroDivisionError
     assert vars(stock) == before
 
