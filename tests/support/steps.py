@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Lengths
+from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
@@ -86,11 +86,6 @@ def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def lengths_of(index: int) -> Lengths:
-    shapes, text = SAMPLES[index]
-    return Lengths(text, sum(grid.tokens for grid in shapes), shapes[0].tokens)
-
-
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
     return kind(
         predict_velocity=QwenImageEdit("").predict_velocity,
@@ -144,7 +139,7 @@ class Recorded:
 
 
 def record(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], divisor: int | None = None
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], clip: float = 1e9
 ) -> Recorded:
     optimizer = Recorder(trainable_parameters(model))
     result = run_step(
@@ -155,8 +150,8 @@ def record(
         iter(batches),
         count=len(batches),
         step=5,
-        divisor=divisor or divisor_of(objective),
-        max_grad_norm=1e9,
+        divisor=divisor_of(objective),
+        max_grad_norm=clip,
     )
     return Recorded(result, optimizer.gradients)
 
