@@ -22,17 +22,6 @@ def open_run(folder: Path, *, rank: int = 0, **options: float) -> RunFolder:
     return RunFolder(folder, verb="train", max_train_steps=10, rank=rank, **options)
 
 
-def test_the_status_names_who_runs_and_how_far(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "run"
-    with open_run(folder) as held:
-        first = status(folder)
-        who = {"verb": "train", "max_train_steps": 10, "host": socket.gethostname(), "pid": os.getpid()}
-        assert ({"state": "running", "exit_code": None, "step": 0} | who).items() <= first.items()
-        held.update(step=7)
-        assert status(folder) == first | {"step": 7, "updated": status(folder)["updated"]}
-    assert {"state": "done", "exit_code": 0, "reason": None, "step": 7}.items() <= status(folder).items()
-
-
 @pytest.mark.parametrize(
     ("error", "state", "code"),
     [

@@ -14,7 +14,7 @@ from mixres.data.images import read_image
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
-from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid, save_png
+from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid
 from support.family_cases import with_family
 from support.jobs import names
 from support.steps import moved_average
@@ -49,13 +49,6 @@ def test_images_stand_in_their_columns_and_rows_with_their_own_aspect() -> None:
     ]  # fmt: skip
     assert below > top + CELL, "the caption stands between the rows"
     assert (np.asarray(grid.crop((left, below, left + step, below + 112))) == 255).all()
-
-
-def test_captions_in_any_script_are_in_the_files_metadata(tmp_path: Path) -> None:
-    captions = ["swap red and blue", "交换红色和蓝色", "line\nbreak"]
-    save_png(plain(8, 8, "red"), tmp_path / "a.png", captions)
-    with Image.open(tmp_path / "a.png") as image:
-        assert [image.text[f"caption-{number}"] for number in range(3)] == captions
 
 
 def test_what_a_font_cannot_draw_is_said_to_be_in_the_metadata() -> None:
