@@ -176,9 +176,7 @@ def _log_skip(result: StepResult, done: int, skips: Skips, max_skips: int, *, is
     """
     if not result.skipped:
         return
-    shown = ", ".join(result.skipped[:_SHOWN_NAMES])
-    if (more := len(result.skipped) - _SHOWN_NAMES) > 0:
-        shown += f" and {more} more"
+    shown = f"{', '.join(result.skipped[:_SHOWN_NAMES])} ({len(result.skipped)} in all)"
     what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
     if skips.consecutive > max_skips:
         raise WorkError(
@@ -220,8 +218,6 @@ def _log_start(trained: TrainState, plan: Plan, first: int, changed: list[str]) 
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
-    if plan.caption_dropout:
-        log(f"          each sample trains on the empty prompt in {plan.caption_dropout:.1%} of the steps it is in")
     if model.lora and model.lora.lora_dropout > 0:
         log("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
     for change in changed:
