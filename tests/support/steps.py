@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Lengths
+from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
@@ -78,11 +78,6 @@ def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def lengths_of(index: int) -> Lengths:
-    shapes, text = SAMPLES[index]
-    return Lengths(text, sum(grid.tokens for grid in shapes), shapes[0].tokens)
-
-
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
     return kind(
         predict_velocity=QwenImageEdit("").predict_velocity,
@@ -123,16 +118,15 @@ class Recorded:
 
 
 def record(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], divisor: int | None = None
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], clip: float = 1e9
 ) -> Recorded:
     """A step whose update changes nothing, and the gradients that it saw."""
     parameters, gradients = trainable_parameters(model), {}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: gradients.update({name: p.grad for name, p in parameters.items()}))
-    divisor = divisor or divisor_of(objective)
-    batches, count = iter(batches), len(batches)
+    batches, count, divisor = iter(batches), len(batches), divisor_of(objective)
     result = run_step(
-        accelerator, model, optimizer, objective, batches, count=count, step=5, divisor=divisor, max_grad_norm=1e9
+        accelerator, model, optimizer, objective, batches, count=count, step=5, divisor=divisor, max_grad_norm=clip
     )
     return Recorded(result, gradients)
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from accelerate import Accelerator
 
 from mixres import atomic
 from mixres.config.load import dump_config, public_config
@@ -24,7 +23,6 @@ from mixres.config.schema import Config
 from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
-from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import any_rank, assert_same_on_all_ranks, dist_env, gather, make_accelerator
@@ -107,14 +105,14 @@ def train(config: Config) -> None:
         objective = build_objective(config, family)
         loader = build_loader(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         if run.is_main:
-            _log_start(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
+            _log_start(trained, plan, first, changes(checkpoint, identity, public))
 
         # What watches the run.
         metrics = stack.enter_context(MetricsLog(folder if run.is_main else None, step=first))
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
-        sample = grid_writer(config, accelerator, family, trained, encoded, run, tracker.log_image)
+        sample = grid_writer(trained, encoded, run, tracker.log_image)
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.is_main))
-        evaluate = HeldOutLoss(config, accelerator, objective, trained, encoded, run, (metrics.write, tracker.log))
+        evaluate = HeldOutLoss(trained, objective, encoded, run, (metrics.write, tracker.log))
 
         run.stop_between_steps()
         if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
@@ -159,10 +157,10 @@ def train(config: Config) -> None:
             sample(done)
         if any_rank(accelerator, run.stop_requested):
             raise Stopped("stopped by a signal after the last step, which is saved: run the same command to resume")
-        result_path = write_results(config, family, trained, folder, step=done, keep=run.is_main)
+        result_path = write_results(trained, folder, step=done, keep=run.is_main)
         accelerator.wait_for_everyone()
         if run.is_main:
-            _log_end(config, result_path, family, encoded.train, skips, tracker.folder, sampled=sample is not None)
+            _log_end(trained, result_path, encoded.train, skips, sampled=sample is not None)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -178,9 +176,7 @@ def _log_skip(result: StepResult, done: int, skips: Skips, max_skips: int, *, is
     """
     if not result.skipped:
         return
-    shown = ", ".join(result.skipped[:_SHOWN_NAMES])
-    if (more := len(result.skipped) - _SHOWN_NAMES) > 0:
-        shown += f" and {more} more"
+    shown = f"{', '.join(result.skipped[:_SHOWN_NAMES])} ({len(result.skipped)} in all)"
     what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
     if skips.consecutive > max_skips:
         raise WorkError(
@@ -209,12 +205,9 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
     }
 
 
-def _log_start(
-    config: Config, accelerator: Accelerator, trained: TrainState, plan: Plan, first: int, changed: list[str]
-) -> None:
-    model, train = config.model, config.train
-    name = model.pretrained_model_name_or_path
-    log(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
+def _log_start(trained: TrainState, plan: Plan, first: int, changed: list[str]) -> None:
+    model, train, device = trained.config.model, trained.config.train, trained.accelerator.device
+    log(f"model     {model.pretrained_model_name_or_path}, {model.dtype} on {device}, autocast {train.mixed_precision}")
     for line in trained.lines():
         log(line)
     epochs = math.ceil(train.max_train_steps / plan.steps_per_epoch)
@@ -225,8 +218,6 @@ def _log_start(
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
-    if plan.caption_dropout:
-        log(f"          each sample trains on the empty prompt in {plan.caption_dropout:.1%} of the steps it is in")
     if model.lora and model.lora.lora_dropout > 0:
         log("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
     for change in changed:
@@ -234,15 +225,9 @@ def _log_start(
 
 
 def _log_end(
-    config: Config,
-    result: Path,
-    family: Family,
-    samples: Sequence[CachedSample],
-    skips: Skips,
-    tracked: Path | None,
-    *,
-    sampled: bool,
+    trained: TrainState, result: Path, samples: Sequence[CachedSample], skips: Skips, *, sampled: bool
 ) -> None:
+    config = trained.config
     folder = Path(config.logging.output_dir)
     if skips.total:
         log(f"skipped   {skips.total} steps whose numbers were not finite, see {folder / 'metrics.jsonl'}")
@@ -250,9 +235,7 @@ def _log_end(
     if sampled:
         log(f"samples   {folder / 'samples'}")
     log(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
-    if tracked:
-        log(f"tracker   {tracked}")
-    images = " --image IMAGE" * family.controls[0]
+    images = " --image IMAGE" * trained.family.controls[0]
     sizes = sorted((sample.target_size for sample in samples), key=math.prod)
     size = sizes[len(sizes) // 2]  # the stock pipelines' default may be far from what was trained
     how = f"--size {size} --steps {config.sample.steps}"
