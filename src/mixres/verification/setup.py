@@ -147,20 +147,15 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
-    before = _reset_peak()
-    work()
-    peak = _proc_bytes("/proc/self/status", "VmHWM")
-    return None if before is None or peak is None else max(0, peak - before)
-
-
-def _reset_peak() -> int | None:
-    """Give freed memory back and reset Linux's high-water mark; returns the bytes that are resident."""
-    try:
+    try:  # give freed memory back, and reset Linux's high-water mark
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError):
         return None
-    return _proc_bytes("/proc/self/status", "VmRSS")
+    before = _proc_bytes("/proc/self/status", "VmRSS")
+    work()
+    peak = _proc_bytes("/proc/self/status", "VmHWM")
+    return None if before is None or peak is None else max(0, peak - before)
 
 
 def _proc_bytes(file: str, field: str) -> int | None:
@@ -170,8 +165,6 @@ def _proc_bytes(file: str, field: str) -> int | None:
 
 def _proc_field(file: str, field: str) -> str | None:
     """The value of the first line of this name; None on a system without such files."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
+    path = Path(file)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
