@@ -34,6 +34,7 @@ from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
 from mixres.models.registry import load_family
+from mixres.preprocessing.training_data import check_folder
 from mixres.training.checkpoint import MANIFEST, Checkpoint, problem_of
 from mixres.training.setup import recipe
 
@@ -47,12 +48,6 @@ _HEADROOM = 2**24  # bytes beside the tensors: headers, JSON
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-_USE = {
-    ("diffusers", False): "pipeline.load_lora_weights({out!r})",
-    ("diffusers", True): "load {out!r} by from_pretrained, as the pipeline's transformer",
-    ("comfyui", False): "put it in ComfyUI/models/loras",
-    ("comfyui", True): "put it in ComfyUI/models/diffusion_models",
-}
 # By layer: A `(r, inputs)`, B `(outputs, r)` and, of a DoRA, the magnitudes `(outputs,)`.
 Adapters = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
 
@@ -106,10 +101,9 @@ def make_request(**given: Any) -> Request:
         raise UserError("--base: has no effect where no LoRA is merged into it: leave it out")
     if result.lora and result.lora.use_dora and not diffusers and not merge:
         raise UserError(f"--format: ComfyUI does not apply the DoRA {result.path} as it was trained: add --merge")
-    if not result.lora and diffusers:
-        raise UserError(f"{_KEY}: {result.path} holds all weights in diffusers' format as it is: copy it")
-    if not result.lora and not merge:
-        raise UserError(f"--merge: not given, and {result.path} holds all weights and no LoRA: add it")
+    if not result.lora and (diffusers or not merge):
+        use = "copy it, or write --format comfyui --merge"
+        raise UserError(f"{_KEY}: {result.path} holds all weights, in diffusers' format already: {use}")
     model = _find_model(result, asked.base) if merge else None
     out = asked.out.expanduser()
     needed = sum(tensor.nbytes for tensor in model.tensors.values()) if model else len(lora)
@@ -175,8 +169,6 @@ def read_model_files(folder: Path, key: str) -> ModelFiles:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
         files = {name: _read_shapes(folder / name) for name in sorted(set(where.values())) or [_SINGLE]}
-        if where and where != {name: file for file, part in files.items() for name in part}:
-            raise ValueError(f"{INDEX} does not fit the files beside it")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{key}: {folder} cannot be read: {error}; download it again, or name another") from error
     return ModelFiles(folder, config, files)
@@ -200,9 +192,8 @@ def _check_out(out: Path, needed: int, *, suffix: str) -> None:
         raise UserError(f"--out: {printable(out)} should be {kind}: rename it")
     if os.path.lexists(out):
         raise UserError(f"--out: {printable(out)} exists and is not overwritten: choose another name, or remove it")
-    there = next((path for path in out.absolute().parents if path.exists()), Path("/"))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out: {printable(there)} cannot be written: choose another folder")
+    check_folder(out.parent, key="--out")
+    there = next(path for path in out.absolute().parents if path.exists())
     if (free := shutil.disk_usage(there).free) < needed:
         raise UserError(f"--out: {printable(there)} has {free:,} bytes free and {needed:,} are needed: make room")
 
@@ -229,7 +220,6 @@ def export(request: Request) -> None:
         else:
             atomic.write_bytes(partial, request.lora)
     log(f"result    {out}")
-    log(f"use       {_USE[request.format, model is not None].format(out=str(out))}")
 
 
 def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: Adapters) -> None:
@@ -291,8 +281,6 @@ def comfyui_tensors(adapters: Adapters, alpha: float, prefix: str) -> dict[str, 
     17358c8f73b5 (`load_lora`), comfy/weight_adapter/lora.py at 6f98b150e065.
     """
     number = torch.tensor(alpha, dtype=torch.float32)  # which all programs read
-    if float(number) != alpha:
-        number = torch.tensor(alpha, dtype=torch.float64)
     tensors: dict[str, Tensor] = {}
     for layer, (down, up, magnitude) in adapters.items():
         assert magnitude is None, layer
