@@ -147,26 +147,19 @@ def test_merged_weights_give_the_outputs_of_base_and_adapters(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_merge_rounds_once_to_the_base_and_leaves_all_else_as_it_was(
-    tiny_base: Path, lora: Path, tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path, lora: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     narrow, wide = (shutil.copytree(tiny_base, tmp_path / name) for name in ("narrow", "wide"))
     transformer = QwenImageTransformer2DModel.from_pretrained(tiny_base, subfolder="transformer").to(dtype)
     transformer.save_pretrained(narrow / "transformer")
     transformer.float().save_pretrained(wide / "transformer")
     exact = stored(run_export(lora, tmp_path / "exact", "diffusers", merge=True, base=wide))
-    capsys.readouterr()
     rounded = stored(run_export(lora, tmp_path / "rounded", "diffusers", merge=True, base=narrow))
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("rounding"))
     assert bits(rounded) == bits({name: tensor.to(dtype) for name, tensor in exact.items()})
     before = stored(narrow / "transformer")
     changed = {name for name in before if not torch.equal(before[name], rounded[name])}
     layers = {name.partition(".")[2].partition(".lora_")[0] for name in stored(lora)}
     assert changed == {f"{layer}.weight" for layer in layers}
-    lost, moved = (
-        sum(float((a[n].double() - exact[n].double()).norm()) ** 2 for n in changed) ** 0.5 for a in (rounded, before)
-    )
-    fraction = float(line.partition(" of what")[0].rpartition(" ")[2].rstrip("%")) / 100
-    assert 0 < fraction == pytest.approx(lost / moved, abs=6e-5)
 
 
 def test_a_base_in_several_files_stays_in_them(split: Path, lora: Path, tmp_path: Path) -> None:
@@ -397,7 +390,7 @@ def test_a_lora_whose_base_is_gone_is_exported_but_not_merged(tiny_base: Path, t
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     tiny_base: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = sum(tensor.nbytes for tensor in stored(tiny_base / "transformer").values()) + 2**24
+    needed = sum(tensor.nbytes for tensor in stored(tiny_base / "transformer").values())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     out = tmp_path / "new" / "out"
     with pytest.raises(UserError, match=f"{needed - 1:,} bytes free and {needed:,} are needed: make room"):

@@ -209,7 +209,7 @@ def test_the_most_different_samples_are_taken() -> None:
     assert chosen(10_000) == ["short", "long", "tall", "wordy"]
     # 2 x (12 + 404) fit, three rows of that do not: the extremes in length come first.
     assert chosen(832) == ["short", "long"] and "long" not in chosen(831)
-    with pytest.raises(UserError, match=r"batch\.max_tokens: no two of the 9 training samples fit 20 tokens together"):
+    with pytest.raises(UserError, match=r"batch\.max_tokens: no two of 9 training samples fit 20 tokens: raise it"):
         chosen(20)
 
 

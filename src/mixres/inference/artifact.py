@@ -5,7 +5,8 @@ before a weight is read. Cost: a file's header and a few JSON files of the base.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -123,11 +124,9 @@ def find_base(result: RunResult, given: str | None, key: str) -> Family:
     path = recipe["base"] if given is None else given
     revision = recipe.get("revision") if path == recipe["base"] else None
     what = key if given is not None else f"{key}: not given, and {result.path} names {path!r}"
-    try:
+    with renamed(what):
         family = load_family(None, path, revision=revision)
         problem = _base_problem(family, result)
-    except UserError as error:
-        raise renamed(error, what) from error
     if problem:
         raise UserError(f"{what}: {path} does not fit {result.path}: {problem}; name another")
     return family
@@ -144,17 +143,19 @@ def find_quantization(
     stated: Method | None = result.recipe.get("quantize") if result.lora else None
     method = stated if given is None else None if given == "null" else given
     if method:
-        try:
+        what = key if given else f"{key}: not given, and {result.path} was trained with {method}"
+        with renamed(what, of=quantize.KEY):
             check_method(method, device)
-        except UserError as error:
-            what = key if given else f"{key}: not given, and {result.path} was trained with {method}"
-            raise renamed(error, what, of=quantize.KEY) from error
     return method
 
 
-def renamed(error: UserError, key: str, *, of: str = hub.KEY) -> UserError:
-    """`error` with `key` in place of the configuration's key `of`, the base unless said otherwise."""
-    return UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages])
+@contextmanager
+def renamed(key: str, *, of: str = hub.KEY) -> Iterator[None]:
+    """Messages name `key` in place of the configuration's key `of`, the base unless said otherwise."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages]) from error
 
 
 def _base_problem(family: Family, result: RunResult) -> str | None:

@@ -8,7 +8,6 @@ once and written once, with one tensor in memory. A killed export leaves a folde
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import TRANSFORMER, RunResult, find_base, find_result, renamed
 from mixres.inference.options import options
 from mixres.models.hub import pipeline_folder
-from mixres.models.lora import add_lora, trainable_parameters
+from mixres.models.lora import add_lora
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
 from mixres.models.registry import load_family
 from mixres.preprocessing.training_data import check_folder
@@ -44,7 +43,6 @@ _SINGLE = "diffusion_pytorch_model.safetensors"
 _SUFFIX = ".safetensors"
 _KEY = "RUN"
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
-_HEADROOM = 2**24  # bytes beside the tensors: headers, JSON
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -89,7 +87,7 @@ class _Options(BaseModel):
 
 
 def make_request(**given: Any) -> Request:
-    """The options of the command line by name; None stands for one that is not given.
+    """The options of the command line by name.
 
     Raises:
         UserError: the first that is wrong.
@@ -107,7 +105,7 @@ def make_request(**given: Any) -> Request:
     model = _find_model(result, asked.base) if merge else None
     out = asked.out.expanduser()
     needed = sum(tensor.nbytes for tensor in model.tensors.values()) if model else len(lora)
-    _check_out(out, needed + _HEADROOM, suffix="" if diffusers and merge else _SUFFIX)
+    _check_out(out, needed, suffix="" if diffusers and merge else _SUFFIX)
     return Request(result, lora, model, asked.format, out)
 
 
@@ -132,9 +130,6 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
         presets=family.lora_presets,
     )
     weights = checkpoint.tensors("trainable")
-    expected = {name: parameter.shape for name, parameter in trainable_parameters(skeleton).items()}
-    if expected != {name: weight.shape for name, weight in weights.items()}:
-        raise UserError(f"{_KEY}: {path} does not fit the config.yaml of its run: export the run's result")
     stated = recipe(config, family, checkpoint.step)
     names = [name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)]
     layers = {name: (weights[name + _DOWN].shape[1], weights[name + _UP].shape[0]) for name in names}
@@ -147,10 +142,8 @@ def _find_model(result: RunResult, base: str | None) -> ModelFiles:
     if result.lora is None:
         return read_model_files(result.path, _KEY)
     family = find_base(result, base, "--base")
-    try:
+    with renamed("--base"):
         folder = pipeline_folder(family.path, (TRANSFORMER,), revision=family.revision) / TRANSFORMER
-    except UserError as error:
-        raise renamed(error, "--base") from error
     model = read_model_files(folder, "--base")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
     if any(shapes.get(f"{layer}.weight") != sides[::-1] for layer, sides in result.lora.layers.items()):
@@ -228,21 +221,14 @@ def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: 
     stated = {**result.recipe, "merged": True} if adapters else result.recipe
     file_of = {name: model.folder / file for file, part in model.files.items() for name in part}
     markers = result.family.comfyui_markers(model.config) if request.format == "comfyui" else {}
-    changed = lost = 0.0  # squared norms: what the adapters change, and what rounding loses of it
 
     def merged(name: str) -> Tensor:
-        nonlocal changed, lost
         if name in markers:
             return markers[name]
         with safe_open(file_of[name], "pt") as file:
             weight: Tensor = file.get_tensor(name)
-        if name.removesuffix(".weight") not in adapters:
-            return weight
-        exact = merged_weight(weight, *adapters[name.removesuffix(".weight")], alpha=alpha)
-        rounded = exact.to(weight.dtype)
-        changed += float(torch.linalg.vector_norm(exact - weight)) ** 2
-        lost += float(torch.linalg.vector_norm(exact - rounded)) ** 2
-        return rounded
+        adapter = adapters.get(name.removesuffix(".weight"))
+        return merged_weight(weight, *adapter, alpha=alpha).to(weight.dtype) if adapter else weight
 
     if request.format == "comfyui":
         write_tensors(partial, model.tensors | markers, merged, stated)
@@ -254,10 +240,6 @@ def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: 
             if (model.folder / name).is_file():
                 atomic.write_bytes(partial / name, (model.folder / name).read_bytes())
         atomic.write_json(partial / RECIPE_FILE, stated)
-    if changed:
-        dtype = _DTYPE_NAMES[model.tensors[f"{next(iter(adapters))}.weight"].dtype]
-        fraction = math.sqrt(lost / changed)
-        log(f"rounding  to {dtype} moves the weights by {fraction:.2%} of what the adapters move them by")
 
 
 def merged_weight(weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | None, *, alpha: float) -> Tensor:

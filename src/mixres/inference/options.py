@@ -23,13 +23,12 @@ def validated(model: type[M], values: Mapping[str, Any], shown: Callable[[str], 
 
 
 def options(model: type[M], given: Mapping[str, Any], **shown: str) -> M:
-    """A `model` of the command line's options, where None stands for one that is not given.
+    """A `model` of the command line's options.
 
     Raises:
         UserError: as `validated`; a key is named as its option, or as `shown` has it.
     """
-    values = {name: value for name, value in given.items() if value is not None}
-    return validated(model, values, lambda key: shown.get(key, f"--{key.replace('_', '-')}"))
+    return validated(model, given, lambda key: shown.get(key, f"--{key.replace('_', '-')}"))
 
 
 def _lines(error: ValidationError, shown: Callable[[str], str]) -> Iterator[str]:

@@ -141,7 +141,7 @@ Embeds = tuple[Tensor, Tensor | None]  # `(T, D)` of a prompt and, with guidance
 
 
 def make_request(**given: Any) -> Request:
-    """The options of the command line by name, as text or typed; None stands for one that is not given.
+    """The options of the command line by name, as text or typed.
 
     Raises:
         UserError: the first option that is wrong, or every problem of the prompts and control images.
@@ -255,9 +255,8 @@ def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> I
 def _free_paths(folder: Path, count: int) -> list[Path]:
     """`0001.png` and so on, after the numbers that are taken in the folder."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    last = max((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), default=0) + count
-    digits = max(4, len(str(last)))
-    return [folder / f"{number:0{digits}d}.png" for number in range(last - count + 1, last + 1)]
+    last = max((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), default=0)
+    return [folder / f"{number:04d}.png" for number in range(last + 1, last + 1 + count)]
 
 
 # What is made of it.
@@ -272,13 +271,10 @@ def sample(request: Request) -> None:
     """
     folder = request.jobs[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    quantized = f", weights in {request.quantize}" if request.quantize else ""
-    log(f"model     {request.family.path}, {request.dtype}{quantized} on {request.device}")
+    log(f"model     {request.family.path}, {request.quantize or request.dtype} on {request.device}")
     log(f"weights   {printable(request.result.path)}")
-    try:
+    with renamed("--base"):
         _make_images(request)
-    except UserError as error:
-        raise renamed(error, "--base") from error
     if request.options.compare:
         _write_grids(request)
     log(f"images    {printable(folder)}")

@@ -65,9 +65,7 @@ def show_results(config: Config) -> list[str]:
     encoded = encode_all(config, family, device=torch.device("cpu"))
     if not encoded.held_out:
         raise UserError("data.held_out: name the pairs to show")
-    model = config.model
-    dtype = getattr(torch, model.dtype)
-    transformer = family.load_transformer(dtype=dtype, device="cpu")
+    transformer = family.load_transformer(dtype=getattr(torch, config.model.dtype), device="cpu")
     sampler = HeldOutSampler(config, family, transformer, encoded)
     before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="image", disable=None)]
     sampler.pipeline.load_lora_weights(run, weight_name=_LORA)

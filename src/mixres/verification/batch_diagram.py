@@ -62,12 +62,13 @@ def padded_segments(batch: Batch, b: int) -> list[Segment]:
     text, *images = sample_segments(batch, b)
     text_padding = batch.prompt_embeds.shape[1] - text[1]
     image_padding = batch.latents.shape[1] - sum(tokens for _, tokens in images)
-    return [text, ("padding", text_padding), *images, ("padding", image_padding)]
+    row = [text, ("padding", text_padding), *images, ("padding", image_padding)]
+    return [(what, tokens) for what, tokens in row if tokens]
 
 
 def masked_segments(segments: Sequence[Segment]) -> list[Segment]:
     """The row's mask as stretches of equal values: padding is masked, all else attended."""
-    keys = [("masked key" if what == "padding" else "attended key", tokens) for what, tokens in segments if tokens]
+    keys = [("masked key" if what == "padding" else "attended key", tokens) for what, tokens in segments]
     return [(what, sum(tokens for _, tokens in group)) for what, group in groupby(keys, key=lambda key: key[0])]
 
 
@@ -101,8 +102,6 @@ class _Canvas:
         self.draw.text((_MARGIN, self.top + 4), label, fill="black", font=self.font)
         first = 0
         for what, tokens in segments:
-            if not tokens:
-                continue
             left, right = (_LEFT + round(x * self.scale) for x in (first, first + tokens))
             self.draw.rectangle(
                 (left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white"

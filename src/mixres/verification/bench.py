@@ -83,8 +83,7 @@ def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUN
     family, source = _synthetic_source(config) if synthetic else _cached_source(config, device)
     work = make_work(config, source)
     setup = set_up(config, family, accelerator)
-    note = "random weights and samples, " if synthetic else ""
-    log(f"model     {config.model.pretrained_model_name_or_path}, {note}{precision_label(config)} on {device}")
+    log(f"model     {config.model.pretrained_model_name_or_path}, {precision_label(config)} on {device}")
     first = {way: steps[0] for way, steps in work.items()}
     _seconds(setup, first[BASELINE])  # the optimizer's state is made here
     peaks = {way: peak_memory(device, partial(_seconds, setup, step)) for way, step in first.items()}

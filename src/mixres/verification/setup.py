@@ -52,10 +52,8 @@ def one_process(config: Config, verb: str) -> Accelerator:
     folder = Path(config.logging.output_dir)
     check_folder(folder)
     accelerator = make_accelerator(mixed_precision=config.train.mixed_precision, report_to="none", folder=folder)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{verb}: works on one process, {accelerator.num_processes} were started: python train.py {verb}"
-        )
+    if (count := accelerator.num_processes) > 1:
+        raise UserError(f"{verb}: works on one process, {count} were started: python train.py {verb}")
     return accelerator
 
 
@@ -120,7 +118,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures of a report were measured on."""
     return {
         "system": platform.platform(),
-        "processor": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -159,12 +157,7 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int | None:
 
 
 def _proc_bytes(file: str, field: str) -> int | None:
-    value = _proc_field(file, field)
-    return None if value is None else 1024 * int(value.removesuffix("kB"))
-
-
-def _proc_field(file: str, field: str) -> str | None:
-    """The value of the first line of this name; None on a system without such files."""
+    """What the line of this name states; None on a system without such files."""
     path = Path(file)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

@@ -128,10 +128,7 @@ def most_different(items: Sequence[CachedSample], max_tokens: int) -> list[Cache
                 chosen = batch
                 break
     if len(chosen) < 2:
-        raise UserError(
-            f"batch.max_tokens: no two of the {len(items)} training samples fit {max_tokens} tokens together, so there "
-            "is no batch to verify: raise it, or add samples"
-        )
+        raise UserError(f"batch.max_tokens: no two of {len(items)} training samples fit {max_tokens} tokens: raise it")
     return chosen
 
 
@@ -219,8 +216,7 @@ def _report_model(setup: Setup) -> dict[str, Any]:
         log(f"lora      {_listed(lora)}")
     for line in trained.lines():
         log(line)
-    count, total = trained.counts
-    counts = {"trained_parameters": count, "parameters": total}
+    counts = dict(zip(("trained_parameters", "parameters"), trained.counts, strict=True))
     return {"versions": found, "patch": patch._asdict(), "lora": lora, **counts, "whole": whole}
 
 
