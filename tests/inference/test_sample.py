@@ -365,8 +365,10 @@ def refusal(run: Result, out: Path, **options: Any) -> str:
 
 def test_all_wrong_lines_of_a_file_are_reported_with_their_numbers(edit: Result, tmp_path: Path) -> None:
     shutil.copyfile(edit.images[0], tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to(edit.images[0])
     lines = {
         "'path_control': ../a.png is not below the manifest's folder": {"path_control": "../a.png"},
+        "'path_control': link.png is a link out of the manifest's folder; put the": {"path_control": "link.png"},
         "'sed': unknown; correct it": {"path_control": "a.png", "sed": 3},
         "'seed': given True, should be a valid integer": {"path_control": "a.png", "seed": True},
         "'size': 64x1024 has aspect 16.0": {"path_control": "a.png", "size": "64x1024"},

@@ -12,6 +12,7 @@ manifest of held-out data can be given as it is: its targets and masks are not o
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,7 +273,6 @@ def sample(request: Request) -> None:
     folder = request.jobs[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
     log(f"model     {request.family.path}, {request.quantize or request.dtype} on {request.device}")
-    log(f"weights   {printable(request.result.path)}")
     with renamed("--base"):
         _make_images(request)
     if request.options.compare:
@@ -346,7 +346,8 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
 
 
 def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
-    limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE))
+    # No aspect is refused here: rounding its sides may take an image of our own over the limit.
+    limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE), max_aspect=math.inf)
     return [read_image(path, limits) for path in controls]
 
 
