@@ -25,25 +25,22 @@ def config(small_run: Path, small_cache: Path, tmp_path: Path) -> Config:
     return load_config(small_run, [f"cache.cache_dir={small_cache}", f"logging.output_dir={tmp_path / 'run'}"])
 
 
-def test_a_synthetic_report_agrees_with_itself_and_reads_neither_weights_nor_data(
-    small_run: Path, copy_of_base: Path, tmp_path: Path
+@pytest.mark.parametrize("synthetic", [True, False], ids=["synthetic", "cached"])
+def test_a_report_agrees_with_itself(
+    config: Config, synthetic: bool, small_run: Path, copy_of_base: Path, tmp_path: Path
 ) -> None:
-    """Rounds are few: nothing here asks for stable times. Other tests read the report of cached samples."""
-    for weights in copy_of_base.rglob("*.safetensors"):
-        weights.unlink()
-    words = {
-        "model.pretrained_model_name_or_path": copy_of_base,
-        "data.train": "/nowhere",
-        "cache.cache_dir": tmp_path / "cache",
-        "logging.output_dir": tmp_path / "run",
-        "batch.samples_per_step": 3,
-    }
-    AcceleratorState._reset_state(True)
-    bench(load_config(small_run, [f"{key}={value}" for key, value in words.items()]), synthetic=True, max_rounds=2)
+    """Synthetic samples need no weights, data or cache. Rounds are few: nothing here asks for stable times."""
+    if synthetic:
+        for weights in copy_of_base.rglob("*.safetensors"):
+            weights.unlink()
+        words = [f"model.pretrained_model_name_or_path={copy_of_base}", f"logging.output_dir={tmp_path / 'run'}"]
+        config = load_config(small_run, [*words, "data.train=/nowhere", f"cache.cache_dir={tmp_path / 'cache'}"])
+    bench(config, synthetic=synthetic, max_rounds=2)
     assert not (tmp_path / "cache").exists()
     (path,) = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert (report["synthetic"], report["steps"], report["rounds"], report["precision"]) == (True, 4, 2, "float32")
+    found = report["synthetic"], report["steps"], report["rounds"], report["precision"]
+    assert found == (synthetic, 4 if synthetic else 3, 2, "float32")
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["one_by_one", "padded", "packed"]
     for row in rows.values():
