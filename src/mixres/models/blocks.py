@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixres.errors import UserError
 
@@ -73,13 +73,6 @@ class HoldsComplex(Protocol):
 
     def without_complex(self) -> Any:
         """The same with real tensors."""
-
-
-@runtime_checkable
-class HoldsMask(Protocol):
-    """An argument of a block with the joint attention mask of the call, which `verify` draws."""
-
-    mask: Tensor | None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is masked
 
 
 def _real(argument: Any) -> Any:

@@ -1,13 +1,12 @@
 """A diagram of a batch: which token of which sample is where in both layouts, and which keys it attends to.
 
-Promise: padding and masked keys are drawn from the batch and the mask that the model ran on.
+Promise: lengths and padding are those of the batches that the model ran on.
 """
 
 from collections.abc import Sequence
 from itertools import groupby
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from mixres.batch import Batch
 
@@ -24,24 +23,24 @@ _WIDTH, _LEFT, _MARGIN, _BAR, _GAP, _SQUARE = 1240, 210, 24, 26, 8, 320
 Segment = tuple[str, int]  # what, tokens
 
 
-def token_layout(padded: Batch, packed: Batch, mask: Tensor | None) -> Image.Image:
-    """Both layouts of the same samples, the joint mask `(B, L)` of the padded one, and the packed one's attention."""
+def token_layout(padded: Batch, packed: Batch) -> Image.Image:
+    """Both layouts of the same samples, the joint mask `(B, 1, 1, L)` of the padded one, the packed one's attention."""
     rows = len(padded.names)
-    height = 250 + 2 * rows * (_BAR + _GAP) + _BAR + _SQUARE
-    canvas = _Canvas(height, padded.tokens_computed // rows)
+    length = padded.tokens_computed // rows
+    canvas = _Canvas(250 + 2 * rows * (_BAR + _GAP) + _BAR + _SQUARE, length)
     canvas.legend()
     canvas.heading(
-        f"layout padded: {rows} rows x {padded.tokens_computed // rows} tokens, "
+        f"layout padded: {rows} rows x {length} tokens, "
         f"{1 - padded.tokens / padded.tokens_computed:.1%} of them padding"
     )
     for b in range(rows):
         canvas.bar(padded.names[b], padded_segments(padded, b))
-    if mask is None:
+    if padded.tokens == padded.tokens_computed:
         canvas.heading("joint mask: none, nothing is padded")
     else:
-        canvas.heading(f"joint mask {(rows, 1, 1, mask.shape[1])}: the keys that each row's queries attend to")
+        canvas.heading(f"joint mask {(rows, 1, 1, length)}: the keys that each row's queries attend to")
         for b in range(rows):
-            canvas.bar(padded.names[b], runs(mask[b].tolist()))
+            canvas.bar(padded.names[b], masked_segments(padded_segments(padded, b)))
     canvas.scale = canvas.room / packed.tokens_computed
     canvas.heading(
         f"layout packed: {packed.tokens_computed} tokens, no padding; in the order in which attention sees them"
@@ -63,12 +62,14 @@ def padded_segments(batch: Batch, b: int) -> list[Segment]:
     text, *images = sample_segments(batch, b)
     text_padding = batch.prompt_embeds.shape[1] - text[1]
     image_padding = batch.latents.shape[1] - sum(tokens for _, tokens in images)
-    return [text, ("padding", text_padding), *images, ("padding", image_padding)]
+    row = [text, ("padding", text_padding), *images, ("padding", image_padding)]
+    return [(what, tokens) for what, tokens in row if tokens]
 
 
-def runs(valid: Sequence[bool]) -> list[Segment]:
-    """A row of the mask as stretches of equal values."""
-    return [("attended key" if value else "masked key", len(list(group))) for value, group in groupby(valid)]
+def masked_segments(segments: Sequence[Segment]) -> list[Segment]:
+    """The row's mask as stretches of equal values: padding is masked, all else attended."""
+    keys = [("masked key" if what == "padding" else "attended key", tokens) for what, tokens in segments]
+    return [(what, sum(tokens for _, tokens in group)) for what, group in groupby(keys, key=lambda key: key[0])]
 
 
 class _Canvas:
@@ -101,8 +102,6 @@ class _Canvas:
         self.draw.text((_MARGIN, self.top + 4), label, fill="black", font=self.font)
         first = 0
         for what, tokens in segments:
-            if not tokens:
-                continue
             left, right = (_LEFT + round(x * self.scale) for x in (first, first + tokens))
             self.draw.rectangle(
                 (left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white"

@@ -52,10 +52,8 @@ def one_process(config: Config, verb: str) -> Accelerator:
     folder = Path(config.logging.output_dir)
     check_folder(folder)
     accelerator = make_accelerator(mixed_precision=config.train.mixed_precision, report_to="none", folder=folder)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{verb}: works on one process, {accelerator.num_processes} were started: python train.py {verb}"
-        )
+    if (count := accelerator.num_processes) > 1:
+        raise UserError(f"{verb}: works on one process, {count} were started: python train.py {verb}")
     return accelerator
 
 
@@ -120,7 +118,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures of a report were measured on."""
     return {
         "system": platform.platform(),
-        "processor": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -147,31 +145,19 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
-    before = _reset_peak()
+    try:  # give freed memory back, and reset Linux's high-water mark
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError):
+        return None
+    before = _proc_bytes("/proc/self/status", "VmRSS")
     work()
     peak = _proc_bytes("/proc/self/status", "VmHWM")
     return None if before is None or peak is None else max(0, peak - before)
 
 
-def _reset_peak() -> int | None:
-    """Give freed memory back and reset Linux's high-water mark; returns the bytes that are resident."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError):
-        return None
-    return _proc_bytes("/proc/self/status", "VmRSS")
-
-
 def _proc_bytes(file: str, field: str) -> int | None:
-    value = _proc_field(file, field)
-    return None if value is None else 1024 * int(value.removesuffix("kB"))
-
-
-def _proc_field(file: str, field: str) -> str | None:
-    """The value of the first line of this name; None on a system without such files."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
+    """What the line of this name states; None on a system without such files."""
+    path = Path(file)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

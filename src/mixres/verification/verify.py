@@ -10,7 +10,8 @@ times that of the samples alone.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +41,6 @@ from mixres.verification.setup import (
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
 BARS = {"float32": (1e-6, 1e-5), "float64": (1e-12, 1e-11)}
 ROUNDING_FACTOR = 1.5
-_CPU_PARAMETERS = 2_000_000_000  # a larger model takes a CPU hours in float32
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,7 @@ def verify(config: Config) -> None:
     setup.trained.transformer.eval()  # no dropout: it would differ from call to call
     model_report = _report_model(setup)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in chosen]
-    for sample in samples:
-        target, *controls = (f"{grid.rows}x{grid.columns}" for grid in sample.img_shapes)
-        log(f"sample    {sample.name}: target {target}, control {', '.join(controls) or 'none'}, "
-            f"text {len(sample.prompt_embeds)} tokens")  # fmt: skip
-    comparison = _Comparison(setup, samples)
-    cases = comparison.cases()
+    cases = _Comparison(setup, samples).cases()
     _log_table(cases)
     problem = _problem(cases, patched_and_adapted=model_report["whole"])
     report = {
@@ -102,7 +97,7 @@ def verify(config: Config) -> None:
     path, image = report_path(config, "verify.json"), report_path(config, "verify.png")
     atomic.write_json(path, report)
     padded, packed = (batches_of(samples, layout)[0] for layout in LAYOUTS)
-    save_png(token_layout(padded, packed, comparison.mask), image, padded.names)
+    save_png(token_layout(padded, packed), image, padded.names)
     log(f"report    {path}, {image}")
     if problem:
         raise WorkError(f"verify failed: {problem}; see {path}")
@@ -133,10 +128,7 @@ def most_different(items: Sequence[CachedSample], max_tokens: int) -> list[Cache
                 chosen = batch
                 break
     if len(chosen) < 2:
-        raise UserError(
-            f"batch.max_tokens: no two of the {len(items)} training samples fit {max_tokens} tokens together, so there "
-            "is no batch to verify: raise it, or add samples"
-        )
+        raise UserError(f"batch.max_tokens: no two of {len(items)} training samples fit {max_tokens} tokens: raise it")
     return chosen
 
 
@@ -145,7 +137,6 @@ class _Comparison:
 
     def __init__(self, setup: Setup, samples: Sequence[Sample]) -> None:
         self.setup, self.samples = setup, samples
-        self.mask: torch.Tensor | None = None  # of the last padded batch
         self.parameters = list(setup.trained.transformer.parameters())
 
     def cases(self) -> list[Case]:
@@ -154,23 +145,20 @@ class _Comparison:
         bfloat16, autocast = config.model.dtype == "bfloat16", config.train.mixed_precision == "bf16"
         exact = "float64" if config.model.dtype == "float64" else "float32"
         problem = self._float32_problem() if bfloat16 else None
-        if problem:
-            reference: Outcome | str = problem
-            cases = [Case(layout, exact, len(self.samples), reason=problem) for layout in LAYOUTS]
-        else:
-            with in_dtype(self.parameters, getattr(torch, exact)):
-                reference = self._run("alone", autocast=False)
-                cases = [self._case(layout, exact, False, reference, Bar(*BARS[exact])) for layout in LAYOUTS]
+        with nullcontext() if problem else in_dtype(self.parameters, getattr(torch, exact)):
+            reference = problem or self._run("alone", autocast=False)
+            cases = [self._case(layout, exact, False, reference, Bar(*BARS[exact])) for layout in LAYOUTS]
         if bfloat16 or autocast:
             label, bar, reason = precision_label(config), None, None
             alone = self._run("alone", autocast=autocast)
             if isinstance(reference, str):
                 reason = f"no float32 reference ({reference}); the errors are against the samples alone"
                 reference = alone
-            elif not isinstance(alone, str):
+            elif isinstance(alone, str):
+                reference = alone
+            else:
                 allowed = errors(alone, reference)
                 bar = Bar(ROUNDING_FACTOR * allowed.forward, ROUNDING_FACTOR * allowed.gradient)
-            reference = alone if isinstance(alone, str) else reference
             cases += [self._case(layout, label, autocast, reference, bar, reason) for layout in LAYOUTS]
         return cases
 
@@ -185,13 +173,9 @@ class _Comparison:
     ) -> Case:
         """The batch in `layout` against `reference`; without a `bar` it is measured, not judged."""
         count = len(self.samples)
-        batch = self._run(layout, autocast=autocast)
-        for outcome in (batch, reference):
-            if isinstance(outcome, str):
-                return Case(layout, dtype, count, reason=outcome)
-        assert isinstance(batch, Outcome) and isinstance(reference, Outcome)
-        if layout == "padded":
-            self.mask = batch.mask
+        batch = reference if isinstance(reference, str) else self._run(layout, autocast=autocast)
+        if isinstance(batch, str) or isinstance(reference, str):
+            return Case(layout, dtype, count, reason=str(batch))
         found = errors(batch, reference)
         if not (math.isfinite(found.forward) and math.isfinite(found.gradient)):
             return Case(layout, dtype, count, passed=False, reason="outputs or gradients are not finite")
@@ -210,12 +194,9 @@ class _Comparison:
 
     def _float32_problem(self) -> str | None:
         """Why this model cannot be computed in float32 here."""
-        device = self.setup.accelerator.device
-        trained, count = self.setup.trained.counts
+        trained, _ = self.setup.trained.counts
         needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
-        if device.type == "cpu" and count >= _CPU_PARAMETERS:
-            return f"does not fit: {count:,} parameters are too many for float32 on a CPU"
-        free = free_memory(device)
+        free = free_memory(self.setup.accelerator.device)
         if free is not None and needed > free:
             return f"does not fit: float32 needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
         return None
@@ -226,22 +207,21 @@ def _report_model(setup: Setup) -> dict[str, Any]:
     trained, config = setup.trained, setup.config
     patch = setup.family.patch_state(trained.transformer)
     found = versions()
-    log("versions  " + ", ".join(f"{name} {number}" for name, number in found.items()))
-    log(
-        f"patch     {patch.processors} of {patch.blocks} attention processors and the positions "
-        f"{'are' if patch.positions else 'are NOT'} those of mixres"
-    )
+    log(f"versions  {_listed(found)}")
+    log(f"patch     {_listed(patch._asdict())}")
     whole, lora = patch.whole, None
     if config.model.lora:
         lora = _adapters(setup)
         whole = whole and lora["as_configured"]
-        log(f"lora      r {lora['r']}, lora_alpha {lora['lora_alpha']}: "
-            f"{'as configured' if lora['as_configured'] else 'NOT as configured'}")  # fmt: skip
+        log(f"lora      {_listed(lora)}")
     for line in trained.lines():
         log(line)
-    count, total = trained.counts
-    counts = {"trained_parameters": count, "parameters": total}
+    counts = dict(zip(("trained_parameters", "parameters"), trained.counts, strict=True))
     return {"versions": found, "patch": patch._asdict(), "lora": lora, **counts, "whole": whole}
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, dict))
 
 
 def _adapters(setup: Setup) -> dict[str, Any]:
