@@ -1,16 +1,14 @@
 """Reading, merging, resolving and showing: what is written is what is read, and no secret is shown."""
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings, strategies as st
 
 from mixres.config.load import dump_config, load_config, public_config, read_source
-from mixres.config.problems import Source
+from mixres.config.problems import Source, value_at
 from mixres.config.schema import Config
-from mixres.errors import UserError
 
 REQUIRED = "model: {pretrained_model_name_or_path: base}\ndata: {train: pairs}\n"
 
@@ -31,19 +29,14 @@ SCALARS = {
     "012": "012",
     "3:30": "3:30",
     "no": "no",
-    "2026-01-01": "2026-01-01",
     "1e-4": 1e-4,
-    "1.5E+3": 1500.0,
-    ".5": 0.5,
     "-12": -12,
-    "0": 0,
     "64_000_000": 64_000_000,
     "true": True,
     "null": None,
     "": None,
     '"12"': "12",
     "[0.9, 1e-2]": [0.9, 0.01],
-    "a=b": "a=b",
 }
 
 
@@ -57,9 +50,8 @@ def test_scalars_read_as_written_in_file_and_override(tmp_path: Path, text: str,
 
 def test_defaults_file_and_overrides_merge_key_by_key(tmp_path: Path) -> None:
     text = REQUIRED + "optimizer: {init_args: {betas: [0.8, 0.9]}}\ntrain: {seed: 3}\ncache: null\n"
-    values = read(
-        tmp_path, text, "train.seed=5", "cache.x.y=7", "train.seed=6", "optimizer.init_args.betas=[1]"
-    ).resolved
+    words = ["train.seed=5", "cache.x.y=7", "train.seed=6", "optimizer.init_args.betas=[1]"]
+    values = read(tmp_path, text, *words).resolved
     assert (values["train"]["seed"], values["train"]["max_train_steps"]) == (6, 1000)
     assert values["optimizer"]["init_args"] == {"lr": 1e-4, "betas": [1]}
     assert values["cache"] == {"x": {"y": 7}}
@@ -79,7 +71,6 @@ FILES = {
     "lone_surrogate": ('a: "\\ud800"\n', ["a: no plain value"]),
     "deep": ("a: " + "[" * 5000 + "]" * 5000, ["nested too deeply; flatten it"]),
     "syntax": ("a: [1\nb: 2\n", ["not valid YAML", "line 2"]),
-    "two_documents": ("a: 1\n---\nb: 1\n", ["not valid YAML"]),
     "control_character": ("a: \x01\n", ["not valid YAML: it holds a character that YAML does not take"]),
     "list": ("- 1\n", ["holds no `key: value` lines at its top level; write some"]),
     "not_utf8": ("a: \ud800\n", ["cannot be read: not UTF-8 text; name another file"]),
@@ -160,11 +151,7 @@ def test_dump_keeps_references_hides_secrets_and_loads_again(tmp_path: Path, mon
     text = dump_config(config)
     assert "s3cret" not in text
     values = yaml.safe_load(text)
-    shown = {key: values[key.partition(".")[0]] for key in written}
-    for key, value in written.items():
-        for part in key.split(".")[1:]:
-            shown[key] = shown[key][part]
-        assert shown[key] == value
+    assert {key: value_at(values, tuple(key.split("."))) for key in written} == written
     assert load(tmp_path, text) == config
 
 
@@ -178,26 +165,14 @@ def test_plain_secrets_are_hidden_and_declared_keys_are_not(tmp_path: Path) -> N
     assert "abc" not in dump_config(config)
 
 
-TEXTS = st.sampled_from([*SCALARS, "1e5", ".nan", "0x1F", "0o7"]).filter(str.strip)
-
-
-@settings(deadline=None, max_examples=50)
-@given(text=st.text(min_size=1, max_size=12) | TEXTS, number=st.floats(1e-300, 1e8), names=st.lists(TEXTS, min_size=1))
-def test_any_dump_loads_as_the_same_config(
-    tmp_path_factory: pytest.TempPathFactory, text: str, number: float, names: list[str]
-) -> None:
-    path = tmp_path_factory.mktemp("round") / "config.yaml"
-    values: dict[str, Any] = {
-        "model": {"pretrained_model_name_or_path": text, "revision": names[0]},
-        "data": {"train": names},
-        "optimizer": {"init_args": {"lr": number, "x": text}},
+def test_a_dump_of_any_text_loads_as_the_same_config(tmp_path: Path) -> None:
+    """Quoting follows YAML 1.1, which takes other texts for numbers than what reads them here."""
+    texts = [*filter(str.strip, SCALARS), "1e5", ".nan", "0x1F", "0o7", "a: b", "- c", "# d", " e ", "'", "图\n\t"]
+    values = {
+        "model": {"pretrained_model_name_or_path": texts[0]},
+        "data": {"train": texts},
+        "optimizer": {"init_args": {"lr": 1e-300, "x": texts}},
     }
-    path.write_text(yaml.safe_dump(values, allow_unicode=True, default_style='"'), encoding="utf-8")
-    try:
-        config = load_config(path)
-    except UserError:
-        assert not text.strip() or "\0" in text or "${" in text or text == "???"
-        return
-    assert config.optimizer.init_args["x"] == text
-    path.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(path) == config
+    config = load(tmp_path, json.dumps(values))
+    assert config.optimizer.init_args["x"] == texts
+    assert load(tmp_path, dump_config(config)) == config

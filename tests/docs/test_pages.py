@@ -16,7 +16,6 @@ KEYS = {name for name, _ in known_keys(Config)}
 SECTIONS = {name.partition(".")[0] for name in KEYS if "." in name}
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (*DOCS.glob("*.md"), *REPOSITORY.glob("[RC]*.md"))}
 FREE = ("optimizer.init_args.",)  # a section that holds any key
-EXAMPLES = {"README.md": 2, "sampling.md": 4, "patch.md": 1}
 per_page = pytest.mark.parametrize("name", sorted(PAGES))
 
 
@@ -99,16 +98,10 @@ def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGES[name], re.DOTALL)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@per_page
 def test_every_block_of_python_compiles(name: str) -> None:
-    assert len(python_blocks(name)) == EXAMPLES[name]
     for number, block in enumerate(python_blocks(name)):
         compile(block, f"{name} block {number}", "exec")
-
-
-def test_the_call_without_mixres_is_the_same_on_both() -> None:
-    (block,) = (block for block in python_blocks("README.md") if "load_lora_weights" in block)
-    assert block in python_blocks("sampling.md")
 
 
 def test_the_patch_alone_gives_what_its_page_says(capsys: pytest.CaptureFixture[str]) -> None:
