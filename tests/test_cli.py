@@ -131,10 +131,9 @@ def test_verbs_get_the_validated_config_and_their_options(
     words: str, call: tuple[str, dict[str, object]], config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[str, dict[str, object], int]] = []
-    for name in VERBS[:6]:
-        monkeypatch.setattr(cli, f"_{name}", lambda given, name=name, **o: ran.append((name, o, given.train.seed)))
+    monkeypatch.setattr(cli, "_call", lambda work, given, **o: ran.append((work, o, given.train.seed)))
     assert cli.main(words.replace("CONFIG", str(config)).split()) == 0
-    assert ran == [(*call, 3)]
+    assert ran == [(cli.WITH_CONFIG[call[0]], call[1], 3)]
 
 
 FULL = OSError(28, "No space left on device", "cache/index.json")
