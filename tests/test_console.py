@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mixres import console
 from mixres.console import Progress, amount, clock, counted
 
 LINE: dict[str, Any] = {
@@ -18,15 +19,19 @@ LINE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(counted("abcd", "encode", "sample", enabled=True, every_s=0.0)) == list("abcd")
+def test_without_a_terminal_there_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(counted("abcd", "encode", "sample", enabled=True)) == list("abcd")
+    assert capsys.readouterr() == ("", ""), "ten seconds have not passed"
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    assert list(counted("abcd", "encode", "sample", enabled=False)) == list("abcd")
+    assert capsys.readouterr() == ("", ""), "not the main process"
+    assert list(counted("abcd", "encode", "sample", enabled=True)) == list("abcd")
     shown = capsys.readouterr()
     line = r"encode    {}/4, \d+\.\d\d sample/s, left 0:00\n"
     assert re.fullmatch(line.format(2) + line.format(3), shown.out)
     assert shown.err == ""
-    assert list(counted("abcd", "encode", "sample", enabled=True)) == list("abcd")
-    assert list(counted("abcd", "encode", "sample", enabled=False, every_s=0.0)) == list("abcd")
-    assert capsys.readouterr() == ("", ""), "not ten seconds have passed; not the main process"
 
 
 def test_on_a_terminal_there_is_a_bar_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,12 +39,12 @@ def test_on_a_terminal_there_is_a_bar_that_fits(capsys: pytest.CaptureFixture[st
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
     with os.fdopen(theirs, "w") as terminal, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        assert list(counted("abcd", "encode", "sample", enabled=True, every_s=0.0)) == list("abcd")
+        assert list(counted("abcd", "encode", "sample", enabled=True)) == list("abcd")
         with Progress(first=0, last=10_000, enabled=True) as progress:
-            progress._bar.start_t -= LINE["seconds"]  # as long as the step took: ten thousand a second are too wide
-            progress._bar.last_print_t -= LINE["seconds"]
+            progress.start_t -= LINE["seconds"]  # as long as the step took: ten thousand a second are too wide
+            progress.last_print_t -= LINE["seconds"]
             progress.step(LINE)
-            progress._bar.refresh()
+            progress.refresh()
         terminal.flush()
         shown = os.read(ours, 65536).decode()
     os.close(ours)
@@ -60,6 +65,7 @@ def test_without_a_terminal_a_run_logs_all_rates(capsys: pytest.CaptureFixture[s
 
 LOGS = """
 import sys
+from mixres import console
 from mixres.console import log
 for step in range(5000):
     log(f"step {step}")
