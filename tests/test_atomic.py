@@ -57,12 +57,12 @@ def test_text_keeps_its_line_ends_and_a_new_file_has_the_mode_that_open_would_gi
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), object()], ids=["nan", "inf", "object"])
-def test_json_takes_any_name_and_refuses_what_has_no_form(tmp_path: Path, wrong: object) -> None:
+def test_json_takes_any_name_and_refuses_what_has_no_form(tmp_path: Path) -> None:
     value = {"name": os.fsdecode(b"\xff.png"), "prompt": "交换红色和蓝色", "n": [1, 2.5, None, True]}
     atomic.write_json(tmp_path / "a.json", value)
-    with pytest.raises((ValueError, TypeError)):
-        atomic.write_json(tmp_path / "a.json", {"x": wrong})
+    for wrong in (float("nan"), float("inf"), object()):
+        with pytest.raises((ValueError, TypeError)):
+            atomic.write_json(tmp_path / "a.json", {"x": wrong})
     data = (tmp_path / "a.json").read_bytes()
     assert json.loads(data) == value, "the old file stays"
     assert "交换红色和蓝色".encode() in data

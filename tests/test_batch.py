@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixres.batch import Batch, extract_batch_field, image_shapes_from_embeddings
+from mixres.batch import extract_batch_field, image_shapes_from_embeddings
 from mixres.geometry import Grid
+from support.steps import microbatch
 
 FIELDS: dict[str, tuple[Any, Any]] = {
     "list": ([64, 96], 96),
@@ -97,13 +98,8 @@ def test_a_missing_pixel_field_is_named() -> None:
 
 
 def test_batch_moves_every_tensor_and_keeps_the_rest() -> None:
-    batch = Batch(
-        layout="padded", indices=(0,),
-        names=("a",), latents=torch.zeros(1, 2, 4), target_index=torch.tensor([0]), target_lengths=(1,),
-        prompt_embeds=torch.zeros(1, 3, 5), prompt_mask=None, text_lengths=(3,), img_shapes=((Grid(1, 1, 2),),),
-        edit_mask=torch.ones(1), has_mask=(False,), sample_weights=(1.0,),
-    )  # fmt: skip
+    batch = microbatch([0, 1])
     moved = batch.to("meta")
-    assert {moved.latents.device.type, moved.target_index.device.type, moved.edit_mask.device.type} == {"meta"}
-    assert moved.prompt_mask is None
-    assert (moved.names, moved.img_shapes) == (batch.names, batch.img_shapes)
+    for name, value in vars(batch).items():
+        found = getattr(moved, name)
+        assert found.device.type == "meta" if isinstance(value, torch.Tensor) else found == value, name

@@ -77,7 +77,6 @@ def test_a_launcher_killed_while_its_process_starts_takes_it_along(config: Path,
 DASHES = "unknown option; overrides have no dashes: write"
 VERB_LIST = "the verbs are: " + ", ".join(VERBS)
 ARGUMENTS = {
-    "train": ["--config: not given; write --config FILE"],
     "--data.train=x --config CONFIG --train.seed": [
         f"--data.train: {DASHES} data.train=x",
         f"--train.seed: {DASHES} train.seed=VALUE",
@@ -85,15 +84,9 @@ ARGUMENTS = {
     "train fast --config CONFIG": ["'fast': not an override"],
     "cahe --config CONFIG": [f"cahe: unknown verb; did you mean 'cache'?; {VERB_LIST}"],
     "--conf=a": ["--conf=a: unknown option; see --help; did you mean '--config'?", "--config: not given"],
-    "--config CONFIG export": [
-        "--config: unknown option of export; see export --help",
-        "--format: not given",
-        "--out: not given",
-    ],
-    "sample --seed x": ["argument --seed: invalid int value: 'x'"],
+    "export --lora x": ["--lora: unknown option of export", "--format: not given", "--out: not given"],
     "--config": ["argument --config: expected one argument"],
     "--synthetic --config CONFIG": ["--synthetic: is for the verb bench, not for train: leave it out"],
-    "bench --cache --synthetic --config CONFIG": ["--synthetic: is for the verb bench, not for cache"],
     "quickstart": ["quickstart: write DIR, a folder for the data, or --config FILE"],
     "trian a.b=1 --config CONFIG train.seed=-1 --dry": [
         "--dry: unknown option",
@@ -113,7 +106,6 @@ def test_wrong_arguments(arguments: str, expected: list[str], config: Path, caps
 
 
 CALLS: dict[str, tuple[str, dict[str, object]]] = {
-    "--config CONFIG train.seed=3": ("train", {}),
     "train --config CONFIG train.seed=3": ("train", {}),
     "cache train.seed=3 --config CONFIG": ("cache", {}),
     "--config CONFIG cache train.seed=3": ("cache", {}),
