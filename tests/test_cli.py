@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 from filelock import FileLock
 
-from mixres import __version__, cli
+from mixres import cli
 from mixres.errors import WorkError
 from mixres.training import trainer
 from support.jobs import REPOSITORY, children, environment
@@ -23,12 +23,6 @@ def config(tmp_path: Path) -> Path:
 
 
 VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export")
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
-    assert capsys.readouterr().out == f"mixres {__version__}\n"
 
 
 def under_a_launcher(*arguments: str, rank: str = "0") -> int:

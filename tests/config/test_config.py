@@ -23,9 +23,8 @@ def read(tmp_path: Path, text: str, *overrides: str) -> Source:
 
 
 def load(tmp_path: Path, text: str = REQUIRED, *overrides: str) -> Config:
-    path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_config(path, list(overrides))
+    read(tmp_path, text)
+    return load_config(tmp_path / "config.yaml", overrides)
 
 
 SCALARS = {
@@ -111,10 +110,8 @@ def test_references_resolve_and_stay_as_written_beside(tmp_path: Path, monkeypat
 FORBIDDEN, UNRESOLVED = "allowed references: ${section.key}, ${oc.env:NAME} or", "which cannot be resolved: there is no"
 REFUSED = {
     "${oc.create:[1]}": FORBIDDEN,
-    "${shell:ls}": FORBIDDEN,
     "${oc.${a}:X}": FORBIDDEN,
     "${oc.env:X,${oc.decode:1}}": FORBIDDEN,
-    "${": FORBIDDEN,
     "${a}${oc.create:1}": FORBIDDEN,
     "${oc.env:X,'}": FORBIDDEN,
     "${nowhere.x}": UNRESOLVED,
@@ -339,10 +336,10 @@ def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypat
     assert 'train.mixed_precision: given "${oc.env:NONE,bf16}"' in clash
 
 
-@pytest.mark.parametrize("name", ["quickstart", "qwen_image_lora", "qwen_image_edit_lora", "qwen_image_edit_plus_lora"])
-def test_shipped_configs_are_valid_and_frozen(name: str) -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        load_config(REPOSITORY / f"configs/{name}.yaml").train.seed = 1  # type: ignore[misc]
+def test_shipped_configs_are_valid_and_frozen() -> None:
+    for file in (REPOSITORY / "configs").glob("*.yaml"):
+        with pytest.raises(ValueError, match="frozen"):
+            load_config(file).train.seed = 1  # type: ignore[misc]
 
 
 def test_the_real_recipe_names_every_key() -> None:
