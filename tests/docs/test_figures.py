@@ -3,15 +3,11 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
 from mixres.config.load import load_config
 from mixres.diffusion.flow_matching import resolution_shift
-from mixres.geometry import Size
-from mixres.quickstart.data import PROMPTS
-from mixres.training.sample_sheets import _font
 from support.pages import DOCS, REPOSITORY, script
 
 MIXED, POSITIONS = script("mixed_batch_figures"), script("position_figures")
@@ -32,21 +28,6 @@ def test_a_figure_is_what_its_script_draws(name: str) -> None:
         assert image.convert("RGB").tobytes() == FIGURES[name]().tobytes(), "run the scripts/*_figures.py"
 
 
-def test_the_quickstarts_sheet_shows_its_prompts_in_both_languages() -> None:
-    """The letters of each prompt are dark in the image and their surroundings are not; grey edges may be rounded."""
-    with Image.open(DOCS / "images" / "quickstart.png") as image:
-        assert image.width > image.height
-        dark = np.asarray(image.convert("L"))[:, :320] < 128
-    for prompt in PROMPTS:
-        drawn = Image.new("L", (200, 24), 255)
-        ImageDraw.Draw(drawn).text((0, 0), prompt, fill=0, font=_font())
-        drawn = drawn.crop(ImageOps.invert(drawn).getbbox())
-        expected = np.asarray(drawn)
-        windows = np.lib.stride_tricks.sliding_window_view(dark, expected.shape)[:, :20]
-        fits = windows[..., expected < 64].all(axis=-1) & ~windows[..., expected > 250].any(axis=-1)
-        assert fits.any(), prompt
-
-
 def test_the_table_of_crops_and_the_numbers_of_the_batch() -> None:
     for row in MIXED.crop_table():
         assert row in PAGE
@@ -57,13 +38,6 @@ def test_the_table_of_crops_and_the_numbers_of_the_batch() -> None:
         f"fall into {numbers['buckets']} buckets",
     ):
         assert stated in PAGE
-
-
-def test_a_bucket_crop_worked_by_hand() -> None:
-    """4000x3000 scaled to cover 1152x896 is 1194.7 x 896 pixels; 1152 of the width stay."""
-    crop = MIXED.bucket_crop(Size(4000, 3000))
-    assert crop.bucket == Size(1152, 896)
-    assert crop.lost == pytest.approx(1 - 1152 / (4000 * 896 / 3000))
 
 
 def test_sample_0_positions_spoil_the_others_and_the_patch_does_not(tiny_base: Path) -> None:

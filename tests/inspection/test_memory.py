@@ -71,7 +71,6 @@ STEPS = {
     "adapters, padded, recomputed": ["batch.layout=padded", *BF16],
     "every second block recomputed": ["train.gradient_checkpointing=2", EVERY_LAYER],
     "float64, dropout": ["model.dtype=float64", "train.gradient_checkpointing=false", "model.lora.lora_dropout=0.1"],
-    "dora, padded": ["batch.layout=padded", "train.gradient_checkpointing=false", DORA, *BF16],
     "dora, every layer, recomputed": [DORA, EVERY_LAYER, *BF16],
     "all weights": ["model.lora=null", "train.gradient_checkpointing=false"],
     "all weights, bf16, padded": ["model.lora=null", "batch.layout=padded", *BF16],
@@ -134,12 +133,7 @@ def test_memory_adds_up(small_run: Path) -> None:
     assert plain["weights"] / 2 < half["weights"] + half["gathered"]
     assert half["activations"] == plain["activations"]
     assert estimate_of(small_run, ranks=2).memory(microbatch)["weights"] == plain["weights"]
-    assert estimate_of(small_run, "batch.layout=padded").memory(microbatch)["activations"] > plain["activations"]
     assert min(estimate.token_bytes()) > 20 * 4 * 32
-    for method in ("int8", "nf4"):
-        quantised = estimate_of(small_run, f"model.quantize={method}").memory(microbatch)
-        assert quantised["weights"] < plain["weights"]
-        assert quantised["trained_weights"] == plain["trained_weights"]
 
 
 OPTIMIZERS = {

@@ -280,13 +280,9 @@ def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
     """Bytes of state that the optimizer keeps for trained tensors of so many `numbers` each.
 
     From steps on three square matrices. A class may keep a fixed part once a tensor (8-bit classes: a map) beside one
-    that grows with its numbers, and store small tensors otherwise. 8 bytes a number (two float32, as AdamW) where its
-    class cannot step here.
+    that grows with its numbers, and store small tensors otherwise.
     """
-    try:
-        few, some, more = (_state_bytes(config, size) for size in (TRIAL_SIZE // 2, TRIAL_SIZE, 2 * TRIAL_SIZE))
-    except (RuntimeError, ValueError, NotImplementedError, AssertionError):
-        return 8 * sum(numbers)
+    few, some, more = (_state_bytes(config, size) for size in (TRIAL_SIZE // 2, TRIAL_SIZE, 2 * TRIAL_SIZE))
     square = TRIAL_SIZE**2
     each = (more - some) / (3 * square)
     once = some - each * square
