@@ -29,7 +29,7 @@ def found(
     checkpoints: Checkpoints, resume: str, changed: Any = (), *, order: str = "abc", allowed: Sequence[str] = ()
 ) -> Checkpoint | None:
     identity = {"frozen": FROZEN | dict(changed), "order": order}
-    checkpoint = checkpoint_to_resume(checkpoints, resume, identity["frozen"], allowed)
+    checkpoint = checkpoint_to_resume(checkpoints, resume, identity["frozen"], allowed, {})
     check_order(checkpoint, identity)
     return checkpoint
 
@@ -87,7 +87,7 @@ def test_a_preset_of_layers_is_what_it_stands_for(checkpoints: Checkpoints) -> N
     key, presets = "model.lora.target_modules", {"attention": ("to_q", "to_k")}
     checkpoints.save(3, {"trainable": {}}, STATE | {"frozen": FROZEN | {key: ["attention"]}})
     frozen = FROZEN | {key: ["to_q", "to_k"]}
-    checkpoint = checkpoint_to_resume(checkpoints, "auto", frozen, (), presets=presets)
+    checkpoint = checkpoint_to_resume(checkpoints, "auto", frozen, (), presets)
     assert checkpoint is not None and changes(checkpoint, IDENTITY | {"frozen": frozen}, CONFIG) == []
     with pytest.raises(UserError, match=r"was made with \['to_q', 'to_k'\], this run has \['to_q'\]"):
-        checkpoint_to_resume(checkpoints, "auto", frozen | {key: ["to_q"]}, (), presets=presets)
+        checkpoint_to_resume(checkpoints, "auto", frozen | {key: ["to_q"]}, (), presets)

@@ -16,13 +16,12 @@ from accelerate import Accelerator
 
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
-from mixres.diffusion.objective import Objective
 from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedData
 from mixres.training.run_folder import RunFolder
-from mixres.training.setup import TrainState, build_objective, load_trained
+from mixres.training.setup import TrainState, load_trained
 from mixres.training.validation import SIDES, HeldOutLoss, metrics_line, resolution_band
 from support.family_cases import with_family
 from support.jobs import Jobs, metrics, status
@@ -46,19 +45,14 @@ def trained(config: Config, accelerator: Accelerator) -> TrainState:
     return made
 
 
-@pytest.fixture(scope="module")
-def objective(config: Config) -> Objective:
-    return build_objective(*with_family(config))
-
-
 Make = Callable[..., HeldOutLoss]
 
 
 @pytest.fixture
-def make(trained: TrainState, objective: Objective, encoded: CachedData, tmp_path: Path) -> Make:
+def make(trained: TrainState, encoded: CachedData, tmp_path: Path) -> Make:
     """The evaluation of a run, of which each part may be another one."""
     run = RunFolder(tmp_path, verb="train", max_train_steps=STEPS, rank=0)
-    parts = {"trained": trained, "objective": objective, "encoded": encoded, "run": run, "sinks": ()}
+    parts = {"trained": trained, "encoded": encoded, "run": run, "sinks": ()}
     return lambda **other: HeldOutLoss(**parts | other)
 
 
@@ -116,16 +110,16 @@ def test_bands_have_the_nearest_square(width: int, height: int, band: int) -> No
 
 
 def test_the_same_bits_whatever_the_training_does(
-    make: Make, setup: Callable[..., Config], objective: Objective, trained: TrainState, encoded: CachedData
+    make: Make, setup: Callable[..., Config], trained: TrainState, encoded: CachedData
 ) -> None:
     """Seed, step, dropout, losses' weights, order and number of the samples, and calls before it."""
     reference = losses_of(make())
     torch.manual_seed(99)
     assert losses_of(make()) == reference
-    drawn = replace(objective.timesteps, shift="none", density="uniform")
-    other = replace(objective, seed=7, normalization="token", foreground=9.0, background=0.1,
+    drawn = replace(trained.objective.timesteps, shift="none", density="uniform")
+    other = replace(trained.objective, seed=7, normalization="token", foreground=9.0, background=0.1,
                     weighting="cosmap", timesteps=drawn)  # fmt: skip
-    assert losses_of(make(objective=other)) == reference
+    assert losses_of(make(trained=replace(trained, objective=other))) == reference
     turned = CachedData(encoded.cache, encoded.train[1:], encoded.held_out[::-1])
     assert losses_of(make(encoded=turned)) == reference
     fewer = losses_of(make(encoded=CachedData(encoded.cache, encoded.train, encoded.held_out[1:])))

@@ -32,15 +32,7 @@ from mixres.training.result import write_results
 from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.sample_sheets import grid_writer
-from mixres.training.setup import (
-    TrainState,
-    build_loader,
-    build_objective,
-    build_plan,
-    check_early,
-    load_trained,
-    run_identity,
-)
+from mixres.training.setup import TrainState, build_loader, build_plan, check_early, load_trained, run_identity
 from mixres.training.step import StepResult, run_step
 from mixres.training.validation import HeldOutLoss
 
@@ -76,7 +68,7 @@ def train(config: Config) -> None:
             folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
         )
         checkpoint = checkpoint_to_resume(
-            checkpoints, config.resume, frozen, config.resume_allow_changes, presets=family.lora_presets
+            checkpoints, config.resume, frozen, config.resume_allow_changes, family.lora_presets
         )
         first = checkpoint.step if checkpoint else 0
         run.update(step=first)
@@ -95,14 +87,13 @@ def train(config: Config) -> None:
         if run.is_main:
             atomic.write_text(folder / "config.yaml", dump_config(config))
 
-        # Model, optimizer, schedule, objective, batches.
+        # Model, optimizer, objective, schedule, batches.
         trained = load_trained(config, family, accelerator)
         skips = Skips()
         if checkpoint:
             restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
             skips = Skips(**checkpoint.state["skips"])
         schedule = Schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last)
-        objective = build_objective(config, family)
         loader = build_loader(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         if run.is_main:
             _log_start(trained, plan, first, changes(checkpoint, identity, public))
@@ -112,7 +103,7 @@ def train(config: Config) -> None:
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
         sample = grid_writer(trained, encoded, run, tracker.log_image)
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.is_main))
-        evaluate = HeldOutLoss(trained, objective, encoded, run, (metrics.write, tracker.log))
+        evaluate = HeldOutLoss(trained, encoded, run, (metrics.write, tracker.log))
 
         run.stop_between_steps()
         if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
@@ -127,11 +118,11 @@ def train(config: Config) -> None:
                 accelerator,
                 trained.model,
                 trained.optimizer,
-                objective,
+                trained.objective,
                 (next(loader) for _ in range(count)),
                 count=count,
                 step=step,
-                divisor=objective.divisor(planned.samples, planned.target_tokens),
+                divisor=trained.objective.divisor(planned.samples, planned.target_tokens),
                 max_grad_norm=config.train.max_grad_norm,
                 stop_requested=run.stop_requested,
             )

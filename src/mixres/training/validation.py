@@ -21,7 +21,7 @@ from mixres.console import counted, log
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
-from mixres.diffusion.objective import Objective, velocity_loss
+from mixres.diffusion.objective import velocity_loss
 from mixres.errors import WorkError
 from mixres.preprocessing.fill import CachedData, CachedSample
 from mixres.training.distributed import any_rank, gather
@@ -40,11 +40,9 @@ class HeldOutLoss:
     Each of `sinks` gets the line of metrics, on the first rank.
     """
 
-    def __init__(
-        self, trained: TrainState, objective: Objective, encoded: CachedData, run: RunFolder, sinks: Sequence[Sink]
-    ) -> None:
+    def __init__(self, trained: TrainState, encoded: CachedData, run: RunFolder, sinks: Sequence[Sink]) -> None:
         config = trained.config
-        self.accelerator, self.objective, self.transformer = trained.accelerator, objective, trained.transformer
+        self.accelerator, self.objective, self.transformer = trained.accelerator, trained.objective, trained.transformer
         self.run, self.sinks, self.sigmas = run, sinks, config.evaluate.sigmas
         self.every, self.last = config.evaluate.every, config.train.max_train_steps
         self.ema = trained.ema if config.evaluate.use_ema else None
