@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import stat
 import threading
@@ -18,6 +17,7 @@ import xxhash
 
 from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
 from support.jobs import names
+from support.samples import pickled_mkdir
 
 STATE_VALUES = {"frozen": {"train.seed": 0}, "optimizer": {"entries": {}, "group": {"k": 1}}}
 
@@ -61,11 +61,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(
     three: Checkpoints, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], file: str
@@ -78,7 +74,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(
     assert three.newest_valid().step == 10
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', "{", '"a"'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', '"a"'])
 def test_a_manifest_of_another_form_is_damage(three: Checkpoints, text: str) -> None:
     (three.root / "step-00000030" / MANIFEST).write_text(text)
     assert three.newest_valid().step == 20
@@ -126,12 +122,7 @@ def test_a_full_disk_leaves_the_older_ones_and_no_part_of_the_new(
 def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> None:
     """Beside the files of a checkpoint, and in the place of one, under a wrong hash and under the right one."""
     mark, path = tmp_path / "opened", three.root / "step-00000030"
-
-    class Payload:
-        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-            return os.mkdir, (str(mark),)
-
-    pickled = pickle.dumps(Payload())
+    pickled = pickled_mkdir(mark)
     for name in ("optimizer.pt", ".metadata", "random_states_0.pkl", "trainable-00002-of-00002.safetensors"):
         (path / name).write_bytes(pickled)
     assert three.newest_valid().tensors("trainable").keys() == {"a.weight", "b"}
@@ -188,7 +179,7 @@ ROTATIONS = {  # after 10, 20 and a damaged 30: what is saved, and what is kept 
 
 @pytest.mark.parametrize(("saved", "kept"), ROTATIONS.values(), ids=ROTATIONS)
 def test_damaged_ones_do_not_push_out_valid_ones(three: Checkpoints, saved: list[int], kept: list[int]) -> None:
-    empty(three.root / "step-00000030" / STATE)
+    truncate(three.root / "step-00000030" / STATE)
     three.keep = 2
     assert three.newest_valid().step == 20
     for step in saved:

@@ -16,13 +16,7 @@ from mixres.config.schema import SchedulerConfig
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.ema import Ema
-from mixres.training.optimizer import (
-    Schedule,
-    check_step,
-    optimizer_class,
-    optimizer_scalars,
-    optimizer_tensors,
-)
+from mixres.training.optimizer import Schedule, check_step, optimizer_class, optimizer_scalars, optimizer_tensors
 from mixres.training.resume import restore_run, save_run
 from support.jobs import longest_file, names
 

@@ -85,13 +85,8 @@ def test_all_weights_evaluations_dropped_captions_and_a_weighted_set_do_not_depe
     """With the average, of weights outside the repeated blocks too: no step may continue with what it has gathered."""
     words = (
         *("model.lora=null", f"data.regularization={few_pairs / 'train'}", "loss.prior_loss_weight=0.2"),
-        *(
-            "data.caption_dropout=0.5",
-            "evaluate.every=2",
-            "evaluate.sigmas=[0.2, 0.8]",
-            "evaluate.use_ema=true",
-            "train.ema_decay=0.5",
-        ),
+        *("evaluate.every=2", "evaluate.sigmas=[0.2, 0.8]", "evaluate.use_ema=true", "train.ema_decay=0.5"),
+        "data.caption_dropout=0.5",
     )
     one = runs.train("all-1", 1, *words)
     for ranks, more in ((3, ()), (2, (FSDP2,))):

@@ -1,6 +1,5 @@
 """The parts of a run, put together from a configuration."""
 
-import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mixres.config.schema import Config
 from mixres.data.plan import MAX_LENGTHS, rounded, rounding_of
 from mixres.errors import UserError
 from mixres.geometry import Grid
 from mixres.models.blocks import repeated_blocks
-from mixres.preprocessing.fill import CachedData, encode_all
+from mixres.preprocessing.fill import CachedData
 from mixres.training.setup import (
     build_loader,
     build_objective,
@@ -68,17 +66,6 @@ def test_those_blocks_are_recomputed_that_were_asked_for(
     batch = next(build_loader(config, encoded, build_plan(config, encoded, world_size=1), rank=0, first=0, workers=0))
     build_objective(*with_family(config)).loss_sum(transformer, batch, 0).backward()  # type: ignore[no-untyped-call]
     assert [called.count(block) for block in repeated_blocks(transformer)] == calls
-
-
-def test_no_encoder_lives_beside_the_transformer(setup: Setup, tmp_path: Path) -> None:
-    gc.collect()
-    kind = Qwen2_5_VLForConditionalGeneration
-    before = {id(thing) for thing in gc.get_objects() if type(thing) is kind}
-    config = setup(f"cache.cache_dir={tmp_path}")
-    encode_all(*with_family(config), device=torch.device("cpu"))
-    assert list(tmp_path.glob("??/*.safetensors"))
-    load_trained(*with_family(config), new_accelerator(tmp_path))
-    assert {id(thing) for thing in gc.get_objects() if type(thing) is kind} <= before
 
 
 def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup, encoded: CachedData) -> None:
