@@ -314,7 +314,7 @@ WRONG = {
     "device": ([*IMAGE, "--device", "toaster"], ["--device: toaster cannot be used: "]),
     "base": ([*IMAGE, "--base", "OUT"], ["--base: there is no folder"]),
     "family": ([*IMAGE, "--base", "OTHER"], ["--base: OTHER does not fit RUN/WEIGHTS: it is a qwen_image, "]),
-    "out": ([*IMAGE[:3], "IMAGE", *IMAGE[4:]], ["--out: IMAGE cannot be written: "]),
+    "out": ([*IMAGE[:3], "IMAGE", *IMAGE[4:]], ["--out: IMAGE cannot be written; name another folder"]),
     "width": ([*IMAGE, "--base", "NARROW"], ["--base: NARROW does not fit RUN/WEIGHTS: its "]),
     "layers": ([*IMAGE, "--base", "SHORT"], ["--base: SHORT does not fit RUN/WEIGHTS: it has no layer "]),
     "fit": (
