@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from mixres.config.load import load_config
 from mixres.diffusion.flow_matching import resolution_shift
+from mixres.quickstart.data import PROMPTS
+from mixres.training.sample_sheets import _font
 from support.pages import DOCS, REPOSITORY, script
 
 MIXED, POSITIONS = script("mixed_batch_figures"), script("position_figures")
@@ -26,6 +29,18 @@ FIGURES = {
 def test_a_figure_is_what_its_script_draws(name: str) -> None:
     with Image.open(DOCS / "images" / f"{name}.png") as image:
         assert image.convert("RGB").tobytes() == FIGURES[name]().tobytes(), "run the scripts/*_figures.py"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_quickstarts_sheet_shows_its_prompts_in_both_languages(prompt: str) -> None:
+    """The letters of each prompt are dark in the image and their surroundings are not; grey edges may be rounded."""
+    with Image.open(DOCS / "images" / "quickstart.png") as image:
+        dark = np.asarray(image.convert("L"))[:, :320] < 128
+    drawn = Image.new("L", (200, 24), 255)
+    ImageDraw.Draw(drawn).text((0, 0), prompt, fill=0, font=_font())
+    expected = np.asarray(drawn.crop(ImageOps.invert(drawn).getbbox()))
+    windows = np.lib.stride_tricks.sliding_window_view(dark, expected.shape)[:, :20]
+    assert (windows[..., expected < 64].all(axis=-1) & ~windows[..., expected > 250].any(axis=-1)).any()
 
 
 def test_the_table_of_crops_and_the_numbers_of_the_batch() -> None:

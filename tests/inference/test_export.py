@@ -409,9 +409,19 @@ def test_of_two_exports_to_one_place_the_first_to_end_wins(tmp_path: Path) -> No
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(out.name, "early")]
 
 
-@pytest.mark.parametrize(("form", "merge"), [("diffusers", True), ("comfyui", True), ("comfyui", False)])
-def test_a_write_that_fails_leaves_nothing(lora: Path, tmp_path: Path, form: str, merge: bool) -> None:
-    out = tmp_path / "new" / ("out" if form == "diffusers" else "out.safetensors")
+USES = [
+    ("diffusers", False, "pipeline.load_lora_weights('{out}')"),
+    ("diffusers", True, "load '{out}' by from_pretrained, as the pipeline's transformer"),
+    ("comfyui", False, "put it in ComfyUI/models/loras"),
+    ("comfyui", True, "put it in ComfyUI/models/diffusion_models"),
+]
+
+
+@pytest.mark.parametrize(("form", "merge", "use"), USES)
+def test_a_write_that_fails_leaves_nothing_and_one_that_does_not_says_how_to_use_the_file(
+    lora: Path, tmp_path: Path, form: str, merge: bool, use: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / ("out" if form == "diffusers" and merge else "out.safetensors")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -424,3 +434,4 @@ def test_a_write_that_fails_leaves_nothing(lora: Path, tmp_path: Path, form: str
     assert list(out.parent.iterdir()) == []
     run_export(lora, out, form, merge=merge)
     assert list(out.parent.iterdir()) == [out]
+    assert capsys.readouterr().out.splitlines()[-1] == f"use       {use.format(out=out)}"

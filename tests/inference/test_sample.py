@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from mixres import __version__, cli
 from mixres.config.load import load_config
-from mixres.errors import UserError
+from mixres.errors import UserError, WorkError
 from mixres.inference.sample import make_request, sample
 from mixres.models.hub import file_digest
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE
@@ -228,6 +228,14 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp
     request = edit.request(tmp_path / "out", prompts=file, size="64x48", steps="2", compare=True)
     sample(replace(request, family=watched))
     assert order == ["encoders", "transformer"]
+
+
+def test_an_image_that_changed_after_the_start_is_one_line(edit: Result, tmp_path: Path) -> None:
+    path = shutil.copyfile(edit.images[0], tmp_path / "a.png")
+    request = edit.request(tmp_path / "out", image=[str(path)], size="64x48", steps="2")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(WorkError, match=r"a\.png: is damaged.*changed after the start: run the command again"):
+        sample(request)
 
 
 def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(

@@ -348,7 +348,14 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
 def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     # No aspect is refused here: rounding its sides may take an image of our own over the limit.
     limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE), max_aspect=math.inf)
-    return [read_image(path, limits) for path in controls]
+    images = []
+    for path in controls:
+        try:
+            images.append(read_image(path, limits))
+        except BadImageError as error:
+            again = "the image changed after the start: run the command again"
+            raise WorkError(f"{printable(path)}: {error} ({again})") from error
+    return images
 
 
 def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None) -> dict[str, Any]:
