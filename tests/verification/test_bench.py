@@ -126,7 +126,7 @@ def test_needed_flops_are_those_of_the_samples_alone_computed_once(small_run: Pa
     AcceleratorState._reset_state(True)
     config = load_config(small_run, overrides)
     setting = set_up(config, family_of(config), one_process(config, "bench"))
-    samples = synthetic_samples(config, setting.family, 4)
+    samples = synthetic_samples(config, setting.trained.family, 4)
 
     def counted(mode: BatchMode) -> tuple[int, int]:
         with FlopCounter() as counter:
