@@ -311,13 +311,11 @@ def _encode(request: Request) -> list[Embeds]:
         areas = request.result.areas(size)
         return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, areas=areas)
 
-    return [
-        (
-            embeds(job.prompt, job.controls, job.size),
-            None if job.negative is None else embeds(job.negative, job.controls, job.size),
-        )
-        for job in counted(request.jobs, "encode", "prompt", enabled=True)
-    ]
+    encoded: list[Embeds] = []
+    for job in counted(request.jobs, "encode", "prompt", enabled=True):
+        negative = None if job.negative is None else embeds(job.negative, job.controls, job.size)
+        encoded.append((embeds(job.prompt, job.controls, job.size), negative))
+    return encoded
 
 
 def _load(request: Request, trained: Path | None) -> Any:
