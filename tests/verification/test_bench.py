@@ -114,11 +114,7 @@ def test_every_way_holds_the_plans_samples_within_the_budget(config: Config, cap
     assert {len(batch.names) for step in work["one_by_one"] for batch in step.batches} == {1}
 
 
-TRAINED = {
-    "lora": [],
-    "all_weights": ["model.lora=null"],
-    "over_int8": ["model.quantize=int8", "model.dtype=bfloat16"],
-}
+TRAINED = {"lora": [], "all_weights": ["model.lora=null"], "over_int8": ["model.quantize=int8", "model.dtype=bfloat16"]}
 
 
 @pytest.mark.parametrize("overrides", TRAINED.values(), ids=TRAINED)

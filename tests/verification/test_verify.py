@@ -135,12 +135,7 @@ BUGS = (
 
 @pytest.mark.parametrize(("plant", "layouts", "measures"), BUGS, ids=[bug.__name__ for bug, *_ in BUGS])
 def test_a_planted_bug_fails_after_all_is_written(
-    verify: Verify,
-    plant: Callable[[pytest.MonkeyPatch], None],
-    layouts: set[str],
-    measures: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    verify: Verify, plant: Any, layouts: set[str], measures: tuple[str, ...], monkeypatch: Any, capsys: Any
 ) -> None:
     plant(monkeypatch)
     code, report = verify()

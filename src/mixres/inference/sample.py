@@ -268,7 +268,7 @@ def sample(request: Request) -> None:
 
     Raises:
         UserError: the base's weights cannot be loaded.
-        WorkError: an image is there by now, or memory does not suffice.
+        WorkError: an image is there by now, a control has changed since it was checked, or memory does not suffice.
     """
     folder = request.jobs[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
