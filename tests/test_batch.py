@@ -86,12 +86,9 @@ def assert_plain(shapes: Any, expected: Any) -> None:
     assert all(type(side) is int for sample in shapes for grid in sample for side in grid)
 
 
-def test_sides_that_make_no_whole_token_are_refused_with_both_numbers() -> None:
+def test_missing_fields_and_sides_that_make_no_whole_token_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"sample 1: height_control x width_control = 64 x 33 .* 16"):
         image_shapes_from_embeddings({"height": 64, "width": 64, "height_control": 64, "width_control": [32, 33]}, 2)
-
-
-def test_a_missing_pixel_field_is_named() -> None:
     for fields, name in (({}, "height"), ({"height": 64, "width": 64, "height_control": 64}, "width_control")):
         with pytest.raises(KeyError, match=f"no field '{name}'"):
             image_shapes_from_embeddings(fields, 1)

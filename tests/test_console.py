@@ -30,20 +30,17 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     assert shown.err == ""
 
 
-def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_terminal_there_is_a_bar_and_without_one_a_run_logs_all_rates(monkeypatch: Any, capsys: Any) -> None:
+    with Progress(first=0, last=10, enabled=True) as progress:
+        progress.step(LINE)
+    rates = r"3\.2 samples/s, 36000 tokens/s, padding 10%, left \d+:\d\d"
+    assert re.fullmatch(rf"step 1/10  loss 0\.5000  {rates}\n", capsys.readouterr().out)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(counted("abcd", "encode", "sample", enabled=True)) == list("abcd")
     with Progress(first=0, last=10, enabled=True) as progress:
         progress.step(LINE)
     out, shown = capsys.readouterr()
     assert out == "" and "encode: 100%" in shown and ", loss 0.5000, 3.2 samples/s]" in shown
-
-
-def test_without_a_terminal_a_run_logs_all_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(first=0, last=10, enabled=True) as progress:
-        progress.step(LINE)
-    rates = r"3\.2 samples/s, 36000 tokens/s, padding 10%, left \d+:\d\d"
-    assert re.fullmatch(rf"step 1/10  loss 0\.5000  {rates}\n", capsys.readouterr().out)
     assert [clock(seconds) for seconds in (0.4, 59.6, 3725)] == ["0:00", "1:00", "1:02:05"]
     assert [amount(count, "step") for count in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 

@@ -277,14 +277,6 @@ def test_wrong_values_are_one_line_with_key_given_and_reason(tmp_path: Path, ove
     assert reason in rest and len(message) < 250
 
 
-def test_right_values(tmp_path: Path) -> None:
-    words = ["train.max_grad_norm=1", "train.mixed_precision=no", "train.gradient_checkpointing=3"]
-    config = load(tmp_path, REQUIRED, *words, "data.held_out=0.1", "model.lora.target_modules=to_q")
-    assert (config.train.mixed_precision, config.data.held_out) == ("no", 0.1)
-    assert type(config.train.max_grad_norm) is float and config.train.gradient_checkpointing == 3
-    assert config.model.lora is not None and config.model.lora.target_modules == ("to_q",)
-
-
 PADDED = ("train.compile=true", "batch.layout=padded")
 CLASHES = {
     "float64 needs train.mixed_precision: no": ("model.dtype=float64",),

@@ -74,9 +74,8 @@ def test_an_old_run_refuses_what_would_make_it_another(old: Path, capsys: pytest
 def test_an_old_checkpoint_is_exported(tmp_path: Path) -> None:
     (checkpoint,) = (FIXTURES / "run" / "checkpoints").glob("step-*")
     out = tmp_path / "of_checkpoint.safetensors"
-    assert (
-        record.exported(checkpoint, "diffusers", out)["tensors"] == record.contents(FIXTURES / "lora" / LORA)["tensors"]
-    )
+    wanted = record.contents(FIXTURES / "lora" / LORA)["tensors"]
+    assert record.exported(checkpoint, "diffusers", out)["tensors"] == wanted
 
 
 def test_an_old_lora_is_exported_and_makes_the_recorded_picture(tmp_path: Path, golden: dict[str, Any]) -> None:

@@ -1,9 +1,7 @@
 """What is exported does what was trained, in diffusers and under ComfyUI's names, or nothing is written."""
 
 import json
-import resource
 import shutil
-import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
 from mixres.models.qwen.layers import LORA_PRESETS
 from mixres.training.trainer import train
 from support.family_cases import CASES
+from support.jobs import longest_file
 from support.lora_files import write_lora
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -50,9 +49,7 @@ def metadata(file: Path) -> dict[str, Any]:
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {
-        name: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist()) for name, t in tensors.items()
-    }
+    return {n: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist()) for n, t in tensors.items()}
 
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -409,18 +406,22 @@ def test_of_two_exports_to_one_place_the_first_to_end_wins(tmp_path: Path) -> No
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(out.name, "early")]
 
 
-@pytest.mark.parametrize(("form", "merge"), [("diffusers", True), ("comfyui", True), ("comfyui", False)])
-def test_a_write_that_fails_leaves_nothing(lora: Path, tmp_path: Path, form: str, merge: bool) -> None:
-    out = tmp_path / "new" / ("out" if form == "diffusers" else "out.safetensors")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            run_export(lora, out, form, merge=merge)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+USES = [
+    ("diffusers", False, "pipeline.load_lora_weights('{out}')"),
+    ("diffusers", True, "load '{out}' by from_pretrained, as the pipeline's transformer"),
+    ("comfyui", False, "put it in ComfyUI/models/loras"),
+    ("comfyui", True, "put it in ComfyUI/models/diffusion_models"),
+]
+
+
+@pytest.mark.parametrize(("form", "merge", "use"), USES)
+def test_a_write_that_fails_leaves_nothing_and_the_next_one_says_what_to_do_with_the_file(
+    lora: Path, tmp_path: Path, form: str, merge: bool, use: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / ("out" if form == "diffusers" and merge else "out.safetensors")
+    with longest_file(100_000), pytest.raises(OSError, match="File too large"):
+        run_export(lora, out, form, merge=merge)
     assert list(out.parent.iterdir()) == []
     run_export(lora, out, form, merge=merge)
     assert list(out.parent.iterdir()) == [out]
+    assert capsys.readouterr().out.splitlines()[-1] == f"use       {use.format(out=out)}"

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from mixres import __version__, cli
 from mixres.config.load import load_config
-from mixres.errors import UserError
+from mixres.errors import UserError, WorkError
 from mixres.inference.sample import make_request, sample
 from mixres.models.hub import file_digest
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE
@@ -230,6 +230,14 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp
     assert order == ["encoders", "transformer"]
 
 
+def test_an_image_that_changed_after_the_start_is_one_line(edit: Result, tmp_path: Path) -> None:
+    path = shutil.copyfile(edit.images[0], tmp_path / "a.png")
+    request = edit.request(tmp_path / "out", image=[str(path)], size="64x48", steps="2")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(WorkError, match=r"a\.png: is damaged.*changed after the start: run the command again"):
+        sample(request)
+
+
 def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(
     edit: Result, small_run: Path, tmp_path: Path
 ) -> None:
@@ -279,14 +287,6 @@ def test_without_a_size_it_is_the_stock_pipelines(trained: Result, tmp_path: Pat
     (job,), controls = trained.request(tmp_path / "out").jobs, trained.controls()
     aspect = controls[-1].width / controls[-1].height if controls else 1
     assert job.size == stock_plus.calculate_dimensions(1024 * 1024, aspect)
-
-
-def test_what_is_trained_is_found_by_file_folder_and_average(edit: Result, tmp_path: Path) -> None:
-    average = shutil.copytree(edit.folder, tmp_path / "run" / "ema")
-    for given in (edit.folder / FILE_NAME, edit.folder, average):
-        request = edit.request(tmp_path / "out", lora=str(given))
-        assert request.result.path == (given if given.is_file() else given / FILE_NAME)
-        assert (request.family.path, request.result.area_rules) == (str(edit.base), {"control_area": 112 * 112})
 
 
 def test_images_are_numbered_after_those_that_are_there(edit: Result, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def allocated_at_peak(setting: Setup, batch: Batch) -> int:
     """Bytes that forward and backward take beside weights and gradients, by the allocator's own record."""
 
     def step() -> None:
-        with setting.accelerator.autocast():
+        with setting.trained.accelerator.autocast():
             loss = setting.objective.loss_sum(setting.trained.transformer, batch, step=0)
         torch.autograd.backward(loss)
 

@@ -14,41 +14,35 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-class Clone:
+def make(folder: Path, *words: str) -> str:
+    """What it printed."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    command = ["make", f"PYTHON={sys.executable}", *words]
+    done = subprocess.run(command, cwd=folder, env=inherited, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last commit, cloned."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(folder)], check=True)
-
-    def make(self, *words: str) -> "subprocess.CompletedProcess[str]":
-        inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
-        command = ["make", f"PYTHON={sys.executable}", *words]
-        done = subprocess.run(command, cwd=self.folder, env=inherited, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
+    folder = tmp_path_factory.mktemp("clone") / "mixres"
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(folder)], check=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return Clone(tmp_path_factory.mktemp("clone") / "mixres")
-
-
-@pytest.fixture(scope="module")
-def quickstart(clone: Clone) -> "tuple[Path, subprocess.CompletedProcess[str]]":
+def quickstart(clone: Path) -> tuple[Path, str]:
     """The run folder of `make quickstart`, and its output."""
-    clone.make(".venv/.installed-demo")
+    make(clone, ".venv/.installed-demo")
     start = time.monotonic()
-    done = clone.make("quickstart")
+    printed = make(clone, "quickstart")
     assert time.monotonic() - start < 300, "five minutes, install not counted"
-    return clone.folder / "build" / "quickstart" / "run", done
+    return clone / "build" / "quickstart" / "run", printed
 
 
-Quickstart = tuple[Path, "subprocess.CompletedProcess[str]"]
-
-
-def test_make_quickstart_trains_samples_and_writes_a_lora(clone: Clone, quickstart: Quickstart) -> None:
-    run, done = quickstart
+def test_make_quickstart_trains_samples_and_writes_a_lora(clone: Path, quickstart: tuple[Path, str]) -> None:
+    run, printed = quickstart
     status = json.loads((run / "run_status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("done", 0)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -62,14 +56,14 @@ def test_make_quickstart_trains_samples_and_writes_a_lora(clone: Clone, quicksta
     with Image.open(run / "loss.png") as image:
         assert min(image.size) > 300
     for said in ("result", "images", "loss", "next"):
-        assert f"\n{said}  " in done.stdout
-    again = clone.make("quickstart").stdout
+        assert f"\n{said}  " in printed
+    again = make(clone, "quickstart")
     assert "0 encoded" in again and "steps were done before" in again
-    left = subprocess.check_output(["git", "status", "--porcelain"], cwd=clone.folder, text=True)
+    left = subprocess.check_output(["git", "status", "--porcelain"], cwd=clone, text=True)
     assert left == "", "what a run writes is ignored by git"
 
 
-def test_it_has_learnt_the_edit(quickstart: Quickstart) -> None:
+def test_it_has_learnt_the_edit(quickstart: tuple[Path, str]) -> None:
     """On photographs, sizes and aspects that neither base nor LoRA was trained on."""
     results = json.loads((quickstart[0] / "results.json").read_text())
     assert len(results) >= 12

@@ -27,9 +27,7 @@ CARD = (BASE / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_card_names_every_file_and_its_hash() -> None:
-    hashes = {
-        file.relative_to(BASE).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in shipped(BASE)
-    }
+    hashes = {str(file.relative_to(BASE)): hashlib.sha256(file.read_bytes()).hexdigest() for file in shipped(BASE)}
     assert dict(reversed(line.split("  ")) for line in re.findall(r"^[0-9a-f]{64}  .+$", CARD, re.MULTILINE)) == hashes
 
 

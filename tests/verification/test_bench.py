@@ -114,11 +114,7 @@ def test_every_way_holds_the_plans_samples_within_the_budget(config: Config, cap
     assert {len(batch.names) for step in work["one_by_one"] for batch in step.batches} == {1}
 
 
-TRAINED = {
-    "lora": [],
-    "all_weights": ["model.lora=null"],
-    "over_int8": ["model.quantize=int8", "model.dtype=bfloat16"],
-}
+TRAINED = {"lora": [], "all_weights": ["model.lora=null"], "over_int8": ["model.quantize=int8", "model.dtype=bfloat16"]}
 
 
 @pytest.mark.parametrize("overrides", TRAINED.values(), ids=TRAINED)
@@ -126,7 +122,7 @@ def test_needed_flops_are_those_of_the_samples_alone_computed_once(small_run: Pa
     AcceleratorState._reset_state(True)
     config = load_config(small_run, overrides)
     setting = set_up(config, family_of(config), one_process(config, "bench"))
-    samples = synthetic_samples(config, setting.family, 4)
+    samples = synthetic_samples(config, setting.trained.family, 4)
 
     def counted(mode: BatchMode) -> tuple[int, int]:
         with FlopCounter() as counter:

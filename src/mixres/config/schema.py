@@ -41,8 +41,7 @@ class LoraConfig(Section):
     lora_alpha: float = Field(16.0, gt=0, le=65536, description="lora_alpha / r multiplies the adapters' output.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout; above 0 only the same topology resumes exactly.")
     target_modules: Texts = Field(
-        ("attention",),
-        description="Layers with adapters: attention, attention+mlp, all, or name endings that all match.",
+        ("attention",), description="Layers with adapters: attention, attention+mlp, all, or name endings that match."
     )
     use_dora: bool = Field(False, description="DoRA: also learn the length of each output's weights (Liu 2024).")
     pretrained_weight: Text | None = Field(None, description="A LoRA file, or its folder; training continues from it.")
@@ -99,9 +98,7 @@ class DataConfig(Section):
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained with an empty prompt.")
     long_caption: Literal["error", "truncate"] = Field("error", description="Prompts of more than 1024 tokens.")
     first_frame: bool = Field(False, description="Train on the first image of animations and of multi-page files.")
-    background: str = Field(
-        "white", pattern=COLOUR, description='Colour under transparent pixels: white, gray, black or "#rrggbb" (sRGB).'
-    )
+    background: str = Field("white", pattern=COLOUR, description='Under transparency: white, gray, black or "#rrggbb".')
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
     mask_weight: MaskWeightConfig = Field(MaskWeightConfig(), description="Loss weights of samples with an edit mask.")
@@ -111,9 +108,7 @@ class DataConfig(Section):
 
 class BatchConfig(Section):
     samples_per_step: int = Field(4, ge=1, le=2**20, description="Samples of one optimizer step, over all devices.")
-    max_tokens: int = Field(
-        16384, ge=1, le=2**31, description="Tokens of a microbatch; padded: rows x (longest text + longest images)."
-    )
+    max_tokens: int = Field(16384, ge=1, le=2**31, description="Maximum tokens of a microbatch, padding included.")
     layout: Literal["packed", "padded"] = Field("packed", description="All samples in one sequence, or rows padded.")
 
 

@@ -46,6 +46,12 @@ _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+_USE = {  # by format and whether it is merged
+    ("diffusers", False): "pipeline.load_lora_weights({out!r})",
+    ("diffusers", True): "load {out!r} by from_pretrained, as the pipeline's transformer",
+    ("comfyui", False): "put it in ComfyUI/models/loras",
+    ("comfyui", True): "put it in ComfyUI/models/diffusion_models",
+}
 # By layer: A `(r, inputs)`, B `(outputs, r)` and, of a DoRA, the magnitudes `(outputs,)`.
 Adapters = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
 
@@ -213,6 +219,7 @@ def export(request: Request) -> None:
         else:
             atomic.write_bytes(partial, request.lora)
     log(f"result    {out}")
+    log(f"use       {_USE[request.format, model is not None].format(out=str(out))}")
 
 
 def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: Adapters) -> None:

@@ -268,7 +268,7 @@ def sample(request: Request) -> None:
 
     Raises:
         UserError: the base's weights cannot be loaded.
-        WorkError: an image is there by now, or memory does not suffice.
+        WorkError: an image is there by now, a control has changed since it was checked, or memory does not suffice.
     """
     folder = request.jobs[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,13 +311,11 @@ def _encode(request: Request) -> list[Embeds]:
         areas = request.result.areas(size)
         return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, areas=areas)
 
-    return [
-        (
-            embeds(job.prompt, job.controls, job.size),
-            None if job.negative is None else embeds(job.negative, job.controls, job.size),
-        )
-        for job in counted(request.jobs, "encode", "prompt", enabled=True)
-    ]
+    encoded: list[Embeds] = []
+    for job in counted(request.jobs, "encode", "prompt", enabled=True):
+        negative = None if job.negative is None else embeds(job.negative, job.controls, job.size)
+        encoded.append((embeds(job.prompt, job.controls, job.size), negative))
+    return encoded
 
 
 def _load(request: Request, trained: Path | None) -> Any:
@@ -348,7 +346,14 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
 def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     # No aspect is refused here: rounding its sides may take an image of our own over the limit.
     limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE), max_aspect=math.inf)
-    return [read_image(path, limits) for path in controls]
+    images = []
+    for path in controls:
+        try:
+            images.append(read_image(path, limits))
+        except BadImageError as error:
+            again = "the image changed after the start: run the command again"
+            raise WorkError(f"{printable(path)}: {error} ({again})") from error
+    return images
 
 
 def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None) -> dict[str, Any]:

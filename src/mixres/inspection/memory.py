@@ -249,10 +249,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleTokens]) -> Batch:
     """A microbatch of these sizes; its values are noise."""
-    noise, dtype = torch.Generator().manual_seed(config.train.seed), getattr(torch, config.model.dtype)
-    channels, text_width = family.token_widths()
-    draw = partial(noise_sample, channels=channels, text_width=text_width, dtype=dtype, noise=noise)
-    samples = [draw(f"largest-{number}", grids, text=text) for number, (grids, text) in enumerate(microbatch)]
+    draw = partial(noise_sample, config, family, noise=torch.Generator().manual_seed(config.train.seed))
+    samples = [draw(f"largest-{number}", *sizes) for number, sizes in enumerate(microbatch)]
     return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=config.batch.layout)
 
 

@@ -219,6 +219,7 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
     enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
     few, no_samples = found.few(config), config.sample.every and not found.held_out
     all_alone = epoch["microbatches"] == epoch["samples"] > epoch["steps"] * ranks
+    fix = "raise batch.samples_per_step, or use fewer ranks"
     checks: list[tuple[object, str]] = [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
         (same, f"{amount(same, 'record')} with two images of the same bytes, such as a control that is its target"),
@@ -237,14 +238,8 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
             len(train) > wanted and rest,
             f"the last step of each epoch has {amount(rest, 'sample')} and moves the weights as far as one of {wanted}",
         ),
-        (
-            epoch["fillers"],
-            f"{epoch['fillers']} dummy microbatches an epoch: raise batch.samples_per_step, or use fewer ranks",
-        ),
-        (
-            epoch["idle_share"] > _IDLE,
-            f"ranks wait {epoch['idle_share']:.0%} of their time: raise batch.samples_per_step, or use fewer ranks",
-        ),
+        (epoch["fillers"], f"{epoch['fillers']} dummy microbatches an epoch: {fix}"),
+        (epoch["idle_share"] > _IDLE, f"ranks wait {epoch['idle_share']:.0%} of their time: {fix}"),
         (all_alone, "every microbatch is one sample: raise batch.max_tokens if memory allows"),
     ]
     return [text for holds, text in checks if holds]

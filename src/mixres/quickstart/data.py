@@ -35,7 +35,7 @@ HELD_OUT_SIZES = tuple(
 _JITTER = 8  # pixels, the maximum difference of a file's side from its rounded size
 PARTS = tuple(_DESCRIPTIONS)
 _MARKER = "demo.json"
-_MARK = {"written_by": "mixres.quickstart.data", "version": 2}
+_MARK = json.dumps({"written_by": "mixres.quickstart.data", "version": 2}).encode()
 _Pixels = NDArray[np.uint8]
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -178,28 +178,22 @@ def write_demo(root: Path) -> list[str]:
     root.mkdir(parents=True, exist_ok=True)
     lines = {part: f"{root / part}: there already" for part in PARTS}
     with FileLock(root / ".demo.lock"):
-        missing = [part for part in PARTS if not _is_written(root / part)]
-        for part in missing:
+        for part in [part for part in PARTS if not _is_written(root / part)]:  # both are checked before a write
             _write_part(root / part, plan_parts()[part])
             lines[part] = f"{root / part}: {_DESCRIPTIONS[part]}"
     return list(lines.values())
 
 
 def _is_written(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        written = json.loads((folder / _MARKER).read_text(encoding="utf-8")) == _MARK
-    except (OSError, ValueError):
-        written = False
-    if not written:
+    marker = folder / _MARKER
+    if folder.exists() and not (marker.is_file() and marker.read_bytes() == _MARK):
         raise UserError(f"{folder} exists and is not this version's demo: name another folder, or move it away")
-    return True
+    return folder.exists()
 
 
 def _write_part(folder: Path, pairs: Sequence[Pair]) -> None:
     tmp = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     write_pairs(tmp, pairs)
-    (tmp / _MARKER).write_text(json.dumps(_MARK), encoding="utf-8")
+    (tmp / _MARKER).write_bytes(_MARK)
     tmp.rename(folder)

@@ -67,12 +67,11 @@ def show_results(config: Config) -> list[str]:
         raise UserError("data.held_out: name the pairs to show")
     transformer = family.load_transformer(dtype=getattr(torch, config.model.dtype), device="cpu")
     sampler = HeldOutSampler(config, family, transformer, encoded)
-    before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="image", disable=None)]
+    items = encoded.held_out
+    before = [sampler.predict(item) for item in tqdm(items, desc="base", unit="image", disable=None)]
     sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
-    after = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="LoRA", unit="image", disable=None)]
-    compared = [
-        _compare(sampler, item, base, lora) for item, base, lora in zip(encoded.held_out, before, after, strict=True)
-    ]
+    after = [sampler.predict(item) for item in tqdm(items, desc="LoRA", unit="image", disable=None)]
+    compared = [_compare(sampler, *each) for each in zip(items, before, after, strict=True)]
     results = [result for result, _ in compared]
     # One row a photograph, its largest pair: 008_chelsea in landscape, 011_coffee in portrait.
     by_area = sorted(compared[::4] + compared[3::4], key=lambda pair: math.prod(map(int, pair[0].size.split("x"))))

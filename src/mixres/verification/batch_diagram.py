@@ -4,7 +4,6 @@ Promise: lengths and padding are those of the batches that the model ran on.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,27 +23,17 @@ Segment = tuple[str, int]  # what, tokens
 
 
 def token_layout(padded: Batch, packed: Batch) -> Image.Image:
-    """Both layouts of the same samples, the joint mask `(B, 1, 1, L)` of the padded one, the packed one's attention."""
+    """Both layouts of the same samples, what the joint mask `(B, 1, 1, L)` hides, and the packed one's attention."""
     rows = len(padded.names)
-    length = padded.tokens_computed // rows
-    canvas = _Canvas(250 + 2 * rows * (_BAR + _GAP) + _BAR + _SQUARE, length)
+    length, padding = padded.tokens_computed // rows, 1 - padded.tokens / padded.tokens_computed
+    mask = f"the joint mask {(rows, 1, 1, length)} hides it as keys" if padding else "so there is no joint mask"
+    canvas = _Canvas(214 + rows * (_BAR + _GAP) + _BAR + _SQUARE, length)
     canvas.legend()
-    canvas.heading(
-        f"layout padded: {rows} rows x {length} tokens, "
-        f"{1 - padded.tokens / padded.tokens_computed:.1%} of them padding"
-    )
+    canvas.heading(f"layout padded: {rows} rows x {length} tokens, {padding:.1%} of them padding; {mask}")
     for b in range(rows):
         canvas.bar(padded.names[b], padded_segments(padded, b))
-    if padded.tokens == padded.tokens_computed:
-        canvas.heading("joint mask: none, nothing is padded")
-    else:
-        canvas.heading(f"joint mask {(rows, 1, 1, length)}: the keys that each row's queries attend to")
-        for b in range(rows):
-            canvas.bar(padded.names[b], masked_segments(padded_segments(padded, b)))
     canvas.scale = canvas.room / packed.tokens_computed
-    canvas.heading(
-        f"layout packed: {packed.tokens_computed} tokens, no padding; in the order in which attention sees them"
-    )
+    canvas.heading(f"layout packed: {packed.tokens_computed} tokens, no padding; in the order that attention sees")
     canvas.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
     canvas.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
     canvas.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
@@ -64,12 +53,6 @@ def padded_segments(batch: Batch, b: int) -> list[Segment]:
     image_padding = batch.latents.shape[1] - sum(tokens for _, tokens in images)
     row = [text, ("padding", text_padding), *images, ("padding", image_padding)]
     return [(what, tokens) for what, tokens in row if tokens]
-
-
-def masked_segments(segments: Sequence[Segment]) -> list[Segment]:
-    """The row's mask as stretches of equal values: padding is masked, all else attended."""
-    keys = [("masked key" if what == "padding" else "attended key", tokens) for what, tokens in segments]
-    return [(what, sum(tokens for _, tokens in group)) for what, group in groupby(keys, key=lambda key: key[0])]
 
 
 class _Canvas:
@@ -103,10 +86,9 @@ class _Canvas:
         first = 0
         for what, tokens in segments:
             left, right = (_LEFT + round(x * self.scale) for x in (first, first + tokens))
-            self.draw.rectangle(
-                (left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white"
-            )
-            ink = "black" if what in ("padding", "masked key", "control") else "white"
+            box = (left, self.top, max(left, right - 1), self.top + _BAR)
+            self.draw.rectangle(box, fill=COLOURS[what], outline="white")
+            ink = "black" if what in ("padding", "control") else "white"
             if self.draw.textlength(str(tokens), font=self.font) + 8 < right - left:
                 self.draw.text((left + 4, self.top + 4), str(tokens), fill=ink, font=self.font)
             first += tokens

@@ -150,14 +150,10 @@ def _synthetic_source(config: Config) -> tuple[Family, Source]:
 
 def source_of(samples: Sequence[Sample]) -> Source:
     """These samples, held in memory."""
+    empty = [0 if sample.empty_embeds is None else len(sample.empty_embeds) for sample in samples]
     lengths = [
-        Lengths(
-            text=len(sample.prompt_embeds),
-            image=token_count(sample.img_shapes),
-            target=len(sample.target_latents),
-            empty_text=0 if sample.empty_embeds is None else len(sample.empty_embeds),
-        )
-        for sample in samples
+        Lengths(len(sample.prompt_embeds), token_count(sample.img_shapes), len(sample.target_latents), own)
+        for sample, own in zip(samples, empty, strict=True)
     ]
     return Source(lengths, [sample.name for sample in samples], samples.__getitem__)
 
@@ -239,7 +235,7 @@ def _mfu(config: Config, device: torch.device, flops_per_s: float) -> float | No
 
 def _trainer_step(setup: Setup, source: Source, steps: Sequence[Step]) -> dict[str, float]:
     """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
-    layout, ratios = setup.config.batch.layout, []
+    layout, ratios = setup.trained.config.batch.layout, []
     for step in steps:
         ready = _seconds(setup, step)
         ratios.append(_seconds(setup, step, _collated(source, step.plan.ranks[0], layout)) / ready)

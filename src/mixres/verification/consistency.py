@@ -52,7 +52,7 @@ def batches_of(samples: Sequence[Sample], mode: BatchMode) -> list[Batch]:
 
 def run(setup: Setup, samples: Sequence[Sample], mode: BatchMode, *, autocast: bool) -> Outcome:
     """Forward and backward of the step's loss over all samples. No weight changes, no gradient is left behind."""
-    model, parameters, device = setup.trained.transformer, setup.trained.parameters, setup.accelerator.device
+    model, parameters, accelerator = setup.trained.transformer, setup.trained.parameters, setup.trained.accelerator
     outputs: list[Tensor] = []
 
     def predict(model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def run(setup: Setup, samples: Sequence[Sample], mode: BatchMode, *, autocast: b
     divisor = objective.divisor(len(samples), sum(sum(batch.target_lengths) for batch in batches))
     try:
         for batch in batches:
-            with setup.accelerator.autocast() if autocast else nullcontext():
-                loss = objective.loss(model, batch.to(device), step=0, divisor=divisor)
+            with accelerator.autocast() if autocast else nullcontext():
+                loss = objective.loss(model, batch.to(accelerator.device), step=0, divisor=divisor)
             torch.autograd.backward(loss)
         gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
     finally:

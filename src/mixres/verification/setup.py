@@ -10,10 +10,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -32,13 +31,9 @@ from mixres.training.step import run_step
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """Everything that a training step needs but the samples."""
 
-    config: Config
-    family: Family
-    accelerator: Accelerator
     trained: TrainState
     objective: Objective
 
@@ -66,8 +61,7 @@ def set_up(config: Config, family: Family, accelerator: Accelerator) -> Setup:
     # One process has nothing to split. Compiled blocks are for the lengths of a plan; these verbs batch otherwise.
     train = config.train.model_copy(update={"parallel": "ddp", "compile": False})
     config = config.model_copy(update={"train": train})
-    trained = load_trained(config, family, accelerator)
-    return Setup(config, family, accelerator, trained, build_objective(config, family))
+    return Setup(load_trained(config, family, accelerator), build_objective(config, family))
 
 
 def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
@@ -76,7 +70,7 @@ def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, ste
     Raises:
         WorkError: the device has not enough memory for a microbatch.
     """
-    accelerator, trained = setup.accelerator, setup.trained
+    trained, accelerator = setup.trained, setup.trained.accelerator
     for group in trained.optimizer.param_groups:
         group["lr"] = 0.0 * group["lr"]  # a tensor stays one
     start = time.perf_counter()
@@ -89,7 +83,7 @@ def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, ste
         count=count,
         step=step,
         divisor=divisor,
-        max_grad_norm=setup.config.train.max_grad_norm,
+        max_grad_norm=trained.config.train.max_grad_norm,
     )
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)

@@ -12,7 +12,7 @@ times that of the samples alone.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,27 +28,12 @@ from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
 from mixres.verification.batch_diagram import token_layout
 from mixres.verification.consistency import BatchMode, Outcome, batches_of, errors, in_dtype, run
-from mixres.verification.setup import (
-    Setup,
-    free_memory,
-    one_process,
-    precision_label,
-    report_path,
-    set_up,
-    versions,
-)
+from mixres.verification.setup import Setup, free_memory, one_process, precision_label, report_path, set_up, versions
 
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
-BARS = {"float32": (1e-6, 1e-5), "float64": (1e-12, 1e-11)}
+BARS = {"float32": {"forward": 1e-6, "gradient": 1e-5}, "float64": {"forward": 1e-12, "gradient": 1e-11}}
 ROUNDING_FACTOR = 1.5
-
-
-@dataclass(frozen=True)
-class Bar:
-    """The largest errors that pass."""
-
-    forward: float
-    gradient: float
+Bar = dict[str, float]  # the largest errors that pass, by measure
 
 
 @dataclass(frozen=True)
@@ -141,37 +126,29 @@ class _Comparison:
 
     def cases(self) -> list[Case]:
         """In float32 (or the base's float64) first; it is the reference of what rounds more."""
-        config = self.setup.config
+        config = self.setup.trained.config
         bfloat16, autocast = config.model.dtype == "bfloat16", config.train.mixed_precision == "bf16"
         exact = "float64" if config.model.dtype == "float64" else "float32"
         problem = self._float32_problem() if bfloat16 else None
         with nullcontext() if problem else in_dtype(self.parameters, getattr(torch, exact)):
             reference = problem or self._run("alone", autocast=False)
-            cases = [self._case(layout, exact, False, reference, Bar(*BARS[exact])) for layout in LAYOUTS]
+            cases = [self._case(layout, exact, False, reference, BARS[exact]) for layout in LAYOUTS]
         if bfloat16 or autocast:
-            label, bar, reason = precision_label(config), None, None
-            alone = self._run("alone", autocast=autocast)
+            label, alone = precision_label(config), self._run("alone", autocast=autocast)
+            bar: Bar | str = ""
             if isinstance(reference, str):
-                reason = f"no float32 reference ({reference}); the errors are against the samples alone"
+                bar = f"no float32 reference ({reference}); the errors are against the samples alone"
                 reference = alone
             elif isinstance(alone, str):
                 reference = alone
             else:
                 allowed = errors(alone, reference)
-                bar = Bar(ROUNDING_FACTOR * allowed.forward, ROUNDING_FACTOR * allowed.gradient)
-            cases += [self._case(layout, label, autocast, reference, bar, reason) for layout in LAYOUTS]
+                bar = {"forward": ROUNDING_FACTOR * allowed.forward, "gradient": ROUNDING_FACTOR * allowed.gradient}
+            cases += [self._case(layout, label, autocast, reference, bar) for layout in LAYOUTS]
         return cases
 
-    def _case(
-        self,
-        layout: BatchMode,
-        dtype: str,
-        autocast: bool,
-        reference: Outcome | str,
-        bar: Bar | None,
-        reason: str | None = None,
-    ) -> Case:
-        """The batch in `layout` against `reference`; without a `bar` it is measured, not judged."""
+    def _case(self, layout: BatchMode, dtype: str, autocast: bool, reference: Outcome | str, bar: Bar | str) -> Case:
+        """The batch in `layout` against `reference`; where `bar` is why there is none, it is measured, not judged."""
         count = len(self.samples)
         batch = reference if isinstance(reference, str) else self._run(layout, autocast=autocast)
         if isinstance(batch, str) or isinstance(reference, str):
@@ -179,11 +156,16 @@ class _Comparison:
         found = errors(batch, reference)
         if not (math.isfinite(found.forward) and math.isfinite(found.gradient)):
             return Case(layout, dtype, count, passed=False, reason="outputs or gradients are not finite")
-        passed = None if bar is None else found.forward <= bar.forward and found.gradient <= bar.gradient
+        case = Case(layout, dtype, count, found.forward, found.gradient)
+        if isinstance(bar, str):
+            case = replace(case, reason=bar)
+        else:
+            passed = found.forward <= bar["forward"] and found.gradient <= bar["gradient"]
+            case = replace(case, bar=bar, passed=passed)
         if found.unequal:
-            passed = False
             reason = f"{len(found.unequal)} tensors have a gradient in only one of the two, first {found.unequal[0]}"
-        return Case(layout, dtype, count, found.forward, found.gradient, bar, passed, reason)
+            case = replace(case, passed=False, reason=reason)
+        return case
 
     def _run(self, mode: BatchMode, *, autocast: bool) -> Outcome | str:
         """The outcome, or why it does not fit."""
@@ -196,7 +178,7 @@ class _Comparison:
         """Why this model cannot be computed in float32 here."""
         trained, _ = self.setup.trained.counts
         needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
-        free = free_memory(self.setup.accelerator.device)
+        free = free_memory(self.setup.trained.accelerator.device)
         if free is not None and needed > free:
             return f"does not fit: float32 needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
         return None
@@ -204,13 +186,12 @@ class _Comparison:
 
 def _report_model(setup: Setup) -> dict[str, Any]:
     """Versions, patch and adapters as the model carries them; `whole` if they are as they should be."""
-    trained, config = setup.trained, setup.config
-    patch = setup.family.patch_state(trained.transformer)
-    found = versions()
+    trained, found = setup.trained, versions()
+    patch = trained.family.patch_state(trained.transformer)
     log(f"versions  {_listed(found)}")
     log(f"patch     {_listed(patch._asdict())}")
     whole, lora = patch.whole, None
-    if config.model.lora:
+    if trained.config.model.lora:
         lora = _adapters(setup)
         whole = whole and lora["as_configured"]
         log(f"lora      {_listed(lora)}")
@@ -226,7 +207,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def _adapters(setup: Setup) -> dict[str, Any]:
     """What the model carries, read from the model, against the configuration."""
-    wanted, table = setup.config.model.lora, setup.trained.table
+    wanted, table = setup.trained.config.model.lora, setup.trained.table
     assert wanted is not None
     transformer: Any = setup.trained.transformer
     carried = transformer.peft_config["default"]
@@ -240,8 +221,8 @@ def _adapters(setup: Setup) -> dict[str, Any]:
 def _log_table(cases: Sequence[Case]) -> None:
     log(f"{'layout':<8} {'dtype':<24} {'samples':>7} {'forward':>9} {'bar':>9} {'gradient':>9} {'bar':>9}")
     for case in cases:
-        bars = (case.bar.forward, case.bar.gradient) if case.bar else (None, None)
-        numbers = (case.forward, bars[0], case.gradient, bars[1])
+        bar = case.bar or {}
+        numbers = (case.forward, bar.get("forward"), case.gradient, bar.get("gradient"))
         columns = " ".join("        -" if number is None else f"{number:>9.1e}" for number in numbers)
         verdict = {True: "passed", False: "FAILED", None: "not judged"}[case.passed]
         note = f": {case.reason}" if case.reason else ""
