@@ -17,8 +17,9 @@ from mixres.models.lora import fill_adapters
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.training.optimizer import optimizer_tensors
+from mixres.training.setup import TrainState
 from mixres.verification.consistency import batches_of
-from mixres.verification.setup import Setup, one_process, set_up
+from mixres.verification.setup import one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import CASES, FamilyCase
 
@@ -32,12 +33,12 @@ def estimate_of(file: Path, *words: str, ranks: int = 1) -> MemoryEstimate:
     return MemoryEstimate(config, family_of(config), ranks=ranks)
 
 
-def allocated_at_peak(setting: Setup, batch: Batch) -> int:
+def allocated_at_peak(setting: TrainState, batch: Batch) -> int:
     """Bytes that forward and backward take beside weights and gradients, by the allocator's own record."""
 
     def step() -> None:
-        with setting.trained.accelerator.autocast():
-            loss = setting.objective.loss_sum(setting.trained.transformer, batch, step=0)
+        with setting.accelerator.autocast():
+            loss = setting.objective.loss_sum(setting.transformer, batch, step=0)
         torch.autograd.backward(loss)
 
     step()  # gradients and position tables are there from now on
@@ -59,7 +60,7 @@ def check_estimate(file: Path, words: Sequence[str]) -> None:
     setting = set_up(config, family, one_process(config, "inspect"))
     samples = synthetic_samples(config, family, 3)
     estimate = MemoryEstimate(config, family, ranks=1)
-    assert (estimate.trained, estimate.parameters) == setting.trained.counts
+    assert (estimate.trained, estimate.parameters) == setting.counts
     batch = estimate.batch([(sample.img_shapes, len(sample.prompt_embeds)) for sample in samples])
     counted = max(estimate.count(batch, config.train.gradient_checkpointing)[1:])
     real = allocated_at_peak(setting, batches_of(samples, config.batch.layout)[0])

@@ -58,11 +58,11 @@ def test_a_report_agrees_with_itself(
 
 def test_a_timed_step_changes_no_weight(config: Config) -> None:
     setup = set_up(config, family_of(config), one_process(config, "bench"))
-    before = {name: tensor.clone() for name, tensor in setup.trained.transformer.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in setup.transformer.state_dict().items()}
     (batch,) = batches_of(synthetic_samples(config, family_of(config), 2), "packed")
     assert step_seconds(setup, [batch], count=1, step=0, divisor=2) > 0
-    assert setup.trained.optimizer.state  # it did step
-    assert all(torch.equal(before[name], tensor) for name, tensor in setup.trained.transformer.state_dict().items())
+    assert setup.optimizer.state  # it did step
+    assert all(torch.equal(before[name], tensor) for name, tensor in setup.transformer.state_dict().items())
 
 
 def test_the_stock_shape_needs_no_file() -> None:
@@ -122,17 +122,17 @@ def test_needed_flops_are_those_of_the_samples_alone_computed_once(small_run: Pa
     AcceleratorState._reset_state(True)
     config = load_config(small_run, overrides)
     setting = set_up(config, family_of(config), one_process(config, "bench"))
-    samples = synthetic_samples(config, setting.trained.family, 4)
+    samples = synthetic_samples(config, setting.family, 4)
 
     def counted(mode: BatchMode) -> tuple[int, int]:
         with FlopCounter() as counter:
             for batch in batches_of(samples, mode):
-                torch.autograd.backward(setting.objective.loss_sum(setting.trained.transformer, batch, step=0))
+                torch.autograd.backward(setting.objective.loss_sum(setting.transformer, batch, step=0))
         return counter.needed, counter.computed
 
     needed, computed = counted("packed")
     assert counted("alone") == (needed, computed) and needed < computed < counted("padded")[1]
-    recompute_blocks(setting.trained.transformer, every=1)
+    recompute_blocks(setting.transformer, every=1)
     again = counted("packed")
     assert again[0] == needed and computed < again[1] < 1.5 * computed
 

@@ -32,10 +32,9 @@ from mixres.geometry import token_count
 from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import encode_all, family_of
-from mixres.training.setup import make_plan
+from mixres.training.setup import TrainState, make_plan
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
-    Setup,
     machine,
     one_process,
     peak_memory,
@@ -189,14 +188,14 @@ def _collated(source: Source, microbatches: Sequence[Microbatch], layout: Layout
         yield collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=layout)
 
 
-def _seconds(setup: Setup, step: Step, batches: Iterable[Batch] | None = None) -> float:
+def _seconds(setup: TrainState, step: Step, batches: Iterable[Batch] | None = None) -> float:
     """Seconds of an optimizer step, over `batches` in place of those made before."""
     divisor = setup.objective.divisor(step.plan.samples, step.plan.target_tokens)
     count = len(step.batches)
     return step_seconds(setup, batches or step.batches, count=count, step=step.plan.step, divisor=divisor)
 
 
-def _time_rounds(setup: Setup, work: Work, rounds: int) -> dict[str, list[float]]:
+def _time_rounds(setup: TrainState, work: Work, rounds: int) -> dict[str, list[float]]:
     """Of each way the seconds of all steps, round by round."""
     seconds = {way: [0.0] * rounds for way in work}
     for number in range(rounds):
@@ -233,9 +232,9 @@ def _mfu(config: Config, device: torch.device, flops_per_s: float) -> float | No
     return next((flops_per_s / peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def _trainer_step(setup: Setup, source: Source, steps: Sequence[Step]) -> dict[str, float]:
+def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> dict[str, float]:
     """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
-    layout, ratios = setup.trained.config.batch.layout, []
+    layout, ratios = setup.config.batch.layout, []
     for step in steps:
         ready = _seconds(setup, step)
         ratios.append(_seconds(setup, step, _collated(source, step.plan.ranks[0], layout)) / ready)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.geometry import token_count
-from mixres.verification.setup import Setup
+from mixres.training.setup import TrainState
 
 BatchMode = Literal["alone", "padded", "packed"]
 _FLOOR = 1e-6
@@ -50,9 +50,9 @@ def batches_of(samples: Sequence[Sample], mode: BatchMode) -> list[Batch]:
     return [collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=mode)]
 
 
-def run(setup: Setup, samples: Sequence[Sample], mode: BatchMode, *, autocast: bool) -> Outcome:
+def run(setup: TrainState, samples: Sequence[Sample], mode: BatchMode, *, autocast: bool) -> Outcome:
     """Forward and backward of the step's loss over all samples. No weight changes, no gradient is left behind."""
-    model, parameters, accelerator = setup.trained.transformer, setup.trained.parameters, setup.trained.accelerator
+    model, parameters, accelerator = setup.transformer, setup.parameters, setup.accelerator
     outputs: list[Tensor] = []
 
     def predict(model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,22 +20,14 @@ from accelerate import Accelerator
 from mixres import __version__
 from mixres.batch import Batch
 from mixres.config.schema import Config
-from mixres.diffusion.objective import Objective
 from mixres.errors import UserError
 from mixres.models.family import Family
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
-from mixres.training.setup import TrainState, build_objective, load_trained
+from mixres.training.setup import TrainState, load_trained
 from mixres.training.step import run_step
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-
-
-class Setup(NamedTuple):
-    """Everything that a training step needs but the samples."""
-
-    trained: TrainState
-    objective: Objective
 
 
 def one_process(config: Config, verb: str) -> Accelerator:
@@ -52,8 +44,8 @@ def one_process(config: Config, verb: str) -> Accelerator:
     return accelerator
 
 
-def set_up(config: Config, family: Family, accelerator: Accelerator) -> Setup:
-    """Load the model as training would on one process.
+def set_up(config: Config, family: Family, accelerator: Accelerator) -> TrainState:
+    """Everything that a training step needs but the samples: the model, loaded as training would on one process.
 
     Raises:
         UserError: the base cannot be loaded.
@@ -61,32 +53,31 @@ def set_up(config: Config, family: Family, accelerator: Accelerator) -> Setup:
     # One process has nothing to split. Compiled blocks are for the lengths of a plan; these verbs batch otherwise.
     train = config.train.model_copy(update={"parallel": "ddp", "compile": False})
     config = config.model_copy(update={"train": train})
-    return Setup(load_trained(config, family, accelerator), build_objective(config, family))
+    return load_trained(config, family, accelerator)
 
 
-def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
+def step_seconds(setup: TrainState, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
     """Seconds of `run_step` over `count` microbatches. No weight changes: the learning rate is zero.
 
     Raises:
         WorkError: the device has not enough memory for a microbatch.
     """
-    trained, accelerator = setup.trained, setup.trained.accelerator
-    for group in trained.optimizer.param_groups:
+    for group in setup.optimizer.param_groups:
         group["lr"] = 0.0 * group["lr"]  # a tensor stays one
     start = time.perf_counter()
     run_step(
-        accelerator,
-        trained.model,
-        trained.optimizer,
+        setup.accelerator,
+        setup.model,
+        setup.optimizer,
         setup.objective,
         microbatches,
         count=count,
         step=step,
         divisor=divisor,
-        max_grad_norm=trained.config.train.max_grad_norm,
+        max_grad_norm=setup.config.train.max_grad_norm,
     )
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize(accelerator.device)
+    if setup.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(setup.accelerator.device)
     return time.perf_counter() - start
 
 

@@ -26,9 +26,10 @@ from mixres.errors import UserError, WorkError
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
+from mixres.training.setup import TrainState
 from mixres.verification.batch_diagram import token_layout
 from mixres.verification.consistency import BatchMode, Outcome, batches_of, errors, in_dtype, run
-from mixres.verification.setup import Setup, free_memory, one_process, precision_label, report_path, set_up, versions
+from mixres.verification.setup import free_memory, one_process, precision_label, report_path, set_up, versions
 
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
 BARS = {"float32": {"forward": 1e-6, "gradient": 1e-5}, "float64": {"forward": 1e-12, "gradient": 1e-11}}
@@ -62,8 +63,8 @@ def verify(config: Config) -> None:
     encoded = encode_all(config, family, device=accelerator.device)
     chosen = most_different(encoded.train, config.batch.max_tokens)
     setup = set_up(config, family, accelerator)
-    fill_adapters(setup.trained.parameters, seed=config.train.seed)
-    setup.trained.transformer.eval()  # no dropout: it would differ from call to call
+    fill_adapters(setup.parameters, seed=config.train.seed)
+    setup.transformer.eval()  # no dropout: it would differ from call to call
     model_report = _report_model(setup)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in chosen]
     cases = _Comparison(setup, samples).cases()
@@ -120,13 +121,13 @@ def most_different(items: Sequence[CachedSample], max_tokens: int) -> list[Cache
 class _Comparison:
     """The chosen samples on one model, in every precision and layout that fits."""
 
-    def __init__(self, setup: Setup, samples: Sequence[Sample]) -> None:
+    def __init__(self, setup: TrainState, samples: Sequence[Sample]) -> None:
         self.setup, self.samples = setup, samples
-        self.parameters = list(setup.trained.transformer.parameters())
+        self.parameters = list(setup.transformer.parameters())
 
     def cases(self) -> list[Case]:
         """In float32 (or the base's float64) first; it is the reference of what rounds more."""
-        config = self.setup.trained.config
+        config = self.setup.config
         bfloat16, autocast = config.model.dtype == "bfloat16", config.train.mixed_precision == "bf16"
         exact = "float64" if config.model.dtype == "float64" else "float32"
         problem = self._float32_problem() if bfloat16 else None
@@ -176,17 +177,17 @@ class _Comparison:
 
     def _float32_problem(self) -> str | None:
         """Why this model cannot be computed in float32 here."""
-        trained, _ = self.setup.trained.counts
+        trained, _ = self.setup.counts
         needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
-        free = free_memory(self.setup.trained.accelerator.device)
+        free = free_memory(self.setup.accelerator.device)
         if free is not None and needed > free:
             return f"does not fit: float32 needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
         return None
 
 
-def _report_model(setup: Setup) -> dict[str, Any]:
+def _report_model(setup: TrainState) -> dict[str, Any]:
     """Versions, patch and adapters as the model carries them; `whole` if they are as they should be."""
-    trained, found = setup.trained, versions()
+    trained, found = setup, versions()
     patch = trained.family.patch_state(trained.transformer)
     log(f"versions  {_listed(found)}")
     log(f"patch     {_listed(patch._asdict())}")
@@ -205,14 +206,14 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, dict))
 
 
-def _adapters(setup: Setup) -> dict[str, Any]:
+def _adapters(setup: TrainState) -> dict[str, Any]:
     """What the model carries, read from the model, against the configuration."""
-    wanted, table = setup.trained.config.model.lora, setup.trained.table
+    wanted, table = setup.config.model.lora, setup.table
     assert wanted is not None
-    transformer: Any = setup.trained.transformer
+    transformer: Any = setup.transformer
     carried = transformer.peft_config["default"]
     rank, alpha, targets = carried.r, float(carried.lora_alpha), {row.pattern: row.modules for row in table}
-    trained, _ = setup.trained.counts
+    trained, _ = setup.counts
     agrees = (rank, alpha) == (wanted.r, wanted.lora_alpha) and all(targets.values())
     agrees = agrees and trained == sum(row.parameters for row in table)
     return {"r": rank, "lora_alpha": alpha, "targets": targets, "as_configured": agrees}
