@@ -74,8 +74,8 @@ def test_the_divisor_counts_samples_or_target_tokens_and_no_weight() -> None:
         objective = build_objective(normalization, torch.float64)
         assert objective.divisor(3, sum(batch.target_lengths)) == count
         assert float(velocity_loss(outputs, batch, flow, normalization=normalization)) == pytest.approx(count)
-    assert (sample_weight(regularization=True, prior_loss_weight=0.2), sample_weight(
-        regularization=False, prior_loss_weight=0.2)) == (0.2, 1.0)  # fmt: skip
+    assert sample_weight(regularization=True, prior_loss_weight=0.2) == 0.2
+    assert sample_weight(regularization=False, prior_loss_weight=0.2) == 1.0
 
 
 @both_normalizations

@@ -36,11 +36,9 @@ class Mix:
     velocities: list[Tensor]  # (S_target, CHANNELS)
 
     def to(self, device: str, dtype: torch.dtype) -> "Mix":
-        def move(xs: list[Tensor]) -> list[Tensor]:
-            return [x.to(device, dtype) for x in xs]
-
-        timesteps = self.timesteps.to(device, dtype)
-        return Mix(self.shapes, move(self.images), move(self.texts), timesteps, move(self.velocities))
+        lists = (self.images, self.texts, self.velocities)
+        images, texts, velocities = ([x.to(device, dtype) for x in xs] for xs in lists)
+        return Mix(self.shapes, images, texts, self.timesteps.to(device, dtype), velocities)
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,8 @@ def test_the_stock_areas_are_the_pipelines_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stock", "family", "given"),
-    [
-        (stock_edit, QwenImageEdit(""), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
-        (stock_plus, QwenImageEditPlus(""), AREA),
-    ],
+    ("stock", "family", "given"),  # the area that the pipeline asks for all the same
+    [(stock_edit, QwenImageEdit(""), STOCK_CONTROL_AREA), (stock_plus, QwenImageEditPlus(""), AREA)],
 )
 def test_other_areas_hold_for_a_while_and_no_side_is_zero(stock: ModuleType, family: QwenFamily, given: int) -> None:
     before, areas = {**vars(stock)}, {"control_area": AREA, "text_area": TEXT_AREA}
