@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, FlowSample, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
-from mixres.diffusion.flow_matching import TimestepSampler
+from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
 from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
@@ -25,6 +25,7 @@ from mixres.training.step import StepResult, run_step
 from support import mixes, samples
 
 CHANNELS, TEXT_WIDTH = 64, 64
+SHIFT = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
 NORMALIZATIONS = ("sample", "token")
 SAMPLES = [  # grids of target and controls, text tokens
@@ -68,14 +69,19 @@ def divisor_of(objective: Objective) -> int:
 
 
 def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
-    """Adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
-    model = QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
-    untrained = untrained_modules(model)
-    add_lora(
-        model, r=4, lora_alpha=4, lora_dropout=0, target_modules=mixes.ATTENTION_AND_MLP, untrained=untrained, seed=0
-    )
+    return with_adapters(QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu"))
+
+
+def with_adapters(model: Any, **changes: Any) -> Any:
+    """The model with adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
+    settings = {"r": 4, "lora_alpha": 4, "lora_dropout": 0, "target_modules": mixes.ATTENTION_AND_MLP, "seed": 0}
+    add_lora(model, **({"untrained": untrained_modules(model)} | settings | changes))
     fill_adapters(trainable_parameters(model), seed=0)
     return model
+
+
+def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float64, **kw: Any) -> FlowSample:
+    return make_flow_sample(batch, seed=seed, step=step, timesteps=TimestepSampler(**kw), constants=SHIFT, dtype=dtype)
 
 
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
@@ -83,7 +89,7 @@ def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtyp
         predict_velocity=QwenImageEdit("").predict_velocity,
         timesteps=TimestepSampler(),
         weighting="cosmap",
-        shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
+        shift_constants=SHIFT,
         normalization=normalization,
         foreground=3.0,
         background=0.5,

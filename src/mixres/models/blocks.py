@@ -7,7 +7,7 @@ a minute or so for each graph, see `most_graphs`.
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,16 +67,9 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
     return call
 
 
-@runtime_checkable
-class HoldsComplex(Protocol):
-    """An argument of a block with complex tensors in it, for which the compiler generates no code."""
-
-    def without_complex(self) -> Any:
-        """The same with real tensors."""
-
-
 def _real(argument: Any) -> Any:
-    return argument.without_complex() if isinstance(argument, HoldsComplex) else argument
+    """An argument of a block with real tensors in place of complex ones, for which the compiler generates no code."""
+    return argument.without_complex() if hasattr(argument, "without_complex") else argument
 
 
 def check_compiler(device: torch.device) -> None:

@@ -28,8 +28,6 @@ from support.family_cases import CASES
 AREA, TEXT_AREA = 128 * 128, 2048
 SIZES = (Size(640, 427), Size(37, 211), Size(300, 300), Size(8000, 1000))
 
-# Sizes of controls.
-
 
 def test_the_stock_areas_are_the_pipelines_own() -> None:
     areas = QwenImageEditPlus("").control_areas(STOCK_CONTROL_AREA, None)
@@ -40,11 +38,8 @@ def test_the_stock_areas_are_the_pipelines_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stock", "family", "given"),
-    [
-        (stock_edit, QwenImageEdit(""), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
-        (stock_plus, QwenImageEditPlus(""), AREA),
-    ],
+    ("stock", "family", "given"),  # the area that the pipeline asks for all the same
+    [(stock_edit, QwenImageEdit(""), STOCK_CONTROL_AREA), (stock_plus, QwenImageEditPlus(""), AREA)],
 )
 def test_other_areas_hold_for_a_while_and_no_side_is_zero(stock: ModuleType, family: QwenFamily, given: int) -> None:
     before, areas = {**vars(stock)}, {"control_area": AREA, "text_area": TEXT_AREA}
@@ -65,9 +60,6 @@ def test_sizes_of_controls_that_a_variant_does_not_have_are_refused() -> None:
             family.control_areas(AREA, TEXT_AREA)
         keys = [message.partition(":")[0] for message in caught.value.messages]
         assert keys == [f"data.resize.control.{line}" for line in lines]
-
-
-# Length of prompts.
 
 
 def tokens(base: Path, text: str) -> int:
@@ -105,9 +97,6 @@ def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any]
     for count, kept in ((most, TOKENIZER_MAX_LENGTH), (most + 1, TOKENIZER_MAX_LENGTH + 1)):
         ids = encoders.tokenizer(encoders.prompt_template_encode.format("z" * (count - 1) + "y")).input_ids
         assert len(ids) - encoders.prompt_template_encode_start_idx == kept
-
-
-# Configuration and processor.
 
 
 def test_sizes_and_shift_come_from_the_configuration(tiny_base: Path, copy_of_base: Path) -> None:
