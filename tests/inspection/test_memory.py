@@ -151,7 +151,7 @@ def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list
     """Of DoRA's matrices, which 8-bit optimizers quantise at this rank, and vectors, which they do not."""
     config = load_config(small_run, [*words, "model.lora.r=64", DORA])
     AcceleratorState._reset_state(True)
-    trained = set_up(config, family_of(config), one_process(config, "inspect")).trained
+    trained = set_up(config, family_of(config), one_process(config, "inspect"))
     fill_adapters(trained.parameters, seed=0)
     for parameter in trained.parameters.values():
         parameter.grad = torch.ones_like(parameter)
