@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,10 @@ import xxhash
 from mixres.data.scan import find_records
 from mixres.errors import UserError
 from support.pairs import EMPTY, PHOTO, scanned
+from support.samples import pickled_mkdir
 
 IMAGES = ("path_target", "path_control", "path_control_1", "path_mask")
 ARROW = "data-00000-of-00001.arrow"
-
-
-@pytest.fixture(autouse=True)
-def no_bars() -> None:
-    datasets.disable_progress_bars()
 
 
 def png(size: tuple[int, int] = (90, 60), mode: str = "RGB") -> bytes:
@@ -133,17 +127,12 @@ def test_a_file_outside_the_folder_is_not_opened(tmp_path: Path, name: str) -> N
 def test_planted_scripts_and_pickles_are_not_run(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", row())
     mark = tmp_path / "mark"
-
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(mark),)
-
     for name in ("set.py", "dataset.py", "__init__.py"):
         (folder / name).write_text(f"import os; os.mkdir({str(mark)!r})")
     for name in ("dataset.pkl", "dataset.pickle", "indices.arrow"):
-        (folder / name).write_bytes(pickle.dumps(Payload()))
+        (folder / name).write_bytes(pickled_mkdir(mark))
     assert len(scanned(folder)[0]) == 1
-    (folder / ARROW).write_bytes(pickle.dumps(Payload()))
+    (folder / ARROW).write_bytes(pickled_mkdir(mark))
     (message,) = refusal(folder)
     assert message.startswith("ROOT: the data set cannot be read: ")
     assert not mark.exists()
