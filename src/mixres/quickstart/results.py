@@ -33,7 +33,7 @@ _LORA = "pytorch_lora_weights.safetensors"
 
 
 class Result(NamedTuple):
-    """PSNR in dB of each column of the grid, against the target."""
+    """PSNR in dB of each column of the grid, and the drift of the LoRA's image; both against the target."""
 
     name: str
     size: str
@@ -41,6 +41,8 @@ class Result(NamedTuple):
     base: float
     lora: float
     ceiling: float
+    drift_px: float | None = None  # None: it could not be measured
+    scale_pct: float | None = None
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -91,17 +93,23 @@ def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lor
     sample = sampler.cache.read(item.key, name=item.record.name)
     ceiling = sampler.family.decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
     scores = [round(psnr(image, target), 2) for image in (control, base, lora, ceiling)]
-    name = Path(item.record.name).stem
+    name, drift = Path(item.record.name).stem, sampler.drift(item, lora)
+    found = () if drift is None else (round(drift.shift_px, 3), round(drift.scale_pct, 3))
     note = "{}  copy {:.1f}, base {:.1f}, LoRA {:.1f}, at best {:.1f} dB".format(item.target_size, *scores)
-    return Result(name, str(item.target_size), *scores), Row((control, target, base, lora), item.record.prompt, note)
+    row = Row((control, target, base, lora), item.record.prompt, note)
+    return Result(name, str(item.target_size), *scores, *found), row
 
 
 def _table(results: Sequence[Result]) -> list[str]:
     lines = [f"{'held out':<14}{'size':>9}{'copy':>8}{'base':>8}{'LoRA':>8}{'VAE':>8}   PSNR in dB"]
-    means = [sum(column) / len(results) for column in list(zip(*results, strict=True))[2:]]
-    for name, size, *scores in (*results, ("mean", "", *means)):
+    means = [sum(column) / len(results) for column in list(zip(*results, strict=True))[2:6]]
+    for name, size, *scores in (*(result[:6] for result in results), ("mean", "", *means)):
         lines.append(f"{name:<14}{size:>9}" + "".join(f"{score:8.1f}" for score in scores))
-    return lines
+    drifts = [(r.drift_px, abs(r.scale_pct)) for r in results if r.drift_px is not None and r.scale_pct is not None]
+    if not drifts:
+        return lines
+    shift, scale = map(max, zip(*drifts, strict=True))
+    return [*lines, f"drift         at most {shift:.2f} px and {scale:.2f} % in {len(drifts)} images of the LoRA"]
 
 
 def _draw_loss(metrics: Path, path: Path) -> None:

@@ -14,6 +14,8 @@ by the fit and compared again, until nothing is left. A search over coarse scale
 
 import itertools
 import math
+import statistics
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -56,6 +58,9 @@ class Drift(NamedTuple):
         """The larger of both scales by magnitude, signed, in %."""
         return max(self.scale_x, self.scale_y, key=abs)
 
+    def __str__(self) -> str:
+        return f"shift {self.shift_px:.1f} px, scale {self.scale_pct:+.1f} %"
+
 
 class _Fit(NamedTuple):
     shift: float  # pixels
@@ -68,6 +73,15 @@ class _Fit(NamedTuple):
 def is_installed() -> bool:
     """Whether the library that measures is there; otherwise `NOT_INSTALLED` is what to tell, once."""
     return find_spec("skimage") is not None
+
+
+def drift_line(drifts: Sequence[Drift | None]) -> dict[str, float]:
+    """Means over the images that could be measured, for `metrics.jsonl`; nothing where none could."""
+    found = [drift for drift in drifts if drift]
+    if not found:
+        return {}
+    scale = statistics.fmean(abs(drift.scale_pct) for drift in found)
+    return {"eval/drift_px": statistics.fmean(drift.shift_px for drift in found), "eval/scale_pct": scale}
 
 
 def measure_drift(made: Image.Image, reference: Image.Image) -> Drift | None:

@@ -42,7 +42,7 @@ class MetricsLog:
             lines = path.read_text(encoding="utf-8").splitlines() if step else []
             kept = [line for line in lines if 0 <= _step_of(line) <= step]
             atomic.write_text(path, "".join(f"{line}\n" for line in kept))
-            self.evaluated = any(_step_of(line) == step and '"eval/' in line for line in kept)
+            self.evaluated = any(_step_of(line) == step and '"eval/loss"' in line for line in kept)
         self._file = io.FileIO(path, "a")
 
     def __enter__(self) -> Self:

@@ -101,9 +101,10 @@ def train(config: Config) -> None:
         # What watches the run.
         metrics = stack.enter_context(MetricsLog(folder if run.is_main else None, step=first))
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
-        sample = grid_writer(trained, encoded, run, tracker.log_image)
+        sinks = metrics.write, tracker.log
+        sample = grid_writer(trained, encoded, run, tracker.log_image, sinks)
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.is_main))
-        evaluate = HeldOutLoss(trained, encoded, run, (metrics.write, tracker.log))
+        evaluate = HeldOutLoss(trained, encoded, run, sinks)
 
         run.stop_between_steps()
         if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
