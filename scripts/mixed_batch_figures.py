@@ -21,7 +21,7 @@ from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.geometry import Size, control_size, target_size, token_grid
 from mixres.inspection.buckets import bucket_shapes, crop_loss, nearest
-from mixres.models.qwen.attention import joint_mask
+from mixres.models.attention import joint_mask
 from mixres.verification.batch_diagram import token_layout
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"

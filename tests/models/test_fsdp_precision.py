@@ -19,7 +19,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from mixres.models.qwen.rope import JointRotary
+from mixres.models.attention import JointRotary
 from support import mixes
 
 LAYOUTS = ("padded", "packed")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixres.models.qwen.packed import PackedModulation, expand_rows
+from mixres.models.modulation import SampleRows, expand_rows
 from support import mixes
 
 
@@ -75,7 +75,7 @@ def test_modulation_rows_expand_where_the_block_has_split_them() -> None:
     rows = torch.arange(36.0).reshape(2, 18).requires_grad_()
     runs = ((1, 2), (0, 1), (1, 3))
     taken = [1, 1, 0, 1, 1, 1]
-    found = [part.chunk(3, dim=-1) for part in PackedModulation(rows, runs).chunk(2, dim=-1)]
+    found = [part.chunk(3, dim=-1) for part in SampleRows(rows, runs, cuts=2).chunk(2, dim=-1)]
     expected = [part.chunk(3, dim=-1) for part in rows[taken].chunk(2, dim=-1)]
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
