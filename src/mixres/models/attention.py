@@ -8,7 +8,7 @@ Legend: B sample, S image token, T text token, L = T + S, H head, D head width, 
 of all tokens: B = 1, S = S_total, T = T_total.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -69,11 +69,9 @@ class JointAttention:
 
     def attend_streams(self, attn: Any, image: Tensor, text: Tensor, plan: JointRotary) -> tuple[Tensor, Tensor]:
         """Attend over `(B, S, C)` image and `(B, T, C)` text states; returns both projected, in that order."""
-        image_heads = _heads(attn, image, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
-        text_heads = _heads(
-            attn, text, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
-        )
-        pairs = zip(text_heads, image_heads, strict=True)
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        text_heads = _heads(attn, text, added, (attn.norm_added_q, attn.norm_added_k))
+        pairs = zip(text_heads, self.heads(attn, image), strict=True)
         if plan.packed is None:
             query, key, value = (torch.cat(pair, dim=1) for pair in pairs)
             joined = self.attend(query, key, value, plan)
@@ -83,6 +81,10 @@ class JointAttention:
             joined = self.attend(query, key, value, plan)
             text_out, image_out = separate(joined, plan.packed)
         return _project_out(attn.to_out, image_out), attn.to_add_out(text_out)
+
+    def heads(self, attn: Any, states: Tensor) -> list[Tensor]:
+        """Query, key and value `(B, tokens, H, D)` of `(B, tokens, C)`, not rotated yet."""
+        return _heads(attn, states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: JointRotary) -> Tensor:
         """`(B, L, H, D)`, text before image in each sample, not rotated yet -> `(B, L, C)`."""
@@ -136,6 +138,23 @@ def replace_processor(attn: Any, kind: type[JointAttention]) -> None:
         processor._attention_backend = attn.processor._attention_backend
         processor._parallel_config = attn.processor._parallel_config
         attn.set_processor(processor)
+
+
+def replace_stock_processors(blocks: Iterable[Any], stock: type[Any], kind: type[JointAttention]) -> None:
+    """Give the `attn` of all blocks a processor of this kind for their `stock` one.
+
+    Raises:
+        ValueError: a processor is neither, and nothing has been replaced: it does what the patch does not know.
+    """
+    modules = [block.attn for block in blocks]
+    for attn in modules:
+        if not isinstance(attn.processor, kind) and type(attn.processor) is not stock:
+            raise ValueError(
+                f"the patch replaces {stock.__name__}, not {type(attn.processor).__name__}, which a key-value cache, "
+                "an IP-Adapter or another tool has put there: load the model without it"
+            )
+    for attn in modules:
+        replace_processor(attn, kind)
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths) -> Tensor:
