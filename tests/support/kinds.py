@@ -60,9 +60,11 @@ class Kind(ABC):
         return self.patch(self.stock(adapters=adapters))
 
     def forward(self, model: nn.Module, mix: Mix, layout: str) -> list[Tensor]:
-        """The output at each sample's image tokens, in the layout `alone`, `padded` or `packed`."""
+        """The output at each sample's image tokens: `padded`, `packed`, `alone` (stock calls), `one by one` (ours)."""
         if layout == "alone":
             return [model(**call)[0][0] for call in self.alone_calls(mix)]
+        if layout == "one by one":
+            return [row for sample in mixes.one_by_one(mix) for row in self.forward(model, sample, "padded")]
         if layout == "packed":
             output: Tensor = model(**self.packed_call(mix))[0]
             return list(output[:, 0].split([len(image) for image in mix.images]))

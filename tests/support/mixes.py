@@ -69,6 +69,13 @@ def make_mix(shapes: list[list[Shape]], text_lengths: list[int], seed: int = 0) 
     )
 
 
+def one_by_one(mix: Mix) -> list[Mix]:
+    """A mix of each sample."""
+    parts = [[[x] for x in part] for part in (mix.shapes, mix.images, mix.texts, mix.velocities)]
+    samples = zip(*parts, mix.timesteps.split(1), strict=True)
+    return [Mix(shapes, images, texts, sigma, velocities) for shapes, images, texts, velocities, sigma in samples]
+
+
 def main_mix() -> Mix:
     """Grids 16x32, 24x24, 20x28; the second sample has two controls of other sizes."""
     return make_mix([[(1, 16, 32)], [(1, 24, 24), (1, 10, 14), (1, 6, 9)], [(1, 20, 28)]], [19, 7, 40])
@@ -202,7 +209,9 @@ def run(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> Result:
     return backward(model, outputs, loss(outputs, mix))
 
 
-def kept_tensors(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> list[Tensor]:
+def kept_tensors(
+    model: Any, mix: Mix, layout: str, forward: Callable[..., list[Tensor]] = lambda m, mix, how: FORWARDS[how](m, mix)
+) -> list[Tensor]:
     """What autograd keeps between forward and backward, each storage once, without the parameters'."""
     own = {p.data_ptr() for p in model.parameters() if type(p.data) is Tensor}
     kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
@@ -213,7 +222,7 @@ def kept_tensors(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> l
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(FORWARDS[layout](model, mix), mix)
+        loss(forward(model, mix, layout), mix)
     return list(kept.values())
 
 

@@ -83,6 +83,8 @@ class HoldsMask(Protocol):
 
 
 def _real(argument: Any) -> Any:
+    if isinstance(argument, dict):  # of what the blocks hand on to their attention processors
+        return {name: _real(value) for name, value in argument.items()}
     return argument.without_complex() if isinstance(argument, HoldsComplex) else argument
 
 

@@ -81,9 +81,7 @@ def _refuse_own_positions(call: Call) -> None:
 def _check_shapes(call: Call, image: list[int], text: list[int], packed: bool) -> None:
     hidden, states, timestep = call["hidden_states"], call["encoder_hidden_states"], call["timestep"]
     if not image or len(image) != len(text) or min(*image, *text) < 1:
-        raise ValueError(
-            f"image_lengths {image}, text_lengths {text}: each sample needs a positive number in both"
-        )
+        raise ValueError(f"image_lengths {image}, text_lengths {text}: each sample needs a positive number in both")
     samples = len(image)
     if packed:
         expected = {
