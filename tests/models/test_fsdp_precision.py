@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import QwenImageTransformer2DModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mixres.models.attention import JointRotary
+from mixres.models.blocks import repeated_blocks
 from support import mixes
+from support.kinds import KINDS
 
 LAYOUTS = ("padded", "packed")
+NAMES = ("qwen", "qwen zero_cond_t", "flux2", "flux")
 
 
 @pytest.mark.slow
@@ -33,7 +35,7 @@ def test_positions_stay_exact_under_fsdp2_mixed_precision() -> None:
     done = subprocess.run([sys.executable, here], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = json.loads(done.stdout.splitlines()[-1])
-    assert [case["case"] for case in cases] == [[layout, z] for layout in LAYOUTS for z in (False, True)]
+    assert [case["case"] for case in cases] == [[layout, kind] for layout in LAYOUTS for kind in NAMES]
     for case in cases:
         assert case["frequencies"] == ["torch.complex64"], case
         assert case["weights"] == ["torch.bfloat16"], case  # the policy is at work
@@ -41,30 +43,30 @@ def test_positions_stay_exact_under_fsdp2_mixed_precision() -> None:
         assert case["gradient"] <= 1.5 * case["gradient alone"], case
 
 
-def compare(layout: str, zero_cond_t: bool) -> dict[str, Any]:
+def compare(layout: str, name: str) -> dict[str, Any]:
     """Errors against float32 of a batch under the policy, and of the stock bfloat16 model on one sample at a time."""
-    reference = mixes.run(mixes.stock_model(zero_cond_t, mixes.EVERY_LINEAR), mixes.main_mix(), "alone")
-    rounded = mixes.main_mix().to("cpu", torch.bfloat16)
-    alone = mixes.run(mixes.stock_model(zero_cond_t, mixes.EVERY_LINEAR).to(torch.bfloat16), rounded, "alone")
-    model = mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR)
+    kind, wide = KINDS[name], mixes.main_mix_for_bf16()
+    reference, rounded = kind.run(kind.stock(adapters=True), wide, "alone"), wide.to("cpu", torch.bfloat16)
+    alone = kind.run(kind.stock(adapters=True).to(torch.bfloat16), rounded, "alone")
+    model = kind.patched(adapters=True)
     seen: dict[str, set[str]] = {"frequencies": set(), "weights": set()}
 
     def look(attn: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rotary = kwargs["image_rotary_emb"]
-        assert isinstance(rotary, JointRotary)
-        seen["frequencies"].add(str(rotary.freqs.dtype))
+        plan = kwargs.get("plan", kwargs["image_rotary_emb"])
+        assert isinstance(plan, JointRotary) and plan.freqs is not None
+        seen["frequencies"].add(str(plan.freqs.dtype))
         seen["weights"].update(str(p.dtype) for p in attn.parameters())
 
-    for block in model.transformer_blocks:
+    for block in repeated_blocks(model):
         block.attn.register_forward_pre_hook(look, with_kwargs=True)
-    measured = mixes.run(sharded(model), rounded, layout)
+    measured = kind.run(sharded(model), rounded, layout)
     gradients = {name: None if g is None else g.full_tensor() for name, g in measured.gradients.items()}
     found, single = (
         result.to("cpu", torch.float32) for result in (mixes.Result(measured.outputs, gradients), alone)
     )  # fmt: skip
     return {
-        "case": [layout, zero_cond_t],
-        **{name: sorted(dtypes) for name, dtypes in seen.items()},
+        "case": [layout, name],
+        **{what: sorted(dtypes) for what, dtypes in seen.items()},
         "forward": mixes.forward_error(found, reference),
         "forward alone": mixes.forward_error(single, reference),
         "gradient": mixes.gradient_error(found, reference),
@@ -72,10 +74,10 @@ def compare(layout: str, zero_cond_t: bool) -> dict[str, Any]:
     }
 
 
-def sharded(model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
+def sharded(model: Any) -> Any:
     """Its float32 weights computed with in bfloat16, as users of FSDP2 set it up."""
     policy, mesh = MixedPrecisionPolicy(param_dtype=torch.bfloat16), init_device_mesh("cpu", (1,))
-    for module in (*model.transformer_blocks, model):
+    for module in (*repeated_blocks(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
 
@@ -84,6 +86,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
-        results = [compare(layout, zero_cond_t) for layout in LAYOUTS for zero_cond_t in (False, True)]
+        results = [compare(layout, name) for layout in LAYOUTS for name in NAMES]
         dist.destroy_process_group()
     sys.stdout.write(json.dumps(results) + "\n")

@@ -143,7 +143,7 @@ class IdKind(Kind):
 
     def by_sample(self, mix: Mix) -> dict[str, Any]:
         """The arguments that have one row a sample in every layout."""
-        guidance = {"guidance": 1 + 3 * mix.timesteps} if self.guidance else {}
+        guidance = {"guidance": 8 * mix.timesteps} if self.guidance else {}
         return {"timestep": mix.timesteps, "return_dict": False, **guidance}
 
     def stock(self, *, adapters: bool = False) -> Any:

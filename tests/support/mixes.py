@@ -7,7 +7,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ def one_by_one(mix: Mix) -> list[Mix]:
 def main_mix() -> Mix:
     """Grids 16x32, 24x24, 20x28; the second sample has two controls of other sizes."""
     return make_mix([[(1, 16, 32)], [(1, 24, 24), (1, 10, 14), (1, 6, 9)], [(1, 20, 28)]], [19, 7, 40])
+
+
+def main_mix_for_bf16() -> Mix:
+    """With sigmas that stay exact in bf16, also times 1000, which some models compute in half precision."""
+    return replace(main_mix(), timesteps=torch.tensor([0.5, 0.125, 0.25]))
 
 
 def random_mix(seed: int) -> Mix:
