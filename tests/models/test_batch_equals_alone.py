@@ -9,7 +9,7 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 from support import mixes
-from support.kinds import KINDS, Kind
+from support.kinds import KINDS, Kind, main_mix_for_bf16
 
 QWEN, IDS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux")
 WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *IDS)], ids=("qwen", *IDS))
@@ -44,7 +44,7 @@ def test_in_float64_a_batch_equals_each_sample_alone_to_float64(kind: Kind, layo
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
 @WITHOUT_VARIANTS
 def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(kind: Kind, layout: str) -> None:
-    wide, dtype = mixes.main_mix_for_bf16(), torch.bfloat16
+    wide, dtype = main_mix_for_bf16(), torch.bfloat16
     mix = wide.to("cpu", dtype)
     measured = kind.run(kind.patched(adapters=True).to(dtype), mix, layout)
     single = kind.run(kind.stock(adapters=True).to(dtype), mix, "alone")

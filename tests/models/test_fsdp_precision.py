@@ -4,11 +4,7 @@ The cast turns every float32 tensor in the inputs of a wrapped block into bfloat
 bfloat16 cannot tell the positions 1000 and 1001 apart, so frequencies must not be among them.
 """
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,71 +17,44 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from mixres.models.attention import JointRotary
 from mixres.models.blocks import repeated_blocks
 from support import mixes
-from support.kinds import KINDS
+from support.kinds import KINDS, main_mix_for_bf16
 
-LAYOUTS = ("padded", "packed")
-NAMES = ("qwen", "qwen zero_cond_t", "flux2", "flux")
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_positions_stay_exact_under_fsdp2_mixed_precision() -> None:
-    here, paths = Path(__file__), os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths}  # for `support`
-    done = subprocess.run([sys.executable, here], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    cases = json.loads(done.stdout.splitlines()[-1])
-    assert [case["case"] for case in cases] == [[layout, kind] for layout in LAYOUTS for kind in NAMES]
-    for case in cases:
-        assert case["frequencies"] == ["torch.complex64"], case
-        assert case["weights"] == ["torch.bfloat16"], case  # the policy is at work
-        assert case["forward"] <= 1.5 * case["forward alone"], case
-        assert case["gradient"] <= 1.5 * case["gradient alone"], case
-
-
-def compare(layout: str, name: str) -> dict[str, Any]:
-    """Errors against float32 of a batch under the policy, and of the stock bfloat16 model on one sample at a time."""
-    kind, wide = KINDS[name], mixes.main_mix_for_bf16()
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("layout", mixes.LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux"])
+def test_positions_stay_exact_under_fsdp2_mixed_precision(layout: str, name: str) -> None:
+    """A batch under the policy is as near to float32 as the stock bfloat16 model on one sample at a time."""
+    kind, wide = KINDS[name], main_mix_for_bf16()
     reference, rounded = kind.run(kind.stock(adapters=True), wide, "alone"), wide.to("cpu", torch.bfloat16)
-    alone = kind.run(kind.stock(adapters=True).to(torch.bfloat16), rounded, "alone")
+    single = kind.run(kind.stock(adapters=True).to(torch.bfloat16), rounded, "alone")
     model = kind.patched(adapters=True)
-    seen: dict[str, set[str]] = {"frequencies": set(), "weights": set()}
+    frequencies, weights = set(), set()
 
     def look(attn: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plan = kwargs.get("plan", kwargs["image_rotary_emb"])
         assert isinstance(plan, JointRotary) and plan.freqs is not None
-        seen["frequencies"].add(str(plan.freqs.dtype))
-        seen["weights"].update(str(p.dtype) for p in attn.parameters())
+        frequencies.add(plan.freqs.dtype)
+        weights.update(p.dtype for p in attn.parameters())
 
     for block in repeated_blocks(model):
         block.attn.register_forward_pre_hook(look, with_kwargs=True)
-    measured = kind.run(sharded(model), rounded, layout)
-    gradients = {name: None if g is None else g.full_tensor() for name, g in measured.gradients.items()}
-    found, single = (
-        result.to("cpu", torch.float32) for result in (mixes.Result(measured.outputs, gradients), alone)
-    )  # fmt: skip
-    return {
-        "case": [layout, name],
-        **{what: sorted(dtypes) for what, dtypes in seen.items()},
-        "forward": mixes.forward_error(found, reference),
-        "forward alone": mixes.forward_error(single, reference),
-        "gradient": mixes.gradient_error(found, reference),
-        "gradient alone": mixes.gradient_error(single, reference),
-    }
-
-
-def sharded(model: Any) -> Any:
-    """Its float32 weights computed with in bfloat16, as users of FSDP2 set it up."""
     policy, mesh = MixedPrecisionPolicy(param_dtype=torch.bfloat16), init_device_mesh("cpu", (1,))
     for module in (*repeated_blocks(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    return model
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
-        results = [compare(layout, name) for layout in LAYOUTS for name in NAMES]
-        dist.destroy_process_group()
-    sys.stdout.write(json.dumps(results) + "\n")
+    measured = kind.run(model, rounded, layout)
+    assert frequencies == {torch.complex64}
+    assert weights == {torch.bfloat16}, "the policy is at work"
+    gradients = {name: None if g is None else g.full_tensor() for name, g in measured.gradients.items()}
+    measured = mixes.Result(measured.outputs, gradients)
+    found, alone = (result.to("cpu", torch.float32) for result in (measured, single))
+    assert mixes.forward_error(found, reference) <= 1.5 * mixes.forward_error(alone, reference)
+    assert mixes.gradient_error(found, reference) <= 1.5 * mixes.gradient_error(alone, reference)

@@ -183,7 +183,7 @@ def test_no_modulation_is_kept_per_token_where_blocks_are_recomputed() -> None:
     for checkpointing, expected in ((False, expanded), (True, set())):
         if checkpointing:
             model.enable_gradient_checkpointing()
-        kept = mixes.kept_tensors(model, mix, "packed", kind.forward)
+        kept = kind.kept(model, mix, "packed")
         pieces = [(x, x.untyped_storage().nbytes() // (x.element_size() * model.inner_dim)) for x in kept]
         found = {(x.shape[1], n // x.shape[1]) for x, n in pieces if x.shape[-1] == model.inner_dim and x.dim() == 3}
         assert found & expanded == expected

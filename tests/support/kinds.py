@@ -8,7 +8,7 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,18 @@ from mixres.models.qwen.layers import untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support import mixes
 from support.mixes import CHANNELS, TEXT_WIDTH, Mix, Result
+
+
+def main_mix_for_bf16() -> Mix:
+    """The main mix at sigmas that stay exact in bf16, also times 1000, which some models compute in half precision."""
+    return replace(mixes.main_mix(), timesteps=torch.tensor([0.5, 0.125, 0.25]))
+
+
+def one_by_one(mix: Mix) -> list[Mix]:
+    """A mix of each sample."""
+    parts = [[[x] for x in part] for part in (mix.shapes, mix.images, mix.texts, mix.velocities)]
+    samples = zip(*parts, mix.timesteps.split(1), strict=True)
+    return [Mix(shapes, images, texts, sigma, velocities) for shapes, images, texts, velocities, sigma in samples]
 
 
 class Kind(ABC):
@@ -64,7 +76,7 @@ class Kind(ABC):
         if layout == "alone":
             return [model(**call)[0][0] for call in self.alone_calls(mix)]
         if layout == "one by one":
-            return [row for sample in mixes.one_by_one(mix) for row in self.forward(model, sample, "padded")]
+            return [row for sample in one_by_one(mix) for row in self.forward(model, sample, "padded")]
         if layout == "packed":
             output: Tensor = model(**self.packed_call(mix))[0]
             return list(output[:, 0].split([len(image) for image in mix.images]))
@@ -77,6 +89,20 @@ class Kind(ABC):
         """Forward and backward of one microbatch."""
         outputs = self.forward(model, mix, layout)
         return mixes.backward(model, outputs, mixes.loss(outputs, mix))
+
+    def kept(self, model: nn.Module, mix: Mix, layout: str) -> list[Tensor]:
+        """What autograd keeps between forward and backward, each storage once, without the parameters'."""
+        own = {p.data_ptr() for p in model.parameters()}
+        kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mixes.loss(self.forward(model, mix, layout), mix)
+        return list(kept.values())
 
     @functools.cache  # noqa: B019
     def alone(self, name: str) -> Result:

@@ -7,7 +7,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,21 +69,9 @@ def make_mix(shapes: list[list[Shape]], text_lengths: list[int], seed: int = 0) 
     )
 
 
-def one_by_one(mix: Mix) -> list[Mix]:
-    """A mix of each sample."""
-    parts = [[[x] for x in part] for part in (mix.shapes, mix.images, mix.texts, mix.velocities)]
-    samples = zip(*parts, mix.timesteps.split(1), strict=True)
-    return [Mix(shapes, images, texts, sigma, velocities) for shapes, images, texts, velocities, sigma in samples]
-
-
 def main_mix() -> Mix:
     """Grids 16x32, 24x24, 20x28; the second sample has two controls of other sizes."""
     return make_mix([[(1, 16, 32)], [(1, 24, 24), (1, 10, 14), (1, 6, 9)], [(1, 20, 28)]], [19, 7, 40])
-
-
-def main_mix_for_bf16() -> Mix:
-    """With sigmas that stay exact in bf16, also times 1000, which some models compute in half precision."""
-    return replace(main_mix(), timesteps=torch.tensor([0.5, 0.125, 0.25]))
 
 
 def random_mix(seed: int) -> Mix:
@@ -214,9 +202,7 @@ def run(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> Result:
     return backward(model, outputs, loss(outputs, mix))
 
 
-def kept_tensors(
-    model: Any, mix: Mix, layout: str, forward: Callable[..., list[Tensor]] = lambda m, mix, how: FORWARDS[how](m, mix)
-) -> list[Tensor]:
+def kept_tensors(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> list[Tensor]:
     """What autograd keeps between forward and backward, each storage once, without the parameters'."""
     own = {p.data_ptr() for p in model.parameters() if type(p.data) is Tensor}
     kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
@@ -227,7 +213,7 @@ def kept_tensors(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(forward(model, mix, layout), mix)
+        loss(FORWARDS[layout](model, mix), mix)
     return list(kept.values())
 
 
