@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from mixres.models.modulation import SampleRows, expand_rows
 from support import mixes
 from support.host_reads import HostReads
 
@@ -50,22 +49,3 @@ def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
         assert torch.ones(1).sum().item() == 1
     assert reads.count == 1
     assert found["packed"] == 0 and found["padded"] <= 1  # padded asks once whether the text mask hides anything
-
-
-def test_samples_of_one_token() -> None:
-    mix = mixes.make_mix([[(1, 1, 1)], [(1, 3, 2), (1, 1, 1)]], [1, 1])
-    mixes.assert_same(
-        mixes.run(mixes.patched_model(True), mix, "packed"), mixes.run(mixes.stock_model(True), mix, "alone")
-    )
-
-
-def test_modulation_rows_expand_where_the_block_has_split_them() -> None:
-    rows = torch.arange(36.0).reshape(2, 18).requires_grad_()
-    runs = ((1, 2), (0, 1), (1, 3))
-    taken = [1, 1, 0, 1, 1, 1]
-    found = [part.chunk(3, dim=-1) for part in SampleRows(rows, runs, cuts=2).chunk(2, dim=-1)]
-    expected = [part.chunk(3, dim=-1) for part in rows[taken].chunk(2, dim=-1)]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    expand_rows(rows, runs).sum().backward()
-    assert rows.grad is not None and rows.grad[:, 0].tolist() == [1.0, 5.0]

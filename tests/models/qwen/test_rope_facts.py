@@ -10,9 +10,9 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import Tensor
 
-from mixres.models.attention import JointRotary
 from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes
 from mixres.models.qwen.rope import (
+    JointRotary,
     MultiResolutionRope,
     apply_rotary_emb_qwen_batched,
     image_positions,
