@@ -11,53 +11,33 @@ from diffusers import QwenImageEditPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from mixres.batch import Sample
-from mixres.data.collate import collate
-from mixres.geometry import Grid, Size
-from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.data.plan import Layout
+from mixres.geometry import Size
+from mixres.models.lora import trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
+from support.steps import microbatch, with_adapters
 
-AREA = 64 * 64
-SAMPLES = [  # grids of target and control, text tokens
-    ((Grid(1, 6, 4), Grid(1, 4, 4)), 9),
-    ((Grid(1, 3, 8), Grid(1, 2, 6)), 3),
-    ((Grid(1, 5, 5), Grid(1, 4, 4)), 14),
-]
 Values = list[Tensor]
-
-
-def make_sample(number: int) -> Sample:
-    shapes, text = SAMPLES[number]
-    draw = torch.Generator().manual_seed(number)
-    latents = [torch.randn(grid.tokens, 64, generator=draw) for grid in shapes]
-    return Sample(str(number), latents[0], tuple(latents[1:]), torch.randn(text, 64, generator=draw), shapes)
 
 
 def make_pipeline(base: Path) -> QwenImageEditPipeline:
     """The stock pipeline around a patched transformer with adapters on attention and modulation, set to train."""
     model = QwenImageEdit(str(base)).load_transformer(dtype=torch.float32, device="cpu")
     targets = ["to_q", "to_v", "img_mod.1", "norm_out.linear", "proj_out"]
-    add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=targets, untrained=(), seed=0)
-    fill_adapters(trainable_parameters(model), seed=0)
-    return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model.train(), dtype=torch.float32, device="cpu")
+    model = with_adapters(model, target_modules=targets, untrained=()).train()
+    return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model, dtype=torch.float32, device="cpu")
 
 
-def train(
-    pipeline: QwenImageEditPipeline, numbers: tuple[int, ...], layout: str, checkpointing: bool = False
-) -> Values:
+def train(pipeline: QwenImageEditPipeline, numbers: list[int], layout: Layout, checkpointing: bool = False) -> Values:
     """Velocity and gradients of one microbatch."""
     model: nn.Module = pipeline.transformer
-    batch = collate(
-        [make_sample(n) for n in numbers], indices=numbers, weights=[1.0] * len(numbers), layout=layout  # type: ignore[arg-type]
-    )  # fmt: skip
+    batch = microbatch(numbers, layout)
     if checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    try:
-        sigmas = torch.tensor([0.2, 0.5, 0.9])[list(numbers)]
-        velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
-        velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
-    finally:
-        pipeline.transformer.disable_gradient_checkpointing()
+    sigmas = torch.tensor([0.2, 0.9, 0.5, 0.7])[numbers]
+    velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
+    velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
+    pipeline.transformer.disable_gradient_checkpointing()
     gradients = [p.grad.clone() for p in trainable_parameters(model).values() if p.grad is not None]
     assert gradients and all(gradient.any() for gradient in gradients)
     model.zero_grad(set_to_none=True)
@@ -75,24 +55,22 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     handle = pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
-    try:
-        image = QwenImageEdit("").sample_image(
-            pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
-            areas={"control_area": AREA},
-        )  # fmt: skip
-    finally:
-        handle.remove()
+    image = QwenImageEdit("").sample_image(
+        pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
+        areas={"control_area": 64 * 64},
+    )  # fmt: skip
+    handle.remove()
     assert len(seen) == 2 and pipeline.transformer.training
     return [*seen, torch.from_numpy(np.array(image))]
 
 
 CALLS: dict[str, Callable[[QwenImageEditPipeline], Values]] = {
-    "padded": lambda p: train(p, (0, 1, 2), "padded"),
-    "padded, checkpointed": lambda p: train(p, (2, 0), "padded", checkpointing=True),
-    "packed": lambda p: train(p, (0, 1, 2), "packed"),
-    "packed, checkpointed": lambda p: train(p, (1, 2), "packed", checkpointing=True),
-    "single": lambda p: train(p, (1,), "padded"),
-    "single, packed": lambda p: train(p, (1,), "packed"),
+    "padded": lambda p: train(p, [0, 1, 3], "padded"),
+    "padded, checkpointed": lambda p: train(p, [3, 0], "padded", checkpointing=True),
+    "packed": lambda p: train(p, [0, 1, 3], "packed"),
+    "packed, checkpointed": lambda p: train(p, [1, 3], "packed", checkpointing=True),
+    "single": lambda p: train(p, [1], "padded"),
+    "single, packed": lambda p: train(p, [1], "packed"),
     "sampling, wide": lambda p: sample(p, Size(112, 48)),
     "sampling, tall": lambda p: sample(p, Size(48, 80)),
 }
@@ -113,6 +91,5 @@ def test_training_and_sampling_in_any_order_give_the_values_of_a_fresh_model(
     random.Random(seed).shuffle(order)
     for name in order:
         found = CALLS[name](pipeline)
-        assert len(found) == len(fresh[name])
         for place, (here, there) in enumerate(zip(found, fresh[name], strict=True)):
             assert torch.equal(here, there), (order, name, place)

@@ -1,7 +1,7 @@
 """The table of families that every suite goes through: a new family adds a row, and its tiny base."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,6 @@ from PIL import Image
 
 from mixres.config.schema import Config
 from mixres.models.family import Family
-from mixres.models.qwen.edit import control_area_set
-from mixres.models.qwen.edit_plus import control_areas_set
 from mixres.models.qwen.processor import load_processor
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
@@ -41,9 +39,7 @@ class FamilyCase:
 
     def stock_areas(self, areas: dict[str, int]) -> AbstractContextManager[None]:
         """Within it the stock pipeline gives its controls these areas."""
-        if "text_area" in areas:
-            return control_areas_set(**areas)
-        return control_area_set(areas["control_area"]) if areas else nullcontext()
+        return self.at("").stock_areas(areas)
 
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
         """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
     return [
         {
             "controls": [str(path) for path in item.record.controls],
-            "prompt": item.record.prompt,
-            "width": item.target_size.width,
-            "height": item.target_size.height,
-            "steps": config.sample.steps,
             "seed": config.train.seed,
+            "words": {
+                "prompt": item.record.prompt,
+                "width": item.target_size.width,
+                "height": item.target_size.height,
+                "num_inference_steps": config.sample.steps,
+            },
         }
         for item in sampler.items
     ]
@@ -122,15 +124,11 @@ class Jobs:
 def processes(folder: Path) -> list[int]:
     """Every process whose command line names the run folder: launchers, ranks and their loader workers."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"logging.output_dir={folder}".encode() in words:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may be gone by now
+            if f"logging.output_dir={folder}".encode() in (entry / "cmdline").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
-    return sorted(found)
+    return sorted({*found} - {os.getpid()})
 
 
 def kill_all(folder: Path) -> None:
@@ -153,10 +151,8 @@ def longest_file(size: int) -> Iterator[None]:
 
 def send(pid: int, number: signal.Signals) -> None:
     """To a process that may be gone by now."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def children(pid: int) -> list[int]:

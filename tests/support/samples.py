@@ -1,6 +1,9 @@
-"""Samples of random tensors, as an encoder makes them."""
+"""Samples of random tensors, as an encoder makes them; and what no reader may open."""
+
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mixres.batch import Sample
 from mixres.geometry import Grid
@@ -15,16 +18,37 @@ def make_sample(
     mask: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    channels: int = 8,
+    text_width: int = 6,
 ) -> Sample:
-    """A target of the first grid with a control for each other: 8 channels, prompts `text` and `empty` tokens by 6."""
+    """A target of the first grid with a control for each other; prompts of `text` and `empty` tokens."""
     noise = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(grid.tokens, 8, generator=noise).to(dtype) for grid in grids]
+    latents = [torch.randn(grid.tokens, channels, generator=noise).to(dtype) for grid in grids]
     return Sample(
         name=name,
         target_latents=latents[0],
         control_latents=tuple(latents[1:]),
-        prompt_embeds=torch.randn(text, 6, generator=noise).to(dtype),
+        prompt_embeds=torch.randn(text, text_width, generator=noise).to(dtype),
         img_shapes=grids,
         edit_mask=torch.rand(grids[0].tokens, generator=noise) if mask else None,
-        empty_embeds=torch.randn(empty, 6, generator=noise).to(dtype) if empty else None,
+        empty_embeds=torch.randn(empty, text_width, generator=noise).to(dtype) if empty else None,
     )
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same(a: Sample, b: Sample) -> None:
+    """All tensors are equal, bit for bit, and the grids too."""
+    assert a.img_shapes == b.img_shapes
+    for name in ("target_latents", "prompt_embeds", "edit_mask", "empty_embeds"):
+        assert same_bits(getattr(a, name), getattr(b, name)), name
+    assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
+
+
+def pickled_mkdir(folder: Path) -> bytes:
+    """A pickle that makes `folder` when it is opened."""
+    return f"cos\nmkdir\n(V{folder}\ntR.".encode()

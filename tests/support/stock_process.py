@@ -62,18 +62,12 @@ def set_control_areas(target_area: int) -> None:
 
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
-        set_control_areas(call["width"] * call["height"])
+        words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
+        set_control_areas(words["width"] * words["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
         images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
-        pipeline(
-            **images,
-            prompt=call["prompt"],
-            true_cfg_scale=1.0,
-            width=call["width"],
-            height=call["height"],
-            num_inference_steps=call["steps"],
-            generator=torch.Generator().manual_seed(call["seed"]),
-        ).images[0].save(out / f"{number}-{part}.png")
+        image = pipeline(**images, **words, true_cfg_scale=1.0, generator=draw).images[0]
+        image.save(out / f"{number}-{part}.png")
 
 
 save_all("without")

@@ -1,7 +1,7 @@
 """A random Qwen-Image pipeline of the real architecture, small enough for a CPU: every part is the stock class.
 
-Promise: one seed, one pipeline; on disk it is an ordinary diffusers folder that the stock pipeline loads. A random one
-edits nothing. Cost: about a second and 2 MB; a 128 x 128 image is 64 tokens.
+Promise: the same pipeline each time; on disk it is an ordinary diffusers folder that the stock pipeline loads. It edits
+nothing. Cost: about a second and 2 MB; a 128 x 128 image is 64 tokens.
 """
 
 import inspect
@@ -26,82 +26,48 @@ from transformers.utils import logging as transformers_logging
 from mixres import atomic
 from mixres.models.qwen.processor import QwenImageTextProcessor
 
+Pipeline = type[DiffusionPipeline]
 _TEXT_WIDTH = 64
 _VISION_PIXELS = 56 * 56  # what the text encoder gets of an image: 4 tokens, whatever the control's size
-_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+_SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
 
 
 def write_tiny_pipeline(
-    folder: Path,
-    prompts: Sequence[str],
-    seed: int = 0,
-    *,
-    pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
-    zero_cond_t: bool = False,
+    folder: Path, prompts: Sequence[str], *, pipeline_class: Pipeline = QwenImageEditPipeline, zero_cond_t: bool = False
 ) -> None:
     """Writes a random pipeline to `folder`; words of `prompts` become one token each, others fall back to bytes.
 
     `zero_cond_t` is as in Qwen-Image-Edit-2511. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         tokenizer = tiny_tokenizer(prompts, pipeline_class)
-        vae, text_encoder, transformer = _vae(), tiny_text_encoder(tokenizer), _transformer(zero_cond_t)
-    save_pipeline(
-        folder,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=transformer,
-        pipeline_class=pipeline_class,
-    )
+        parts = {"vae": _vae(), "text_encoder": tiny_text_encoder(tokenizer), "transformer": _transformer(zero_cond_t)}
+    save_pipeline(folder, pipeline_class=pipeline_class, tokenizer=tokenizer, **parts)
 
 
-def save_pipeline(
-    folder: Path,
-    *,
-    tokenizer: Qwen2Tokenizer,
-    text_encoder: Qwen2_5_VLForConditionalGeneration,
-    vae: AutoencoderKLQwenImage,
-    transformer: QwenImageTransformer2DModel,
-    pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
-) -> None:
-    """Writes the four parts, a scheduler and, where it takes images, a processor as a stock pipeline.
+def save_pipeline(folder: Path, *, pipeline_class: Pipeline = QwenImageEditPipeline, **parts: Any) -> None:
+    """Writes tokenizer, text encoder, VAE and transformer, each in its own dtype, as a stock pipeline.
 
-    Each part keeps its own dtype.
+    A scheduler is added and, where the pipeline takes images, a processor.
     """
-    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer}
     if _takes_images(pipeline_class):
         image_processor = Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS)
-        parts["processor"] = QwenImageTextProcessor(image_processor, tokenizer)
-    pipeline = pipeline_class(scheduler=_scheduler(), **parts)
-    bars = transformers_logging.is_progress_bar_enabled()
+        parts["processor"] = QwenImageTextProcessor(image_processor, parts["tokenizer"])
     transformers_logging.disable_progress_bar()
-    try:
-        pipeline.save_pretrained(folder)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    shift = {"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02}  # those of Qwen/Qwen-Image-Edit
+    scheduler = FlowMatchEulerDiscreteScheduler(max_image_seq_len=8192, **shift)
+    pipeline_class(scheduler=scheduler, **parts).save_pretrained(folder)
     if "processor" in parts:
         _name_stock_processor(folder)
 
 
-def _takes_images(pipeline_class: type[DiffusionPipeline]) -> bool:
+def _takes_images(pipeline_class: Pipeline) -> bool:
     return "processor" in inspect.signature(pipeline_class.__init__).parameters
 
 
-def tiny_tokenizer(
-    prompts: Sequence[str], pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline
-) -> Qwen2Tokenizer:
+def tiny_tokenizer(prompts: Sequence[str], pipeline_class: Pipeline = QwenImageEditPipeline) -> Qwen2Tokenizer:
     """Byte-level BPE trained until each word of template and prompts is one token.
 
     The pipeline drops the first tokens, the template's system part (64 where it edits), so a tokenizer that cut it into
@@ -114,7 +80,7 @@ def tiny_tokenizer(
     for token in _SPECIAL_TOKENS:
         words = [text.replace(token, "\n") for text in words]
     return base.train_new_from_iterator(
-        words, vocab_size=1 << 14, new_special_tokens=list(_SPECIAL_TOKENS), show_progress=False
+        words, vocab_size=1 << 14, new_special_tokens=_SPECIAL_TOKENS, show_progress=False
     )
 
 
@@ -129,7 +95,6 @@ def tiny_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
@@ -140,10 +105,6 @@ def tiny_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
             "intermediate_size": 64,
             "num_heads": 2,
             "out_hidden_size": _TEXT_WIDTH,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
             "fullatt_block_indexes": [1],
         },
         image_token_id=token_id("<|image_pad|>"),
@@ -192,11 +153,13 @@ def _latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[list[float], list[f
     return [round(x, 4) for x in latents.mean(1).tolist()], [round(x, 4) for x in latents.std(1).tolist()]
 
 
+@torch.no_grad()
 def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
+    """Control and prompt matter to the image: by default attention is flat and its gates are nearly shut.
+
+    Queries and keys are normalised, so their norms' weights set how sharp attention is.
+    """
     transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=64,
-        out_channels=16,
         num_layers=2,
         attention_head_dim=32,
         num_attention_heads=4,
@@ -205,36 +168,13 @@ def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
         zero_cond_t=zero_cond_t,
     ).eval()
     for block in transformer.transformer_blocks:
-        _open(block)
+        attention = block.attn
+        for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
+            norm.weight.fill_(2.0)
+        for modulation in (block.img_mod, block.txt_mod):
+            for part in modulation[-1].bias.chunk(6)[2::3]:  # shift, scale, gate of attention; the same of the MLP
+                part.fill_(1.0)
     return transformer
-
-
-@torch.no_grad()
-def _open(block: Any) -> None:
-    """Makes control and prompt matter to the image: by default attention is flat and its gates are nearly shut.
-
-    Queries and keys are normalised, so their norms' weights set how sharp attention is.
-    """
-    attention = block.attn
-    for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
-        norm.weight.fill_(2.0)
-    for modulation in (block.img_mod, block.txt_mod):
-        for part in modulation[-1].bias.chunk(6)[2::3]:  # shift, scale, gate of attention; the same of the MLP
-            part.fill_(1.0)
-
-
-def _scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The settings of Qwen/Qwen-Image-Edit."""
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        use_dynamic_shifting=True,
-        base_image_seq_len=256,
-        max_image_seq_len=8192,
-        base_shift=0.5,
-        max_shift=0.9,
-        shift_terminal=0.02,
-        time_shift_type="exponential",
-    )
 
 
 def _name_stock_processor(folder: Path) -> None:

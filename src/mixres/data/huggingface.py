@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixres.data.manifest import BadRowError, control_keys, key_problems, records_from_rows
+from mixres.data.manifest import BadRowError, column_problems, records_from_rows
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
@@ -93,24 +93,16 @@ def _columns(root: Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{shown}: the data set cannot be read: {reason}; save it again") from error
     wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name == "prompt"}
-    names = dict.fromkeys(wanted, "")
-    missing = [key for key in ("path_target", *control_keys(names)) if key not in names]
-    reasons = [f"has no column '{key}'; rename one of: {', '.join(map(printable, columns))}" for key in missing]
-    if reasons := reasons or list(key_problems(names)):
+    checked = [name for name in columns if name in wanted or not name.startswith("path")]
+    if reasons := list(column_problems(checked)):
         raise UserError([f"{shown}: {reason}" for reason in reasons])
     return wanted
 
 
 def _status(files: list[Path]) -> EmbeddedStatus:
-    """Newest times and a mixed inode of all files: one that changes changes the state of every image."""
-    stats = [file.stat() for file in files]
-    return EmbeddedStatus(
-        st_mode=stats[0].st_mode,
-        st_size=sum(stat.st_size for stat in stats),
-        st_mtime_ns=max(stat.st_mtime_ns for stat in stats),
-        st_ctime_ns=max(stat.st_ctime_ns for stat in stats),
-        st_ino=hash(tuple((stat.st_ino, stat.st_size) for stat in stats)),
-    )
+    """That of the file which was the last to change: a file that changes changes the state of every image."""
+    last = max((file.stat() for file in files), key=lambda stat: stat.st_ctime_ns)
+    return EmbeddedStatus(*(getattr(last, name) for name in EmbeddedStatus._fields))
 
 
 def _image(status: EmbeddedStatus, where: str, key: str, value: Any) -> EmbeddedImage:

@@ -53,7 +53,6 @@ class Family(Protocol):
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
-    quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
     path: str
     revision: str | None

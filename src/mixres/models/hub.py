@@ -6,6 +6,7 @@ base that is not a folder, a listing of a few folders otherwise; `fingerprint` r
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +25,6 @@ KEY = "model.pretrained_model_name_or_path"
 _OPENED = (".safetensors", ".json", ".txt", ".jinja")  # tokenizer text: merges.txt
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONFIGS = ("*/config.json", "*/scheduler_config.json")
-_CHUNK_BYTES = 1 << 24
 
 
 def pipeline_folder(path: str, components: Sequence[str], *, revision: str | None = None) -> Path:
@@ -52,12 +52,11 @@ def pipeline_json(path: str, name: str, *, revision: str | None = None) -> dict[
     file = _locate(path, revision, _CONFIGS) / name
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{KEY}: {file} cannot be read ({error}): give {path!r} the files of a diffusers pipeline"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{KEY}: {file} holds no JSON object: give {path!r} the files of a diffusers pipeline")
+        problem = f"{file} cannot be read ({error}): give {path!r} the files of a diffusers pipeline"
+        raise UserError(f"{KEY}: {problem}") from error
     return value
 
 
@@ -106,9 +105,7 @@ def _locate(path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"{KEY}: {path!r} has no model_index.json, so it is not a diffusers pipeline folder: name one"
-            )
+            raise UserError(f"{KEY}: {path!r} has no model_index.json, so it is no diffusers pipeline folder: name one")
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{KEY}: there is no folder {path!r}: correct the path")
@@ -120,26 +117,18 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), etag_timeout=10))
     except HFValidationError as error:
-        reason = (
-            f"it is no name of a repository on the Hugging Face Hub either ({str(error).splitlines()[0]}): correct it"
-        )
+        reason = f"it is no name of a Hugging Face Hub repository either ({str(error).splitlines()[0]}): correct it"
     except RevisionNotFoundError:
         reason = f"the Hugging Face Hub has no revision {revision!r} of it: correct model.revision"
     except RepositoryNotFoundError:  # a gated one too
         reason = "the Hugging Face Hub has none of that name that you may read: correct the name, or `hf auth login`"
     except OSError as error:
-        reason = _unreachable_reason(error)
+        reason = f"the Hugging Face Hub could not be reached ({type(error).__name__}): connect, or name a local folder"
+        if is_offline_mode():
+            reason = "HF_HUB_OFFLINE is set while the Hub's local cache does not hold it: unset it, or name a folder"
     small = all(pattern.startswith("tokenizer/") or pattern in ("model_index.json", *_CONFIGS) for pattern in patterns)
     what = "no configuration or tokenizer (a few MB)" if small else "no weights"
     raise UserError(f"{KEY}: {what} for {repository!r}: there is no such folder here, and {reason}")
-
-
-def _unreachable_reason(error: OSError) -> str:
-    if is_offline_mode():
-        return "HF_HUB_OFFLINE is set while the Hub's local cache does not hold it: unset it, or name a folder"
-    return (
-        f"the Hugging Face Hub could not be reached ({type(error).__name__}): connect, or name a folder that holds them"
-    )
 
 
 def _component_problem(folder: Path) -> str | None:
@@ -158,19 +147,15 @@ def _component_problem(folder: Path) -> str | None:
 
 
 def _read_memo(memo: Path | None) -> dict[str, str]:
-    if memo is None or not memo.is_file():
+    if memo is None:
         return {}
     try:
-        value = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(memo.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def file_digest(file: Path) -> str:
     """xxh3-128 over the file's bytes, 32 hex characters."""
-    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

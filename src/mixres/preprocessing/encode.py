@@ -135,7 +135,7 @@ def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dic
     try:
         target = read_image(record.target, limits)
         controls = [read_image(path, limits) for path in record.controls]
-        mask = read_mask(record.mask, limits, scanned.target_size) if record.mask else None
+        mask = read_mask(record.mask, limits) if record.mask else None
         digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
     except (BadImageError, OSError) as error:
         raise WorkError(f"{record.name}: a file {again} ({error})") from error

@@ -31,6 +31,7 @@ from mixres.preprocessing.encode import encode_record, entry_bytes, entry_keys, 
 from mixres.preprocessing.training_data import SOURCES, scan_of, target_size_of, usable_records
 
 T = TypeVar("T")
+Load = Callable[[], Callable[[str], Sample]]  # makes the function that encodes the entry of a key
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class KeyedRecords(NamedTuple):
     train: list[ScannedRecord]
     held_out: list[ScannedRecord]
     keys: list[str]  # of the entries of both, in this order
+
+    @property
+    def by_key(self) -> dict[str, ScannedRecord]:
+        """One record of each entry: equal ones share it."""
+        return dict(zip(self.keys, [*self.train, *self.held_out], strict=True))
 
     def train_keys(self, *, regularization: bool) -> list[str]:
         """Those of the regularisation set, or of the samples beside it."""
@@ -141,7 +147,7 @@ def encode(
         UserError, WorkError: as `run_cache`.
     """
     cache, train, held_out, keys = found
-    records = dict(zip(keys, [*train, *held_out], strict=True))
+    records = found.by_key
     if rank == 0:
         cache.sweep()
     entries = {key: entry for key in records if (entry := cache.lookup(key))}
@@ -174,19 +180,11 @@ def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries:
     names = [scanned.record.name for scanned in found.train]
     lengths = [lengths_of(entries[key]) for key, _ in zip(found.keys, found.train, strict=False)]
     problems = Problems(over_budget(lengths, names, config.batch.max_tokens))
-    records = dict(zip(found.keys, [*found.train, *found.held_out], strict=True))
-    problems.add(*text_problems(family, records, entries))
+    problems.add(*text_problems(family, found.by_key, entries))
     problems.raise_if_any()
 
 
-def fill(
-    cache: Cache,
-    sizes: Mapping[str, int],
-    load: Callable[[], Callable[[str], Sample]],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> int:
+def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, world_size: int = 1) -> int:
     """Return when every key of `sizes` is in the cache; how many entries this process encoded.
 
     Each of `world_size` ranks encodes its own share of the keys. Then it encodes what is still missing of the other
@@ -195,8 +193,7 @@ def fill(
     in flight then; two runs over one folder may encode every entry twice. Both write the same bytes, and the last
     rename wins.
 
-    `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here;
-    it returns the function that encodes the entry of a key.
+    `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here.
 
     Raises:
         WorkError: the disk is full or cannot be written; what was written stays.

@@ -4,14 +4,13 @@ Promise: the grid shows what the stock pipeline makes of the current weights, at
 is untouched: random generators of its own, no mode left behind. Cost: `sample.steps` forward calls a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -114,26 +113,20 @@ class HeldOutSampler:
 
 
 def grid_writer(
-    config: Config,
-    accelerator: Accelerator,
-    family: Family,
-    trained: TrainState,
-    encoded: CachedData,
-    run: RunFolder,
-    show: Callable[[str, Image.Image, int], None],
+    trained: TrainState, encoded: CachedData, run: RunFolder, show: Callable[[str, Image.Image, int], None]
 ) -> Callable[[int], None] | None:
     """What writes the grid of a step into `samples/` of the run folder; None where this rank takes no part.
 
     `show` gets each grid with its name and step.
     """
     # Sharded weights are gathered block by block as they are used: then every rank has to take part.
-    together = config.train.parallel == "fsdp2"
+    config, together = trained.config, trained.config.train.parallel == "fsdp2"
     if not (config.sample.every and encoded.held_out and (run.is_main or together)):
         return None
-    sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
+    sampler = HeldOutSampler(config, trained.family, trained.transformer, encoded, trained.ema)
 
     def stopping() -> bool:
-        return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
+        return any_rank(trained.accelerator, run.stop_requested) if together else run.stop_requested
 
     def write(step: int) -> None:
         path = run.folder / "samples" / f"step-{step:08d}.png"
@@ -185,20 +178,17 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 def _font() -> Any:
     """The first font that is found, or Pillow's own."""
-    for name in _font_names():
+    names = list(_SYSTEM_FONTS)
+    if find_spec("pylopdf_fonts_zh_cn"):  # Noto Sans SC, from the extra `demo`
+        from pylopdf_fonts_zh_cn import sans_path
+
+        names.insert(0, str(sans_path()))
+    for name in names:
         try:
             return ImageFont.truetype(name, _FONT_SIZE)
         except OSError:
             continue
     return ImageFont.load_default(_FONT_SIZE)
-
-
-def _font_names() -> Iterator[str]:
-    if find_spec("pylopdf_fonts_zh_cn"):  # Noto Sans SC, from the extra `demo`
-        from pylopdf_fonts_zh_cn import sans_path
-
-        yield str(sans_path())
-    yield from _SYSTEM_FONTS
 
 
 def _drawable(text: str, font: Any) -> str:

@@ -1,7 +1,7 @@
 """Qwen-Image-Edit: one control image a sample, seen by VAE and text encoder at one size."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from diffusers import QwenImageEditPipeline
@@ -11,7 +11,7 @@ from PIL import Image
 from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models.family import AreaRule, Areas
-from mixres.models.qwen.family import MULTIPLE_OF, STOCK_CONTROL_AREA, QwenFamily
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily, stock_sizes_set
 
 
 class QwenImageEdit(QwenFamily):
@@ -21,6 +21,7 @@ class QwenImageEdit(QwenFamily):
     pipeline_class = QwenImageEditPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image-Edit",)
     controls = (1, 1)
+    controls_problem = "Qwen-Image-Edit takes exactly one control image, there are {}; give it one"
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """One area for VAE and text encoder.
@@ -34,12 +35,6 @@ class QwenImageEdit(QwenFamily):
                 "out, data.resize.control.area is for both"
             )
         return {"control_area": area}
-
-    def record_problem(self, *, controls: int, prompt: str) -> str | None:
-        """See `Family`."""
-        if controls != 1:
-            return f"Qwen-Image-Edit takes exactly one control image, there are {controls}; give it one"
-        return super().record_problem(controls=controls, prompt=prompt)
 
     def vae_controls(
         self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
@@ -55,21 +50,4 @@ class QwenImageEdit(QwenFamily):
 
     def stock_areas(self, areas: Areas) -> AbstractContextManager[None]:
         """See `QwenFamily`."""
-        return control_area_set(areas.get("control_area", STOCK_CONTROL_AREA))
-
-
-@contextmanager
-def control_area_set(area: int) -> Iterator[None]:
-    """Within it every stock Qwen-Image-Edit pipeline resizes its control to `area` pixels instead of 1024 x 1024."""
-    stock = pipeline_qwenimage_edit.calculate_dimensions
-
-    def calculate_dimensions(target_area: int, ratio: float) -> tuple[int, int, Any]:
-        width, height, rest = stock(area, ratio)
-        return max(width, MULTIPLE_OF), max(height, MULTIPLE_OF), rest
-
-    if area != STOCK_CONTROL_AREA:
-        pipeline_qwenimage_edit.calculate_dimensions = calculate_dimensions
-    try:
-        yield
-    finally:
-        pipeline_qwenimage_edit.calculate_dimensions = stock
+        return stock_sizes_set(pipeline_qwenimage_edit, area=areas.get("control_area", STOCK_CONTROL_AREA))

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,11 +50,11 @@ _STOCK_CONFIGS = {
 class QwenFamily(Family):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
+    controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")  # those that encode
     max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
     stock_control_area = STOCK_CONTROL_AREA
     lora_presets = layers.LORA_PRESETS
-    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     comfyui_prefix = layers.COMFYUI_PREFIX
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
@@ -64,13 +65,13 @@ class QwenFamily(Family):
 
     def vae_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
         """The sizes at which the VAE gets control images of these sizes."""
-        return [_control_size(size, areas.get("control_area", STOCK_CONTROL_AREA)) for size in controls]
+        return [control_size(size, area=areas.get("control_area", STOCK_CONTROL_AREA)) for size in controls]
 
     def vae_controls(
         self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
     ) -> list[tuple[Image.Image, Size]]:
-        """The controls as the VAE is handed them, which resizes each to the size beside it."""
-        raise NotImplementedError
+        """The controls as the VAE's preprocessing is handed them, which resizes each to the size beside it."""
+        return list(zip(controls, self.vae_sizes([Size(*control.size) for control in controls], areas), strict=True))
 
     def text_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
         """The sizes of the controls as the text encoder is handed them."""
@@ -96,6 +97,9 @@ class QwenFamily(Family):
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
+        low, high = self.controls
+        if not low <= controls <= high:
+            return self.controls_problem.format(controls)
         markers = [token for token in _VISION_TOKENS if token in prompt]
         return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
@@ -278,7 +282,7 @@ class QwenFamily(Family):
         folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
-            quantization = quantization_config(quantize, self.quantize_exclusions, dtype=dtype, device=device)
+            quantization = quantization_config(quantize, layers.QUANTIZE_EXCLUSIONS, dtype=dtype, device=device)
         with _reading(folder):
             transformer = QwenImageTransformer2DModel.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
@@ -310,13 +314,13 @@ class QwenFamily(Family):
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Family`."""
-        return layers.comfyui_markers(zero_cond_t=bool(config.get("zero_cond_t")))
+        return {layers.COMFYUI_ZERO_COND_T: torch.empty(0)} if config.get("zero_cond_t") else {}
 
     # Sampling.
 
     def default_size(self, control: Size | None) -> Size:
         """See `Family`: 1024 x 1024 pixels in area, square without a control."""
-        return _control_size(control or Size(1, 1), STOCK_CONTROL_AREA)
+        return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA)
 
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
@@ -378,10 +382,9 @@ class QwenFamily(Family):
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
         vae = pipeline.vae
-        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
-        mean, std = statistics.view(2, -1, 1, 1, 1)
-        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)
-        pixels = vae.decode((unpacked * std + mean)[None], return_dict=False)[0][:, :, 0]
+        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)[None]
+        mean, std = _statistics(vae, unpacked)
+        pixels = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
 
@@ -395,14 +398,14 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
     vae = pipeline.vae
     pixels = _vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = (
-        torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = _statistics(vae, latents)
     return pack_latents(((latents - mean) / std)[0]).cpu()
 
 
-def _control_size(control: Size, area: int) -> Size:
-    return control_size(control, area=area, multiple_of=MULTIPLE_OF)
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, to be broadcast over `(B, C, frames, rows, columns)`."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return torch.tensor(mean).view(1, -1, 1, 1, 1).to(latents), torch.tensor(std).view(1, -1, 1, 1, 1).to(latents)
 
 
 def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
@@ -446,6 +449,27 @@ def _filled_with_noise(
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
     return transformer.eval()
+
+
+@contextmanager
+def stock_sizes_set(module: ModuleType, area: int | None = None, **constants: int) -> Iterator[None]:
+    """Within it every pipeline of a stock module has these constants, and resizes its controls to `area` if given.
+
+    No side is under 32 pixels.
+    """
+    stock = module.calculate_dimensions
+
+    def calculate_dimensions(target_area: int, ratio: float) -> tuple[Any, ...]:
+        width, height, *rest = stock(area or target_area, ratio)
+        return max(width, MULTIPLE_OF), max(height, MULTIPLE_OF), *rest
+
+    values = {"calculate_dimensions": calculate_dimensions, **constants}
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)
 
 
 @contextmanager
