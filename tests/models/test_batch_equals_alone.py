@@ -2,43 +2,53 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
 from hypothesis import Phase, given, settings, strategies as st
 
-from mixres.models.qwen.layers import untrained_modules
 from support import mixes
+from support.kinds import KINDS, Kind, main_mix_for_bf16
+
+QWEN, IDS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux")
+WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *IDS)], ids=("qwen", *IDS))
+CASES = [
+    *((kind, name) for kind in QWEN for name in mixes.MIXES),
+    *((kind, name) for kind in IDS for name in ("main", "random 0", "random 1", "random 2", "random 3")),
+    *((f"{kind} without guidance", "random 1") for kind in IDS),
+]
 
 
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
-@pytest.mark.parametrize("zero_cond_t", [False, True])
-@pytest.mark.parametrize("name", mixes.MIXES)
-def test_a_batch_equals_each_sample_alone(name: str, zero_cond_t: bool, layout: str) -> None:
+@pytest.mark.parametrize(("kind_name", "name"), CASES)
+def test_a_batch_equals_each_sample_alone(kind_name: str, name: str, layout: str) -> None:
     """With adapters on every linear layer over a base that trains too, without and with gradient checkpointing."""
-    model, mix = mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR), mixes.MIXES[name]()
-    mixes.assert_same(mixes.run(model, mix, layout), mixes.alone(name, zero_cond_t))
+    kind = KINDS[kind_name]
+    model, mix = kind.patched(adapters=True), mixes.MIXES[name]()
+    mixes.assert_same(kind.run(model, mix, layout), kind.alone(name))
     model.enable_gradient_checkpointing()
-    mixes.assert_same(mixes.run(model, mix, layout), mixes.alone(name, zero_cond_t))
+    mixes.assert_same(kind.run(model, mix, layout), kind.alone(name))
 
 
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
-def test_in_float64_a_batch_equals_each_sample_alone_to_float64(layout: str) -> None:
-    """Against the patched model on one sample: the stock model rotates in fp32 even then."""
-    mix = mixes.main_mix().to("cpu", torch.float64)
-    model = mixes.patched_model(True, mixes.EVERY_LINEAR).to(torch.float64)
-    measured, reference = (mixes.run(model, mix, how) for how in (layout, "alone"))
+@WITHOUT_VARIANTS
+def test_in_float64_a_batch_equals_each_sample_alone_to_float64(kind: Kind, layout: str) -> None:
+    """Against the patched model on one sample: the stock models rotate in fp32 even then."""
+    mix, model = mixes.main_mix().to("cpu", torch.float64), kind.patched(adapters=True).to(torch.float64)
+    measured, reference = (kind.run(model, mix, how) for how in (layout, "one by one"))
     assert mixes.forward_error(measured, reference) < 1e-10
     assert mixes.gradient_error(measured, reference) < 1e-10
 
 
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
-def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(layout: str) -> None:
-    mix, dtype = mixes.main_mix().to("cpu", torch.bfloat16), torch.bfloat16
-    measured = mixes.run(mixes.patched_model(False, mixes.EVERY_LINEAR).to(dtype), mix, layout)
-    single = mixes.run(mixes.stock_model(False, mixes.EVERY_LINEAR).to(dtype), mix, "alone")
-    reference = mixes.alone("main", False)
+@WITHOUT_VARIANTS
+def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(kind: Kind, layout: str) -> None:
+    wide, dtype = main_mix_for_bf16(), torch.bfloat16
+    mix = wide.to("cpu", dtype)
+    measured = kind.run(kind.patched(adapters=True).to(dtype), mix, layout)
+    single = kind.run(kind.stock(adapters=True).to(dtype), mix, "alone")
+    reference = kind.run(kind.stock(adapters=True), wide, "alone")
     assert mixes.forward_error(measured, reference) <= 1.5 * mixes.forward_error(single, reference)
     assert mixes.gradient_error(measured, reference) <= 1.5 * mixes.gradient_error(single, reference)
 
@@ -94,14 +104,14 @@ class Case:
 
     microbatches: tuple[mixes.Mix, mixes.Mix]
     layouts: tuple[str, str]
-    zero_cond_t: bool
+    kind: Kind
     checkpointing: bool
     trained: str
 
-    def model(self, make: Callable[..., QwenImageTransformer2DModel]) -> QwenImageTransformer2DModel:
+    def model(self, make: Callable[..., Any]) -> Any:
         """All weights train but those that reach no loss, or adapters on every linear layer over a frozen base."""
-        model = make(self.zero_cond_t, mixes.EVERY_LINEAR if self.trained == "lora" else ())
-        untrained = untrained_modules(model)
+        model = make(adapters=self.trained == "lora")
+        untrained = self.kind.untrained(model)
         for name, parameter in model.named_parameters():
             chosen = self.trained == "all weights" or ".lora_" in name
             parameter.requires_grad_(chosen and not name.startswith(untrained))
@@ -109,41 +119,53 @@ class Case:
 
 
 either = st.sampled_from(mixes.LAYOUTS)
-cases = st.builds(
-    Case, st.tuples(drawn(), drawn()), st.tuples(either, either), st.booleans(), st.booleans(),
-    st.sampled_from(("lora", "all weights")),
-)  # fmt: skip
+
+
+def cases(*names: str) -> st.SearchStrategy[Case]:
+    return st.builds(
+        Case, st.tuples(drawn(), drawn()), st.tuples(either, either), st.sampled_from([KINDS[n] for n in names]),
+        st.booleans(), st.sampled_from(("lora", "all weights")),
+    )  # fmt: skip
 
 
 def assert_each_as_alone(case: Case) -> None:
-    stock, patched = case.model(mixes.stock_model), case.model(mixes.patched_model)
+    kind = case.kind
+    stock, patched = case.model(kind.stock), case.model(kind.patched)
     if case.checkpointing:
         patched.enable_gradient_checkpointing()
     both = case.microbatches
-    outputs = [mixes.FORWARDS[layout](patched, mix) for layout, mix in zip(case.layouts, both, strict=True)]
+    outputs = [kind.forward(patched, mix, layout) for layout, mix in zip(case.layouts, both, strict=True)]
     losses = [mixes.loss(out, mix) for out, mix in zip(outputs, both, strict=True)]
     for mix, out, value in reversed(list(zip(both, outputs, losses, strict=True))):  # both forward, then back
-        mixes.assert_same(mixes.backward(patched, out, value), mixes.run(stock, mix, "alone"))
+        mixes.assert_same(mixes.backward(patched, out, value), kind.run(stock, mix, "alone"))
 
 
 @settings(drawn_alike, max_examples=30)
-@given(cases)
+@given(cases(*QWEN))
 def test_two_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)
 
 
+@settings(drawn_alike, max_examples=16)
+@given(cases(*IDS, "flux2 without guidance", "flux without guidance"))
+def test_two_microbatches_train_as_each_sample_alone_where_positions_are_ids(case: Case) -> None:
+    assert_each_as_alone(case)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@settings(drawn_alike, max_examples=150)
-@given(cases)
+@pytest.mark.timeout(900)
+@settings(drawn_alike, max_examples=300)
+@given(cases(*KINDS))
 def test_many_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)
 
 
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
-def test_all_weights_that_reach_the_loss_and_no_others_get_a_gradient(layout: str) -> None:
-    mix = mixes.random_mix(3)
-    model = Case((mix, mix), (layout, layout), True, False, "all weights").model(mixes.patched_model)
-    gradients = mixes.run(model, mix, layout).gradients
-    frozen = [name for name in gradients if name.startswith(untrained_modules(model))]
-    assert frozen and mixes.vanished(gradients) == dict.fromkeys(frozen, "none")
+@pytest.mark.parametrize("name", ["qwen zero_cond_t", *IDS])
+def test_all_weights_that_reach_the_loss_and_no_others_get_a_gradient(name: str, layout: str) -> None:
+    kind, mix = KINDS[name], mixes.random_mix(3)
+    model = Case((mix, mix), (layout, layout), kind, False, "all weights").model(kind.patched)
+    gradients = kind.run(model, mix, layout).gradients
+    untrained = kind.untrained(model)
+    frozen = [name for name in gradients if name.startswith(untrained)]
+    assert bool(frozen) == bool(untrained) and mixes.vanished(gradients) == dict.fromkeys(frozen, "none")

@@ -20,9 +20,8 @@ from mixres.data.records import EditRecord
 from mixres.diffusion import objective as objective_module
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size
-from mixres.models import qwen_multi_resolution_patch as patch
+from mixres.models import modulation, qwen_multi_resolution_patch as patch
 from mixres.models.family import PatchState
-from mixres.models.qwen import packed
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
@@ -107,12 +106,12 @@ def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shifted_modulation_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = packed.expand_rows
+    stock = modulation.expand_rows
 
     def shifted(rows: torch.Tensor, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
         return stock(rows, tuple(((row + 1) % len(rows), n) for row, n in runs))
 
-    monkeypatch.setattr(packed, "expand_rows", shifted)
+    monkeypatch.setattr(modulation, "expand_rows", shifted)
 
 
 def batch_size_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

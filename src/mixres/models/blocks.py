@@ -69,6 +69,8 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
 
 def _real(argument: Any) -> Any:
     """An argument of a block with real tensors in place of complex ones, for which the compiler generates no code."""
+    if isinstance(argument, dict):  # of what the blocks hand on to their attention processors
+        return {name: _real(value) for name, value in argument.items()}
     return argument.without_complex() if hasattr(argument, "without_complex") else argument
 
 

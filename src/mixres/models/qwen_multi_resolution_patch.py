@@ -17,16 +17,15 @@ How: `pos_embed` and the attention processors are swapped, and pre-hooks rewrite
 import inspect
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformer2DModel
 from torch import Tensor
 
 from mixres.geometry import token_count
+from mixres.models.attention import JointRotary, joint_mask, replace_processor, valid_slots
 from mixres.models.family import PatchState
-from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes, joint_mask
+from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes
 from mixres.models.qwen.packed import install_packed_hooks, plan_packed
 from mixres.models.qwen.rope import (
-    JointRotary,
     MultiResolutionRope,
     PlannedShapes,
     Shape,
@@ -54,11 +53,7 @@ def patch_qwen_model_for_multi_resolution(model: QwenImageTransformer2DModel) ->
     """
     patch_qwen_forward_for_multi_resolution(model)
     for block in model.transformer_blocks:
-        if not isinstance(block.attn.processor, QwenDoubleStreamAttnProcessor2_0_MultiRes):
-            processor = QwenDoubleStreamAttnProcessor2_0_MultiRes()
-            processor._attention_backend = block.attn.processor._attention_backend
-            processor._parallel_config = block.attn.processor._parallel_config
-            block.attn.set_processor(processor)
+        replace_processor(block.attn, QwenDoubleStreamAttnProcessor2_0_MultiRes)
     return model
 
 
@@ -121,7 +116,7 @@ def _plan_padded(
     image_mask = None
     if shapes is not None:
         shapes = _one_per_sample(shapes, hidden)
-        image_mask = _image_mask(shapes, hidden)
+        image_mask = valid_slots([token_count(sample) for sample in shapes], image_tokens, hidden.device)
     elif model.zero_cond_t:
         raise ValueError("with zero_cond_t, image_rotary_emb needs img_shapes too: they separate target and controls")
     if rotary_pair is None:
@@ -155,15 +150,6 @@ def _one_per_sample(shapes: list[list[Shape]], hidden: Tensor) -> list[list[Shap
                 f"sample {b}: img_shapes {sample} make {tokens} tokens, hidden_states holds {image_tokens}"
             )
     return shapes
-
-
-def _image_mask(shapes: list[list[Shape]], hidden: Tensor) -> Tensor | None:
-    """`(B, S)` bool, True at the tokens that `img_shapes` accounts for; None where that is all of them."""
-    lengths = [token_count(sample) for sample in shapes]
-    if min(lengths) == hidden.shape[1]:
-        return None
-    slots = torch.arange(hidden.shape[1], device=hidden.device)
-    return slots < torch.tensor(lengths, device=hidden.device)[:, None]
 
 
 def _rectangular(shapes: list[list[Shape]] | None, image_tokens: int) -> list[list[Shape]]:

@@ -9,8 +9,8 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
+from mixres.models.attention import JointRotary
 from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes
-from mixres.models.qwen.rope import JointRotary
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support import mixes
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import mixes
+from support.host_reads import HostReads
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
@@ -32,18 +32,6 @@ def test_exactly_the_valid_tokens_are_computed(zero_cond_t: bool) -> None:
             expected = text if any(part in name for part in ("txt_", "add_")) else image
         assert found == expected, name
     assert len(rows) == 2 * 14 + 6
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the reads of a tensor's value by the host; on a GPU each of them waits for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])

@@ -6,24 +6,17 @@ per token in each block; the linear layers that make them still run once per sam
 Legend: B sample, S_total and T_total image and text tokens of the microbatch.
 """
 
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from mixres.geometry import token_count
-from mixres.models.qwen.rope import (
-    JointRotary,
-    PackedLengths,
-    PlannedShapes,
-    Runs,
-    Shape,
-    image_positions,
-    text_positions,
-)
+from mixres.models.attention import JointRotary
+from mixres.models.modulation import SampleRows, expand_linear_output
+from mixres.models.packing import PackedLengths, Runs, packed_lengths
+from mixres.models.qwen.rope import PlannedShapes, Shape, image_positions, text_positions
 
 
 def plan_packed(model: Any, call: dict[str, Any], shapes: list[list[Shape]], text_lengths: list[int]) -> PlannedShapes:
@@ -51,6 +44,7 @@ def plan_packed(model: Any, call: dict[str, Any], shapes: list[list[Shape]], tex
     positions = chain.from_iterable((text_positions(s, n), image_positions(s)) for s, n in pairs)
     freqs = model.pos_embed.frequencies(torch.cat(list(positions)), hidden.device)
     lengths = _lengths(shapes, image_lengths, text_lengths, bool(model.zero_cond_t), hidden.device)
+    expand_linear_output(model.norm_out)
     model.norm_out.packed_runs = tuple(enumerate(image_lengths))
     return PlannedShapes([[(1, 1, 1)]], JointRotary(freqs, packed=lengths))
 
@@ -63,36 +57,7 @@ def _lengths(
         targets = [token_count(sample[:1]) for sample in shapes]
         pairs = (((b, targets[b]), (len(image) + b, n - targets[b])) for b, n in runs)
         runs = tuple(run for run in chain.from_iterable(pairs) if run[1])
-    joint = torch.tensor([0, *(t + s for t, s in zip(text, image, strict=True))], dtype=torch.int32)
-    return PackedLengths(
-        text=tuple(text),
-        image=tuple(image),
-        image_runs=runs,
-        cumulative=joint.cumsum(0, dtype=torch.int32).to(device),
-    )
-
-
-class PackedModulation:
-    """Modulation parameters `(rows, 6 * C)` that the stock block splits like a tensor; they expand to tokens last.
-
-    The block halves them (one half a norm), then cuts each half in three (shift, scale, gate). Expanding before that
-    would copy all six once more in the backward pass, and keep all six alive where autograd saves one.
-    """
-
-    def __init__(self, rows: Tensor, runs: Runs, halved: bool = False) -> None:
-        self.rows, self.runs, self.halved = rows, runs, halved
-
-    def chunk(self, chunks: int, dim: int = -1) -> tuple["PackedModulation | Tensor", ...]:
-        """As `Tensor.chunk`: the first split gives two of these, the second tensors of one row per token."""
-        parts = self.rows.chunk(chunks, dim)
-        if self.halved:
-            return tuple(expand_rows(part, self.runs) for part in parts)
-        return tuple(PackedModulation(part, self.runs, halved=True) for part in parts)
-
-
-def expand_rows(rows: Tensor, runs: Runs) -> Tensor:
-    """`(rows, C)` -> `(tokens, C)`. Views joined, not a gather: its gradient is a plain sum, the same every time."""
-    return torch.cat([rows[row : row + 1].expand(tokens, -1) for row, tokens in runs])
+    return packed_lengths(text, image, device, runs)
 
 
 def install_packed_hooks(model: Any) -> None:
@@ -100,15 +65,13 @@ def install_packed_hooks(model: Any) -> None:
 
     What they look at is there from the start: a block would be compiled anew once it has appeared.
     """
-    model.norm_out.packed_runs = model.norm_out.packed_handle = None
+    model.norm_out.packed_runs = None
     for block in model.transformer_blocks:
         block.img_mod.packed_runs = block.txt_mod.packed_runs = None
         block.register_forward_pre_hook(_announce_runs, with_kwargs=True)
         block.register_forward_hook(_forget_block_runs, always_call=True)
         block.img_mod.register_forward_hook(_expand_modulation)
         block.txt_mod.register_forward_hook(_expand_modulation)
-    model.norm_out.register_forward_pre_hook(_hook_output_linear)
-    model.norm_out.register_forward_hook(_unhook_output_linear, always_call=True)
     model.register_forward_hook(_forget_output_runs, always_call=True)
 
 
@@ -132,27 +95,9 @@ def _forget_block_runs(block: Any, args: tuple[Any, ...], output: Any) -> None:
     block.img_mod.packed_runs = block.txt_mod.packed_runs = None
 
 
-def _expand_modulation(modulation: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | PackedModulation:
+def _expand_modulation(modulation: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | SampleRows:
     runs: Runs | None = modulation.packed_runs
-    return output if runs is None else PackedModulation(output, runs)
-
-
-def _hook_output_linear(norm_out: Any, args: tuple[Any, ...]) -> None:
-    """Expand what the output modulation's linear returns. Hooked anew in each call: an adapter may have wrapped it."""
-    runs: Runs | None = norm_out.packed_runs
-    if runs is not None:
-        norm_out.packed_handle = norm_out.linear.register_forward_hook(partial(_expand_linear, runs))
-
-
-def _expand_linear(runs: Runs, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return expand_rows(output, runs)
-
-
-def _unhook_output_linear(norm_out: Any, args: tuple[Any, ...], output: Any) -> None:
-    handle: RemovableHandle | None = norm_out.packed_handle
-    if handle is not None:
-        handle.remove()
-        norm_out.packed_handle = None
+    return output if runs is None else SampleRows(output, runs, cuts=2)
 
 
 def _forget_output_runs(model: Any, args: tuple[Any, ...], output: Any) -> None:

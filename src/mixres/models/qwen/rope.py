@@ -11,7 +11,6 @@ Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import accumulate
 from numbers import Integral
 from typing import Any
@@ -22,48 +21,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mixres.geometry import token_count
+from mixres.models.attention import JointRotary
+from mixres.models.rotation import rotate_complex
 
 Shape = tuple[int, int, int]
-Runs = tuple[tuple[int, int], ...]  # (row, tokens): so many tokens in a row share that row of parameters
 
 TABLE_HALF = 4096  # the stock tables hold the positions -4096 .. 4095
 PADDING_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
 
-
-@dataclass(frozen=True)
-class PackedLengths:
-    """How the samples of a packed microbatch follow each other. Python integers: no layer asks the device for them."""
-
-    text: tuple[int, ...]
-    image: tuple[int, ...]
-    image_runs: Runs  # the row of the modulation parameters that each stretch of image tokens uses
-    cumulative: Tensor  # (B + 1,) int32, where each sample's text and image begin, for variable-length kernels
-
-    @property
-    def joint(self) -> tuple[int, ...]:
-        """Text and image tokens of each sample."""
-        return tuple(t + s for t, s in zip(self.text, self.image, strict=True))
-
-    @property
-    def text_runs(self) -> Runs:
-        return tuple(enumerate(self.text))
-
-
-@dataclass(frozen=True)
-class JointRotary:
-    """What the blocks hand to the attention processors untouched as `image_rotary_emb`.
-
-    The frequencies are complex64 on purpose: mixed-precision wrappers cast fp32 tensors in their inputs to bf16, and
-    leave complex ones alone.
-    """
-
-    freqs: Tensor  # (L, D/2), (B, L, D/2), or packed (L_total, D/2), text before image in each sample
-    mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
-    packed: PackedLengths | None = None
-
-    def without_complex(self) -> "JointRotary":
-        """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
-        return replace(self, freqs=torch.view_as_real(self.freqs))
+apply_rotary_emb_qwen_batched = rotate_complex  # its public name
 
 
 class PlannedShapes(list[list[Shape]]):
@@ -177,35 +143,3 @@ def joint_frequencies(image: Tensor, text: Tensor) -> Tensor:
         batch = max(x.shape[0] for x in (image, text) if x.dim() == 3)
         image, text = (x if x.dim() == 3 else x.expand(batch, -1, -1) for x in (image, text))
     return torch.cat([text, image], dim=-2)
-
-
-def apply_rotary_emb_qwen_batched(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate queries or keys. Source: RoFormer, Su et al. 2021 (arXiv 2104.09864), neighbouring channels as pairs.
-
-    Args:
-        x: `(B, S, H, D)`.
-        freqs_cis: complex `(S, D/2)`, shared by all samples, or `(B, S, D/2)`, one row of positions per sample.
-
-    Returns:
-        `(B, S, H, D)` in the dtype of `x`; the arithmetic is in fp32, or in float64 where `x` is.
-
-    Raises:
-        ValueError: `freqs_cis` fits neither form.
-    """
-    batch, length, _, width = x.shape
-    if freqs_cis.shape not in ((length, width // 2), (1, length, width // 2), (batch, length, width // 2)):
-        raise ValueError(
-            f"rotary frequencies of shape {tuple(freqs_cis.shape)} do not fit x of shape {tuple(x.shape)}: expected "
-            f"({length}, {width // 2}) or ({batch}, {length}, {width // 2})"
-        )
-    wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.reshape(*wide.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * freqs_cis.unsqueeze(-2)).flatten(-2).type_as(x)
-
-
-def apply_rotary_emb_real(x: Tensor, cosines_sines: Tensor) -> Tensor:
-    """The same rotation without complex numbers, for compiled code; `cosines_sines` is `([B,] S, D/2, 2)`."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    cosine, sine = cosines_sines.unsqueeze(-3).unbind(-1)
-    even, odd = wide.reshape(*wide.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2).type_as(x)
