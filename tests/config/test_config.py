@@ -163,6 +163,9 @@ def test_plain_secrets_are_hidden_and_declared_keys_are_not(tmp_path: Path) -> N
     assert shown["optimizer"]["init_args"] == {"lr": 1, **hidden}
     assert shown["batch"]["max_tokens"] == 16384
     assert "abc" not in dump_config(config)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, REQUIRED, "logging.report_to={token: abc}", "sample.steps=[[abc]]")
+    assert "abc" not in str(caught.value)
 
 
 def test_a_dump_of_any_text_loads_as_the_same_config(tmp_path: Path) -> None:

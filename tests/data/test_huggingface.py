@@ -67,6 +67,16 @@ def test_rows_are_records_and_their_bytes_those_that_were_saved(tmp_path: Path) 
         assert item.digests[0] == xxhash.xxh3_128_hexdigest(saved[0]), "the same key in the cache as the file"
 
 
+def test_arrow_files_that_change_places_change_the_state_of_their_images(tmp_path: Path) -> None:
+    """None of them has changed itself, and an image of equal size then stands under the name of another."""
+    folder = save(tmp_path / "set", row(), row(), shards=2)
+    state = json.loads((folder / "state.json").read_text())
+    before = find_records(str(folder))[0][0].target.stat()
+    state["_data_files"].reverse()
+    (folder / "state.json").write_text(json.dumps(state))
+    assert find_records(str(folder))[0][0].target.stat() != before
+
+
 def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {}, {"path_target": png()[:300]}, {"path_control": None, "path_control_1": png()}, {"prompt": ""},

@@ -1,6 +1,7 @@
 """What is exported does what was trained, in diffusers and under ComfyUI's names, or nothing is written."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
 from mixres.inference.artifact import find_base, find_result
-from mixres.inference.export import export, make_request, merged_weight, placed, write_tensors
+from mixres.inference.export import INDEX, export, make_request, merged_weight, placed, write_tensors
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
 from mixres.models.qwen.layers import LORA_PRESETS
 from mixres.training.trainer import train
@@ -305,6 +306,12 @@ def test_run_average_and_checkpoints_make_the_files_of_their_steps(
     merged = run_export(earlier, tmp_path / "merged", "diffusers", merge=True)
     assert apart(output(QwenImageTransformer2DModel.from_pretrained(merged)), output(pipeline.transformer)) <= 1e-5
 
+    frozen = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"\br: \d+", "r: 2", frozen))
+    with pytest.raises(UserError, match=r"does not fit the config.yaml of its run: export the run's result"):
+        run_export(earlier, tmp_path / "edited.safetensors", "diffusers")
+    (run / "config.yaml").write_text(frozen)
+
     weights = last / "trainable.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -338,6 +345,7 @@ WRONG = {
     "another program": (["FOREIGN", *LORA[1:], "--out", "OUT.safetensors"], ["RUN: FOREIGN has no recipe"]),
     "quantised": ([*MERGE, "FLOAT8"], ["--base: FLOAT8/transformer cannot be read: img_in.weight is in F8_E4M3, wh"]),
     "damaged": ([*MERGE, "SHORT"], ["--base: SHORT/transformer cannot be read: "]),
+    "index": ([*MERGE, "INDEX"], [f"--base: INDEX/transformer cannot be read: {INDEX} does not fit the files"]),
     "shapes": ([*MERGE, "NARROW"], ["--base: the weights in NARROW/transformer do not fit its config.json"]),
 }
 
@@ -346,7 +354,9 @@ WRONG = {
 def places(tiny_base: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the words in capitals stand for in `WRONG`."""
     root = tmp_path_factory.mktemp("places")
-    bases = {name: shutil.copytree(tiny_base, root / name) for name in ("FLOAT8", "SHORT", "NARROW")}
+    bases = {name: shutil.copytree(tiny_base, root / name) for name in ("FLOAT8", "SHORT", "NARROW", "INDEX")}
+    listed = {"weight_map": {"img_in.bais": WEIGHTS}}
+    (bases["INDEX"] / "transformer" / INDEX).write_text(json.dumps(listed))
     weights = {name: base / "transformer" / WEIGHTS for name, base in bases.items()}
     tensors = load_file(weights["SHORT"])
     weights["SHORT"].write_bytes(weights["SHORT"].read_bytes()[:-1])

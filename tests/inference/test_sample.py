@@ -392,6 +392,8 @@ def test_the_base_is_that_of_the_result_or_the_one_given(edit: Result, tmp_path:
     gone, out = str(changed(edit, tmp_path, base="/gone")), tmp_path / "out"
     reason = refusal(edit, out, lora=gone)
     assert reason.startswith(f"--base: not given, and {gone} names '/gone': there is no folder")
+    none = str(changed(edit, tmp_path, text_area=4096))
+    assert "gives its control images the areas" in refusal(edit, out, lora=none)
     moved = shutil.copytree(edit.base, tmp_path / "moved")
     assert edit.request(out, lora=gone, base=str(moved)).family.path == str(moved)
     shutil.rmtree(moved / "text_encoder")

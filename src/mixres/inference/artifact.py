@@ -188,6 +188,9 @@ def renamed(key: str, *, of: str = hub.KEY) -> Iterator[None]:
 def _base_problem(family: Family, result: RunResult) -> str | None:
     if family.name != result.recipe["family"]:
         return f"it is a {family.name}, trained was a {result.recipe['family']}"
+    areas, expected = result.area_rules, family.control_areas(family.stock_control_area, None)
+    if areas.keys() != expected.keys():
+        return f"the recipe gives its control images the areas {areas}, and it has {', '.join(expected) or 'none'}"
     skeleton = family.transformer_skeleton()
     if result.lora:
         return base_problem(skeleton, result.lora)

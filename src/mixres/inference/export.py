@@ -30,7 +30,7 @@ from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import TRANSFORMER, RunResult, find_base, find_result, renamed
 from mixres.inference.options import options
 from mixres.models.hub import pipeline_folder
-from mixres.models.lora import add_lora
+from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
 from mixres.models.registry import load_family
 from mixres.preprocessing.training_data import check_folder
@@ -136,6 +136,9 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
         presets=family.lora_presets,
     )
     weights = checkpoint.tensors("trainable")
+    expected = {name: parameter.shape for name, parameter in trainable_parameters(skeleton).items()}
+    if expected != {name: weight.shape for name, weight in weights.items()}:
+        raise UserError(f"{_KEY}: {path} does not fit the config.yaml of its run: export the run's result")
     stated = recipe(config, family, checkpoint.step)
     names = [name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)]
     layers = {name: (weights[name + _DOWN].shape[1], weights[name + _UP].shape[0]) for name in names}
@@ -168,6 +171,8 @@ def read_model_files(folder: Path, key: str) -> ModelFiles:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
         files = {name: _read_shapes(folder / name) for name in sorted(set(where.values())) or [_SINGLE]}
+        if where and where != {name: file for file, part in files.items() for name in part}:
+            raise ValueError(f"{INDEX} does not fit the files beside it")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{key}: {folder} cannot be read: {error}; download it again, or name another") from error
     return ModelFiles(folder, config, files)

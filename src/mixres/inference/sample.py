@@ -12,7 +12,6 @@ manifest of held-out data can be given as it is: its targets and masks are not o
 """
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -367,8 +366,7 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
 
 
 def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
-    # No aspect is refused here: rounding its sides may take an image of our own over the limit.
-    limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE), max_aspect=math.inf)
+    limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE))
     images = []
     for path in controls:
         try:
@@ -415,10 +413,11 @@ def _write_grids(request: Request) -> None:
         columns = max(len(job.controls) for job in jobs)
         rows = []
         for job in jobs:
-            images = _read(request, job.controls), _read(request, (job.untrained_path, job.path))
+            controls = _read(request, job.controls)
+            made = [Image.open(path).convert("RGB") for path in (job.untrained_path, job.path)]
             empty = [None] * (columns - len(job.controls))
             note = f"{job.path.name}, {job.size}, seed {job.seed}"
-            rows.append(Row((*images[0], *empty, *images[1]), job.prompt, note))
+            rows.append(Row((*controls, *empty, *made), job.prompt, note))
         headings = [f"image {number}" for number in range(1, columns + 1)]
         grid = image_grid((*headings, "without", "with"), rows)
         _save(grid, jobs[0].path.with_name(f"compare-{jobs[0].path.name}"), [row.caption for row in rows])

@@ -187,18 +187,18 @@ class _Comparison:
 
 def _report_model(setup: TrainState) -> dict[str, Any]:
     """Versions, patch and adapters as the model carries them; `whole` if they are as they should be."""
-    trained, found = setup, versions()
-    patch = trained.family.patch_state(trained.transformer)
+    found = versions()
+    patch = setup.family.patch_state(setup.transformer)
     log(f"versions  {_listed(found)}")
     log(f"patch     {_listed(patch._asdict())}")
     whole, lora = patch.whole, None
-    if trained.config.model.lora:
+    if setup.config.model.lora:
         lora = _adapters(setup)
         whole = whole and lora["as_configured"]
         log(f"lora      {_listed(lora)}")
-    for line in trained.lines():
+    for line in setup.lines():
         log(line)
-    counts = dict(zip(("trained_parameters", "parameters"), trained.counts, strict=True))
+    counts = dict(zip(("trained_parameters", "parameters"), setup.counts, strict=True))
     return {"versions": found, "patch": patch._asdict(), "lora": lora, **counts, "whole": whole}
 
 
