@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixres.geometry import Size
+from mixres.models.family import ControlSizes
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.quickstart.data import HELD_OUT_SIZES
 from mixres.quickstart.results import psnr
@@ -49,7 +50,8 @@ def score_base(base: Path, edits: Sequence[str] = tuple(EDITS)) -> list[Score]:
 
 def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list[float]:
     control, target = to_image(crop), to_image(edit.apply(crop))
-    size, area = Size(*target.size), target.width * target.height
+    size = Size(*target.size)
+    aligned = ControlSizes((size,), (size,))
     sample = QwenImageEdit("").encode(
         encoders,
         name="crop",
@@ -57,7 +59,7 @@ def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list
         target_size=size,
         controls=[control],
         prompt=edit.prompts[0],
-        areas={"control_area": area},
+        sizes=aligned,
     )
     image = QwenImageEdit("").sample_image(
         sampling,
@@ -66,7 +68,7 @@ def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list
         size=size,
         steps=STEPS,
         seed=SEED,
-        areas={"control_area": area},
+        sizes=aligned,
     )
     ceiling = QwenImageEdit("").decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
     return [psnr(shown, target) for shown in (control, image, ceiling)]

@@ -96,13 +96,9 @@ def extract_batch_field(embeddings: Mapping[str, Any], key: str, batch_idx: int)
     if key not in embeddings:
         raise KeyError(f"no field '{key}' in the embeddings; there are: {', '.join(sorted(embeddings))}")
     value = embeddings[key]
-    if isinstance(value, Tensor):
-        element = value if value.dim() == 0 else value[batch_idx]
-        return element.item() if element.dim() == 0 else element
-    if isinstance(value, (list, tuple)):
-        element = value[batch_idx]
-        return element.item() if isinstance(element, Tensor) and element.dim() == 0 else element
-    return value
+    if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim() > 0):
+        value = value[batch_idx]
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
 def image_shapes_from_embeddings(

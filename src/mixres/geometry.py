@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+Align = Literal["auto", "always", "never"]  # when a control gets the token grid of its target
 PATCH = 2  # latent pixels along a side of one token; `pack_latents` and the pixel arithmetic share it
 
 
@@ -81,6 +82,25 @@ def control_size(source: Size, *, area: int, multiple_of: int = 32) -> Size:
 def control_area(rule: int | Literal["target"], target: Size) -> int:
     """Pixels of a control by `data.resize.control.area`: a number, or as many as its own target has."""
     return target.width * target.height if rule == "target" else rule
+
+
+def same_aspect(one: Size, other: Size, pixels: int = 1) -> bool:
+    """Whether one image may be the other one scaled, each side then rounded up, down or to the nearest.
+
+    Rounding to multiples of `pixels` moves a side by less than that, so w x h and W x H differ by
+    |w H - h W| <= pixels * max(w, h, W, H) at most.
+    """
+    return abs(one.width * other.height - one.height * other.width) <= pixels * max(*one, *other)
+
+
+def aligned_controls(rule: Align, target: Size, controls: Sequence[Size], own: bool | None = None) -> tuple[bool, ...]:
+    """Which controls get the token grid of their target, from the sizes of the files.
+
+    `rule` is `data.resize.control.align`; `own` is what the record itself says, for all its controls.
+    """
+    if own is not None or rule != "auto":
+        return (rule == "always" if own is None else own,) * len(controls)
+    return tuple(same_aspect(target, control) for control in controls)
 
 
 def _round_to(side: float, multiple_of: int) -> int:

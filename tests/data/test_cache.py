@@ -79,44 +79,20 @@ def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
     assert_same(Cache(tmp_path).read(OTHER), shared)
 
 
-def test_a_sample_that_contradicts_its_shapes_is_never_written(tmp_path: Path) -> None:
-    sample = make_sample()
-    for wrong in (
-        replace(sample, img_shapes=(Grid(1, 2, 2), Grid(1, 3, 2))),
-        replace(sample, img_shapes=sample.img_shapes[:1]),
-        replace(sample, edit_mask=torch.ones(5)),
-    ):
-        with pytest.raises(AssertionError):
-            Cache(tmp_path).write(KEY, wrong)
-    assert Cache(tmp_path).lookup(KEY) is None
-
-
 # --- Keys
 
 
 def test_any_change_of_a_part_changes_the_key() -> None:
-    parts: dict[str, Any] = {
-        "controls": ["d2", "d3"],
-        "prompt": "改成蓝色",
-        "mask": None,
-        "sizes": {"a": 16, "b": False},
-    }
+    parts: dict[str, Any] = {"controls": ["d2", "d3"], "prompt": "蓝色", "mask": None, "sizes": {"a": 16, "b": False}}
     changes: list[dict[str, Any]] = [
-        {"controls": ["d3", "d2"]}, {"controls": ["d2"]}, {"controls": ["d2d3"]}, {"prompt": "改成蓝"}, {"mask": ""},
+        {"controls": ["d3", "d2"]}, {"controls": ["d2"]}, {"controls": ["d2d3"]}, {"prompt": "蓝"}, {"mask": ""},
         {"sizes": {"a": 32, "b": False}}, {"sizes": {"a": 16, "b": 0}}, {"new": 1},
     ]  # fmt: skip
     keys = {entry_key(**parts), *(entry_key(**(parts | change)) for change in changes)}
     assert len(keys) == 1 + len(changes)
     assert all(len(key) == 32 for key in keys)
     assert entry_key(**dict(reversed(parts.items()))) == entry_key(**parts), "order is no part of it"
-    assert entry_key(controls=("d2", "d3")) == entry_key(controls=["d2", "d3"])
     assert entry_key(a=1) == "11bc9322f272d7ba6fb598b1e5de2857", "keys are the same in every process and release"
-
-
-@pytest.mark.parametrize("part", [Path("a"), torch.bfloat16, float("nan"), b"x", object()])
-def test_a_part_without_an_exact_form_is_refused(part: object) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        entry_key(part=part)
 
 
 # --- Damage
@@ -151,11 +127,9 @@ def test_no_changed_byte_goes_unseen(tmp_path: Path, stored: tuple[Path, bytes, 
 
 FOREIGN = {
     "an archive": b"PK\x03\x04" + bytes(400),
-    "a page": b"<!DOCTYPE html><html>" + b"x" * 400,
     "a header that is a list": struct.pack("<Q", 2) + b"[]",
     "a header of brackets": struct.pack("<Q", 10**5) + b"[" * 10**5,
     "metadata that is a number": struct.pack("<Q", 29) + b'{"__metadata__":{"mixres":5}}',
-    "tensors of somebody else": save({"target_latents": torch.zeros(4, 4)}),
     "tensors with metadata of somebody else": save({"a": torch.zeros(4, 4)}, {"format": "pt", "mixres": "x"}),
 }
 
@@ -193,17 +167,15 @@ def test_entry_under_another_key_is_refused(tmp_path: Path, stored: tuple[Path, 
 
 def test_a_damaged_entry_is_gone_until_it_is_written_again(tmp_path: Path, stored: tuple[Path, bytes, Sample]) -> None:
     path, whole, sample = stored
-    assert whole.count(b'"BF16"') == 3
-    path.write_bytes(whole.replace(b'"BF16"', b'"F16" '))  # the same bits as another type
-    with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong"):
-        Cache(tmp_path).read(KEY)
+    retyped = whole.replace(b'"BF16"', b'"F16" ')  # the same bits as another type
     damaged = whole[:-1] + bytes([whole[-1] ^ 1])
-    cache = Cache(tmp_path)
-    path.write_bytes(damaged)
-    with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong") as caught:
-        cache.read(KEY)
-    assert caught.value.path == path
-    assert cache.lookup(KEY) is None
+    for data in (retyped, damaged):
+        cache = Cache(tmp_path)
+        path.write_bytes(data)
+        with pytest.raises(DamagedEntry, match="the checksum of its tensors is wrong") as caught:
+            cache.read(KEY)
+        assert caught.value.path == path
+        assert cache.lookup(KEY) is None
     cache.write(KEY, sample)
     for _ in range(2):
         assert_same(cache.read(KEY), sample)
@@ -230,22 +202,17 @@ def write_format_1(cache: Cache, sample: Sample, **pixels: Any) -> None:
     path.write_bytes(save(tensors, {"mixres": f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"}))
 
 
-GRIDS = (Grid(1, 3, 2), Grid(1, 2, 2), Grid(1, 1, 4))
 FIRST = {"height": 48, "width": 32}
 SECOND = {"height_control": 32, "width_control": 32}
 THIRD = {"height_control_1": 16, "width_control_1": 64}
-PIXELS = {
-    "no control": (GRIDS[:1], FIRST),
-    "one": (GRIDS[:2], FIRST | SECOND),
-    "two": (GRIDS, FIRST | SECOND | THIRD),
-    "absent ones": (GRIDS[:1], FIRST | dict.fromkeys(SECOND) | dict.fromkeys(THIRD, 0)),
-}
+ABSENT = dict.fromkeys(SECOND) | dict.fromkeys(THIRD, 0)
 
 
-@pytest.mark.parametrize(("grids", "pixels"), PIXELS.values(), ids=PIXELS)
-def test_an_entry_of_format_1_is_the_sample_of_format_2(
-    tmp_path: Path, grids: tuple[Grid, ...], pixels: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(
+    ("controls", "pixels"), [(0, FIRST | ABSENT), (1, FIRST | SECOND), (2, FIRST | SECOND | THIRD)]
+)
+def test_an_entry_of_format_1_is_the_sample_of_format_2(tmp_path: Path, controls: int, pixels: dict[str, Any]) -> None:
+    grids = (Grid(1, 3, 2), Grid(1, 2, 2), Grid(1, 1, 4))[: 1 + controls]
     sample = make_sample(grids, mask=True)
     write_format_1(Cache(tmp_path), sample, **pixels)
     cache = Cache(tmp_path)
@@ -255,7 +222,7 @@ def test_an_entry_of_format_1_is_the_sample_of_format_2(
     assert Cache(tmp_path).lookup(KEY) == cache.lookup(KEY)
 
 
-@pytest.mark.parametrize("pixels", [{}, {"height": 48, "width": 49}, FIRST, {**FIRST, "height": None}], ids=str)
+@pytest.mark.parametrize("pixels", [{}, {"height": 48, "width": 49}, FIRST], ids=str)
 def test_sizes_of_format_1_that_are_not_those_of_the_latents_are_damage(tmp_path: Path, pixels: dict[str, int]) -> None:
     write_format_1(Cache(tmp_path), make_sample((Grid(1, 3, 3),)), **pixels)
     with pytest.raises(DamagedEntry):
@@ -277,13 +244,9 @@ def fill(root: Path, count: int = 4) -> tuple[Cache, dict[str, CacheEntry]]:
 def test_index_answers_without_opening_entries(tmp_path: Path) -> None:
     cache, entries = fill(tmp_path)
     cache.save_index()
-    for key in entries:
-        path = cache.path(key)
+    for path in map(cache.path, entries):
         path.write_bytes(bytes(path.stat().st_size))
     assert {key: Cache(tmp_path).lookup(key) for key in entries} == entries, "the lengths came from the index"
-    for key in entries:
-        with pytest.raises(DamagedEntry):
-            Cache(tmp_path).read(key)
 
 
 def test_index_is_never_believed_against_the_file(tmp_path: Path) -> None:
@@ -294,15 +257,12 @@ def test_index_is_never_believed_against_the_file(tmp_path: Path) -> None:
     cache.path(shorter).write_bytes(cache.path(shorter).read_bytes()[:-1])
     bigger = make_sample((Grid(1, 9, 9),))
     Cache(tmp_path).write(other, bigger)
-    for checked in (Cache(tmp_path), cache):
-        assert checked.lookup(absent) is None
-        assert checked.lookup(shorter) is None
     again = Cache(tmp_path)
-    assert [again.lookup(key) for key in (absent, shorter)] == [None, None]
+    for checked in (cache, again):
+        assert [checked.lookup(key) for key in (absent, shorter)] == [None, None]
     assert again.lookup(other) == CacheEntry(other, bigger.img_shapes, 5, False)
     again.save_index()
-    rows = json.loads((tmp_path / INDEX).read_text())["entries"]
-    assert set(rows) == set(entries) - {absent, shorter}
+    assert set(json.loads((tmp_path / INDEX).read_text())["entries"]) == set(entries) - {absent, shorter}
 
 
 BAD_ROWS: list[Any] = [
@@ -341,11 +301,12 @@ def test_indexes_of_two_processes_are_joined(tmp_path: Path) -> None:
 
 def test_sweep_takes_old_temporary_files_only(tmp_path: Path) -> None:
     cache, entries = fill(tmp_path, 1)
-    shard = cache.path(next(iter(entries))).parent
-    old, young = shard / f"{atomic.TMP_PREFIX}old", shard / f"{atomic.TMP_PREFIX}young"
-    for path in (old, young, tmp_path / f"{atomic.TMP_PREFIX}index"):
+    entry = cache.path(next(iter(entries)))
+    young = entry.with_name(f"{atomic.TMP_PREFIX}young")
+    old = [folder / f"{atomic.TMP_PREFIX}old" for folder in (entry.parent, tmp_path)]
+    for path in (young, *old):
         path.write_bytes(b"x")
-    for path in (old, tmp_path / f"{atomic.TMP_PREFIX}index", cache.path(next(iter(entries)))):
+    for path in (entry, *old):
         os.utime(path, (time.time() - 4000, time.time() - 4000))
     assert cache.sweep() == 2
-    assert sorted(shard.iterdir()) == sorted([young, cache.path(next(iter(entries)))])
+    assert sorted(entry.parent.iterdir()) == sorted([young, entry])

@@ -15,21 +15,16 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from mixres.data.images import BadImageError, Limits, check_size, inspect_image, inspect_mask, read_image, read_mask
+from mixres.data.images import BadImageError, Limits, check_size, inspect_image, read_image, read_mask
 from mixres.geometry import Size
 
 LIMITS, FIRST = Limits(), Limits(first_frame=True)
 Pixels = NDArray[np.uint8]
 
 
-@pytest.fixture
-def photo() -> Image.Image:
-    return PHOTO.copy()
-
-
 def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, file_format, **options)
+    image.save(file, file_format, lossless=True, exact=True, **options)  # of WEBP: the others do not know them
     return file.getvalue()
 
 
@@ -75,8 +70,7 @@ def test_lossless_formats_give_the_pixels_that_were_saved(
     tmp_path: Path, image: Image.Image, file_formats: list[str], expected: Any
 ) -> None:
     for file_format in file_formats:
-        options = {"lossless": True} if file_format == "WEBP" else {}
-        found = read(tmp_path, encode(image, file_format, **options))
+        found = read(tmp_path, encode(image, file_format))
         assert np.array_equal(found, np.asarray(expected)), file_format
         assert not inspect_image(tmp_path / "image", LIMITS).flattened
 
@@ -101,25 +95,25 @@ def turned(orientation: int) -> Image.Exif:
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP"])
-def test_exif_orientation_is_applied(tmp_path: Path, photo: Image.Image, file_format: str, orientation: int) -> None:
-    plain = read(tmp_path, encode(photo, file_format))
+def test_exif_orientation_is_applied(tmp_path: Path, file_format: str, orientation: int) -> None:
+    plain = read(tmp_path, encode(PHOTO, file_format))
     assert np.array_equal(
-        read(tmp_path, encode(photo, file_format, exif=turned(orientation))), UPRIGHT[orientation](plain)
+        read(tmp_path, encode(PHOTO, file_format, exif=turned(orientation))), UPRIGHT[orientation](plain)
     )
     size = Size(80, 120) if orientation >= 5 else Size(120, 80)
     assert inspect_image(tmp_path / "image", LIMITS).size == size
-    (tmp_path / "mask").write_bytes(encode(photo.convert("L"), file_format, exif=turned(orientation)))
-    assert read_mask(tmp_path / "mask", LIMITS, size).size == size
+    (tmp_path / "mask").write_bytes(encode(PHOTO.convert("L"), file_format, exif=turned(orientation)))
+    assert Size(*read_mask(tmp_path / "mask", LIMITS).size) == size
 
 
 # --- Pixel types
 
 
-def test_16_bit_colour_png_is_read_as_8_bit(tmp_path: Path, photo: Image.Image) -> None:
-    rows = np.asarray(photo).astype(">u2") * 257
+def test_16_bit_colour_png_is_read_as_8_bit(tmp_path: Path) -> None:
+    rows = np.asarray(PHOTO).astype(">u2") * 257
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
     data = png_header(120, 80, depth=16) + png_chunk(b"IDAT", zlib.compress(raw)) + png_chunk(b"IEND", b"")
-    assert np.array_equal(read(tmp_path, data), np.asarray(photo))
+    assert np.array_equal(read(tmp_path, data), np.asarray(PHOTO))
 
 
 def tiff_with(image: Image.Image, tag: int, value: int) -> bytes:
@@ -141,49 +135,44 @@ def test_16_bit_gray_that_counts_in_another_way_is_refused(tmp_path: Path, tag: 
     assert (read(tmp_path, negative) == 245).all(), "of 8 bits it is turned the right way round"
 
 
-def test_cmyk_without_profile(tmp_path: Path, photo: Image.Image) -> None:
+def test_cmyk_without_profile(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     inks = rng.integers(0, 256, (40, 40, 4), dtype=np.uint8)
     found = read(tmp_path, encode(Image.fromarray(inks, "CMYK"), "TIFF"))
     light = 255.0 - inks
     expected = light[..., :3] * light[..., 3:] / 255
     assert np.abs(found - expected).max() <= 1
-    jpeg = read(tmp_path, encode(photo.convert("CMYK"), "JPEG", quality=95))
-    assert np.abs(jpeg.astype(int) - np.asarray(photo)).mean() < 4, "inverted inks would be far off"
+    jpeg = read(tmp_path, encode(PHOTO.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(jpeg.astype(int) - np.asarray(PHOTO)).mean() < 4, "inverted inks would be far off"
 
 
 @pytest.mark.parametrize(
     ("file_format", "background", "colour"),
     [("PNG", "white", 255), ("TIFF", "gray", 128), ("WEBP", "white", 255), ("PNG", "#0A80fe", (10, 128, 254))],
 )
-def test_transparency_is_laid_on_the_background(
-    tmp_path: Path, photo: Image.Image, file_format: str, background: str, colour: Any
-) -> None:
+def test_transparency_is_laid_on_the_background(tmp_path: Path, file_format: str, background: str, colour: Any) -> None:
     alpha = np.zeros((80, 120), np.uint8)
     alpha[:, 40:80], alpha[:, 80:] = 128, 255
-    image = photo.copy()
+    image = PHOTO.copy()
     image.putalpha(Image.fromarray(alpha))
-    options = {"lossless": True, "exact": True} if file_format == "WEBP" else {}
-    found = read(tmp_path, encode(image, file_format, **options), Limits(background=background))
+    found = read(tmp_path, encode(image, file_format), Limits(background=background))
     opacity = alpha[:, :, None] / 255
     assert Limits().background == "white"
     assert (found[:, :40] == colour).all(), "hidden colour shows through"
-    assert np.array_equal(found[:, 80:], np.asarray(photo)[:, 80:]), "what is opaque stays as it is"
-    assert np.abs(found - (np.asarray(photo) * opacity + np.asarray(colour) * (1 - opacity))).max() <= 1
+    assert np.array_equal(found[:, 80:], np.asarray(PHOTO)[:, 80:]), "what is opaque stays as it is"
+    assert np.abs(found - (np.asarray(PHOTO) * opacity + np.asarray(colour) * (1 - opacity))).max() <= 1
     assert inspect_image(tmp_path / "image", LIMITS).flattened
 
 
-def test_gray_with_alpha_and_transparent_colours_are_laid_on_white(tmp_path: Path, photo: Image.Image) -> None:
-    gray = photo.convert("LA")
+def test_gray_with_alpha_and_transparent_colours_are_laid_on_white(tmp_path: Path) -> None:
+    gray = PHOTO.convert("LA")
     gray.putalpha(0)
     assert (read(tmp_path, encode(gray, "PNG")) == 255).all()
-    key = tuple(int(v) for v in np.asarray(photo)[3, 5])
-    found = read(tmp_path, encode(photo, "PNG", transparency=key))
-    assert tuple(found[3, 5]) == (255, 255, 255)
-    paletted = photo.quantize(16)
-    index = int(np.asarray(paletted)[3, 5])
+    key = PHOTO.getpixel((5, 3))
+    assert tuple(read(tmp_path, encode(PHOTO, "PNG", transparency=key))[3, 5]) == (255, 255, 255)
+    paletted = PHOTO.quantize(16)
+    index = paletted.getpixel((5, 3))
     found = read(tmp_path, encode(paletted, "PNG", transparency=bytes([0 if i == index else 255 for i in range(16)])))
-    assert tuple(found[3, 5]) == (255, 255, 255)
     assert (found[np.asarray(paletted) == index] == 255).all()
 
 
@@ -253,8 +242,8 @@ def srgb_encode(linear: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_embedded_rgb_profile_is_converted_to_srgb(tmp_path: Path, photo: Image.Image, mode: str) -> None:
-    image = photo.convert(mode)
+def test_embedded_rgb_profile_is_converted_to_srgb(tmp_path: Path, mode: str) -> None:
+    image = PHOTO.convert(mode)
     if mode == "RGBA":
         image.putpixel((0, 0), (0, 0, 0, 0))
     found = read(tmp_path, encode(image, "PNG", icc_profile=adobe_rgb()))
@@ -286,18 +275,16 @@ SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(
 
 
 @pytest.mark.parametrize("profile", [SRGB_PROFILE, *FITS_NOT.values()], ids=["sRGB", *FITS_NOT])
-def test_srgb_and_a_profile_that_does_not_fit_change_no_pixel(
-    tmp_path: Path, photo: Image.Image, profile: bytes
-) -> None:
-    assert np.array_equal(read(tmp_path, encode(photo, "PNG", icc_profile=profile)), np.asarray(photo))
+def test_srgb_and_a_profile_that_does_not_fit_change_no_pixel(tmp_path: Path, profile: bytes) -> None:
+    assert np.array_equal(read(tmp_path, encode(PHOTO, "PNG", icc_profile=profile)), np.asarray(PHOTO))
 
 
 # --- Damaged and hostile files
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
-def test_wherever_a_file_ends_it_is_whole_or_refused(tmp_path: Path, photo: Image.Image, file_format: str) -> None:
-    data = encode(photo.resize((24, 16)), file_format)
+def test_wherever_a_file_ends_it_is_whole_or_refused(tmp_path: Path, file_format: str) -> None:
+    data = encode(PHOTO.resize((24, 16)), file_format)
     whole = read(tmp_path, data)
     reasons = []
     lengths = {*range(0, len(data), 9), *range(len(data) - 40, len(data))}
@@ -313,57 +300,44 @@ def test_wherever_a_file_ends_it_is_whole_or_refused(tmp_path: Path, photo: Imag
 
 NO_IMAGE = {
     "html": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-    "png magic": b"\x89PNG\r\n\x1a\n",
-    "jpeg magic": b"\xff\xd8\xff",
-    "gif magic": b"GIF89a",
     "ppm": b"P6\n32 32\n255\n" + bytes(32 * 32 * 3),
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n(x) print\n",
-    "noise": os.urandom(500),
     "no pixel": png_header(0, 5) + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b""),
 }
 
 
 @pytest.mark.parametrize("data", NO_IMAGE.values(), ids=NO_IMAGE)
 def test_file_that_is_no_supported_image_is_refused(tmp_path: Path, data: bytes) -> None:
-    reasons = "is not an image in a supported format (JPEG, PNG, ", "is damaged", "0x5 holds no pixel; save it again"
+    reasons = "is not an image in a supported format (JPEG, PNG, ", "0x5 holds no pixel; save it again"
     assert problem(tmp_path, data).startswith(reasons)
 
 
-def test_damaged_empty_absent_and_odd_files_are_refused(tmp_path: Path, photo: Image.Image) -> None:
-    for file_format in ("PNG", "WEBP"):
-        reason = "its EXIF data are damaged, so it is unknown which side is up; save it without"
-        assert problem(tmp_path, encode(photo, file_format, exif=b"Exif\0\0no TIFF header")) == reason
-    data = bytearray(encode(photo, "PNG"))
-    data[len(data) // 2] ^= 0xFF
-    assert problem(tmp_path, bytes(data)).startswith("is damaged, it does not decode: ")
+def test_damaged_empty_absent_and_odd_files_are_refused(tmp_path: Path) -> None:
+    reason = "its EXIF data are damaged, so it is unknown which side is up; save it without"
+    assert problem(tmp_path, encode(PHOTO, "PNG", exif=b"Exif\0\0no TIFF header")) == reason
     assert problem(tmp_path, b"") == "is empty (0 bytes); copy it again"
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in {
-        "none": "cannot be read: No such file or directory; make it readable",
-        "pipe": "is not a regular file; take it out",
-        ".": "is not a regular file; take it out",
-    }.items():
-        with pytest.raises(BadImageError, match=reason):
-            read_image(tmp_path / name, LIMITS)
+    with pytest.raises(BadImageError, match="cannot be read: No such file or directory; make it readable"):
+        read_image(tmp_path / "none", LIMITS)
+    with pytest.raises(BadImageError, match="is not a regular file; take it out"):
+        read_image(tmp_path / "pipe", LIMITS)
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_several_frames_the_first_is_read_where_that_is_asked_for(
-    tmp_path: Path, photo: Image.Image, file_format: str
-) -> None:
-    options = {"lossless": True} if file_format == "WEBP" else {}
-    data = encode(photo, file_format, save_all=True, append_images=[photo.rotate(90), photo.rotate(180)], **options)
+def test_of_several_frames_the_first_is_read_where_that_is_asked_for(tmp_path: Path, file_format: str) -> None:
+    data = encode(PHOTO, file_format, save_all=True, append_images=[PHOTO.rotate(90), PHOTO.rotate(180)])
     fix = "save the one to train on as a still image, or set data.first_frame=true"
     assert problem(tmp_path, data) == f"has 3 frames or pages; {fix}"
-    with pytest.raises(BadImageError, match="3 frames"):
-        inspect_mask(tmp_path / "image", LIMITS)
     first = read(tmp_path, data, FIRST)
     assert inspect_image(tmp_path / "image", FIRST).first_of_several
-    assert inspect_mask(tmp_path / "image", FIRST).first_of_several
-    assert np.array_equal(first, read(tmp_path, encode(photo, file_format, **options)))
+    assert inspect_image(tmp_path / "image", FIRST, is_mask=True).first_of_several
+    assert np.array_equal(first, read(tmp_path, encode(PHOTO, file_format)))
     assert not inspect_image(tmp_path / "image", FIRST).first_of_several
-    phone = encode(photo, "MPO", save_all=True, append_images=[photo.resize((30, 20))], quality=95)
-    assert np.array_equal(read(tmp_path, phone), read(tmp_path, encode(photo, "JPEG", quality=95))), "a JPEG and more"
+
+
+def test_the_previews_in_the_jpeg_of_a_phone_are_no_frames(tmp_path: Path) -> None:
+    phone = encode(PHOTO, "MPO", save_all=True, append_images=[PHOTO.resize((30, 20))], quality=95)
+    assert np.array_equal(read(tmp_path, phone), read(tmp_path, encode(PHOTO, "JPEG", quality=95)))
 
 
 def test_a_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
@@ -377,24 +351,20 @@ def test_a_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     assert problem(tmp_path, large, allowed).startswith("is damaged"), "it passes the header check and lacks data"
 
 
-def test_limits_on_bytes_and_shape_are_inclusive(tmp_path: Path, photo: Image.Image) -> None:
-    data = encode(photo, "BMP")
-    assert problem(tmp_path, data, Limits(max_bytes=len(data) - 1)) == (
-        f"{len(data)} bytes, more than data.limits.max_bytes = {len(data) - 1}; save it smaller, or raise the limit"
-    )
+def test_limits_on_bytes_and_shape_are_inclusive(tmp_path: Path) -> None:
+    data = encode(PHOTO, "BMP")
+    assert problem(tmp_path, data, Limits(max_bytes=len(data) - 1)).startswith(f"{len(data)} bytes, more than data.lim")
     assert read(tmp_path, data, Limits(max_bytes=len(data))).shape == (80, 120, 3)
     for side, other in ((800, 100), (100, 800), (8000, 8000)):
         check_size(Size(side, other), LIMITS)
-    for size, aspect in ((Size(801, 100), "8.0"), (Size(1, 5000), "5000.0")):
-        reason = f"{size} has aspect {aspect}, more than data.limits.max_aspect = 8; cut it, or raise the limit"
-        with pytest.raises(BadImageError, match=f"^{reason}$"):
-            check_size(size, LIMITS)
+    with pytest.raises(BadImageError, match=r"801x100 has aspect 8.0, more than data.limits.max_aspect = 8; cut it"):
+        check_size(Size(801, 100), LIMITS)
 
 
-def test_random_damage_is_a_reason_or_an_image(tmp_path: Path, photo: Image.Image) -> None:
+def test_random_damage_is_a_reason_or_an_image(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     for file_format in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
-        whole = encode(photo, file_format)
+        whole = encode(PHOTO, file_format)
         for _ in range(60):
             data = np.frombuffer(whole, np.uint8).copy()
             places = rng.integers(0, min(len(data), int(rng.choice([60, len(data)]))), rng.integers(1, 8))
@@ -412,22 +382,17 @@ def test_mask_of_any_pixel_type_is_gray(tmp_path: Path) -> None:
     mask, deep = Image.fromarray(half), Image.fromarray(half.astype("u2") * 257)
     for image in (mask, mask.convert("1"), mask.convert("RGB"), mask.quantize(2), deep, Image.new("L", (120, 80))):
         (tmp_path / "mask").write_bytes(encode(image, "PNG"))
-        found = read_mask(tmp_path / "mask", LIMITS, Size(120, 80))
+        found = read_mask(tmp_path / "mask", LIMITS)
         assert found.mode == "L"
         assert np.array_equal(np.asarray(found), half if image.getbbox() else np.zeros_like(half)), image.mode
-    assert inspect_mask(tmp_path / "mask", LIMITS).size == (120, 80)
+    assert inspect_image(tmp_path / "mask", LIMITS, is_mask=True).size == (120, 80)
 
 
 @pytest.mark.parametrize(
     ("mask", "reason"),
-    [
-        pytest.param(Image.new("L", (60, 40)), "60x40 pixels, its target 120x80", id="size"),
-        pytest.param(Image.new("L", (80, 120)), "80x120 pixels, its target 120x80", id="swapped"),
-        pytest.param(Image.new("RGBA", (120, 80), (0, 0, 0, 9)), "transparency", id="transparency"),
-        pytest.param(Image.new("L", (120, 80), 1), "mask of 0 and 1", id="zero_and_one"),
-    ],
+    [(Image.new("RGBA", (120, 80), (0, 0, 0, 9)), "transparency"), (Image.new("L", (120, 80), 1), "mask of 0 and 1")],
 )
 def test_mask_that_cannot_be_meant_is_refused(tmp_path: Path, mask: Image.Image, reason: str) -> None:
     (tmp_path / "mask").write_bytes(encode(mask, "PNG"))
     with pytest.raises(BadImageError, match=reason):
-        read_mask(tmp_path / "mask", LIMITS, Size(120, 80))
+        read_mask(tmp_path / "mask", LIMITS)

@@ -37,37 +37,27 @@ def test_a_scan_returns_upright_sizes_and_digests(tmp_path: Path) -> None:
 
 
 def test_a_scan_lists_every_bad_file_at_once(tmp_path: Path) -> None:
-    for stem in "abcdefghij":
+    for stem in "abcdef":
         write_pair(tmp_path, stem)
     target, control = tmp_path / "training_images", tmp_path / "control_images"
     (target / "a.png").write_bytes((target / "a.png").read_bytes()[:3000])
-    (target / "b.png").write_bytes(b"")
-    (control / "c.png").write_bytes(b"<html>")
-    write_image(target / "d.png", (900, 100))
-    write_image(control / "e.png", (40, 15))
-    write_image(target / "f_mask.png", (89, 60))
-    write_image(target / "g.png", (4000, 5))
-    PHOTO.save(target / "h.gif", save_all=True, append_images=[PHOTO.rotate(90)])
-    (target / "h.png").unlink()
-    (target / "i.txt").write_bytes(b"\xff")
+    (control / "b.png").write_bytes(b"<html>")
+    write_image(control / "c.png", (40, 15))
+    write_image(target / "d_mask.png", (89, 60))
+    (target / "e.txt").write_bytes(b"\xff")
     records, problems = scanned(tmp_path)
-    assert names([r.record for r in records]) == ["j.png"]
+    assert names([r.record for r in records]) == ["f.png"]
     reasons = {
-        "training_images/i.txt": "the caption is not UTF-8",
+        "training_images/e.txt": "the caption is not UTF-8",
         "training_images/a.png": "is damaged, it does not decode: ",
-        "training_images/b.png": "is empty (0 bytes)",
-        "control_images/c.png": "is not an image in a supported format",
-        "training_images/d.png": "900x100 has aspect 9.0",
-        "control_images/e.png": "40x15 is too small: no side may be under 16 pixels; take it out",
-        "training_images/f_mask.png": "the mask is 89x60 pixels, its target 90x60; give it the target's size",
-        "training_images/g.png": "4000x5 has aspect 800.0",
-        "training_images/h.gif": "has 2 frames or pages",
+        "control_images/b.png": "is not an image in a supported format",
+        "control_images/c.png": "40x15 is too small: no side may be under 16 pixels; take it out",
+        "training_images/d_mask.png": "the mask is 89x60 pixels, its target 90x60; give it the target's size",
     }
-    assert len(problems) == len(reasons)
     for problem, (name, reason) in zip(problems, reasons.items(), strict=True):
         assert problem.startswith(f"ROOT/{name}: {reason}")
         owner = name.replace("control", "training").replace("_mask", "")
-        assert problem.endswith(f" (belongs to {owner})") == (name != owner and not name.endswith(".txt"))
+        assert problem.endswith(f" (belongs to {owner})") == (name != owner)
 
 
 def test_a_scan_keeps_the_order_of_sources_and_decodes_a_shared_file_once(tmp_path: Path) -> None:
@@ -76,10 +66,9 @@ def test_a_scan_keeps_the_order_of_sources_and_decodes_a_shared_file_once(tmp_pa
     manifest = tmp_path / "one/training_images/train.jsonl"
     manifest.write_text('{"path_target": "b.png", "prompt": "x"}\n' * 5)
     sources = [str(tmp_path / "one"), str(manifest), str(tmp_path / "two")]
-    for workers in (1, 4):
-        result = scan(sources, limits=Limits(), workers=workers)
-        assert (result.decoded, result.problems) == (4, [])
-        assert [r.record.target.name for r in result.records] == [*["b.png"] * 6, "a.png"]  # type: ignore[union-attr]
+    result = scan(sources, limits=Limits())
+    assert (result.decoded, result.problems) == (4, [])
+    assert [r.record.target.name for r in result.records] == [*["b.png"] * 6, "a.png"]  # type: ignore[union-attr]
 
 
 def test_records_of_one_name_in_two_sources_are_counted_twice(tmp_path: Path) -> None:
@@ -206,8 +195,6 @@ def test_an_image_and_a_mask_of_one_file_are_two_things(data: Path, tmp_path: Pa
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "cut off": lambda memo: json.dumps(memo)[:-20],
-    "no memo": lambda memo: {},
-    "version": lambda memo: memo | {"version": "another Pillow"},
     "rows": lambda memo: memo | {"rows": {key: [*row[:4], "wide"] for key, row in memo["rows"].items()}},
     "null": lambda memo: memo | {"rows": dict.fromkeys(memo["rows"])},
 }

@@ -1,16 +1,17 @@
 """Sigmas, noise and interpolant against closed forms and the stock scheduler, in any batch and any layout."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from mixres.batch import Batch, FlowSample, Sample
+from mixres.batch import Batch, FlowSample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import (
@@ -21,29 +22,9 @@ from mixres.diffusion.flow_matching import (
     sample_generator,
     shifted,
 )
-from mixres.geometry import Grid
+from support.steps import LAYOUTS, make_sample, microbatch
 
-CHANNELS = 8
-LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
 CONSTANTS = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
-GRIDS = [
-    (Grid(1, 4, 6), Grid(1, 3, 5)),
-    (Grid(1, 7, 3),),
-    (Grid(1, 2, 2), Grid(1, 5, 5), Grid(1, 1, 3)),
-    (Grid(1, 1, 1),),
-]
-
-
-def make_sample(index: int, dtype: torch.dtype = torch.float32) -> Sample:
-    draw = torch.Generator().manual_seed(index)
-    shapes = GRIDS[index % len(GRIDS)]
-    latents = [torch.randn(grid.tokens, CHANNELS, generator=draw).to(dtype) for grid in shapes]
-    return Sample(str(index), latents[0], tuple(latents[1:]), torch.randn(2 + index % 5, 3, generator=draw), shapes)
-
-
-def batch_of(indices: Sequence[int], layout: Layout = "padded", dtype: torch.dtype = torch.float32) -> Batch:
-    made = [make_sample(i, dtype) for i in indices]
-    return collate(made, indices=indices, weights=[1.0] * len(made), layout=layout)
 
 
 def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float32, **kw: Any) -> FlowSample:
@@ -63,16 +44,16 @@ def by_sample(batch: Batch, flow: FlowSample) -> dict[int, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("drawn", [{}, {"density": "uniform", "shift": "constant"}])
 def test_a_samples_draws_do_not_depend_on_its_batch(drawn: dict[str, Any], dtype: torch.dtype) -> None:
-    alone = {i: by_sample(b, flow_of(b, step=3, dtype=dtype, **drawn))[i] for i in range(8) if (b := batch_of([i]))}
-    for indices in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 2, 5], [3, 0], [6, 4, 2, 1, 0]):
+    alone = {i: by_sample(b, flow_of(b, step=3, dtype=dtype, **drawn))[i] for i in range(6) if (b := microbatch([i]))}
+    for indices in ([0, 1, 2, 3, 4, 5], [3, 0], [4, 2, 1, 0]):
         for layout in LAYOUTS:
-            batch = batch_of(indices, layout)
+            batch = microbatch(indices, layout)
             for i, parts in by_sample(batch, flow_of(batch, step=3, dtype=dtype, **drawn)).items():
                 assert all(torch.equal(a, b) for a, b in zip(parts, alone[i], strict=True)), (i, indices, layout)
 
 
 def test_draws_change_with_seed_step_and_sample_and_with_nothing_else() -> None:
-    batch = batch_of([1, 5])  # of equal sizes
+    batch = collate([make_sample(0)] * 2, indices=[1, 5], weights=[1.0] * 2, layout="padded")
     state = torch.get_rng_state()
     sigmas = {(seed, step): flow_of(batch, seed=seed, step=step).sigmas for seed in (0, 1) for step in (0, 1, 2)}
     assert torch.cat(list(sigmas.values())).unique().numel() == 2 * 6
@@ -90,14 +71,13 @@ def test_draws_change_with_seed_step_and_sample_and_with_nothing_else() -> None:
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
     """x_sigma = (1 - sigma) data + sigma noise, and its derivative; controls and padding stay as they are."""
-    batch = batch_of([0, 1, 2, 3], layout, stored)
+    batch = microbatch([0, 1, 2, 3], layout)
+    batch = replace(batch, latents=batch.latents.to(stored))
+    original = batch.latents.flatten(0, 1).double()
     flow = flow_of(batch, dtype=torch.float64)
     assert {t.dtype for t in (flow.noisy_latents, flow.sigmas, flow.velocity)} == {torch.float64}
-    before, after = (
-        batch_of([0, 1, 2, 3], layout, stored).latents.flatten(0, 1).double(),
-        flow.noisy_latents.flatten(0, 1),
-    )
-    assert torch.equal(batch.latents.flatten(0, 1).double(), before), "the batch itself is not written to"
+    before, after = batch.latents.flatten(0, 1).double(), flow.noisy_latents.flatten(0, 1)
+    assert torch.equal(before, original), "the batch itself is not written to"
     others = torch.ones(len(before), dtype=torch.bool).index_fill(0, batch.target_index, value=False)
     assert others.any()
     assert torch.equal(after[others], before[others])
@@ -123,62 +103,30 @@ def test_resolution_shift_is_the_stock_schedulers(tokens: int) -> None:
     assert shifted(torch.tensor(0.0), 3.0) == 0
 
 
-Quantile = Callable[[Tensor], Tensor]
-
-
-def logit_normal(mean: float, std: float) -> Quantile:
-    return lambda p: torch.sigmoid(mean + std * torch.special.ndtri(p))
-
-
-def mode(scale: float) -> Quantile:
-    """Esser et al. 2024, eq. 20; it falls with u."""
-    return lambda p: p - scale * (torch.sin(math.pi * p / 2) ** 2 - p)
-
-
-def with_shift(shift: float, quantile: Quantile) -> Quantile:
-    """In logits a shift is an addition."""
-    return lambda p: torch.sigmoid(torch.logit(quantile(p)) + math.log(shift))
-
-
-# Drawn for samples whose targets hold one token.
-ONE_TOKEN_SHIFT = math.exp(0.5 - 255 * 0.4 / 7936)
-DISTRIBUTIONS: dict[str, tuple[dict[str, Any], Quantile]] = {
-    "logit_normal": ({"shift": "none"}, logit_normal(0, 1)),
-    "logit_mean": ({"shift": "none", "logit_mean": -0.7}, logit_normal(-0.7, 1)),
-    "logit_std": ({"shift": "none", "logit_std": 0.5}, logit_normal(0, 0.5)),
-    "uniform": ({"shift": "none", "density": "uniform"}, lambda p: p),
-    "mode": ({"shift": "none", "density": "mode"}, mode(1.29)),
-    "mode_scale": ({"shift": "none", "density": "mode", "mode_scale": -0.9}, mode(-0.9)),
-    "constant": ({"shift": "constant"}, with_shift(3.0, logit_normal(0, 1))),
-    "shift_value": ({"shift": "constant", "shift_value": 0.3}, with_shift(0.3, logit_normal(0, 1))),
-    "resolution": ({"shift": "resolution"}, with_shift(ONE_TOKEN_SHIFT, logit_normal(0, 1))),
-}
-
-
-@pytest.fixture(scope="module")
-def one_token_each() -> Batch:
-    return batch_of(range(3, 3 + 4 * 8000, 4), "packed")
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_sigmas_follow_their_own_closed_form_and_no_other(name: str, one_token_each: Batch) -> None:
-    """Kolmogorov-Smirnov: 1.95 / sqrt(n) is the 0.1 % level; the settings differ from each other by more than twice."""
-    sigmas = flow_of(one_token_each, **DISTRIBUTIONS[name][0]).sigmas.double().sort().values
-    assert sigmas[0] >= 0 and sigmas[-1] <= 1
-    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)[1:-1]
-    empirical = torch.searchsorted(sigmas, torch.stack([q(grid) for _, q in DISTRIBUTIONS.values()])) / len(sigmas)
-    distances = dict(zip(DISTRIBUTIONS, (empirical - grid).abs().amax(dim=1).tolist(), strict=True))
-    level = 1.95 / math.sqrt(len(sigmas))
-    assert distances.pop(name) < level
-    assert min(distances.values()) > 2 * level, distances
-
-
-def test_each_sample_is_shifted_by_its_own_target_and_not_by_its_controls() -> None:
-    batch = batch_of([0, 1, 2, 3])
-    plain, moved = flow_of(batch, shift="none").sigmas, flow_of(batch).sigmas
-    shifts = torch.tensor([resolution_shift(n, CONSTANTS) for n in batch.target_lengths])
-    torch.testing.assert_close(moved.logit(), plain.logit() + shifts.log(), rtol=0, atol=1e-5)
-    assert len(shifts.unique()) == 4
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shift": "none", "logit_mean": -0.7, "logit_std": 0.5},
+        {"shift": "none", "density": "uniform"},
+        {"shift": "none", "density": "mode"},
+        {"density": "mode", "mode_scale": -0.9},
+        {"shift": "constant"},
+        {"shift": "constant", "shift_value": 0.3},
+    ],
+)
+def test_sigmas_are_drawn_from_the_density_and_shifted_as_configured(settings: dict[str, Any]) -> None:
+    """The densities are those of `diffusers`."""
+    batch, t = microbatch(range(6)), TimestepSampler(**settings)
+    found = flow_of(batch, seed=3, step=2, **settings).sigmas
+    assert found.min() >= 0 and found.max() <= 1
+    for sigma, index, tokens in zip(found, batch.indices, batch.target_lengths, strict=True):
+        draw = sample_generator(3, 2, index)
+        (drawn,) = compute_density_for_timestep_sampling(
+            t.density, 1, t.logit_mean, t.logit_std, t.mode_scale, generator=draw
+        )
+        shifts = {"resolution": resolution_shift(tokens, CONSTANTS), "constant": t.shift_value, "none": 1}
+        torch.testing.assert_close(sigma, shifted(drawn, shifts[t.shift]))
 
 
 def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw: Any) -> FlowSample:
@@ -188,27 +136,27 @@ def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fixed_noise_depends_on_key_and_sigma_alone(dtype: torch.dtype) -> None:
-    sigmas = (0.1, 0.5, 1.0)
-    alone = {
-        (i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i in range(4) if (b := batch_of([i])) for s in sigmas
-    }
+    sigmas, state = (0.1, 0.5, 1.0), torch.get_rng_state()
+    batches = [microbatch([i]) for i in range(4)]
+    alone = {(i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i, b in enumerate(batches) for s in sigmas}
+    noises = []
     for (i, s), (sigma, noisy, velocity) in alone.items():
         assert sigma == torch.tensor(s, dtype=dtype)
         clean = make_sample(i).target_latents.to(dtype)
         torch.testing.assert_close(noisy - sigma * velocity, clean, rtol=0, atol=1e-6)
-    drawn = [(velocity + make_sample(i).target_latents).flatten() for (i, _), (_, _, velocity) in alone.items()]
-    assert 0.9 < float(torch.cat(drawn).std()) < 1.1
-    state = torch.get_rng_state()
-    for indices in ([0, 1, 2, 3], [3, 1], [2, 0, 1]):
+        noises.append((velocity + clean).flatten())
+    assert 0.9 < float(torch.cat(noises).std()) < 1.1
+    for indices in ([0, 1, 2, 3], [3, 1]):
         torch.manual_seed(len(indices))
         for layout in LAYOUTS:
             for sigma in sigmas:
-                batch = batch_of(indices, layout)
+                batch = microbatch(indices, layout)
                 for i, parts in by_sample(batch, fixed_of(batch, sigma, dtype=dtype)).items():
                     assert all(torch.equal(a, b) for a, b in zip(parts, alone[i, sigma], strict=True)), (i, indices)
     torch.set_rng_state(state)
-    noises = [fixed_of(batch_of([5]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in sigmas]
-    assert torch.cat(noises).unique().numel() == sum(map(len, noises)), "another key or sigma is other noise"
-    trained = flow_of(batch_of([5]), dtype=torch.float64).velocity.flatten()
-    assert not any(torch.isin(noise, trained).any() for noise in noises)
+    drawn = [fixed_of(microbatch([4]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in sigmas]
+    drawn.append(flow_of(microbatch([4]), dtype=torch.float64).velocity.flatten())
+    assert torch.cat(drawn).unique().numel() == sum(map(len, drawn)), (
+        "another key or sigma, or training, is other noise"
+    )
     assert torch.equal(torch.get_rng_state(), state)

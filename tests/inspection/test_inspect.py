@@ -290,12 +290,13 @@ def test_the_sheet_shows_what_the_encoders_get(
     assert preview_grid(config, family, some).width == 12 + columns * (224 + 12)
     encoders, preprocessors = family.load_encoders(dtype=torch.float32, device="cpu"), family.load_preprocessors()
     controls = [Image.open(control).convert("RGB") for control in some[0].record.controls]
-    for image, size in family.vae_controls(preprocessors, controls, case.areas):
+    sizes = case.sizes(Size(64, 64), controls)
+    for image, size in zip(family.vae_controls(preprocessors, controls, sizes), sizes.vae, strict=True):
         shown = np.asarray(_vae_preview(preprocessors, image, size), dtype=float)
         pixels = encoders.image_processor.preprocess(image, size.height, size.width)[0].permute(1, 2, 0)
         assert shown.shape == (size.height, size.width, 3)
         assert np.abs((pixels.numpy() + 1) * 127.5 - shown).max() <= 0.5 + 1e-4
-    for image in family.text_controls(preprocessors, controls, case.areas):
+    for image in family.text_controls(preprocessors, controls, sizes):
         shown = _text_preview(preprocessors, image)
         grid = encoders.processor(text=["<|image_pad|>"], images=[image], return_tensors="pt")["image_grid_thw"][0]
         assert shown.size == (14 * int(grid[2]), 14 * int(grid[1]))

@@ -1,6 +1,5 @@
 """A base: which family it is, what can be wrong with it, each in one line and soon; the fingerprint of its encoders."""
 
-import json
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from mixres.models.registry import load_family
 from support.family_cases import CASES, FamilyCase
 
 KEY = r"^model\.pretrained_model_name_or_path: "
+SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
     "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
@@ -29,27 +29,10 @@ def test_each_pipeline_class_has_its_family(case: FamilyCase, base_of: Callable[
     base = str(base_of(case))
     found = {type(load_family(None, base)), type(load_family(case.family, base)), type(case.at(base))}
     assert {family.name for family in found} == {case.family}
-    other = next(row.family for row in CASES.values() if row.family != case.family)
-    with pytest.raises(UserError, match=rf"^model\.family: '{other}' does not fit .* or {case.family}$"):
-        load_family(other, base)
-
-
-@pytest.mark.parametrize("class_name", ["FluxPipeline", None, ["module", "Class"]])
-def test_an_unsupported_pipeline_class_is_named(tmp_path: Path, class_name: Any) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
-    with pytest.raises(UserError) as raised:
-        load_family(None, str(tmp_path))
-    message, _, supported = str(raised.value).rpartition("supported: ")
-    assert str(class_name) in message
-    assert set(supported.split(", ")) == {case.pipeline_class.__name__ for case in CASES.values()}
-
-
-def test_what_is_loaded_draws_no_bars_into_a_log(tiny_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    family = load_family(None, str(tiny_base))
-    transformer = family.load_transformer(dtype=torch.float32, device="cpu")
-    family.load_encoders(dtype=torch.float32, device="cpu")
-    family.load_sampling_pipeline(transformer=transformer, dtype=torch.float32, device="cpu")
-    assert capfd.readouterr().err == ""
+    for other in ("flux", next(row.family for row in CASES.values() if row.family != case.family)):
+        for synthetic in (False, True):
+            with pytest.raises(UserError, match=rf"^model\.family: '{other}' does not fit .* or {case.family}$"):
+                load_family(other, base, synthetic=synthetic)
 
 
 # What can be wrong.
@@ -88,7 +71,10 @@ def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
     [
         ("other.json", "{}", r"has no model_index\.json"),
         ("model_index.json", "{", r"model_index\.json cannot be read"),
-        ("model_index.json", "[]", r"model_index\.json holds no JSON object"),
+        ("model_index.json", '{"_class_name": "FluxPipeline"}', rf"FluxPipeline.*; supported: {SUPPORTED}$"),
+        ("model_index.json", '{"_class_name": ["module", "Class"]}', rf"'Class'.*; supported: {SUPPORTED}$"),
+        ("model_index.json", "{}", rf"None.*; supported: {SUPPORTED}$"),
+        ("model_index.json", "[]", r"model_index\.json cannot be read \(it holds no JSON object"),
     ],
 )
 def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, name: str, content: str, problem: str) -> None:
@@ -107,35 +93,36 @@ def test_all_missing_components_are_named_at_once(copy_of_base: Path) -> None:
 
 
 @pytest.mark.parametrize("component", LOADERS)
-def test_pickled_weights_are_refused_unread(copy_of_base: Path, tmp_path: Path, component: str) -> None:
+def test_truncated_weights_are_named_and_pickled_ones_refused_unread(
+    copy_of_base: Path, tmp_path: Path, component: str
+) -> None:
     (weights,) = (copy_of_base / component).glob("*.safetensors")
     name = "pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin"
     trace = tmp_path / "trace"
     weights.with_name(name).write_bytes(f"cos\nmkdir\n(V{trace}\ntR.".encode())
     LOADERS[component](str(copy_of_base))  # beside safetensors a pickle is left alone
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(UserError, match=f"{KEY}.* cannot be loaded"):
+        LOADERS[component](str(copy_of_base))
     weights.unlink()
     with pytest.raises(UserError, match=rf"pickled weights \({name}\), which are never opened"):
         LOADERS[component](str(copy_of_base))
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("component", LOADERS)
-def test_truncated_weights_are_named(copy_of_base: Path, component: str) -> None:
-    (weights,) = (copy_of_base / component).glob("*.safetensors")
-    os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(UserError, match=f"{KEY}.* cannot be loaded"):
-        LOADERS[component](str(copy_of_base))
-
-
-def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_path: Path) -> None:
-    memo = tmp_path / "cache" / "memo.json"
-    base = str(copy_of_base)
-    first = QwenImageEdit(base).encoder_fingerprint()
-    assert len(first) == 32
-    assert [QwenImageEdit(base).encoder_fingerprint(memo=memo) for _ in range(2)] == [first] * 2
+def test_fingerprint_follows_the_bytes_of_the_encoders(
+    copy_of_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a memo of what was read, where nothing is read twice."""
+    base, memo = str(copy_of_base), tmp_path / "memo.json"
+    memo.write_text("not JSON")
+    first = QwenImageEdit(base).encoder_fingerprint(memo=memo)
+    assert len(first) == 32 and first == QwenImageEdit(base).encoder_fingerprint()
     (copy_of_base / "transformer" / "config.json").write_text("{}")
     (copy_of_base / "vae" / "notes.md").write_text("not read by any loader")
-    assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
+    with monkeypatch.context() as patch:
+        patch.delattr("mixres.models.hub.file_digest")
+        assert QwenImageEdit(base).encoder_fingerprint(memo=memo) == first
 
     seen = {first}
     for component in ("vae", "text_encoder", "tokenizer", "processor"):
@@ -149,24 +136,3 @@ def test_fingerprint_follows_the_bytes_of_the_encoders(copy_of_base: Path, tmp_p
             assert changed == QwenImageEdit(base).encoder_fingerprint()
             assert changed not in seen, file
             seen.add(changed)
-
-
-def test_fingerprint_reads_weights_once(copy_of_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memo = tmp_path / "memo.json"
-    memo.write_text("not JSON")
-    first = QwenImageEdit(str(copy_of_base)).encoder_fingerprint(memo=memo)
-
-    def refuse(file: Path) -> str:
-        raise AssertionError(f"{file} read again")
-
-    monkeypatch.setattr("mixres.models.hub.file_digest", refuse)
-    assert QwenImageEdit(str(copy_of_base)).encoder_fingerprint(memo=memo) == first
-
-
-def test_the_base_of_the_tests_is_stock(tiny_base: Path) -> None:
-    index = json.loads((tiny_base / "model_index.json").read_text(encoding="utf-8"))
-    assert index["_class_name"] == "QwenImageEditPipeline"
-    assert index["processor"] == ["transformers", "Qwen2VLProcessor"]
-    for file in tiny_base.rglob("*.*"):
-        assert file.suffix in (".safetensors", ".json"), file
-        assert b"QwenImageTextProcessor" not in file.read_bytes() and b"mixres" not in file.read_bytes(), file

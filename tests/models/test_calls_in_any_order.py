@@ -11,26 +11,13 @@ from diffusers import QwenImageEditPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from mixres.batch import Sample
-from mixres.data.collate import collate
-from mixres.geometry import Grid, Size
+from mixres.data.plan import Layout
+from mixres.geometry import Size
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
+from support.steps import microbatch
 
-AREA = 64 * 64
-SAMPLES = [  # grids of target and control, text tokens
-    ((Grid(1, 6, 4), Grid(1, 4, 4)), 9),
-    ((Grid(1, 3, 8), Grid(1, 2, 6)), 3),
-    ((Grid(1, 5, 5), Grid(1, 4, 4)), 14),
-]
 Values = list[Tensor]
-
-
-def make_sample(number: int) -> Sample:
-    shapes, text = SAMPLES[number]
-    draw = torch.Generator().manual_seed(number)
-    latents = [torch.randn(grid.tokens, 64, generator=draw) for grid in shapes]
-    return Sample(str(number), latents[0], tuple(latents[1:]), torch.randn(text, 64, generator=draw), shapes)
 
 
 def make_pipeline(base: Path) -> QwenImageEditPipeline:
@@ -42,22 +29,16 @@ def make_pipeline(base: Path) -> QwenImageEditPipeline:
     return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model.train(), dtype=torch.float32, device="cpu")
 
 
-def train(
-    pipeline: QwenImageEditPipeline, numbers: tuple[int, ...], layout: str, checkpointing: bool = False
-) -> Values:
+def train(pipeline: QwenImageEditPipeline, numbers: list[int], layout: Layout, checkpointing: bool = False) -> Values:
     """Velocity and gradients of one microbatch."""
     model: nn.Module = pipeline.transformer
-    batch = collate(
-        [make_sample(n) for n in numbers], indices=numbers, weights=[1.0] * len(numbers), layout=layout  # type: ignore[arg-type]
-    )  # fmt: skip
+    batch = microbatch(numbers, layout)
     if checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    try:
-        sigmas = torch.tensor([0.2, 0.5, 0.9])[list(numbers)]
-        velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
-        velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
-    finally:
-        pipeline.transformer.disable_gradient_checkpointing()
+    sigmas = torch.tensor([0.2, 0.9, 0.5, 0.7])[numbers]
+    velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
+    velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
+    pipeline.transformer.disable_gradient_checkpointing()
     gradients = [p.grad.clone() for p in trainable_parameters(model).values() if p.grad is not None]
     assert gradients and all(gradient.any() for gradient in gradients)
     model.zero_grad(set_to_none=True)
@@ -75,24 +56,22 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     handle = pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
-    try:
-        image = QwenImageEdit("").sample_image(
-            pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
-            areas={"control_area": AREA},
-        )  # fmt: skip
-    finally:
-        handle.remove()
+    image = QwenImageEdit("").sample_image(
+        pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
+        sizes=QwenImageEdit("").control_sizes(size, [Size(*control.size)], {"control_area": 64 * 64}),
+    )  # fmt: skip
+    handle.remove()
     assert len(seen) == 2 and pipeline.transformer.training
     return [*seen, torch.from_numpy(np.array(image))]
 
 
 CALLS: dict[str, Callable[[QwenImageEditPipeline], Values]] = {
-    "padded": lambda p: train(p, (0, 1, 2), "padded"),
-    "padded, checkpointed": lambda p: train(p, (2, 0), "padded", checkpointing=True),
-    "packed": lambda p: train(p, (0, 1, 2), "packed"),
-    "packed, checkpointed": lambda p: train(p, (1, 2), "packed", checkpointing=True),
-    "single": lambda p: train(p, (1,), "padded"),
-    "single, packed": lambda p: train(p, (1,), "packed"),
+    "padded": lambda p: train(p, [0, 1, 3], "padded"),
+    "padded, checkpointed": lambda p: train(p, [3, 0], "padded", checkpointing=True),
+    "packed": lambda p: train(p, [0, 1, 3], "packed"),
+    "packed, checkpointed": lambda p: train(p, [1, 3], "packed", checkpointing=True),
+    "single": lambda p: train(p, [1], "padded"),
+    "single, packed": lambda p: train(p, [1], "packed"),
     "sampling, wide": lambda p: sample(p, Size(112, 48)),
     "sampling, tall": lambda p: sample(p, Size(48, 80)),
 }

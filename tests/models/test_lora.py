@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from safetensors import safe_open
 from torch import nn
 
 from mixres.errors import UserError
 from mixres.models.lora import add_lora, check_pretrained, check_targets, expanded, train_all, trainable_parameters
-from mixres.models.lora_file import FILE_NAME, RECIPE_KEY, lora_file, read_header
+from mixres.models.lora_file import FILE_NAME, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import ATTENTION, LORA_PRESETS, untrained_modules
 from support import mixes
+from support.lora_files import add_noise
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
@@ -40,16 +39,26 @@ def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
     return QwenImageEdit(str(tiny_base)).transformer_skeleton()
 
 
+HINTS = {
+    "to_kk": "did you mean 'to_k'?",
+    "attn.to_vv": "did you mean 'attn.to_v'?",
+    "add_q_prj": "did you mean 'add_q_proj'?",
+    "atention": "did you mean 'attention'?",
+    "ALL": "did you mean 'all'?",
+    "attention,mlp": "did you mean 'attention+mlp'?",
+    **dict.fromkeys(
+        ("mlp", "all-linear", "zzz"), "write one of attention, attention+mlp, all, or the ending of a layer's name"
+    ),
+}
+
+
 def test_all_patterns_that_match_nothing_are_named_at_once_with_the_nearest(skeleton: nn.Module) -> None:
     check_targets(skeleton, [*ATTENTION, "attn.to_out.0", "transformer_blocks.0.img_mlp.net.2", "proj_out"])
     with pytest.raises(UserError) as caught:
-        check_targets(skeleton, ["to_q", "to_kk", "attn.to_vv", "add_q_prj", "norm_q", "o_q", "zzz"])
-    lines = caught.value.messages
-    assert [line.split("'")[1] for line in lines] == ["to_kk", "attn.to_vv", "add_q_prj", "norm_q", "o_q", "zzz"]
-    assert all(line.startswith("model.lora.target_modules: '") for line in lines)
-    nearest = [line.partition("did you mean '")[2].partition("'")[0] for line in lines]
-    assert nearest[:3] == ["to_k", "attn.to_v", "add_q_proj"]
-    assert nearest[-1] == ""
+        check_targets(skeleton, ["to_q", *HINTS], presets=LORA_PRESETS)
+    for line, (pattern, hint) in zip(caught.value.messages, HINTS.items(), strict=True):
+        start = f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer; "
+        assert line.removeprefix(start) == hint
 
 
 def test_a_preset_stands_for_its_layers(skeleton: nn.Module) -> None:
@@ -63,21 +72,6 @@ def test_a_preset_stands_for_its_layers(skeleton: nn.Module) -> None:
     }
     assert matched["attention"] < matched["attention+mlp"] < matched["all"] == every
     check_targets(skeleton, list(LORA_PRESETS), presets=LORA_PRESETS)
-
-
-@pytest.mark.parametrize(
-    ("given", "hint"),
-    [
-        ("atention", "did you mean 'attention'?"),
-        ("ALL", "did you mean 'all'?"),
-        ("attention,mlp", "did you mean 'attention+mlp'?"),
-        *((far, "write one of attention, attention+mlp, all, or the ending of a layer's name")
-          for far in ("mlp", "all-linear", "everything")),
-    ],
-)  # fmt: skip
-def test_a_word_near_a_preset_is_led_to_it(skeleton: nn.Module, given: str, hint: str) -> None:
-    with pytest.raises(UserError, match=rf"'{given}' matches no linear layer .* {re.escape(hint)}$"):
-        check_targets(skeleton, [given], presets=LORA_PRESETS)
 
 
 def test_patterns_that_match_only_what_cannot_learn_are_named(skeleton: QwenImageTransformer2DModel) -> None:
@@ -96,9 +90,6 @@ def test_what_reaches_no_loss_gets_no_adapter_and_the_table_counts_the_others(ti
     in_last = {"add_q_proj": 1, "to_add_out": 1, "txt_mlp.net.2": 1}
     assert {row.pattern: row.modules for row in table} == dict.fromkeys(targets, 2) | in_last
     trained = trainable_parameters(transformer)
-    assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
-    assert 2 * sum(row.modules for row in table) == len(trained)
-    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     assert not [name for name in trained if name.startswith(untrained_modules(transformer))]
 
 
@@ -151,10 +142,7 @@ def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base
 def filled(tiny_base: Path, request: pytest.FixtureRequest) -> QwenImageTransformer2DModel:
     """Adapters whose B is not zero any more, and lengths that are not the base's."""
     transformer = with_lora(tiny_base, use_dora=request.param)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in trainable_parameters(transformer).items():
-        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-        parameter.data = parameter.data * noise.exp() if "magnitude" in name else noise
+    add_noise(trainable_parameters(transformer))
     return transformer
 
 
@@ -163,16 +151,6 @@ def file(filled: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.mktemp("lora") / FILE_NAME
     path.write_bytes(lora_file(trainable_parameters(filled), filled, RECIPE))
     return path
-
-
-def test_the_file_holds_the_recipe_and_only_the_adapters(file: Path, filled: QwenImageTransformer2DModel) -> None:
-    with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()[RECIPE_KEY]) == RECIPE
-        names = set(opened.keys())
-    trained = trainable_parameters(filled)
-    stored = {name.replace("_vector.default.weight", "_vector").replace(".default", "") for name in trained}
-    assert names == {f"transformer.{name}" for name in stored}
-    assert file.stat().st_size < sum(4 * p.numel() for p in trained.values()) + 2**15
 
 
 def test_equal_adapters_make_equal_bytes(file: Path, filled: QwenImageTransformer2DModel) -> None:
@@ -222,7 +200,7 @@ def test_every_setting_that_does_not_fit_a_file_is_named_with_the_one_that_does(
 
 def test_a_lora_of_a_base_of_another_size_is_refused(filled: QwenImageTransformer2DModel, file: Path) -> None:
     other = mixes.stock_model()
-    reason = r"is of a base of another size: transformer_blocks\.0\.attn\.add_k_proj differs; name one"
+    reason = r"is for another base: its transformer_blocks\.0\.attn\.add_k_proj is 64 x 64, .*; name one"
     with pytest.raises(UserError, match=reason):
         check_pretrained(other, str(file), **settings(filled), untrained=untrained_modules(other))
 

@@ -70,20 +70,8 @@ def test_a_quantised_batch_trains_as_quantised_samples_alone(
             if checkpointing:
                 recompute_blocks(patched, every=1)
             for layout in mixes.LAYOUTS:
-                batch = mixes.run(patched, mix, layout)
-                assert mixes.forward_error(batch, alone) <= 1e-5
-                assert mixes.gradient_error(batch, alone) <= 1e-5
-                assert mixes.vanished(batch.gradients) == mixes.vanished(alone.gradients)
+                mixes.assert_same(mixes.run(patched, mix, layout), alone, forward=1e-5)
         assert any(gradient is not None for gradient in alone.gradients.values())
-
-
-@pytest.mark.parametrize("method", ANYWHERE)
-def test_the_base_is_rounded_and_little_else_changes(method: Method, load: Load) -> None:
-    """More than float32 rounds, and less than a hundredth."""
-    mix, rounded = mixes.random_mix(3), load(method)
-    error = mixes.forward_error(mixes.run(rounded, mix, "alone"), mixes.run(load(None), mix, "alone"))
-    assert 1e-4 < error < 1e-2
-    assert all(p.dtype == torch.float32 and type(p.data) is Tensor for p in trainable_parameters(rounded).values())
 
 
 @METHODS
@@ -97,23 +85,11 @@ def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
             plain = type(module.weight) is nn.Parameter and module.weight.dtype == torch.float32
             assert plain is not name.startswith("transformer_blocks."), name
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if not n.endswith("weight"))
+    assert all(p.dtype == torch.float32 and type(p.data) is Tensor for p in trainable_parameters(model).values())
     if method in ANYWHERE:
         weight: Any = model.transformer_blocks[0].img_mlp.net[2].base_layer.weight
         assert weight.qdata.nbytes == weight.numel()
         assert weight.scale.nbytes == 4 * weight.shape[0]
-
-
-@pytest.mark.parametrize("method", ANYWHERE)
-def test_without_recomputing_a_copy_of_every_weight_waits_for_backward(method: Method, load: Load) -> None:
-    model, mix = patch_qwen_model_for_multi_resolution(load(method)), mixes.random_mix(3)
-    weights = [
-        m.weight for n, m in model.named_modules() if n.startswith("transformer_blocks.") and n.endswith("base_layer")
-    ]
-    kept = mixes.kept_bytes(model, mix, "packed")
-    recompute_blocks(model, every=1)
-    assert kept - mixes.kept_bytes(model, mix, "packed") > sum(4 * weight.numel() for weight in weights) / 2
-    shapes = {tuple(weight.shape) for weight in weights} | {tuple(weight.shape[::-1]) for weight in weights}
-    assert not shapes & {tuple(t.shape) for t in mixes.kept_tensors(model, mix, "packed")}
 
 
 @pytest.mark.parametrize("method", ["nf4", "bnb_int8"])

@@ -1,7 +1,6 @@
 """The patch: its call forms (a) to (d), what is still stock, and that no call leaves anything for the next."""
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -114,21 +113,6 @@ def test_other_models_are_refused() -> None:
     layered = QwenImageTransformer2DModel(**sizes, axes_dims_rope=(4, 2, 2), use_layer3d_rope=True)
     with pytest.raises(ValueError, match="QwenEmbedLayer3DRope"):
         patch_qwen_model_for_multi_resolution(layered)
-
-
-def test_stocks_warning_about_sizes_never_appears(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("diffusers.models.transformers.transformer_qwenimage")
-    logger.addHandler(caplog.handler)  # what diffusers logs does not propagate
-    try:
-        for layout in mixes.LAYOUTS:
-            mixes.run(mixes.patched_model(), mixes.main_mix(), layout)
-        mixes.patched_model()(**equal_call(None))
-        assert caplog.messages == []
-        with pytest.raises(RuntimeError):  # the stock model warns, and then fails on the length of sample 1
-            mixes.stock_model()(**mixes.padded_call(mixes.main_mix()))
-        assert "variable-sized" in caplog.messages[0]
-    finally:
-        logger.removeHandler(caplog.handler)
 
 
 def test_calls_that_cannot_be_meant_are_refused() -> None:

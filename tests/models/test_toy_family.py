@@ -76,17 +76,6 @@ def test_a_family_of_one_file_goes_through_every_verb(
             assert {key.split(".")[-3] for key in opened.keys() if ".lora_A." in key} == {"to_q", "to_v"}  # noqa: SIM118
 
 
-def test_an_unknown_family_is_refused_with_those_that_there_are(
-    toy_base: Path, small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folders = (f"cache.cache_dir={tmp_path}", f"logging.output_dir={tmp_path / 'run'}")
-    base = f"model.pretrained_model_name_or_path={toy_base}"
-    assert command("cache", "--config", small_run, base, "model.family=flux", *folders) == 2
-    known = ", ".join(sorted([*FAMILY_NAMES, "toy"]))
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("mixres: error:"))
-    assert line == f"mixres: error: model.family: there is no family 'flux': leave it out, or write one of {known}"
-
-
 def test_no_other_module_names_a_family() -> None:
     """Whoever asks for a name would treat a new family as none of those."""
     models = Path(registry.__file__).parent

@@ -1,7 +1,6 @@
 """A configuration's data as a run sees them: what is held out, what is reported, what stops a run before encoding."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -36,12 +35,10 @@ def demo_records(demo_data: Path) -> list[ScannedRecord]:
 
 
 def test_a_fraction_holds_out_records_that_are_not_trained(caching: Caching) -> None:
-    every = caching.usable("data.held_out=null")[0]
-    train, held_out = caching.usable("data.held_out=0.4")
+    every = names(caching.usable("data.held_out=null")[0])
+    train, held_out = map(names, caching.usable("data.held_out=0.4"))
     assert len(every) == 10 and 0 < len(held_out) < 10
-    assert names(train) | names(held_out) == names(every)
-    assert not names(train) & names(held_out)
-    assert caching.usable("data.held_out=0.4") == (train, held_out)
+    assert train | held_out == every and not train & held_out
 
 
 @pytest.mark.parametrize(("fraction", "side"), [("0.0001", "none"), ("0.9999", "all")])
@@ -53,21 +50,18 @@ def test_a_fraction_that_leaves_a_side_empty_is_refused(caching: Caching, fracti
 
 
 def test_a_split_follows_the_seed_and_is_about_its_fraction(demo_records: list[ScannedRecord]) -> None:
-    assert len(demo_records) == 72
     parts = [names(split_held_out(demo_records, 0.25, seed)[1]) for seed in range(20)]
     assert len({frozenset(part) for part in parts}) == 20
-    assert 72 * 0.2 < sum(map(len, parts)) / 20 < 72 * 0.3
-    small, large = (names(split_held_out(demo_records, fraction, 0)[1]) for fraction in (0.25, 0.5))
-    assert small < large, "a larger fraction holds out what a smaller one does, and more"
+    assert len(demo_records) * 0.2 < sum(map(len, parts)) / 20 < len(demo_records) * 0.3
+    assert parts[0] < names(split_held_out(demo_records, 0.5, 0)[1]), "a larger fraction holds out the same and more"
 
 
 def test_no_record_changes_sides_when_others_come_go_or_are_renamed(
     demo_records: list[ScannedRecord], demo_data: Path, tmp_path: Path
 ) -> None:
-    train, held_out = split_held_out(demo_records, 0.3, 7)
-    some = demo_records[::2]
-    assert names(split_held_out(some, 0.3, 7)[1]) == names(held_out) & names(some)
-    assert split_held_out(reversed(demo_records), 0.3, 7) == (train[::-1], held_out[::-1])
+    held_out = names(split_held_out(demo_records, 0.3, 7)[1])
+    some = demo_records[::-2]
+    assert names(split_held_out(some, 0.3, 7)[1]) == held_out & names(some)
     data = shutil.copytree(demo_data, tmp_path / "data")
     for path in list(data.rglob("*.*")):
         shutil.copyfile(path, path.with_name(f"copy_{path.name}"))
@@ -75,18 +69,7 @@ def test_no_record_changes_sides_when_others_come_go_or_are_renamed(
         path.write_text("another prompt")
     both = names(split_held_out(scan([str(data)], limits=Limits()).records, 0.3, 7)[1])
     copies = {name for name in both if "copy_" in name}
-    assert both - copies == {name.replace("copy_", "") for name in copies} == names(held_out)
-
-
-def test_a_held_out_record_that_is_also_trained_is_a_problem(caching: Caching) -> None:
-    target = caching.first()
-    twin = copy_pair(caching, target, "held_out", "twin")
-    problem = f"{twin}: is held out and trained on, as {target}; take one of the two out".replace(
-        f"{caching.data}/", ""
-    )
-    assert caching.problems()[:-1] == [problem]
-    train, held_out = caching.usable("data.on_bad_item=skip")
-    assert (len(train), len(held_out)) == (10, 3)
+    assert both - copies == {name.replace("copy_", "") for name in copies} == held_out
 
 
 # Regularisation
@@ -106,13 +89,11 @@ def test_regularisation_records_are_trained_behind_the_others_and_never_held_out
     caching: Caching, regular: str
 ) -> None:
     train, held_out = caching.usable(regular)
-    assert [scanned.regularization for scanned in train] == [False] * 7 + [True] * 3
     assert names(train[7:]) == {f"{TARGETS}/{path.name}" for path in caching.files(part="regular")}
-    assert len(held_out) == 3 and not any(scanned.regularization for scanned in held_out)
     assert "data      7 training, 3 regularisation and 3 held-out records with 13 controls\n" in caching.output()
     train, held_out = caching.usable(regular, "data.held_out=0.4")
-    assert sum(scanned.regularization for scanned in train) == 3
-    assert 0 < len(held_out) < 7 and len(train) + len(held_out) == 10
+    assert sum(scanned.regularization for scanned in train) == 3 and 0 < len(held_out) < 7
+    assert not any(scanned.regularization for scanned in held_out)
 
 
 # What is reported
@@ -124,35 +105,30 @@ def test_the_log_counts_what_was_found(caching: Caching) -> None:
             image.load()
         image.putalpha(number * 255)  # one of the two is opaque
         image.save(path)
-    lines = [
+    caching.usable("data.background=black", "batch.samples_per_step=11")
+    assert caching.output().splitlines()[1:] == [
         "data      10 training and 3 held-out records with 13 controls",
         "data      1 record with transparency, which is laid on black",
         "data      10 training records for batch.samples_per_step=11: every step is an epoch, and smaller than it "
         "should be",
     ]
-    for samples in (10, 11):
-        caching.usable("data.background=black", f"batch.samples_per_step={samples}")
-        scanned, *counted = caching.output().splitlines()
-        assert re.fullmatch(r"scan      26 images: \d+ decoded, \d+ unchanged since the last scan", scanned)
-        assert counted == lines[: samples - 8]
     caching.usable(is_main=False)
     assert caching.output() == "", "the other ranks log nothing"
 
 
-def test_the_first_of_several_frames_is_used_where_that_is_asked_for(caching: Caching) -> None:
+def test_of_several_frames_the_first_and_of_a_long_caption_the_beginning_are_used_where_that_is_asked_for(
+    caching: Caching,
+) -> None:
     path = caching.first()
     with Image.open(path) as image:
         image.save(path, save_all=True, append_images=[image.rotate(90)])
-    assert "has 2 frames or pages" in caching.problems()[0]
-    assert len(caching.usable("data.first_frame=true")[0]) == 10
-    assert "1 record with several frames or pages in an image: the first is used\n" in caching.output()
-
-
-def test_long_captions_are_cut_where_that_is_asked_for(caching: Caching) -> None:
-    caching.first(suffix=".txt").write_text("图片 " * 1000, encoding="utf-8")
-    train, _ = caching.usable("data.long_caption=truncate")
+    path.with_suffix(".txt").write_text("图片 " * 1000, encoding="utf-8")
+    train, _ = caching.usable("data.first_frame=true", "data.long_caption=truncate")
     assert len(train) == 10
-    assert caching.output().endswith("data      1 prompt cut to 1024 tokens\n")
+    assert caching.output().splitlines()[2:] == [
+        "data      1 record with several frames or pages in an image: the first is used",
+        "data      1 prompt cut to 1024 tokens",
+    ]
     prompt = train[0].record.prompt
     assert ("图片 " * 1000).startswith(prompt) and 0 < len(prompt) < 1000
 
@@ -171,7 +147,7 @@ def damage(caching: Caching, regular: str) -> dict[str, list[str]]:
         file.rename(file.with_stem("line\nbreak"))
     control = caching.pair(images[3])[2]
     shutil.copyfile(control, control.with_name(f"{control.stem}_control_1.png"))
-    copy_pair(caching, images[4], "held_out", "twin")
+    copy_pair(caching, images[4], "held_out", "twin")  # it is trained too
     held.with_suffix(".txt").write_text(" \n")
     caching.first(part="regular").write_bytes(b"")
     return {
@@ -179,7 +155,7 @@ def damage(caching: Caching, regular: str) -> dict[str, list[str]]:
         images[1].name: ["the prompt is 1199 tokens long, more than 1024; shorten it, or set data.long_caption="],
         "line\\nbreak.png": ["the prompt contains <|image_pad|>, a marker of the text encoder: take it out"],
         images[3].name: ["exactly one control image, there are 2; give it one"],
-        "twin.png": ["is held out and trained on"],
+        "twin.png": [f"is held out and trained on, as train/{TARGETS}/{images[4].name}; take one of the two out"],
         held.stem: ["the caption is empty; write one, or set data.empty_caption to use_empty or skip"],
         caching.first(part="regular").name: ["is empty (0 bytes); copy it again"],
     }  # fmt: skip
@@ -247,11 +223,8 @@ def test_a_run_folder_that_cannot_be_written_is_refused_before_any_work(
 ) -> None:
     file, caching.cache = tmp_path / "file", tmp_path / "empty"
     file.write_text("mine")
-    for caching.run, reason in (
-        (file / "run", f"{file} is not a folder"),
-        (tmp_path / ("x" * 300), "File name too long"),
-    ):
+    for caching.run in (file / "run", tmp_path / ("x" * 300)):
         assert cli.main([verb, "--config", str(caching.file), *caching.words()]) == 2
-        (line,) = caching.capsys.readouterr().err.splitlines()
-        assert re.fullmatch(rf"mixres: error: logging.output_dir: {caching.run} cannot be written: {reason}; .*", line)
+        line = f"mixres: error: logging.output_dir: {caching.run} cannot be written; name another folder\n"
+        assert caching.capsys.readouterr().err == line
     assert not [*caching.cache.rglob("*")]

@@ -44,6 +44,7 @@ class Caching:
     def samples(self, *overrides: str) -> list[Sample]:
         """What the cache then holds for the training records."""
         encoded = self.encoded(*overrides)
+        self.output()  # the next pass counts its own
         return [encoded.cache.read(sample.key, name="sample") for sample in encoded.train]
 
     def usable(self, *overrides: str, is_main: bool = True) -> tuple[list[ScannedRecord], list[ScannedRecord]]:

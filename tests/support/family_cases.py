@@ -1,19 +1,22 @@
 """The table of families that every suite goes through: a new family adds a row, and its tiny base."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit as stock_edit,
+    pipeline_qwenimage_edit_plus as stock_plus,
+)
 from PIL import Image
 
 from mixres.config.schema import Config
-from mixres.models.family import Family
-from mixres.models.qwen.edit import control_area_set
-from mixres.models.qwen.edit_plus import control_areas_set
+from mixres.geometry import Size
+from mixres.models.family import ControlSizes, Family
 from mixres.models.qwen.processor import load_processor
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
@@ -39,11 +42,32 @@ class FamilyCase:
         """How the stock pipeline takes the control images."""
         return {0: {}, 1: {"image": controls[0] if controls else None}}.get(max(self.controls), {"image": [*controls]})
 
-    def stock_areas(self, areas: dict[str, int]) -> AbstractContextManager[None]:
-        """Within it the stock pipeline gives its controls these areas."""
+    def sizes(
+        self, size: Size, controls: Sequence[Image.Image], areas: dict[str, int] | None = None, *, aligned: bool = False
+    ) -> ControlSizes:
+        """Those of controls beside a target of this size."""
+        given, same = [Size(*control.size) for control in controls], [aligned] * len(controls)
+        return self.at("").control_sizes(size, given, self.areas if areas is None else areas, same)
+
+    @contextmanager
+    def stock_areas(self, areas: dict[str, int], aligned: Size | None = None) -> Iterator[None]:
+        """Within it the stock pipeline gives its controls these areas, the VAE those that are `aligned` this size."""
+        module = stock_plus if "text_area" in areas else stock_edit
+        before, stock = dict(vars(module)), module.calculate_dimensions
+
+        def calculate_dimensions(area: Any, ratio: float) -> Any:
+            if module is stock_edit:
+                return (*aligned, None) if aligned else stock(areas["control_area"], ratio)
+            return tuple(aligned) if aligned and area == areas["control_area"] else stock(area, ratio)
+
+        if areas:
+            module.calculate_dimensions = calculate_dimensions
         if "text_area" in areas:
-            return control_areas_set(**areas)
-        return control_area_set(areas["control_area"]) if areas else nullcontext()
+            module.VAE_IMAGE_SIZE, module.CONDITION_IMAGE_SIZE = areas["control_area"], areas["text_area"]
+        try:
+            yield
+        finally:
+            vars(module).update(before)
 
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
         """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""

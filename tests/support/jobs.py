@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +122,11 @@ class Jobs:
 def processes(folder: Path) -> list[int]:
     """Every process whose command line names the run folder: launchers, ranks and their loader workers."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"logging.output_dir={folder}".encode() in words:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may be gone by now
+            if f"logging.output_dir={folder}".encode() in (entry / "cmdline").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
-    return sorted(found)
+    return sorted({*found} - {os.getpid()})
 
 
 def kill_all(folder: Path) -> None:
@@ -153,10 +149,8 @@ def longest_file(size: int) -> Iterator[None]:
 
 def send(pid: int, number: signal.Signals) -> None:
     """To a process that may be gone by now."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def children(pid: int) -> list[int]:

@@ -4,12 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mixres.config.load import load_config
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, lora_file
 from mixres.preprocessing.fill import family_of
 from mixres.training.setup import recipe
+
+
+def add_noise(parameters: dict[str, nn.Parameter]) -> None:
+    """A and B then are not zero, and magnitudes are not the base's."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in parameters.items():
+        noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data * noise.exp() if "magnitude" in name else parameter.data + noise
 
 
 def write_lora(folder: Path, base: Path, *overrides: str, dtype: str = "float32") -> Path:
@@ -25,10 +34,7 @@ def write_lora(folder: Path, base: Path, *overrides: str, dtype: str = "float32"
     assert config.model.lora
     settings: dict[str, Any] = config.model.lora.model_dump() | {"presets": family.lora_presets}
     add_lora(transformer, **settings, untrained=family.untrained_modules(transformer), seed=1)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in trainable_parameters(transformer).items():
-        noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-        parameter.data = parameter.data * noise.exp() if "magnitude" in name else parameter.data + noise
+    add_noise(trainable_parameters(transformer))
     path = folder / FILE_NAME
     path.write_bytes(lora_file(trainable_parameters(transformer), transformer, recipe(config, family, 7)))
     return path

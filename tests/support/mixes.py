@@ -3,7 +3,6 @@
 "Alone" is the stock, unpatched model on one sample. The loss of a sample is its mean over target tokens only.
 """
 
-import copy
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -84,8 +83,10 @@ def random_mix(seed: int) -> Mix:
     return make_mix(shapes, [draw.randint(1, 48) for _ in range(samples)], seed)
 
 
-@functools.cache
-def _stock(zero_cond_t: bool, adapters: tuple[str, ...], blocks: int) -> QwenImageTransformer2DModel:
+def stock_model(
+    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
+) -> QwenImageTransformer2DModel:
+    """A small transformer as diffusers makes it; base weights and adapters train."""
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
         patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=32,
@@ -94,13 +95,6 @@ def _stock(zero_cond_t: bool, adapters: tuple[str, ...], blocks: int) -> QwenIma
     if adapters:  # B filled: at the usual initialisation it is zero, and so are all gradients of A
         model.add_adapter(LoraConfig(r=4, target_modules=list(adapters), init_lora_weights=False))
     return model.requires_grad_(True)
-
-
-def stock_model(
-    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
-) -> QwenImageTransformer2DModel:
-    """A small transformer as diffusers makes it; base weights and adapters train."""
-    return copy.deepcopy(_stock(zero_cond_t, tuple(adapters), blocks))
 
 
 def patched_model(
@@ -202,23 +196,19 @@ def run(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> Result:
     return backward(model, outputs, loss(outputs, mix))
 
 
-def kept_tensors(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> list[Tensor]:
-    """What autograd keeps between forward and backward, each storage once, without the parameters'."""
-    own = {p.data_ptr() for p in model.parameters() if type(p.data) is Tensor}
+def kept_bytes(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> int:
+    """Of what autograd keeps between forward and backward, each storage once, without the parameters'."""
+    own = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
-        if type(tensor) is Tensor and tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(FORWARDS[layout](model, mix), mix)
-    return list(kept.values())
-
-
-def kept_bytes(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept_tensors(model, mix, layout))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def forward_error(measured: Result, reference: Result) -> float:
@@ -244,9 +234,9 @@ def vanished(gradients: Mapping[str, Tensor | None]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def assert_same(measured: Result, reference: Result) -> None:
+def assert_same(measured: Result, reference: Result, *, forward: float = 1e-6) -> None:
     """The bars of single precision: 1e-6 forward, 1e-5 for every gradient."""
-    assert forward_error(measured, reference) <= 1e-6
+    assert forward_error(measured, reference) <= forward
     assert gradient_error(measured, reference) <= 1e-5
     assert vanished(measured.gradients) == vanished(reference.gradients)
 

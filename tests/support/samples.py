@@ -15,16 +15,18 @@ def make_sample(
     mask: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    channels: int = 8,
+    text_width: int = 6,
 ) -> Sample:
-    """A target of the first grid with a control for each other: 8 channels, prompts `text` and `empty` tokens by 6."""
+    """A target of the first grid with a control for each other; prompts of `text` and `empty` tokens."""
     noise = torch.Generator().manual_seed(seed)
-    latents = [torch.randn(grid.tokens, 8, generator=noise).to(dtype) for grid in grids]
+    latents = [torch.randn(grid.tokens, channels, generator=noise).to(dtype) for grid in grids]
     return Sample(
         name=name,
         target_latents=latents[0],
         control_latents=tuple(latents[1:]),
-        prompt_embeds=torch.randn(text, 6, generator=noise).to(dtype),
+        prompt_embeds=torch.randn(text, text_width, generator=noise).to(dtype),
         img_shapes=grids,
         edit_mask=torch.rand(grids[0].tokens, generator=noise) if mask else None,
-        empty_embeds=torch.randn(empty, 6, generator=noise).to(dtype) if empty else None,
+        empty_embeds=torch.randn(empty, text_width, generator=noise).to(dtype) if empty else None,
     )

@@ -16,20 +16,17 @@ from mixres.data.plan import Layout, Lengths
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
-from mixres.models.lora import add_lora, trainable_parameters
+from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import untrained_modules
 from mixres.training.distributed import make_accelerator
 from mixres.training.ema import Ema
 from mixres.training.step import StepResult, run_step
+from support import mixes, samples
 
 CHANNELS, TEXT_WIDTH = 64, 64
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
 NORMALIZATIONS = ("sample", "token")
-TARGETS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-]
 SAMPLES = [  # grids of target and controls, text tokens
     ((Grid(1, 6, 9), Grid(1, 4, 4)), 9),
     ((Grid(1, 8, 5),), 4),
@@ -52,11 +49,8 @@ SPLITS = {
 
 def make_sample(index: int) -> Sample:
     shapes, text = SAMPLES[index]
-    draw = torch.Generator().manual_seed(index)
-    latents = [torch.randn(grid.tokens, CHANNELS, generator=draw) for grid in shapes]
-    mask = torch.rand(shapes[0].tokens, generator=draw).square() if index % 2 else None
-    prompt = torch.randn(text, TEXT_WIDTH, generator=draw)
-    return Sample(f"training_images/{index}.png", latents[0], tuple(latents[1:]), prompt, shapes, mask)
+    widths = {"channels": CHANNELS, "text_width": TEXT_WIDTH}
+    return samples.make_sample(shapes, text=text, mask=index % 2 == 1, dtype=torch.float32, seed=index, **widths)
 
 
 def microbatch(indices: Sequence[int], layout: Layout = "padded") -> Batch:
@@ -77,12 +71,10 @@ def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
     """Adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
     model = QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
     untrained = untrained_modules(model)
-    add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=TARGETS, untrained=untrained, seed=0)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.05)
+    add_lora(
+        model, r=4, lora_alpha=4, lora_dropout=0, target_modules=mixes.ATTENTION_AND_MLP, untrained=untrained, seed=0
+    )
+    fill_adapters(trainable_parameters(model), seed=0)
     return model
 
 
@@ -124,19 +116,6 @@ def moved_average(parameters: Sequence[nn.Parameter], size: float) -> Ema:
     return ema
 
 
-class Recorder(torch.optim.SGD):
-    """In place of an update: keeps the gradients that one would see."""
-
-    gradients: dict[str, Tensor | None]
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.names = parameters
-        super().__init__(parameters.values(), lr=0.0)
-
-    def step(self, closure: Any = None) -> None:
-        self.gradients = {n: None if p.grad is None else p.grad.clone() for n, p in self.names.items()}
-
-
 @dataclass(frozen=True)
 class Recorded:
     result: StepResult
@@ -146,28 +125,19 @@ class Recorded:
 def record(
     accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], divisor: int | None = None
 ) -> Recorded:
-    optimizer = Recorder(trainable_parameters(model))
+    """A step whose update changes nothing, and the gradients that it saw."""
+    parameters, gradients = trainable_parameters(model), {}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: gradients.update({name: p.grad for name, p in parameters.items()}))
+    divisor = divisor or divisor_of(objective)
+    batches, count = iter(batches), len(batches)
     result = run_step(
-        accelerator,
-        model,
-        optimizer,
-        objective,
-        iter(batches),
-        count=len(batches),
-        step=5,
-        divisor=divisor or divisor_of(objective),
-        max_grad_norm=1e9,
+        accelerator, model, optimizer, objective, batches, count=count, step=5, divisor=divisor, max_grad_norm=1e9
     )
-    return Recorded(result, optimizer.gradients)
+    return Recorded(result, gradients)
 
 
 def gradient_error(measured: Recorded, reference: Recorded) -> float:
-    """Largest ||d|| / max(||g||, 1e-6 ||g_all||); the same parameters have none, or zeros."""
-
-    def vanished(recorded: Recorded) -> set[str]:
-        return {name for name, g in recorded.gradients.items() if g is None or not g.any()}
-
-    assert vanished(measured) == vanished(reference) == set()
-    pairs = [(measured.gradients[name], g) for name, g in reference.gradients.items()]
-    whole = torch.stack([g.norm() for _, g in pairs if g is not None]).norm()
-    return max(float((a - g).norm() / torch.maximum(g.norm(), 1e-6 * whole)) for a, g in pairs if a is not None)
+    """As in `mixes`; no parameter is without a gradient."""
+    assert mixes.vanished(measured.gradients) == mixes.vanished(reference.gradients) == {}
+    return mixes.gradient_error(measured, reference)

@@ -28,16 +28,8 @@ from mixres.models.qwen.processor import QwenImageTextProcessor
 
 _TEXT_WIDTH = 64
 _VISION_PIXELS = 56 * 56  # what the text encoder gets of an image: 4 tokens, whatever the control's size
-_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+_SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
 
 
 def write_tiny_pipeline(
@@ -55,42 +47,22 @@ def write_tiny_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer(prompts, pipeline_class)
-        vae, text_encoder, transformer = _vae(), tiny_text_encoder(tokenizer), _transformer(zero_cond_t)
-    save_pipeline(
-        folder,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=transformer,
-        pipeline_class=pipeline_class,
-    )
+        parts = {"vae": _vae(), "text_encoder": tiny_text_encoder(tokenizer), "transformer": _transformer(zero_cond_t)}
+    save_pipeline(folder, pipeline_class=pipeline_class, tokenizer=tokenizer, **parts)
 
 
 def save_pipeline(
-    folder: Path,
-    *,
-    tokenizer: Qwen2Tokenizer,
-    text_encoder: Qwen2_5_VLForConditionalGeneration,
-    vae: AutoencoderKLQwenImage,
-    transformer: QwenImageTransformer2DModel,
-    pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
+    folder: Path, *, pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline, **parts: Any
 ) -> None:
-    """Writes the four parts, a scheduler and, where it takes images, a processor as a stock pipeline.
+    """Writes tokenizer, text encoder, VAE and transformer, each in its own dtype, as a stock pipeline.
 
-    Each part keeps its own dtype.
+    A scheduler is added and, where the pipeline takes images, a processor.
     """
-    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": transformer}
     if _takes_images(pipeline_class):
         image_processor = Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS)
-        parts["processor"] = QwenImageTextProcessor(image_processor, tokenizer)
-    pipeline = pipeline_class(scheduler=_scheduler(), **parts)
-    bars = transformers_logging.is_progress_bar_enabled()
+        parts["processor"] = QwenImageTextProcessor(image_processor, parts["tokenizer"])
     transformers_logging.disable_progress_bar()
-    try:
-        pipeline.save_pretrained(folder)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    pipeline_class(scheduler=_scheduler(), **parts).save_pretrained(folder)
     if "processor" in parts:
         _name_stock_processor(folder)
 
@@ -114,7 +86,7 @@ def tiny_tokenizer(
     for token in _SPECIAL_TOKENS:
         words = [text.replace(token, "\n") for text in words]
     return base.train_new_from_iterator(
-        words, vocab_size=1 << 14, new_special_tokens=list(_SPECIAL_TOKENS), show_progress=False
+        words, vocab_size=1 << 14, new_special_tokens=_SPECIAL_TOKENS, show_progress=False
     )
 
 
@@ -129,7 +101,6 @@ def tiny_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
@@ -140,10 +111,6 @@ def tiny_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGene
             "intermediate_size": 64,
             "num_heads": 2,
             "out_hidden_size": _TEXT_WIDTH,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
             "fullatt_block_indexes": [1],
         },
         image_token_id=token_id("<|image_pad|>"),
@@ -194,9 +161,6 @@ def _latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[list[float], list[f
 
 def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
     transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=64,
-        out_channels=16,
         num_layers=2,
         attention_head_dim=32,
         num_attention_heads=4,
@@ -226,14 +190,7 @@ def _open(block: Any) -> None:
 def _scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The settings of Qwen/Qwen-Image-Edit."""
     return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        use_dynamic_shifting=True,
-        base_image_seq_len=256,
-        max_image_seq_len=8192,
-        base_shift=0.5,
-        max_shift=0.9,
-        shift_terminal=0.02,
-        time_shift_type="exponential",
+        use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
     )
 
 

@@ -9,7 +9,7 @@ Cost: about 0.2 s, most of it the import of pydantic.
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from mixres.config.problems import KeyPath, Source, all_problems, defaults, dott
 from mixres.config.schema import Config
 from mixres.errors import UserError
 
+FROZEN = "config.yaml"  # what a run leaves in its folder
 _SECRET = re.compile(r"token|key|secret|password", re.IGNORECASE)
 _FREE = ("optimizer", "init_args")
 _BARE_REFERENCE = re.compile(r"\$\{[^,{}]*\}")
@@ -31,8 +32,12 @@ _ALLOWED_REFERENCES = "${section.key}, ${oc.env:NAME} or ${oc.env:NAME,default}"
 _MAX_REFERENCES = 16  # each may name others: 16 expand to some hundreds of values, without a bound they fill memory
 
 
+# Keys whose default has changed, with the default of runs whose own file does not know them yet.
+_OLDER_DEFAULTS = {"data": {"resize": {"control": {"align": "never"}}}}
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults < the YAML file < `section.key=value` overrides, validated.
+    """Defaults < the YAML file < `section.key=value` overrides, validated; a resumed run keeps older defaults.
 
     Raises:
         UserError: with one line for every problem of the file and the overrides.
@@ -40,6 +45,31 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     source = read_source(path, overrides)
     if problems := all_problems(source):
         raise UserError(problems)
+    frozen = Path(source.resolved["logging"]["output_dir"]) / FROZEN
+    if source.resolved["resume"] != "never" and (older := _older_defaults(frozen)):
+        source = read_source(path, overrides, older)
+    return _validated(source)
+
+
+def load_run_config(folder: Path) -> Config:
+    """The configuration that a run has left in its folder, with the defaults of its time. Raises as `load_config`."""
+    source = read_source(folder / FROZEN, (), _older_defaults(folder / FROZEN))
+    if problems := all_problems(source):
+        raise UserError(problems)
+    return _validated(source)
+
+
+def _older_defaults(frozen: Path) -> dict[str, Any]:
+    """Those of a run whose file lacks keys, or has their values since it was resumed; none where there is no file."""
+    values = _read_file(frozen, Source(written={})) if frozen.is_file() else None
+    try:
+        before = values and values["data"]["resize"]["control"].get("align", "never")
+    except (KeyError, TypeError, AttributeError):  # not the file of a run
+        return {}
+    return _OLDER_DEFAULTS if before == "never" else {}
+
+
+def _validated(source: Source) -> Config:
     config = validate(source.resolved)
     config._references.update({path: value_at(source.written, path) for path in source.references})
     return config
@@ -61,12 +91,12 @@ def dump_config(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(public_config(config)))
 
 
-def read_source(path: Path, overrides: Sequence[str]) -> Source:
-    """Merge the defaults, the YAML file and the overrides, and resolve the references.
+def read_source(path: Path, overrides: Sequence[str], older: Mapping[str, Any] = {}) -> Source:
+    """Merge the defaults, with those of an `older` run, the YAML file and the overrides, and resolve the references.
 
     Problems are collected in the result; where they concern a value, it is None in `resolved`.
     """
-    source = Source(written=defaults())
+    source = Source(written=merged(defaults(), older))
     source.written = merged(source.written, _read_file(path, source))
     for values in _read_overrides(overrides, source):
         source.written = merged(source.written, values)

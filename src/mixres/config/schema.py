@@ -77,6 +77,9 @@ class TargetSizeConfig(Section):
 class ControlSizeConfig(Section):
     area: Area | Literal["target"] = Field(1_048_576, description="Pixels of a control; target: as many as its target.")
     text_area: Area | None = Field(None, description="The same for Edit-Plus's text encoder; null: 384 x 384.")
+    align: Literal["auto", "always", "never"] = Field(
+        "auto", description="Controls at their target's size: those of its aspect (auto), all, or none; else by area."
+    )
 
 
 class ResizeConfig(Section):

@@ -3,7 +3,8 @@
 Promise: nothing outside the folder is opened, no script of a data set runs, no image is decoded here; every row is a
 record or is named with every reason why not. Cost: the import of `datasets` (an optional package), a look at each row.
 
-Columns are those of a manifest: `path_target`, `path_control`, ... hold the images themselves, `prompt` is text.
+Columns are those of a manifest: `path_target`, `path_control`, ... hold the images themselves, `prompt` is text,
+`align_control` is a truth value.
 """
 
 import json
@@ -12,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixres.data.manifest import BadRowError, control_keys, key_problems, records_from_rows
+from mixres.data.manifest import ALIGN, BadRowError, column_problems, records_from_rows
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
+_PLAIN = ("prompt", ALIGN)  # columns that hold no images
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tu
     arrow_files = _arrow_files(root)
     columns = _columns(root)
     status = _status(arrow_files)
-    prompts = columns.pop("prompt", None)
+    plain = {name: columns.pop(name) for name in _PLAIN if name in columns}
 
     def values(row: int) -> dict[str, Any]:
         images = {key: value for key, column in columns.items() if (value := column[row]).is_valid}
-        return {**images, "prompt": None if prompts is None else prompts[row].as_py()}
+        return images | {name: column[row].as_py() for name, column in plain.items()}
 
     rows = ((row, values(row)) for row in range(len(columns["path_target"])))
     return records_from_rows(root, rows, partial(_image, status), empty_caption)
@@ -92,25 +94,17 @@ def _columns(root: Path) -> dict[str, Any]:
     except Exception as error:  # whatever arrow says of bytes that are not its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{shown}: the data set cannot be read: {reason}; save it again") from error
-    wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name == "prompt"}
-    names = dict.fromkeys(wanted, "")
-    missing = [key for key in ("path_target", *control_keys(names)) if key not in names]
-    reasons = [f"has no column '{key}'; rename one of: {', '.join(map(printable, columns))}" for key in missing]
-    if reasons := reasons or list(key_problems(names)):
+    wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name in _PLAIN}
+    checked = [name for name in columns if name in wanted or not name.startswith("path")]
+    if reasons := list(column_problems(checked)):
         raise UserError([f"{shown}: {reason}" for reason in reasons])
     return wanted
 
 
 def _status(files: list[Path]) -> EmbeddedStatus:
-    """Newest times and a mixed inode of all files: one that changes changes the state of every image."""
-    stats = [file.stat() for file in files]
-    return EmbeddedStatus(
-        st_mode=stats[0].st_mode,
-        st_size=sum(stat.st_size for stat in stats),
-        st_mtime_ns=max(stat.st_mtime_ns for stat in stats),
-        st_ctime_ns=max(stat.st_ctime_ns for stat in stats),
-        st_ino=hash(tuple((stat.st_ino, stat.st_size) for stat in stats)),
-    )
+    """That of the file which was the last to change: a file that changes changes the state of every image."""
+    last = max((file.stat() for file in files), key=lambda stat: stat.st_ctime_ns)
+    return EmbeddedStatus(*(getattr(last, name) for name in EmbeddedStatus._fields))
 
 
 def _image(status: EmbeddedStatus, where: str, key: str, value: Any) -> EmbeddedImage:

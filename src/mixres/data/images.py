@@ -75,37 +75,24 @@ def read_image(path: Picture, limits: Limits) -> Image.Image:
     Raises:
         BadImageError: with the reason.
     """
-    return _rgb(_decode(_read_bytes(path, limits), limits).upright, limits.background)[0]
+    return _rgb(_decode(_read_bytes(path, limits), limits)[0], limits.background)[0]
 
 
-def read_mask(path: Picture, limits: Limits, size: Size) -> Image.Image:
-    """The edit mask as mode "L", 255 = foreground, of exactly its target's upright `size`. Its ICC profile is ignored.
+def read_mask(path: Picture, limits: Limits) -> Image.Image:
+    """The edit mask as mode "L", 255 = foreground. Its ICC profile is ignored. The scan compares its size.
 
     Raises:
-        BadImageError: with the reason; another size, real transparency and a mask of 0 and 1 are refused too.
+        BadImageError: with the reason; real transparency and a mask of 0 and 1 are refused too.
     """
-    mask = _mask(_decode(_read_bytes(path, limits), limits).upright)
-    if mask.size != size:
-        raise BadImageError(
-            f"the mask is {Size(*mask.size)} pixels, its target {Size(*size)}; give it the target's size"
-        )
-    return mask
+    return _mask(_decode(_read_bytes(path, limits), limits)[0])
 
 
-def inspect_image(path: Picture, limits: Limits) -> ImageFacts:
-    """Read and fully decode one image; see `read_image`."""
+def inspect_image(path: Picture, limits: Limits, *, is_mask: bool = False) -> ImageFacts:
+    """Read and fully decode one image or mask; see `read_image`, `read_mask`."""
     data = _read_bytes(path, limits)
-    decoded = _decode(data, limits)
-    image, flattened = _rgb(decoded.upright, limits.background)
-    return ImageFacts(Size(*image.size), xxhash.xxh3_128_hexdigest(data), flattened, decoded.first_of_several)
-
-
-def inspect_mask(path: Picture, limits: Limits) -> ImageFacts:
-    """Read and fully decode one mask; see `read_mask`. The caller compares its size with the target's."""
-    data = _read_bytes(path, limits)
-    decoded = _decode(data, limits)
-    size = Size(*_mask(decoded.upright).size)
-    return ImageFacts(size, xxhash.xxh3_128_hexdigest(data), False, decoded.first_of_several)
+    upright, several = _decode(data, limits)
+    image, flattened = (_mask(upright), False) if is_mask else _rgb(upright, limits.background)
+    return ImageFacts(Size(*image.size), xxhash.xxh3_128_hexdigest(data), flattened, several)
 
 
 def check_size(size: Size, limits: Limits) -> None:
@@ -146,13 +133,8 @@ def _read_bytes(path: Picture, limits: Limits) -> bytes:
     return data
 
 
-class _Decoded(NamedTuple):
-    upright: Image.Image
-    first_of_several: bool
-
-
-def _decode(data: bytes, limits: Limits) -> _Decoded:
-    """Header checks, full decode, then upright."""
+def _decode(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:
+    """Header checks, full decode, then upright; and whether the image is the first of several."""
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             several = _check_header(image, limits)
@@ -160,7 +142,7 @@ def _decode(data: bytes, limits: Limits) -> _Decoded:
             if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
                 # Pillow spreads 2 and 4 bits over 8, but not the gray that is transparent.
                 image.info["transparency"] *= 255 // (2 ** data[_PNG_DEPTH] - 1)
-            return _Decoded(_upright(image), several)
+            return _upright(image), several
     except BadImageError:
         raise
     except UnidentifiedImageError as error:

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
@@ -31,35 +32,26 @@ def samples_of(microbatch: Microbatch, read: Callable[[int], Sample]) -> list[Sa
     return [sample.without_caption() if i in microbatch.dropped else sample for i, sample in samples]
 
 
+@dataclass(frozen=True)
 class MicrobatchDataset(Dataset[Batch | WorkError]):
     """Maps a `Microbatch` of the plan to the `Batch` of its samples.
 
     A damaged or missing entry comes back as the error, not raised: a worker's exception would arrive as a traceback.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        keys: Sequence[str],
-        names: Sequence[str],
-        layout: Layout,
-        rounding: Rounding = Rounding(),  # noqa: B008 - an immutable pair of ones
-    ) -> None:
-        self.cache, self.keys, self.names, self.rounding = cache, keys, names, rounding
-        self.layout: Layout = layout
+    cache: Cache
+    keys: Sequence[str]
+    names: Sequence[str]
+    layout: Layout
+    rounding: Rounding = Rounding()  # noqa: RUF009 - an immutable pair of ones
 
     def __getitem__(self, microbatch: Microbatch) -> Batch | WorkError:
         try:
             samples = samples_of(microbatch, lambda i: self.cache.read(self.keys[i], name=self.names[i]))
         except (DamagedEntry, FileNotFoundError) as error:
             return WorkError(f"{error}: run the same command again")
-        return collate(
-            samples,
-            indices=microbatch.indices,
-            weights=microbatch.weights,
-            layout=self.layout,
-            rounding=self.rounding,
-        )
+        indices, weights, _ = microbatch
+        return collate(samples, indices=indices, weights=weights, layout=self.layout, rounding=self.rounding)
 
 
 def microbatch_loader(
@@ -91,9 +83,8 @@ def _raised(results: Iterator[Batch | WorkError], closing: Any) -> Iterator[Batc
                 raise result
             yield result
     except (EOFError, ConnectionError) as error:
-        time.sleep(
-            _SIGNAL_WAIT_S
-        )  # the signal of a worker's death comes soon after its connection ends, and torch raises here
+        # The signal of a worker's death comes soon after its connection ends, and torch raises here.
+        time.sleep(_SIGNAL_WAIT_S)
         what = f"data.num_workers: a process of the loader ended as it handed over a batch ({type(error).__name__})"
         raise WorkError(f"{what}: run the same command again; where memory is short, lower it") from error
     finally:

@@ -3,11 +3,12 @@
 Promise: no row makes mixres open a file outside the manifest's folder, or anything that is not a file; every row is
 a record or is named with every reason why not; records keep the order of the rows. Cost: one pass, one `stat` a path.
 
-Paths are relative to the manifest. `path_mask` is optional. Other keys are left alone, except ones that look like a
-path. A CSV file is UTF-8 with commas, names its columns in the first line and may quote as RFC 4180 does; an empty
-field is no value.
+Paths are relative to the manifest. `path_mask` is optional, and so is `align_control` (true or false). Other keys are
+left alone, except ones that look like a path. A CSV file is UTF-8 with commas, names its columns in the first line and
+may quote as RFC 4180 does; an empty field is no value.
 """
 
+import codecs
 import csv
 import json
 import os
@@ -19,7 +20,6 @@ from typing import Any, BinaryIO
 from unicodedata import normalize
 
 from mixres.data.records import (
-    BYTE_ORDER_MARKS,
     BadCaptionError,
     EditRecord,
     EmptyCaption,
@@ -33,7 +33,7 @@ from mixres.data.records import (
 
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(data|file|http|https|ftp|s3|gs|hf):", re.IGNORECASE)
+ALIGN = "align_control"
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
 
 
@@ -90,6 +90,11 @@ def _record(where: str, row: Row, image: ImageOf, empty_caption: EmptyCaption) -
             images[key] = image(where, key, row[key])
         except BadRowError as error:
             reasons.append(str(error))
+    align = None
+    try:
+        align = _align(row)
+    except BadRowError as error:
+        reasons.append(str(error))
     given = row.get("prompt")
     if_empty = "has no prompt" if given is None else "the prompt is empty"
 
@@ -104,7 +109,20 @@ def _record(where: str, row: Row, image: ImageOf, empty_caption: EmptyCaption) -
         return [problem._replace(example=where) for problem in problems]
     target, mask = images.pop("path_target"), images.pop("path_mask", None)
     name = printable(os.path.normpath(row["path_target"])) if isinstance(row["path_target"], str) else where
-    return EditRecord(name=name, target=target, controls=tuple(images.values()), prompt=prompt, mask=mask)
+    return EditRecord(name, target, tuple(images.values()), prompt, mask, align)
+
+
+def _align(row: Mapping[str, Any]) -> bool | None:
+    """The value of `align_control`, which CSV has as text.
+
+    Raises:
+        BadRowError: it is neither true nor false.
+    """
+    given = row.get(ALIGN)
+    value = {"true": True, "false": False}.get(given.lower()) if isinstance(given, str) else given
+    if not isinstance(value, bool) and given is not None:
+        raise BadRowError(f"'{ALIGN}' is neither true nor false; write one of them")
+    return value
 
 
 def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
@@ -142,7 +160,7 @@ def _read_line(file: BinaryIO) -> bytes:
 def _check_line(line: bytes) -> None:
     if len(line) > MAX_LINE_BYTES:
         raise BadRowError(f"the line is over {MAX_LINE_BYTES} bytes long; shorten it")
-    if line.startswith(BYTE_ORDER_MARKS):
+    if line.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise BadRowError("the file starts with a byte order mark; save it as UTF-8 without one")
 
 
@@ -150,11 +168,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     _check_line(line)
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise BadRowError(f"the line is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadRowError(f"the line is not JSON: {error.msg} (character {error.pos + 1}); correct it") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets inside brackets
+    except (ValueError, RecursionError) as error:  # not UTF-8; thousands of digits; brackets inside brackets
         raise BadRowError(f"the line is not JSON: {error}; correct it") from error
     if not isinstance(row, dict):
         raise BadRowError("the line is not a JSON object; write one")
@@ -171,59 +187,60 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _csv_rows(manifest: Path) -> Iterator[tuple[int, Row]]:
     """Numbered by their first line; where the first row is no list of known columns nothing else is read."""
-    lines_read = 0
-
-    def next_line() -> str:
-        nonlocal lines_read
-        line = _read_line(file)
-        lines_read += 1
-        _check_line(line)
-        return line.decode("utf-8", "surrogateescape")  # quotes may hide an end of line: `_csv_row` finds bad bytes
-
-    def next_fields() -> list[str] | BadRowError | None:
-        try:
-            return next(reader, None)
-        except csv.Error as error:
-            return BadRowError(f"the row is not CSV: {error}; quote it as RFC 4180 says")
-        except BadRowError as error:  # of `next_line`: the reader continues behind it
-            return error
-
     with manifest.open("rb") as file:
-        reader = csv.reader(iter(next_line, ""), strict=True)
-        columns = next_fields() or []
+        rows = _csv_fields(file)
+        _, columns = next(rows, (1, []))
         if isinstance(columns, BadRowError):
             yield 1, columns
             return
-        reasons = list(_column_problems(columns))
-        yield from ((1, BadRowError(reason)) for reason in reasons)
-        while not reasons:
-            number = lines_read + 1
-            fields = next_fields()
-            if fields is None:
-                return
+        reasons = [BadRowError(reason) for reason in _csv_problems(columns)]
+        yield from ((1, reason) for reason in reasons)
+        for number, fields in rows if not reasons else ():
             if isinstance(fields, BadRowError):
                 yield number, fields
+            elif len(fields) == len(columns):
+                yield number, {key: value or None for key, value in zip(columns, fields, strict=True)}
             elif fields:
-                yield number, _csv_row(fields, columns)
+                counts = f"the row has {len(fields)} fields, the first line names {len(columns)}"
+                yield number, BadRowError(f"{counts}; quote what holds commas")
 
 
-def _csv_row(fields: Sequence[str], columns: Sequence[str]) -> Row:
-    if any(map(has_surrogate, fields)):
-        return BadRowError("the row is not UTF-8; save it as UTF-8")
-    if len(fields) != len(columns):
-        counts = f"the row has {len(fields)} fields, the first line names {len(columns)}"
-        return BadRowError(f"{counts}; quote what holds commas")
-    return {key: value or None for key, value in zip(columns, fields, strict=True)}
+def _csv_fields(file: BinaryIO) -> Iterator[tuple[int, list[str] | BadRowError]]:
+    """Line numbers, and the fields of the row that begins there, none where it is blank."""
+    lines = map(_csv_line, iter(lambda: _read_line(file), b""))  # unlike a generator it goes on behind an error
+    reader, refused = csv.reader(lines, strict=True), 0
+    while True:
+        number = reader.line_num + refused + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, BadRowError(f"the row is not CSV: {error}; quote it as RFC 4180 says")
+        except BadRowError as error:
+            refused += 1
+            yield number, error
+        else:
+            bad = any(map(has_surrogate, fields))
+            yield number, BadRowError("the row is not UTF-8; save it as UTF-8") if bad else fields
 
 
-def _column_problems(columns: Sequence[str]) -> Iterator[str]:
-    if any(map(has_surrogate, columns)):
-        yield "the row is not UTF-8; save it as UTF-8"
+def _csv_line(line: bytes) -> str:
+    _check_line(line)
+    return line.decode("utf-8", "surrogateescape")  # quotes may hide an end of line: `_csv_fields` finds bad bytes
+
+
+def _csv_problems(columns: Sequence[str]) -> Iterator[str]:
     for key in sorted({key for key in columns if columns.count(key) > 1}):
         yield f"the column '{printable(key)}' stands twice; take one out"
+    yield from column_problems(columns)
+
+
+def column_problems(columns: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the columns of a whole table: one that every row needs is missing, or as `key_problems`."""
     for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))):
         if key not in columns:
-            yield f"the first line names no column '{key}'; add it to: {', '.join(map(printable, columns))}"
+            yield f"has no column '{key}'; add it, or rename one of: {', '.join(map(printable, columns))}"
     yield from key_problems(dict.fromkeys(columns, ""))
 
 
@@ -249,8 +266,6 @@ def file_below(
     if not isinstance(value, str) or not value.strip():
         raise BadRowError(f"'{key}' is not a path; write one in quotes")
     shown = f"'{key}': {printable(value)}"
-    if _URL.match(value):
-        raise BadRowError(f"{shown} is a URL; download it, mixres reads local files only")
     if "\0" in value or has_surrogate(value):
         raise BadRowError(f"{shown} holds characters that no path has; correct it")
     if Path(value).is_absolute() or Path(os.path.normpath(value)).parts[:1] == ("..",):
@@ -259,10 +274,8 @@ def file_below(
         path = _existing(root, value)
         if allowed is not None and not path.resolve().is_relative_to(allowed):
             raise BadRowError(f"{shown} is a link out of the manifest's folder; {fix}")
-        if not path.exists():
-            raise BadRowError(f"{shown} does not exist; correct the path")
         if not path.is_file():
-            raise BadRowError(f"{shown} is not a file; correct the path")
+            raise BadRowError(f"{shown} is not a local file; correct the path")
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links, no permission
         reason = getattr(error, "strerror", None) or error
         raise BadRowError(f"{shown} cannot be opened: {reason}; make it readable, or correct the path") from error

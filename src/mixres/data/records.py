@@ -14,7 +14,6 @@ from mixres.errors import one_line
 
 EmptyCaption = Literal["error", "use_empty", "skip"]
 MAX_CAPTION_BYTES = 2**20
-BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 class EmbeddedStatus(NamedTuple):
@@ -46,6 +45,7 @@ class EditRecord:
     controls: tuple[Picture, ...]
     prompt: str
     mask: Picture | None = None
+    align_control: bool | None = None  # instead of `data.resize.control.align`, for all its controls
 
 
 class Problem(NamedTuple):
@@ -78,7 +78,7 @@ def read_caption(path: Path) -> str:
     """The caption in a file, without white space around it.
 
     Raises:
-        BadCaptionError: not plain UTF-8 text, or longer than `MAX_CAPTION_BYTES`; or the file cannot be read.
+        BadCaptionError: as `check_caption`; or the file is over `MAX_CAPTION_BYTES` long, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -87,31 +87,21 @@ def read_caption(path: Path) -> str:
         raise BadCaptionError(f"the caption cannot be read: {error.strerror}; make it readable") from error
     if len(data) > MAX_CAPTION_BYTES:
         raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long; shorten it")
-    if data.startswith(BYTE_ORDER_MARKS):
-        raise BadCaptionError("the caption starts with a byte order mark; save it as UTF-8 without one")
-    try:
-        return check_caption(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadCaptionError(f"the caption is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    return check_caption(data.decode("utf-8", "surrogateescape"))
 
 
 def check_caption(text: str) -> str:
     """`text` without white space around it.
 
     Raises:
-        BadCaptionError: it holds a NUL, a byte order mark or half of a surrogate pair, or is longer than
-            `MAX_CAPTION_BYTES`.
+        BadCaptionError: it holds a NUL, a byte order mark or what is no valid Unicode.
     """
+    if has_surrogate(text):
+        raise BadCaptionError("the caption is not UTF-8; save it as UTF-8")
     if "\0" in text:
         raise BadCaptionError("the caption holds a NUL character; take it out")
     if "\ufeff" in text:
         raise BadCaptionError(f"the caption holds a byte order mark (character {text.index(chr(0xFEFF))}); take it out")
-    try:
-        size = len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise BadCaptionError(f"the caption is not valid Unicode (character {error.start}); write it anew") from error
-    if size > MAX_CAPTION_BYTES:
-        raise BadCaptionError(f"the caption is over {MAX_CAPTION_BYTES} bytes long; shorten it")
     return text.strip()
 
 

@@ -8,7 +8,6 @@ A later scan with the same memo looks at the state of each file and decodes thos
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +18,12 @@ import xxhash
 from mixres.console import counted
 from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
-from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image, inspect_mask
+from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image
 from mixres.data.manifest import SUFFIXES, records_from_manifest
 from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, printable
 from mixres.data.scan_cache import ScanMemo
 from mixres.errors import UserError
 from mixres.geometry import Size
-
-_NUMBER = re.compile(r"[\d.,]+ ?%?")  # 0,2 and 20% are texts
 
 
 class ScannedRecord(NamedTuple):
@@ -66,8 +63,6 @@ def find_records(
     """
     path = Path(source)
     reason = "no such folder or manifest; correct the path"
-    if _NUMBER.fullmatch(source):
-        reason = "no such folder or manifest; correct the path, or write a fraction as a number such as 0.2"
     try:
         if path.is_dir() and is_saved_dataset(path):
             return records_from_saved_dataset(path, empty_caption=empty_caption)
@@ -89,15 +84,13 @@ def scan(
     key: str = "",
     empty_caption: EmptyCaption = "error",
     min_side: int = 16,
-    workers: int | None = None,
     progress: bool = True,
     memo: Path | None = None,
 ) -> Scan:
     """All usable records of all sources in their order, and every problem.
 
     `key`: what named the sources, for messages. `min_side`: pixels along the shorter side that still make one token.
-    `workers`: threads, by default one a core and at most 8. `progress`: as `console.counted` shows it. `memo`: a file
-    that keeps what the scan found for the next one.
+    `progress`: as `console.counted` shows it. `memo`: a file that keeps what the scan found for the next one.
 
     Raises:
         UserError: there are sources that are no data source; a message for each, and the problems of the others.
@@ -117,12 +110,12 @@ def scan(
             problems += found[1]
             unusable += len({problem.example for problem in found[1]} - {None})
     jobs = dict.fromkeys(job for record in records for job in _jobs(record))
-    facts, decoded = _inspect(list(jobs), limits, ScanMemo(memo), workers or min(8, os.cpu_count() or 1), progress)
+    facts, decoded = _inspect(list(jobs), limits, ScanMemo(memo), progress)
     scanned = []
     for record in records:
-        reasons = _record_problems(record, facts, min_side)
-        problems += reasons
-        if not reasons:
+        if reasons := _record_problems(record, facts, min_side):
+            problems += reasons
+        else:
             scanned.append(_scanned(record, facts))
     if messages:
         raise UserError([*messages, *map(str, problems)])
@@ -167,7 +160,7 @@ def _jobs(record: EditRecord) -> list[_Job]:
 
 
 def _inspect(
-    jobs: list[_Job], limits: Limits, memo: ScanMemo, workers: int, progress: bool
+    jobs: list[_Job], limits: Limits, memo: ScanMemo, progress: bool
 ) -> tuple[dict[_Job, ImageFacts | BadImageError], int]:
     """Facts or reason for each job, and how many were decoded."""
     decoded = 0
@@ -177,7 +170,7 @@ def _inspect(
             return facts, False
         try:
             status = job.path.stat()  # before the bytes are read: what is changed meanwhile is read again next time
-            facts = (inspect_mask if job.is_mask else inspect_image)(job.path, limits)
+            facts = inspect_image(job.path, limits, is_mask=job.is_mask)
             memo.add(job.path, job.is_mask, status, facts)
             return facts, True
         except OSError as error:
@@ -186,7 +179,7 @@ def _inspect(
             return BadImageError(str(error)), True  # the one raised holds frames, and they the bytes of the file
 
     found = {}
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         results = pool.map(inspect, jobs)  # all are queued now, whoever counts
         for job, (facts, is_new) in zip(counted(jobs, "scan", "file", enabled=progress), results, strict=True):

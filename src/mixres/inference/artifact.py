@@ -5,7 +5,8 @@ before a weight is read. Cost: a file's header and a few JSON files of the base;
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,13 +15,13 @@ import torch
 import xxhash
 from pydantic import BaseModel, Field
 
-from mixres.config.schema import COLOUR
+from mixres.config.schema import COLOUR, TargetSizeConfig
 from mixres.data.images import WHITE
 from mixres.errors import UserError
-from mixres.geometry import Size, control_area
+from mixres.geometry import Align, Size, aligned_controls, control_area, same_aspect, target_size
 from mixres.inference.options import validated
 from mixres.models import hub, quantize
-from mixres.models.family import Family
+from mixres.models.family import ControlSizes, Family
 from mixres.models.lora import base_problem
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, LoraHeader, read_header
 from mixres.models.quantize import Method, check_method
@@ -30,6 +31,7 @@ from mixres.training.checkpoint import MANIFEST
 FORMAT = 1  # of the recipe, see `training.setup.recipe`
 TRANSFORMER = "transformer"
 _AREA_RULES = ("control_area", "text_area")
+_TARGET_SIZE, _ALIGN = "target_size", "control_align"  # keys that earlier recipes lack
 
 
 _AreaRule = Literal["target"] | Annotated[int, Field(ge=1024, le=2**28, strict=True)]  # as data.resize.control
@@ -43,6 +45,8 @@ class _Recipe(BaseModel):
     mixres: Annotated[str, Field(min_length=1)]
     control_area: _AreaRule = "target"
     text_area: _AreaRule = "target"
+    control_align: Align = "never"
+    target_size: TargetSizeConfig = TargetSizeConfig()
     revision: str | None = None
     background: Annotated[str, Field(pattern=COLOUR)] = WHITE
     quantize: Method | None = None
@@ -68,8 +72,31 @@ class RunResult:
         return {name: self.recipe[name] for name in _AREA_RULES if name in self.recipe}
 
     def areas(self, size: Size) -> dict[str, int]:
-        """The sizes in pixels of the controls of an image of this size, by the names of `Family.control_areas`."""
+        """The areas in pixels of the controls of an image of this size, by the names of `Family.control_areas`."""
         return {name: control_area(rule, size) for name, rule in self.area_rules.items()}
+
+    def trained_size(self, control: Size) -> Size | None:
+        """What training would have made of a target of a control's size; None: the recipe does not say."""
+        rule = self.recipe.get(_TARGET_SIZE)
+        return target_size(control, **rule) if rule else None
+
+    def aligned_size(self, control: Size, size: Size) -> Size | None:
+        """`size` if its grid can be that of this control too, else the nearest that can; None: none has to be."""
+        multiple_of = self.recipe.get(_TARGET_SIZE, {}).get("multiple_of")
+        if self.recipe.get(_ALIGN, "never") == "never" or not multiple_of:
+            return None
+        if size == self.trained_size(control) or same_aspect(control, size, multiple_of):
+            return size
+        return target_size(control, max_pixels=math.prod(size), multiple_of=multiple_of, upscale=True)
+
+    def control_sizes(self, size: Size, controls: Sequence[Size], own: bool | None = None) -> ControlSizes:
+        """The sizes of the controls of an image of this size, by the rules of the training; `own`: of the record.
+
+        An image of the first control's aspect is taken for a target of its size.
+        """
+        target = controls[0] if controls and self.aligned_size(controls[0], size) == size else size
+        aligned = aligned_controls(self.recipe.get(_ALIGN, "never"), target, controls, own)
+        return self.family.control_sizes(size, controls, self.area_rules, aligned)
 
     def digest(self) -> str:
         """xxh3-128 of the LoRA file, or over the names and bytes of the transformer's files."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixres import atomic
-from mixres.config.load import load_config
+from mixres.config.load import load_run_config
 from mixres.console import counted, log
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
@@ -124,7 +124,7 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
         return result, result.path.read_bytes() if result.lora else b""
     if problem := problem_of(path):
         raise UserError(f"{_KEY}: {path} is damaged ({problem}): name another checkpoint")
-    config = load_config(path.resolve().parents[1] / "config.yaml")
+    config = load_run_config(path.resolve().parents[1])
     settings, model = config.model.lora, config.model
     if settings is None:
         raise UserError(f"{_KEY}: {path} is of a run that trains all weights: name its result")
@@ -230,6 +230,11 @@ def export(request: Request) -> None:
             atomic.write_bytes(partial, request.lora)
     log(f"result    {out}")
     log(f"use       {_USE[request.format, model is not None].format(out=str(out))}")
+    rule, how = result.recipe.get("target_size"), result.family.comfyui_controls
+    if request.format == "comfyui" and how and rule:
+        limit = f"at most {rule['max_pixels']} pixels, sides multiples of {rule['multiple_of']}"
+        log(f"          scale the image to edit as in training ({limit}; mixres sample logs the size)")
+        log(f"          {how}; give the sampler an empty latent of that size")
 
 
 def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: Adapters) -> None:

@@ -35,7 +35,7 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size, target_size
 from mixres.inference.artifact import RunResult, find_base, find_quantization, find_result, renamed
 from mixres.inference.options import options, validated
-from mixres.models.family import Family
+from mixres.models.family import ControlSizes, Family
 from mixres.models.quantize import Method
 from mixres.preprocessing.fill import release
 from mixres.training.distributed import dist_env
@@ -81,6 +81,7 @@ class Options(BaseModel):
     prompt: _Prompt | None = None
     prompts: Path | None = None
     size: _Size | None = None
+    restore_size: bool = False
     steps: Annotated[int, Field(ge=2, le=1000)] = SampleConfig().steps
     seed: _Seed = 0
     guidance: Annotated[float, Field(ge=1, le=100)] = 1.0
@@ -100,6 +101,7 @@ class _Row(BaseModel):
     controls: Annotated[tuple[Path, ...], Field(alias="path_control")]
     seed: _Seed | None = None
     size: _Size | None = None
+    align_control: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ class ImageJob:
     prompt: str
     negative: str | None  # with guidance
     controls: tuple[Path, ...]
+    control_sizes: ControlSizes
     size: Size
+    restored_size: Size | None  # to which the image is scaled at last
     seed: int
 
     @property
@@ -132,8 +136,7 @@ class Request:
     quantize: Method | None  # of the base's weights
 
 
-# A prompt, the controls that the text encoder sees with it, and their areas as the family takes them.
-_Text = tuple[str, tuple[Path, ...], tuple[tuple[str, int], ...]]
+_Text = tuple[str, tuple[Path, ...], ControlSizes]  # a prompt, and the controls that the text encoder sees with it
 
 
 # What is asked for.
@@ -152,6 +155,8 @@ def make_request(**given: Any) -> Request:
         raise UserError("--image: the lines of --prompts name their images: leave it out")
     if asked.negative_prompt is not None and asked.guidance == 1:
         raise UserError("--negative-prompt: has no effect without guidance: give --guidance above 1, or leave it out")
+    if asked.restore_size and not (asked.image or asked.prompts):
+        raise UserError("--restore-size: there is no image whose size could be restored: leave it out")
     device = _device(asked.device)
     result = find_result(asked.lora, "--lora")
     family = find_base(result, asked.base, "--base")
@@ -167,18 +172,32 @@ def make_request(**given: Any) -> Request:
     sizes = _control_sizes(rows, problems)
     problems.add(*_fit_problems(family, rows, asked))
     problems.raise_if_any()
-    jobs = [
-        ImageJob(
-            path,
-            row.prompt,
-            negative if asked.guidance > 1 else None,
-            row.controls,
-            row.size or asked.size or family.default_size(sizes[row.controls[-1]] if row.controls else None),
-            asked.seed if row.seed is None else row.seed,
+    jobs = []
+    for path, row in zip(_free_paths(asked.out.expanduser(), len(rows)), rows.values(), strict=True):
+        controls = [sizes[control] for control in row.controls]
+        size = row.size or asked.size or _default_size(family, result, controls)
+        jobs.append(
+            ImageJob(
+                path,
+                row.prompt,
+                negative if asked.guidance > 1 else None,
+                row.controls,
+                result.control_sizes(size, controls, row.align_control),
+                size,
+                controls[0] if asked.restore_size and controls else None,
+                asked.seed if row.seed is None else row.seed,
+            )
         )
-        for path, row in zip(_free_paths(asked.out.expanduser(), len(rows)), rows.values(), strict=True)
-    ]
+        if controls and (aligned := result.aligned_size(controls[0], size)) not in (None, size):
+            what = f"has another aspect than its first image ({controls[0]}), so edits may be shifted or stretched"
+            log(f"size      {path.name}: {size} {what}: the nearest size of that aspect is {aligned}")
     return Request(asked, result, family, tuple(jobs), device, dtype, quantize)
+
+
+def _default_size(family: Family, result: RunResult, controls: Sequence[Size]) -> Size:
+    """As in training, so that image and first control have one grid; without controls as in the stock pipeline."""
+    trained = result.trained_size(controls[0]) if controls else None
+    return trained or family.default_size(controls[-1] if controls else None)
 
 
 def _device(name: str | None) -> torch.device:
@@ -302,24 +321,26 @@ def _make_images(request: Request) -> int:
         path = job.path if trained else job.untrained_path
         log(f"image     {path.name}: {job.size}, {request.options.steps} steps")
         image = _make_image(request, pipeline, job, embeds)
+        if job.restored_size:
+            image = image.resize(job.restored_size, Image.Resampling.LANCZOS)
         settings = json.dumps(_settings(request, job, digest if trained else None), ensure_ascii=False)
         _save(image, path, mixres=settings)
     return len(jobs)
 
 
-def _text(request: Request, job: ImageJob, prompt: str) -> _Text:
-    return prompt, job.controls, tuple(request.result.areas(job.size).items())
+def _text(job: ImageJob, prompt: str) -> _Text:
+    return prompt, job.controls, job.control_sizes
 
 
 def _encode(request: Request) -> dict[_Text, Tensor]:
     """The embeddings `(T, D)` of each prompt with its controls, on the CPU; the text encoder is gone then."""
     prompts = [(job, prompt) for job in request.jobs for prompt in (job.prompt, job.negative) if prompt is not None]
-    texts = dict.fromkeys(_text(request, *each) for each in prompts)
+    texts = dict.fromkeys(_text(*each) for each in prompts)
     encoders, embeds = request.family.load_encoders(dtype=getattr(torch, request.dtype), device=request.device), {}
     for text in counted(texts, "encode", "prompt", enabled=True):
-        prompt, controls, areas = text
+        prompt, controls, sizes = text
         images = _read(request, controls)
-        embeds[text] = request.family.encode_prompt(encoders, controls=images, prompt=prompt, areas=dict(areas))
+        embeds[text] = request.family.encode_prompt(encoders, controls=images, prompt=prompt, sizes=sizes)
     return embeds
 
 
@@ -347,18 +368,18 @@ def _load(request: Request, trained: Path | None) -> Any:
 
 
 def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Mapping[_Text, Tensor]) -> Image.Image:
-    negative = None if job.negative is None else embeds[_text(request, job, job.negative)]
+    negative = None if job.negative is None else embeds[_text(job, job.negative)]
     try:
         return request.family.sample_image(
             pipeline,
             controls=_read(request, job.controls),
-            prompt_embeds=embeds[_text(request, job, job.prompt)],
+            prompt_embeds=embeds[_text(job, job.prompt)],
             size=job.size,
+            sizes=job.control_sizes,
             steps=request.options.steps,
             seed=job.seed,
             negative_embeds=negative,
             guidance=request.options.guidance,
-            areas=request.result.areas(job.size),
         )
     except torch.OutOfMemoryError as error:
         raise WorkError(f"{request.device} is out of memory at {job.size}: give a smaller --size") from error
@@ -381,8 +402,10 @@ def _settings(request: Request, job: ImageJob, digest: str | None) -> dict[str, 
         "seed": job.seed,
         "steps": request.options.steps,
         "size": str(job.size),
+        "restored_size": job.restored_size and str(job.restored_size),
         "images": [printable(path) for path in job.controls],
         **request.result.areas(job.size),
+        "control_sizes": [str(size) for size in job.control_sizes.vae],
         "lora": None if digest is None else printable(request.result.path),
         "lora_xxh3": digest,
         "base": request.family.path,

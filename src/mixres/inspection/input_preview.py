@@ -53,7 +53,7 @@ def preview_grid(
 
 
 def _images(family: Family, preprocessors: Any, inputs: dict[str, Any]) -> Images:
-    shown = ("target", "target_size", "controls", "areas")
+    shown = ("target", "target_size", "controls", "sizes")
     found = family.previews(preprocessors, **{name: inputs[name] for name in shown})
     if inputs["mask"] is not None:
         grid = token_grid(inputs["target_size"], family.pixels_per_token())

@@ -55,9 +55,7 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     if found is None:
         raise UserError(problems.lines)
     tell(found, family.max_prompt_tokens, config.data.background)
-    if found.stop(config):
-        problems.add(*map(str, found.problems), found.summary())
-    problems.add(*filter(None, [found.share_problem(config)]))
+    problems.add(*found.refusals(config))
     run = _DryRun(config, family, found, ranks, problems, estimate=estimate)
     report = run.report()
     if measure and not problems.lines:

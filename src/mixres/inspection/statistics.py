@@ -24,6 +24,7 @@ from mixres.preprocessing.training_data import ScannedData
 
 _BINS = 12
 _APART = 1.1  # aspects of control and target that differ by this factor are counted
+_NEARLY = 1.05  # those that differ by less may be pairs that should have one grid
 _RESIZED = 1.05  # an area that changes by less is only rounded
 _CROOKED = 1.02  # a change of aspect by rounding that is worth a notice
 _ENLARGED = 2.0  # so is a control that is enlarged by this factor along a side,
@@ -105,9 +106,22 @@ def size_figures(train: Sequence[ScannedRecord], entries: Sequence[CacheEntry], 
         "controls_enlarged": sum(ratio > _RESIZED for ratio in control_growth),
         "most_enlargement_of_a_control": math.sqrt(max(control_growth, default=0)),
         "controls_of_another_aspect": sum(ratio > _APART for ratio in apart),
+        **_grid_figures(seen, apart),
         "least_aspect": min(aspects),
         "most_aspect": max(aspects),
         "aspects": histogram(aspects),
+    }
+
+
+def _grid_figures(seen: Sequence[Sequence[Size]], apart: Sequence[float]) -> Figures:
+    """Controls whose token grid is not their target's. Grids lie centre on centre, so edges are half a side apart."""
+    pairs = [(sizes[0], control) for sizes in seen for control in sizes[1:]]
+    edges = [max(abs(a - b) for a, b in zip(*pair, strict=True)) / 2 for pair in pairs]
+    near = [edge for edge, ratio in zip(edges, apart, strict=True) if edge and ratio < _NEARLY]
+    return {
+        "controls_of_another_grid": sum(map(bool, edges)),
+        "of_them_nearly_of_the_targets_aspect": len(near),
+        "most_pixels_apart_at_an_edge": max(near, default=0.0),
     }
 
 
@@ -218,6 +232,11 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
     enlarged, other, rest = sizes["targets_enlarged"], sizes["controls_of_another_aspect"], len(train) % wanted
     enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
     few, no_samples = found.few(config), config.sample.every and not found.held_out
+    unaligned = "set data.resize.control.align=auto, which needs a new logging.output_dir"
+    if config.data.resize.control.align == "auto":
+        unaligned = (
+            "scale the files of a pair alike, or set data.resize.control.align=always, or align_control of a record"
+        )
     all_alone = epoch["microbatches"] == epoch["samples"] > epoch["steps"] * ranks
     checks: list[tuple[object, str]] = [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
@@ -226,6 +245,11 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
         (
             other,
             f"{amount(other, 'control')} of another aspect than the target, by over 10 %: allowed, each keeps its own",
+        ),
+        (
+            near := sizes["of_them_nearly_of_the_targets_aspect"],
+            f"{amount(near, 'control')} of nearly the target's aspect on another token grid, up to "
+            f"{sizes['most_pixels_apart_at_an_edge']:g} pixels apart at an edge, so edits may be shifted: {unaligned}",
         ),
         (enlarged, f"{amount(enlarged, 'target')} enlarged: data.resize.target.upscale, or sides under multiple_of"),
         (

@@ -23,8 +23,13 @@ from mixres.geometry import Grid, Size
 from mixres.models.quantize import Method
 
 AreaRule = int | Literal["target"]  # pixels of a control image, or those of its target
-Areas = Mapping[str, int]  # the areas of one sample's controls in pixels, by the names that `control_areas` gives them
-NO_AREAS: Areas = {}
+
+
+class ControlSizes(NamedTuple):
+    """What VAE and text encoder are given: the size of each control of one sample, in the controls' order."""
+
+    vae: tuple[Size, ...] = ()
+    text: tuple[Size, ...] = ()
 
 
 class PatchState(NamedTuple):
@@ -53,8 +58,8 @@ class Family(Protocol):
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
-    quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
+    comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
     path: str
     revision: str | None
 
@@ -90,20 +95,33 @@ class Family(Protocol):
         """Of `prompts` those over `max_prompt_tokens`: how many tokens, and the longest beginning that fits."""
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
-        """The rules for the sizes of controls by name; part of the cache key and of the LoRA's metadata.
+        """The rules for the areas of controls by name; part of the cache key and of the LoRA's metadata.
 
         Raises:
             UserError: the family does not have a size that is given.
         """
 
-    def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
-        """Token grids of a target of this size and of controls whose files have these sizes, target first."""
+    def control_sizes(
+        self,
+        target: Size,
+        controls: Sequence[Size],
+        rules: Mapping[str, AreaRule] | None = None,
+        aligned: Sequence[bool] = (),
+    ) -> ControlSizes:
+        """The sizes of controls whose files have the sizes `controls`, beside a target trained or made at `target`.
+
+        `rules` are those of `control_areas`, by default the stock pipeline's. The VAE gets a control that is `aligned`
+        at the target's size; without `aligned` none is.
+        """
+
+    def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
+        """Token grids of a target of this size and of its controls, target first."""
 
     def load_preprocessors(self) -> Any:
         """The stock pipeline with tokenizer and image processor, without any weight."""
 
-    def text_tokens(self, preprocessors: Any, *, prompt: str, controls: Sequence[Size], areas: Areas = NO_AREAS) -> int:
-        """T of `encode_prompt`, exactly, from the sizes of the controls' files."""
+    def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
+        """T of `encode_prompt`, exactly."""
 
     def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
         """Why the transformer has no positions for so much text beside images of these grids; None where it has."""
@@ -115,7 +133,7 @@ class Family(Protocol):
         target: Image.Image,
         target_size: Size,
         controls: Sequence[Image.Image],
-        areas: Areas = NO_AREAS,
+        sizes: ControlSizes,
     ) -> dict[str, Image.Image]:
         """What VAE and text encoder are given of a record, as images with a heading each, target first."""
 
@@ -125,7 +143,7 @@ class Family(Protocol):
         """The stock pipeline with frozen VAE and text encoder, without a transformer."""
 
     def encode_prompt(
-        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
+        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
     ) -> Tensor:
         """`(T, D)` on the CPU: bit for bit what the stock pipeline hands to its transformer, unpadded."""
 
@@ -138,13 +156,13 @@ class Family(Protocol):
         target_size: Size,
         controls: Sequence[Image.Image],
         prompt: str,
+        sizes: ControlSizes,
         mask: Image.Image | None = None,
-        areas: Areas = NO_AREAS,
     ) -> Sample:
         """A sample from RGB images of any size, on the CPU and in the encoders' dtype.
 
-        The target is resized to `target_size` pixels. `mask` ("L") is as large as the target. Latents are those of the
-        stock pipeline, bit for bit.
+        The target is resized to `target_size` pixels, the controls to `sizes`. `mask` ("L") is as large as the target.
+        Latents are those of the stock pipeline, bit for bit.
 
         Raises:
             UserError: `record_problem` finds one.
@@ -195,15 +213,15 @@ class Family(Protocol):
         controls: Sequence[Image.Image],
         prompt_embeds: Tensor,
         size: Size,
+        sizes: ControlSizes,
         steps: int,
         seed: int,
         negative_embeds: Tensor | None = None,
         guidance: float = 1.0,
-        areas: Areas = NO_AREAS,
     ) -> Image.Image:
         """One image of `size` pixels through the stock pipeline's own `__call__`; no mode is left behind.
 
-        `prompt_embeds` `(T, D)` are of these very controls. With `guidance` above 1 it leads away from
+        `prompt_embeds` `(T, D)` are of these very controls at `sizes`. With `guidance` above 1 it leads away from
         `negative_embeds` `(T', D)`.
         """
 

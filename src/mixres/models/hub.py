@@ -6,6 +6,7 @@ base that is not a folder, a listing of a few folders otherwise; `fingerprint` r
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +25,6 @@ KEY = "model.pretrained_model_name_or_path"
 _OPENED = (".safetensors", ".json", ".txt", ".jinja")  # tokenizer text: merges.txt
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONFIGS = ("*/config.json", "*/scheduler_config.json")
-_CHUNK_BYTES = 1 << 24
 
 
 def pipeline_folder(path: str, components: Sequence[str], *, revision: str | None = None) -> Path:
@@ -52,12 +52,12 @@ def pipeline_json(path: str, name: str, *, revision: str | None = None) -> dict[
     file = _locate(path, revision, _CONFIGS) / name
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{KEY}: {file} cannot be read ({error}): give {path!r} the files of a diffusers pipeline"
         ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{KEY}: {file} holds no JSON object: give {path!r} the files of a diffusers pipeline")
     return value
 
 
@@ -158,19 +158,15 @@ def _component_problem(folder: Path) -> str | None:
 
 
 def _read_memo(memo: Path | None) -> dict[str, str]:
-    if memo is None or not memo.is_file():
+    if memo is None:
         return {}
     try:
-        value = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(memo.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def file_digest(file: Path) -> str:
     """xxh3-128 over the file's bytes, 32 hex characters."""
-    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

@@ -1,8 +1,9 @@
 """Adapters into the transformer, trainable parameters out.
 
 Promise: every target pattern matches at least one layer and is reported with what it matched; layers whose output
-reaches no loss get no adapter. Adapters are float32 (float64 over a float64 base) whatever the base is.
-Cost: none after set-up.
+reaches no loss get no adapter. Adapters are float32 (float64 over a float64 base) whatever the base is. A file that
+does not fit a run is refused with the setting that would make it fit, before anything is computed. Cost: none after
+set-up.
 
 Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); DoRA, Liu et al. 2024 (arXiv 2402.09353); by peft through diffusers'
 `add_adapter`.
@@ -16,8 +17,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from mixres.config.problems import as_written
 from mixres.errors import UserError
-from mixres.models.lora_file import LoraHeader, check_fit, load_adapters, read_header
+from mixres.models.lora_file import KEY, LoraHeader, load_adapters, read_header
 
 Presets = Mapping[str, Sequence[str]]  # what one word of `target_modules` stands for
 NO_PRESETS: Presets = {}
@@ -124,9 +126,25 @@ def check_pretrained(
     Raises:
         UserError: the file is none, or every setting that does not fit.
     """
-    chosen = _chosen(transformer, expanded(target_modules, presets), untrained)
-    layers = {name: (linear.in_features, linear.out_features) for name, linear in chosen.items()}
-    check_fit(read_header(pretrained_weight), layers, r=r, lora_alpha=lora_alpha, use_dora=use_dora)
+    header, problems = read_header(pretrained_weight), []
+    for name, own in {"r": r, "lora_alpha": lora_alpha, "use_dora": use_dora}.items():
+        theirs = getattr(header, name)
+        if own != theirs:
+            what = f"model.lora.{name}: {as_written(own)} does not fit {header.path}"
+            problems.append(f"{what}, which has {as_written(theirs)}: write {as_written(theirs)}")
+    layers = _chosen(transformer, expanded(target_modules, presets), untrained)
+    missing, extra = sorted(layers.keys() - header.layers.keys()), sorted(header.layers.keys() - layers.keys())
+    if missing or extra:
+        parts = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
+        parts += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
+        problems.append(
+            f"model.lora.target_modules: the adapters of {header.path} are for others: write those it was made with; "
+            f"{'; '.join(parts)}"
+        )
+    if problem := base_problem(transformer, header):
+        problems.append(f"{KEY}: {header.path} is for another base: {problem}; name one of this base")
+    if problems:
+        raise UserError(problems)
 
 
 def base_problem(transformer: nn.Module, header: LoraHeader) -> str | None:

@@ -1,7 +1,6 @@
 """A LoRA as a file: written so that the stock pipelines load it, read so that training continues from it.
 
-Promise: equal adapters make equal bytes; a file that does not fit a run is refused with the setting that would make it
-fit, before anything is computed. Only safetensors are opened. Cost: the file once; its header alone for the check.
+Promise: equal adapters make equal bytes; only safetensors are opened. Cost: the file once, or its header.
 
 The format is that of diffusers' `save_lora_adapter`, with the recipe of the run in the metadata under `mixres`.
 """
@@ -18,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from mixres.config.problems import as_written
 from mixres.errors import UserError
 
 RECIPE_KEY = "mixres"
@@ -98,41 +96,6 @@ def read_header(given: str, *, key: str = KEY) -> LoraHeader:
     (r,) = ranks
     # Where nothing is stated diffusers takes the rank for lora_alpha.
     return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers, recipe)
-
-
-def check_fit(
-    header: LoraHeader, layers: Mapping[str, tuple[int, int]], *, r: int, lora_alpha: float, use_dora: bool
-) -> None:
-    """That a run whose adapters have these settings can continue from the file; `layers` as in the header.
-
-    Raises:
-        UserError: every setting that differs, with the value that fits.
-    """
-    problems = []
-    for name, own, theirs in (
-        ("r", r, header.r),
-        ("lora_alpha", lora_alpha, header.lora_alpha),
-        ("use_dora", use_dora, header.use_dora),
-    ):
-        if own != theirs:
-            there = as_written(theirs)
-            what = f"model.lora.{name}: {as_written(own)} does not fit {header.path}"
-            problems.append(f"{what}, which has {there}: write {there}")
-    missing, extra = sorted(layers.keys() - header.layers.keys()), sorted(header.layers.keys() - layers.keys())
-    if missing or extra:
-        parts = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
-        parts += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
-        problems.append(
-            f"model.lora.target_modules: the adapters of {header.path} are for others: write those it was made with; "
-            f"{'; '.join(parts)}"
-        )
-    other = [name for name in layers.keys() & header.layers.keys() if layers[name] != header.layers[name]]
-    if other:
-        problems.append(
-            f"{KEY}: {header.path} is of a base of another size: {min(other)} differs; name one of this base"
-        )
-    if problems:
-        raise UserError(problems)
 
 
 def load_adapters(header: LoraHeader, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -28,24 +28,22 @@ def load_family(name: str | None, path: str, *, revision: str | None = None, syn
     its shape with noise.
 
     Raises:
-        UserError: the pipeline cannot be found, its class is not supported, or `name` is another family or none.
+        UserError: the pipeline cannot be found, its class is not supported, or `name` is not its family.
     """
-    names = sorted(family.name for family in FAMILIES.values())
-    if name not in (None, *names):
-        raise UserError(f"model.family: there is no family {name!r}: leave it out, or write one of {', '.join(names)}")
     if not sys.stderr.isatty():  # in a log the libraries' bars of what they load would be lines of no news
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
     stock = {base: family for family in FAMILIES.values() for base in family.stock_bases}
-    if synthetic and path in stock:
-        return stock[path](path, synthetic=True)
-    pipeline_class = pipeline_json(path, "model_index.json", revision=revision).get("_class_name")
-    family = FAMILIES.get(pipeline_class) if isinstance(pipeline_class, str) else None
+    family = stock.get(path) if synthetic else None
+    pipeline_class = None if family else pipeline_json(path, "model_index.json", revision=revision).get("_class_name")
+    if isinstance(pipeline_class, str):
+        family = FAMILIES.get(pipeline_class)
     if family is None:
         supported = ", ".join(FAMILIES)
         raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported; supported: {supported}")
     if name not in (None, family.name):
         raise UserError(
-            f"model.family: {name!r} does not fit {path!r}, a {pipeline_class}: leave it out, or {family.name}"
+            f"model.family: {name!r} does not fit {path!r}, a {family.pipeline_class.__name__}: "
+            f"leave it out, or {family.name}"
         )
     return family(path, revision=revision, synthetic=synthetic)

@@ -21,7 +21,14 @@ from mixres.data.images import WHITE, BadImageError, read_image, read_mask
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
 from mixres.models.family import Family
-from mixres.preprocessing.training_data import control_areas, image_limits, target_size_of
+from mixres.preprocessing.training_data import (
+    aligned,
+    control_areas,
+    control_sizes_of,
+    image_limits,
+    stated_areas,
+    target_size_of,
+)
 
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
 # resized differently, and when a new release line of diffusers brings another prompt template.
@@ -32,6 +39,8 @@ def entry_keys(
     config: Config, family: Family, records: Sequence[ScannedRecord], *, empty_prompt: bool = False
 ) -> list[str]:
     """For each record the hash over everything that its entry depends on; `empty_prompt`: the entry holds that too.
+
+    Sizes of controls are in it where they are not those that their areas give: only then does alignment change them.
 
     Raises:
         UserError: the base's encoders cannot be found.
@@ -52,9 +61,19 @@ def entry_keys(
             prompt=scanned.record.prompt,
             **({"empty_prompt": True} if empty_prompt else {}),
             **(background if scanned.flattened else {}),
+            **_aligned_sizes(config, family, scanned),
         )
         for scanned in records
     ]
+
+
+def _aligned_sizes(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
+    if not any(aligned(config, scanned)):
+        return {}
+    target, rules = target_size_of(config, scanned), stated_areas(config, family)
+    by_area = family.control_sizes(target, scanned.control_sizes, rules)
+    sizes = control_sizes_of(config, family, scanned)
+    return {} if sizes == by_area else {"control_sizes": sizes.vae}
 
 
 def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
@@ -83,12 +102,11 @@ def foreseen_entries(
     preprocessors = family.load_preprocessors()
     entries = {}
     for key, scanned in records.items():
-        target, controls = target_size_of(config, scanned), scanned.control_sizes
-        areas = control_areas(config, family, target)
-        count = partial(family.text_tokens, preprocessors, controls=controls, areas=areas)
+        sizes = control_sizes_of(config, family, scanned)
+        count = partial(family.text_tokens, preprocessors, sizes=sizes)
         entries[key] = CacheEntry(
             key=key,
-            img_shapes=family.grids(target, controls, areas),
+            img_shapes=family.grids(target_size_of(config, scanned), sizes),
             text_tokens=count(prompt=scanned.record.prompt),
             has_mask=scanned.record.mask is not None,
             empty_tokens=count(prompt="") if key in with_empty else 0,
@@ -119,7 +137,7 @@ def encode_record(
     sample = family.encode(encoders, **inputs)
     if not with_empty:
         return sample
-    empty = family.encode_prompt(encoders, prompt="", controls=inputs["controls"], areas=inputs["areas"])
+    empty = family.encode_prompt(encoders, prompt="", controls=inputs["controls"], sizes=inputs["sizes"])
     return replace(sample, empty_embeds=empty)
 
 
@@ -135,7 +153,7 @@ def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dic
     try:
         target = read_image(record.target, limits)
         controls = [read_image(path, limits) for path in record.controls]
-        mask = read_mask(record.mask, limits, scanned.target_size) if record.mask else None
+        mask = read_mask(record.mask, limits) if record.mask else None
         digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
     except (BadImageError, OSError) as error:
         raise WorkError(f"{record.name}: a file {again} ({error})") from error
@@ -149,5 +167,5 @@ def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dic
         "controls": controls,
         "prompt": record.prompt,
         "mask": mask,
-        "areas": control_areas(config, family, target_size_of(config, scanned)),
+        "sizes": control_sizes_of(config, family, scanned),
     }

@@ -25,20 +25,21 @@ from mixres.data.records import EditRecord
 from mixres.data.scan import ScannedRecord
 from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size
-from mixres.models.family import Family
+from mixres.models.family import ControlSizes, Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.encode import encode_record, entry_bytes, entry_keys, foreseen_entries, text_problems
-from mixres.preprocessing.training_data import SOURCES, scan_of, target_size_of, usable_records
+from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CachedSample:
-    """A usable record, the size it is trained at, and its entry in the cache."""
+    """A usable record, the sizes it is trained at, and its entry in the cache."""
 
     record: EditRecord
     target_size: Size
+    control_sizes: ControlSizes
     key: str
     entry: CacheEntry
     regularization: bool = False  # counts in the loss with `loss.prior_loss_weight`
@@ -60,6 +61,11 @@ class KeyedRecords(NamedTuple):
     train: list[ScannedRecord]
     held_out: list[ScannedRecord]
     keys: list[str]  # of the entries of both, in this order
+
+    @property
+    def by_key(self) -> dict[str, ScannedRecord]:
+        """One record of each entry: equal ones share it."""
+        return dict(zip(self.keys, [*self.train, *self.held_out], strict=True))
 
     def train_keys(self, *, regularization: bool) -> list[str]:
         """Those of the regularisation set, or of the samples beside it."""
@@ -141,7 +147,7 @@ def encode(
         UserError, WorkError: as `run_cache`.
     """
     cache, train, held_out, keys = found
-    records = dict(zip(keys, [*train, *held_out], strict=True))
+    records = found.by_key
     if rank == 0:
         cache.sweep()
     entries = {key: entry for key in records if (entry := cache.lookup(key))}
@@ -165,7 +171,8 @@ def encode(
         log(f"cache     {len(records)} entries in {cache.root}: {encoded} encoded, {len(entries)} found{others}")
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
-    samples = [_cached(config, scanned, key, cache) for key, scanned in zip(keys, [*train, *held_out], strict=True)]
+    found_records = zip(keys, [*train, *held_out], strict=True)
+    samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
     return CachedData(cache, samples[: len(train)], samples[len(train) :])
 
 
@@ -174,8 +181,7 @@ def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries:
     names = [scanned.record.name for scanned in found.train]
     lengths = [lengths_of(entries[key]) for key, _ in zip(found.keys, found.train, strict=False)]
     problems = Problems(over_budget(lengths, names, config.batch.max_tokens))
-    records = dict(zip(found.keys, [*found.train, *found.held_out], strict=True))
-    problems.add(*text_problems(family, records, entries))
+    problems.add(*text_problems(family, found.by_key, entries))
     problems.raise_if_any()
 
 
@@ -224,10 +230,11 @@ def fill(
     return encoded
 
 
-def _cached(config: Config, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
+def _cached(config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
     entry = cache.lookup(key)
     assert entry is not None, key
-    return CachedSample(scanned.record, target_size_of(config, scanned), key, entry, scanned.regularization)
+    sizes = target_size_of(config, scanned), control_sizes_of(config, family, scanned)
+    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:

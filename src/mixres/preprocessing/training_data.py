@@ -17,8 +17,8 @@ from mixres.data.images import Limits
 from mixres.data.records import Picture, Problem, printable
 from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_held_out
 from mixres.errors import Problems, UserError
-from mixres.geometry import Size, control_area, control_scale, target_scale, target_size
-from mixres.models.family import AreaRule, Family
+from mixres.geometry import Align, Size, aligned_controls, control_area, control_scale, target_scale, target_size
+from mixres.models.family import AreaRule, ControlSizes, Family
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
@@ -42,12 +42,6 @@ class ScannedData:
         """How many records there are, usable or not."""
         return len(self.train) + len(self.held_out) + self.unusable
 
-    def summary(self) -> str:
-        """The last line of a list of problems."""
-        usable = f"{self.total - self.unusable} of {amount(self.total, 'record')} can be used"
-        fix = "fix the data, or set data.on_bad_item=skip to leave the others out"
-        return f"data: {amount(len(self.problems), 'problem')}; {usable}: {fix}"
-
     def few(self, config: Config) -> str | None:
         """A notice where a step has more samples than there are."""
         wanted, count = config.batch.samples_per_step, len(self.train)
@@ -60,14 +54,18 @@ class ScannedData:
         """Whether the problems are such that nothing may be trained."""
         return config.data.on_bad_item == "error" and any(not problem.skip for problem in self.problems)
 
-    def share_problem(self, config: Config) -> str | None:
-        """What is wrong where a fraction is to be held out and one side is empty."""
-        own = [scanned for scanned in self.train if not scanned.regularization]
-        fraction, count = config.data.held_out, len(own) + len(self.held_out)
-        if not isinstance(fraction, float) or (own and self.held_out):
-            return None
-        what = "all" if self.held_out else "none"
-        return f"data.held_out: {fraction:g} of {count} records is {what}; give another fraction, or a folder"
+    def refusals(self, config: Config) -> list[str]:
+        """Why nothing may be trained: problems, or a fraction that holds out none or all."""
+        lines = []
+        if self.stop(config):
+            usable = f"{self.total - self.unusable} of {amount(self.total, 'record')} can be used"
+            fix = "fix the data, or set data.on_bad_item=skip to leave the others out"
+            lines = [*map(str, self.problems), f"data: {amount(len(self.problems), 'problem')}; {usable}: {fix}"]
+        own, fraction = sum(not scanned.regularization for scanned in self.train), config.data.held_out
+        if isinstance(fraction, float) and not (own and self.held_out):
+            share = f"{fraction:g} of {own + len(self.held_out)} records is {'all' if self.held_out else 'none'}"
+            lines.append(f"data.held_out: {share}; give another fraction, or a folder")
+        return lines
 
 
 def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
@@ -79,15 +77,12 @@ def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[li
         UserError: sources, sizes or records are wrong, all of them together; or a fraction holds out none or all.
     """
     found = scan_records(config, family, is_main=is_main)
-    if found.stop(config):
-        raise UserError([*map(str, found.problems), found.summary()])
+    if lines := found.refusals(config):
+        raise UserError(lines)
     if is_main:
         _list_problems(config, found)
-    if problem := found.share_problem(config):
-        raise UserError(problem)
-    if is_main:
         tell(found, family.max_prompt_tokens, config.data.background)
-        if found.train and (few := found.few(config)):
+        if few := found.few(config):
             log(f"data      {few}")
     return found.train, found.held_out
 
@@ -128,21 +123,18 @@ def _scan_source(
     found.problems += source.problems
     found.decoded += source.decoded
     found.unchanged += source.unchanged
-    fitting = []
+    long, usable = family.over_long(scanned.record.prompt for scanned in source.records), []
     for scanned in source.records:
-        unfit = [*_unfit(config, family, scanned, token)]
-        found.problems += unfit
-        fitting += [] if unfit else [scanned]
-    long, usable = family.over_long(scanned.record.prompt for scanned in fitting), []
-    for scanned in fitting:
         tokens, beginning = long.get(scanned.record.prompt, (0, scanned.record.prompt))
+        unfit = [*_unfit(config, family, scanned, token)]
         if tokens and config.data.long_caption == "error":
             fix = "shorten it, or set data.long_caption=truncate"
             reason = f"the prompt is {tokens} tokens long, more than {family.max_prompt_tokens}; {fix}"
-            found.problems.append(_problem(scanned, scanned.record.target, reason))
-            continue
-        usable.append(scanned._replace(record=replace(scanned.record, prompt=beginning)))
-        found.cut += bool(tokens)
+            unfit.append(_problem(scanned, scanned.record.target, reason))
+        found.problems += unfit
+        if not unfit:
+            usable.append(scanned._replace(record=replace(scanned.record, prompt=beginning)))
+            found.cut += bool(tokens)
     found.unusable += source.unusable + len(source.records) - len(usable)
     return usable
 
@@ -184,8 +176,9 @@ def _unfit(config: Config, family: Family, scanned: ScannedRecord, token: int) -
     sizes = [(record.target, target, scale, "data.resize.target.max_pixels")]
     for name, pixels in control_areas(config, family, target_size_of(config, scanned)).items():
         key = f"data.resize.control.{name.removeprefix('control_')}"
-        for path, size in zip(record.controls, scanned.control_sizes, strict=True):
-            sizes.append((path, size, control_scale(size, area=pixels), key))
+        for path, size, same in zip(record.controls, scanned.control_sizes, aligned(config, scanned), strict=True):
+            if not (same and name == "control_area"):
+                sizes.append((path, size, control_scale(size, area=pixels), key))
     for path, size, scale, key in sizes:
         if min(size) * scale < token:
             resized = f"{size.width * scale:.0f}x{size.height * scale:.0f}"
@@ -206,6 +199,8 @@ def _check_sizes(config: Config, family: Family, token: int) -> None:
             "this base: give a multiple of that"
         )
     problems.collect(stated_areas, config, family)
+    if family.controls == (0, 0) and config.data.resize.control.align != "auto":
+        problems.add(f"data.resize.control.align: {family.name} takes no control images: leave it out")
     problems.raise_if_any()
 
 
@@ -215,20 +210,35 @@ def stated_areas(config: Config, family: Family) -> dict[str, AreaRule]:
     Raises:
         UserError: the family does not have a size that the configuration gives.
     """
-    return family.control_areas(**config.data.resize.control.model_dump())
+    return family.control_areas(**config.data.resize.control.model_dump(exclude={"align"}))
+
+
+def control_rules(config: Config, family: Family) -> dict[str, AreaRule | Align]:
+    """What a result records of the sizes of its controls, none for a family that takes no controls."""
+    areas = stated_areas(config, family)
+    return {**areas, "control_align": config.data.resize.control.align} if areas else {}
 
 
 def control_areas(config: Config, family: Family, target: Size) -> dict[str, int]:
-    """The sizes of the controls of one target, under the names of `Family.control_areas`."""
+    """The areas of the controls of one target, under the names of `Family.control_areas`."""
     return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
+
+
+def aligned(config: Config, scanned: ScannedRecord) -> tuple[bool, ...]:
+    """Which controls of a record get the token grid of its target."""
+    rule, own = config.data.resize.control.align, scanned.record.align_control
+    return aligned_controls(rule, scanned.target_size, scanned.control_sizes, own)
+
+
+def control_sizes_of(config: Config, family: Family, scanned: ScannedRecord) -> ControlSizes:
+    """The sizes at which a record's controls are encoded, trained and sampled."""
+    target, rules = target_size_of(config, scanned), stated_areas(config, family)
+    return family.control_sizes(target, scanned.control_sizes, rules, aligned(config, scanned))
 
 
 def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
     """The size that the target is trained at."""
-    rule = config.data.resize.target
-    return target_size(
-        scanned.target_size, max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
-    )
+    return target_size(scanned.target_size, **config.data.resize.target.model_dump())
 
 
 def _list_problems(config: Config, found: ScannedData) -> None:
@@ -270,9 +280,8 @@ def check_folder(folder: Path) -> None:
     """
     try:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        reason = None if there.is_dir() else f"{there} is not a folder"
-        reason = reason or (None if os.access(there, os.W_OK | os.X_OK) else "no permission")
-    except OSError as error:  # a name that is too long
-        reason = error.strerror
-    if reason:
-        raise UserError(f"logging.output_dir: {folder} cannot be written: {reason}; name another")
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError:  # a name that is too long
+        writable = False
+    if not writable:
+        raise UserError(f"logging.output_dir: {folder} cannot be written; name another folder")

@@ -20,20 +20,20 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
     """
     if world_size > 1:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
-    cache, train, held_out, keys = keyed_records(config, family_of(config), is_main=True)
-    names = {key: scanned.record.name for key, scanned in zip(keys, [*train, *held_out], strict=True)}
-    damaged, missing = [], []
+    found = keyed_records(config, family_of(config), is_main=True)
+    cache, names = found.cache, {key: scanned.record.name for key, scanned in found.by_key.items()}
+    damaged = missing = 0
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
         try:
             cache.read(key)
         except DamagedEntry as error:
-            damaged.append(f"{name}: damaged, {error.path}: {error.reason}; it has been removed")
+            damaged += 1
+            log(f"cache     {name}: damaged, {error.path}: {error.reason}; it has been removed")
         except FileNotFoundError:
-            missing.append(f"{name}: missing, there is no entry of its files, caption and configuration as they are")
+            missing += 1
+            log(f"cache     {name}: missing, there is no entry of its files, caption and configuration as they are")
     save_index(cache)
-    for line in (*damaged, *missing):
-        log(f"cache     {line}")
-    counts = f"{len(names) - len(damaged) - len(missing)} valid, {len(damaged)} damaged, {len(missing)} missing"
+    counts = f"{len(names) - damaged - missing} valid, {damaged} damaged, {missing} missing"
     log(f"cache     {len(names)} entries in {cache.root}: {counts}")
     others = [path for path in cache.root.glob("??/*.safetensors") if path.stem not in names]
     if others:

@@ -23,7 +23,7 @@ from mixres.data.images import read_image
 from mixres.data.records import Picture
 from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
-from mixres.preprocessing.training_data import control_areas, image_limits
+from mixres.preprocessing.training_data import image_limits
 from mixres.training.distributed import any_rank
 from mixres.training.ema import Ema
 from mixres.training.run_folder import RunFolder
@@ -95,7 +95,7 @@ class HeldOutSampler:
             size=item.target_size,
             steps=self.config.sample.steps,
             seed=self.config.train.seed,
-            areas=control_areas(self.config, self.family, item.target_size),
+            sizes=item.control_sizes,
         )
 
     def read(self, path: Picture) -> Image.Image:

@@ -36,7 +36,7 @@ from mixres.models.lora import (
 )
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
-from mixres.preprocessing.training_data import stated_areas
+from mixres.preprocessing.training_data import control_rules
 from mixres.training.distributed import dist_env, parallelize
 from mixres.training.ema import Ema
 from mixres.training.optimizer import check_step, optimizer_class
@@ -250,6 +250,7 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "quantize": config.model.quantize,
         "background": config.data.background,
         **{name: value for name, value in _lora_values(config, family).items() if name in _LORA_STATED},
-        **stated_areas(config, family),
+        **control_rules(config, family),
+        "target_size": config.data.resize.target.model_dump(),
         "step": step,
     }

@@ -19,7 +19,7 @@ import xxhash
 from accelerate import Accelerator
 
 from mixres import atomic
-from mixres.config.load import dump_config, public_config
+from mixres.config.load import FROZEN, dump_config, public_config
 from mixres.config.schema import Config
 from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
@@ -95,7 +95,7 @@ def train(config: Config) -> None:
         identity = {"frozen": frozen, "order": plan.order_hash(keys)}
         check_order(checkpoint, identity)
         if run.is_main:
-            atomic.write_text(folder / "config.yaml", dump_config(config))
+            atomic.write_text(folder / FROZEN, dump_config(config))
 
         # Model, optimizer, schedule, objective, batches.
         trained = load_trained(config, family, accelerator)
@@ -252,8 +252,8 @@ def _log_end(
     log(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
     if tracked:
         log(f"tracker   {tracked}")
-    images = " --image IMAGE" * family.controls[0]
-    sizes = sorted((sample.target_size for sample in samples), key=math.prod)
-    size = sizes[len(sizes) // 2]  # the stock pipelines' default may be far from what was trained
-    how = f"--size {size} --steps {config.sample.steps}"
+    images, how = " --image IMAGE" * family.controls[0], f"--steps {config.sample.steps}"
+    if not images:  # else the image's own size decides; the stock pipeline's may be far from what was trained
+        sizes = sorted((sample.target_size for sample in samples), key=math.prod)
+        how = f"--size {sizes[len(sizes) // 2]} {how}"
     log(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")

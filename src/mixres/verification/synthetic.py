@@ -18,6 +18,7 @@ from mixres.batch import Sample
 from mixres.config.schema import Config
 from mixres.geometry import Grid, Size, control_area, control_size, target_size, token_grid
 from mixres.models.family import Family
+from mixres.preprocessing.training_data import stated_areas
 
 _TEXT_PIXELS = 28 * 28
 
@@ -29,7 +30,7 @@ def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample
     dtype = getattr(torch, config.model.dtype)
     channels, text_width = family.token_widths()
     pixels_per_token = family.pixels_per_token()
-    text_area = family.control_areas(**config.data.resize.control.model_dump()).get("text_area")
+    text_area = stated_areas(config, family).get("text_area")
     fewest, most = family.controls
 
     samples = []
@@ -75,10 +76,13 @@ def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int, *, co
     target = target_size(
         _size(pixels, aspect), max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
     )
-    area, sizes = control_area(config.data.resize.control.area, target), [target]
+    control_rule, sizes = config.data.resize.control, [target]
+    area = control_area(control_rule.area, target)
     for _ in range(controls):
         own = draw.random() < 0.5
-        sizes.append(control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area))
+        same = control_rule.align == "always" or (control_rule.align == "auto" and not own)
+        resized = control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area)
+        sizes.append(target if same else resized)
     return tuple(token_grid(size, pixels_per_token) for size in sizes)
 
 

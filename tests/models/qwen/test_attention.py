@@ -52,18 +52,6 @@ def test_junk_in_padded_slots_changes_nothing(zero_cond_t: bool, extra: int) -> 
     mixes.assert_same(results[0], mixes.alone("random 3", zero_cond_t))
 
 
-def test_padding_has_no_frequency_and_is_no_key() -> None:
-    mix = mixes.main_mix()
-    rotary = rotary_of(mixes.patched_model(), **mixes.padded_call(mix, image=3, text=3))
-    assert rotary.mask is not None and rotary.packed is None
-    valid = torch.cat([
-        torch.arange(43) < torch.tensor([[19], [7], [40]]),
-        torch.arange(773) < torch.tensor([[512], [770], [560]]),
-    ], dim=1)  # fmt: skip
-    assert torch.equal(rotary.mask, valid[:, None, None])
-    assert torch.equal(rotary.freqs.abs().sum(-1) > 0, valid)
-
-
 def test_no_mask_where_nothing_is_padded() -> None:
     model = mixes.patched_model()
     call = mixes.padded_call(EQUAL)  # with a text mask that is all True

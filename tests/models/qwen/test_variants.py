@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,15 +13,13 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
     pipeline_qwenimage_edit_plus as stock_plus,
 )
-from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
-from transformers.video_processing_utils import BaseVideoProcessor
 
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
-from mixres.models.qwen.edit import QwenImageEdit, control_area_set
-from mixres.models.qwen.edit_plus import QwenImageEditPlus, control_areas_set
-from mixres.models.qwen.family import STOCK_CONTROL_AREA
+from mixres.models.qwen.edit import QwenImageEdit
+from mixres.models.qwen.edit_plus import QwenImageEditPlus
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
 from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen.processor import QwenImageTextProcessor, load_processor, torchvision_imports
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
@@ -41,35 +37,17 @@ def test_the_stock_areas_are_the_pipelines_own() -> None:
     for stock, area in ((stock_edit, STOCK_CONTROL_AREA), *((stock_plus, area) for area in areas.values())):
         for size in SIZES:
             assert stock.calculate_dimensions(area, size.width / size.height)[:2] == control_size(size, area=area)
-    stock_function = stock_edit.calculate_dimensions
-    with control_area_set(STOCK_CONTROL_AREA):
-        assert stock_edit.calculate_dimensions is stock_function
 
 
-@pytest.mark.parametrize(
-    ("stock", "areas_set", "given"),
-    [
-        (stock_edit, partial(control_area_set, AREA), STOCK_CONTROL_AREA),  # which the pipeline asks for all the same
-        (stock_plus, partial(control_areas_set, control_area=AREA, text_area=TEXT_AREA), AREA),
-    ],
-)
-def test_other_areas_hold_for_a_while_and_no_side_is_zero(
-    stock: ModuleType, areas_set: Callable[[], AbstractContextManager[None]], given: int
-) -> None:
-    def constants() -> list[Any]:
-        return [
-            getattr(stock, name, None) for name in ("calculate_dimensions", "VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE")
-        ]
-
-    before = constants()
-    with areas_set():
-        for size in (*SIZES, Size(9000, 3)):
-            assert stock.calculate_dimensions(given, size.width / size.height)[:2] == control_size(size, area=AREA)
-        assert constants()[1:] == ([AREA, TEXT_AREA] if stock is stock_plus else [None, None])
-    assert constants() == before
-    with pytest.raises(ZeroDivisionError), areas_set():
+@pytest.mark.parametrize(("stock", "family"), [(stock_edit, QwenImageEdit("")), (stock_plus, QwenImageEditPlus(""))])
+def test_other_sizes_hold_for_a_while_and_no_side_is_zero(stock: ModuleType, family: QwenFamily) -> None:
+    before, areas = {**vars(stock)}, {"control_area": AREA, "text_area": TEXT_AREA}
+    sizes = family.control_sizes(Size(64, 64), (*SIZES, Size(9000, 3)), areas)
+    assert sizes.vae == tuple(control_size(size, area=AREA) for size in (*SIZES, Size(9000, 3)))
+    assert min(min(size) for size in (*sizes.vae, *sizes.text)) == 32
+    with pytest.raises(ZeroDivisionError), family.stock_sizes(sizes):
         raise ZeroDivisionError
-    assert constants() == before
+    assert vars(stock) == before
 
 
 def test_sizes_of_controls_that_a_variant_does_not_have_are_refused() -> None:
@@ -107,13 +85,6 @@ def test_what_is_cut_fits_and_is_the_beginning(tiny_base: Path, word: str) -> No
     assert tokens(tiny_base, longest) > limit or longest.rstrip() == cut, "a longer beginning would not fit"
 
 
-def test_short_prompts_need_no_tokenizer_and_a_missing_one_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    assert over_long(["short"] * 3, str(tmp_path), limit=1024) == {}
-    with pytest.raises(UserError, match="tokenizer is missing"):
-        over_long(["a" * 2000], str(tmp_path), limit=1024)
-
-
 def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any], Path]) -> None:
     """The stock call cuts at 512 tokens by default and at 1024 always, those of the template behind the prompt too."""
     encoders = QwenImage(str(base_of(CASES["qwen_image"]))).load_encoders(dtype=torch.float32, device="cpu")
@@ -142,25 +113,18 @@ def test_sizes_and_shift_come_from_the_configuration(tiny_base: Path, copy_of_ba
         assert stock_edit.calculate_shift(count, **defaults) == stock_edit.calculate_shift(count)
 
 
-def test_the_processor_is_the_stock_one_or_its_parts(tiny_base: Path) -> None:
-    """What `Qwen2VLProcessor.from_pretrained` reads, part by part: the whole of it needs torchvision."""
-    folder = tiny_base / "processor"
+@pytest.mark.parametrize("older", [False, True])
+def test_the_processor_is_the_stock_one_or_its_parts(copy_of_base: Path, older: bool) -> None:
+    """What `Qwen2VLProcessor.from_pretrained` reads, part by part: the whole of it needs torchvision.
+
+    Older: Qwen/Qwen-Image-Edit keeps the image processor in `preprocessor_config.json`.
+    """
+    folder = copy_of_base / "processor"
+    if older:
+        config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        (folder / "processor_config.json").unlink()
+        (folder / "preprocessor_config.json").write_text(json.dumps(config["image_processor"]), encoding="utf-8")
     ours = load_processor(folder)
     assert isinstance(ours, Qwen2VLProcessor if torchvision_imports() else QwenImageTextProcessor)
     assert AutoImageProcessor.from_pretrained(folder).to_dict() == ours.image_processor.to_dict()
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == ours.tokenizer.get_vocab()
-    video, _ = BaseVideoProcessor.get_video_processor_dict(folder)
-    assert video["video_processor_type"] == "Qwen2VLVideoProcessor"
-
-
-def test_the_older_layout_of_a_processor_loads_too(tiny_base: Path, copy_of_base: Path) -> None:
-    """Qwen/Qwen-Image-Edit keeps the image processor in `preprocessor_config.json`."""
-    folder = copy_of_base / "processor"
-    config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    (folder / "processor_config.json").unlink()
-    (folder / "preprocessor_config.json").write_text(json.dumps(config["image_processor"]), encoding="utf-8")
-    image = Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 50).convert("RGB")
-    text = "<|vision_start|><|image_pad|><|vision_end|>swap red and blue"
-    older, newer = (load_processor(where)(text=[text], images=image) for where in (folder, tiny_base / "processor"))
-    assert older["input_ids"] == newer["input_ids"]
-    assert (older["pixel_values"] == newer["pixel_values"]).all()

@@ -7,10 +7,12 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,10 +25,10 @@ from transformers import AutoTokenizer
 
 from mixres.batch import Batch, Sample
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size, control_size, pack_latents, token_grid, unpack_latents
+from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import NO_AREAS, Areas, Family, PatchState
+from mixres.models.family import AreaRule, ControlSizes, Family, PatchState
 from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
@@ -35,7 +37,6 @@ from mixres.models.qwen.rope import TABLE_HALF, text_start
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
-MULTIPLE_OF = 32  # to which the stock pipelines round sides
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
 # Configuration files of the stock bases, where they differ from the defaults of diffusers' classes.
@@ -49,12 +50,15 @@ _STOCK_CONFIGS = {
 class QwenFamily(Family):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
+    controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")  # those that encode
     max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
     stock_control_area = STOCK_CONTROL_AREA
     lora_presets = layers.LORA_PRESETS
-    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     comfyui_prefix = layers.COMFYUI_PREFIX
+    comfyui_controls: ClassVar[str | None] = (
+        "VAE Encode it for ReferenceLatent; leave vae of the text node unconnected, which would scale to 1024 x 1024"
+    )
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
@@ -62,24 +66,13 @@ class QwenFamily(Family):
 
     # A variant's prompts and controls.
 
-    def vae_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
-        """The sizes at which the VAE gets control images of these sizes."""
-        return [_control_size(size, areas.get("control_area", STOCK_CONTROL_AREA)) for size in controls]
+    def vae_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
+        """The controls as the VAE is handed them, which resizes each to its size."""
+        return list(controls)
 
-    def vae_controls(
-        self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
-    ) -> list[tuple[Image.Image, Size]]:
-        """The controls as the VAE is handed them, which resizes each to the size beside it."""
-        raise NotImplementedError
-
-    def text_sizes(self, controls: Sequence[Size], areas: Areas) -> list[Size]:
-        """The sizes of the controls as the text encoder is handed them."""
-        return self.vae_sizes(controls, areas)
-
-    def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas) -> list[Image.Image]:
+    def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
         """The controls as the text encoder is handed them."""
-        sizes = self.text_sizes([Size(*control.size) for control in controls], areas)
-        pairs = zip(controls, sizes, strict=True)
+        pairs = zip(controls, sizes.text, strict=True)
         return [pipeline.image_processor.resize(control, size.height, size.width) for control, size in pairs]
 
     def template_text(self, prompt: str, controls: int) -> str:
@@ -90,12 +83,15 @@ class QwenFamily(Family):
         """How `encode_prompt` and `__call__` of the stock pipeline take the controls, and what else they take alike."""
         raise NotImplementedError
 
-    def stock_areas(self, areas: Areas) -> AbstractContextManager[None]:
-        """Within it the stock pipeline resizes its controls to these areas."""
+    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
+        """Within it one call of the stock pipeline resizes its controls to these sizes."""
         return nullcontext()
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
+        low, high = self.controls
+        if not low <= controls <= high:
+            return self.controls_problem.format(controls)
         markers = [token for token in _VISION_TOKENS if token in prompt]
         return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
@@ -141,10 +137,29 @@ class QwenFamily(Family):
         """See `Family`."""
         return over_long(prompts, self.path, limit=self.max_prompt_tokens, revision=self.revision)
 
-    def grids(self, target: Size, controls: Sequence[Size], areas: Areas = NO_AREAS) -> tuple[Grid, ...]:
+    def control_sizes(
+        self,
+        target: Size,
+        controls: Sequence[Size],
+        rules: Mapping[str, AreaRule] | None = None,
+        aligned: Sequence[bool] = (),
+    ) -> ControlSizes:
+        """See `Family`. Where the family has no area for the text encoder, that gets what the VAE gets."""
+        rules = self.control_areas(STOCK_CONTROL_AREA, None) if rules is None else rules
+        assert len(aligned) in (0, len(controls)), (aligned, controls)
+
+        def resized(rule: str) -> list[Size]:
+            area = control_area(rules[rule], target) if controls else 0
+            return [control_size(control, area=area) for control in controls]
+
+        pairs = itertools.zip_longest(resized("control_area"), aligned)
+        vae = tuple(target if same else size for size, same in pairs)
+        return ControlSizes(vae, tuple(resized("text_area")) if "text_area" in rules else vae)
+
+    def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
         """See `Family`."""
         token = self.pixels_per_token()
-        return tuple(token_grid(size, token) for size in (target, *self.vae_sizes(controls, areas)))
+        return tuple(token_grid(size, token) for size in (target, *sizes.vae))
 
     def load_preprocessors(self) -> Any:
         """See `Family`. The VAE has shapes and no values."""
@@ -157,16 +172,17 @@ class QwenFamily(Family):
             parts["processor"] = load_processor(folder / "processor")
         return self.pipeline_class(**parts, text_encoder=None, transformer=None, scheduler=None)
 
-    def text_tokens(self, preprocessors: Any, *, prompt: str, controls: Sequence[Size], areas: Areas = NO_AREAS) -> int:
+    def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
         """See `Family`. Each control stands once in the template's text, as one token before it is expanded."""
-        pipeline, text = preprocessors, self.template_text(prompt, len(controls))
+        pipeline, controls = preprocessors, len(sizes.text)
+        text = self.template_text(prompt, controls)
         tokenizer = pipeline.processor.tokenizer if controls else pipeline.tokenizer
         words = len(tokenizer(pipeline.prompt_template_encode.format(text), verbose=False)["input_ids"])
         seen = 0
-        for size in self.text_sizes(controls, areas):
+        for size in sizes.text:
             processor = pipeline.processor.image_processor
             seen += processor.get_number_of_image_patches(size.height, size.width) // processor.merge_size**2
-        count: int = words - len(controls) + seen - pipeline.prompt_template_encode_start_idx
+        count: int = words - controls + seen - pipeline.prompt_template_encode_start_idx
         return count
 
     def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
@@ -186,13 +202,13 @@ class QwenFamily(Family):
         target: Image.Image,
         target_size: Size,
         controls: Sequence[Image.Image],
-        areas: Areas = NO_AREAS,
+        sizes: ControlSizes,
     ) -> dict[str, Image.Image]:
         """See `Family`."""
         found = {"target": _vae_preview(preprocessors, target, target_size)}
-        for number, (image, size) in enumerate(self.vae_controls(preprocessors, controls, areas), 1):
-            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, size)
-        for number, image in enumerate(self.text_controls(preprocessors, controls, areas), 1):
+        for number, image in enumerate(self.vae_controls(preprocessors, controls, sizes), 1):
+            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, sizes.vae[number - 1])
+        for number, image in enumerate(self.text_controls(preprocessors, controls, sizes), 1):
             found[f"control {number}, text encoder"] = _text_preview(preprocessors, image)
         return found
 
@@ -213,10 +229,10 @@ class QwenFamily(Family):
 
     @torch.no_grad()
     def encode_prompt(
-        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, areas: Areas = NO_AREAS
+        self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
     ) -> Tensor:
         """See `Family`."""
-        call = self.control_call(self.text_controls(encoders, controls, areas))
+        call = self.control_call(self.text_controls(encoders, controls, sizes))
         embeds, mask = encoders.encode_prompt(prompt=prompt, device=encoders.device, **call)
         assert mask is None, "one prompt is never padded"
         one: Tensor = embeds[0].cpu()
@@ -231,20 +247,21 @@ class QwenFamily(Family):
         target_size: Size,
         controls: Sequence[Image.Image],
         prompt: str,
+        sizes: ControlSizes,
         mask: Image.Image | None = None,
-        areas: Areas = NO_AREAS,
     ) -> Sample:
         """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
-        images = [(target, target_size), *self.vae_controls(encoders, controls, areas)]
-        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for _, size in images)
-        latents = [encode_image(encoders, image, size) for image, size in images]
+        images = [target, *self.vae_controls(encoders, controls, sizes)]
+        pixels = (target_size, *sizes.vae)
+        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in pixels)
+        latents = [encode_image(encoders, image, size) for image, size in zip(images, pixels, strict=True)]
         return Sample(
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, areas=areas),
+            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes),
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
         )
@@ -278,7 +295,7 @@ class QwenFamily(Family):
         folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
-            quantization = quantization_config(quantize, self.quantize_exclusions, dtype=dtype, device=device)
+            quantization = quantization_config(quantize, layers.QUANTIZE_EXCLUSIONS, dtype=dtype, device=device)
         with _reading(folder):
             transformer = QwenImageTransformer2DModel.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
@@ -310,13 +327,13 @@ class QwenFamily(Family):
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Family`."""
-        return layers.comfyui_markers(zero_cond_t=bool(config.get("zero_cond_t")))
+        return {layers.COMFYUI_ZERO_COND_T: torch.empty(0)} if config.get("zero_cond_t") else {}
 
     # Sampling.
 
     def default_size(self, control: Size | None) -> Size:
         """See `Family`: 1024 x 1024 pixels in area, square without a control."""
-        return _control_size(control or Size(1, 1), STOCK_CONTROL_AREA)
+        return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA)
 
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
@@ -339,11 +356,11 @@ class QwenFamily(Family):
         controls: Sequence[Image.Image],
         prompt_embeds: Tensor,
         size: Size,
+        sizes: ControlSizes,
         steps: int,
         seed: int,
         negative_embeds: Tensor | None = None,
         guidance: float = 1.0,
-        areas: Areas = NO_AREAS,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
 
@@ -360,7 +377,7 @@ class QwenFamily(Family):
         was_training = transformer.training
         transformer.eval()
         try:
-            with self.stock_areas(areas):
+            with self.stock_sizes(sizes):
                 images = pipeline(
                     true_cfg_scale=guidance,
                     width=size.width,
@@ -378,9 +395,8 @@ class QwenFamily(Family):
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
         vae = pipeline.vae
-        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
-        mean, std = statistics.view(2, -1, 1, 1, 1)
         unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)
+        mean, std = _statistics(vae, unpacked)
         pixels = vae.decode((unpacked * std + mean)[None], return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
@@ -395,14 +411,14 @@ def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
     vae = pipeline.vae
     pixels = _vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = (
-        torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = _statistics(vae, latents)
     return pack_latents(((latents - mean) / std)[0]).cpu()
 
 
-def _control_size(control: Size, area: int) -> Size:
-    return control_size(control, area=area, multiple_of=MULTIPLE_OF)
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, to be broadcast over `(B, C, frames, rows, columns)`."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    return torch.tensor(mean).view(1, -1, 1, 1, 1).to(latents), torch.tensor(std).view(1, -1, 1, 1, 1).to(latents)
 
 
 def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
@@ -446,6 +462,17 @@ def _filled_with_noise(
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
     return transformer.eval()
+
+
+@contextmanager
+def module_set(module: ModuleType, **values: Any) -> Iterator[None]:
+    """Within it a stock module has these values."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)
 
 
 @contextmanager

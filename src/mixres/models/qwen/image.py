@@ -7,8 +7,7 @@ from diffusers import QwenImagePipeline
 from PIL import Image
 
 from mixres.errors import UserError
-from mixres.geometry import Size
-from mixres.models.family import AreaRule, Areas
+from mixres.models.family import AreaRule
 from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
 
@@ -21,6 +20,8 @@ class QwenImage(QwenFamily):
     components = ("vae", "text_encoder", "tokenizer")
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image",)
     controls = (0, 0)
+    comfyui_controls = None
+    controls_problem = "Qwen-Image takes no control images, there are {}: train an edit model, or take them out"
     # The pipeline cuts what is over, the five tokens of the template behind the prompt among them.
     max_prompt_tokens = TOKENIZER_MAX_LENGTH - 5
 
@@ -39,19 +40,6 @@ class QwenImage(QwenFamily):
         if problems:
             raise UserError(problems)
         return {}
-
-    def record_problem(self, *, controls: int, prompt: str) -> str | None:
-        """See `Family`."""
-        if controls:
-            return f"Qwen-Image takes no control images, there are {controls}: train an edit model, or take them out"
-        return super().record_problem(controls=controls, prompt=prompt)
-
-    def vae_controls(
-        self, pipeline: Any, controls: Sequence[Image.Image], areas: Areas
-    ) -> list[tuple[Image.Image, Size]]:
-        """There are none."""
-        assert not controls
-        return []
 
     def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """There are none. The stock call cuts prompts at 512 tokens unless it is told otherwise."""

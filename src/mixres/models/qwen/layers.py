@@ -1,7 +1,6 @@
 """The layers of the Qwen-Image transformer by name: what LoRA targets, what is not quantised, what trains nothing."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
@@ -18,7 +17,7 @@ QUANTIZE_EXCLUSIONS = ("time_text_embed", "img_in", "txt_in", "norm_out", "proj_
 # at 17358c8f73b5 (`model_lora_keys_unet`), comfy/model_detection.py at 0b61ce5baa9e: a transformer is recognised by
 # `txt_norm.weight`, and one with `zero_cond_t` by an empty tensor.
 COMFYUI_PREFIX = "diffusion_model"
-_COMFYUI_ZERO_COND_T = "__index_timestep_zero__"
+COMFYUI_ZERO_COND_T = "__index_timestep_zero__"
 
 
 def untrained_modules(transformer: nn.Module) -> tuple[str, ...]:
@@ -28,8 +27,3 @@ def untrained_modules(transformer: nn.Module) -> tuple[str, ...]:
     """
     last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"  # type: ignore[arg-type]
     return tuple(f"{last}.{name}" for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"))
-
-
-def comfyui_markers(*, zero_cond_t: bool) -> dict[str, Tensor]:
-    """The tensors by which ComfyUI knows a transformer that was trained with `zero_cond_t`."""
-    return {_COMFYUI_ZERO_COND_T: torch.empty(0)} if zero_cond_t else {}
