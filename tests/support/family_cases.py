@@ -7,19 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+)
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
     pipeline_qwenimage_edit_plus as stock_plus,
 )
 from PIL import Image
+from torch import Tensor
 
+from mixres.batch import Sample
 from mixres.config.schema import Config
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
+from mixres.models.flux2.family import image_ids, text_ids
 from mixres.models.qwen.processor import load_processor
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
+from support.tiny_flux2 import write_tiny_flux2
+from support.tiny_pipeline import write_tiny_pipeline
 
 PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
 
@@ -69,6 +80,38 @@ class FamilyCase:
         finally:
             vars(module).update(before)
 
+    def write(self, folder: Path) -> None:
+        """A tiny random base."""
+        write_tiny_pipeline(folder, PROMPTS, pipeline_class=self.pipeline_class, zero_cond_t=self.zero_cond_t)
+
+    def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
+        """The control images as the stock pipeline is given them, which makes them of these sizes."""
+        return controls
+
+    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
+        """The arguments of a stock call with guidance 4."""
+        return {"prompt": prompt, "negative_prompt": negative, "true_cfg_scale": 4.0}
+
+    def unguided(self) -> dict[str, Any]:
+        """What keeps the stock call from guiding."""
+        return {"true_cfg_scale": 1.0}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        """`(S, P)` of an image at this size by the stock pipeline's own methods.
+
+        The text-to-image pipeline has no encoding of its own: the edit pipeline's, on the same VAE.
+        """
+        pipeline = QwenImageEditPipeline(None, stock.vae, None, None, None, None)
+        pixels = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
+        latents = pipeline._encode_vae_image(pixels.to(stock.vae.dtype), generator=None)
+        packed: Tensor = pipeline._pack_latents(latents, 1, 16, *latents.shape[3:])[0]
+        return packed
+
+    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+        """What the stock transformer is handed of positions and masks is what the sample holds."""
+        assert seen["encoder_hidden_states_mask"] is None
+        assert [list(sample.img_shapes)] == seen["img_shapes"]
+
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
         """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
         processor = {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
@@ -84,6 +127,38 @@ class FamilyCase:
         return [f"data.resize.control.{keys[name]}={value}" for name, value in self.areas.items()]
 
 
+class Flux2Case(FamilyCase):
+    """FLUX.2: the stock pipeline crops a control's sides to multiples of 16; it is given controls of their sizes."""
+
+    def call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+        return {"image": [*controls] or None}
+
+    @contextmanager
+    def stock_areas(self, areas: dict[str, int], aligned: Size | None = None) -> Iterator[None]:
+        yield
+
+    def write(self, folder: Path) -> None:
+        write_tiny_flux2(folder, PROMPTS)
+
+    def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
+        return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(controls, sizes.vae, strict=True)]
+
+    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
+        return {"prompt": prompt, "negative_prompt_embeds": negative_embeds[None], "guidance_scale": 4.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 1.0}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        pixels = stock.image_processor.preprocess(image, size.height, size.width).to(stock.vae.dtype)
+        packed: Tensor = stock._pack_latents(stock._encode_vae_image(pixels, generator=None))[0]
+        return packed
+
+    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+        assert torch.equal(image_ids(sample.img_shapes), seen["img_ids"][0])
+        assert torch.equal(text_ids(len(sample.prompt_embeds)), seen["txt_ids"][0])
+
+
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
 CASES = {
     "qwen_image": FamilyCase("qwen_image", QwenImagePipeline, (0, 0, 0)),
@@ -91,6 +166,8 @@ CASES = {
     "qwen_image_edit_plus": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS),
     "zero_cond_t": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS, zero_cond_t=True),
 }
+# Whole runs do not go through these yet.
+EVERY_CASE = CASES | {"flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112})}
 
 
 def with_family(config: Config) -> tuple[Config, Family]:

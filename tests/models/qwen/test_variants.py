@@ -17,12 +17,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
 
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
+from mixres.models.prompt_length import TOKENIZER_MAX_LENGTH, over_long
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
 from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
 from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen.processor import QwenImageTextProcessor, load_processor, torchvision_imports
-from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 from support.family_cases import CASES
 
 AREA, TEXT_AREA = 128 * 128, 2048

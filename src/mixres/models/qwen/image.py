@@ -8,8 +8,7 @@ from PIL import Image
 
 from mixres.errors import UserError
 from mixres.models.family import AreaRule
-from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
-from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, TOKENIZER_MAX_LENGTH, QwenFamily
 
 
 class QwenImage(QwenFamily):

@@ -11,8 +11,6 @@ from transformers import AutoTokenizer
 
 from mixres.models import hub
 
-TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the Qwen-Image pipelines
-
 
 def over_long(
     prompts: Iterable[str], path: str, *, limit: int, revision: str | None = None
