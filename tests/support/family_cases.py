@@ -143,6 +143,10 @@ class Flux2Case(FamilyCase):
     def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
         return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(controls, sizes.vae, strict=True)]
 
+    def overrides(self) -> list[str]:
+        # A prompt has 512 tokens; a process without mixres resizes by area alone.
+        return [*super().overrides(), "batch.max_tokens=2048", "data.resize.control.align=never"]
+
     def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
         return {"prompt": prompt, "negative_prompt_embeds": negative_embeds[None], "guidance_scale": 4.0}
 

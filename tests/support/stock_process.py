@@ -60,15 +60,24 @@ def set_control_areas(target_area: int) -> None:
         edit.calculate_dimensions = lambda _, ratio: stock_dimensions(area, ratio)
 
 
+def of_flux2_size(control: Image.Image) -> Image.Image:
+    """Resized to the size to which the stock pipeline would crop it."""
+    scale = min(1.0, (recipe["control_area"] / (control.width * control.height)) ** 0.5)
+    return control.resize([max(64, int(side * scale) // 16 * 16) for side in control.size], Image.Resampling.LANCZOS)
+
+
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         set_control_areas(call["width"] * call["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
-        images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
+        if "Flux2" in type(pipeline).__name__:
+            images = {"image": [of_flux2_size(control) for control in controls], "guidance_scale": 1.0}
+        else:
+            images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
+            images["true_cfg_scale"] = 1.0
         pipeline(
             **images,
             prompt=call["prompt"],
-            true_cfg_scale=1.0,
             width=call["width"],
             height=call["height"],
             num_inference_steps=call["steps"],

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from safetensors import safe_open
 
 from mixres.preprocessing.fill import encode_all
 from mixres.training.sample_sheets import HeldOutSampler
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE, FamilyCase
 from support.jobs import LORA, REPOSITORY, Jobs, environment, metrics, names, stock_calls
 
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
+# A folder has a control image for each target or for none.
+CASES = EVERY_CASE | {"flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2))}
 EXTRAS = {"zero_cond_t": ("model.lora.use_dora=true", "train.ema_decay=0.5", "sample.use_ema=true")}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

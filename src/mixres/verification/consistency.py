@@ -129,7 +129,9 @@ def _recorded_mask(model: Any, masks: list[Tensor | None]) -> Iterator[None]:
     """Append the joint mask that the first block gets in a forward call."""
 
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
+        arguments = (*args, *kwargs.values())
+        handed_on = [value for argument in arguments if isinstance(argument, dict) for value in argument.values()]
+        for value in (*arguments, *handed_on):
             if isinstance(value, HoldsMask):
                 masks.append(None if value.mask is None else value.mask.detach().cpu().flatten(1))
 
