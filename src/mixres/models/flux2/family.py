@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -36,6 +37,8 @@ _MULTIPLE_OF = 16  # of a reference's sides
 _MIN_SIDE = 64  # of a reference; the stock pipelines refuse smaller ones
 _FRAME_STEP = 10  # between the positions of an image and the next on the first axis
 _TRAINING_GUIDANCE = 1.0  # what the guidance embedder of FLUX.2-dev is given; klein has none
+_SHIFT_STEPS = 50  # of the denoising that the shift of training is that of
+_LONG_FROM = 4300  # tokens
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
 
 
@@ -77,10 +80,20 @@ class Flux2Klein(StockFamily):
         return int(PATCH << (len(stages) - 1))
 
     def flow_shift(self) -> dict[str, float]:
-        """See `Family`. `compute_empirical_mu` of the pipelines for 50 steps, linear up to 4,300 tokens."""
+        """See `Family`. The pipelines ask no scheduler, but `compute_empirical_mu` of tokens and steps.
+
+        For a number of steps it is a line up to 4,300 tokens, and another line behind.
+        """
         anchors = {"base_seq_len": 256, "max_seq_len": 4096}
-        shifts = (_empirical_mu(tokens, steps=50) for tokens in anchors.values())
-        return {**anchors, **dict(zip(("base_shift", "max_shift"), shifts, strict=True))}
+        short = (compute_empirical_mu(tokens, _SHIFT_STEPS) for tokens in anchors.values())
+        # Behind it the line is that of 200 steps: taken from there up to the anchors.
+        long = (compute_empirical_mu(tokens, 200) for tokens in anchors.values())
+        return {
+            **anchors,
+            **dict(zip(("base_shift", "max_shift"), short, strict=True)),
+            "long_from": _LONG_FROM,
+            **dict(zip(("long_base_shift", "long_max_shift"), long, strict=True)),
+        }
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
@@ -330,14 +343,6 @@ def _reference_size(source: Size, area: int) -> Size:
         scale = math.sqrt(area / (source.width * source.height))
         source = Size(int(source.width * scale), int(source.height * scale))
     return Size(*(max(_MIN_SIDE, side // _MULTIPLE_OF * _MULTIPLE_OF) for side in source))
-
-
-def _empirical_mu(tokens: int, *, steps: int) -> float:
-    """`compute_empirical_mu` of the pipelines up to 4,300 tokens."""
-    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-    mu: float = compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
-    return mu
 
 
 @contextmanager

@@ -1,0 +1,73 @@
+"""What FLUX.2 has of its own: sizes of references, positions, the shift of training."""
+
+import math
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+from mixres.diffusion.flow_matching import resolution_shift
+from mixres.errors import UserError
+from mixres.geometry import Size
+from mixres.models.flux2.family import Flux2Klein, image_ids, text_ids
+from mixres.models.registry import load_family
+
+FAMILY = Flux2Klein("")
+
+
+@pytest.mark.parametrize(
+    ("source", "area", "expected"),
+    [
+        (Size(100, 130), 1024 * 1024, Size(96, 128)),  # the stock pipeline would crop it to that
+        (Size(1024, 1024), 1024 * 1024, Size(1024, 1024)),
+        (Size(2048, 1000), 1024 * 1024, Size(1456, 704)),
+        (Size(2048, 1000), 512 * 512, Size(720, 352)),
+        (Size(20, 300), 1024 * 1024, Size(64, 288)),  # sides under 64 are refused there
+    ],
+)
+def test_references_have_the_size_to_which_the_stock_pipeline_crops_them(
+    source: Size, area: int, expected: Size
+) -> None:
+    assert FAMILY.control_sizes(Size(512, 512), [source], {"control_area": area}).vae == (expected,)
+    assert FAMILY.control_sizes(Size(512, 256), [source], {"control_area": area}, [True]).vae == (Size(512, 256),)
+
+
+def test_positions_are_those_of_the_stock_pipeline() -> None:
+    grids = [(1, 4, 6), (1, 3, 3), (1, 5, 2)]
+    target, *references = (torch.zeros(1, 1, rows, columns) for _, rows, columns in grids)
+    stock = [Flux2KleinPipeline._prepare_latent_ids(target)[0], Flux2KleinPipeline._prepare_image_ids(references)[0]]
+    assert torch.equal(image_ids(grids), torch.cat(stock)) and image_ids(grids).dtype == torch.int64
+    assert torch.equal(text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 1024, 4096, 4300, 4301, 6000, 16384])
+def test_the_shift_is_that_of_fifty_steps_of_the_stock_pipeline(tokens: int) -> None:
+    expected = math.exp(compute_empirical_mu(tokens, 50))
+    assert resolution_shift(tokens, FAMILY.flow_shift()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_area_for_the_text_encoder_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^data\.resize\.control\.text_area: FLUX\.2 shows its text encoder no images"):
+        FAMILY.control_areas(4096, 4096)
+
+
+def test_the_shape_of_the_stock_base_is_known_without_a_file() -> None:
+    family = load_family(None, Flux2Klein.stock_bases[0], synthetic=True)
+    model = family.transformer_skeleton()
+    assert (len(model.transformer_blocks), len(model.single_transformer_blocks)) == (5, 20)
+    assert round(model.num_parameters() / 1e9, 1) == 3.9
+    assert family.token_widths() == (128, 7680) and family.pixels_per_token() == 16
+
+
+def test_every_preset_names_layers_that_there_are() -> None:
+    linear = [
+        name for name, module in load_family(None, Flux2Klein.stock_bases[0], synthetic=True)
+        .transformer_skeleton().named_modules() if isinstance(module, torch.nn.Linear)
+    ]  # fmt: skip
+
+    def covered(patterns: tuple[str, ...]) -> list[str]:
+        return [name for name in linear if any(name == p or name.endswith(f".{p}") for p in patterns)]
+
+    assert all(covered((pattern,)) for patterns in Flux2Klein.lora_presets.values() for pattern in patterns)
+    assert covered(Flux2Klein.lora_presets["all"]) == linear
