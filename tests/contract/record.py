@@ -53,6 +53,8 @@ PUBLIC = {
         "QwenDoubleStreamAttnProcessor2_0_MultiRes",
         "QwenDoubleStreamAttnProcessor2_0_MultiRes.__call__",
     ],
+    "mixres.models.flux2_multi_resolution_patch": ["patch_flux2_model_for_multi_resolution"],
+    "mixres.models.flux_multi_resolution_patch": ["patch_flux_model_for_multi_resolution"],
     "mixres.batch": ["extract_batch_field", "image_shapes_from_embeddings"],
 }
 VERBS = {
