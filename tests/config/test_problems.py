@@ -200,7 +200,9 @@ def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypat
     assert 'train.mixed_precision: given "${oc.env:NONE,bf16}"' in clash
 
 
-@pytest.mark.parametrize("name", ["quickstart", "qwen_image_lora", "qwen_image_edit_lora", "qwen_image_edit_plus_lora"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "qwen_image_lora", "qwen_image_edit_lora", "qwen_image_edit_plus_lora", "flux2_klein_lora"]
+)
 def test_shipped_configs_are_valid_and_frozen(name: str) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(ROOT / f"configs/{name}.yaml").train.seed = 1  # type: ignore[misc]

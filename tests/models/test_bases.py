@@ -13,10 +13,10 @@ import torch
 from mixres.errors import UserError
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.registry import load_family
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE as CASES, FamilyCase
 
 KEY = r"^model\.pretrained_model_name_or_path: "
-SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline"
+SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, Flux2KleinPipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
     "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
