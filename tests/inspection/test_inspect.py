@@ -18,6 +18,7 @@ from PIL import Image
 
 from mixres import cli
 from mixres.config.load import load_config
+from mixres.geometry import Size
 from mixres.inspection.input_preview import chosen, preview_grid
 from mixres.inspection.report import page, template
 from mixres.inspection.statistics import histogram

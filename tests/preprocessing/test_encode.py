@@ -245,6 +245,7 @@ def test_text_beyond_the_positions_of_the_base_is_refused_before_encoding(cachin
     for control in (*caching.files(CONTROLS), *caching.files(CONTROLS, "held_out")):
         Image.new("RGB", (32, 32)).save(control)
     words = [f"model.pretrained_model_name_or_path={copy_of_base}", "batch.max_tokens=99999"]
+    words.append("data.resize.control.align=never")
     problems = refused(caching, *words, "data.resize.control.area=4194304")
     assert len(problems) == ALL
     for reason in problems.values():

@@ -204,7 +204,9 @@ def test_an_image_that_its_size_rule_makes_shorter_than_a_token_is_refused(cachi
     for folder in (TARGETS, CONTROLS):
         Image.new("RGB", (480, 60)).save(caching.first(folder))
     name, fix = caching.first().name, "no side may be under 16 pixels: give a larger one"
-    found = caching.problems("data.resize.target.max_pixels=1024", "data.resize.control.area=1024")
+    words = ("data.resize.target.max_pixels=1024", "data.resize.control.area=1024")
+    assert len(caching.problems(*words)) == 1 + 1, "an aligned control is as large as its target"
+    found = caching.problems(*words, "data.resize.control.align=never")
     assert [line.partition("480x60 becomes 91x11 by data.resize.")[2] for line in found if f"/{name}: " in line] == [
         f"target.max_pixels; {fix}",
         f"control.area; {fix} (belongs to {TARGETS}/{name})",

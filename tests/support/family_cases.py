@@ -54,10 +54,18 @@ class FamilyCase:
         return {0: {}, 1: {"image": controls[0] if controls else None}}.get(max(self.controls), {"image": [*controls]})
 
     def sizes(
-        self, size: Size, controls: Sequence[Image.Image], areas: dict[str, int] | None = None, *, aligned: bool = False
+        self,
+        size: Size,
+        controls: Sequence[Image.Image | Size],
+        areas: dict[str, int] | None = None,
+        *,
+        aligned: bool = False,
     ) -> ControlSizes:
         """Those of controls beside a target of this size."""
-        given, same = [Size(*control.size) for control in controls], [aligned] * len(controls)
+        given = [control if isinstance(control, Size) else Size(*control.size) for control in controls]
+        same = [aligned] * len(controls)
+        if not self.areas:
+            return ControlSizes()
         return self.at("").control_sizes(size, given, self.areas if areas is None else areas, same)
 
     @contextmanager

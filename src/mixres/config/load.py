@@ -61,10 +61,10 @@ def load_run_config(folder: Path) -> Config:
 
 def _older_defaults(frozen: Path) -> dict[str, Any]:
     """Those of a run whose file lacks keys, or has their values since it was resumed; none where there is no file."""
-    values = _read_file(frozen, Source(written={})) if frozen.is_file() else None
     try:
-        before = values and values["data"]["resize"]["control"].get("align", "never")
-    except (KeyError, TypeError, AttributeError):  # not the file of a run
+        values = _read_file(frozen, Source(written={})) if frozen.is_file() else {}
+        before = values["data"]["resize"]["control"].get("align", "never")
+    except (OSError, KeyError, TypeError, AttributeError):  # a name that is too long, not the file of a run
         return {}
     return _OLDER_DEFAULTS if before == "never" else {}
 

@@ -176,21 +176,23 @@ def make_request(**given: Any) -> Request:
     for path, row in zip(_free_paths(asked.out.expanduser(), len(rows)), rows.values(), strict=True):
         controls = [sizes[control] for control in row.controls]
         size = row.size or asked.size or _default_size(family, result, controls)
+        control_sizes = result.control_sizes(size, controls, row.align_control)
         jobs.append(
             ImageJob(
                 path,
                 row.prompt,
                 negative if asked.guidance > 1 else None,
                 row.controls,
-                result.control_sizes(size, controls, row.align_control),
+                control_sizes,
                 size,
                 controls[0] if asked.restore_size and controls else None,
                 asked.seed if row.seed is None else row.seed,
             )
         )
-        if controls and (aligned := result.aligned_size(controls[0], size)) not in (None, size):
+        nearest = result.aligned_size(controls[0], size) if controls else None
+        if nearest and control_sizes.vae[0] != size:
             what = f"has another aspect than its first image ({controls[0]}), so edits may be shifted or stretched"
-            log(f"size      {path.name}: {size} {what}: the nearest size of that aspect is {aligned}")
+            log(f"size      {path.name}: {size} {what}: the nearest size of that aspect is {nearest}")
     return Request(asked, result, family, tuple(jobs), device, dtype, quantize)
 
 

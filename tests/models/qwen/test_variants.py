@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +18,11 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
 
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
-from mixres.models.prompt_length import TOKENIZER_MAX_LENGTH, over_long
+from mixres.models.family import ControlSizes
+from mixres.models.prompt_length import over_long
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
-from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, TOKENIZER_MAX_LENGTH, QwenFamily
 from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen.processor import QwenImageTextProcessor, load_processor, torchvision_imports
 from support.family_cases import CASES
@@ -90,7 +92,8 @@ def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any]
     encoders = QwenImage(str(base_of(CASES["qwen_image"]))).load_encoders(dtype=torch.float32, device="cpu")
     most = QwenImage("").max_prompt_tokens
     stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
-    embeds = {count: QwenImage("").encode_prompt(encoders, controls=[], prompt="z" * count) for count in (700, most)}
+    encode = partial(QwenImage("").encode_prompt, encoders, controls=[], sizes=ControlSizes())
+    embeds = {count: encode(prompt="z" * count) for count in (700, most)}
     assert mask is None and torch.equal(embeds[700], stock[0])
     assert 700 <= len(embeds[700]) <= 710
     assert len(embeds[most]) == TOKENIZER_MAX_LENGTH
