@@ -1,7 +1,7 @@
 """Writes docs/configuration.md from the schema: `python scripts/configuration_page.py`.
 
 Promise: every key of `mixres.config.schema.Config` with its type, range, default and meaning, as the schema has
-them; only the introduction is written by hand. `tests/docs/test_configuration_page.py` compares the page with it.
+them; only the introduction is written by hand. `tests/docs/test_pages.py` compares the page with it.
 """
 
 import sys

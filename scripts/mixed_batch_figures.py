@@ -2,7 +2,7 @@
 
 Usage: `python scripts/mixed_batch_figures.py`.
 
-Promise: sizes, layouts and the mask come from the code that trains; the bucket rule that they are compared with
+Promise: sizes and layouts come from the code that trains; the bucket rule that they are compared with
 is that of `inspect`. It takes seconds.
 """
 
@@ -14,14 +14,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.data.plan import Layout
 from mixres.geometry import Size, control_size, target_size, token_grid
 from mixres.inspection.buckets import bucket_shapes, crop_loss, nearest
-from mixres.models.attention import joint_mask
 from mixres.verification.batch_diagram import token_layout
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -106,19 +104,9 @@ def batch_in(layout: Layout) -> Batch:
     return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=layout)
 
 
-def mask_of(padded: Batch) -> Tensor:
-    """`(B, L)`: the keys that the queries of each row attend to, text first."""
-    lengths = torch.tensor([sum(grid.tokens for grid in grids) for grids in padded.img_shapes])
-    valid = torch.arange(padded.latents.shape[1]) < lengths[:, None]
-    mask = joint_mask(padded.prompt_mask, valid, padded.prompt_embeds.shape[1], padded.latents)
-    assert mask is not None
-    return mask[:, 0, 0]
-
-
 def layout_figure() -> Image.Image:
     """The batch in both layouts, as `mixres verify` draws it."""
-    padded = batch_in("padded")
-    return token_layout(padded, batch_in("packed"), mask_of(padded))
+    return token_layout(batch_in("padded"), batch_in("packed"))
 
 
 def crop_figure() -> Image.Image:

@@ -1,6 +1,7 @@
 """Size arithmetic by named cases and against diffusers' own; packing against the pipeline's own."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,26 +15,14 @@ MEGAPIXEL = 1024 * 1024
 SIDES = st.integers(16, 12_000)
 
 
-@pytest.mark.parametrize(
-    ("source", "max_pixels", "upscale", "expected"),
-    [
-        pytest.param((512, 512), MEGAPIXEL, False, (512, 512), id="square_native"),
-        pytest.param((600, 400), MEGAPIXEL, False, (608, 400), id="rounded_to_nearest"),
-        pytest.param((71, 88), MEGAPIXEL, False, (64, 96), id="half_goes_up_to_the_even_multiple"),
-        pytest.param((72, 104), MEGAPIXEL, False, (64, 96), id="half_goes_down_to_the_even_multiple"),
-        pytest.param((427, 640), MEGAPIXEL, False, (432, 640), id="photograph_portrait_is_its_mirror"),
-        pytest.param((4000, 3000), MEGAPIXEL, False, (1184, 880), id="downscaled_4_to_3_rounds_down_when_over"),
-        pytest.param((8000, 1000), MEGAPIXEL, False, (2896, 352), id="downscaled_8_to_1"),
-        pytest.param((1025, 1023), MEGAPIXEL, False, (1024, 1024), id="rounding_alone_suffices"),
-        pytest.param((16, 16), MEGAPIXEL, False, (16, 16), id="one_token"),
-        pytest.param((5, 300), MEGAPIXEL, False, (16, 304), id="rect_less_than_patch"),
-        pytest.param((1000, 3), 4096, False, (992, 16), id="sliver_keeps_one_token_of_height"),
-        pytest.param((512, 512), MEGAPIXEL, True, (1024, 1024), id="upscaled_square"),
-        pytest.param((300, 451), 65536, True, (208, 304), id="upscale_never_passes_the_limit"),
-    ],
-)
-def test_target_size(source: tuple[int, int], max_pixels: int, upscale: bool, expected: tuple[int, int]) -> None:
-    assert target_size(Size(*source), max_pixels=max_pixels, multiple_of=16, upscale=upscale) == expected
+def test_target_size_rounds_by_resizing_and_never_passes_the_limit() -> None:
+    size = partial(target_size, multiple_of=16)
+    assert size(Size(71, 88), max_pixels=MEGAPIXEL) == size(Size(72, 104), max_pixels=MEGAPIXEL) == (64, 96), "to even"
+    assert size(Size(4000, 3000), max_pixels=MEGAPIXEL) == (1184, 880), "one row of tokens less: it would be over"
+    assert size(Size(1025, 1023), max_pixels=MEGAPIXEL) == (1024, 1024), "rounding alone suffices"
+    assert size(Size(5, 300), max_pixels=MEGAPIXEL) == (16, 304)
+    assert size(Size(1000, 3), max_pixels=4096) == (992, 16), "one token of height stays"
+    assert size(Size(300, 451), max_pixels=65536, upscale=True) == (208, 304)
 
 
 @given(SIDES, SIDES, st.integers(16 * 16, 2**22), st.sampled_from([16, 32, 64]), st.booleans())
@@ -49,19 +38,6 @@ def test_target_size_holds_its_promise(
     assert mirrored == (size.height, size.width)
     rounded = target_size(Size(width, height), max_pixels=2**40, multiple_of=16)
     assert abs(rounded.width - width) <= 8 and abs(rounded.height - height) <= 8
-
-
-@pytest.mark.parametrize(
-    ("source", "area", "expected"),
-    [
-        pytest.param((300, 451), 128 * 128, (96, 160), id="quickstart_area"),
-        pytest.param(
-            (5000, 1), MEGAPIXEL, (72416, 32), id="sliver_keeps_one_multiple_where_the_stock_pipeline_gives_0"
-        ),
-    ],
-)
-def test_control_size(source: tuple[int, int], area: int, expected: tuple[int, int]) -> None:
-    assert control_size(Size(*source), area=area) == expected
 
 
 @given(SIDES, SIDES, st.sampled_from([64 * 64, 128 * 128, 384 * 384, MEGAPIXEL]) | st.integers(1024, 2**22))

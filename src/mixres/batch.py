@@ -7,7 +7,7 @@ Legend: B sample, S image token (target first, then controls), V valid target to
 P packed channel (4 x latent channels), D text width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -116,22 +116,14 @@ def image_shapes_from_embeddings(
     """
     if embeddings.get("img_shapes") is not None:
         per_sample = (extract_batch_field(embeddings, "img_shapes", b) for b in range(batch_size))
-        return [[_as_grid(shape) for shape in shapes] for shapes in per_sample]
-    return [_shapes_from_pixels(embeddings, b, pixels_per_token) for b in range(batch_size)]
+        return [[Grid(*map(int, shape)) for shape in shapes] for shapes in per_sample]
+    return [list(_grids_from_pixels(embeddings, b, pixels_per_token)) for b in range(batch_size)]
 
 
-def _as_grid(shape: Sequence[int] | Tensor) -> tuple[int, int, int]:
-    frames, rows, columns = (int(side) for side in shape)
-    return frames, rows, columns
-
-
-def _shapes_from_pixels(
-    embeddings: Mapping[str, Any], batch_idx: int, pixels_per_token: int
-) -> list[tuple[int, int, int]]:
+def _grids_from_pixels(embeddings: Mapping[str, Any], batch_idx: int, pixels_per_token: int) -> Iterator[Grid]:
     suffixes = ["", "_control"]
     while f"height_control_{len(suffixes) - 1}" in embeddings:
         suffixes.append(f"_control_{len(suffixes) - 1}")
-    shapes = []
     for suffix in suffixes:
         if suffix and f"height{suffix}" not in embeddings:
             continue
@@ -143,5 +135,4 @@ def _shapes_from_pixels(
                 f"sample {batch_idx}: height{suffix} x width{suffix} = {sides[0]} x {sides[1]} is not a multiple of "
                 f"{pixels_per_token} pixels per token"
             )
-        shapes.append((1, int(sides[0]) // pixels_per_token, int(sides[1]) // pixels_per_token))
-    return shapes
+        yield Grid(1, int(sides[0]) // pixels_per_token, int(sides[1]) // pixels_per_token)

@@ -11,6 +11,7 @@ import errno
 import itertools
 import logging
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -27,7 +28,14 @@ EXIT_CODES = (
     "exit codes: 0 done, 1 failed at work, 2 wrong input (all problems are listed), 75 stopped by a signal after saving"
     " (run the same command to resume), 130 or 143 interrupted"
 )
-WITH_CONFIG = ("train", "cache", "inspect", "verify", "bench", "quickstart")
+WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
+    "train": "mixres.training.trainer:train",
+    "cache": "mixres.cli:_cache",
+    "inspect": "mixres.inspection.inspect:inspect",
+    "verify": "mixres.verification.verify:verify",
+    "bench": "mixres.verification.bench:bench",
+    "quickstart": "mixres.quickstart.results:show_results",
+}
 _VALUED = ("--config", "--ranks")  # before a verb, the word after them is their value
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -180,25 +188,18 @@ def _run(argv: Sequence[str]) -> None:
 
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
-    if verb == "sample":
-        from mixres.inference.sample import make_request, sample
-
-        return partial(sample, make_request(**options))
-    if verb == "export":
-        from mixres.inference import export
-
-        return partial(export.export, export.make_request(**options))
+    if verb not in WITH_CONFIG:
+        make_request = pkgutil.resolve_name(f"mixres.inference.{verb}:make_request")
+        return partial(_call, f"mixres.inference.{verb}:{verb}", make_request(**options))
     if verb == "quickstart" and not file:
         if len(words) != 1:
             raise UserError("quickstart: write DIR, a folder for the data, or --config FILE, to show what was learnt")
-        return partial(_write_quickstart, words[0])
+        return partial(_call, "mixres.quickstart.data:write_demo", Path(words[0]))
     if not file:
         raise UserError("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
     from mixres.config.load import load_config
 
-    work: dict[str, Callable[..., None]]
-    work = {"train": _train, "cache": _cache, "inspect": _inspect, "verify": _verify, "bench": _bench}
-    return partial((work | {"quickstart": _quickstart})[verb], load_config(Path(file), words), **options)
+    return partial(_call, WITH_CONFIG[verb], load_config(Path(file), words), **options)
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:
@@ -231,13 +232,10 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-# The verbs import what they need when they run: nothing of torch is loaded for wrong input.
-
-
-def _train(config: "Config") -> None:
-    from mixres.training.trainer import train
-
-    train(config)
+def _call(work: str, *given: Any, **options: Any) -> None:
+    """`work` is `module:function`, imported only now: for wrong input nothing of torch is. Its lines are printed."""
+    for line in pkgutil.resolve_name(work)(*given, **options) or ():
+        print(line)
 
 
 def _cache(config: "Config", *, verify: bool = False) -> None:
@@ -252,33 +250,3 @@ def _cache(config: "Config", *, verify: bool = False) -> None:
         from mixres.preprocessing.fill import run_cache
 
         run_cache(config, device=device, rank=rank, world_size=world_size)
-
-
-def _inspect(config: "Config", **options: Any) -> None:
-    from mixres.inspection.inspect import inspect
-
-    inspect(config, **options)
-
-
-def _verify(config: "Config") -> None:
-    from mixres.verification.verify import verify
-
-    verify(config)
-
-
-def _bench(config: "Config", *, synthetic: bool = False) -> None:
-    from mixres.verification.bench import bench
-
-    bench(config, synthetic=synthetic)
-
-
-def _quickstart(config: "Config") -> None:
-    from mixres.quickstart.results import show_results
-
-    print(*show_results(config), sep="\n")
-
-
-def _write_quickstart(folder: str) -> None:
-    from mixres.quickstart.data import write_demo
-
-    print(*write_demo(Path(folder)), sep="\n")

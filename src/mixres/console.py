@@ -7,13 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-_LINE_EVERY_S = 10.0
-_WIDE = 130  # columns of a terminal from which on a bar has room beside all rates
+LINE_EVERY_S = 10.0
 T = TypeVar("T")
 
 
@@ -30,10 +28,8 @@ def log(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def counted(
-    items: Collection[T], verb: str, unit: str, *, enabled: bool, every_s: float = _LINE_EVERY_S
-) -> Iterator[T]:
-    """The items one by one, with progress: a bar on a terminal, a line every `every_s` seconds elsewhere.
+def counted(items: Collection[T], verb: str, unit: str, *, enabled: bool) -> Iterator[T]:
+    """The items one by one, with progress: a bar on a terminal, a line now and then elsewhere.
 
     Rate and time left are those since the first item was done: what it had to load is no part of them.
     """
@@ -45,44 +41,35 @@ def counted(
         now = time.perf_counter()
         if done == 1:
             started = now
-        elif lines and done < len(items) and now - logged >= every_s:
+        elif lines and done < len(items) and now - logged >= LINE_EVERY_S:
             logged = now
             rate = (done - 1) / (now - started)
             log(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
 
 
-class Progress:
+class Progress(tqdm):  # type: ignore[type-arg]  # only its stubs are generic
     """Steps of a run as they end. `enabled` is for the main process."""
 
     def __init__(self, *, first: int, last: int, enabled: bool) -> None:
         self._lines = enabled and not sys.stderr.isatty()
         bar = enabled and not self._lines
-        self._bar = tqdm(total=last, initial=first, desc="train", unit="step", disable=not bar, dynamic_ncols=True)
+        super().__init__(total=last, initial=first, desc="train", unit="step", disable=not bar, dynamic_ncols=True)
         self._first, self._last = first, last
         self._started = self._logged = time.perf_counter()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
     def step(self, line: Mapping[str, Any]) -> None:
         """A step is done; `line` is what `metrics.jsonl` got of it."""
-        step, samples, seconds = line["step"], line["samples"], line["seconds"]
-        tokens, padding = line["tokens"], 1 - line["tokens"] / line["tokens_computed"]
-        rates = f"{samples / seconds:.1f} samples/s"
+        step, seconds = line["step"], line["seconds"]
         loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
-        wide = self._lines or (self._bar.format_dict["ncols"] or _WIDE) >= _WIDE
-        rates += f", {tokens / seconds:.0f} tokens/s, padding {padding:.0%}" if wide else ""
-        self._bar.set_postfix_str(f"loss {loss}, {rates}", refresh=False)
-        self._bar.update()
+        rates = f"{line['samples'] / seconds:.1f} samples/s"
+        self.set_postfix_str(f"loss {loss}, {rates}", refresh=False)
+        self.update()
         now = time.perf_counter()
-        if self._lines and (now - self._logged >= _LINE_EVERY_S or step in (self._first + 1, self._last)):
+        if self._lines and (now - self._logged >= LINE_EVERY_S or step in (self._first + 1, self._last)):
             self._logged = now
             left = (now - self._started) / (step - self._first) * (self._last - step)
+            padding = 1 - line["tokens"] / line["tokens_computed"]
+            rates += f", {line['tokens'] / seconds:.0f} tokens/s, padding {padding:.0%}"
             log(f"step {step}/{self._last}  loss {loss}  {rates}, left {clock(left)}")
 
 

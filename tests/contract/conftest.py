@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from contract.record import CONFIG, GOLDEN, ROOT, command, folders
+from contract.record import CONFIG, GOLDEN, command, folders
+from support.jobs import REPOSITORY
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,7 @@ def golden() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paths of the recorded configuration are relative to the root of the repository."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +25,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`run` and `cache` of an unbroken run, started without a verb. Read only."""
     root = tmp_path_factory.mktemp("contract")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
+        patch.chdir(REPOSITORY)
         assert command("--config", CONFIG, *folders(root)) == 0
     return root

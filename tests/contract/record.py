@@ -2,7 +2,7 @@
 
 From the root of the repository, with one thread:
 
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python tests/contract/record.py
+    PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m contract.record
 
 It writes `golden.json` and `fixtures/{run,cache,lora,sample.png}` anew. That changes the contract: do it only where a
 change of the public surface or of the numbers is wanted, and say so in the commit.
@@ -10,18 +10,13 @@ change of the public surface or of the numbers is wanted, and say so in the comm
 
 import hashlib
 import inspect
-import io
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,13 +33,10 @@ from safetensors.torch import load_file
 from mixres.cli import main
 from mixres.config.load import dump_config, load_config
 from mixres.data.plan import Lengths, Plan
+from support.jobs import LORA, REPOSITORY, Jobs
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-GOLDEN, FIXTURES = HERE / "golden.json", HERE / "fixtures"
-CONFIG = "tests/contract/fixtures/run.yaml"  # relative to ROOT, the working directory of every run
-LORA = "pytorch_lora_weights.safetensors"
-SAMPLE_SIZE = "64x48"
+GOLDEN, FIXTURES = Path(__file__).with_name("golden.json"), Path(__file__).with_name("fixtures")
+CONFIG = "tests/contract/fixtures/run.yaml"  # relative to REPOSITORY, the working directory of every run
 PUBLIC = {
     "mixres.models.qwen_multi_resolution_patch": [
         "patch_qwen_model_for_multi_resolution",
@@ -70,11 +62,7 @@ VERBS = {
     "export": ["--format", "--merge", "--out", "--base"],
 }
 RECIPES = ("qwen_image_edit_lora", "qwen_image_edit_plus_lora", "qwen_image_lora")
-CLOCK = {"seconds"}
 TOLERANCE, TOLERANCE_ELSEWHERE = 1e-6, 1e-5  # of losses and gradient norms, relative
-
-
-# Observations that need no run.
 
 
 def signatures() -> dict[str, str]:
@@ -91,10 +79,8 @@ def signatures() -> dict[str, str]:
 
 def config_defaults() -> dict[str, Any]:
     """Every key by its dotted name, with the value it has where only the required ones are given."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "least.yaml"
-        file.write_text("model: {pretrained_model_name_or_path: BASE}\ndata: {train: DATA}\n", encoding="utf-8")
-        return flat(yaml.safe_load(dump_config(load_config(file))))
+    least = load_config(Path(os.devnull), ["model.pretrained_model_name_or_path=BASE", "data.train=DATA"])
+    return flat(yaml.safe_load(dump_config(least)))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -112,7 +98,7 @@ def plans() -> dict[str, dict[str, str]]:
     names = [f"{index:032x}" for index in range(len(lengths))]
     found = {}
     for recipe in RECIPES:
-        config = load_config(ROOT / "configs" / f"{recipe}.yaml")
+        config = load_config(REPOSITORY / "configs" / f"{recipe}.yaml")
         for layout in ("packed", "padded"):
             for ranks, dropout in ((1, 0.0), (3, 0.2)):
                 plan = Plan(
@@ -144,9 +130,6 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-
-
-# Observations of a run.
 
 
 def command(*words: str) -> int:
@@ -228,7 +211,7 @@ def numbers(root: Path) -> dict[str, Any]:
         "machine": machine(),
         "entries": entries(root / "cache"),
         "lora_sha256": hashlib.sha256((root / "run" / LORA).read_bytes()).hexdigest(),
-        "metrics": [{key: value for key, value in line.items() if key not in CLOCK} for line in lines],
+        "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
     }
 
 
@@ -254,7 +237,7 @@ def exported(lora: Path, name: str, out: Path) -> dict[str, Any]:
 def sampled(lora: Path, out: Path) -> Image.Image:
     """One picture, made with the stock pipeline and the LoRA."""
     control = FIXTURES / "pairs" / "held_out" / "control_images" / "055_astronaut.png"
-    how = ("--size", SAMPLE_SIZE, "--steps", "2", "--seed", "3", "--device", "cpu", "--dtype", "float32")
+    how = ("--size", "64x48", "--steps", "2", "--seed", "3", "--device", "cpu", "--dtype", "float32")
     words = ("--lora", str(lora), "--image", str(control), "--prompt", "swap red and blue", "--out", str(out))
     assert command("sample", *words, *how) == 0
     (picture,) = out.glob("*.png")
@@ -264,9 +247,7 @@ def sampled(lora: Path, out: Path) -> Image.Image:
 def stopped_run(root: Path, *, after: int) -> int:
     """The run in a process of its own, sent SIGTERM when `after` steps are done; its exit code."""
     log = root / "run" / "metrics.jsonl"
-    words = [sys.executable, "train.py", "--config", CONFIG, *folders(root)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+    with Jobs(Path(CONFIG), root / "cache", root, common=()).started("run") as process:
         while not log.exists() or log.read_text(encoding="utf-8").count('"loss"') < after:
             assert process.poll() is None, "the run ended before it was stopped"
             time.sleep(0.002)
@@ -274,10 +255,8 @@ def stopped_run(root: Path, *, after: int) -> int:
         return process.wait(timeout=60)
 
 
-# Comparisons. The last bits are a matter of the machine: where it is the recorded one, nothing may differ.
-
-
 def assert_same_metrics(found: Sequence[Mapping[str, Any]], golden: Mapping[str, Any]) -> None:
+    """The last bits are a matter of the machine: where it is the recorded one, nothing may differ."""
     wanted = golden["metrics"]
     near = TOLERANCE if machine() == golden["machine"] else TOLERANCE_ELSEWHERE
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
@@ -294,43 +273,38 @@ def assert_same_lora(path: Path, golden: Mapping[str, Any]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-# Recording.
-
-
 def record() -> None:
     torch.set_num_threads(1)
-    os.chdir(ROOT)
+    os.chdir(REPOSITORY)
     # Relative folders: a path of this machine must stand neither in the checkpoint nor in the status.
     root, stopped = Path("build/contract"), Path("build/contract/stopped")
     shutil.rmtree(root, ignore_errors=True)
     stopped.mkdir(parents=True)
-    with redirect_stdout(io.StringIO()):
-        assert command("--config", CONFIG, *folders(root)) == 0
-        golden = {
-            "signatures": signatures(),
-            "config": config_defaults(),
-            "plans": plans(),
-            "run": run_folder(root / "run"),
-            "numbers": numbers(root),
-            "comfyui": exported(root / "run", "comfyui", root / "comfyui.safetensors"),
-            "reports": {name: shape(report) for name, report in reports(root / "reports").items()},
-        }
-        sampled(root / "run", root / "picture").save(FIXTURES / "sample.png")
-        shutil.copytree(root / "cache", stopped / "cache")
-        assert stopped_run(stopped, after=1) == 75
+    assert command("--config", CONFIG, *folders(root)) == 0
+    golden = {
+        "signatures": signatures(),
+        "config": config_defaults(),
+        "plans": plans(),
+        "run": run_folder(root / "run"),
+        "numbers": numbers(root),
+        "comfyui": exported(root / "run", "comfyui", root / "comfyui.safetensors"),
+        "reports": {name: shape(report) for name, report in reports(root / "reports").items()},
+    }
+    GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sampled(root / "run", root / "picture").save(FIXTURES / "sample.png")
+    shutil.copyfile(root / "run" / LORA, FIXTURES / "lora" / LORA)
+    shutil.copytree(root / "cache", stopped / "cache")
+    assert stopped_run(stopped, after=1) == 75
     status_file = stopped / "run" / "run_status.json"
     status = json.loads(status_file.read_text(encoding="utf-8"))
     assert status["step"] < status["max_train_steps"], "it was stopped too late: run this once more"
     status_file.write_text(json.dumps({**status, "host": "recorded", "pid": 1}, indent=2), encoding="utf-8")
-    GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for source, name in ((stopped / "run", "run"), (stopped / "cache", "cache")):
+    # Memos of paths and times are of this machine alone.
+    unwanted = shutil.ignore_patterns(".*", "scan.json", "fingerprints.json", "reports", "samples")
+    for name in ("run", "cache"):
         shutil.rmtree(FIXTURES / name, ignore_errors=True)
-        # Memos of paths and times are of this machine alone.
-        unwanted = shutil.ignore_patterns(".*", "scan.json", "fingerprints.json", "reports", "samples")
-        shutil.copytree(source, FIXTURES / name, symlinks=True, ignore=unwanted)
-    (FIXTURES / "lora").mkdir(exist_ok=True)
-    shutil.copyfile(root / "run" / LORA, FIXTURES / "lora" / LORA)
-    leaked = [p for p in FIXTURES.rglob("*") if p.is_file() and os.fsencode(ROOT) in p.read_bytes()]
+        shutil.copytree(stopped / name, FIXTURES / name, symlinks=True, ignore=unwanted)
+    leaked = [p for p in FIXTURES.rglob("*") if p.is_file() and os.fsencode(REPOSITORY) in p.read_bytes()]
     assert not leaked, leaked
 
 

@@ -13,32 +13,14 @@ import torch
 import xxhash
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample
 from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key
 from mixres.geometry import Grid
-from support.samples import make_sample
+from support.samples import assert_same, make_sample, same_bits
 
 KEY, OTHER = entry_key(name="one"), entry_key(name="other")
-
-
-def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def assert_same(a: Sample, b: Sample) -> None:
-    assert a.img_shapes == b.img_shapes
-    for name in ("target_latents", "prompt_embeds", "edit_mask", "empty_embeds"):
-        assert same_bits(getattr(a, name), getattr(b, name)), name
-    assert len(a.control_latents) == len(b.control_latents)
-    assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
-
-
-# --- Round trip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -79,9 +61,6 @@ def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
     assert_same(Cache(tmp_path).read(OTHER), shared)
 
 
-# --- Keys
-
-
 def test_any_change_of_a_part_changes_the_key() -> None:
     parts: dict[str, Any] = {"controls": ["d2", "d3"], "prompt": "蓝色", "mask": None, "sizes": {"a": 16, "b": False}}
     changes: list[dict[str, Any]] = [
@@ -93,9 +72,6 @@ def test_any_change_of_a_part_changes_the_key() -> None:
     assert all(len(key) == 32 for key in keys)
     assert entry_key(**dict(reversed(parts.items()))) == entry_key(**parts), "order is no part of it"
     assert entry_key(a=1) == "11bc9322f272d7ba6fb598b1e5de2857", "keys are the same in every process and release"
-
-
-# --- Damage
 
 
 @pytest.fixture
@@ -187,9 +163,6 @@ def test_a_damaged_entry_is_gone_until_it_is_written_again(tmp_path: Path, store
         cache.read(KEY)
 
 
-# --- Format 1
-
-
 def write_format_1(cache: Cache, sample: Sample, **pixels: Any) -> None:
     """What the module's docstring says of format 1, written down once more."""
     cache.write(KEY, sample)
@@ -227,9 +200,6 @@ def test_sizes_of_format_1_that_are_not_those_of_the_latents_are_damage(tmp_path
     write_format_1(Cache(tmp_path), make_sample((Grid(1, 3, 3),)), **pixels)
     with pytest.raises(DamagedEntry):
         Cache(tmp_path).read(KEY)
-
-
-# --- Index
 
 
 def fill(root: Path, count: int = 4) -> tuple[Cache, dict[str, CacheEntry]]:

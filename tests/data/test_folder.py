@@ -16,8 +16,6 @@ from support.pairs import EMPTY, found, names, scanned, write_image, write_pair
 NFC, NFD = normalize("NFC", "é"), normalize("NFD", "é")
 FORMATS = ".bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
 
-# --- What pairs
-
 
 def test_every_file_of_one_record(tmp_path: Path) -> None:
     write_pair(tmp_path, "a", "  make it blue\n")
@@ -68,8 +66,6 @@ def test_side_files_and_hidden_files_are_no_part_of_the_data(tmp_path: Path) -> 
     records, problems = found(tmp_path)
     assert (len(records), problems) == (1, [])
 
-
-# --- What is wrong
 
 T, C = "training_images", "control_images"
 Spoil = Callable[[Path], object]
@@ -137,10 +133,7 @@ SPOILED: dict[str, tuple[Spoil, list[str]]] = {  # the beginnings of the problem
     "pipe": (lambda root: os.mkfifo(root / f"{T}/z.png"), [f"{T}/z.png: is not a regular file; take it out"]),
     "broken link": (link(f"{T}/z.png", "nowhere"), [f"{T}/z.png: is a broken link; fix it, or take it out"]),
     "link loop": (link(f"{T}/loop", f"../{T}"), [f"{T}/loop: is a link to a folder that it lies in; take it out"]),
-    "name not UTF-8": (
-        add(os.fsdecode(b"training_images/\xff.png")),
-        [f"{T}/\\udcff.png: the name is not UTF-8"],
-    ),
+    "name not UTF-8": (add(os.fsdecode(b"training_images/\xff.png")), [f"{T}/\\udcff.png: the name is not UTF-8"]),
 }
 
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,10 @@ import xxhash
 from mixres.data.scan import find_records
 from mixres.errors import UserError
 from support.pairs import EMPTY, PHOTO, scanned
+from support.samples import pickled_mkdir
 
 IMAGES = ("path_target", "path_control", "path_control_1", "path_mask")
 ARROW = "data-00000-of-00001.arrow"
-
-
-@pytest.fixture(autouse=True)
-def no_bars() -> None:
-    datasets.disable_progress_bars()
 
 
 def png(size: tuple[int, int] = (90, 60), mode: str = "RGB") -> bytes:
@@ -71,6 +65,16 @@ def test_rows_are_records_and_their_bytes_those_that_were_saved(tmp_path: Path) 
         saved = [values[key] for key in IMAGES if values.get(key)]
         assert [x.read_bytes() for x in (record.target, *record.controls, record.mask) if x] == saved
         assert item.digests[0] == xxhash.xxh3_128_hexdigest(saved[0]), "the same key in the cache as the file"
+
+
+def test_arrow_files_that_change_places_change_the_state_of_their_images(tmp_path: Path) -> None:
+    """None of them has changed itself, and an image of equal size then stands under the name of another."""
+    folder = save(tmp_path / "set", row(), row(), shards=2)
+    state = json.loads((folder / "state.json").read_text())
+    before = find_records(str(folder))[0][0].target.stat()
+    state["_data_files"].reverse()
+    (folder / "state.json").write_text(json.dumps(state))
+    assert find_records(str(folder))[0][0].target.stat() != before
 
 
 def test_every_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
@@ -133,17 +137,12 @@ def test_a_file_outside_the_folder_is_not_opened(tmp_path: Path, name: str) -> N
 def test_planted_scripts_and_pickles_are_not_run(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", row())
     mark = tmp_path / "mark"
-
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(mark),)
-
     for name in ("set.py", "dataset.py", "__init__.py"):
         (folder / name).write_text(f"import os; os.mkdir({str(mark)!r})")
     for name in ("dataset.pkl", "dataset.pickle", "indices.arrow"):
-        (folder / name).write_bytes(pickle.dumps(Payload()))
+        (folder / name).write_bytes(pickled_mkdir(mark))
     assert len(scanned(folder)[0]) == 1
-    (folder / ARROW).write_bytes(pickle.dumps(Payload()))
+    (folder / ARROW).write_bytes(pickled_mkdir(mark))
     (message,) = refusal(folder)
     assert message.startswith("ROOT: the data set cannot be read: ")
     assert not mark.exists()

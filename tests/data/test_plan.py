@@ -255,9 +255,6 @@ def test_a_large_step_of_samples_over_half_the_budget_is_planned_at_once() -> No
     assert [len(m.indices) for m in step.ranks[0]] == [1] * len(made)
 
 
-# --- Rounding
-
-
 @given(st.lists(lengths(), min_size=1, max_size=40), st.sampled_from([1, 30, 400]))
 def test_few_lengths_are_left_and_none_is_shortened(made: list[Lengths], scale: int) -> None:
     made = [Lengths(*(n * scale + n % 7 for n in length)) for length in made]

@@ -1,7 +1,8 @@
 """Sigmas, noise and interpolant against closed forms and the stock scheduler, in any batch and any layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,20 +18,18 @@ from mixres.data.plan import Layout
 from mixres.diffusion.flow_matching import (
     TimestepSampler,
     fixed_flow_sample,
-    make_flow_sample,
     resolution_shift,
     sample_generator,
     shifted,
 )
-from support.steps import LAYOUTS, make_sample, microbatch
+from support.steps import LAYOUTS, SHIFT, flow_of, make_sample, microbatch
 
-CONSTANTS = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
+SIGMAS = (0.1, 0.5, 1.0)
 
 
-def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float32, **kw: Any) -> FlowSample:
-    return make_flow_sample(
-        batch, seed=seed, step=step, timesteps=TimestepSampler(**kw), constants=CONSTANTS, dtype=dtype
-    )
+def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw: Any) -> FlowSample:
+    kw = {"dtype": torch.float64} | kw
+    return fixed_flow_sample(batch, keys=keys or [f"key-{i}" for i in batch.indices], sigma=sigma, **kw)
 
 
 def by_sample(batch: Batch, flow: FlowSample) -> dict[int, tuple[Tensor, ...]]:
@@ -42,13 +41,20 @@ def by_sample(batch: Batch, flow: FlowSample) -> dict[int, tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("drawn", [{}, {"density": "uniform", "shift": "constant"}])
-def test_a_samples_draws_do_not_depend_on_its_batch(drawn: dict[str, Any], dtype: torch.dtype) -> None:
-    alone = {i: by_sample(b, flow_of(b, step=3, dtype=dtype, **drawn))[i] for i in range(6) if (b := microbatch([i]))}
+@pytest.mark.parametrize(
+    "draw",
+    [
+        partial(flow_of, step=3),
+        partial(flow_of, step=3, density="uniform", shift="constant"),
+        *(partial(fixed_of, sigma=sigma) for sigma in SIGMAS),
+    ],
+)
+def test_a_samples_draws_do_not_depend_on_its_batch(draw: Callable[..., FlowSample], dtype: torch.dtype) -> None:
+    alone = {i: by_sample(b, draw(b, dtype=dtype))[i] for i in range(6) if (b := microbatch([i]))}
     for indices in ([0, 1, 2, 3, 4, 5], [3, 0], [4, 2, 1, 0]):
         for layout in LAYOUTS:
             batch = microbatch(indices, layout)
-            for i, parts in by_sample(batch, flow_of(batch, step=3, dtype=dtype, **drawn)).items():
+            for i, parts in by_sample(batch, draw(batch, dtype=dtype)).items():
                 assert all(torch.equal(a, b) for a, b in zip(parts, alone[i], strict=True)), (i, indices, layout)
 
 
@@ -74,7 +80,7 @@ def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
     batch = microbatch([0, 1, 2, 3], layout)
     batch = replace(batch, latents=batch.latents.to(stored))
     original = batch.latents.flatten(0, 1).double()
-    flow = flow_of(batch, dtype=torch.float64)
+    flow = flow_of(batch)
     assert {t.dtype for t in (flow.noisy_latents, flow.sigmas, flow.velocity)} == {torch.float64}
     before, after = batch.latents.flatten(0, 1).double(), flow.noisy_latents.flatten(0, 1)
     assert torch.equal(before, original), "the batch itself is not written to"
@@ -95,10 +101,10 @@ def test_interpolant_and_velocity(layout: Layout, stored: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 256, 1000, 4096, 8192, 20_000])
 def test_resolution_shift_is_the_stock_schedulers(tokens: int) -> None:
-    mu = calculate_shift(tokens, *CONSTANTS.values())
+    mu = calculate_shift(tokens, *SHIFT.values())
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
     sigma = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
-    ours = shifted(sigma, resolution_shift(tokens, CONSTANTS))
+    ours = shifted(sigma, resolution_shift(tokens, SHIFT))
     torch.testing.assert_close(ours, scheduler.time_shift(mu, 1.0, sigma), rtol=1e-13, atol=0)
     assert shifted(torch.tensor(0.0), 3.0) == 0
 
@@ -118,45 +124,27 @@ def test_resolution_shift_is_the_stock_schedulers(tokens: int) -> None:
 def test_sigmas_are_drawn_from_the_density_and_shifted_as_configured(settings: dict[str, Any]) -> None:
     """The densities are those of `diffusers`."""
     batch, t = microbatch(range(6)), TimestepSampler(**settings)
-    found = flow_of(batch, seed=3, step=2, **settings).sigmas
+    found = flow_of(batch, seed=3, step=2, dtype=torch.float32, **settings).sigmas
     assert found.min() >= 0 and found.max() <= 1
     for sigma, index, tokens in zip(found, batch.indices, batch.target_lengths, strict=True):
         draw = sample_generator(3, 2, index)
         (drawn,) = compute_density_for_timestep_sampling(
             t.density, 1, t.logit_mean, t.logit_std, t.mode_scale, generator=draw
         )
-        shifts = {"resolution": resolution_shift(tokens, CONSTANTS), "constant": t.shift_value, "none": 1}
+        shifts = {"resolution": resolution_shift(tokens, SHIFT), "constant": t.shift_value, "none": 1}
         torch.testing.assert_close(sigma, shifted(drawn, shifts[t.shift]))
 
 
-def fixed_of(batch: Batch, sigma: float, keys: Sequence[str] | None = None, **kw: Any) -> FlowSample:
-    kw = {"dtype": torch.float64} | kw
-    return fixed_flow_sample(batch, keys=keys or [f"key-{i}" for i in batch.indices], sigma=sigma, **kw)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fixed_noise_depends_on_key_and_sigma_alone(dtype: torch.dtype) -> None:
-    sigmas, state = (0.1, 0.5, 1.0), torch.get_rng_state()
-    batches = [microbatch([i]) for i in range(4)]
-    alone = {(i, s): by_sample(b, fixed_of(b, s, dtype=dtype))[i] for i, b in enumerate(batches) for s in sigmas}
-    noises = []
-    for (i, s), (sigma, noisy, velocity) in alone.items():
-        assert sigma == torch.tensor(s, dtype=dtype)
-        clean = make_sample(i).target_latents.to(dtype)
-        torch.testing.assert_close(noisy - sigma * velocity, clean, rtol=0, atol=1e-6)
-        noises.append((velocity + clean).flatten())
+def test_fixed_noise_is_a_function_of_key_and_sigma() -> None:
+    state, noises = torch.get_rng_state(), []
+    batch, clean = microbatch([4]), make_sample(4).target_latents.double()
+    for key in "ab":
+        for s in SIGMAS:
+            sigma, noisy, velocity = by_sample(batch, fixed_of(batch, s, [key]))[4]
+            assert sigma == s
+            torch.testing.assert_close(noisy - sigma * velocity, clean, rtol=0, atol=1e-6)
+            noises.append((velocity + clean).flatten())
     assert 0.9 < float(torch.cat(noises).std()) < 1.1
-    for indices in ([0, 1, 2, 3], [3, 1]):
-        torch.manual_seed(len(indices))
-        for layout in LAYOUTS:
-            for sigma in sigmas:
-                batch = microbatch(indices, layout)
-                for i, parts in by_sample(batch, fixed_of(batch, sigma, dtype=dtype)).items():
-                    assert all(torch.equal(a, b) for a, b in zip(parts, alone[i, sigma], strict=True)), (i, indices)
-    torch.set_rng_state(state)
-    drawn = [fixed_of(microbatch([4]), sigma, [key]).velocity.flatten() for key in "ab" for sigma in sigmas]
-    drawn.append(flow_of(microbatch([4]), dtype=torch.float64).velocity.flatten())
-    assert torch.cat(drawn).unique().numel() == sum(map(len, drawn)), (
-        "another key or sigma, or training, is other noise"
-    )
+    noises.append((flow_of(batch).velocity + clean).flatten())
+    assert torch.cat(noises).unique().numel() == sum(map(len, noises)), "another key or sigma, or training: other noise"
     assert torch.equal(torch.get_rng_state(), state)

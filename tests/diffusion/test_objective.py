@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from mixres.batch import Batch, FlowSample
+from mixres.batch import Batch
 from mixres.data.plan import Layout
-from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
 from mixres.diffusion.objective import (
     MIN_WEIGHTED_SIGMA,
     Normalization,
@@ -20,17 +19,11 @@ from mixres.diffusion.objective import (
     sigma_weights,
     velocity_loss,
 )
-from support.steps import LAYOUTS, NORMALIZATIONS, build_objective, make_sample, microbatch
+from support.steps import LAYOUTS, NORMALIZATIONS, build_objective, flow_of, make_sample, microbatch
 
-CONSTANTS = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
 MASKS = {"foreground": 3.0, "background": 0.25}
 both_normalizations = pytest.mark.parametrize("normalization", NORMALIZATIONS)
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-def flow_of(batch: Batch) -> FlowSample:
-    timesteps = TimestepSampler()
-    return make_flow_sample(batch, seed=0, step=0, timesteps=timesteps, constants=CONSTANTS, dtype=torch.float64)
 
 
 def outputs_of(batch: Batch) -> Tensor:
@@ -81,8 +74,8 @@ def test_the_divisor_counts_samples_or_target_tokens_and_no_weight() -> None:
         objective = build_objective(normalization, torch.float64)
         assert objective.divisor(3, sum(batch.target_lengths)) == count
         assert float(velocity_loss(outputs, batch, flow, normalization=normalization)) == pytest.approx(count)
-    assert (sample_weight(regularization=True, prior_loss_weight=0.2), sample_weight(
-        regularization=False, prior_loss_weight=0.2)) == (0.2, 1.0)  # fmt: skip
+    assert sample_weight(regularization=True, prior_loss_weight=0.2) == 0.2
+    assert sample_weight(regularization=False, prior_loss_weight=0.2) == 1.0
 
 
 @both_normalizations

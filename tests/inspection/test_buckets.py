@@ -18,9 +18,7 @@ def test_the_buckets_of_a_megapixel() -> None:
 
 
 PICTURES = {
-    "fits": (Size(2048, 2048), Size(1024, 1024), 0),
     "camera": (Size(6000, 4000), Size(1216, 832), 1 - 1.4615 / 1.5),
-    "upright": (Size(4000, 6000), Size(832, 1216), 1 - 1.4615 / 1.5),
     "panorama": (Size(8000, 1000), Size(2048, 512), 0.5),
     "phone": (Size(1080, 1920), Size(768, 1344), 1 - 0.5625 / (768 / 1344)),
 }

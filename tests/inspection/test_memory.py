@@ -17,8 +17,9 @@ from mixres.models.lora import fill_adapters
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.training.optimizer import optimizer_tensors
+from mixres.training.setup import TrainState
 from mixres.verification.consistency import batches_of
-from mixres.verification.setup import Setup, one_process, set_up
+from mixres.verification.setup import one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import CASES, FamilyCase
 
@@ -32,12 +33,12 @@ def estimate_of(file: Path, *words: str, ranks: int = 1) -> MemoryEstimate:
     return MemoryEstimate(config, family_of(config), ranks=ranks)
 
 
-def allocated_at_peak(setting: Setup, batch: Batch) -> int:
+def allocated_at_peak(setting: TrainState, batch: Batch) -> int:
     """Bytes that forward and backward take beside weights and gradients, by the allocator's own record."""
 
     def step() -> None:
         with setting.accelerator.autocast():
-            loss = setting.objective.loss_sum(setting.trained.transformer, batch, step=0)
+            loss = setting.objective.loss_sum(setting.transformer, batch, step=0)
         torch.autograd.backward(loss)
 
     step()  # gradients and position tables are there from now on
@@ -59,7 +60,7 @@ def check_estimate(file: Path, words: Sequence[str]) -> None:
     setting = set_up(config, family, one_process(config, "inspect"))
     samples = synthetic_samples(config, family, 3)
     estimate = MemoryEstimate(config, family, ranks=1)
-    assert (estimate.trained, estimate.parameters) == setting.trained.counts
+    assert (estimate.trained, estimate.parameters) == setting.counts
     batch = estimate.batch([(sample.img_shapes, len(sample.prompt_embeds)) for sample in samples])
     counted = max(estimate.count(batch, config.train.gradient_checkpointing)[1:])
     real = allocated_at_peak(setting, batches_of(samples, config.batch.layout)[0])
@@ -71,7 +72,6 @@ STEPS = {
     "adapters, padded, recomputed": ["batch.layout=padded", *BF16],
     "every second block recomputed": ["train.gradient_checkpointing=2", EVERY_LAYER],
     "float64, dropout": ["model.dtype=float64", "train.gradient_checkpointing=false", "model.lora.lora_dropout=0.1"],
-    "dora, padded": ["batch.layout=padded", "train.gradient_checkpointing=false", DORA, *BF16],
     "dora, every layer, recomputed": [DORA, EVERY_LAYER, *BF16],
     "all weights": ["model.lora=null", "train.gradient_checkpointing=false"],
     "all weights, bf16, padded": ["model.lora=null", "batch.layout=padded", *BF16],
@@ -134,12 +134,7 @@ def test_memory_adds_up(small_run: Path) -> None:
     assert plain["weights"] / 2 < half["weights"] + half["gathered"]
     assert half["activations"] == plain["activations"]
     assert estimate_of(small_run, ranks=2).memory(microbatch)["weights"] == plain["weights"]
-    assert estimate_of(small_run, "batch.layout=padded").memory(microbatch)["activations"] > plain["activations"]
     assert min(estimate.token_bytes()) > 20 * 4 * 32
-    for method in ("int8", "nf4"):
-        quantised = estimate_of(small_run, f"model.quantize={method}").memory(microbatch)
-        assert quantised["weights"] < plain["weights"]
-        assert quantised["trained_weights"] == plain["trained_weights"]
 
 
 OPTIMIZERS = {
@@ -156,7 +151,7 @@ def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list
     """Of DoRA's matrices, which 8-bit optimizers quantise at this rank, and vectors, which they do not."""
     config = load_config(small_run, [*words, "model.lora.r=64", DORA])
     AcceleratorState._reset_state(True)
-    trained = set_up(config, family_of(config), one_process(config, "inspect")).trained
+    trained = set_up(config, family_of(config), one_process(config, "inspect"))
     fill_adapters(trained.parameters, seed=0)
     for parameter in trained.parameters.values():
         parameter.grad = torch.ones_like(parameter)

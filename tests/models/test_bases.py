@@ -35,9 +35,6 @@ def test_each_pipeline_class_has_its_family(case: FamilyCase, base_of: Callable[
                 load_family(other, base, synthetic=synthetic)
 
 
-# What can be wrong.
-
-
 @pytest.fixture
 def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

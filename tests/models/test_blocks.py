@@ -16,10 +16,10 @@ from torch._inductor.utils import fresh_cache
 from mixres.data.plan import Rounding, rounded
 from mixres.errors import UserError
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks, repeated_blocks
-from mixres.models.lora import add_lora, fill_adapters, train_all, trainable_parameters
+from mixres.models.lora import train_all, trainable_parameters
 from mixres.models.qwen.layers import untrained_modules
 from support import mixes
-from support.steps import moved_average
+from support.steps import moved_average, with_adapters
 
 BLOCKS, WIDTH = 5, 64
 
@@ -88,13 +88,10 @@ def graphs() -> int:
 def trained_model(trained: str, blocks: int) -> QwenImageTransformer2DModel:
     """As a run sets it up: adapters with B filled, or all weights; nothing trains that reaches no loss."""
     model = small_model(blocks, ())
-    untrained = untrained_modules(model)
     if trained == "all weights":
-        train_all(model, untrained=untrained)
+        train_all(model, untrained=untrained_modules(model))
     else:
-        targets = {"r": 4, "lora_alpha": 8, "target_modules": mixes.ATTENTION_AND_MLP, "untrained": untrained}
-        add_lora(model, **targets, lora_dropout=0, seed=0)  # type: ignore[arg-type]
-        fill_adapters(trainable_parameters(model), seed=1)
+        with_adapters(model)
     return model
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mixres.data.plan import Layout
 from mixres.geometry import Size
-from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.lora import trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
-from support.steps import microbatch
+from support.steps import microbatch, with_adapters
 
 Values = list[Tensor]
 
@@ -24,9 +24,8 @@ def make_pipeline(base: Path) -> QwenImageEditPipeline:
     """The stock pipeline around a patched transformer with adapters on attention and modulation, set to train."""
     model = QwenImageEdit(str(base)).load_transformer(dtype=torch.float32, device="cpu")
     targets = ["to_q", "to_v", "img_mod.1", "norm_out.linear", "proj_out"]
-    add_lora(model, r=4, lora_alpha=4, lora_dropout=0, target_modules=targets, untrained=(), seed=0)
-    fill_adapters(trainable_parameters(model), seed=0)
-    return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model.train(), dtype=torch.float32, device="cpu")
+    model = with_adapters(model, target_modules=targets, untrained=()).train()
+    return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model, dtype=torch.float32, device="cpu")
 
 
 def train(pipeline: QwenImageEditPipeline, numbers: list[int], layout: Layout, checkpointing: bool = False) -> Values:
@@ -92,6 +91,5 @@ def test_training_and_sampling_in_any_order_give_the_values_of_a_fresh_model(
     random.Random(seed).shuffle(order)
     for name in order:
         found = CALLS[name](pipeline)
-        assert len(found) == len(fresh[name])
         for place, (here, there) in enumerate(zip(found, fresh[name], strict=True)):
             assert torch.equal(here, there), (order, name, place)

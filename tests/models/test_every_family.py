@@ -18,10 +18,11 @@ from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.errors import UserError
 from mixres.geometry import Size, token_count
-from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.lora import trainable_parameters
 from mixres.models.lora_file import FILE_NAME, lora_file
 from support import mixes
 from support.family_cases import EVERY_CASE as CASES, PROMPTS, FamilyCase
+from support.steps import with_adapters
 
 NAMES = [name for name, case in CASES.items() if not case.zero_cond_t]
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
@@ -114,13 +115,6 @@ def stock_image(
         made = pipeline(**case.call(given), width=size.width, height=size.height, num_inference_steps=3, **call)
     image: Image.Image = made.images[0]
     return image
-
-
-def test_what_a_case_says_is_what_its_family_takes(case: FamilyCase) -> None:
-    family = case.at("")
-    low, high = family.controls
-    assert 0 <= low <= min(case.controls) and max(case.controls) <= high
-    assert family.control_areas(1024 * 1024, None).keys() == case.areas.keys()
 
 
 @A_PIPELINE_EACH
@@ -238,9 +232,6 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
     assert largest_difference(others[0], stock_image(stock, case, case.areas, images(count), size, **words)) <= 1
 
 
-# A batch and alone.
-
-
 def batch_of(samples: list[Sample], layout: Any) -> Batch:
     return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=layout)
 
@@ -274,11 +265,8 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(
     ]
     assert [len(s.control_latents) for s in samples] == list(case.controls)
     transformer = case.at(base).load_transformer(dtype=torch.float32, device="cpu")
-    add_lora(
-        transformer, r=4, lora_alpha=4, lora_dropout=0, target_modules=["attention"], seed=0, use_dora=use_dora,
-        presets=case.at("").lora_presets, untrained=case.at("").untrained_modules(transformer),
-    )  # fmt: skip
-    fill_adapters(trainable_parameters(transformer), seed=1)
+    layers = {"target_modules": ["attention"], "presets": case.at("").lora_presets}
+    with_adapters(transformer, use_dora=use_dora, untrained=case.at("").untrained_modules(transformer), **layers)
     sigmas = torch.tensor([0.9, 0.2, 0.5])
     alone = trained_on(case, transformer, [batch_of([sample], "padded") for sample in samples], sigmas)
     assert all(gradient is not None and gradient.any() for gradient in alone.gradients.values())

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,6 @@ def with_table(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": ATTENTION, "seed": 0}
     options["presets"] = LORA_PRESETS
     return transformer, add_lora(transformer, **(options | changes), untrained=untrained_modules(transformer))
-
-
-def with_lora(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> QwenImageTransformer2DModel:
-    return with_table(base, dtype, **changes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +109,11 @@ def test_adapters_are_float32_or_better(
 def test_a_is_a_function_of_the_seed_alone(tiny_base: Path) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = trainable_parameters(with_lora(tiny_base, seed=7))
+    first = trainable_parameters(with_table(tiny_base, seed=7)[0])
     assert torch.equal(torch.get_rng_state(), state), "the global generator is untouched"
     torch.manual_seed(2)
-    again = trainable_parameters(with_lora(tiny_base, seed=7))
-    other = trainable_parameters(with_lora(tiny_base, seed=8))
+    again = trainable_parameters(with_table(tiny_base, seed=7)[0])
+    other = trainable_parameters(with_table(tiny_base, seed=8)[0])
     for name, parameter in first.items():
         assert torch.equal(parameter, again[name])
         if ".lora_A." in name:
@@ -141,7 +136,7 @@ def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
 def filled(tiny_base: Path, request: pytest.FixtureRequest) -> QwenImageTransformer2DModel:
     """Adapters whose B is not zero any more, and lengths that are not the base's."""
-    transformer = with_lora(tiny_base, use_dora=request.param)
+    transformer = with_table(tiny_base, use_dora=request.param)[0]
     add_noise(trainable_parameters(transformer))
     return transformer
 
@@ -159,9 +154,6 @@ def test_equal_adapters_make_equal_bytes(file: Path, filled: QwenImageTransforme
     assert {lora_file(parameters, filled, recipe) for _ in range(8)} == {file.read_bytes()}
 
 
-# Training that continues from a LoRA.
-
-
 def settings(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
     use_dora = transformer.peft_config["default"].use_dora
     return {"r": 4, "lora_alpha": 8.0, "use_dora": use_dora, "target_modules": ["attention"], "presets": LORA_PRESETS}
@@ -173,7 +165,7 @@ def test_training_continues_from_a_file(
 ) -> None:
     given = str(file.parent if from_folder else file)
     check_pretrained(skeleton, given, **settings(filled), untrained=untrained_modules(skeleton))
-    continued = with_lora(tiny_base, seed=5, pretrained_weight=given, **settings(filled))
+    continued = with_table(tiny_base, seed=5, pretrained_weight=given, **settings(filled))[0]
     own, theirs = trainable_parameters(continued), trainable_parameters(filled)
     assert own.keys() == theirs.keys()
     assert all(torch.equal(own[name], theirs[name]) for name in own)
@@ -206,32 +198,28 @@ def test_a_lora_of_a_base_of_another_size_is_refused(filled: QwenImageTransforme
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path, file: Path, tiny_base: Path) -> None:
-    truncated, pickled = tmp_path / "half.safetensors", tmp_path / "lora.bin"
+    truncated, mark = tmp_path / "half.safetensors", tmp_path / "opened"
     truncated.write_bytes(file.read_bytes()[:-8])
-    pickled.write_bytes(b"never opened")
+    planted = [
+        tmp_path / "pytorch_lora_weights.bin",
+        tmp_path / "pickled" / FILE_NAME,
+    ]  # named itself, and in the place of the weights
+    payload = f"cos\nmkdir\n(V{mark}\ntR.".encode()  # it makes the folder `mark` where it is unpickled
+    planted[1].parent.mkdir()
+    for pickled in planted:
+        pickled.write_bytes(payload)
     weights = tiny_base / "transformer" / "diffusion_pytorch_model.safetensors"
     for path, reason in (
         (tmp_path / "none", "there is no file"),
         (tmp_path, "there is no file"),
-        (pickled, "is not a .safetensors file"),
+        (planted[0], "is not a .safetensors file"),
+        (planted[1], "cannot be read"),
         (truncated, "cannot be read"),
         (weights, "is no LoRA of one rank in diffusers' format for a transformer"),
     ):
         with pytest.raises(UserError, match=r"^model\.lora\.pretrained_weight: ") as caught:
             read_header(str(path))
         assert reason in caught.value.messages[0]
-
-
-def test_planted_pickles_in_the_folder_of_a_lora_run_nothing(file: Path, tiny_base: Path, tmp_path: Path) -> None:
-    folder, mark = shutil.copytree(file.parent, tmp_path / "lora"), tmp_path / "opened"
-    payload = f"cos\nmkdir\n(V{mark}\ntR.".encode()  # it makes the folder `mark` where it is unpickled
-    for name in ("pytorch_lora_weights.bin", "adapter_model.bin", "optimizer.pt", "x.pkl", ".metadata"):
-        (folder / name).write_bytes(payload)
-    with_lora(tiny_base, pretrained_weight=str(folder), use_dora=read_header(str(folder)).use_dora)
-    for name in ("pytorch_lora_weights.bin", FILE_NAME):  # named itself, and in the place of the weights
-        (folder / name).write_bytes(payload)
-        with pytest.raises(UserError, match=r"is not a \.safetensors file|cannot be read"):
-            read_header(str(folder / name))
     assert not mark.exists()
     pickle.loads(payload)  # it would have left its mark
     assert mark.exists()

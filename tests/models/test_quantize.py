@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from mixres.errors import UserError
 from mixres.models.blocks import recompute_blocks
-from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
+from mixres.models.lora import trainable_parameters
 from mixres.models.quantize import Method, check_method, quantization_config
-from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS, untrained_modules
+from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support import mixes
+from support.steps import with_adapters
 
 Load = Callable[..., QwenImageTransformer2DModel]
 ANYWHERE = ("int8", "fp8")
@@ -27,31 +27,18 @@ METHODS = pytest.mark.parametrize(("method", "device"), [*((method, "cpu") for m
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """The small stock transformer on disk, without and with `zero_cond_t`."""
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """The small stock model from disk, its weights quantised, with adapters, B filled."""
     folders = {zero: tmp_path_factory.mktemp("stock") for zero in (False, True)}
     for zero, folder in folders.items():
         mixes.stock_model(zero).save_pretrained(folder)
-    return folders
 
-
-@pytest.fixture
-def load(saved: dict[bool, Path]) -> Load:
-    """The stock model, its weights quantised where a method is given, with adapters, B filled."""
-
-    def loaded(
-        method: Method | None, device: str = "cpu", *, zero_cond_t: bool = False, use_dora: bool = False
-    ) -> QwenImageTransformer2DModel:
-        config = method and quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device)
+    def loaded(method: Method, device: str, *, zero_cond_t: bool = False, use_dora: bool = False) -> Any:
+        config = quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device)
         model = QwenImageTransformer2DModel.from_pretrained(
-            saved[zero_cond_t], dtype=torch.float32, use_safetensors=True, quantization_config=config
+            folders[zero_cond_t], dtype=torch.float32, use_safetensors=True, quantization_config=config
         ).to(device)
-        add_lora(
-            model, r=4, lora_alpha=8, lora_dropout=0, target_modules=mixes.ATTENTION_AND_MLP, seed=0, use_dora=use_dora,
-            untrained=untrained_modules(model),
-        )  # fmt: skip
-        fill_adapters(trainable_parameters(model), seed=1)
-        return model
+        return with_adapters(model, use_dora=use_dora)
 
     return loaded
 

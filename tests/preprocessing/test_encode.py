@@ -19,8 +19,9 @@ from mixres.errors import UserError, WorkError
 from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries
 from mixres.preprocessing.fill import encode, encode_all, keyed_records
 from mixres.preprocessing.training_data import image_limits
-from support.caching import CONTROLS, TARGETS, Caching, same
+from support.caching import CONTROLS, TARGETS, Caching
 from support.family_cases import CASES, FamilyCase, with_family
+from support.samples import assert_same
 
 ALL, TRAIN, FEW = 13, 10, 3
 CPU = torch.device("cpu")
@@ -42,8 +43,6 @@ def add_mask(caching: Caching) -> Path:
     mask.save(path)
     return path
 
-
-# What makes an entry miss
 
 CHANGES: dict[str, Callable[[Caching], object]] = {
     "prompt": lambda caching: caching.first(suffix=".txt").write_text("make it greener"),
@@ -130,9 +129,6 @@ def test_what_a_file_stands_for_and_the_order_of_controls_are_part_of_an_entry(c
     assert len(set(entry_keys(*with_family(caching.config()), records))) == 3
 
 
-# What does not
-
-
 def test_names_and_times_are_no_part_of_an_entry(caching: Caching) -> None:
     """Of any kind: spaces, line ends, dashes, other scripts in either form, 255 bytes."""
     prefixes = ["re named ", "-", "line\nend", "图片", "café", normalize("NFD", "café")]
@@ -151,9 +147,6 @@ def test_equal_records_share_an_entry(caching: Caching) -> None:
     samples = caching.encoded().train
     assert len({sample.key for sample in samples}) == TRAIN
     assert len({sample.record.name for sample in samples}) == len(samples) == TRAIN + 1
-
-
-# What an entry is made of
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -175,7 +168,7 @@ def test_what_is_read_back_is_what_the_family_encodes(caching: Caching, dtype: s
             mask=Image.open(mask).convert("L") if record.mask else None,
             sizes=sample.control_sizes,
         )
-        assert same(encoded.cache.read(sample.key), direct)
+        assert_same(encoded.cache.read(sample.key), direct)
     assert [sample.entry.has_mask for sample in encoded.train] == [True, False]
 
 
@@ -196,9 +189,6 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
             encode(config, family, found, device=CPU)
         files[kind].write_bytes(b"")
     assert found.cache.lookup(missing[0]) is None
-
-
-# What is known before
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -26,19 +26,9 @@ def copy_pair(caching: Caching, target: Path, part: str, stem: str) -> Path:
     return caching.data / part / TARGETS / f"{stem}.png"
 
 
-# Held out
-
-
 @pytest.fixture(scope="module")
 def demo_records(demo_data: Path) -> list[ScannedRecord]:
     return scan([str(demo_data)], limits=Limits()).records
-
-
-def test_a_fraction_holds_out_records_that_are_not_trained(caching: Caching) -> None:
-    every = names(caching.usable("data.held_out=null")[0])
-    train, held_out = map(names, caching.usable("data.held_out=0.4"))
-    assert len(every) == 10 and 0 < len(held_out) < 10
-    assert train | held_out == every and not train & held_out
 
 
 @pytest.mark.parametrize(("fraction", "side"), [("0.0001", "none"), ("0.9999", "all")])
@@ -72,9 +62,6 @@ def test_no_record_changes_sides_when_others_come_go_or_are_renamed(
     assert both - copies == {name.replace("copy_", "") for name in copies} == held_out
 
 
-# Regularisation
-
-
 @pytest.fixture
 def regular(caching: Caching) -> str:
     """Three of the training pairs in a folder of their own."""
@@ -93,47 +80,36 @@ def test_regularisation_records_are_trained_behind_the_others_and_never_held_out
     assert "data      7 training, 3 regularisation and 3 held-out records with 13 controls\n" in caching.output()
     train, held_out = caching.usable(regular, "data.held_out=0.4")
     assert sum(scanned.regularization for scanned in train) == 3 and 0 < len(held_out) < 7
+    assert len(train) + len(held_out) == 10 and not names(train) & names(held_out)
     assert not any(scanned.regularization for scanned in held_out)
 
 
-# What is reported
-
-
 def test_the_log_counts_what_was_found(caching: Caching) -> None:
+    """Of several frames the first and of a long caption the beginning are used, where that is asked for."""
     for number, path in enumerate(caching.files(CONTROLS)[:2]):
         with Image.open(path) as image:
             image.load()
         image.putalpha(number * 255)  # one of the two is opaque
         image.save(path)
-    caching.usable("data.background=black", "batch.samples_per_step=11")
-    assert caching.output().splitlines()[1:] == [
-        "data      10 training and 3 held-out records with 13 controls",
-        "data      1 record with transparency, which is laid on black",
-        "data      10 training records for batch.samples_per_step=11: every step is an epoch, and smaller than it "
-        "should be",
-    ]
-    caching.usable(is_main=False)
-    assert caching.output() == "", "the other ranks log nothing"
-
-
-def test_of_several_frames_the_first_and_of_a_long_caption_the_beginning_are_used_where_that_is_asked_for(
-    caching: Caching,
-) -> None:
     path = caching.first()
     with Image.open(path) as image:
         image.save(path, save_all=True, append_images=[image.rotate(90)])
     path.with_suffix(".txt").write_text("图片 " * 1000, encoding="utf-8")
-    train, _ = caching.usable("data.first_frame=true", "data.long_caption=truncate")
-    assert len(train) == 10
-    assert caching.output().splitlines()[2:] == [
+    asked = ("data.first_frame=true", "data.long_caption=truncate")
+    words = ("data.background=black", "batch.samples_per_step=11", *asked)
+    train, _ = caching.usable(*words)
+    assert caching.output().splitlines()[1:] == [
+        "data      10 training and 3 held-out records with 13 controls",
+        "data      1 record with transparency, which is laid on black",
         "data      1 record with several frames or pages in an image: the first is used",
         "data      1 prompt cut to 1024 tokens",
+        "data      10 training records for batch.samples_per_step=11: every step is an epoch, and smaller than it "
+        "should be",
     ]
+    caching.usable(*words, is_main=False)
+    assert caching.output() == "", "the other ranks log nothing"
     prompt = train[0].record.prompt
     assert ("图片 " * 1000).startswith(prompt) and 0 < len(prompt) < 1000
-
-
-# Problems
 
 
 def damage(caching: Caching, regular: str) -> dict[str, list[str]]:

@@ -76,15 +76,3 @@ class Caching:
         for target in [*self.files()[2:], *self.files(part="held_out")[1:]]:
             for file in self.pair(target):
                 file.unlink()
-
-
-def same(a: Sample, b: Sample) -> bool:
-    """Whether all tensors are equal, bit for bit, and the grids too."""
-    pairs = [(a.target_latents, b.target_latents), (a.prompt_embeds, b.prompt_embeds)]
-    pairs += zip(a.control_latents, b.control_latents, strict=True)
-    for x, y in ((a.edit_mask, b.edit_mask), (a.empty_embeds, b.empty_embeds)):
-        if x is None or y is None:
-            assert x is y
-        else:
-            pairs.append((x, y))
-    return a.img_shapes == b.img_shapes and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)

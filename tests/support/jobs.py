@@ -43,11 +43,13 @@ def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
     return [
         {
             "controls": [str(path) for path in item.record.controls],
-            "prompt": item.record.prompt,
-            "width": item.target_size.width,
-            "height": item.target_size.height,
-            "steps": config.sample.steps,
             "seed": config.train.seed,
+            "words": {
+                "prompt": item.record.prompt,
+                "width": item.target_size.width,
+                "height": item.target_size.height,
+                "num_inference_steps": config.sample.steps,
+            },
         }
         for item in sampler.items
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel as Transformer
 from peft import LoraConfig
 from torch import Tensor
 
@@ -36,23 +36,17 @@ class Mix:
     velocities: list[Tensor]  # (S_target, CHANNELS)
 
     def to(self, device: str, dtype: torch.dtype) -> "Mix":
-        def move(xs: list[Tensor]) -> list[Tensor]:
-            return [x.to(device, dtype) for x in xs]
-
-        timesteps = self.timesteps.to(device, dtype)
-        return Mix(self.shapes, move(self.images), move(self.texts), timesteps, move(self.velocities))
+        lists = (self.images, self.texts, self.velocities)
+        images, texts, velocities = ([x.to(device, dtype) for x in xs] for xs in lists)
+        return Mix(self.shapes, images, texts, self.timesteps.to(device, dtype), velocities)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Outputs at each sample's valid image tokens, and the gradients of all parameters."""
+    """Outputs at each sample's valid image tokens, and the gradients of all parameters; on the CPU."""
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
-
-    def to(self, device: str, dtype: torch.dtype) -> "Result":
-        gradients = {name: None if g is None else g.to(device, dtype) for name, g in self.gradients.items()}
-        return Result([output.to(device, dtype) for output in self.outputs], gradients)
 
 
 def make_mix(shapes: list[list[Shape]], text_lengths: list[int], seed: int = 0) -> Mix:
@@ -83,12 +77,10 @@ def random_mix(seed: int) -> Mix:
     return make_mix(shapes, [draw.randint(1, 48) for _ in range(samples)], seed)
 
 
-def stock_model(
-    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
-) -> QwenImageTransformer2DModel:
+def stock_model(zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2) -> Transformer:
     """A small transformer as diffusers makes it; base weights and adapters train."""
     torch.manual_seed(0)
-    model = QwenImageTransformer2DModel(
+    model = Transformer(
         patch_size=2, in_channels=CHANNELS, out_channels=4, num_layers=blocks, attention_head_dim=32,
         num_attention_heads=2, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12), zero_cond_t=zero_cond_t,
     )  # fmt: skip
@@ -97,13 +89,11 @@ def stock_model(
     return model.requires_grad_(True)
 
 
-def patched_model(
-    zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2
-) -> QwenImageTransformer2DModel:
+def patched_model(zero_cond_t: bool = False, adapters: Sequence[str] = (), *, blocks: int = 2) -> Transformer:
     return patch_qwen_model_for_multi_resolution(stock_model(zero_cond_t, adapters, blocks=blocks))
 
 
-def forward_alone(model: QwenImageTransformer2DModel, mix: Mix) -> list[Tensor]:
+def forward_alone(model: Transformer, mix: Mix) -> list[Tensor]:
     calls = zip(mix.images, mix.texts, mix.timesteps.split(1), mix.shapes, strict=True)
     return [
         model(
@@ -163,13 +153,13 @@ def precomputed_call(mix: Mix) -> dict[str, Any]:
     return call
 
 
-def forward_padded(model: QwenImageTransformer2DModel, mix: Mix, **call: Any) -> list[Tensor]:
+def forward_padded(model: Transformer, mix: Mix, **call: Any) -> list[Tensor]:
     """`call`: keyword arguments instead of `padded_call(mix)`."""
     output = model(**(call or padded_call(mix)))[0]
     return [row[: len(image)] for row, image in zip(output, mix.images, strict=True)]
 
 
-def forward_packed(model: QwenImageTransformer2DModel, mix: Mix) -> list[Tensor]:
+def forward_packed(model: Transformer, mix: Mix) -> list[Tensor]:
     output: Tensor = model(**packed_call(mix))[0]
     return list(output[:, 0].split([len(image) for image in mix.images]))
 
@@ -185,18 +175,18 @@ def loss(outputs: list[Tensor], mix: Mix) -> Tensor:
 def backward(model: torch.nn.Module, outputs: list[Tensor], value: Tensor) -> Result:
     model.zero_grad(set_to_none=True)
     value.backward()
-    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {name: None if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return Result([output.detach() for output in outputs], gradients)
+    return Result([output.detach().cpu() for output in outputs], gradients)
 
 
-def run(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> Result:
+def run(model: Transformer, mix: Mix, layout: str) -> Result:
     """Forward and backward of one microbatch in the layout `alone`, `padded` or `packed`."""
     outputs = FORWARDS[layout](model, mix)
     return backward(model, outputs, loss(outputs, mix))
 
 
-def kept_bytes(model: QwenImageTransformer2DModel, mix: Mix, layout: str) -> int:
+def kept_bytes(model: Transformer, mix: Mix, layout: str) -> int:
     """Of what autograd keeps between forward and backward, each storage once, without the parameters'."""
     own = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}  # the tensors stay, so that no address is used twice
@@ -220,12 +210,9 @@ def forward_error(measured: Result, reference: Result) -> float:
 def gradient_error(measured: Result, reference: Result) -> float:
     """Largest ||d|| / max(||g||, 1e-6 ||g_all||) of a parameter; None counts as zero here, see `vanished`."""
     whole = torch.stack([g.norm() for g in reference.gradients.values() if g is not None]).norm()
-    errors = [0.0]
-    for name, gradient in reference.gradients.items():
-        other = measured.gradients[name]
-        if gradient is not None and other is not None:
-            errors.append(float((other - gradient).norm() / torch.maximum(gradient.norm(), 1e-6 * whole)))
-    return max(errors)
+    pairs = [(measured.gradients[name], gradient) for name, gradient in reference.gradients.items()]
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return max((float((a - b).norm() / torch.maximum(b.norm(), 1e-6 * whole)) for a, b in both), default=0.0)
 
 
 def vanished(gradients: Mapping[str, Tensor | None]) -> dict[str, str]:

@@ -1,6 +1,9 @@
-"""Samples of random tensors, as an encoder makes them."""
+"""Samples of random tensors, as an encoder makes them; and what no reader may open."""
+
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mixres.batch import Sample
 from mixres.geometry import Grid
@@ -30,3 +33,22 @@ def make_sample(
         edit_mask=torch.rand(grids[0].tokens, generator=noise) if mask else None,
         empty_embeds=torch.randn(empty, text_width, generator=noise).to(dtype) if empty else None,
     )
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same(a: Sample, b: Sample) -> None:
+    """All tensors are equal, bit for bit, and the grids too."""
+    assert a.img_shapes == b.img_shapes
+    for name in ("target_latents", "prompt_embeds", "edit_mask", "empty_embeds"):
+        assert same_bits(getattr(a, name), getattr(b, name)), name
+    assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
+
+
+def pickled_mkdir(folder: Path) -> bytes:
+    """A pickle that makes `folder` when it is opened."""
+    return f"cos\nmkdir\n(V{folder}\ntR.".encode()

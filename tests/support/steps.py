@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, FlowSample, Sample
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Lengths
-from mixres.diffusion.flow_matching import TimestepSampler
+from mixres.data.plan import Layout
+from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
 from mixres.diffusion.objective import Objective
 from mixres.geometry import Grid
 from mixres.models.lora import add_lora, fill_adapters, trainable_parameters
@@ -25,6 +25,7 @@ from mixres.training.step import StepResult, run_step
 from support import mixes, samples
 
 CHANNELS, TEXT_WIDTH = 64, 64
+SHIFT = {"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed")
 NORMALIZATIONS = ("sample", "token")
 SAMPLES = [  # grids of target and controls, text tokens
@@ -68,19 +69,19 @@ def divisor_of(objective: Objective) -> int:
 
 
 def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
-    """Adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
-    model = QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu")
-    untrained = untrained_modules(model)
-    add_lora(
-        model, r=4, lora_alpha=4, lora_dropout=0, target_modules=mixes.ATTENTION_AND_MLP, untrained=untrained, seed=0
-    )
+    return with_adapters(QwenImageEdit(str(base)).load_transformer(dtype=dtype, device="cpu"))
+
+
+def with_adapters(model: Any, **changes: Any) -> Any:
+    """The model with adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
+    settings = {"r": 4, "lora_alpha": 4, "lora_dropout": 0, "target_modules": mixes.ATTENTION_AND_MLP, "seed": 0}
+    add_lora(model, **({"untrained": untrained_modules(model)} | settings | changes))
     fill_adapters(trainable_parameters(model), seed=0)
     return model
 
 
-def lengths_of(index: int) -> Lengths:
-    shapes, text = SAMPLES[index]
-    return Lengths(text, sum(grid.tokens for grid in shapes), shapes[0].tokens)
+def flow_of(batch: Batch, *, seed: int = 0, step: int = 0, dtype: torch.dtype = torch.float64, **kw: Any) -> FlowSample:
+    return make_flow_sample(batch, seed=seed, step=step, timesteps=TimestepSampler(**kw), constants=SHIFT, dtype=dtype)
 
 
 def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtype, kind: type = Objective) -> Any:
@@ -88,7 +89,7 @@ def build_objective(normalization: Literal["sample", "token"], dtype: torch.dtyp
         predict_velocity=QwenImageEdit("").predict_velocity,
         timesteps=TimestepSampler(),
         weighting="cosmap",
-        shift_constants={"base_seq_len": 256, "max_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9},
+        shift_constants=SHIFT,
         normalization=normalization,
         foreground=3.0,
         background=0.5,
@@ -123,16 +124,15 @@ class Recorded:
 
 
 def record(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], divisor: int | None = None
+    accelerator: Accelerator, model: nn.Module, objective: Objective, batches: list[Batch], clip: float = 1e9
 ) -> Recorded:
     """A step whose update changes nothing, and the gradients that it saw."""
     parameters, gradients = trainable_parameters(model), {}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: gradients.update({name: p.grad for name, p in parameters.items()}))
-    divisor = divisor or divisor_of(objective)
-    batches, count = iter(batches), len(batches)
+    batches, count, divisor = iter(batches), len(batches), divisor_of(objective)
     result = run_step(
-        accelerator, model, optimizer, objective, batches, count=count, step=5, divisor=divisor, max_grad_norm=1e9
+        accelerator, model, optimizer, objective, batches, count=count, step=5, divisor=divisor, max_grad_norm=clip
     )
     return Recorded(result, gradients)
 

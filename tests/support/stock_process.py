@@ -68,21 +68,15 @@ def of_flux2_size(control: Image.Image) -> Image.Image:
 
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
-        set_control_areas(call["width"] * call["height"])
+        words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
+        set_control_areas(words["width"] * words["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
         if "Flux2" in type(pipeline).__name__:
             images = {"image": [of_flux2_size(control) for control in controls], "guidance_scale": 1.0}
         else:
             images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
             images["true_cfg_scale"] = 1.0
-        pipeline(
-            **images,
-            prompt=call["prompt"],
-            width=call["width"],
-            height=call["height"],
-            num_inference_steps=call["steps"],
-            generator=torch.Generator().manual_seed(call["seed"]),
-        ).images[0].save(out / f"{number}-{part}.png")
+        pipeline(**images, **words, generator=draw).images[0].save(out / f"{number}-{part}.png")
 
 
 save_all("without")

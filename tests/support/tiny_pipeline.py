@@ -1,7 +1,7 @@
 """A random Qwen-Image pipeline of the real architecture, small enough for a CPU: every part is the stock class.
 
-Promise: one seed, one pipeline; on disk it is an ordinary diffusers folder that the stock pipeline loads. A random one
-edits nothing. Cost: about a second and 2 MB; a 128 x 128 image is 64 tokens.
+Promise: the same pipeline each time; on disk it is an ordinary diffusers folder that the stock pipeline loads. It edits
+nothing. Cost: about a second and 2 MB; a 128 x 128 image is 64 tokens.
 """
 
 import inspect
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from mixres import atomic
 from mixres.models.qwen.processor import QwenImageTextProcessor
 
+Pipeline = type[DiffusionPipeline]
 _TEXT_WIDTH = 64
 _VISION_PIXELS = 56 * 56  # what the text encoder gets of an image: 4 tokens, whatever the control's size
 _NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -33,27 +34,20 @@ _SPECIAL_TOKENS = [f"<|{name}|>" for name in _NAMES]
 
 
 def write_tiny_pipeline(
-    folder: Path,
-    prompts: Sequence[str],
-    seed: int = 0,
-    *,
-    pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline,
-    zero_cond_t: bool = False,
+    folder: Path, prompts: Sequence[str], *, pipeline_class: Pipeline = QwenImageEditPipeline, zero_cond_t: bool = False
 ) -> None:
     """Writes a random pipeline to `folder`; words of `prompts` become one token each, others fall back to bytes.
 
     `zero_cond_t` is as in Qwen-Image-Edit-2511. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         tokenizer = tiny_tokenizer(prompts, pipeline_class)
         parts = {"vae": _vae(), "text_encoder": tiny_text_encoder(tokenizer), "transformer": _transformer(zero_cond_t)}
     save_pipeline(folder, pipeline_class=pipeline_class, tokenizer=tokenizer, **parts)
 
 
-def save_pipeline(
-    folder: Path, *, pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline, **parts: Any
-) -> None:
+def save_pipeline(folder: Path, *, pipeline_class: Pipeline = QwenImageEditPipeline, **parts: Any) -> None:
     """Writes tokenizer, text encoder, VAE and transformer, each in its own dtype, as a stock pipeline.
 
     A scheduler is added and, where the pipeline takes images, a processor.
@@ -62,18 +56,18 @@ def save_pipeline(
         image_processor = Qwen2VLImageProcessorPil(min_pixels=_VISION_PIXELS, max_pixels=_VISION_PIXELS)
         parts["processor"] = QwenImageTextProcessor(image_processor, parts["tokenizer"])
     transformers_logging.disable_progress_bar()
-    pipeline_class(scheduler=_scheduler(), **parts).save_pretrained(folder)
+    shift = {"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02}  # those of Qwen/Qwen-Image-Edit
+    scheduler = FlowMatchEulerDiscreteScheduler(max_image_seq_len=8192, **shift)
+    pipeline_class(scheduler=scheduler, **parts).save_pretrained(folder)
     if "processor" in parts:
         _name_stock_processor(folder)
 
 
-def _takes_images(pipeline_class: type[DiffusionPipeline]) -> bool:
+def _takes_images(pipeline_class: Pipeline) -> bool:
     return "processor" in inspect.signature(pipeline_class.__init__).parameters
 
 
-def tiny_tokenizer(
-    prompts: Sequence[str], pipeline_class: type[DiffusionPipeline] = QwenImageEditPipeline
-) -> Qwen2Tokenizer:
+def tiny_tokenizer(prompts: Sequence[str], pipeline_class: Pipeline = QwenImageEditPipeline) -> Qwen2Tokenizer:
     """Byte-level BPE trained until each word of template and prompts is one token.
 
     The pipeline drops the first tokens, the template's system part (64 where it edits), so a tokenizer that cut it into
@@ -159,7 +153,12 @@ def _latent_statistics(vae: AutoencoderKLQwenImage) -> tuple[list[float], list[f
     return [round(x, 4) for x in latents.mean(1).tolist()], [round(x, 4) for x in latents.std(1).tolist()]
 
 
+@torch.no_grad()
 def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
+    """Control and prompt matter to the image: by default attention is flat and its gates are nearly shut.
+
+    Queries and keys are normalised, so their norms' weights set how sharp attention is.
+    """
     transformer = QwenImageTransformer2DModel(
         num_layers=2,
         attention_head_dim=32,
@@ -169,29 +168,13 @@ def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
         zero_cond_t=zero_cond_t,
     ).eval()
     for block in transformer.transformer_blocks:
-        _open(block)
+        attention = block.attn
+        for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
+            norm.weight.fill_(2.0)
+        for modulation in (block.img_mod, block.txt_mod):
+            for part in modulation[-1].bias.chunk(6)[2::3]:  # shift, scale, gate of attention; the same of the MLP
+                part.fill_(1.0)
     return transformer
-
-
-@torch.no_grad()
-def _open(block: Any) -> None:
-    """Makes control and prompt matter to the image: by default attention is flat and its gates are nearly shut.
-
-    Queries and keys are normalised, so their norms' weights set how sharp attention is.
-    """
-    attention = block.attn
-    for norm in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
-        norm.weight.fill_(2.0)
-    for modulation in (block.img_mod, block.txt_mod):
-        for part in modulation[-1].bias.chunk(6)[2::3]:  # shift, scale, gate of attention; the same of the MLP
-            part.fill_(1.0)
-
-
-def _scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The settings of Qwen/Qwen-Image-Edit."""
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
-    )
 
 
 def _name_stock_processor(folder: Path) -> None:

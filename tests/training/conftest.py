@@ -1,13 +1,11 @@
 """Fixtures of the training tests: models and accelerator, configurations and data of the small run, its jobs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from mixres.config.load import load_config
@@ -15,7 +13,7 @@ from mixres.config.schema import Config
 from mixres.preprocessing.fill import CachedData, encode_all
 from support.family_cases import with_family
 from support.jobs import Jobs
-from support.steps import make_model
+from support.steps import make_model, new_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +22,8 @@ def models(tiny_base: Path) -> dict[torch.dtype, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def accelerator() -> Iterator[Accelerator]:
-    """Its state is global: none is taken over from another test, none is left behind."""
-
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield Accelerator(cpu=True, mixed_precision="no")
-    reset()
-
-
-@pytest.fixture(params=["sample", "token"])
-def normalization(request: pytest.FixtureRequest) -> Literal["sample", "token"]:
-    return request.param
+def accelerator(tmp_path_factory: pytest.TempPathFactory) -> Accelerator:
+    return new_accelerator(tmp_path_factory.mktemp("accelerator"))
 
 
 @pytest.fixture(scope="module")

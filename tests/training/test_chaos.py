@@ -17,10 +17,7 @@ from support.jobs import LORA, PYTHON, Jobs, kill_all, metrics, newest, processe
 KILLS = int(os.environ.get("MIXRES_KILLS", "8"))
 STEPS_A_KILL = 10
 SLOW_SYNC = Path(__file__).parents[1] / "support" / "slow_sync"
-SLOW = {
-    "PYTHONPATH": os.pathsep.join([str(SLOW_SYNC), os.environ.get("PYTHONPATH", "")]),
-    "SLOW_SYNC_S": "0.02",
-}
+SLOW = {"PYTHONPATH": os.pathsep.join([str(SLOW_SYNC), os.environ.get("PYTHONPATH", "")]), "SLOW_SYNC_S": "0.02"}
 SAVE_S = 0.5  # a slowed save: nine syncs of two pauses each, and the system's own time
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 60 * KILLS)]
 

@@ -1,9 +1,7 @@
 """Checkpoints: whole or not counted, the newest valid one wins, nothing is ever unpickled."""
 
 import json
-import logging
 import os
-import pickle
 import shutil
 import stat
 import threading
@@ -19,16 +17,17 @@ import xxhash
 
 from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
 from support.jobs import names
+from support.samples import pickled_mkdir
 
 STATE_VALUES = {"frozen": {"train.seed": 0}, "optimizer": {"entries": {}, "group": {"k": 1}}}
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(step)
-    weight = torch.randn(4, 3, generator=generator)
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+    table = weight[1].bfloat16()  # one for all parameters, as some optimizers have it
     return {
         "trainable": {"a.weight": weight.requires_grad_(), "b": weight.detach().T},  # not contiguous
-        "optimizer": {"exp_avg|a.weight": torch.randn(4, 3, generator=generator).bfloat16(), "step|b": torch.tensor(7)},
+        "optimizer": {"map|a.weight": table, "map|b": table, "part|b": table[2:], "step|b": torch.tensor(7)},
     }
 
 
@@ -52,17 +51,6 @@ def test_what_is_read_is_what_was_saved(three: Checkpoints) -> None:
         assert all(torch.equal(read[key], value) and read[key].dtype == value.dtype for key, value in group.items())
 
 
-def test_tensors_that_share_their_memory_are_saved_each(tmp_path: Path) -> None:
-    """Some optimizers put one table into the state of every parameter."""
-    table = torch.arange(4.0)
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, {"optimizer": {"map|a": table, "map|b": table, "part|c": table[2:]}}, {})
-    found = checkpoints.newest_valid()
-    assert {name: t.tolist() for name, t in found.tensors("optimizer").items()} == {
-        "map|a": [0, 1, 2, 3], "map|b": [0, 1, 2, 3], "part|c": [2, 3],
-    }  # fmt: skip
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])  # more than a line end
 
@@ -73,39 +61,31 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", STATE, MANIFEST])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(
     three: Checkpoints, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], file: str
 ) -> None:
     damage(three.root / "step-00000030" / file)
-    with caplog.at_level(logging.WARNING):
-        assert three.newest_valid().step == 20
-    assert len(caplog.messages) == 1
-    assert "step-00000030 is damaged" in caplog.messages[0]
+    assert three.newest_valid().step == 20
+    (warning,) = caplog.messages
+    assert "step-00000030 is damaged" in warning
     damage(three.root / "step-00000020" / file)
     assert three.newest_valid().step == 10
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', "{", '"a"'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', '"a"'])
 def test_a_manifest_of_another_form_is_damage(three: Checkpoints, text: str) -> None:
     (three.root / "step-00000030" / MANIFEST).write_text(text)
     assert three.newest_valid().step == 20
 
 
-def test_unfinished_and_foreign_names_do_not_count_and_numbers_order(three: Checkpoints) -> None:
+def test_unfinished_and_foreign_names_do_not_count(three: Checkpoints) -> None:
     source = three.root / "step-00000030"
     for name in (".tmp-step-00000040", ".tmp-old-step-00000040", "step-00000040.bak", "step-40", "a-step-00000040"):
         shutil.copytree(source, three.root / name)
     (three.root / "step-00000050").write_text("a file")
     assert three.newest_valid().step == 30
-    for step in (99_999_999, 100_000_000):
-        three.save(step, tensors(1), STATE_VALUES)
-    assert three.newest_valid().step == 100_000_000, "by number, not by name"
 
 
 def test_the_oldest_and_what_killed_runs_left_go_with_the_next_save(three: Checkpoints) -> None:
@@ -142,15 +122,10 @@ def test_a_full_disk_leaves_the_older_ones_and_no_part_of_the_new(
 def test_planted_pickles_are_not_opened(three: Checkpoints, tmp_path: Path) -> None:
     """Beside the files of a checkpoint, and in the place of one, under a wrong hash and under the right one."""
     mark, path = tmp_path / "opened", three.root / "step-00000030"
-
-    class Payload:
-        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-            return os.mkdir, (str(mark),)
-
-    pickled = pickle.dumps(Payload())
-    for name in ("optimizer.pt", ".metadata", "random_states_0.pkl"):
+    pickled = pickled_mkdir(mark)
+    for name in ("optimizer.pt", ".metadata", "random_states_0.pkl", "trainable-00002-of-00002.safetensors"):
         (path / name).write_bytes(pickled)
-    assert three.newest_valid().tensors("trainable")
+    assert three.newest_valid().tensors("trainable").keys() == {"a.weight", "b"}
     (path / "trainable.safetensors").write_bytes(pickled)
     assert three.newest_valid().step == 20
     name_in_manifest(path, "trainable.safetensors", pickled)
@@ -187,8 +162,8 @@ def test_saving_syncs_before_the_name_appears(tmp_path: Path, monkeypatch: pytes
 
 
 def test_without_room_nothing_is_begun(three: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=150))
-    with pytest.raises(OSError, match="150 bytes are free, 153 are asked for"):  # 1.2 x 128
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=140))
+    with pytest.raises(OSError, match="140 bytes are free, 141 are asked for"):  # 1.2 x 118
         three.save(40, tensors(40), STATE_VALUES)
     assert three.newest_valid().step == 30
     assert not list(three.root.glob(".tmp*"))
@@ -204,19 +179,13 @@ ROTATIONS = {  # after 10, 20 and a damaged 30: what is saved, and what is kept 
 
 @pytest.mark.parametrize(("saved", "kept"), ROTATIONS.values(), ids=ROTATIONS)
 def test_damaged_ones_do_not_push_out_valid_ones(three: Checkpoints, saved: list[int], kept: list[int]) -> None:
-    empty(three.root / "step-00000030" / STATE)
+    truncate(three.root / "step-00000030" / STATE)
     three.keep = 2
     assert three.newest_valid().step == 20
     for step in saved:
         three.save(step, tensors(step), STATE_VALUES)
     assert names(three.root) == ["latest", *(f"step-{step:08d}" for step in kept)]
     assert torch.equal(three.newest_valid().tensors("trainable")["b"], tensors(saved[-1])["trainable"]["b"])
-
-
-def test_a_file_that_the_manifest_does_not_name_is_not_read(three: Checkpoints, tmp_path: Path) -> None:
-    path = three.root / "step-00000030"
-    shutil.copyfile(path / "trainable.safetensors", path / "trainable-00002-of-00002.safetensors")
-    assert three.newest_valid().shapes("trainable") == {"a.weight": (4, 3), "b": (3, 4)}
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -226,26 +195,22 @@ def test_a_manifest_that_leads_out_of_its_folder_is_damage(three: Checkpoints, a
     assert three.newest_valid().step == 20
 
 
-class Ranks:
-    """So many threads that gather from each other, as ranks do."""
+def on_ranks(root: Path, count: int, act: Callable[[int, Checkpoints], Any]) -> list[Any]:
+    """What `act` gives in so many threads that gather from each other, as ranks do."""
+    barrier, values = threading.Barrier(count), [None] * count
 
-    def __init__(self, root: Path, count: int) -> None:
-        self.root, self.count = root, count
-        self.barrier, self.values = threading.Barrier(count), [None] * count
-
-    def checkpoints(self, rank: int) -> Checkpoints:
+    def acting(rank: int) -> Any:
         def gather(value: Any) -> list[Any]:
-            self.values[rank] = value
-            self.barrier.wait()
-            values = list(self.values)
-            self.barrier.wait()
-            return values
+            values[rank] = value
+            barrier.wait()
+            found = list(values)
+            barrier.wait()
+            return found
 
-        return Checkpoints(self.root, keep=2, rank=rank, ranks=self.count, gather=gather)
+        return act(rank, Checkpoints(root, keep=2, rank=rank, ranks=count, gather=gather))
 
-    def __call__(self, act: Callable[[int, Checkpoints], Any]) -> list[Any]:
-        with ThreadPoolExecutor(self.count) as pool:
-            return [f.result() for f in [pool.submit(act, r, self.checkpoints(r)) for r in range(self.count)]]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(acting, range(count)))
 
 
 WHOLE = {"norm": torch.tensor(3.0), "scale": torch.arange(5.0)}
@@ -254,48 +219,41 @@ SPLIT = {"w": torch.arange(21.0).reshape(7, 3), "short": torch.arange(2).reshape
 
 def rows_for(rank: int, count: int) -> dict[str, torch.Tensor]:
     """As FSDP2 splits: `torch.chunk` over the first dimension, later ranks may get fewer rows or none."""
-    chunks = {name: [*tensor.chunk(count), *[tensor[:0]] * count] for name, tensor in SPLIT.items()}
-    return {name: parts[rank] for name, parts in chunks.items()}
+    return {name: [*tensor.chunk(count), *[tensor[:0]] * count][rank] for name, tensor in SPLIT.items()}
 
 
-def save_split(ranks: Ranks, step: int = 1) -> None:
-    ranks(
-        lambda rank, checkpoints: checkpoints.save(
-            step, {"trainable": WHOLE}, STATE_VALUES, rows={"trainable": rows_for(rank, ranks.count)}
-        )
-    )
+def save_split(root: Path, count: int, step: int = 1) -> None:
+    def save(rank: int, checkpoints: Checkpoints) -> None:
+        checkpoints.save(step, {"trainable": WHOLE}, STATE_VALUES, rows={"trainable": rows_for(rank, count)})
+
+    on_ranks(root, count, save)
 
 
 @pytest.mark.parametrize("saved_by", [1, 2, 3])
 @pytest.mark.parametrize("read_by", [1, 2, 4])
 def test_rows_written_by_some_ranks_are_read_by_others(tmp_path: Path, saved_by: int, read_by: int) -> None:
-    save_split(Ranks(tmp_path, saved_by))
+    save_split(tmp_path, saved_by)
     files = {path.name for path in (tmp_path / "step-00000001").glob("*.safetensors")}
     assert files == {f"trainable-{rank + 1:05d}-of-{saved_by:05d}.safetensors" for rank in range(saved_by)}
-    readers = Ranks(tmp_path, read_by)
-    for rank, found in enumerate(readers(lambda _, checkpoints: checkpoints.newest_valid())):
-        whole = SPLIT | WHOLE
+    whole = SPLIT | WHOLE
+    for rank, found in enumerate(on_ranks(tmp_path, read_by, lambda _, checkpoints: checkpoints.newest_valid())):
         assert found.shapes("trainable") == {name: tuple(tensor.shape) for name, tensor in whole.items()}
         assert all(torch.equal(tensor, whole[name]) for name, tensor in found.tensors("trainable").items())
-        first = 0
         for name, tensor in SPLIT.items():
-            first = min(rank * -(-len(tensor) // read_by), len(tensor))
-            last = min((rank + 1) * -(-len(tensor) // read_by), len(tensor))
+            first, last = (min(edge * -(-len(tensor) // read_by), len(tensor)) for edge in (rank, rank + 1))
             assert torch.equal(found.tensor("trainable", name, range(first, last)), tensor[first:last])
 
 
 def test_all_ranks_take_the_same_one_though_one_of_them_sees_the_damage(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, 2)
     for step in (1, 2):
-        save_split(ranks, step)
+        save_split(tmp_path, 2, step)
     file = tmp_path / "step-00000002" / "trainable-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")  # a value, not the header, which all ranks read
-    assert [found.step for found in ranks(lambda _, checkpoints: checkpoints.newest_valid())] == [1, 1]
+    assert [found.step for found in on_ranks(tmp_path, 2, lambda _, checkpoints: checkpoints.newest_valid())] == [1, 1]
 
 
 def test_one_ranks_full_disk_is_told_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, 2)
-    save_split(ranks)
+    save_split(tmp_path, 2)
 
     def fails(rank: int, checkpoints: Checkpoints) -> str:
         rows = {"w": SPLIT["w"], "x": torch.zeros(1)} if rank else {"w": SPLIT["w"]}
@@ -304,6 +262,6 @@ def test_one_ranks_full_disk_is_told_on_all_ranks_and_leaves_nothing(tmp_path: P
             checkpoints.save(2, {group: WHOLE}, STATE_VALUES, rows={group: rows})
         return str(caught.value)
 
-    one, other = ranks(fails)
+    one, other = on_ranks(tmp_path, 2, fails)
     assert one == other
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert names(tmp_path) == ["latest", "step-00000001"]

@@ -19,11 +19,8 @@ def test_plugins_of_the_launcher_and_a_tracker_that_is_not_installed_are_reporte
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError) as caught:
         make_accelerator(mixed_precision="no", report_to="no_such_tracker", folder=tmp_path)
-    fsdp, deepspeed, tracker = caught.value.messages
-    assert fsdp.startswith("accelerate launch: its configuration turns on FSDP, which mixres does not use: turn it off")
-    assert "turns on DeepSpeed" in deepspeed
-    assert "train.parallel=ddp or fsdp2" in fsdp
-    assert tracker.startswith("logging.report_to: no_such_tracker is not installed: pip install")
+    expected = ("turns on FSDP, which mixres", "turns on DeepSpeed", "logging.report_to: no_such_tracker is not")
+    assert all(part in message for part, message in zip(expected, caught.value.messages, strict=True))
     assert all(f'"{name}"' in inspect.getsource(launch) for name in distributed._PLUGINS), "as accelerate names them"
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from mixres.preprocessing.fill import encode_all
 from mixres.training.sample_sheets import HeldOutSampler
 from support.family_cases import EVERY_CASE, FamilyCase
-from support.jobs import LORA, REPOSITORY, Jobs, environment, metrics, names, stock_calls
+from support.jobs import LORA, REPOSITORY, Jobs, environment, stock_calls
 
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
@@ -63,8 +63,6 @@ def unbroken(runs: Runs) -> Path:
 
 
 def test_a_run_of_all_control_counts_leaves_what_is_promised(runs: Runs, unbroken: Path) -> None:
-    assert [line["step"] for line in metrics(unbroken)] == list(range(1, STEPS + 1))
-    assert names(unbroken / "samples") == ["step-00000004.png", "step-00000006.png"]
     with Image.open(unbroken / "samples" / "step-00000006.png") as grid:
         columns = max(runs.case.controls) + 2
         assert grid.width == 12 + columns * (224 + 12), "each control has a column"
@@ -83,11 +81,8 @@ def test_what_is_trained_gives_the_same_images_in_a_process_without_mixres(
     whole = runs.here("whole", "model.lora=null", "train.max_train_steps=2", "sample.every=0") / "transformer"
     config, family = runs.config("unbroken"), runs.case.at(runs.base)
     encoded = encode_all(config, family, device=torch.device("cpu"))
-    lora, all_weights = (
-        HeldOutSampler(config, family, family.load_transformer(
-            trained=trained, dtype=torch.float32, device="cpu"), encoded)
-        for trained in (None, whole)
-    )  # fmt: skip
+    base, other = (family.load_transformer(trained=t, dtype=torch.float32, device="cpu") for t in (None, whole))
+    lora, all_weights = (HeldOutSampler(config, family, transformer, encoded) for transformer in (base, other))
     lora.pipeline.load_lora_weights(unbroken)
     folders = [str(path) for path in (runs.base, unbroken, tmp_path, whole)]
     done = subprocess.run(

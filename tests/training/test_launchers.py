@@ -99,9 +99,7 @@ def test_one_killed_rank_ends_the_job_and_is_named(jobs: Jobs, victim: int) -> N
         send(killed, signal.SIGKILL)
         assert process.wait(timeout=60) == 1
         ended = wait_until_ended(folder, STOP_S)
-    output = jobs.output(run)
-    assert f"pid: {killed}" in output
-    assert "Signal 9 (SIGKILL)" in output
+    assert f"pid: {killed}" in jobs.output(run)
     assert ended["state"] == ("running" if victim == 0 else "failed"), "running with a free lock: killed"
     assert newest(folder).step >= 2
 
@@ -114,8 +112,7 @@ def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
         assert process.wait(timeout=STOP_S) == 1
     assert ending(folder) == ("failed", 1)
     (line,) = [line for line in jobs.output("loader").splitlines() if line.startswith("mixres: error: ")]
-    assert "is killed by signal: Killed" in line
-    assert line.startswith("mixres: error: data.num_workers: ") and line.endswith("lower it")
+    assert line.startswith("mixres: error: data.num_workers: ") and "is killed by signal: Killed" in line
     assert newest(folder).step >= 2
 
 
@@ -132,9 +129,8 @@ def test_ranks_with_different_configurations_stop_together(jobs: Jobs) -> None:
     ]  # fmt: skip
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 2, errors
         assert "mixres: error: ranks [1] read other data or another configuration than rank 0" in errors
-        assert "Traceback" not in errors
+        assert (rank.returncode, "Traceback" in errors) == (2, False)
     assert ending(jobs.root / "differ") == ("refused", 2)
     assert not (jobs.root / "differ" / "checkpoints").exists()
 
@@ -147,12 +143,10 @@ def test_frozen_keys_refuse_a_change_and_free_ones_take_it(jobs: Jobs, capsys: p
     assert not list((jobs.root / "empty").rglob("*.safetensors")), "refused before anything is encoded"
     errors = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[2] for line in errors] == ["model.lora.r", "train.seed"]
-    assert ending(folder) == ("refused", 2)
-    assert (metrics(folder), newest(folder).step) == (before, 2)
+    assert (ending(folder), metrics(folder), newest(folder).step) == (("refused", 2), before, 2)
     free = ("train.max_train_steps=4", "optimizer.init_args.lr=1e-3")
     jobs.here("frozen", *free, "train.seed=7", "resume_allow_changes=[train.seed]")
-    changed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed ")]
-    assert changed[0] == "changed   since the checkpoint: train.seed: 0 -> 7"
+    assert "changed   since the checkpoint: train.seed: 0 -> 7\n" in capsys.readouterr().out
     assert [line["lr"] for line in metrics(folder)] == [2e-3, 2e-3, 1e-3, 1e-3]
 
 

@@ -11,12 +11,7 @@ from mixres.errors import UserError
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.resume import changes, check_order, checkpoint_to_resume
 
-FROZEN: dict[str, Any] = {
-    "train.seed": 0,
-    "model.lora.r": 4,
-    "model.revision": None,
-    "optimizer.class_path": "torch.optim.AdamW",
-}
+FROZEN: dict[str, Any] = {"train.seed": 0, "model.lora.r": 4, "model.revision": None}
 IDENTITY: dict[str, Any] = {"frozen": FROZEN, "order": "abc"}
 CONFIG: dict[str, Any] = {"train": {"seed": 0, "max_train_steps": 5}, "optimizer": {"init_args": {"lr": 1e-3}}}
 STATE: dict[str, Any] = {**IDENTITY, "config": CONFIG, "skips": {"total": 0, "consecutive": 0}}
@@ -34,7 +29,7 @@ def found(
     checkpoints: Checkpoints, resume: str, changed: Any = (), *, order: str = "abc", allowed: Sequence[str] = ()
 ) -> Checkpoint | None:
     identity = {"frozen": FROZEN | dict(changed), "order": order}
-    checkpoint = checkpoint_to_resume(checkpoints, resume, identity["frozen"], allowed)
+    checkpoint = checkpoint_to_resume(checkpoints, resume, identity["frozen"], allowed, {})
     check_order(checkpoint, identity)
     return checkpoint
 
@@ -48,20 +43,17 @@ def test_a_start_resumes_from_the_newest(checkpoints: Checkpoints) -> None:
         found(checkpoints, "auto", order="other")
 
 
-def test_without_checkpoints_a_run_starts_at_step_0_unless_one_is_required(tmp_path: Path) -> None:
-    none = Checkpoints(tmp_path / "none", keep=2)
+def test_a_run_starts_at_step_0_where_there_are_none_but_not_where_none_is_whole(checkpoints: Checkpoints) -> None:
+    none = Checkpoints(checkpoints.root / "none", keep=2)
     assert found(none, "auto") is None
     assert found(none, "never") is None
     with pytest.raises(UserError, match="resume: required, but there is no checkpoint"):
         found(none, "required")
-
-
-@pytest.mark.parametrize("resume", ["auto", "required"])
-def test_when_none_is_whole_a_run_never_starts_anew(checkpoints: Checkpoints, resume: str) -> None:
     for path in checkpoints.root.glob("step-*/manifest.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"resume: no checkpoint in .* is whole: remove them to start afresh"):
-        found(checkpoints, resume)
+    for resume in ("auto", "required"):
+        with pytest.raises(UserError, match=r"resume: no checkpoint in .* is whole: remove them to start afresh"):
+            found(checkpoints, resume)
 
 
 def test_every_frozen_key_that_changed_is_named_with_both_values_and_accepted_by_name(checkpoints: Checkpoints) -> None:
@@ -72,7 +64,7 @@ def test_every_frozen_key_that_changed_is_named_with_both_values_and_accepted_by
     first, second, _ = caught.value.messages
     assert first.startswith("train.seed: checkpoint step-00000002 was made with 0, this run has 7: ")
     assert "resume_allow_changes" in first
-    assert second.startswith("model.revision: checkpoint step-00000002 was made with null, this run has main: ")
+    assert "was made with null, this run has main: " in second
     with pytest.raises(UserError, match=r"^model.dtype: "):
         found(checkpoints, "auto", changed, order="other", allowed=("train.seed", "model.revision"))
     assert found(checkpoints, "auto", changed, order="other", allowed=tuple(changed)).step == 2
@@ -95,7 +87,7 @@ def test_a_preset_of_layers_is_what_it_stands_for(checkpoints: Checkpoints) -> N
     key, presets = "model.lora.target_modules", {"attention": ("to_q", "to_k")}
     checkpoints.save(3, {"trainable": {}}, STATE | {"frozen": FROZEN | {key: ["attention"]}})
     frozen = FROZEN | {key: ["to_q", "to_k"]}
-    checkpoint = checkpoint_to_resume(checkpoints, "auto", frozen, (), presets=presets)
+    checkpoint = checkpoint_to_resume(checkpoints, "auto", frozen, (), presets)
     assert checkpoint is not None and changes(checkpoint, IDENTITY | {"frozen": frozen}, CONFIG) == []
     with pytest.raises(UserError, match=r"was made with \['to_q', 'to_k'\], this run has \['to_q'\]"):
-        checkpoint_to_resume(checkpoints, "auto", frozen | {key: ["to_q"]}, (), presets=presets)
+        checkpoint_to_resume(checkpoints, "auto", frozen | {key: ["to_q"]}, (), presets)

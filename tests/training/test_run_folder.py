@@ -1,11 +1,11 @@
 """The run folder: one writer, a status that records how the run ended, signals."""
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,18 +20,6 @@ from support.jobs import status
 
 def open_run(folder: Path, *, rank: int = 0, **options: float) -> RunFolder:
     return RunFolder(folder, verb="train", max_train_steps=10, rank=rank, **options)
-
-
-def test_the_status_names_who_runs_and_how_far(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "run"
-    with open_run(folder) as held:
-        assert held.is_main
-        first = status(folder)
-        assert (first["state"], first["exit_code"], first["verb"], first["step"]) == ("running", None, "train", 0)
-        assert (first["host"], first["pid"], first["max_train_steps"]) == (socket.gethostname(), os.getpid(), 10)
-        held.update(step=7)
-        assert status(folder) == first | {"step": 7, "updated": status(folder)["updated"]}
-    assert {"state": "done", "exit_code": 0, "reason": None, "step": 7}.items() <= status(folder).items()
 
 
 @pytest.mark.parametrize(
@@ -97,24 +85,20 @@ def test_other_ranks_neither_lock_nor_write(tmp_path: Path) -> None:
     with open_run(tmp_path, rank=1) as other:
         other.update(step=3)
     assert list(tmp_path.iterdir()) == []
-    with open_run(tmp_path), open_run(tmp_path, rank=1):
-        pass
 
 
 HOLDER = """
-import os, sys, time
+import sys, time
 from pathlib import Path
 from mixres.training import run_folder
 run_folder._ONE_REQUEST_S = 0
-parent = os.getppid()
 with run_folder.RunFolder(Path(sys.argv[1]), verb="train", max_train_steps=10, rank=0) as run:
     run.stop_between_steps()
     print("held", flush=True)
-    while not run.stop_requested and os.getppid() == parent:
+    while not run.stop_requested:
         time.sleep(0.01)
-    print("asked to stop" if run.stop_requested else "orphaned", flush=True)
-    while True:
-        time.sleep(1)
+    print("asked to stop", flush=True)
+    time.sleep(600)
 """
 
 
@@ -132,25 +116,34 @@ def holder(folder: Path) -> "Iterator[subprocess.Popen[str]]":
 def test_a_second_writer_is_refused_by_pid_and_host(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         before = (tmp_path / STATUS).read_bytes()
-        with pytest.raises(UserError) as caught, open_run(tmp_path, wait_s=0.2):
+        who = f"process {process.pid} on {socket.gethostname()}"
+        with pytest.raises(UserError, match=f"^logging.output_dir: .* in use by {who}"), open_run(tmp_path, wait_s=0.2):
             pass
-    (message,) = caught.value.messages
-    assert message.startswith(f"logging.output_dir: {tmp_path}")
-    assert f"in use by process {process.pid} on {socket.gethostname()}" in message
     assert (tmp_path / STATUS).read_bytes() == before, "a refused writer leaves the status alone"
     with open_run(tmp_path):  # a killed holder holds nothing
         assert status(tmp_path)["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_between_steps_asks_and_the_old_handlers_come_back(tmp_path: Path, number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+REQUESTS = {  # and within how many seconds signals are one
+    "one": ((signal.SIGTERM,), 0),
+    "a launcher sends on what a group has got": ((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), 3600),
+    "SIGUSR1 is never a second signal": ((signal.SIGUSR1,) * 3, 0),
+}
+
+
+@pytest.mark.parametrize(("numbers", "together_s"), REQUESTS.values(), ids=REQUESTS)
+def test_signals_between_steps_ask_once_and_the_old_handlers_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[signal.Signals, ...], together_s: float
+) -> None:
+    monkeypatch.setattr(run_folder, "_ONE_REQUEST_S", together_s)
+    before = [signal.getsignal(number) for number in numbers]
     with open_run(tmp_path) as held:
         held.stop_between_steps()
         assert not held.stop_requested
-        os.kill(os.getpid(), number)
+        for number in numbers:
+            os.kill(os.getpid(), number)
         assert held.stop_requested
-    assert signal.getsignal(number) == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path: Path) -> None:
@@ -171,52 +164,22 @@ def test_a_second_signal_ends_at_once_and_touches_nothing(tmp_path: Path, number
     assert status(tmp_path)["state"] == "running"
 
 
-@pytest.mark.parametrize(
-    ("numbers", "together_s"),
-    [((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), 3600), ((signal.SIGUSR1,) * 3, 0)],
-    ids=["a launcher sends on what a group has got", "SIGUSR1 is never a second signal"],
-)
-def test_several_signals_may_be_one_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[signal.Signals, ...], together_s: float
+@pytest.mark.parametrize("launcher", [None, *run_folder.LAUNCHERS])
+def test_the_death_of_a_launcher_sends_a_signal_and_that_of_a_shell_does_not(
+    monkeypatch: pytest.MonkeyPatch, launcher: str | None
 ) -> None:
-    monkeypatch.setattr(run_folder, "_ONE_REQUEST_S", together_s)
-    with open_run(tmp_path) as held:
-        held.stop_between_steps()
-        for number in numbers:
-            os.kill(os.getpid(), number)
-        assert held.stop_requested
-
-
-LAUNCHER = """
-import subprocess, sys, time
-subprocess.Popen([sys.executable, *sys.argv[1:]])
-time.sleep(600)
-"""
-
-
-def wait_for(path: Path, lines: list[str]) -> None:
-    """Until the file has as many lines, which must be these."""
-    end = time.monotonic() + 60
-    while len(found := path.read_text().splitlines() if path.exists() else []) < len(lines):
-        assert time.monotonic() < end, found
-        time.sleep(0.02)
-    assert found == lines
-
-
-@pytest.mark.parametrize(("launched", "answer"), [(True, "asked to stop"), (False, "orphaned")])
-def test_the_death_of_a_launcher_asks_its_processes_to_stop(tmp_path: Path, launched: bool, answer: str) -> None:
-    """And that of a shell does not: `nohup python train.py &` outlives its terminal."""
-    output, program = tmp_path / "output", tmp_path / "holder.py"
-    program.write_text(f"import sys\nsys.stdout = open({str(output)!r}, 'w', buffering=1)\n{HOLDER}")
-    environment = {key: value for key, value in os.environ.items() if key not in run_folder.LAUNCHERS}
-    with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(program), str(tmp_path / "run")],
-        env=environment | ({"TORCHELASTIC_RUN_ID": "none"} if launched else {}),
-    ) as launcher:
-        wait_for(output, ["held"])
-        launcher.kill()
-    wait_for(output, ["held", answer])
-    os.kill(status(tmp_path / "run")["pid"], signal.SIGKILL)
+    """`nohup python train.py &` outlives its terminal. What the signal does is in test_launchers.py."""
+    for name in run_folder.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "set")
+    prctl, number = ctypes.CDLL(None).prctl, ctypes.c_int(-1)
+    try:
+        assert run_folder.end_with_launcher() is bool(launcher)
+        prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+        assert number.value == (signal.SIGUSR1 if launcher else 0)
+    finally:
+        prctl(1, 0)
 
 
 def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,8 +187,8 @@ def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: p
         (tmp_path / "run").rename(tmp_path / "gone")
         held.update(step=3)
         (tmp_path / "gone").rename(tmp_path / "run")
-    assert len(caplog.messages) == 1
-    assert "run_status.json could not be written: No such file or directory" in caplog.messages[0]
+    (message,) = caplog.messages
+    assert "run_status.json could not be written: No such file or directory" in message
     assert status(tmp_path / "run")["step"] == 3
 
 

@@ -12,83 +12,38 @@ from torch import Tensor, nn
 
 from mixres.batch import Batch
 from mixres.data.collate import collate
-from mixres.data.plan import Layout, Plan
 from mixres.diffusion.objective import Objective
 from mixres.errors import WorkError
 from mixres.models.lora import trainable_parameters
+from mixres.training import trainer
+from mixres.training.resume import Skips
 from mixres.training.step import StepResult, run_step
-from support.steps import (
-    ALONE,
-    LAYOUTS,
-    SPLITS,
-    build_objective,
-    divisor_of,
-    gradient_error,
-    lengths_of,
-    make_model,
-    make_sample,
-    microbatch,
-    microbatches,
-    record,
-)
+from support import steps
 
 BARS = [pytest.param(torch.float32, 1e-5, id="float32"), pytest.param(torch.float64, 1e-10, id="float64")]
 
 
 @pytest.mark.parametrize(("dtype", "bar"), BARS)
+@pytest.mark.parametrize("normalization", steps.NORMALIZATIONS)
 def test_loss_and_gradients_do_not_change_with_the_split(
     accelerator: Accelerator, models: dict[torch.dtype, nn.Module], normalization: Any, dtype: torch.dtype, bar: float
 ) -> None:
-    objective = build_objective(normalization, dtype)
-    reference = record(accelerator, models[dtype], objective, microbatches(ALONE, "padded"))
+    objective = steps.build_objective(normalization, dtype)
+    alone = steps.microbatches(steps.ALONE, "padded")
+    reference = steps.record(accelerator, models[dtype], objective, alone)
     norm = torch.stack([g.norm() for g in reference.gradients.values() if g is not None]).norm()
     assert reference.result.grad_norm == pytest.approx(float(norm), rel=1e-5)
-    for name, split in SPLITS.items():
-        for layout in LAYOUTS:
-            batches = microbatches(split, layout)
-            found = record(accelerator, models[dtype], objective, batches)
+    for name, split in steps.SPLITS.items():
+        for layout in steps.LAYOUTS:
+            batches = steps.microbatches(split, layout)
+            found = steps.record(accelerator, models[dtype], objective, batches)
             assert found.result.loss == pytest.approx(reference.result.loss, rel=bar / 10), (name, layout)
             assert found.result.grad_norm == pytest.approx(reference.result.grad_norm, rel=bar), (name, layout)
-            assert gradient_error(found, reference) <= bar, (name, layout)
+            assert steps.gradient_error(found, reference) <= bar, (name, layout)
             assert found.result.tokens == reference.result.tokens
             assert found.result.tokens_computed == sum(batch.tokens_computed for batch in batches)
-
-
-def trained(accelerator: Accelerator, base: Path, normalization: Any, max_tokens: int, layout: Layout) -> list[Tensor]:
-    """Parameters after 4 clipped AdamW steps over planned microbatches: one epoch and a half, a short step between."""
-    model, objective = make_model(base, torch.float64), build_objective(normalization, torch.float64)
-    plan = Plan(
-        [lengths_of(i) for i in range(6)], names=list("abcdef"), seed=2, samples_per_step=4,
-        max_tokens=max_tokens, layout=layout,
-    )  # fmt: skip
-    parameters = list(trainable_parameters(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    for step in range(4):
-        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step)
-        planned = plan.step(step)
-        batches = [microbatch(m.indices, layout) for m in planned.ranks[0]]
-        result = run_step(
-            accelerator, model, optimizer, objective, batches, count=len(batches), step=step,
-            divisor=objective.divisor(planned.samples, planned.target_tokens), max_grad_norm=0.05,
-        )  # fmt: skip
-        assert result.grad_norm > 0.05
-        assert all(parameter.grad is None for parameter in parameters)
-    return [parameter.detach() for parameter in parameters]
-
-
-def test_updates_do_not_change_with_budget_and_layout(
-    accelerator: Accelerator, tiny_base: Path, normalization: Any
-) -> None:
-    longest = max(lengths_of(i).total for i in range(6))
-    one, *others = (
-        torch.cat([p.flatten() for p in trained(accelerator, tiny_base, normalization, max_tokens, layout)])
-        for max_tokens, layout in ((10**6, "padded"), (longest, "padded"), (10**6, "packed"), (200, "packed"))
-    )
-    start = torch.cat(
-        [p.detach().flatten() for p in trainable_parameters(make_model(tiny_base, torch.float64)).values()]
-    )
-    assert float((one - start).norm() / start.norm()) > 1e-2
-    assert max(float((other - one).norm() / one.norm()) for other in others) <= 1e-10
+    half = steps.record(accelerator, models[dtype], objective, alone, clip=float(norm) / 2).gradients
+    assert all(torch.allclose(2 * half[name], g, rtol=1e-4) for name, g in reference.gradients.items()), "clipped once"
 
 
 def step_once(
@@ -97,7 +52,7 @@ def step_once(
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
     result = run_step(
         accelerator, model, optimizer, objective, batches,
-        count=len(batches), step=5, divisor=divisor_of(objective), max_grad_norm=1.0,
+        count=len(batches), step=5, divisor=steps.divisor_of(objective), max_grad_norm=1.0,
     )  # fmt: skip
     return result, optimizer
 
@@ -106,12 +61,13 @@ def step_once(
 def test_a_loss_that_is_not_finite_names_the_samples_and_updates_nothing(
     accelerator: Accelerator, tiny_base: Path, where: str, value: float
 ) -> None:
-    model, objective = make_model(tiny_base, torch.float32), build_objective("sample", torch.float32)
-    hurt = replace(make_sample(1), **{where: torch.full_like(getattr(make_sample(1), where), value)})
-    bad = collate([make_sample(0), hurt], indices=[0, 1], weights=[1.0, 1.0], layout="packed")
+    model, objective = steps.make_model(tiny_base, torch.float32), steps.build_objective("sample", torch.float32)
+    hurt = replace(steps.make_sample(1), **{where: torch.full_like(getattr(steps.make_sample(1), where), value)})
+    bad = collate([steps.make_sample(0), hurt], indices=[0, 1], weights=[1.0, 1.0], layout="packed")
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
-    result, optimizer = step_once(accelerator, model, objective, [microbatch([2, 3], "packed"), bad])
-    assert result.skipped == tuple(make_sample(i).name for i in (0, 1)), "those beside it in the microbatch, no others"
+    result, optimizer = step_once(accelerator, model, objective, [steps.microbatch([2, 3], "packed"), bad])
+    names = tuple(steps.make_sample(i).name for i in (0, 1))
+    assert result.skipped == names, "those beside it in the microbatch, no others"
     assert not math.isfinite(result.loss)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in trainable_parameters(model).items())
     assert not optimizer.state
@@ -128,26 +84,37 @@ class Endless(Objective):
 def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_a_skipped_step(
     accelerator: Accelerator, tiny_base: Path, where: str
 ) -> None:
-    model = make_model(tiny_base, torch.float32)
-    objective = build_objective("sample", torch.float32, Endless if where == "loss" else Objective)
+    model = steps.make_model(tiny_base, torch.float32)
+    objective = steps.build_objective("sample", torch.float32, Endless if where == "loss" else Objective)
     hurt = next(iter(trainable_parameters(model).values()))
     if where == "gradient":
         hurt.register_hook(lambda gradient: gradient * math.inf)
     before = hurt.detach().clone()
-    result, _ = step_once(accelerator, model, objective, microbatches(SPLITS["uneven"], "packed"))
+    result, _ = step_once(accelerator, model, objective, steps.microbatches(steps.SPLITS["uneven"], "packed"))
     assert (math.isfinite(result.loss), math.isfinite(result.grad_norm)) == (where != "loss", where != "gradient")
-    assert sorted(result.skipped) == sorted(make_sample(i).name for i in range(6)), "any of them may be to blame"
+    assert sorted(result.skipped) == sorted(steps.make_sample(i).name for i in range(6)), "any of them may be to blame"
     assert torch.equal(hurt, before)
+
+
+def test_skips_in_a_row_end_the_run_once_they_are_too_many() -> None:
+    skipped, skips = StepResult(math.nan, 1.0, 6, 6, stopping=False, skipped=("a.png", "b.png")), Skips(5, 2)
+    for skip in (False, True, True):
+        skips.count(skip)
+        trainer._log_skip(skipped, 8, skips, 2, is_main=True)
+    skips.count(True)
+    with pytest.raises(WorkError, match=r"step 9: .* 3 steps in a row are more than .*max_skips = 2;.* a.png, b.png"):
+        trainer._log_skip(skipped, 9, skips, 2, is_main=True)
+    assert skips.total == 8
 
 
 def test_a_device_without_room_names_the_microbatch(accelerator: Accelerator, tiny_base: Path) -> None:
     def no_room(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    objective = replace(build_objective("sample", torch.float32), predict_velocity=no_room)
+    objective = replace(steps.build_objective("sample", torch.float32), predict_velocity=no_room)
+    model, batches = steps.make_model(tiny_base, torch.float32), steps.microbatches([[0, 1]], "packed")
     with pytest.raises(WorkError) as caught:
-        step_once(accelerator, make_model(tiny_base, torch.float32), objective, microbatches([[0, 1]], "packed"))
+        step_once(accelerator, model, objective, batches)
     message = str(caught.value)
     assert message.startswith("step 6: cpu is out of memory with 123 tokens in one microbatch (in tokens: ")
-    assert f"{make_sample(0).name} 6x9 + 4x4; {make_sample(1).name} 8x5)" in message
-    assert "batch.max_tokens" in message
+    assert f"{steps.make_sample(0).name} 6x9 + 4x4; {steps.make_sample(1).name} 8x5)" in message

@@ -27,7 +27,7 @@ from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 from mixres.preprocessing.fill import CachedSample, family_of
 from mixres.verification import consistency, verify as verify_module
-from mixres.verification.batch_diagram import COLOURS, padded_segments, runs, token_layout
+from mixres.verification.batch_diagram import COLOURS, padded_segments
 from mixres.verification.consistency import Outcome, batches_of, errors
 from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
@@ -54,7 +54,6 @@ def test_the_real_thing_passes_and_only_reports_are_written(
 ) -> None:
     code, report = verify()
     assert (code, report["passed"], report["whole"]) == (0, True, True)
-    assert {"mixres", "torch", "diffusers", "transformers", "accelerate", "peft"} == set(report["versions"])
     assert report["patch"] == {"processors": 2, "blocks": 2, "positions": True}
     assert (report["lora"]["r"], report["lora"]["lora_alpha"], report["lora"]["as_configured"]) == (4, 4.0, True)
     for layout, case in zip(("padded", "packed"), report["cases"], strict=True):
@@ -64,9 +63,7 @@ def test_the_real_thing_passes_and_only_reports_are_written(
         assert 0 < case["forward"] <= 1e-6 and 0 < case["gradient"] <= 1e-5
     files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert files == {"reports/verify.json", "reports/verify.png"}
-    output = capsys.readouterr().out
-    assert "2 of 2 attention processors and the positions are those of mixres" in output
-    assert output.count("  passed") == 2
+    assert capsys.readouterr().out.count("  passed") == 2
     with Image.open(tmp_path / "run" / "reports" / "verify.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or ()}
     assert {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS.values()} <= colours
@@ -89,10 +86,9 @@ def test_lower_precision_is_held_against_float32(verify: Verify, overrides: tupl
         assert 1e-3 < case["gradient"] <= case["bar"]["gradient"] < 1
 
 
-def test_float64(verify: Verify) -> None:
+def test_float64_has_bars_of_its_own(verify: Verify) -> None:
     code, report = verify("model.dtype=float64", "loss.normalization=token")
-    assert code == 0
-    assert [case["dtype"] for case in report["cases"]] == ["float64"] * 2
+    assert (code, [case["dtype"] for case in report["cases"]]) == (0, ["float64"] * 2)
     assert max(case["gradient"] for case in report["cases"]) < 1e-12
 
 
@@ -107,11 +103,6 @@ def sample_0_text_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch, "joint_mask", lambda *arguments: None)
-
-
-def image_mask_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = patch.joint_mask
-    monkeypatch.setattr(patch, "joint_mask", lambda text, *rest: stock(None, *rest))
 
 
 def shifted_modulation_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +127,6 @@ BOTH = ("forward", "gradient")
 BUGS = (
     (sample_0_text_positions, {"padded"}, BOTH),
     (no_mask, {"padded"}, BOTH),
-    (image_mask_only, {"padded"}, BOTH),
     (shifted_modulation_rows, {"packed"}, BOTH),
     (batch_size_in_the_loss, {"padded", "packed"}, ("gradient",)),
 )
@@ -144,13 +134,7 @@ BUGS = (
 
 @pytest.mark.parametrize(("plant", "layouts", "measures"), BUGS, ids=[bug.__name__ for bug, *_ in BUGS])
 def test_a_planted_bug_fails_after_all_is_written(
-    verify: Verify,
-    plant: Callable[[pytest.MonkeyPatch], None],
-    layouts: set[str],
-    measures: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    verify: Verify, plant: Any, layouts: set[str], measures: tuple[str, ...], monkeypatch: Any, capsys: Any
 ) -> None:
     plant(monkeypatch)
     code, report = verify()
@@ -159,26 +143,17 @@ def test_a_planted_bug_fails_after_all_is_written(
     for case in report["cases"]:
         over = tuple(name for name in BOTH if case[name] > case["bar"][name])
         assert over == (measures if case["layout"] in layouts else ())
-    assert (tmp_path / "run" / "reports" / "verify.png").exists()
-    captured = capsys.readouterr()
-    (message,) = captured.err.splitlines()[-1:]
-    assert message.startswith("mixres: error: verify failed: a batch differs from its samples alone: ")
-    assert captured.out.count("FAILED") == len(layouts)
+    assert "mixres: error: verify failed: a batch differs from its samples alone: " in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_reported_and_does_not_pass(
-    verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_room_for_float32_nothing_passes(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of bfloat16 against the samples alone are measured and not judged."""
     monkeypatch.setattr(verify_module, "free_memory", lambda device: 10**6)
     code, report = verify("model.dtype=bfloat16", "train.mixed_precision=bf16")
-    assert (code, report["passed"]) == (1, False)
-    assert [case["passed"] for case in report["cases"]] == [None] * 4
+    assert (code, [case["passed"] for case in report["cases"]]) == (1, [None] * 4)
     exact, rounded = report["cases"][0], report["cases"][2]
     assert exact["forward"] is None and "float32 needs 0.0 GB more" in exact["reason"]
     assert rounded["bar"] is None and 0 < rounded["forward"] < 0.1 and "no float32 reference" in rounded["reason"]
-    captured = capsys.readouterr()
-    assert captured.out.count("not judged: ") == 4
-    assert "no precision could be judged for every layout" in captured.err
 
 
 def test_a_layout_that_runs_out_of_memory_is_not_passed(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +168,14 @@ def test_a_layout_that_runs_out_of_memory_is_not_passed(verify: Verify, monkeypa
     assert report["cases"][1]["reason"] == "does not fit: the device ran out of memory with the samples packed"
 
 
-def test_a_lost_patch_is_reported(
-    verify: Verify, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lost_patch_and_a_nan_fail(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QwenImageEdit, "patch_state", lambda self, model: PatchState(2, 2, False))
     code, report = verify()
     assert (code, report["passed"], report["whole"]) == (1, False, False)
-    assert "positions are NOT those of mixres" in capsys.readouterr().out
+    monkeypatch.setattr(consistency, "_relative", lambda *arguments: math.inf)
+    code, report = verify()
+    (case,) = {(case["passed"], case["forward"], case["reason"]) for case in report["cases"]}
+    assert (code, case) == (1, (False, None, "outputs or gradients are not finite"))
 
 
 def test_the_patch_state_is_read_from_the_model() -> None:
@@ -212,67 +188,47 @@ def test_the_patch_state_is_read_from_the_model() -> None:
     assert patch_state(patched) == PatchState(1, 2, True) and not patch_state(patched).whole
 
 
-def item(name: str, text: int, target: tuple[int, int]) -> CachedSample:
-    record = EditRecord(name=name, target=Path(name), controls=(), prompt="", mask=None)
-    entry = CacheEntry(name, (Grid(1, *target), Grid(1, 2, 2)), text, False)
-    return CachedSample(record, Size(16, 16), name, entry)
-
-
 def test_the_most_different_samples_are_taken() -> None:
-    items = [
-        *(item(f"plain{n}", 10, (8, 8)) for n in range(5)),
-        item("tall", 9, (32, 2)),
-        item("short", 3, (2, 2)),
-        item("long", 12, (20, 20)),
-        item("wordy", 90, (8, 7)),
-    ]
+    def item(name: str, text: int, target: tuple[int, int]) -> CachedSample:
+        record = EditRecord(name=name, target=Path(name), controls=(), prompt="", mask=None)
+        entry = CacheEntry(name, (Grid(1, *target), Grid(1, 2, 2)), text, False)
+        return CachedSample(record, Size(16, 16), name, entry)
+
+    plain = [item(f"plain{n}", 10, (8, 8)) for n in range(5)]
+    special = item("tall", 9, (32, 2)), item("short", 3, (2, 2)), item("long", 12, (20, 20)), item("wordy", 90, (8, 7))
 
     def chosen(max_tokens: int) -> list[str]:
-        return [item.key for item in most_different(items, max_tokens)]
+        return [item.key for item in most_different([*plain, *special], max_tokens)]
 
     assert chosen(10_000) == ["short", "long", "tall", "wordy"]
     # 2 x (12 + 404) fit, three rows of that do not: the extremes in length come first.
-    assert chosen(832) == ["short", "long"]
-    assert "long" not in chosen(831)
-    with pytest.raises(UserError, match=r"batch\.max_tokens: no two of the 9 training samples fit 20 tokens together"):
+    assert chosen(832) == ["short", "long"] and "long" not in chosen(831)
+    with pytest.raises(UserError, match=r"batch\.max_tokens: no two of 9 training samples fit 20 tokens: raise it"):
         chosen(20)
 
 
 def test_errors_see_nan_missing_gradients_and_the_floor() -> None:
     ones, zeros = torch.ones(4), torch.zeros(4)
-    reference = Outcome([ones, ones], {"a": 1e9 * ones, "b": ones, "c": None, "d": zeros}, None)
+    reference = Outcome([ones, ones], {"a": 1e9 * ones, "b": ones, "c": None, "d": zeros})
     assert errors(reference, reference) == consistency.Errors(0.0, 0.0, ())
-    off = Outcome([ones, 1.5 * ones], {"a": 1e9 * ones, "b": 2 * ones, "c": None, "d": zeros}, None)
+    off = Outcome([ones, 1.5 * ones], {"a": 1e9 * ones, "b": 2 * ones, "c": None, "d": zeros})
     found = errors(off, reference)
     assert found.forward == pytest.approx(0.5)
     assert found.gradient == pytest.approx(1e-3)  # b's own norm is under the floor, 1e-6 of a's
-    missing = Outcome([ones, ones], {"a": None, "b": zeros, "c": ones, "d": zeros}, None)
+    missing = Outcome([ones, ones], {"a": None, "b": zeros, "c": ones, "d": zeros})
     assert errors(missing, reference).unequal == ("a", "b", "c")
     for bad in (math.nan, math.inf):
-        assert errors(Outcome([bad * ones, ones], reference.gradients, None), reference).forward == math.inf
+        assert errors(Outcome([bad * ones, ones], reference.gradients), reference).forward == math.inf
         broken = {**reference.gradients, "a": bad * ones}
-        assert errors(Outcome([ones, ones], broken, None), reference).gradient == math.inf
-
-
-def test_a_nan_fails(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(consistency, "_relative", lambda *arguments: math.inf)
-    code, report = verify()
-    assert code == 1
-    assert {(case["passed"], case["forward"], case["reason"]) for case in report["cases"]} == {
-        (False, None, "outputs or gradients are not finite")
-    }
+        assert errors(Outcome([ones, ones], broken), reference).gradient == math.inf
 
 
 def test_the_diagram_accounts_for_every_token(small_run: Path, tmp_path: Path) -> None:
     config = load_config(small_run, [f"cache.cache_dir={tmp_path}"])
     samples = synthetic_samples(config, family_of(config), 3)
-    (padded,), (packed,) = batches_of(samples, "padded"), batches_of(samples, "packed")
-    longest = padded.prompt_embeds.shape[1] + padded.latents.shape[1]
+    (padded,) = batches_of(samples, "padded")
     for b, sample in enumerate(samples):
         segments = padded_segments(padded, b)
-        assert sum(tokens for _, tokens in segments) == longest
+        assert sum(tokens for _, tokens in segments) == padded.tokens_computed // 3
         valid = len(sample.prompt_embeds) + sum(grid.tokens for grid in sample.img_shapes)
         assert sum(tokens for what, tokens in segments if what != "padding") == valid
-    assert runs([True, True, False, True]) == [("attended key", 2), ("masked key", 1), ("attended key", 1)]
-    with_mask = token_layout(padded, packed, torch.ones(3, longest, dtype=torch.bool))
-    assert with_mask.size == token_layout(padded, packed, None).size

@@ -33,12 +33,12 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
     def shown(self, path: KeyPath) -> str:
-        """The value as a message may print it: a reference as it was written, a section not at all."""
+        """The value as a message may print it: a reference as it was written, and nothing of a section."""
         value: Any = self.written
         for part in path:
             value = value if isinstance(value, str) else value[part]  # inside of a reference: that reference
         if isinstance(value, dict):
-            return "a section"
+            return "a section"  # whose values may be secrets
         if isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
             return "a nested list"
         text = json.dumps(value, ensure_ascii=False)

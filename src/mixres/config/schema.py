@@ -39,12 +39,9 @@ class Section(BaseModel):
 class LoraConfig(Section):
     r: int = Field(16, ge=1, le=4096, description="Rank of the adapters.")
     lora_alpha: float = Field(16.0, gt=0, le=65536, description="lora_alpha / r multiplies the adapters' output.")
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Dropout before the adapters; above 0 a resume is exact on the same topology only."
-    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout; above 0 only the same topology resumes exactly.")
     target_modules: Texts = Field(
-        ("attention",),
-        description="Layers with adapters: attention, attention+mlp, all, or name endings that all match.",
+        ("attention",), description="Layers with adapters: attention, attention+mlp, all, or name endings that match."
     )
     use_dora: bool = Field(False, description="DoRA: also learn the length of each output's weights (Liu 2024).")
     pretrained_weight: Text | None = Field(None, description="A LoRA file, or its folder; training continues from it.")
@@ -99,16 +96,12 @@ class DataConfig(Section):
         None, description="Samples for grids and evaluation, never trained: given as data.train, or a fraction of it."
     )
     regularization: Texts | None = Field(None, description="Samples that keep what the base knows; as data.train.")
-    on_bad_item: Literal["error", "skip"] = Field(
-        "error", description="Unusable records are listed: stop, or skip them."
-    )
+    on_bad_item: Literal["error", "skip"] = Field("error", description="Stop at unusable records, or skip them.")
     empty_caption: Literal["error", "use_empty", "skip"] = Field("error", description="Records without a prompt.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained with an empty prompt.")
     long_caption: Literal["error", "truncate"] = Field("error", description="Prompts of more than 1024 tokens.")
     first_frame: bool = Field(False, description="Train on the first image of animations and of multi-page files.")
-    background: str = Field(
-        "white", pattern=COLOUR, description='Colour under transparent pixels: white, gray, black or "#rrggbb" (sRGB).'
-    )
+    background: str = Field("white", pattern=COLOUR, description='Under transparency: white, gray, black or "#rrggbb".')
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
     num_workers: int = Field(2, ge=0, le=256, description="Processes that load samples; 0 loads in the main process.")
     mask_weight: MaskWeightConfig = Field(MaskWeightConfig(), description="Loss weights of samples with an edit mask.")
@@ -118,12 +111,7 @@ class DataConfig(Section):
 
 class BatchConfig(Section):
     samples_per_step: int = Field(4, ge=1, le=2**20, description="Samples of one optimizer step, over all devices.")
-    max_tokens: int = Field(
-        16384,
-        ge=1,
-        le=2**31,
-        description="Tokens computed a microbatch; padded: rows x (longest text + longest images).",
-    )
+    max_tokens: int = Field(16384, ge=1, le=2**31, description="Maximum tokens of a microbatch, padding included.")
     layout: Literal["packed", "padded"] = Field("packed", description="All samples in one sequence, or rows padded.")
 
 
@@ -141,9 +129,7 @@ class FlowConfig(Section):
 
 
 class LossConfig(Section):
-    normalization: Literal["sample", "token"] = Field(
-        "sample", description="Equal weight for samples, or target tokens."
-    )
+    normalization: Literal["sample", "token"] = Field("sample", description="Weigh samples equally, or target tokens.")
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field("none", description="Loss weight by timestep.")
     prior_loss_weight: float = Field(1.0, gt=0, le=1e6, description="Loss weight of samples of data.regularization.")
 
@@ -155,10 +141,11 @@ class OptimizerConfig(Section):
     init_args: dict[str, Any] = Field({"lr": 1e-4}, description="Arguments of the class; lr is 1e-4 unless given here.")
 
 
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
 class SchedulerConfig(Section):
-    scheduler_type: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = Field("constant", description="Learning rate schedule (diffusers' names).")
+    scheduler_type: Schedule = Field("constant", description="Learning rate schedule (diffusers' names).")
     warmup_steps: Steps = Field(0, description="Steps of the warm-up; the first of them has learning rate 0.")
 
 

@@ -14,20 +14,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
 from mixres.data.images import SUFFIXES
-from mixres.data.records import (
-    EditRecord,
-    EmptyCaption,
-    Problem,
-    has_surrogate,
-    printable,
-    prompt_or_problem,
-    read_caption,
-)
+from mixres.data.records import EditRecord, EmptyCaption, Problem, has_surrogate, printable, prompt_of_file
 from mixres.errors import Problems, UserError
 
 TARGETS, CONTROLS = "training_images", "control_images"
@@ -87,13 +78,8 @@ def records_from_folder(
             for other in sorted(spellings[stem.casefold()])
             if other != stem
         ]
-        target, caption = files.targets[0], next(iter(files.captions), None)
-        prompt, found = prompt_or_problem(
-            printable(caption or target),
-            partial(read_caption, caption) if caption else str,
-            empty_caption,
-            if_empty="the caption is empty" if caption else f"has no caption file {printable(target.stem)}.txt",
-        )
+        target = files.targets[0]
+        prompt, found = prompt_of_file(target, next(iter(files.captions), None), empty_caption)
         name = printable(target.relative_to(root))
         found = [*(Problem(printable(target), reason) for reason in reasons), *found]
         problems += [problem._replace(example=name) for problem in found]

@@ -102,9 +102,15 @@ def _columns(root: Path) -> dict[str, Any]:
 
 
 def _status(files: list[Path]) -> EmbeddedStatus:
-    """That of the file which was the last to change: a file that changes changes the state of every image."""
-    last = max((file.stat() for file in files), key=lambda stat: stat.st_ctime_ns)
-    return EmbeddedStatus(*(getattr(last, name) for name in EmbeddedStatus._fields))
+    """Newest times and a mixed inode of all files: one that changes, comes or goes changes the state of every image."""
+    stats = [file.stat() for file in files]
+    return EmbeddedStatus(
+        st_mode=stats[0].st_mode,
+        st_size=sum(stat.st_size for stat in stats),
+        st_mtime_ns=max(stat.st_mtime_ns for stat in stats),
+        st_ctime_ns=max(stat.st_ctime_ns for stat in stats),
+        st_ino=hash(tuple((stat.st_ino, stat.st_size) for stat in stats)),
+    )
 
 
 def _image(status: EmbeddedStatus, where: str, key: str, value: Any) -> EmbeddedImage:

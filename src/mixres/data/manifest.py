@@ -19,17 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unicodedata import normalize
 
-from mixres.data.records import (
-    BadCaptionError,
-    EditRecord,
-    EmptyCaption,
-    Picture,
-    Problem,
-    check_caption,
-    has_surrogate,
-    printable,
-    prompt_or_problem,
-)
+from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, has_surrogate, printable, prompt_of_row
 
 SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
@@ -51,12 +41,8 @@ def records_from_manifest(
     """All records of `manifest` in the order of its rows, and all problems (`path` is `manifest:line`)."""
     root = manifest.parent
     allowed = None if follow_symlinks else root.resolve()
-
-    def file(where: str, key: str, value: Any) -> Path:
-        return file_below(root, allowed, key, value)
-
     rows = (_csv_rows if manifest.suffix.lower() == ".csv" else json_rows)(manifest)
-    return records_from_rows(manifest, rows, file, empty_caption)
+    return records_from_rows(manifest, rows, lambda _, *named: file_below(root, allowed, *named), empty_caption)
 
 
 def records_from_rows(
@@ -95,15 +81,7 @@ def _record(where: str, row: Row, image: ImageOf, empty_caption: EmptyCaption) -
         align = _align(row)
     except BadRowError as error:
         reasons.append(str(error))
-    given = row.get("prompt")
-    if_empty = "has no prompt" if given is None else "the prompt is empty"
-
-    def read() -> str:
-        if given is not None and not isinstance(given, str):
-            raise BadCaptionError("'prompt' is not a string; write it in quotes")
-        return check_caption(given or "")
-
-    prompt, found = prompt_or_problem(where, read, empty_caption, if_empty=if_empty)
+    prompt, found = prompt_of_row(where, row.get("prompt"), empty_caption)
     if reasons or found:
         problems = [*(Problem(where, reason) for reason in reasons), *found]
         return [problem._replace(example=where) for problem in problems]

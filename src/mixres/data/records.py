@@ -7,8 +7,9 @@ Cost: one small read a caption.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from mixres.errors import one_line
 
@@ -105,10 +106,22 @@ def check_caption(text: str) -> str:
     return text.strip()
 
 
-def prompt_or_problem(
-    where: str, read: Callable[[], str], policy: EmptyCaption, *, if_empty: str
-) -> tuple[str, list[Problem]]:
-    """The caption that `read` returns, or the problem of one that is bad, or that is empty against `policy`."""
+def prompt_of_file(target: Path, caption: Path | None, policy: EmptyCaption) -> tuple[str, list[Problem]]:
+    """The text of the caption file of `target`, or the problem of one that is bad, or empty against `policy`."""
+    if caption is None:
+        return _prompt(printable(target), str, policy, if_empty=f"has no caption file {printable(target.stem)}.txt")
+    return _prompt(printable(caption), partial(read_caption, caption), policy, if_empty="the caption is empty")
+
+
+def prompt_of_row(where: str, given: Any, policy: EmptyCaption) -> tuple[str, list[Problem]]:
+    """The prompt that the row `where` gives, or its problem, as `prompt_of_file`."""
+    if given is None or isinstance(given, str):
+        if_empty = "has no prompt" if given is None else "the prompt is empty"
+        return _prompt(where, partial(check_caption, given or ""), policy, if_empty=if_empty)
+    return "", [Problem(where, "'prompt' is not a string; write it in quotes")]
+
+
+def _prompt(where: str, read: Callable[[], str], policy: EmptyCaption, *, if_empty: str) -> tuple[str, list[Problem]]:
     try:
         prompt = read()
     except BadCaptionError as error:

@@ -1,18 +1,18 @@
 """What a run has left: a LoRA file or a full transformer, and the base that its recipe names.
 
 Promise: everything that sampling and export need to know comes from the result itself; it is checked against the base
-before a weight is read. Cost: a file's header and a few JSON files of the base; `digest` reads every byte.
+before a weight is read. Cost: a file's header and a few JSON files of the base.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import xxhash
 from pydantic import BaseModel, Field
 
 from mixres.config.schema import COLOUR, TargetSizeConfig
@@ -26,7 +26,6 @@ from mixres.models.lora import base_problem
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, LoraHeader, read_header
 from mixres.models.quantize import Method, check_method
 from mixres.models.registry import FAMILIES, load_family
-from mixres.training.checkpoint import MANIFEST
 
 FORMAT = 1  # of the recipe, see `training.setup.recipe`
 TRANSFORMER = "transformer"
@@ -42,7 +41,6 @@ class _Recipe(BaseModel):
 
     family: str
     base: Annotated[str, Field(min_length=1)]
-    mixres: Annotated[str, Field(min_length=1)]
     control_area: _AreaRule = "target"
     text_area: _AreaRule = "target"
     control_align: Align = "never"
@@ -98,13 +96,6 @@ class RunResult:
         aligned = aligned_controls(self.recipe.get(_ALIGN, "never"), target, controls, own)
         return self.family.control_sizes(size, controls, self.area_rules, aligned)
 
-    def digest(self) -> str:
-        """xxh3-128 of the LoRA file, or over the names and bytes of the transformer's files."""
-        if self.lora:
-            return hub.file_digest(self.path)
-        parts = [f"{file.name} {hub.file_digest(file)}" for file in sorted(self.path.iterdir())]
-        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode("utf-8", "surrogateescape"))
-
 
 def find_result(given: str, key: str) -> RunResult:
     """The result in `given`: a LoRA file, a transformer's folder, or a folder that holds one of the two.
@@ -125,12 +116,9 @@ def find_result(given: str, key: str) -> RunResult:
     if has_lora or not path.is_dir():
         header = read_header(given, key=key)
         return _checked(RunResult(header.path, header, header.recipe), key)
-    if (path / MANIFEST).is_file():
-        export = f"mixres export {path} --format diffusers --out FILE"
-        raise UserError(f"{key}: {path} is a checkpoint, no result: export it first ({export}) and name that file")
     raise UserError(
         f"{key}: {path} holds neither {FILE_NAME} nor {TRANSFORMER}/: name the folder of a run that has ended "
-        "(logging.output_dir), its ema/, or a .safetensors file; a checkpoint of a run that has not can be exported"
+        "(logging.output_dir), its ema/, or a .safetensors file; to sample with a checkpoint, export it first"
     )
 
 
@@ -163,11 +151,9 @@ def find_base(result: RunResult, given: str | None, key: str) -> Family:
     path = recipe["base"] if given is None else given
     revision = recipe.get("revision") if path == recipe["base"] else None
     what = key if given is not None else f"{key}: not given, and {result.path} names {path!r}"
-    try:
+    with renamed(what):
         family = load_family(None, path, revision=revision)
-        problem = _family_problem(family, result) or _shape_problem(family, result)
-    except UserError as error:
-        raise renamed(error, what) from error
+        problem = _base_problem(family, result)
     if problem:
         raise UserError(f"{what}: {path} does not fit {result.path}: {problem}; name another")
     return family
@@ -184,29 +170,27 @@ def find_quantization(
     stated: Method | None = result.recipe.get("quantize") if result.lora else None
     method = stated if given is None else None if given == "null" else given
     if method:
-        try:
+        what = key if given else f"{key}: not given, and {result.path} was trained with {method}"
+        with renamed(what, of=quantize.KEY):
             check_method(method, device)
-        except UserError as error:
-            what = key if given else f"{key}: not given, and {result.path} was trained with {method}"
-            raise renamed(error, what, of=quantize.KEY) from error
     return method
 
 
-def renamed(error: UserError, key: str, *, of: str = hub.KEY) -> UserError:
-    """`error` with `key` in place of the configuration's key `of`, the base unless said otherwise."""
-    return UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages])
+@contextmanager
+def renamed(key: str, *, of: str = hub.KEY) -> Iterator[None]:
+    """Messages name `key` in place of the configuration's key `of`, the base unless said otherwise."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([f"{key}: {message.removeprefix(f'{of}: ')}" for message in error.messages]) from error
 
 
-def _family_problem(family: Family, result: RunResult) -> str | None:
+def _base_problem(family: Family, result: RunResult) -> str | None:
     if family.name != result.recipe["family"]:
         return f"it is a {family.name}, trained was a {result.recipe['family']}"
     areas, expected = result.area_rules, family.control_areas(family.stock_control_area, None)
     if areas.keys() != expected.keys():
         return f"the recipe gives its control images the areas {areas}, and it has {', '.join(expected) or 'none'}"
-    return None
-
-
-def _shape_problem(family: Family, result: RunResult) -> str | None:
     skeleton = family.transformer_skeleton()
     if result.lora:
         return base_problem(skeleton, result.lora)

@@ -8,7 +8,6 @@ once and written once, with one tensor in memory. A killed export leaves a folde
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
 from mixres.models.registry import load_family
+from mixres.preprocessing.training_data import check_folder
 from mixres.training.checkpoint import MANIFEST, Checkpoint, problem_of
 from mixres.training.setup import recipe
 
@@ -43,11 +43,10 @@ _SINGLE = "diffusion_pytorch_model.safetensors"
 _SUFFIX = ".safetensors"
 _KEY = "RUN"
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
-_HEADROOM = 2**24  # bytes beside the tensors: headers, JSON
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-_USE = {
+_USE = {  # by format and whether it is merged
     ("diffusers", False): "pipeline.load_lora_weights({out!r})",
     ("diffusers", True): "load {out!r} by from_pretrained, as the pipeline's transformer",
     ("comfyui", False): "put it in ComfyUI/models/loras",
@@ -94,7 +93,7 @@ class _Options(BaseModel):
 
 
 def make_request(**given: Any) -> Request:
-    """The options of the command line by name; None stands for one that is not given.
+    """The options of the command line by name.
 
     Raises:
         UserError: the first that is wrong.
@@ -106,14 +105,13 @@ def make_request(**given: Any) -> Request:
         raise UserError("--base: has no effect where no LoRA is merged into it: leave it out")
     if result.lora and result.lora.use_dora and not diffusers and not merge:
         raise UserError(f"--format: ComfyUI does not apply the DoRA {result.path} as it was trained: add --merge")
-    if not result.lora and diffusers:
-        raise UserError(f"{_KEY}: {result.path} holds all weights in diffusers' format as it is: copy it")
-    if not result.lora and not merge:
-        raise UserError(f"--merge: not given, and {result.path} holds all weights and no LoRA: add it")
+    if not result.lora and (diffusers or not merge):
+        use = "copy it, or write --format comfyui --merge"
+        raise UserError(f"{_KEY}: {result.path} holds all weights, in diffusers' format already: {use}")
     model = _find_model(result, asked.base) if merge else None
     out = asked.out.expanduser()
     needed = sum(tensor.nbytes for tensor in model.tensors.values()) if model else len(lora)
-    _check_out(out, needed + _HEADROOM, suffix="" if diffusers and merge else _SUFFIX)
+    _check_out(out, needed, suffix="" if diffusers and merge else _SUFFIX)
     return Request(result, lora, model, asked.format, out)
 
 
@@ -153,10 +151,8 @@ def _find_model(result: RunResult, base: str | None) -> ModelFiles:
     if result.lora is None:
         return read_model_files(result.path, _KEY)
     family = find_base(result, base, "--base")
-    try:
+    with renamed("--base"):
         folder = pipeline_folder(family.path, (TRANSFORMER,), revision=family.revision) / TRANSFORMER
-    except UserError as error:
-        raise renamed(error, "--base") from error
     model = read_model_files(folder, "--base")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
     if any(shapes.get(f"{layer}.weight") != sides[::-1] for layer, sides in result.lora.layers.items()):
@@ -200,9 +196,8 @@ def _check_out(out: Path, needed: int, *, suffix: str) -> None:
         raise UserError(f"--out: {printable(out)} should be {kind}: rename it")
     if os.path.lexists(out):
         raise UserError(f"--out: {printable(out)} exists and is not overwritten: choose another name, or remove it")
-    there = next((path for path in out.absolute().parents if path.exists()), Path("/"))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out: {printable(there)} cannot be written: choose another folder")
+    check_folder(out.parent, key="--out")
+    there = next(path for path in out.absolute().parents if path.exists())
     if (free := shutil.disk_usage(there).free) < needed:
         raise UserError(f"--out: {printable(there)} has {free:,} bytes free and {needed:,} are needed: make room")
 
@@ -243,21 +238,14 @@ def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: 
     stated = {**result.recipe, "merged": True} if adapters else result.recipe
     file_of = {name: model.folder / file for file, part in model.files.items() for name in part}
     markers = result.family.comfyui_markers(model.config) if request.format == "comfyui" else {}
-    changed = lost = 0.0  # squared norms: what the adapters change, and what rounding loses of it
 
     def merged(name: str) -> Tensor:
-        nonlocal changed, lost
         if name in markers:
             return markers[name]
         with safe_open(file_of[name], "pt") as file:
             weight: Tensor = file.get_tensor(name)
-        if name.removesuffix(".weight") not in adapters:
-            return weight
-        exact = merged_weight(weight, *adapters[name.removesuffix(".weight")], alpha=alpha)
-        rounded = exact.to(weight.dtype)
-        changed += float(torch.linalg.vector_norm(exact - weight)) ** 2
-        lost += float(torch.linalg.vector_norm(exact - rounded)) ** 2
-        return rounded
+        adapter = adapters.get(name.removesuffix(".weight"))
+        return merged_weight(weight, *adapter, alpha=alpha).to(weight.dtype) if adapter else weight
 
     if request.format == "comfyui":
         write_tensors(partial, model.tensors | markers, merged, stated)
@@ -269,10 +257,6 @@ def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: 
             if (model.folder / name).is_file():
                 atomic.write_bytes(partial / name, (model.folder / name).read_bytes())
         atomic.write_json(partial / RECIPE_FILE, stated)
-    if changed:
-        dtype = _DTYPE_NAMES[model.tensors[f"{next(iter(adapters))}.weight"].dtype]
-        fraction = math.sqrt(lost / changed)
-        log(f"rounding  to {dtype} moves the weights by {fraction:.2%} of what the adapters move them by")
 
 
 def merged_weight(weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | None, *, alpha: float) -> Tensor:
@@ -296,8 +280,6 @@ def comfyui_tensors(adapters: Adapters, alpha: float, prefix: str) -> dict[str, 
     17358c8f73b5 (`load_lora`), comfy/weight_adapter/lora.py at 6f98b150e065.
     """
     number = torch.tensor(alpha, dtype=torch.float32)  # which all programs read
-    if float(number) != alpha:
-        number = torch.tensor(alpha, dtype=torch.float64)
     tensors: dict[str, Tensor] = {}
     for layer, (down, up, magnitude) in adapters.items():
         assert magnitude is None, layer

@@ -1,6 +1,5 @@
 """Values from outside (options, rows, recipes) checked by a pydantic model, with its words for what is wrong."""
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -20,27 +19,25 @@ def validated(model: type[M], values: Mapping[str, Any], shown: Callable[[str], 
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(list(_lines(error, model, shown))) from error
+        raise UserError(list(_lines(error, shown))) from error
 
 
 def options(model: type[M], given: Mapping[str, Any], **shown: str) -> M:
-    """A `model` of the command line's options, where None stands for one that is not given.
+    """A `model` of the command line's options.
 
     Raises:
         UserError: as `validated`; a key is named as its option, or as `shown` has it.
     """
-    values = {name: value for name, value in given.items() if value is not None}
-    return validated(model, values, lambda key: shown.get(key, f"--{key.replace('_', '-')}"))
+    return validated(model, given, lambda key: shown.get(key, f"--{key.replace('_', '-')}"))
 
 
-def _lines(error: ValidationError, model: type[BaseModel], shown: Callable[[str], str]) -> Iterator[str]:
+def _lines(error: ValidationError, shown: Callable[[str], str]) -> Iterator[str]:
     for each in error.errors(include_url=False):
         key, kind = str(each["loc"][0]), each["type"]
         if kind == "missing":
             yield f"{shown(key)}: not given; write it"
         elif kind == "extra_forbidden":
-            close = difflib.get_close_matches(key, list(model.model_fields), n=1)
-            yield f"{shown(key)}: unknown; " + (f"did you mean '{close[0]}'?" if close else "take it out")
+            yield f"{shown(key)}: unknown; correct it, or take it out"
         elif kind == "value_error":
             yield f"{shown(key)}: {each['ctx']['error']}"
         else:

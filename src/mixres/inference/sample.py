@@ -3,9 +3,9 @@
 Promise: options, prompts, control images, the trained weights and their base are checked before any weight is read;
 every bad line of a prompts file is reported at once. The images are those of a process without mixres, for the same
 base, LoRA, controls, prompt and seed, over the base quantised as under the LoRA in training. Each PNG records its
-settings. Cost: one decode of each control; the text encoder once a prompt with its controls, then released; then the
-denoising loop once an image, twice with `compare` or guidance, four times with both. Embeddings wait in memory, 10 MB
-a prompt for Qwen-Image-Edit.
+settings. Cost: one decode of each control; the text encoder once a prompt with its controls and size, then released;
+then the denoising loop once an image, twice with `compare` or guidance, four times with both. Embeddings wait in
+memory, 10 MB a prompt for Qwen-Image-Edit.
 
 Lines of a prompts file have the keys of a data manifest (`prompt`, `path_control`, `path_control_1`, ...), so that a
 manifest of held-out data can be given as it is: its targets and masks are not opened. `seed` and `size` may be added.
@@ -16,8 +16,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal
 
 import torch
@@ -35,9 +35,11 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size, target_size
 from mixres.inference.artifact import RunResult, find_base, find_quantization, find_result, renamed
 from mixres.inference.options import options, validated
+from mixres.models import hub
 from mixres.models.family import ControlSizes, Family
 from mixres.models.quantize import Method
 from mixres.preprocessing.fill import release
+from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
@@ -136,14 +138,14 @@ class Request:
     quantize: Method | None  # of the base's weights
 
 
-_Text = tuple[str, tuple[Path, ...], ControlSizes]  # a prompt, and the controls that the text encoder sees with it
+Embeds = tuple[Tensor, Tensor | None]  # `(T, D)` of a prompt and, with guidance, of the negative one; on the CPU
 
 
 # What is asked for.
 
 
 def make_request(**given: Any) -> Request:
-    """The options of the command line by name, as text or typed; None stands for one that is not given.
+    """The options of the command line by name, as text or typed.
 
     Raises:
         UserError: the first option that is wrong, or every problem of the prompts and control images.
@@ -157,6 +159,8 @@ def make_request(**given: Any) -> Request:
         raise UserError("--negative-prompt: has no effect without guidance: give --guidance above 1, or leave it out")
     if asked.restore_size and not (asked.image or asked.prompts):
         raise UserError("--restore-size: there is no image whose size could be restored: leave it out")
+    out = asked.out.expanduser()
+    check_folder(out, key="--out")
     device = _device(asked.device)
     result = find_result(asked.lora, "--lora")
     family = find_base(result, asked.base, "--base")
@@ -168,12 +172,12 @@ def make_request(**given: Any) -> Request:
         rows = _read_rows(asked.prompts.expanduser(), problems)
     else:
         images = tuple(Path(image).expanduser() for image in asked.image)
-        rows = {"": _Row.model_validate({"prompt": asked.prompt, "path_control": images})}
+        rows = {"--image, --prompt": _Row.model_validate({"prompt": asked.prompt, "path_control": images})}
     sizes = _control_sizes(rows, problems)
     problems.add(*_fit_problems(family, rows, asked))
     problems.raise_if_any()
     jobs = []
-    for path, row in zip(_free_paths(asked.out.expanduser(), len(rows)), rows.values(), strict=True):
+    for path, row in zip(_free_paths(out, len(rows)), rows.values(), strict=True):
         controls = [sizes[control] for control in row.controls]
         size = row.size or asked.size or _default_size(family, result, controls)
         control_sizes = result.control_sizes(size, controls, row.align_control)
@@ -244,7 +248,7 @@ def _read_row(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path, a
 def _control_sizes(rows: Mapping[str, _Row], problems: Problems) -> dict[Path, Size]:
     """The upright size of every control that can be used; each is decoded once."""
     sizes = {}
-    for path, at in {path: at or "--image" for at, row in rows.items() for path in row.controls}.items():
+    for path, at in {path: at for at, row in rows.items() for path in row.controls}.items():
         try:
             sizes[path] = inspect_image(path, _LIMITS).size
         except BadImageError as error:
@@ -254,17 +258,15 @@ def _control_sizes(rows: Mapping[str, _Row], problems: Problems) -> dict[Path, S
 
 def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> Iterator[str]:
     """What the base cannot take: the number of controls, a prompt, a size."""
-    for at, row in rows.items():
-        if problem := family.record_problem(controls=len(row.controls), prompt=""):
-            yield f"{at or '--image'}: {problem}"
-    prompts = [(at or "--prompt", row.prompt) for at, row in rows.items()]
-    prompts += [("--negative-prompt", asked.negative_prompt)] if asked.negative_prompt else []
-    long, most = family.over_long(prompt for _, prompt in prompts), family.max_prompt_tokens
-    for at, prompt in prompts:
-        if problem := family.record_problem(controls=family.controls[0], prompt=prompt):
+    texts = [(at, row.prompt, len(row.controls)) for at, row in rows.items()]
+    if asked.negative_prompt:
+        texts.append(("--negative-prompt", asked.negative_prompt, family.controls[0]))
+    long = family.over_long(prompt for _, prompt, _ in texts)
+    for at, prompt, controls in texts:
+        if problem := family.record_problem(controls=controls, prompt=prompt):
             yield f"{at}: {problem}"
         if prompt in long:
-            yield f"{at}: the prompt is {long[prompt][0]} tokens long, more than {most}: shorten it"
+            yield f"{at}: the prompt is {long[prompt][0]} tokens long, more than {family.max_prompt_tokens}: shorten it"
     token = family.pixels_per_token()
     for at, size in [("--size", asked.size), *((f"{at}: 'size'", row.size) for at, row in rows.items())]:
         if size and (size.width % token or size.height % token):
@@ -275,9 +277,8 @@ def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> I
 def _free_paths(folder: Path, count: int) -> list[Path]:
     """`0001.png` and so on, after the numbers that are taken in the folder."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    last = max((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), default=0) + count
-    digits = max(4, len(str(last)))
-    return [folder / f"{number:0{digits}d}.png" for number in range(last - count + 1, last + 1)]
+    last = max((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), default=0)
+    return [folder / f"{number:04d}.png" for number in range(last + 1, last + 1 + count)]
 
 
 # What is made of it.
@@ -287,78 +288,56 @@ def sample(request: Request) -> None:
     """Make all images of `request`, and with `compare` the grids that show them side by side.
 
     Raises:
-        UserError: the base's weights cannot be loaded, or the folder cannot be made.
-        WorkError: a control has changed since the request, an image is there by now, or memory does not suffice.
+        UserError: the base's weights cannot be loaded.
+        WorkError: an image is there by now, a control has changed since it was checked, or memory does not suffice.
     """
     folder = request.jobs[0].path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out: {printable(folder)} cannot be written: {error.strerror}; choose another") from error
-    quantized = f", weights in {request.quantize}" if request.quantize else ""
-    log(f"model     {request.family.path}, {request.dtype}{quantized} on {request.device}")
-    log(f"weights   {printable(request.result.path)}")
-    try:
-        count = _make_images(request)
-    except UserError as error:
-        raise renamed(error, "--base") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    log(f"model     {request.family.path}, {request.quantize or request.dtype} on {request.device}")
+    with renamed("--base"):
+        _make_images(request)
     if request.options.compare:
         _write_grids(request)
-    log(f"images    {count} in {printable(folder)}")
+    log(f"images    {printable(folder)}")
 
 
-def _make_images(request: Request) -> int:
-    """Make and save every image; how many there are."""
-    digest = request.result.digest()
-    embeds = _encode(request)
-    release(request.device)
-    passes = (False, True) if request.options.compare else (True,)
-    jobs = [(trained, job) for trained in passes for job in request.jobs]
-    pipelines, pipeline, current = _pipelines(request), None, None
-    for trained, job in counted(jobs, "sample", "image", enabled=True):
-        if trained is not current:
+def _make_images(request: Request) -> None:
+    """Make and save every image."""
+    result, compare = request.result, request.options.compare
+    digest = hub.file_digest(result.path) if result.lora else None
+    embeds, pipeline = _encode(request), None
+    for trained in (False, True) if compare else (True,):
+        if pipeline is None or not result.lora:
             pipeline = None  # it may have to go before there is room for the next
-            pipeline, current = next(pipelines), trained
-        path = job.path if trained else job.untrained_path
-        log(f"image     {path.name}: {job.size}, {request.options.steps} steps")
-        image = _make_image(request, pipeline, job, embeds)
-        if job.restored_size:
-            image = image.resize(job.restored_size, Image.Resampling.LANCZOS)
-        settings = json.dumps(_settings(request, job, digest if trained else None), ensure_ascii=False)
-        _save(image, path, mixres=settings)
-    return len(jobs)
-
-
-def _text(job: ImageJob, prompt: str) -> _Text:
-    return prompt, job.controls, job.control_sizes
-
-
-def _encode(request: Request) -> dict[_Text, Tensor]:
-    """The embeddings `(T, D)` of each prompt with its controls, on the CPU; the text encoder is gone then."""
-    prompts = [(job, prompt) for job in request.jobs for prompt in (job.prompt, job.negative) if prompt is not None]
-    texts = dict.fromkeys(_text(*each) for each in prompts)
-    encoders, embeds = request.family.load_encoders(dtype=getattr(torch, request.dtype), device=request.device), {}
-    for text in counted(texts, "encode", "prompt", enabled=True):
-        prompt, controls, sizes = text
-        images = _read(request, controls)
-        embeds[text] = request.family.encode_prompt(encoders, controls=images, prompt=prompt, sizes=sizes)
-    return embeds
-
-
-def _pipelines(request: Request) -> Iterator[Any]:
-    """The stock pipeline of the base, if it is compared with, then that with the trained weights."""
-    if request.result.lora:
-        pipeline = _load(request, None)
-        if request.options.compare:
-            yield pipeline
-        pipeline.load_lora_weights(request.result.path)
-        yield pipeline
-    else:
-        if request.options.compare:
-            yield _load(request, None)
             release(request.device)
-        yield _load(request, request.result.path)
+            pipeline = _load(request, result.path if trained and not result.lora else None)
+        if trained and result.lora:
+            pipeline.load_lora_weights(result.path)
+        jobs = list(zip(request.jobs, embeds, strict=True))
+        for job, own in counted(jobs, "sample", "image", enabled=True):
+            path = job.path if trained else job.untrained_path
+            log(f"image     {path.name}: {job.size}, {request.options.steps} steps")
+            image = _make_image(request, pipeline, job, own)
+            if job.restored_size:
+                image = image.resize(job.restored_size, Image.Resampling.LANCZOS)
+            settings = json.dumps(_settings(request, job, trained, digest), ensure_ascii=False)
+            _save(image, path, mixres=settings)
+
+
+def _encode(request: Request) -> list[Embeds]:
+    """The embeddings of each image; the text encoder is gone then."""
+    family, device = request.family, request.device
+    encoders = family.load_encoders(dtype=getattr(torch, request.dtype), device=device)
+
+    @cache
+    def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> Tensor:
+        return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, sizes=sizes)
+
+    encoded: list[Embeds] = []
+    for job in counted(request.jobs, "encode", "prompt", enabled=True):
+        negative = None if job.negative is None else embeds(job.negative, job.controls, job.control_sizes)
+        encoded.append((embeds(job.prompt, job.controls, job.control_sizes), negative))
+    return encoded
 
 
 def _load(request: Request, trained: Path | None) -> Any:
@@ -369,18 +348,17 @@ def _load(request: Request, trained: Path | None) -> Any:
     return pipeline
 
 
-def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Mapping[_Text, Tensor]) -> Image.Image:
-    negative = None if job.negative is None else embeds[_text(job, job.negative)]
+def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) -> Image.Image:
     try:
         return request.family.sample_image(
             pipeline,
             controls=_read(request, job.controls),
-            prompt_embeds=embeds[_text(job, job.prompt)],
+            prompt_embeds=embeds[0],
+            negative_embeds=embeds[1],
             size=job.size,
             sizes=job.control_sizes,
             steps=request.options.steps,
             seed=job.seed,
-            negative_embeds=negative,
             guidance=request.options.guidance,
         )
     except torch.OutOfMemoryError as error:
@@ -389,14 +367,18 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Mapping[
 
 def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     limits = replace(_LIMITS, background=request.result.recipe.get("background", WHITE))
-    try:
-        return [read_image(path, limits) for path in controls]
-    except BadImageError as error:
-        raise WorkError(f"{error} (an image changed after the start: run the command again)") from error
+    images = []
+    for path in controls:
+        try:
+            images.append(read_image(path, limits))
+        except BadImageError as error:
+            again = "the image changed after the start: run the command again"
+            raise WorkError(f"{printable(path)}: {error} ({again})") from error
+    return images
 
 
-def _settings(request: Request, job: ImageJob, digest: str | None) -> dict[str, Any]:
-    """The metadata of the PNG; `digest` is that of the trained weights, None without them."""
+def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None) -> dict[str, Any]:
+    """The metadata of the PNG, with or without the `trained` weights; `digest` is that of a LoRA file."""
     return {
         "prompt": job.prompt,
         "negative_prompt": job.negative,
@@ -408,8 +390,8 @@ def _settings(request: Request, job: ImageJob, digest: str | None) -> dict[str, 
         "images": [printable(path) for path in job.controls],
         **request.result.areas(job.size),
         "control_sizes": [str(size) for size in job.control_sizes.vae],
-        "lora": None if digest is None else printable(request.result.path),
-        "lora_xxh3": digest,
+        "lora": printable(request.result.path) if trained else None,
+        "lora_xxh3": digest if trained else None,
         "base": request.family.path,
         "revision": request.family.revision,
         "dtype": request.dtype,
@@ -429,17 +411,13 @@ def _write_grids(request: Request) -> None:
     for first in range(0, len(request.jobs), _GRID_ROWS):
         jobs = request.jobs[first : first + _GRID_ROWS]
         columns = max(len(job.controls) for job in jobs)
-        rows = [_grid_row(request, job, columns) for job in jobs]
+        rows = []
+        for job in jobs:
+            controls = _read(request, job.controls)
+            made = [Image.open(path).convert("RGB") for path in (job.untrained_path, job.path)]
+            empty = [None] * (columns - len(job.controls))
+            note = f"{job.path.name}, {job.size}, seed {job.seed}"
+            rows.append(Row((*controls, *empty, *made), job.prompt, note))
         headings = [f"image {number}" for number in range(1, columns + 1)]
         grid = image_grid((*headings, "without", "with"), rows)
         _save(grid, jobs[0].path.with_name(f"compare-{jobs[0].path.name}"), [row.caption for row in rows])
-
-
-def _grid_row(request: Request, job: ImageJob, columns: int) -> Row:
-    controls = _read(request, job.controls)
-    empty = [None] * (columns - len(controls))
-    made = []
-    for path in (job.untrained_path, job.path):
-        with Image.open(path) as image:
-            made.append(image.convert("RGB"))
-    return Row((*controls, *empty, *made), job.prompt, f"{job.path.name}, {job.size}, seed {job.seed}")

@@ -249,10 +249,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleTokens]) -> Batch:
     """A microbatch of these sizes; its values are noise."""
-    noise, dtype = torch.Generator().manual_seed(config.train.seed), getattr(torch, config.model.dtype)
-    channels, text_width = family.token_widths()
-    draw = partial(noise_sample, channels=channels, text_width=text_width, dtype=dtype, noise=noise)
-    samples = [draw(f"largest-{number}", grids, text=text) for number, (grids, text) in enumerate(microbatch)]
+    draw = partial(noise_sample, config, family, noise=torch.Generator().manual_seed(config.train.seed))
+    samples = [draw(f"largest-{number}", *sizes) for number, sizes in enumerate(microbatch)]
     return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=config.batch.layout)
 
 
@@ -280,13 +278,9 @@ def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
     """Bytes of state that the optimizer keeps for trained tensors of so many `numbers` each.
 
     From steps on three square matrices. A class may keep a fixed part once a tensor (8-bit classes: a map) beside one
-    that grows with its numbers, and store small tensors otherwise. 8 bytes a number (two float32, as AdamW) where its
-    class cannot step here.
+    that grows with its numbers, and store small tensors otherwise.
     """
-    try:
-        few, some, more = (_state_bytes(config, size) for size in (TRIAL_SIZE // 2, TRIAL_SIZE, 2 * TRIAL_SIZE))
-    except (RuntimeError, ValueError, NotImplementedError, AssertionError):
-        return 8 * sum(numbers)
+    few, some, more = (_state_bytes(config, size) for size in (TRIAL_SIZE // 2, TRIAL_SIZE, 2 * TRIAL_SIZE))
     square = TRIAL_SIZE**2
     each = (more - some) / (3 * square)
     once = some - each * square

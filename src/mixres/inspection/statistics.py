@@ -238,14 +238,12 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
             "scale the files of a pair alike, or set data.resize.control.align=always, or align_control of a record"
         )
     all_alone = epoch["microbatches"] == epoch["samples"] > epoch["steps"] * ranks
+    fix = "raise batch.samples_per_step, or use fewer ranks"
     checks: list[tuple[object, str]] = [
         (found.cut, f"{amount(found.cut, 'caption')} cut (data.long_caption=truncate)"),
         (same, f"{amount(same, 'record')} with two images of the same bytes, such as a control that is its target"),
         (twins, f"{amount(twins, 'exact repetition')} of other records"),
-        (
-            other,
-            f"{amount(other, 'control')} of another aspect than the target, by over 10 %: allowed, each keeps its own",
-        ),
+        (other, f"{amount(other, 'control')} of another aspect than the target, by over 10 %: each keeps its own"),
         (
             near := sizes["of_them_nearly_of_the_targets_aspect"],
             f"{amount(near, 'control')} of nearly the target's aspect on another token grid, up to "
@@ -254,35 +252,18 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
         (enlarged, f"{amount(enlarged, 'target')} enlarged: data.resize.target.upscale, or sides under multiple_of"),
         (
             change > _CROOKED - 1,
-            f"sides are rounded so coarsely that the aspect of {sizes['most_changed_aspect']} changes by {change:.1%}: "
-            "small targets, or a large data.resize.target.multiple_of",
+            f"the aspect of {sizes['most_changed_aspect']} changes by {change:.1%}: see data.resize.target.multiple_of",
         ),
-        (
-            enlargement > _ENLARGED,
-            f"controls are enlarged up to {enlargement:.1f} times along a side; data.resize.control.area=target gives "
-            "each as many pixels as its target has",
-        ),
+        (enlargement > _ENLARGED, f"controls enlarged up to {enlargement:.1f} times a side (data.resize.control.area)"),
         (no_samples, "nothing is held out: there will be no samples while training (data.held_out)"),
         (few, str(few)),
-        (
-            steps < epoch["steps"],
-            f"train.max_train_steps={steps} ends before the first epoch of {epoch['steps']} steps: some records never "
-            "train",
-        ),
+        (steps < epoch["steps"], f"train.max_train_steps={steps} is less than an epoch of {epoch['steps']} steps"),
         (
             len(train) > wanted and rest,
             f"the last step of each epoch has {amount(rest, 'sample')} and moves the weights as far as one of {wanted}",
         ),
-        (
-            epoch["fillers"],
-            f"{epoch['fillers']} dummy microbatches an epoch, for ranks without a sample of their own: {ranks} ranks, "
-            f"batch.samples_per_step={wanted}",
-        ),
-        (
-            epoch["idle_share"] > _IDLE,
-            f"{epoch['idle_share']:.0%} of the ranks' time goes into waiting for the heaviest one: raise "
-            "batch.samples_per_step, or take fewer ranks",
-        ),
+        (epoch["fillers"], f"{epoch['fillers']} dummy microbatches an epoch: {fix}"),
+        (epoch["idle_share"] > _IDLE, f"ranks wait {epoch['idle_share']:.0%} of their time: {fix}"),
         (all_alone, "every microbatch is one sample: raise batch.max_tokens if memory allows"),
     ]
     return [text for holds, text in checks if holds]

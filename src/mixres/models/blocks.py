@@ -7,10 +7,10 @@ a minute or so for each graph, see `most_graphs`.
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixres.errors import UserError
 
@@ -67,25 +67,11 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
     return call
 
 
-@runtime_checkable
-class HoldsComplex(Protocol):
-    """An argument of a block with complex tensors in it, for which the compiler generates no code."""
-
-    def without_complex(self) -> Any:
-        """The same with real tensors."""
-
-
-@runtime_checkable
-class HoldsMask(Protocol):
-    """An argument of a block with the joint attention mask of the call, which `verify` draws."""
-
-    mask: Tensor | None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is masked
-
-
 def _real(argument: Any) -> Any:
+    """An argument of a block with real tensors in place of complex ones, for which the compiler generates no code."""
     if isinstance(argument, dict):  # of what the blocks hand on to their attention processors
         return {name: _real(value) for name, value in argument.items()}
-    return argument.without_complex() if isinstance(argument, HoldsComplex) else argument
+    return argument.without_complex() if hasattr(argument, "without_complex") else argument
 
 
 def check_compiler(device: torch.device) -> None:

@@ -55,9 +55,8 @@ def pipeline_json(path: str, name: str, *, revision: str | None = None) -> dict[
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{KEY}: {file} cannot be read ({error}): give {path!r} the files of a diffusers pipeline"
-        ) from error
+        problem = f"{file} cannot be read ({error}): give {path!r} the files of a diffusers pipeline"
+        raise UserError(f"{KEY}: {problem}") from error
     return value
 
 
@@ -106,9 +105,7 @@ def _locate(path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(
-                f"{KEY}: {path!r} has no model_index.json, so it is not a diffusers pipeline folder: name one"
-            )
+            raise UserError(f"{KEY}: {path!r} has no model_index.json, so it is no diffusers pipeline folder: name one")
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{KEY}: there is no folder {path!r}: correct the path")
@@ -120,26 +117,18 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), etag_timeout=10))
     except HFValidationError as error:
-        reason = (
-            f"it is no name of a repository on the Hugging Face Hub either ({str(error).splitlines()[0]}): correct it"
-        )
+        reason = f"it is no name of a Hugging Face Hub repository either ({str(error).splitlines()[0]}): correct it"
     except RevisionNotFoundError:
         reason = f"the Hugging Face Hub has no revision {revision!r} of it: correct model.revision"
     except RepositoryNotFoundError:  # a gated one too
         reason = "the Hugging Face Hub has none of that name that you may read: correct the name, or `hf auth login`"
     except OSError as error:
-        reason = _unreachable_reason(error)
+        reason = f"the Hugging Face Hub could not be reached ({type(error).__name__}): connect, or name a local folder"
+        if is_offline_mode():
+            reason = "HF_HUB_OFFLINE is set while the Hub's local cache does not hold it: unset it, or name a folder"
     small = all(pattern.startswith("tokenizer/") or pattern in ("model_index.json", *_CONFIGS) for pattern in patterns)
     what = "no configuration or tokenizer (a few MB)" if small else "no weights"
     raise UserError(f"{KEY}: {what} for {repository!r}: there is no such folder here, and {reason}")
-
-
-def _unreachable_reason(error: OSError) -> str:
-    if is_offline_mode():
-        return "HF_HUB_OFFLINE is set while the Hub's local cache does not hold it: unset it, or name a folder"
-    return (
-        f"the Hugging Face Hub could not be reached ({type(error).__name__}): connect, or name a folder that holds them"
-    )
 
 
 def _component_problem(folder: Path) -> str | None:

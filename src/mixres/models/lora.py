@@ -23,6 +23,7 @@ from mixres.models.lora_file import KEY, LoraHeader, load_adapters, read_header
 
 Presets = Mapping[str, Sequence[str]]  # what one word of `target_modules` stands for
 NO_PRESETS: Presets = {}
+TARGETS_KEY = "model.lora.target_modules"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ def expanded(targets: Sequence[str], presets: Presets = NO_PRESETS) -> list[str]
 
 
 def check_targets(
-    transformer: nn.Module,
-    patterns: Sequence[str],
-    *,
-    untrained: Sequence[str] = (),
-    presets: Presets = NO_PRESETS,
+    transformer: nn.Module, patterns: Sequence[str], *, untrained: Sequence[str] = (), presets: Presets = NO_PRESETS
 ) -> None:
     """All patterns that give no linear layer of `transformer` (a meta-device model will do) an adapter, at once.
 
@@ -61,11 +58,9 @@ def check_targets(
             close = difflib.get_close_matches(pattern.lower(), [*presets, *endings], n=1, cutoff=0.77)
             words = f"write one of {', '.join(presets)}, or the ending of a layer's name"
             hint = f"did you mean '{close[0]}'?" if close else words
-            problems.append(
-                f"model.lora.target_modules: '{pattern}' matches no linear layer of the transformer; {hint}"
-            )
+            problems.append(f"{TARGETS_KEY}: '{pattern}' matches no linear layer of the transformer; {hint}")
         elif all(_within(name, untrained) for name in matched):
-            problems.append(f"model.lora.target_modules: the output of '{pattern}' reaches no loss: take it out")
+            problems.append(f"{TARGETS_KEY}: the output of '{pattern}' reaches no loss: take it out")
     if problems:
         raise UserError(problems)
 
@@ -138,7 +133,7 @@ def check_pretrained(
         parts = [f"it has none for {missing[0]} and {len(missing) - 1} more"] if missing else []
         parts += [f"it has one for {extra[0]} and {len(extra) - 1} more, which get none here"] if extra else []
         problems.append(
-            f"model.lora.target_modules: the adapters of {header.path} are for others: write those it was made with; "
+            f"{TARGETS_KEY}: the adapters of {header.path} are for others: write those it was made with; "
             f"{'; '.join(parts)}"
         )
     if problem := base_problem(transformer, header):

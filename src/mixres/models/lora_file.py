@@ -90,9 +90,7 @@ def read_header(given: str, *, key: str = KEY) -> LoraHeader:
             ranks |= {shape[0], up[1]}
     magnitudes = sum(name.endswith(f".{_MAGNITUDE}") for name in shapes)
     if len(ranks) != 1 or len(shapes) != 2 * len(layers) + magnitudes or magnitudes not in (0, len(layers)):
-        raise UserError(
-            f"{key}: {path} is no LoRA of one rank in diffusers' format for a transformer; name one that is"
-        )
+        raise UserError(f"{key}: {path} is no LoRA of one rank in diffusers' format for a transformer; name another")
     (r,) = ranks
     # Where nothing is stated diffusers takes the rank for lora_alpha.
     return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers, recipe)

@@ -31,6 +31,7 @@ from mixres.preprocessing.encode import encode_record, entry_bytes, entry_keys, 
 from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
 
 T = TypeVar("T")
+Load = Callable[[], Callable[[str], Sample]]  # makes the function that encodes the entry of a key
 
 
 @dataclass(frozen=True)
@@ -185,14 +186,7 @@ def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries:
     problems.raise_if_any()
 
 
-def fill(
-    cache: Cache,
-    sizes: Mapping[str, int],
-    load: Callable[[], Callable[[str], Sample]],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-) -> int:
+def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, world_size: int = 1) -> int:
     """Return when every key of `sizes` is in the cache; how many entries this process encoded.
 
     Each of `world_size` ranks encodes its own share of the keys. Then it encodes what is still missing of the other
@@ -201,8 +195,7 @@ def fill(
     in flight then; two runs over one folder may encode every entry twice. Both write the same bytes, and the last
     rename wins.
 
-    `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here;
-    it returns the function that encodes the entry of a key.
+    `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here.
 
     Raises:
         WorkError: the disk is full or cannot be written; what was written stays.

@@ -272,8 +272,8 @@ def tell(found: ScannedData, most_tokens: int, background: str) -> None:
         log(f"data      {amount(found.cut, 'prompt')} cut to {most_tokens} tokens")
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a run folder can be written, before the work whose results it is to hold.
+def check_folder(folder: Path, *, key: str = "logging.output_dir") -> None:
+    """Check that a folder can be written, before the work whose results it is to hold; `key` names it in messages.
 
     Raises:
         UserError: it cannot.
@@ -284,4 +284,4 @@ def check_folder(folder: Path) -> None:
     except OSError:  # a name that is too long
         writable = False
     if not writable:
-        raise UserError(f"logging.output_dir: {folder} cannot be written; name another folder")
+        raise UserError(f"{key}: {folder} cannot be written; name another folder")

@@ -35,7 +35,7 @@ HELD_OUT_SIZES = tuple(
 _JITTER = 8  # pixels, the maximum difference of a file's side from its rounded size
 PARTS = tuple(_DESCRIPTIONS)
 _MARKER = "demo.json"
-_VERSION = 2  # of the data: a folder of another version is written again
+_MARK = json.dumps({"written_by": "mixres.quickstart.data", "version": 2}).encode()
 _Pixels = NDArray[np.uint8]
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -168,42 +168,32 @@ def plan_parts() -> dict[str, list[Pair]]:
 
 
 def write_demo(root: Path) -> list[str]:
-    """Write `train` and `held_out` into `root` where they are missing or of an older version.
+    """Write `train` and `held_out` into `root` where they are missing.
 
     Returns a readable line for each. A write that is killed leaves nothing under the final name; the next starts over.
 
     Raises:
-        UserError: one of the two folders exists and is not the demo's; a package is not installed.
+        UserError: one of the two folders exists and is not this version's demo; a package is not installed.
     """
     root.mkdir(parents=True, exist_ok=True)
     lines = {part: f"{root / part}: there already" for part in PARTS}
     with FileLock(root / ".demo.lock"):
-        missing = [part for part in PARTS if not _is_written(root / part)]
-        planned = plan_parts() if missing else {}
-        for part in missing:
-            _write_part(root / part, planned[part])
+        for part in [part for part in PARTS if not _is_written(root / part)]:  # both are checked before a write
+            _write_part(root / part, plan_parts()[part])
             lines[part] = f"{root / part}: {_DESCRIPTIONS[part]}"
     return list(lines.values())
 
 
 def _is_written(folder: Path) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        version = json.loads((folder / _MARKER).read_text(encoding="utf-8"))["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} exists and is not the demo's: name another folder, or move it away") from error
-    return bool(version == _VERSION)
+    marker = folder / _MARKER
+    if folder.exists() and not (marker.is_file() and marker.read_bytes() == _MARK):
+        raise UserError(f"{folder} exists and is not this version's demo: name another folder, or move it away")
+    return folder.exists()
 
 
 def _write_part(folder: Path, pairs: Sequence[Pair]) -> None:
-    tmp, old = (folder.with_name(f".tmp-{folder.name}-{kind}") for kind in ("new", "old"))
-    for leftover in (tmp, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    tmp = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
     write_pairs(tmp, pairs)
-    marker = {"written_by": "mixres.quickstart.data", "version": _VERSION}
-    (tmp / _MARKER).write_text(json.dumps(marker), encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
+    (tmp / _MARKER).write_bytes(_MARK)
     tmp.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

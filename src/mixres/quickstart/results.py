@@ -8,8 +8,8 @@ Cost: two samplings a held-out pair, some ten seconds.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +32,8 @@ _NEXT = (
 _LORA = "pytorch_lora_weights.safetensors"
 
 
-@dataclass(frozen=True)
-class Result:
-    """PSNR in dB of each column of the grid, against the target."""
+class Result(NamedTuple):
+    """PSNR in dB of each column of the grid, and the drift of the LoRA's image; both against the target."""
 
     name: str
     size: str
@@ -42,6 +41,8 @@ class Result:
     base: float
     lora: float
     ceiling: float
+    drift_px: float | None = None  # None: it could not be measured
+    scale_pct: float | None = None
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -66,23 +67,20 @@ def show_results(config: Config) -> list[str]:
     encoded = encode_all(config, family, device=torch.device("cpu"))
     if not encoded.held_out:
         raise UserError("data.held_out: name the pairs to show")
-    model = config.model
-    dtype = getattr(torch, model.dtype)
-    transformer = family.load_transformer(dtype=dtype, device="cpu")
+    transformer = family.load_transformer(dtype=getattr(torch, config.model.dtype), device="cpu")
     sampler = HeldOutSampler(config, family, transformer, encoded)
-    before = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="base", unit="image", disable=None)]
+    items = encoded.held_out
+    before = [sampler.predict(item) for item in tqdm(items, desc="base", unit="image", disable=None)]
     sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
-    after = [sampler.predict(item) for item in tqdm(encoded.held_out, desc="LoRA", unit="image", disable=None)]
-    compared = [
-        _compare(sampler, item, base, lora) for item, base, lora in zip(encoded.held_out, before, after, strict=True)
-    ]
+    after = [sampler.predict(item) for item in tqdm(items, desc="LoRA", unit="image", disable=None)]
+    compared = [_compare(sampler, *each) for each in zip(items, before, after, strict=True)]
     results = [result for result, _ in compared]
     # One row a photograph, its largest pair: 008_chelsea in landscape, 011_coffee in portrait.
     by_area = sorted(compared[::4] + compared[3::4], key=lambda pair: math.prod(map(int, pair[0].size.split("x"))))
     shown = list({result.name.rpartition("_")[2]: row for result, row in by_area}.values())
     sheet = image_grid(("input", "target", "base", "base + LoRA"), shown)
     save_png(sheet, run / "results.png", [row.caption for row in shown])
-    atomic.write_json(run / "results.json", [asdict(result) for result in results])
+    atomic.write_json(run / "results.json", [result._asdict() for result in results])
     _draw_loss(run / "metrics.jsonl", run / "loss.png")
     return [*_table(results), f"images    {run / 'results.png'}", f"loss      {run / 'loss.png'}", *_NEXT]
 
@@ -95,18 +93,23 @@ def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lor
     sample = sampler.cache.read(item.key, name=item.record.name)
     ceiling = sampler.family.decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
     scores = [round(psnr(image, target), 2) for image in (control, base, lora, ceiling)]
-    name = Path(item.record.name).stem
+    name, drift = Path(item.record.name).stem, sampler.drift(item, lora)
+    found = () if drift is None else (round(drift.shift_px, 3), round(drift.scale_pct, 3))
     note = "{}  copy {:.1f}, base {:.1f}, LoRA {:.1f}, at best {:.1f} dB".format(item.target_size, *scores)
-    return Result(name, str(item.target_size), *scores), Row((control, target, base, lora), item.record.prompt, note)
+    row = Row((control, target, base, lora), item.record.prompt, note)
+    return Result(name, str(item.target_size), *scores, *found), row
 
 
 def _table(results: Sequence[Result]) -> list[str]:
     lines = [f"{'held out':<14}{'size':>9}{'copy':>8}{'base':>8}{'LoRA':>8}{'VAE':>8}   PSNR in dB"]
-    columns = [(r.name, r.size, r.copy, r.base, r.lora, r.ceiling) for r in results]
-    means = [sum(column) / len(results) for column in list(zip(*columns, strict=True))[2:]]
-    for name, size, *scores in (*columns, ("mean", "", *means)):
+    means = [sum(column) / len(results) for column in list(zip(*results, strict=True))[2:6]]
+    for name, size, *scores in (*(result[:6] for result in results), ("mean", "", *means)):
         lines.append(f"{name:<14}{size:>9}" + "".join(f"{score:8.1f}" for score in scores))
-    return lines
+    drifts = [(r.drift_px, abs(r.scale_pct)) for r in results if r.drift_px is not None and r.scale_pct is not None]
+    if not drifts:
+        return lines
+    shift, scale = map(max, zip(*drifts, strict=True))
+    return [*lines, f"drift         at most {shift:.2f} px and {scale:.2f} % in {len(drifts)} images of the LoRA"]
 
 
 def _draw_loss(metrics: Path, path: Path) -> None:

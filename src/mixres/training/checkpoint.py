@@ -34,6 +34,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # one rank's value -> all ranks' values, on every rank
+Groups = Mapping[str, Mapping[str, Tensor]]  # tensors by name, by group
 
 
 class Checkpoint:
@@ -100,14 +101,7 @@ class Checkpoints:
         self.root, self.keep, self.rank, self.ranks, self.gather = root, keep, rank, ranks, gather
         self._damaged: set[str] = set()  # names
 
-    def save(
-        self,
-        step: int,
-        whole: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        *,
-        rows: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> None:
+    def save(self, step: int, whole: Groups, state: Mapping[str, Any], *, rows: Groups | None = None) -> None:
         """Commit a checkpoint after optimizer step `step`.
 
         `whole` are groups of tensors that are the same on all ranks: rank 0 writes them. `rows` are this rank's rows
@@ -150,9 +144,7 @@ class Checkpoints:
         """Whether there is a checkpoint at all, valid or not."""
         return bool(self.gather(self._all())[0])
 
-    def _files(
-        self, whole: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, Mapping[str, Tensor]] | None
-    ) -> dict[str, dict[str, Tensor]]:
+    def _files(self, whole: Groups, rows: Groups | None) -> dict[str, dict[str, Tensor]]:
         """What this rank writes, by file name."""
         if rows is None:
             return {f"{group}.safetensors": dict(tensors) for group, tensors in whole.items() if self.rank == 0}
@@ -175,7 +167,7 @@ class Checkpoints:
                 raise other
         return [result for result, _ in results]
 
-    def _begin(self, partial: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _begin(self, partial: Path, files: Groups) -> None:
         needed = sum(self.gather(sum(t.nbytes for group in files.values() for t in group.values())))
         if self.rank != 0:
             return

@@ -109,10 +109,10 @@ def parallelize(model: nn.Module, accelerator: Accelerator, parallel: Literal["d
     """
     if accelerator.num_processes == 1:
         return model
-    if parallel == "fsdp2":
-        _shard(model, accelerator)
-        return model
-    return _replicate(model, accelerator)
+    if parallel == "ddp":
+        return _replicate(model, accelerator)
+    _shard(model, accelerator)
+    return model
 
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> None:

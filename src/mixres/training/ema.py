@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,8 +23,7 @@ class Ema:
     """Follows `optimizer` from its next update on."""
 
     def __init__(self, optimizer: Optimizer, decay: float) -> None:
-        self._optimizer = optimizer
-        self._model = EMAModel([], decay=decay)
+        self._optimizer, self._decay = optimizer, decay
         optimizer.register_step_post_hook(self._average)
 
     @property
@@ -34,14 +32,14 @@ class Ema:
 
     def _average(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         group = optimizer.param_groups[0]
-        # Not before the first update: an optimizer takes an empty state for that of a new parameter.
+        update = group[_UPDATES] = group.get(_UPDATES, 0) + 1
+        decay = 0 if update == 1 else min(self._decay, update / (9 + update))
         for parameter in self._parameters:
+            # Not before the first update: an optimizer takes an empty state for that of a new parameter.
             if _ENTRY not in optimizer.state[parameter]:
                 optimizer.state[parameter][_ENTRY] = parameter.detach().clone()
-        self._model.shadow_params = [optimizer.state[p][_ENTRY] for p in self._parameters]
-        self._model.optimization_step = group.get(_UPDATES, 0)
-        self._model.step(self._parameters)
-        group[_UPDATES] = self._model.optimization_step
+            average = optimizer.state[parameter][_ENTRY]
+            average.sub_((1 - decay) * (average - parameter.detach()))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

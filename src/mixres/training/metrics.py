@@ -42,7 +42,7 @@ class MetricsLog:
             lines = path.read_text(encoding="utf-8").splitlines() if step else []
             kept = [line for line in lines if 0 <= _step_of(line) <= step]
             atomic.write_text(path, "".join(f"{line}\n" for line in kept))
-            self.evaluated = any(_step_of(line) == step and '"eval/' in line for line in kept)
+            self.evaluated = any(_step_of(line) == step and '"eval/loss"' in line for line in kept)
         self._file = io.FileIO(path, "a")
 
     def __enter__(self) -> Self:
@@ -74,25 +74,18 @@ def _step_of(line: str) -> int:
 
 
 class Tracker:
-    """wandb or TensorBoard through accelerate, which write to `folder`; `none` does nothing."""
+    """wandb or TensorBoard through accelerate; `none` does nothing."""
 
     def __init__(self, accelerator: Accelerator, kind: str, project: str, config: Mapping[str, Any]) -> None:
         self._accelerator = accelerator if kind != "none" else None
-        self.folder: Path | None = None
-        if self._accelerator is None:
-            return
-        root = Path(str(accelerator.logging_dir))
-        if kind == "wandb":
-            root = Path(os.environ.get("WANDB_DIR", root))  # its own default is the working directory
-        self.folder = root / ("wandb" if kind == "wandb" else project)
         try:
             if kind == "wandb":
-                self._start_wandb(project, config, root)
-            else:
+                self._start_wandb(accelerator, project, config)
+            elif kind != "none":
                 accelerator.init_trackers(project)
         except Exception as error:  # as in `log`
             _log.warning("the tracker could not be started (%s): the run continues without it", error)
-            self._accelerator = self.folder = None
+            self._accelerator = None
 
     def __enter__(self) -> Self:
         return self
@@ -105,23 +98,24 @@ class Tracker:
             except Exception as failure:  # as in `log`
                 _log.warning("the tracker could not be closed: %s", failure)
 
-    def _start_wandb(self, project: str, config: Mapping[str, Any], root: Path) -> None:
+    @staticmethod
+    def _start_wandb(accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
         import wandb
 
-        assert self._accelerator is not None
         limits = wandb.Settings(init_timeout=_WANDB_TIMEOUT_S, finish_timeout=_WANDB_FINISH_S)
-        settings = {"settings": limits, "dir": str(root)}
+        # Its own default is the working directory.
+        settings = {"settings": limits, "dir": os.environ.get("WANDB_DIR", str(accelerator.logging_dir))}
         try:
             # Without a key wandb would ask at a terminal and wait for an answer.
-            asked = self._accelerator.is_main_process and "WANDB_MODE" not in os.environ
+            asked = accelerator.is_main_process and "WANDB_MODE" not in os.environ
             if asked and not wandb.login(prompt=False, verify=False):
                 raise PermissionError("no API key, `wandb login` keeps one")
-            self._accelerator.init_trackers(project, dict(config), {"wandb": settings})
+            accelerator.init_trackers(project, dict(config), {"wandb": settings})
         except Exception as error:  # whatever the network does, metrics.jsonl is the record
             reason = str(error).partition("\n")[0]
             _log.warning("wandb cannot be used (%s): logging offline, `wandb sync` sends it later", reason)
-            self._accelerator.trackers.clear()  # the one that failed is in it, and would be started again
-            self._accelerator.init_trackers(project, dict(config), {"wandb": {**settings, "mode": "offline"}})
+            accelerator.trackers.clear()  # the one that failed is in it, and would be started again
+            accelerator.init_trackers(project, dict(config), {"wandb": {**settings, "mode": "offline"}})
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Scalars of the step `values["step"]`; after the first failure nothing more is sent to the tracker."""

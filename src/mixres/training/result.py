@@ -11,15 +11,13 @@ import torch
 from safetensors import SafetensorError
 
 from mixres import atomic
-from mixres.config.schema import Config
 from mixres.errors import WorkError
-from mixres.models.family import Family
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.training.distributed import full_tensors
 from mixres.training.setup import TrainState, recipe
 
 
-def write_results(config: Config, family: Family, trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:
+def write_results(trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:
     """What was trained and, where one is kept, its average in `ema/`; the path of the first.
 
     On all ranks; the one that is to `keep` them writes.
@@ -28,18 +26,19 @@ def write_results(config: Config, family: Family, trained: TrainState, folder: P
         WorkError: they cannot be written.
     """
     try:
-        path = _write_result(config, family, trained, folder, step=step, keep=keep)
+        path = _write_result(trained, folder, step=step, keep=keep)
         if trained.ema:
             with trained.ema.averaged():
-                _write_result(config, family, trained, folder / "ema", step=step, keep=keep)
+                _write_result(trained, folder / "ema", step=step, keep=keep)
     except (OSError, SafetensorError) as error:
         what = f"{folder}: the result could not be written ({getattr(error, 'strerror', None) or error})"
         raise WorkError(f"{what}; step {step} is saved: make room and run the same command again") from error
     return path
 
 
-def _write_result(config: Config, family: Family, trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:
+def _write_result(trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:
     """The LoRA file, or the transformer in the base's precision. On all ranks; the one that is to `keep` it writes."""
+    config, family = trained.config, trained.family
     path = folder / (FILE_NAME if config.model.lora else "transformer")
     folder.mkdir(exist_ok=True)
     if config.model.lora:

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from mixres.config.problems import as_written, dotted, leaves
 from mixres.config.schema import Changeable
 from mixres.errors import Problems, UserError, WorkError
-from mixres.models.lora import NO_PRESETS, Presets, expanded
+from mixres.models.lora import Presets, expanded
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.distributed import distribute_like, local_shards
 from mixres.training.optimizer import optimizer_scalars, optimizer_tensors, restore_optimizer
 
 OPTIMIZER = "optimizer.class_path"
 _TARGETS = "model.lora.target_modules"
+Parameters = Mapping[str, nn.Parameter]  # by name, in the optimizer's order
 
 
 @dataclass
@@ -39,12 +40,7 @@ class Skips:
 
 
 def checkpoint_to_resume(
-    checkpoints: Checkpoints,
-    resume: str,
-    frozen: Mapping[str, Any],
-    allowed: Sequence[str],
-    *,
-    presets: Presets = NO_PRESETS,
+    checkpoints: Checkpoints, resume: str, frozen: Mapping[str, Any], allowed: Sequence[str], presets: Presets
 ) -> Checkpoint | None:
     """The checkpoint to resume from, None to start from step 0.
 
@@ -115,12 +111,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_run(
-    checkpoints: Checkpoints,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Optimizer,
-    *,
-    step: int,
-    state: Mapping[str, Any],
+    checkpoints: Checkpoints, parameters: Parameters, optimizer: Optimizer, *, step: int, state: Mapping[str, Any]
 ) -> None:
     """Save a checkpoint, on all ranks: each writes the rows it holds, the first also the unsplit tensors.
 
@@ -152,9 +143,7 @@ def save_run(
         ) from error
 
 
-def restore_run(
-    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, *, kind: str
-) -> None:
+def restore_run(checkpoint: Checkpoint, parameters: Parameters, optimizer: Optimizer, *, kind: str) -> None:
     """Weights and optimizer state; only the rows that this rank holds are read. The checkpoint is closed then.
 
     The state of an optimizer of another class than `kind` is left out: it would mean something else.

@@ -4,14 +4,13 @@ Promise: the grid shows what the stock pipeline makes of the current weights, at
 is untouched: random generators of its own, no mode left behind. Cost: `sample.steps` forward calls a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -25,6 +24,7 @@ from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import image_limits
 from mixres.training.distributed import any_rank
+from mixres.training.drift import NOT_INSTALLED, Drift, drift_line, is_installed, measure_drift
 from mixres.training.ema import Ema
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState
@@ -62,20 +62,22 @@ class HeldOutSampler:
 
     def write(
         self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False
-    ) -> Image.Image | None:
-        """Predict every sample, save the grid and return it; a rank that only takes part does not `keep` it.
+    ) -> tuple[Image.Image, dict[str, float]] | None:
+        """Predict every sample, save the grid and return it and its mean drift; a rank that takes part only: None.
 
         `stopping` is called before each image; once it is true there is no grid. Where the grid cannot be written, the
         reason is logged.
         """
-        rows = []
+        made = []
         with self.ema.averaged() if self.ema else nullcontext():
             for item in self.items:
                 if stopping():
                     return None
-                rows.append(self._row(item))
+                made.append((item, self.predict(item)))
         if not keep:
             return None
+        drifts = [self.drift(*each) for each in made]
+        rows = [self._row(*each, drift) for each, drift in zip(made, drifts, strict=True)]
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
         grid = image_grid(headings, rows)
@@ -84,7 +86,7 @@ class HeldOutSampler:
             save_png(grid, path, [row.caption for row in rows])
         except OSError as error:
             log(f"samples   {path} could not be written ({error.strerror or error}): the run continues without it")
-        return grid
+        return grid, drift_line(drifts)
 
     def predict(self, item: CachedSample) -> Image.Image:
         """The pipeline's image for one held-out sample, at the size of its target."""
@@ -98,47 +100,58 @@ class HeldOutSampler:
             sizes=item.control_sizes,
         )
 
+    def drift(self, item: CachedSample, made: Image.Image) -> Drift | None:
+        """That of a predicted image against its target; against its input where the target is too unlike it."""
+        drift = measure_drift(made, self.read(item.record.target))
+        if drift is None and item.control_sizes.vae[:1] == (item.target_size,):
+            drift = measure_drift(made, self.read(item.record.controls[0]))
+        return drift
+
     def read(self, path: Picture) -> Image.Image:
         """A held-out image as it is on disk, RGB."""
         return read_image(path, image_limits(self.config))
 
-    def _row(self, item: CachedSample) -> Row:
+    def _row(self, item: CachedSample, made: Image.Image, drift: Drift | None) -> Row:
         controls = [self.read(path) for path in item.record.controls]
         empty = [None] * (self.controls - len(controls))
         sizes = [f"control {control.width}x{control.height}" for control in controls]
         target = self.read(item.record.target)
-        images = (*controls, *empty, target, self.predict(item))
+        images = (*controls, *empty, target, made)
         own = f"target {target.width}x{target.height}"
         trained = f", trained and predicted at {item.target_size}" if target.size != item.target_size else ""
-        return Row(images, item.record.prompt, ", ".join([*sizes, own]) + trained)
+        found = f"; {drift}" if drift else ""
+        return Row(images, item.record.prompt, ", ".join([*sizes, own]) + trained + found)
 
 
 def grid_writer(
-    config: Config,
-    accelerator: Accelerator,
-    family: Family,
     trained: TrainState,
     encoded: CachedData,
     run: RunFolder,
     show: Callable[[str, Image.Image, int], None],
+    sinks: Sequence[Callable[[Mapping[str, Any]], None]],
 ) -> Callable[[int], None] | None:
     """What writes the grid of a step into `samples/` of the run folder; None where this rank takes no part.
 
-    `show` gets each grid with its name and step.
+    `show` gets each grid with its name and step, each of `sinks` the line of metrics with its drift.
     """
     # Sharded weights are gathered block by block as they are used: then every rank has to take part.
-    together = config.train.parallel == "fsdp2"
+    config, together = trained.config, trained.config.train.parallel == "fsdp2"
     if not (config.sample.every and encoded.held_out and (run.is_main or together)):
         return None
-    sampler = HeldOutSampler(config, family, trained.transformer, encoded, trained.ema)
+    sampler = HeldOutSampler(config, trained.family, trained.transformer, encoded, trained.ema)
+    if run.is_main and not is_installed():
+        log(f"samples   {NOT_INSTALLED}")
 
     def stopping() -> bool:
-        return any_rank(accelerator, run.stop_requested) if together else run.stop_requested
+        return any_rank(trained.accelerator, run.stop_requested) if together else run.stop_requested
 
     def write(step: int) -> None:
         path = run.folder / "samples" / f"step-{step:08d}.png"
-        if grid := sampler.write(path, keep=run.is_main, stopping=stopping):
+        if made := sampler.write(path, keep=run.is_main, stopping=stopping):
+            grid, line = made
             show("samples", grid, step)
+            for sink in sinks if line else ():
+                sink({"step": step, **line})
 
     return write
 
@@ -185,20 +198,17 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 def _font() -> Any:
     """The first font that is found, or Pillow's own."""
-    for name in _font_names():
+    names = list(_SYSTEM_FONTS)
+    if find_spec("pylopdf_fonts_zh_cn"):  # Noto Sans SC, from the extra `demo`
+        from pylopdf_fonts_zh_cn import sans_path
+
+        names.insert(0, str(sans_path()))
+    for name in names:
         try:
             return ImageFont.truetype(name, _FONT_SIZE)
         except OSError:
             continue
     return ImageFont.load_default(_FONT_SIZE)
-
-
-def _font_names() -> Iterator[str]:
-    if find_spec("pylopdf_fonts_zh_cn"):  # Noto Sans SC, from the extra `demo`
-        from pylopdf_fonts_zh_cn import sans_path
-
-        yield str(sans_path())
-    yield from _SYSTEM_FONTS
 
 
 def _drawable(text: str, font: Any) -> str:

@@ -48,14 +48,18 @@ _LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its
 
 @dataclass(frozen=True)
 class TrainState:
-    """The patched transformer and what is trained of it, by name in the optimizer's order."""
+    """The patched transformer of a configuration, what is trained of it, by name in the optimizer's order, and how."""
 
+    config: Config
+    family: Family
+    accelerator: Accelerator
     transformer: nn.Module
     model: nn.Module  # what a step calls: the transformer, in a wrapper where DDP replicates it
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
+    objective: Objective
     table: tuple[TargetMatch, ...]  # empty where all weights are trained
-    ema: Ema | None = None
+    ema: Ema | None
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -124,7 +128,10 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
     optimizer = kind(parameters.values(), **config.optimizer.init_args)
     ema = Ema(optimizer, config.train.ema_decay) if config.train.ema_decay else None
-    return TrainState(transformer.train(), wrapped, parameters, optimizer, tuple(table), ema)
+    objective = build_objective(config, family)
+    return TrainState(
+        config, family, accelerator, transformer.train(), wrapped, parameters, optimizer, objective, tuple(table), ema
+    )
 
 
 def build_objective(config: Config, family: Family) -> Objective:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from accelerate import Accelerator
 
 from mixres import atomic
 from mixres.config.load import FROZEN, dump_config, public_config
@@ -24,7 +23,6 @@ from mixres.config.schema import Config
 from mixres.console import Progress, log
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
-from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import any_rank, assert_same_on_all_ranks, dist_env, gather, make_accelerator
@@ -34,15 +32,7 @@ from mixres.training.result import write_results
 from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.sample_sheets import grid_writer
-from mixres.training.setup import (
-    TrainState,
-    build_loader,
-    build_objective,
-    build_plan,
-    check_early,
-    load_trained,
-    run_identity,
-)
+from mixres.training.setup import TrainState, build_loader, build_plan, check_early, load_trained, run_identity
 from mixres.training.step import StepResult, run_step
 from mixres.training.validation import HeldOutLoss
 
@@ -78,7 +68,7 @@ def train(config: Config) -> None:
             folder / "checkpoints", keep=config.checkpoint.keep, rank=rank, ranks=ranks, gather=gather
         )
         checkpoint = checkpoint_to_resume(
-            checkpoints, config.resume, frozen, config.resume_allow_changes, presets=family.lora_presets
+            checkpoints, config.resume, frozen, config.resume_allow_changes, family.lora_presets
         )
         first = checkpoint.step if checkpoint else 0
         run.update(step=first)
@@ -97,24 +87,24 @@ def train(config: Config) -> None:
         if run.is_main:
             atomic.write_text(folder / FROZEN, dump_config(config))
 
-        # Model, optimizer, schedule, objective, batches.
+        # Model, optimizer, objective, schedule, batches.
         trained = load_trained(config, family, accelerator)
         skips = Skips()
         if checkpoint:
             restore_run(checkpoint, trained.parameters, trained.optimizer, kind=config.optimizer.class_path)
             skips = Skips(**checkpoint.state["skips"])
         schedule = Schedule(trained.optimizer, **config.lr_scheduler.model_dump(), max_train_steps=last)
-        objective = build_objective(config, family)
         loader = build_loader(config, encoded, plan, rank=rank, first=first, workers=config.data.num_workers)
         if run.is_main:
-            _log_start(config, accelerator, trained, plan, first, changes(checkpoint, identity, public))
+            _log_start(trained, plan, first, changes(checkpoint, identity, public))
 
         # What watches the run.
         metrics = stack.enter_context(MetricsLog(folder if run.is_main else None, step=first))
         tracker = stack.enter_context(Tracker(accelerator, logging.report_to, logging.tracker_project_name, public))
-        sample = grid_writer(config, accelerator, family, trained, encoded, run, tracker.log_image)
+        sinks = metrics.write, tracker.log
+        sample = grid_writer(trained, encoded, run, tracker.log_image, sinks)
         progress = stack.enter_context(Progress(first=first, last=last, enabled=run.is_main))
-        evaluate = HeldOutLoss(config, accelerator, objective, trained, encoded, run, (metrics.write, tracker.log))
+        evaluate = HeldOutLoss(trained, encoded, run, sinks)
 
         run.stop_between_steps()
         if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
@@ -129,11 +119,11 @@ def train(config: Config) -> None:
                 accelerator,
                 trained.model,
                 trained.optimizer,
-                objective,
+                trained.objective,
                 (next(loader) for _ in range(count)),
                 count=count,
                 step=step,
-                divisor=objective.divisor(planned.samples, planned.target_tokens),
+                divisor=trained.objective.divisor(planned.samples, planned.target_tokens),
                 max_grad_norm=config.train.max_grad_norm,
                 stop_requested=run.stop_requested,
             )
@@ -159,10 +149,10 @@ def train(config: Config) -> None:
             sample(done)
         if any_rank(accelerator, run.stop_requested):
             raise Stopped("stopped by a signal after the last step, which is saved: run the same command to resume")
-        result_path = write_results(config, family, trained, folder, step=done, keep=run.is_main)
+        result_path = write_results(trained, folder, step=done, keep=run.is_main)
         accelerator.wait_for_everyone()
         if run.is_main:
-            _log_end(config, result_path, family, encoded.train, skips, tracker.folder, sampled=sample is not None)
+            _log_end(trained, result_path, encoded.train, skips, sampled=sample is not None)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -178,9 +168,7 @@ def _log_skip(result: StepResult, done: int, skips: Skips, max_skips: int, *, is
     """
     if not result.skipped:
         return
-    shown = ", ".join(result.skipped[:_SHOWN_NAMES])
-    if (more := len(result.skipped) - _SHOWN_NAMES) > 0:
-        shown += f" and {more} more"
+    shown = f"{', '.join(result.skipped[:_SHOWN_NAMES])} ({len(result.skipped)} in all)"
     what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}: not finite"
     if skips.consecutive > max_skips:
         raise WorkError(
@@ -209,12 +197,9 @@ def _metrics_line(planned: StepPlan, result: StepResult, lr: float, seconds: flo
     }
 
 
-def _log_start(
-    config: Config, accelerator: Accelerator, trained: TrainState, plan: Plan, first: int, changed: list[str]
-) -> None:
-    model, train = config.model, config.train
-    name = model.pretrained_model_name_or_path
-    log(f"model     {name}, {model.dtype} on {accelerator.device}, autocast {train.mixed_precision}")
+def _log_start(trained: TrainState, plan: Plan, first: int, changed: list[str]) -> None:
+    model, train, device = trained.config.model, trained.config.train, trained.accelerator.device
+    log(f"model     {model.pretrained_model_name_or_path}, {model.dtype} on {device}, autocast {train.mixed_precision}")
     for line in trained.lines():
         log(line)
     epochs = math.ceil(train.max_train_steps / plan.steps_per_epoch)
@@ -225,8 +210,6 @@ def _log_start(
         f"plan      steps {first + 1} to {train.max_train_steps} ({epochs} epochs), {plan.samples_per_step} samples "
         f"a step, {plan.layout}, at most {plan.max_tokens} tokens a microbatch"
     )
-    if plan.caption_dropout:
-        log(f"          each sample trains on the empty prompt in {plan.caption_dropout:.1%} of the steps it is in")
     if model.lora and model.lora.lora_dropout > 0:
         log("          lora_dropout draws from the global generator: a resume is exact on as many processes only")
     for change in changed:
@@ -234,15 +217,9 @@ def _log_start(
 
 
 def _log_end(
-    config: Config,
-    result: Path,
-    family: Family,
-    samples: Sequence[CachedSample],
-    skips: Skips,
-    tracked: Path | None,
-    *,
-    sampled: bool,
+    trained: TrainState, result: Path, samples: Sequence[CachedSample], skips: Skips, *, sampled: bool
 ) -> None:
+    config = trained.config
     folder = Path(config.logging.output_dir)
     if skips.total:
         log(f"skipped   {skips.total} steps whose numbers were not finite, see {folder / 'metrics.jsonl'}")
@@ -250,9 +227,7 @@ def _log_end(
     if sampled:
         log(f"samples   {folder / 'samples'}")
     log(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
-    if tracked:
-        log(f"tracker   {tracked}")
-    images, how = " --image IMAGE" * family.controls[0], f"--steps {config.sample.steps}"
+    images, how = " --image IMAGE" * trained.family.controls[0], f"--steps {config.sample.steps}"
     if not images:  # else the image's own size decides; the stock pipeline's may be far from what was trained
         sizes = sorted((sample.target_size for sample in samples), key=math.prod)
         how = f"--size {sizes[len(sizes) // 2]} {how}"

@@ -16,14 +16,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from mixres.config.schema import Config
 from mixres.console import counted, log
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
-from mixres.diffusion.objective import Objective, velocity_loss
+from mixres.diffusion.objective import velocity_loss
 from mixres.errors import WorkError
 from mixres.preprocessing.fill import CachedData, CachedSample
 from mixres.training.distributed import any_rank, gather
@@ -33,6 +31,7 @@ from mixres.training.setup import TrainState
 # Sides of the squares that resolution bands are named after; a target is in the band whose area is nearest to its own.
 SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 Losses = Mapping[tuple[int, float], float]  # by position of the sample, and sigma
+Sink = Callable[[Mapping[str, Any]], None]
 
 
 class HeldOutLoss:
@@ -41,17 +40,9 @@ class HeldOutLoss:
     Each of `sinks` gets the line of metrics, on the first rank.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        objective: Objective,
-        trained: TrainState,
-        encoded: CachedData,
-        run: RunFolder,
-        sinks: Sequence[Callable[[Mapping[str, Any]], None]],
-    ) -> None:
-        self.accelerator, self.objective, self.transformer = accelerator, objective, trained.transformer
+    def __init__(self, trained: TrainState, encoded: CachedData, run: RunFolder, sinks: Sequence[Sink]) -> None:
+        config = trained.config
+        self.accelerator, self.objective, self.transformer = trained.accelerator, trained.objective, trained.transformer
         self.run, self.sinks, self.sigmas = run, sinks, config.evaluate.sigmas
         self.every, self.last = config.evaluate.every, config.train.max_train_steps
         self.ema = trained.ema if config.evaluate.use_ema else None
@@ -78,7 +69,8 @@ class HeldOutLoss:
             return False
         if self.run.is_main:
             line = metrics_line(losses, self.samples)
-            log(report(step, line, len(self.samples)))
+            loss = "not finite" if line["eval/loss"] is None else f"{line['eval/loss']:.4f}"
+            log(f"evaluate  step {step}: held-out loss {loss} ({len(self.samples)} samples)")
             for sink in self.sinks:
                 sink({"step": step, **line})
         return True
@@ -139,10 +131,3 @@ def metrics_line(losses: Losses, samples: Sequence[CachedSample]) -> dict[str, f
     groups |= {f"resolution_{band}": [key for key in losses if bands[key[0]] == band] for band in sorted(set(bands))}
     means = {name: math.fsum(losses[key] for key in keys) / len(keys) for name, keys in groups.items()}
     return {f"eval/{name}": mean if math.isfinite(mean) else None for name, mean in means.items()}
-
-
-def report(step: int, line: Mapping[str, float | None], samples: int) -> str:
-    """The line that is logged of an evaluation."""
-    shown = {name: "not finite" if value is None else f"{value:.4f}" for name, value in line.items()}
-    bands = [f"{loss} at {name.rpartition('_')[2]}" for name, loss in shown.items() if "resolution_" in name]
-    return f"evaluate  step {step}: held-out loss {shown['eval/loss']} ({samples} samples; {', '.join(bands)})"

@@ -1,13 +1,11 @@
 """A diagram of a batch: which token of which sample is where in both layouts, and which keys it attends to.
 
-Promise: padding and masked keys are drawn from the batch and the mask that the model ran on.
+Promise: lengths and padding are those of the batches that the model ran on.
 """
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from mixres.batch import Batch
 
@@ -24,28 +22,18 @@ _WIDTH, _LEFT, _MARGIN, _BAR, _GAP, _SQUARE = 1240, 210, 24, 26, 8, 320
 Segment = tuple[str, int]  # what, tokens
 
 
-def token_layout(padded: Batch, packed: Batch, mask: Tensor | None) -> Image.Image:
-    """Both layouts of the same samples, the joint mask `(B, L)` of the padded one, and the packed one's attention."""
+def token_layout(padded: Batch, packed: Batch) -> Image.Image:
+    """Both layouts of the same samples, what the joint mask `(B, 1, 1, L)` hides, and the packed one's attention."""
     rows = len(padded.names)
-    height = 250 + 2 * rows * (_BAR + _GAP) + _BAR + _SQUARE
-    canvas = _Canvas(height, padded.tokens_computed // rows)
+    length, padding = padded.tokens_computed // rows, 1 - padded.tokens / padded.tokens_computed
+    mask = f"the joint mask {(rows, 1, 1, length)} hides it as keys" if padding else "so there is no joint mask"
+    canvas = _Canvas(214 + rows * (_BAR + _GAP) + _BAR + _SQUARE, length)
     canvas.legend()
-    canvas.heading(
-        f"layout padded: {rows} rows x {padded.tokens_computed // rows} tokens, "
-        f"{1 - padded.tokens / padded.tokens_computed:.1%} of them padding"
-    )
+    canvas.heading(f"layout padded: {rows} rows x {length} tokens, {padding:.1%} of them padding; {mask}")
     for b in range(rows):
         canvas.bar(padded.names[b], padded_segments(padded, b))
-    if mask is None:
-        canvas.heading("joint mask: none, nothing is padded")
-    else:
-        canvas.heading(f"joint mask {(rows, 1, 1, mask.shape[1])}: the keys that each row's queries attend to")
-        for b in range(rows):
-            canvas.bar(padded.names[b], runs(mask[b].tolist()))
     canvas.scale = canvas.room / packed.tokens_computed
-    canvas.heading(
-        f"layout packed: {packed.tokens_computed} tokens, no padding; in the order in which attention sees them"
-    )
+    canvas.heading(f"layout packed: {packed.tokens_computed} tokens, no padding; in the order that attention sees")
     canvas.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
     canvas.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
     canvas.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
@@ -63,12 +51,8 @@ def padded_segments(batch: Batch, b: int) -> list[Segment]:
     text, *images = sample_segments(batch, b)
     text_padding = batch.prompt_embeds.shape[1] - text[1]
     image_padding = batch.latents.shape[1] - sum(tokens for _, tokens in images)
-    return [text, ("padding", text_padding), *images, ("padding", image_padding)]
-
-
-def runs(valid: Sequence[bool]) -> list[Segment]:
-    """A row of the mask as stretches of equal values."""
-    return [("attended key" if value else "masked key", len(list(group))) for value, group in groupby(valid)]
+    row = [text, ("padding", text_padding), *images, ("padding", image_padding)]
+    return [(what, tokens) for what, tokens in row if tokens]
 
 
 class _Canvas:
@@ -101,13 +85,10 @@ class _Canvas:
         self.draw.text((_MARGIN, self.top + 4), label, fill="black", font=self.font)
         first = 0
         for what, tokens in segments:
-            if not tokens:
-                continue
             left, right = (_LEFT + round(x * self.scale) for x in (first, first + tokens))
-            self.draw.rectangle(
-                (left, self.top, max(left, right - 1), self.top + _BAR), fill=COLOURS[what], outline="white"
-            )
-            ink = "black" if what in ("padding", "masked key", "control") else "white"
+            box = (left, self.top, max(left, right - 1), self.top + _BAR)
+            self.draw.rectangle(box, fill=COLOURS[what], outline="white")
+            ink = "black" if what in ("padding", "control") else "white"
             if self.draw.textlength(str(tokens), font=self.font) + 8 < right - left:
                 self.draw.text((left + 4, self.top + 4), str(tokens), fill=ink, font=self.font)
             first += tokens

@@ -32,10 +32,9 @@ from mixres.geometry import token_count
 from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import encode_all, family_of
-from mixres.training.setup import make_plan
+from mixres.training.setup import TrainState, make_plan
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
-    Setup,
     machine,
     one_process,
     peak_memory,
@@ -66,8 +65,7 @@ class Step(NamedTuple):
     """One optimizer step of the plan in one way to batch it."""
 
     plan: StepPlan
-    microbatches: Sequence[Microbatch]
-    batches: list[Batch]  # the microbatches, collated
+    batches: list[Batch]
 
 
 Work = dict[str, list[Step]]  # by way
@@ -84,16 +82,27 @@ def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUN
     family, source = _synthetic_source(config) if synthetic else _cached_source(config, device)
     work = make_work(config, source)
     setup = set_up(config, family, accelerator)
-    note = "random weights and samples, " if synthetic else ""
-    log(f"model     {config.model.pretrained_model_name_or_path}, {note}{precision_label(config)} on {device}")
+    log(f"model     {config.model.pretrained_model_name_or_path}, {precision_label(config)} on {device}")
     first = {way: steps[0] for way, steps in work.items()}
     _seconds(setup, first[BASELINE])  # the optimizer's state is made here
     peaks = {way: peak_memory(device, partial(_seconds, setup, step)) for way, step in first.items()}
-    start = time.perf_counter()
-    flops = _count_flops(setup, work)
+    start, flops = time.perf_counter(), {way: FlopCounter() for way in work}
+    for way, steps in work.items():
+        with flops[way]:
+            for step in steps:
+                _seconds(setup, step)
     fit = int(BUDGET_S / (time.perf_counter() - start))
     seconds = _time_rounds(setup, work, min(max_rounds, max(MIN_ROUNDS, fit)))
-    rows = [_row(way, work[way], seconds, flops, peaks[way], _peak_flops(config, device)) for way in work]
+    rows = [
+        {
+            "name": way,
+            **_rates(steps, seconds[way], seconds[BASELINE]),
+            "flops": flops[way].computed / len(steps),
+            "mfu": _mfu(config, device, flops[BASELINE].needed / statistics.median(seconds[way])),
+            "peak_bytes": peaks[way],  # None where the system has no figure
+        }
+        for way, steps in work.items()
+    ]
     trainer = _trainer_step(setup, source, work[config.batch.layout] * min(MIN_ROUNDS, max_rounds))
     _log_table(rows)
     log(f"trainer   a {config.batch.layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
@@ -140,14 +149,10 @@ def _synthetic_source(config: Config) -> tuple[Family, Source]:
 
 def source_of(samples: Sequence[Sample]) -> Source:
     """These samples, held in memory."""
+    empty = [0 if sample.empty_embeds is None else len(sample.empty_embeds) for sample in samples]
     lengths = [
-        Lengths(
-            text=len(sample.prompt_embeds),
-            image=token_count(sample.img_shapes),
-            target=len(sample.target_latents),
-            empty_text=0 if sample.empty_embeds is None else len(sample.empty_embeds),
-        )
-        for sample in samples
+        Lengths(len(sample.prompt_embeds), token_count(sample.img_shapes), len(sample.target_latents), own)
+        for sample, own in zip(samples, empty, strict=True)
     ]
     return Source(lengths, [sample.name for sample in samples], samples.__getitem__)
 
@@ -164,7 +169,7 @@ def make_work(config: Config, source: Source) -> Work:
         work[way] = []
         for step in map(plan.step, range(min(MAX_STEPS, plan.steps_per_epoch))):
             microbatches = _single_samples(step) if way == BASELINE else step.ranks[0]
-            work[way].append(Step(step, microbatches, list(_collated(source, microbatches, layout))))
+            work[way].append(Step(step, list(_collated(source, microbatches, layout))))
     return work
 
 
@@ -183,25 +188,14 @@ def _collated(source: Source, microbatches: Sequence[Microbatch], layout: Layout
         yield collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=layout)
 
 
-def _seconds(setup: Setup, step: Step, batches: Iterable[Batch] | None = None) -> float:
+def _seconds(setup: TrainState, step: Step, batches: Iterable[Batch] | None = None) -> float:
     """Seconds of an optimizer step, over `batches` in place of those made before."""
     divisor = setup.objective.divisor(step.plan.samples, step.plan.target_tokens)
-    return step_seconds(
-        setup, batches or step.batches, count=len(step.microbatches), step=step.plan.step, divisor=divisor
-    )
+    count = len(step.batches)
+    return step_seconds(setup, batches or step.batches, count=count, step=step.plan.step, divisor=divisor)
 
 
-def _count_flops(setup: Setup, work: Work) -> dict[str, FlopCounter]:
-    """Of all steps by way, in a round that warms up."""
-    flops = {way: FlopCounter() for way in work}
-    for way, steps in work.items():
-        with flops[way]:
-            for step in steps:
-                _seconds(setup, step)
-    return flops
-
-
-def _time_rounds(setup: Setup, work: Work, rounds: int) -> dict[str, list[float]]:
+def _time_rounds(setup: TrainState, work: Work, rounds: int) -> dict[str, list[float]]:
     """Of each way the seconds of all steps, round by round."""
     seconds = {way: [0.0] * rounds for way in work}
     for number in range(rounds):
@@ -211,27 +205,16 @@ def _time_rounds(setup: Setup, work: Work, rounds: int) -> dict[str, list[float]
     return seconds
 
 
-def _row(
-    way: str,
-    steps: Sequence[Step],
-    seconds: dict[str, list[float]],
-    flops: dict[str, FlopCounter],
-    peak_bytes: int | None,
-    peak_flops: float | None,
-) -> dict[str, Any]:
-    """One way to batch: ratios to `one_by_one`, rates over the median round, all else a step."""
+def _rates(steps: Sequence[Step], seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """Of one way to batch: ratios to `one_by_one`, rates over the median round, all else a step."""
     batches = [batch for step in steps for batch in step.batches]
-    median = statistics.median(seconds[way])
+    median = statistics.median(seconds)
     tokens, useful = sum(b.tokens_computed for b in batches), sum(b.tokens for b in batches)
     return {
-        "name": way,
-        **_spread([own / base for own, base in zip(seconds[way], seconds[BASELINE], strict=True)]),
+        **_spread([own / base for own, base in zip(seconds, baseline, strict=True)]),
         "tokens_per_s": tokens / median,
         "useful_tokens_per_s": useful / median,
         "padding": 1 - useful / tokens,
-        "flops": flops[way].computed / len(steps),
-        "mfu": None if peak_flops is None else flops[BASELINE].needed / median / peak_flops,
-        "peak_bytes": peak_bytes,  # None where the system has no figure
         "microbatches": len(batches) / len(steps),
         "seconds": median / len(steps),
     }
@@ -241,20 +224,20 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
-def _peak_flops(config: Config, device: torch.device) -> float | None:
-    """Of the device in bf16; None where it is not known."""
+def _mfu(config: Config, device: torch.device, flops_per_s: float) -> float | None:
+    """The fraction of the device's peak in bf16; None where that is not known."""
     if device.type != "cuda" or (config.model.dtype != "bfloat16" and config.train.mixed_precision != "bf16"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((flops_per_s / peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def _trainer_step(setup: Setup, source: Source, steps: Sequence[Step]) -> dict[str, float]:
+def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> dict[str, float]:
     """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
     layout, ratios = setup.config.batch.layout, []
     for step in steps:
         ready = _seconds(setup, step)
-        ratios.append(_seconds(setup, step, _collated(source, step.microbatches, layout)) / ready)
+        ratios.append(_seconds(setup, step, _collated(source, step.plan.ranks[0], layout)) / ready)
     return _spread(ratios)
 
 

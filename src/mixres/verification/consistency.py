@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.geometry import token_count
-from mixres.models.blocks import HoldsMask, repeated_blocks
-from mixres.verification.setup import Setup
+from mixres.training.setup import TrainState
 
 BatchMode = Literal["alone", "padded", "packed"]
 _FLOOR = 1e-6
@@ -33,7 +32,6 @@ class Outcome:
 
     outputs: list[Tensor]  # of each sample (S, P), in the model's dtype
     gradients: dict[str, Tensor | None]
-    mask: Tensor | None  # (B, L) bool joint mask of the last forward call, None where nothing was masked
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,10 @@ def batches_of(samples: Sequence[Sample], mode: BatchMode) -> list[Batch]:
     return [collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=mode)]
 
 
-def run(setup: Setup, samples: Sequence[Sample], mode: BatchMode, *, autocast: bool) -> Outcome:
+def run(setup: TrainState, samples: Sequence[Sample], mode: BatchMode, *, autocast: bool) -> Outcome:
     """Forward and backward of the step's loss over all samples. No weight changes, no gradient is left behind."""
-    model, parameters, device = setup.trained.transformer, setup.trained.parameters, setup.accelerator.device
+    model, parameters, accelerator = setup.transformer, setup.parameters, setup.accelerator
     outputs: list[Tensor] = []
-    masks: list[Tensor | None] = []
 
     def predict(model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
         velocity = setup.objective.predict_velocity(model, batch, noisy_latents, sigmas)
@@ -68,14 +65,14 @@ def run(setup: Setup, samples: Sequence[Sample], mode: BatchMode, *, autocast: b
     divisor = objective.divisor(len(samples), sum(sum(batch.target_lengths) for batch in batches))
     try:
         for batch in batches:
-            with _recorded_mask(model, masks), setup.accelerator.autocast() if autocast else nullcontext():
-                loss = objective.loss(model, batch.to(device), step=0, divisor=divisor)
+            with accelerator.autocast() if autocast else nullcontext():
+                loss = objective.loss(model, batch.to(accelerator.device), step=0, divisor=divisor)
             torch.autograd.backward(loss)
         gradients = {name: None if p.grad is None else p.grad.detach().cpu() for name, p in parameters.items()}
     finally:
         for parameter in parameters.values():
             parameter.grad = None
-    return Outcome(outputs, gradients, masks[-1] if masks else None)
+    return Outcome(outputs, gradients)
 
 
 def errors(got: Outcome, reference: Outcome) -> Errors:
@@ -122,21 +119,3 @@ def _relative(got: Tensor, reference: Tensor, floor: float) -> float:
 
 def _kind(gradient: Tensor | None) -> str:
     return "none" if gradient is None else "some" if bool(gradient.any()) else "zero"
-
-
-@contextmanager
-def _recorded_mask(model: Any, masks: list[Tensor | None]) -> Iterator[None]:
-    """Append the joint mask that the first block gets in a forward call."""
-
-    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = (*args, *kwargs.values())
-        handed_on = [value for argument in arguments if isinstance(argument, dict) for value in argument.values()]
-        for value in (*arguments, *handed_on):
-            if isinstance(value, HoldsMask):
-                masks.append(None if value.mask is None else value.mask.detach().cpu().flatten(1))
-
-    handle = repeated_blocks(model)[0].register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

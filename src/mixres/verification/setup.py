@@ -10,7 +10,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,14 @@ from accelerate import Accelerator
 from mixres import __version__
 from mixres.batch import Batch
 from mixres.config.schema import Config
-from mixres.diffusion.objective import Objective
 from mixres.errors import UserError
 from mixres.models.family import Family
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
-from mixres.training.setup import TrainState, build_objective, load_trained
+from mixres.training.setup import TrainState, load_trained
 from mixres.training.step import run_step
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything that a training step needs but the samples."""
-
-    config: Config
-    family: Family
-    accelerator: Accelerator
-    trained: TrainState
-    objective: Objective
 
 
 def one_process(config: Config, verb: str) -> Accelerator:
@@ -52,15 +39,13 @@ def one_process(config: Config, verb: str) -> Accelerator:
     folder = Path(config.logging.output_dir)
     check_folder(folder)
     accelerator = make_accelerator(mixed_precision=config.train.mixed_precision, report_to="none", folder=folder)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{verb}: works on one process, {accelerator.num_processes} were started: python train.py {verb}"
-        )
+    if (count := accelerator.num_processes) > 1:
+        raise UserError(f"{verb}: works on one process, {count} were started: python train.py {verb}")
     return accelerator
 
 
-def set_up(config: Config, family: Family, accelerator: Accelerator) -> Setup:
-    """Load the model as training would on one process.
+def set_up(config: Config, family: Family, accelerator: Accelerator) -> TrainState:
+    """Everything that a training step needs but the samples: the model, loaded as training would on one process.
 
     Raises:
         UserError: the base cannot be loaded.
@@ -68,24 +53,22 @@ def set_up(config: Config, family: Family, accelerator: Accelerator) -> Setup:
     # One process has nothing to split. Compiled blocks are for the lengths of a plan; these verbs batch otherwise.
     train = config.train.model_copy(update={"parallel": "ddp", "compile": False})
     config = config.model_copy(update={"train": train})
-    trained = load_trained(config, family, accelerator)
-    return Setup(config, family, accelerator, trained, build_objective(config, family))
+    return load_trained(config, family, accelerator)
 
 
-def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
+def step_seconds(setup: TrainState, microbatches: Iterable[Batch], *, count: int, step: int, divisor: int) -> float:
     """Seconds of `run_step` over `count` microbatches. No weight changes: the learning rate is zero.
 
     Raises:
         WorkError: the device has not enough memory for a microbatch.
     """
-    accelerator, trained = setup.accelerator, setup.trained
-    for group in trained.optimizer.param_groups:
+    for group in setup.optimizer.param_groups:
         group["lr"] = 0.0 * group["lr"]  # a tensor stays one
     start = time.perf_counter()
     run_step(
-        accelerator,
-        trained.model,
-        trained.optimizer,
+        setup.accelerator,
+        setup.model,
+        setup.optimizer,
         setup.objective,
         microbatches,
         count=count,
@@ -93,8 +76,8 @@ def step_seconds(setup: Setup, microbatches: Iterable[Batch], *, count: int, ste
         divisor=divisor,
         max_grad_norm=setup.config.train.max_grad_norm,
     )
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize(accelerator.device)
+    if setup.accelerator.device.type == "cuda":
+        torch.cuda.synchronize(setup.accelerator.device)
     return time.perf_counter() - start
 
 
@@ -120,7 +103,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures of a report were measured on."""
     return {
         "system": platform.platform(),
-        "processor": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -147,31 +130,19 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
-    before = _reset_peak()
+    try:  # give freed memory back, and reset Linux's high-water mark
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (OSError, AttributeError):
+        return None
+    before = _proc_bytes("/proc/self/status", "VmRSS")
     work()
     peak = _proc_bytes("/proc/self/status", "VmHWM")
     return None if before is None or peak is None else max(0, peak - before)
 
 
-def _reset_peak() -> int | None:
-    """Give freed memory back and reset Linux's high-water mark; returns the bytes that are resident."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError):
-        return None
-    return _proc_bytes("/proc/self/status", "VmRSS")
-
-
 def _proc_bytes(file: str, field: str) -> int | None:
-    value = _proc_field(file, field)
-    return None if value is None else 1024 * int(value.removesuffix("kB"))
-
-
-def _proc_field(file: str, field: str) -> str | None:
-    """The value of the first line of this name; None on a system without such files."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), None)
+    """What the line of this name states; None on a system without such files."""
+    path = Path(file)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

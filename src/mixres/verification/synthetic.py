@@ -27,8 +27,6 @@ def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample
     """`count` samples in `model.dtype`, with the token widths of the base and as many controls as the family takes."""
     draw = random.Random(config.train.seed)
     noise = torch.Generator().manual_seed(config.train.seed)
-    dtype = getattr(torch, config.model.dtype)
-    channels, text_width = family.token_widths()
     pixels_per_token = family.pixels_per_token()
     text_area = stated_areas(config, family).get("text_area")
     fewest, most = family.controls
@@ -39,26 +37,19 @@ def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample
         areas = [text_area if isinstance(text_area, int) else g.tokens * pixels_per_token**2 for g in grids[1:]]
         empty = sum(pixels // _TEXT_PIXELS for pixels in areas)
         text = draw.randint(10, 150) + empty
-        sample = noise_sample(
-            f"synthetic-{number}", grids, text=text, channels=channels, text_width=text_width, dtype=dtype, noise=noise
-        )
+        sample = noise_sample(config, family, f"synthetic-{number}", grids, text, noise=noise)
         if config.data.caption_dropout:
-            sample = replace(sample, empty_embeds=_gaussian(max(1, empty), text_width, dtype, noise))
+            width, dtype = sample.prompt_embeds.shape[1], sample.prompt_embeds.dtype
+            sample = replace(sample, empty_embeds=_gaussian(max(1, empty), width, dtype, noise))
         samples.append(sample)
     return samples
 
 
 def noise_sample(
-    name: str,
-    grids: tuple[Grid, ...],
-    *,
-    text: int,
-    channels: int,
-    text_width: int,
-    dtype: torch.dtype,
-    noise: torch.Generator,
+    config: Config, family: Family, name: str, grids: tuple[Grid, ...], text: int, *, noise: torch.Generator
 ) -> Sample:
     """A sample with these token grids, target first, and `text` text tokens; its values are drawn from `noise`."""
+    (channels, text_width), dtype = family.token_widths(), getattr(torch, config.model.dtype)
     target, *controls = (_gaussian(grid.tokens, channels, dtype, noise) for grid in grids)
     embeds = _gaussian(text, text_width, dtype, noise)
     return Sample(name, target, tuple(controls), embeds, grids)

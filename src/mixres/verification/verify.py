@@ -10,8 +10,9 @@ times that of the samples alone.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,30 +26,15 @@ from mixres.errors import UserError, WorkError
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
+from mixres.training.setup import TrainState
 from mixres.verification.batch_diagram import token_layout
 from mixres.verification.consistency import BatchMode, Outcome, batches_of, errors, in_dtype, run
-from mixres.verification.setup import (
-    Setup,
-    free_memory,
-    one_process,
-    precision_label,
-    report_path,
-    set_up,
-    versions,
-)
+from mixres.verification.setup import free_memory, one_process, precision_label, report_path, set_up, versions
 
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
-BARS = {"float32": (1e-6, 1e-5), "float64": (1e-12, 1e-11)}
+BARS = {"float32": {"forward": 1e-6, "gradient": 1e-5}, "float64": {"forward": 1e-12, "gradient": 1e-11}}
 ROUNDING_FACTOR = 1.5
-_CPU_PARAMETERS = 2_000_000_000  # a larger model takes a CPU hours in float32
-
-
-@dataclass(frozen=True)
-class Bar:
-    """The largest errors that pass."""
-
-    forward: float
-    gradient: float
+Bar = dict[str, float]  # the largest errors that pass, by measure
 
 
 @dataclass(frozen=True)
@@ -77,16 +63,11 @@ def verify(config: Config) -> None:
     encoded = encode_all(config, family, device=accelerator.device)
     chosen = most_different(encoded.train, config.batch.max_tokens)
     setup = set_up(config, family, accelerator)
-    fill_adapters(setup.trained.parameters, seed=config.train.seed)
-    setup.trained.transformer.eval()  # no dropout: it would differ from call to call
+    fill_adapters(setup.parameters, seed=config.train.seed)
+    setup.transformer.eval()  # no dropout: it would differ from call to call
     model_report = _report_model(setup)
     samples = [encoded.cache.read(item.key, name=item.record.name) for item in chosen]
-    for sample in samples:
-        target, *controls = (f"{grid.rows}x{grid.columns}" for grid in sample.img_shapes)
-        log(f"sample    {sample.name}: target {target}, control {', '.join(controls) or 'none'}, "
-            f"text {len(sample.prompt_embeds)} tokens")  # fmt: skip
-    comparison = _Comparison(setup, samples)
-    cases = comparison.cases()
+    cases = _Comparison(setup, samples).cases()
     _log_table(cases)
     problem = _problem(cases, patched_and_adapted=model_report["whole"])
     report = {
@@ -102,7 +83,7 @@ def verify(config: Config) -> None:
     path, image = report_path(config, "verify.json"), report_path(config, "verify.png")
     atomic.write_json(path, report)
     padded, packed = (batches_of(samples, layout)[0] for layout in LAYOUTS)
-    save_png(token_layout(padded, packed, comparison.mask), image, padded.names)
+    save_png(token_layout(padded, packed), image, padded.names)
     log(f"report    {path}, {image}")
     if problem:
         raise WorkError(f"verify failed: {problem}; see {path}")
@@ -133,20 +114,16 @@ def most_different(items: Sequence[CachedSample], max_tokens: int) -> list[Cache
                 chosen = batch
                 break
     if len(chosen) < 2:
-        raise UserError(
-            f"batch.max_tokens: no two of the {len(items)} training samples fit {max_tokens} tokens together, so there "
-            "is no batch to verify: raise it, or add samples"
-        )
+        raise UserError(f"batch.max_tokens: no two of {len(items)} training samples fit {max_tokens} tokens: raise it")
     return chosen
 
 
 class _Comparison:
     """The chosen samples on one model, in every precision and layout that fits."""
 
-    def __init__(self, setup: Setup, samples: Sequence[Sample]) -> None:
+    def __init__(self, setup: TrainState, samples: Sequence[Sample]) -> None:
         self.setup, self.samples = setup, samples
-        self.mask: torch.Tensor | None = None  # of the last padded batch
-        self.parameters = list(setup.trained.transformer.parameters())
+        self.parameters = list(setup.transformer.parameters())
 
     def cases(self) -> list[Case]:
         """In float32 (or the base's float64) first; it is the reference of what rounds more."""
@@ -154,52 +131,42 @@ class _Comparison:
         bfloat16, autocast = config.model.dtype == "bfloat16", config.train.mixed_precision == "bf16"
         exact = "float64" if config.model.dtype == "float64" else "float32"
         problem = self._float32_problem() if bfloat16 else None
-        if problem:
-            reference: Outcome | str = problem
-            cases = [Case(layout, exact, len(self.samples), reason=problem) for layout in LAYOUTS]
-        else:
-            with in_dtype(self.parameters, getattr(torch, exact)):
-                reference = self._run("alone", autocast=False)
-                cases = [self._case(layout, exact, False, reference, Bar(*BARS[exact])) for layout in LAYOUTS]
+        with nullcontext() if problem else in_dtype(self.parameters, getattr(torch, exact)):
+            reference = problem or self._run("alone", autocast=False)
+            cases = [self._case(layout, exact, False, reference, BARS[exact]) for layout in LAYOUTS]
         if bfloat16 or autocast:
-            label, bar, reason = precision_label(config), None, None
-            alone = self._run("alone", autocast=autocast)
+            label, alone = precision_label(config), self._run("alone", autocast=autocast)
+            bar: Bar | str = ""
             if isinstance(reference, str):
-                reason = f"no float32 reference ({reference}); the errors are against the samples alone"
+                bar = f"no float32 reference ({reference}); the errors are against the samples alone"
                 reference = alone
-            elif not isinstance(alone, str):
+            elif isinstance(alone, str):
+                reference = alone
+            else:
                 allowed = errors(alone, reference)
-                bar = Bar(ROUNDING_FACTOR * allowed.forward, ROUNDING_FACTOR * allowed.gradient)
-            reference = alone if isinstance(alone, str) else reference
-            cases += [self._case(layout, label, autocast, reference, bar, reason) for layout in LAYOUTS]
+                bar = {"forward": ROUNDING_FACTOR * allowed.forward, "gradient": ROUNDING_FACTOR * allowed.gradient}
+            cases += [self._case(layout, label, autocast, reference, bar) for layout in LAYOUTS]
         return cases
 
-    def _case(
-        self,
-        layout: BatchMode,
-        dtype: str,
-        autocast: bool,
-        reference: Outcome | str,
-        bar: Bar | None,
-        reason: str | None = None,
-    ) -> Case:
-        """The batch in `layout` against `reference`; without a `bar` it is measured, not judged."""
+    def _case(self, layout: BatchMode, dtype: str, autocast: bool, reference: Outcome | str, bar: Bar | str) -> Case:
+        """The batch in `layout` against `reference`; where `bar` is why there is none, it is measured, not judged."""
         count = len(self.samples)
-        batch = self._run(layout, autocast=autocast)
-        for outcome in (batch, reference):
-            if isinstance(outcome, str):
-                return Case(layout, dtype, count, reason=outcome)
-        assert isinstance(batch, Outcome) and isinstance(reference, Outcome)
-        if layout == "padded":
-            self.mask = batch.mask
+        batch = reference if isinstance(reference, str) else self._run(layout, autocast=autocast)
+        if isinstance(batch, str) or isinstance(reference, str):
+            return Case(layout, dtype, count, reason=str(batch))
         found = errors(batch, reference)
         if not (math.isfinite(found.forward) and math.isfinite(found.gradient)):
             return Case(layout, dtype, count, passed=False, reason="outputs or gradients are not finite")
-        passed = None if bar is None else found.forward <= bar.forward and found.gradient <= bar.gradient
+        case = Case(layout, dtype, count, found.forward, found.gradient)
+        if isinstance(bar, str):
+            case = replace(case, reason=bar)
+        else:
+            passed = found.forward <= bar["forward"] and found.gradient <= bar["gradient"]
+            case = replace(case, bar=bar, passed=passed)
         if found.unequal:
-            passed = False
             reason = f"{len(found.unequal)} tensors have a gradient in only one of the two, first {found.unequal[0]}"
-        return Case(layout, dtype, count, found.forward, found.gradient, bar, passed, reason)
+            case = replace(case, passed=False, reason=reason)
+        return case
 
     def _run(self, mode: BatchMode, *, autocast: bool) -> Outcome | str:
         """The outcome, or why it does not fit."""
@@ -210,48 +177,43 @@ class _Comparison:
 
     def _float32_problem(self) -> str | None:
         """Why this model cannot be computed in float32 here."""
-        device = self.setup.accelerator.device
-        trained, count = self.setup.trained.counts
+        trained, _ = self.setup.counts
         needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
-        if device.type == "cpu" and count >= _CPU_PARAMETERS:
-            return f"does not fit: {count:,} parameters are too many for float32 on a CPU"
-        free = free_memory(device)
+        free = free_memory(self.setup.accelerator.device)
         if free is not None and needed > free:
             return f"does not fit: float32 needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
         return None
 
 
-def _report_model(setup: Setup) -> dict[str, Any]:
+def _report_model(setup: TrainState) -> dict[str, Any]:
     """Versions, patch and adapters as the model carries them; `whole` if they are as they should be."""
-    trained, config = setup.trained, setup.config
-    patch = setup.family.patch_state(trained.transformer)
     found = versions()
-    log("versions  " + ", ".join(f"{name} {number}" for name, number in found.items()))
-    log(
-        f"patch     {patch.processors} of {patch.blocks} attention processors and the positions "
-        f"{'are' if patch.positions else 'are NOT'} those of mixres"
-    )
+    patch = setup.family.patch_state(setup.transformer)
+    log(f"versions  {_listed(found)}")
+    log(f"patch     {_listed(patch._asdict())}")
     whole, lora = patch.whole, None
-    if config.model.lora:
+    if setup.config.model.lora:
         lora = _adapters(setup)
         whole = whole and lora["as_configured"]
-        log(f"lora      r {lora['r']}, lora_alpha {lora['lora_alpha']}: "
-            f"{'as configured' if lora['as_configured'] else 'NOT as configured'}")  # fmt: skip
-    for line in trained.lines():
+        log(f"lora      {_listed(lora)}")
+    for line in setup.lines():
         log(line)
-    count, total = trained.counts
-    counts = {"trained_parameters": count, "parameters": total}
+    counts = dict(zip(("trained_parameters", "parameters"), setup.counts, strict=True))
     return {"versions": found, "patch": patch._asdict(), "lora": lora, **counts, "whole": whole}
 
 
-def _adapters(setup: Setup) -> dict[str, Any]:
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, dict))
+
+
+def _adapters(setup: TrainState) -> dict[str, Any]:
     """What the model carries, read from the model, against the configuration."""
-    wanted, table = setup.config.model.lora, setup.trained.table
+    wanted, table = setup.config.model.lora, setup.table
     assert wanted is not None
-    transformer: Any = setup.trained.transformer
+    transformer: Any = setup.transformer
     carried = transformer.peft_config["default"]
     rank, alpha, targets = carried.r, float(carried.lora_alpha), {row.pattern: row.modules for row in table}
-    trained, _ = setup.trained.counts
+    trained, _ = setup.counts
     agrees = (rank, alpha) == (wanted.r, wanted.lora_alpha) and all(targets.values())
     agrees = agrees and trained == sum(row.parameters for row in table)
     return {"r": rank, "lora_alpha": alpha, "targets": targets, "as_configured": agrees}
@@ -260,8 +222,8 @@ def _adapters(setup: Setup) -> dict[str, Any]:
 def _log_table(cases: Sequence[Case]) -> None:
     log(f"{'layout':<8} {'dtype':<24} {'samples':>7} {'forward':>9} {'bar':>9} {'gradient':>9} {'bar':>9}")
     for case in cases:
-        bars = (case.bar.forward, case.bar.gradient) if case.bar else (None, None)
-        numbers = (case.forward, bars[0], case.gradient, bars[1])
+        bar = case.bar or {}
+        numbers = (case.forward, bar.get("forward"), case.gradient, bar.get("gradient"))
         columns = " ".join("        -" if number is None else f"{number:>9.1e}" for number in numbers)
         verdict = {True: "passed", False: "FAILED", None: "not judged"}[case.passed]
         note = f": {case.reason}" if case.reason else ""

@@ -30,8 +30,6 @@ from support.family_cases import CASES
 AREA, TEXT_AREA = 128 * 128, 2048
 SIZES = (Size(640, 427), Size(37, 211), Size(300, 300), Size(8000, 1000))
 
-# Sizes of controls.
-
 
 def test_the_stock_areas_are_the_pipelines_own() -> None:
     areas = QwenImageEditPlus("").control_areas(STOCK_CONTROL_AREA, None)
@@ -59,9 +57,6 @@ def test_sizes_of_controls_that_a_variant_does_not_have_are_refused() -> None:
             family.control_areas(AREA, TEXT_AREA)
         keys = [message.partition(":")[0] for message in caught.value.messages]
         assert keys == [f"data.resize.control.{line}" for line in lines]
-
-
-# Length of prompts.
 
 
 def tokens(base: Path, text: str) -> int:
@@ -100,9 +95,6 @@ def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any]
     for count, kept in ((most, TOKENIZER_MAX_LENGTH), (most + 1, TOKENIZER_MAX_LENGTH + 1)):
         ids = encoders.tokenizer(encoders.prompt_template_encode.format("z" * (count - 1) + "y")).input_ids
         assert len(ids) - encoders.prompt_template_encode_start_idx == kept
-
-
-# Configuration and processor.
 
 
 def test_sizes_and_shift_come_from_the_configuration(tiny_base: Path, copy_of_base: Path) -> None:

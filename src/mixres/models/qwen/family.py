@@ -321,9 +321,9 @@ class QwenFamily(StockFamily):
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
         vae = pipeline.vae
-        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)
+        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)[None]
         mean, std = _statistics(vae, unpacked)
-        pixels = vae.decode((unpacked * std + mean)[None], return_dict=False)[0][:, :, 0]
+        pixels = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
 
