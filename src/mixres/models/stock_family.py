@@ -62,6 +62,18 @@ class StockFamily(Family):
         salt = self.encoding_environment()
         return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
 
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
+        """See `Family`: what most pipelines hand to `calculate_shift`, the scheduler's constants or its defaults."""
+        if steps is not None:
+            raise UserError(f"flow.shift_steps: the shift of {self.path} does not depend on steps: leave it out")
+        config = self._config("scheduler/scheduler_config.json")
+        return {
+            "base_seq_len": config.get("base_image_seq_len", 256),
+            "max_seq_len": config.get("max_image_seq_len", 4096),
+            "base_shift": config.get("base_shift", 0.5),
+            "max_shift": config.get("max_shift", 1.15),
+        }
+
     def embedded_guidance(self) -> EmbeddedGuidance | None:
         """See `Family`: none, for most transformers."""
         return None
