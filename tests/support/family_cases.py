@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -20,6 +21,7 @@ from diffusers.pipelines.qwenimage import (
 )
 from PIL import Image
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from mixres.batch import Sample
 from mixres.config.schema import Config
@@ -96,8 +98,12 @@ class FamilyCase:
         """The control images as the stock pipeline is given them, which makes them of these sizes."""
         return controls
 
+    def guidance(self, negative_embeds: Tensor) -> dict[str, Any]:
+        """The arguments of `sample_image` that guide otherwise than by default."""
+        return {"negative_embeds": negative_embeds, "guidance": 4.0}
+
     def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
-        """The arguments of a stock call with guidance 4."""
+        """The arguments of a stock call with the same guidance."""
         return {"prompt": prompt, "negative_prompt": negative, "true_cfg_scale": 4.0}
 
     def unguided(self) -> dict[str, Any]:
@@ -120,10 +126,15 @@ class FamilyCase:
         assert seen["encoder_hidden_states_mask"] is None
         assert [list(sample.img_shapes)] == seen["img_shapes"]
 
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        """What the stock pipeline cannot load without torchvision."""
+        return {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
+
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
-        """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
-        processor = {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
-        pipeline = self.pipeline_class.from_pretrained(base, **processor, dtype=dtype)
+        """The whole pipeline by its own `from_pretrained`."""
+        parts = self.stock_parts(base)
+        pipeline = self.pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=dtype)
+        pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -146,7 +157,7 @@ class Flux2Case(FamilyCase):
         yield
 
     def write(self, folder: Path) -> None:
-        write_tiny_flux2(folder, PROMPTS)
+        write_tiny_flux2(folder, PROMPTS, self.pipeline_class)
 
     def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
         return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(controls, sizes.vae, strict=True)]
@@ -171,6 +182,22 @@ class Flux2Case(FamilyCase):
         assert torch.equal(text_ids(len(sample.prompt_embeds)), seen["txt_ids"][0])
 
 
+class Flux2DevCase(Flux2Case):
+    """FLUX.2-dev embeds its guidance, 4 unless another is given."""
+
+    def guidance(self, negative_embeds: Tensor) -> dict[str, Any]:
+        return {"guidance": 2.0}
+
+    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 2.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {}
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
+
+
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
 CASES = {
     "qwen_image": FamilyCase("qwen_image", QwenImagePipeline, (0, 0, 0)),
@@ -179,7 +206,10 @@ CASES = {
     "zero_cond_t": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS, zero_cond_t=True),
 }
 # Whole runs do not go through these yet.
-EVERY_CASE = CASES | {"flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112})}
+EVERY_CASE = CASES | {
+    "flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112}),
+    "flux2_dev": Flux2DevCase("flux2", Flux2Pipeline, (0, 3, 1), {"control_area": 112 * 112}),
+}
 
 
 def with_family(config: Config) -> tuple[Config, Family]:

@@ -25,7 +25,7 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
+from mixres.models.family import AreaRule, ControlSizes, PatchState
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.prompt_length import over_long
@@ -94,11 +94,6 @@ class Flux2Klein(StockFamily):
             "long_from": _LONG_FROM,
             **dict(zip(("long_base_shift", "long_max_shift"), long, strict=True)),
         }
-
-    def embedded_guidance(self) -> EmbeddedGuidance | None:
-        """See `Family`. In training as diffusers' commands, musubi and ai-toolkit; klein has no embedder."""
-        embeds = self._config("transformer/config.json").get("guidance_embeds", True)  # the class's default
-        return EmbeddedGuidance(training=1.0, sampling=4.0) if embeds else None
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
@@ -276,8 +271,9 @@ class Flux2Klein(StockFamily):
 
         The noise comes from a CPU generator, so that a seed means the same image on every device.
         """
-        guidance = guidance or 1.0
-        assert (guidance > 1) == (negative_embeds is not None), guidance
+        embedded = self.embedded_guidance()
+        guidance = guidance or (embedded.sampling if embedded else 1.0)
+        assert (negative_embeds is not None) == (embedded is None and guidance > 1), guidance
         transformer, call = pipeline.transformer, {}
         texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
         for name, embeds in texts.items():
