@@ -47,8 +47,8 @@ class Flux2Klein(StockFamily):
     name = "flux2"
     pipeline_class = Flux2KleinPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("black-forest-labs/FLUX.2-klein-base-4B",)
-    controls = (0, 10)
-    controls_problem = "FLUX.2 takes 0 to 10 control images, there are {}; give it so many"
+    controls: ClassVar[tuple[int, int | None]] = (0, None)
+    padded_text = TEXT_TOKENS
     # Twelve tokens of the chat template stand around the prompt; what is over is cut.
     max_prompt_tokens = TEXT_TOKENS - 12
     stock_control_area = STOCK_CONTROL_AREA
@@ -73,6 +73,11 @@ class Flux2Klein(StockFamily):
         return patch_flux2_model_for_multi_resolution(transformer)
 
     # Configuration files.
+
+    def training_notice(self) -> str | None:
+        """See `Family`. Training on the velocity undoes what distillation to four steps has taught."""
+        distilled = self._config("model_index.json").get("is_distilled")
+        return f"{self.path} is distilled: train on its -base; the LoRA works on this one too" if distilled else None
 
     def pixels_per_token(self) -> int:
         """See `Family`: 16, from the VAE's configuration."""
