@@ -210,17 +210,17 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
     for count in sorted(set(case.controls)):
         for aligned in (size, None):
             sizes = case.sizes(size, images(count), aligned=aligned is not None)
-            embeds = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).prompt_embeds
-            call: dict[str, Any] = {"controls": images(count), "prompt_embeds": embeds, "sizes": sizes}
+            text = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).text
+            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes}
             call |= {"size": size, "steps": 3, "seed": 7}
             expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
             made = case.at("").sample_image(sampling, **call)
             assert made.size == tuple(size)
             assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
-    negative = encode(case, encoders, images(count), PROMPTS[1]).prompt_embeds
-    changes: list[dict[str, Any]] = [{"negative_embeds": negative, "guidance": 4.0}]
-    changes += [{"prompt_embeds": -embeds}, {"seed": 8}]
+    negative = encode(case, encoders, images(count), PROMPTS[1]).text
+    changes: list[dict[str, Any]] = [{"negative": negative, "guidance": 4.0}]
+    changes += [{"text": text._replace(tokens=-text.tokens)}, {"seed": 8}]
     if count:
         changes += [
             {"controls": [*images(count)[:-1], photograph(CONTROLS[0], 3)]},

@@ -21,7 +21,7 @@ from diffusers.pipelines.qwenimage import (
 from PIL import Image
 from torch import Tensor
 
-from mixres.batch import Sample
+from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
@@ -96,7 +96,7 @@ class FamilyCase:
         """The control images as the stock pipeline is given them, which makes them of these sizes."""
         return controls
 
-    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
         """The arguments of a stock call with guidance 4."""
         return {"prompt": prompt, "negative_prompt": negative, "true_cfg_scale": 4.0}
 
@@ -155,8 +155,8 @@ class Flux2Case(FamilyCase):
         # A prompt has 512 tokens; a process without mixres resizes by area alone.
         return [*super().overrides(), "batch.max_tokens=2048", "data.resize.control.align=never"]
 
-    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
-        return {"prompt": prompt, "negative_prompt_embeds": negative_embeds[None], "guidance_scale": 4.0}
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "negative_prompt_embeds": embeds.tokens[None], "guidance_scale": 4.0}
 
     def unguided(self) -> dict[str, Any]:
         return {"guidance_scale": 1.0}

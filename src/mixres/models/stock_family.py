@@ -46,6 +46,10 @@ class StockFamily(Family):
         """What beside the files of the base changes the bytes of an encoded sample."""
         return ""
 
+    def pooled_width(self) -> int:
+        """See `Family`: none, unless a family has one."""
+        return 0
+
     def own_parts(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
         """Those of the components `names` that `from_pretrained` of the pipeline cannot load."""
         return {}

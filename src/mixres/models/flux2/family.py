@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area
 from mixres.models import hub
@@ -172,11 +172,10 @@ class Flux2Klein(StockFamily):
     @torch.no_grad()
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
-    ) -> Tensor:
+    ) -> TextEmbeds:
         """See `Family`. It does not depend on the controls."""
         embeds, _ = encoders.encode_prompt(prompt=prompt, device=encoders.device)
-        one: Tensor = embeds[0].cpu()
-        return one
+        return TextEmbeds(embeds[0].cpu())
 
     def encode(
         self,
@@ -199,7 +198,7 @@ class Flux2Klein(StockFamily):
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes),
+            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes).tokens,
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
         )
@@ -252,22 +251,22 @@ class Flux2Klein(StockFamily):
         pipeline: Any,
         *,
         controls: Sequence[Image.Image],
-        prompt_embeds: Tensor,
+        text: TextEmbeds,
         size: Size,
         sizes: ControlSizes,
         steps: int,
         seed: int,
-        negative_embeds: Tensor | None = None,
+        negative: TextEmbeds | None = None,
         guidance: float = 1.0,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `guidance_scale`; a distilled klein ignores it.
 
         The noise comes from a CPU generator, so that a seed means the same image on every device.
         """
-        assert (guidance > 1) == (negative_embeds is not None), guidance
+        assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, {}
-        texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
-        for name, embeds in texts.items():
+        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
+        for name, (embeds, _) in texts.items():
             call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
         pairs = zip(controls, sizes.vae, strict=True)
         resized = [pipeline.image_processor.resize(image, wanted.height, wanted.width) for image, wanted in pairs]
