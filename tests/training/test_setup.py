@@ -86,6 +86,11 @@ def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup,
     assert len(found) <= len(counted) <= MAX_LENGTHS
 
 
+def test_a_guidance_that_the_transformer_does_not_take_is_refused(setup: Setup) -> None:
+    with pytest.raises(UserError, match=r"^model\.guidance: the transformer of .* takes no guidance: leave it out$"):
+        check_early(*with_family(setup("model.guidance=1.0")))
+
+
 def moved(one: dict[str, object], other: dict[str, object]) -> set[str]:
     return {key for key in one if one[key] != other[key]}
 

@@ -57,6 +57,9 @@ class ModelConfig(Section):
     quantize: Literal["int8", "fp8", "nf4", "bnb_int8"] | None = Field(
         None, description="Base weights in 8 or 4 bits under a LoRA: torchao's int8, fp8, bitsandbytes' nf4, bnb_int8."
     )
+    guidance: float | None = Field(
+        None, ge=0, le=100, description="Guidance in training where the transformer takes it; null: the family's, 1.0."
+    )
     lora: LoraConfig | None = Field(LoraConfig(), description="The adapters to train; null trains all weights.")
 
 

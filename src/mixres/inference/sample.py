@@ -43,7 +43,6 @@ from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
-NEGATIVE_PROMPT = " "  # the model cards' where guidance leads away from nothing in particular
 _LIMITS = Limits()
 _GRID_ROWS = 12
 _NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # all that `sample` writes
@@ -86,7 +85,7 @@ class Options(BaseModel):
     restore_size: bool = False
     steps: Annotated[int, Field(ge=2, le=1000)] = SampleConfig().steps
     seed: _Seed = 0
-    guidance: Annotated[float, Field(ge=1, le=100)] = 1.0
+    guidance: Annotated[float, Field(ge=1, le=100)] | None = None
     negative_prompt: Annotated[str, AfterValidator(_checked_negative)] | None = None
     compare: bool = False
     base: str | None = None
@@ -135,6 +134,7 @@ class Request:
     jobs: tuple[ImageJob, ...]
     device: torch.device
     dtype: str
+    guidance: float
     quantize: Method | None  # of the base's weights
 
 
@@ -155,8 +155,6 @@ def make_request(**given: Any) -> Request:
         raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
     if asked.prompts and asked.image:
         raise UserError("--image: the lines of --prompts name their images: leave it out")
-    if asked.negative_prompt is not None and asked.guidance == 1:
-        raise UserError("--negative-prompt: has no effect without guidance: give --guidance above 1, or leave it out")
     if asked.restore_size and not (asked.image or asked.prompts):
         raise UserError("--restore-size: there is no image whose size could be restored: leave it out")
     out = asked.out.expanduser()
@@ -166,7 +164,7 @@ def make_request(**given: Any) -> Request:
     family = find_base(result, asked.base, "--base")
     quantize = find_quantization(result, asked.quantize, "--quantize", device)
     dtype = asked.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    negative = NEGATIVE_PROMPT if asked.negative_prompt is None else asked.negative_prompt
+    guidance, negative = _guidance(family, asked)
     problems = Problems()
     if asked.prompts:
         rows = _read_rows(asked.prompts.expanduser(), problems)
@@ -185,7 +183,7 @@ def make_request(**given: Any) -> Request:
             ImageJob(
                 path,
                 row.prompt,
-                negative if asked.guidance > 1 else None,
+                negative,
                 row.controls,
                 control_sizes,
                 size,
@@ -197,7 +195,23 @@ def make_request(**given: Any) -> Request:
         if nearest and control_sizes.vae[0] != size:
             what = f"has another aspect than its first image ({controls[0]}), so edits may be shifted or stretched"
             log(f"size      {path.name}: {size} {what}: the nearest size of that aspect is {nearest}")
-    return Request(asked, result, family, tuple(jobs), device, dtype, quantize)
+    return Request(asked, result, family, tuple(jobs), device, dtype, guidance, quantize)
+
+
+def _guidance(family: Family, asked: Options) -> tuple[float, str | None]:
+    """The guidance, and the prompt that it leads away from where there is one.
+
+    Raises:
+        UserError: a negative prompt is given and has no effect.
+    """
+    embedded, given = family.embedded_guidance(), asked.negative_prompt
+    guidance = asked.guidance or (embedded.sampling if embedded else 1.0)
+    if embedded is None and guidance > 1:
+        return guidance, family.negative_prompt if given is None else given
+    if given is not None:
+        why = "without guidance: give --guidance above 1, or" if embedded is None else "on a guidance that is embedded:"
+        raise UserError(f"--negative-prompt: has no effect {why} leave it out")
+    return guidance, None
 
 
 def _default_size(family: Family, result: RunResult, controls: Sequence[Size]) -> Size:
@@ -359,7 +373,7 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
             sizes=job.control_sizes,
             steps=request.options.steps,
             seed=job.seed,
-            guidance=request.options.guidance,
+            guidance=request.guidance,
         )
     except torch.OutOfMemoryError as error:
         raise WorkError(f"{request.device} is out of memory at {job.size}: give a smaller --size") from error
@@ -382,7 +396,7 @@ def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None
     return {
         "prompt": job.prompt,
         "negative_prompt": job.negative,
-        "guidance": request.options.guidance,
+        "guidance": request.guidance,
         "seed": job.seed,
         "steps": request.options.steps,
         "size": str(job.size),

@@ -32,6 +32,14 @@ class ControlSizes(NamedTuple):
     text: tuple[Size, ...] = ()
 
 
+class EmbeddedGuidance(NamedTuple):
+    """Stock values of the guidance that a transformer takes as an input: one forward call a step, without a prompt to
+    lead away from."""
+
+    training: float
+    sampling: float
+
+
 class PatchState(NamedTuple):
     """How much of a transformer is patched."""
 
@@ -59,6 +67,7 @@ class Family(Protocol):
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
+    negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
     path: str
     revision: str | None
@@ -73,6 +82,9 @@ class Family(Protocol):
 
     def flow_shift(self) -> dict[str, float]:
         """Keyword arguments of `resolution_shift` for this base: those of its own scheduler, defaults filled in."""
+
+    def embedded_guidance(self) -> EmbeddedGuidance | None:
+        """The guidance of a transformer that takes one; None where there is no such input."""
 
     def transformer_skeleton(self) -> Any:
         """The transformer on the meta device, patched: to check names and shapes, or to count memory and FLOPs on."""
@@ -189,11 +201,18 @@ class Family(Protocol):
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
         """Modules whose output reaches no loss: they get no adapter and stay frozen."""
 
-    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        sigmas: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """The velocity at every image token, in the layout of the batch: one keyword call of the stock forward.
 
-        `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1]. Any wrapper that passes keyword arguments on
-        may stand for the transformer.
+        `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1], `guidance` `(B,)` where there is an
+        `embedded_guidance`. Any wrapper that passes keyword arguments on may stand for the transformer.
         """
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -220,11 +239,12 @@ class Family(Protocol):
         steps: int,
         seed: int,
         negative: TextEmbeds | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Image.Image:
         """One image of `size` pixels through the stock pipeline's own `__call__`; no mode is left behind.
 
-        `text` is of these very controls at `sizes`. With `guidance` above 1 it leads away from `negative`.
+        `text` is of these very controls at `sizes`. With `guidance` above 1 it leads away from `negative`, unless the
+        transformer embeds it. None is `embedded_guidance`'s, or no guidance.
         """
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:

@@ -18,7 +18,7 @@ from torch import nn
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size, token_grid
 from mixres.models import hub
-from mixres.models.family import ControlSizes, Family
+from mixres.models.family import ControlSizes, EmbeddedGuidance, Family
 from mixres.models.quantize import Method, quantization_config
 
 
@@ -65,6 +65,10 @@ class StockFamily(Family):
         """See `Family`."""
         salt = self.encoding_environment()
         return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
+
+    def embedded_guidance(self) -> EmbeddedGuidance | None:
+        """See `Family`: none, for most transformers."""
+        return None
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""

@@ -25,7 +25,7 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import AreaRule, ControlSizes, PatchState
+from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.prompt_length import over_long
@@ -36,7 +36,6 @@ TEXT_TOKENS = 512  # of every prompt: the pipelines pad to it, and the transform
 _MULTIPLE_OF = 16  # of a reference's sides
 _MIN_SIDE = 64  # of a reference; the stock pipelines refuse smaller ones
 _FRAME_STEP = 10  # between the positions of an image and the next on the first axis
-_TRAINING_GUIDANCE = 1.0  # what the guidance embedder of FLUX.2-dev is given; klein has none
 _SHIFT_STEPS = 50  # of the denoising that the shift of training is that of
 _LONG_FROM = 4300  # tokens
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
@@ -58,6 +57,7 @@ class Flux2Klein(StockFamily):
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     comfyui_prefix = layers.COMFYUI_PREFIX
+    negative_prompt = ""
     comfyui_controls: ClassVar[str | None] = "VAE Encode it for ReferenceLatent"
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "transformer/config.json": {
@@ -94,6 +94,11 @@ class Flux2Klein(StockFamily):
             "long_from": _LONG_FROM,
             **dict(zip(("long_base_shift", "long_max_shift"), long, strict=True)),
         }
+
+    def embedded_guidance(self) -> EmbeddedGuidance | None:
+        """See `Family`. In training as diffusers' commands, musubi and ai-toolkit; klein has no embedder."""
+        embeds = self._config("transformer/config.json").get("guidance_embeds", True)  # the class's default
+        return EmbeddedGuidance(training=1.0, sampling=4.0) if embeds else None
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
@@ -213,8 +218,15 @@ class Flux2Klein(StockFamily):
         """See `Family`. The last text tokens end in the last single-stream block, whose layers serve images too."""
         return ()
 
-    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-        """See `Family`. The stock pipeline's `timestep / 1000` is the sigma; klein ignores the guidance."""
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        sigmas: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
         device = noisy_latents.device
         images, texts = [image_ids(grids) for grids in batch.img_shapes], [text_ids(n) for n in batch.text_lengths]
@@ -230,7 +242,7 @@ class Flux2Klein(StockFamily):
             timestep=sigmas.to(dtype),
             img_ids=img_ids.to(device),
             txt_ids=txt_ids.to(device),
-            guidance=torch.full_like(sigmas, _TRAINING_GUIDANCE, dtype=dtype),
+            guidance=None if guidance is None else guidance.to(dtype),
             joint_attention_kwargs=lengths,
             return_dict=False,
         )[0]
@@ -257,12 +269,13 @@ class Flux2Klein(StockFamily):
         steps: int,
         seed: int,
         negative: TextEmbeds | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `guidance_scale`; a distilled klein ignores it.
 
         The noise comes from a CPU generator, so that a seed means the same image on every device.
         """
+        guidance = guidance or 1.0
         assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, {}
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})

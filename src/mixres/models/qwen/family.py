@@ -53,6 +53,7 @@ class QwenFamily(StockFamily):
     stock_control_area = STOCK_CONTROL_AREA
     lora_presets = layers.LORA_PRESETS
     comfyui_prefix = layers.COMFYUI_PREFIX
+    negative_prompt = " "
     comfyui_controls: ClassVar[str | None] = (
         "VAE Encode it for ReferenceLatent; leave vae of the text node unconnected, which would scale to 1024 x 1024"
     )
@@ -254,8 +255,16 @@ class QwenFamily(StockFamily):
         """See `Family`."""
         return layers.untrained_modules(transformer)
 
-    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        sigmas: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
+        assert guidance is None
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
         packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
         velocity: Tensor = transformer(
@@ -290,7 +299,7 @@ class QwenFamily(StockFamily):
         steps: int,
         seed: int,
         negative: TextEmbeds | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
 
@@ -298,6 +307,7 @@ class QwenFamily(StockFamily):
         CPU generator, so that a seed means the same image on every device. The transformer's training mode is put back.
         """
         assert steps >= 2, steps
+        guidance = guidance or 1.0
         assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
