@@ -108,16 +108,6 @@ class QwenFamily(StockFamily):
         halvings: int = 3 if stages is None else len(stages)  # the class's default has three stages
         return PATCH << halvings
 
-    def flow_shift(self) -> dict[str, float]:
-        """See `Family`; the defaults are those that the pipelines fill in."""
-        config = self._config("scheduler/scheduler_config.json")
-        return {
-            "base_seq_len": config.get("base_image_seq_len", 256),
-            "max_seq_len": config.get("max_image_seq_len", 4096),
-            "base_shift": config.get("base_shift", 0.5),
-            "max_shift": config.get("max_shift", 1.15),
-        }
-
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """See `Family`."""
         vae, text = self._config("vae/config.json"), self._config("text_encoder/config.json")
