@@ -80,8 +80,12 @@ class Family(Protocol):
     def pixels_per_token(self) -> int:
         """Side in pixels of one image token."""
 
-    def flow_shift(self) -> dict[str, float]:
-        """Keyword arguments of `resolution_shift` for this base: those of its own scheduler, defaults filled in."""
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
+        """The constants of `resolution_shift` for this base: those with which its pipeline samples in so many steps.
+
+        Raises:
+            UserError: `steps` are given, and the shift does not depend on them.
+        """
 
     def embedded_guidance(self) -> EmbeddedGuidance | None:
         """The guidance of a transformer that takes one; None where there is no such input."""

@@ -66,8 +66,10 @@ class StockFamily(Family):
         salt = self.encoding_environment()
         return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
 
-    def flow_shift(self) -> dict[str, float]:
-        """See `Family`; the defaults are those that the pipelines fill in."""
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
+        """See `Family`: what most pipelines hand to `calculate_shift`, the scheduler's constants or its defaults."""
+        if steps is not None:
+            raise UserError(f"flow.shift_steps: the shift of {self.path} does not depend on steps: leave it out")
         config = self._config("scheduler/scheduler_config.json")
         return {
             "base_seq_len": config.get("base_image_seq_len", 256),

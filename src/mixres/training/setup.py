@@ -78,8 +78,8 @@ def check_early(config: Config, family: Family) -> None:
     """Check what needs torch, before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, a guidance that the base does not take, LoRA targets that match
-            nothing, or a pretrained LoRA that does not fit; all at once.
+        UserError: the optimizer or its arguments, a guidance or steps of a shift that the base does not have, LoRA
+            targets that match nothing, or a pretrained LoRA that does not fit; all at once.
     """
     problems = Problems()
     here, model, optimizer = dist_env(), config.model, config.optimizer
@@ -93,6 +93,7 @@ def check_early(config: Config, family: Family) -> None:
         if config.train.compile:
             check_compiler(here.device)
     problems.collect(training_guidance, config, family)
+    problems.collect(family.flow_shift, config.flow.shift_steps)
     skeleton = family.transformer_skeleton()
     with problems.collecting():
         if model.lora:
@@ -136,13 +137,13 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
 
 
 def build_objective(config: Config, family: Family) -> Objective:
-    """What is minimised, with the shift constants of the base's own scheduler."""
+    """What is minimised, with the shift constants of the base."""
     model, flow = config.model, config.flow
     return Objective(
         predict_velocity=family.predict_velocity,
-        timesteps=TimestepSampler(**flow.model_dump()),
+        timesteps=TimestepSampler(**flow.model_dump(exclude={"shift_steps"})),
         weighting=config.loss.weighting,
-        shift_constants=family.flow_shift(),
+        shift_constants=family.flow_shift(flow.shift_steps),
         normalization=config.loss.normalization,
         foreground=config.data.mask_weight.foreground,
         background=config.data.mask_weight.background,

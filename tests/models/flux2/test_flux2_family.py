@@ -1,5 +1,6 @@
 """What FLUX.2 has of its own: sizes of references, positions, the shift of training."""
 
+import inspect
 import math
 
 import pytest
@@ -41,10 +42,12 @@ def test_positions_are_those_of_the_stock_pipeline() -> None:
     assert torch.equal(text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
 
 
+@pytest.mark.parametrize("steps", [None, 4, 28])
 @pytest.mark.parametrize("tokens", [1, 256, 1024, 4096, 4300, 4301, 6000, 16384])
-def test_the_shift_is_that_of_fifty_steps_of_the_stock_pipeline(tokens: int) -> None:
-    expected = math.exp(compute_empirical_mu(tokens, 50))
-    assert resolution_shift(tokens, FAMILY.flow_shift()) == pytest.approx(expected, rel=1e-12)
+def test_the_shift_is_that_of_the_stock_pipeline(tokens: int, steps: int | None) -> None:
+    stock = inspect.signature(Flux2KleinPipeline.__call__).parameters["num_inference_steps"].default
+    expected = math.exp(compute_empirical_mu(tokens, steps or stock))
+    assert resolution_shift(tokens, FAMILY.flow_shift(steps)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_an_area_for_the_text_encoder_is_refused() -> None:

@@ -61,13 +61,14 @@ class FluxFamily(IdFamily):
 
     # Configuration files.
 
-    def flow_shift(self) -> dict[str, float]:
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """See `Family`. Without dynamic shifting (FLUX.1-schnell) the scheduler's own shift, at every size."""
+        constants = super().flow_shift(steps)
         config = self._config("scheduler/scheduler_config.json")
         if config.get("use_dynamic_shifting"):
-            return super().flow_shift()
+            return constants
         constant = math.log(config.get("shift", 1.0))
-        return super().flow_shift() | {"base_shift": constant, "max_shift": constant}
+        return constants | {"base_shift": constant, "max_shift": constant}
 
     def embedded_guidance(self) -> EmbeddedGuidance | None:
         """See `Family`."""

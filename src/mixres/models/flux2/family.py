@@ -36,7 +36,7 @@ TEXT_TOKENS = 512  # of every prompt: the pipelines pad to it, and the transform
 _MULTIPLE_OF = 16  # of a reference's sides
 _MIN_SIDE = 64  # of a reference; the stock pipelines refuse smaller ones
 _FRAME_STEP = 10  # between the positions of an image and the next on the first axis
-_SHIFT_STEPS = 50  # of the denoising that the shift of training is that of
+_STOCK_STEPS = 50  # denoising steps of the stock pipelines where none are given
 _LONG_FROM = 4300  # tokens
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
 
@@ -79,14 +79,14 @@ class Flux2Klein(StockFamily):
         stages = self._config("vae/config.json").get("block_out_channels", (128, 256, 512, 512))
         return int(PATCH << (len(stages) - 1))
 
-    def flow_shift(self) -> dict[str, float]:
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """See `Family`. The pipelines ask no scheduler, but `compute_empirical_mu` of tokens and steps.
 
-        For a number of steps it is a line up to 4,300 tokens, and another line behind.
+        For a number of steps it is a line up to 4,300 tokens; behind, it is another line, whatever the steps.
         """
         anchors = {"base_seq_len": 256, "max_seq_len": 4096}
-        short = (compute_empirical_mu(tokens, _SHIFT_STEPS) for tokens in anchors.values())
-        # Behind it the line is that of 200 steps: taken from there up to the anchors.
+        short = (compute_empirical_mu(tokens, steps or _STOCK_STEPS) for tokens in anchors.values())
+        # The line behind is that of 200 steps: taken from there up to the anchors.
         long = (compute_empirical_mu(tokens, 200) for tokens in anchors.values())
         return {
             **anchors,
