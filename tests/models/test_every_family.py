@@ -112,7 +112,7 @@ def stock_image(
     call = case.unguided() | {"generator": torch.Generator().manual_seed(7)} | call
     given = case.stock_controls(controls, case.sizes(size, controls, areas, aligned=aligned is not None))
     with case.stock_areas(areas, aligned):
-        made = pipeline(**case.call(given), width=size.width, height=size.height, num_inference_steps=3, **call)
+        made = pipeline(**case.call(given, size), width=size.width, height=size.height, num_inference_steps=3, **call)
     image: Image.Image = made.images[0]
     return image
 
@@ -189,7 +189,7 @@ def test_a_predicted_velocity_is_that_of_the_stock_call(
     batch, latents = batch_of([sample], "padded"), seen["hidden_states"].float()
     with torch.no_grad():
         expected = stock.transformer(**seen)[0]
-        velocity = case.at("").predict_velocity(transformer, batch, latents, torch.ones(1))
+        velocity = case.at("").predict_velocity(transformer, batch, latents, torch.ones(1), seen.get("guidance"))
     assert velocity.dtype == stock.vae.dtype
     assert (velocity - expected).norm() <= 1e-6 * expected.norm()
 
@@ -219,7 +219,7 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
             assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
     negative = encode(case, encoders, images(count), PROMPTS[1]).text
-    changes: list[dict[str, Any]] = [{"negative": negative, "guidance": 4.0}]
+    changes: list[dict[str, Any]] = [case.guidance(negative)]
     changes += [{"text": text._replace(tokens=-text.tokens)}, {"seed": 8}]
     if count:
         changes += [
@@ -236,11 +236,17 @@ def batch_of(samples: list[Sample], layout: Any) -> Batch:
     return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=layout)
 
 
+def predicted(case: FamilyCase, transformer: nn.Module, batch: Batch, sigmas: torch.Tensor) -> torch.Tensor:
+    """Each sample with a guidance of its own where the transformer takes one."""
+    guidance = 1 + sigmas if transformer.config.get("guidance_embeds") else None
+    return case.at("").predict_velocity(transformer, batch, batch.latents, sigmas, guidance)
+
+
 def trained_on(case: FamilyCase, transformer: nn.Module, batches: list[Batch], sigmas: torch.Tensor) -> mixes.Result:
     """Each sample's velocities at its image tokens, and the adapters' gradients of a loss over its target tokens."""
     outputs, losses = [], []
     for batch, chosen in zip(batches, sigmas.split([len(batch.names) for batch in batches]), strict=True):
-        velocity = case.at("").predict_velocity(transformer, batch, batch.latents, chosen)
+        velocity = predicted(case, transformer, batch, chosen)
         lengths = [token_count(grids) for grids in batch.img_shapes]
         rows = velocity[:, 0].split(lengths) if batch.layout == "packed" else list(velocity)
         outputs += [row[:length] for row, length in zip(rows, lengths, strict=True)]
@@ -281,6 +287,6 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(
         for sample, sigma, expected in zip(samples, sigmas, alone.outputs, strict=True):
             batch = batch_of([sample], "padded")
             with torch.no_grad():
-                (found,) = case.at("").predict_velocity(stock.transformer, batch, batch.latents, sigma[None])
+                (found,) = predicted(case, stock.transformer, batch, sigma[None])
             error = float((found - expected).norm() / expected.norm())
             assert error <= 1e-6 if loaded else error > 1e-3
