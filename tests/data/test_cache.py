@@ -27,7 +27,7 @@ KEY, OTHER = entry_key(name="one"), entry_key(name="other")
 @pytest.mark.parametrize(("controls", "mask"), [(0, True), (1, False), (2, True), (11, False)])
 def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: int, mask: bool) -> None:
     grids = (Grid(1, 3, 2), *(Grid(1, 2, 1 + i) for i in range(controls)))
-    sample = make_sample(grids, mask=mask, dtype=dtype, empty=0 if mask else 3)
+    sample = make_sample(grids, mask=mask, dtype=dtype, empty=0 if mask else 3, pooled=4 * (controls % 2))
     entry = Cache(tmp_path).write(KEY, sample)
     assert entry == CacheEntry(KEY, grids, text_tokens=5, has_mask=mask, empty_tokens=0 if mask else 3)
     assert (entry.target_tokens, entry.image_tokens) == (6, sum(grid.tokens for grid in grids))

@@ -112,7 +112,7 @@ def stock_image(
     call = case.unguided() | {"generator": torch.Generator().manual_seed(7)} | call
     given = case.stock_controls(controls, case.sizes(size, controls, areas, aligned=aligned is not None))
     with case.stock_areas(areas, aligned):
-        made = pipeline(**case.call(given), width=size.width, height=size.height, num_inference_steps=3, **call)
+        made = pipeline(**case.call(given, size), width=size.width, height=size.height, num_inference_steps=3, **call)
     image: Image.Image = made.images[0]
     return image
 
@@ -210,17 +210,17 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
     for count in sorted(set(case.controls)):
         for aligned in (size, None):
             sizes = case.sizes(size, images(count), aligned=aligned is not None)
-            embeds = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).prompt_embeds
-            call: dict[str, Any] = {"controls": images(count), "prompt_embeds": embeds, "sizes": sizes}
+            text = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).text
+            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes}
             call |= {"size": size, "steps": 3, "seed": 7}
             expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
             made = case.at("").sample_image(sampling, **call)
             assert made.size == tuple(size)
             assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
-    negative = encode(case, encoders, images(count), PROMPTS[1]).prompt_embeds
+    negative = encode(case, encoders, images(count), PROMPTS[1]).text
     changes: list[dict[str, Any]] = [case.guidance(negative)]
-    changes += [{"prompt_embeds": -embeds}, {"seed": 8}]
+    changes += [{"text": text._replace(tokens=-text.tokens)}, {"seed": 8}]
     if count:
         changes += [
             {"controls": [*images(count)[:-1], photograph(CONTROLS[0], 3)]},
@@ -238,7 +238,7 @@ def batch_of(samples: list[Sample], layout: Any) -> Batch:
 
 def predicted(case: FamilyCase, transformer: nn.Module, batch: Batch, sigmas: torch.Tensor) -> torch.Tensor:
     """Each sample with a guidance of its own where the transformer takes one."""
-    guidance = 1 + sigmas if case.at("").embedded_guidance() else None
+    guidance = 1 + sigmas if transformer.config.get("guidance_embeds") else None
     return case.at("").predict_velocity(transformer, batch, batch.latents, sigmas, guidance)
 
 

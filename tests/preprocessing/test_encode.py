@@ -21,7 +21,7 @@ from mixres.preprocessing.fill import encode, encode_all, keyed_records
 from mixres.preprocessing.training_data import image_limits
 from support.caching import CONTROLS, TARGETS, Caching
 from support.family_cases import CASES, FamilyCase, with_family
-from support.samples import assert_same
+from support.samples import assert_same, same_bits
 
 ALL, TRAIN, FEW = 13, 10, 3
 CPU = torch.device("cpu")
@@ -209,9 +209,10 @@ def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
     for sample in encoded.train[:3]:
         controls = [read_image(path, image_limits(config)) for path in sample.record.controls]
         empty = family.encode_prompt(encoders, controls=controls, prompt="", sizes=sample.control_sizes)
-        cached = encoded.cache.read(sample.key).empty_embeds
-        assert cached is not None and torch.equal(cached, empty)
-        assert 0 < sample.lengths.empty_text == len(empty) < sample.lengths.text
+        cached = encoded.cache.read(sample.key).without_caption().text
+        assert torch.equal(cached.tokens, empty.tokens)
+        assert same_bits(cached.pooled, empty.pooled) and (empty.pooled is None) == (family.pooled_width() == 0)
+        assert 0 < sample.lengths.empty_text == len(empty.tokens) < sample.lengths.text
     assert all(encoded.cache.read(sample.key).empty_embeds is None for sample in encoded.held_out)
 
 

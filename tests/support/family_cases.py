@@ -11,6 +11,8 @@ from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -23,14 +25,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mixres.batch import Sample
+from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
-from mixres.models.flux2.family import image_ids, text_ids
 from mixres.models.qwen.processor import load_processor
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
+from support.tiny_flux import write_tiny_flux
 from support.tiny_flux2 import write_tiny_flux2
 from support.tiny_pipeline import write_tiny_pipeline
 
@@ -51,8 +53,8 @@ class FamilyCase:
         """The family, bound to this base."""
         return FAMILIES[self.pipeline_class.__name__](str(base))
 
-    def call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """How the stock pipeline takes the control images."""
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        """How the stock pipeline takes the control images, and what else it needs to make an image of this size."""
         return {0: {}, 1: {"image": controls[0] if controls else None}}.get(max(self.controls), {"image": [*controls]})
 
     def sizes(
@@ -98,11 +100,11 @@ class FamilyCase:
         """The control images as the stock pipeline is given them, which makes them of these sizes."""
         return controls
 
-    def guidance(self, negative_embeds: Tensor) -> dict[str, Any]:
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
         """The arguments of `sample_image` that guide otherwise than by default."""
-        return {"negative_embeds": negative_embeds, "guidance": 4.0}
+        return {"negative": negative, "guidance": 4.0}
 
-    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
         """The arguments of a stock call with the same guidance."""
         return {"prompt": prompt, "negative_prompt": negative, "true_cfg_scale": 4.0}
 
@@ -149,7 +151,7 @@ class FamilyCase:
 class Flux2Case(FamilyCase):
     """FLUX.2: the stock pipeline crops a control's sides to multiples of 16; it is given controls of their sizes."""
 
-    def call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
         return {"image": [*controls] or None}
 
     @contextmanager
@@ -166,8 +168,8 @@ class Flux2Case(FamilyCase):
         # A prompt has 512 tokens; a process without mixres resizes by area alone.
         return [*super().overrides(), "batch.max_tokens=2048", "data.resize.control.align=never"]
 
-    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
-        return {"prompt": prompt, "negative_prompt_embeds": negative_embeds[None], "guidance_scale": 4.0}
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "negative_prompt_embeds": embeds.tokens[None], "guidance_scale": 4.0}
 
     def unguided(self) -> dict[str, Any]:
         return {"guidance_scale": 1.0}
@@ -178,17 +180,20 @@ class Flux2Case(FamilyCase):
         return packed
 
     def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        assert torch.equal(image_ids(sample.img_shapes), seen["img_ids"][0])
-        assert torch.equal(text_ids(len(sample.prompt_embeds)), seen["txt_ids"][0])
+        family = self.at("")
+        for name, ids in (("img_ids", family.image_ids(sample.img_shapes)), ("txt_ids", family.text_ids(512))):
+            assert torch.equal(ids.to(seen[name]), seen[name].reshape(ids.shape)), name
+        if sample.pooled_embeds is not None:
+            assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
 
 
 class Flux2DevCase(Flux2Case):
     """FLUX.2-dev embeds its guidance, 4 unless another is given."""
 
-    def guidance(self, negative_embeds: Tensor) -> dict[str, Any]:
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
         return {"guidance": 2.0}
 
-    def guided(self, prompt: str, negative: str, negative_embeds: Tensor) -> dict[str, Any]:
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
         return {"prompt": prompt, "guidance_scale": 2.0}
 
     def unguided(self) -> dict[str, Any]:
@@ -196,6 +201,40 @@ class Flux2DevCase(Flux2Case):
 
     def stock_parts(self, base: Path) -> dict[str, Any]:
         return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
+
+
+class FluxCase(Flux2Case):
+    """FLUX.1 embeds its guidance. Kontext takes a control at its size only where it is told not to choose one."""
+
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        if not self.areas:
+            return {}
+        area = {"max_area": size.width * size.height} if size else {}
+        return {"image": controls[0] if controls else None, "_auto_resize": False, **area}
+
+    def write(self, folder: Path) -> None:
+        write_tiny_flux(folder, PROMPTS, pipeline_class=self.pipeline_class)
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        return {"guidance": 8.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 8.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 2.5 if self.areas else 3.5}
+
+    def overrides(self) -> list[str]:
+        return [*(super().overrides() if self.areas else FamilyCase.overrides(self)), "batch.max_tokens=2048"]
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        """By Kontext's methods; the text-to-image pipeline, on the same VAE, has no encoding of its own."""
+        parts = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        kontext = FluxKontextPipeline(vae=stock.vae, transformer=None, **parts)
+        pixels = kontext.image_processor.preprocess(image, size.height, size.width).to(stock.vae.dtype)
+        latents = kontext._encode_vae_image(pixels, generator=None)
+        packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
+        return packed
 
 
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
@@ -209,6 +248,8 @@ CASES = {
 EVERY_CASE = CASES | {
     "flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112}),
     "flux2_dev": Flux2DevCase("flux2", Flux2Pipeline, (0, 3, 1), {"control_area": 112 * 112}),
+    "flux_kontext": FluxCase("flux_kontext", FluxKontextPipeline, (0, 1, 1), {"control_area": 112 * 112}),
+    "flux": FluxCase("flux", FluxPipeline, (0, 0, 0)),
 }
 
 

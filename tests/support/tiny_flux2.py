@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -57,7 +58,7 @@ def write_tiny_flux2(folder: Path, prompts: Sequence[str], kind: type[Any] = Flu
         torch.manual_seed(seed)
         tokenizer = _dev_tokenizer(prompts) if dev else _tokenizer(prompts)
         pipeline = kind(
-            scheduler=_scheduler(),
+            scheduler=flux_scheduler(),
             vae=_vae(),
             text_encoder=_dev_text_encoder(tokenizer) if dev else _text_encoder(tokenizer),
             tokenizer=tokenizer,
@@ -135,17 +136,25 @@ def _vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=8, norm_num_groups=4, sample_size=128
     ).eval()
-    images = torch.nn.functional.interpolate(torch.randn(8, 3, 12, 12), size=(96, 96), mode="bicubic").clamp(-1, 1)
-    latents = Flux2KleinPipeline._patchify_latents(vae.encode(images).latent_dist.mode())
+    latents = Flux2KleinPipeline._patchify_latents(give_contrast(vae))
     vae.bn.running_mean.copy_(latents.mean((0, 2, 3)))
     vae.bn.running_var.copy_(latents.var((0, 2, 3)))
-    # Contrast: untouched, each colour is nearly one flat value, in which a change of the latents is lost by rounding.
-    decoded = vae.decode(vae.encode(images).latent_dist.mode() + torch.randn(8, 8, 12, 12)).sample
-    pixels = decoded.transpose(0, 1).flatten(1)
+    return vae
+
+
+@torch.no_grad()
+def give_contrast(vae: Any) -> Tensor:
+    """Spread what the VAE decodes; the latents of some images.
+
+    Untouched, each colour is nearly one flat value, in which a change of the latents is lost by rounding.
+    """
+    images = torch.nn.functional.interpolate(torch.randn(8, 3, 12, 12), size=(96, 96), mode="bicubic").clamp(-1, 1)
+    latents: Tensor = vae.encode(images).latent_dist.mode()
+    pixels = vae.decode(latents + torch.randn_like(latents)).sample.transpose(0, 1).flatten(1)
     gain, last = 0.4 / pixels.std(1), vae.decoder.conv_out
     last.weight.mul_(gain.view(-1, 1, 1, 1))
     last.bias.sub_(pixels.mean(1)).mul_(gain)
-    return vae
+    return latents
 
 
 @torch.no_grad()
@@ -163,7 +172,7 @@ def _transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
     return transformer
 
 
-def _scheduler() -> FlowMatchEulerDiscreteScheduler:
+def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The settings of FLUX.1-dev, which diffusers' conversion script gives FLUX.2 too."""
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,

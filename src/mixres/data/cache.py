@@ -7,6 +7,7 @@ process hashes it once (xxh3, several GB/s).
 
 File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
 there is a mask, `edit_mask` (S_target,), in their own dtypes; for caption dropout `empty_embeds` (T_empty, D) too.
+Where the transformer takes pooled prompts, `pooled_embeds` (W,) and `empty_pooled_embeds` (W,) stand beside them.
 Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
 has_mask, empty_tokens and `payload`, the hash over all tensors.
 
@@ -35,6 +36,7 @@ from mixres.geometry import Grid, token_count
 
 FORMAT = 2
 INDEX = "index.json"
+_OPTIONAL = ("edit_mask", "empty_embeds", "pooled_embeds", "empty_pooled_embeds")  # tensors
 _MAX_HEADER_BYTES = 2**20
 # What reading a file raises that is not what `Cache.write` made. Only the message of a plain ValueError is ours.
 _UNFIT = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -182,6 +184,8 @@ class Cache:
             img_shapes=entry.img_shapes,
             edit_mask=tensors["edit_mask"] if entry.has_mask else None,
             empty_embeds=tensors["empty_embeds"] if entry.empty_tokens else None,
+            pooled_embeds=tensors.get("pooled_embeds"),
+            empty_pooled_embeds=tensors.get("empty_pooled_embeds"),
         )
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
@@ -203,9 +207,8 @@ def _tensors(sample: Sample) -> dict[str, Tensor]:
     tensors |= {"target_latents": sample.target_latents, "prompt_embeds": sample.prompt_embeds}
     if sample.edit_mask is not None:
         assert sample.edit_mask.shape == (len(sample.target_latents),), sample.edit_mask.shape
-        tensors["edit_mask"] = sample.edit_mask
-    if sample.empty_embeds is not None:
-        tensors["empty_embeds"] = sample.empty_embeds
+    optional = {name: getattr(sample, name) for name in _OPTIONAL}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()

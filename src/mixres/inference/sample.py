@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal
 import torch
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
-from torch import Tensor
 
 from mixres import __version__
+from mixres.batch import TextEmbeds
 from mixres.config.schema import SampleConfig
 from mixres.console import counted, log
 from mixres.data.images import WHITE, BadImageError, Limits, check_size, inspect_image, read_image
@@ -138,7 +138,7 @@ class Request:
     quantize: Method | None  # of the base's weights
 
 
-Embeds = tuple[Tensor, Tensor | None]  # `(T, D)` of a prompt and, with guidance, of the negative one; on the CPU
+Embeds = tuple[TextEmbeds, TextEmbeds | None]  # of a prompt and, with guidance, of the negative one
 
 
 # What is asked for.
@@ -344,7 +344,7 @@ def _encode(request: Request) -> list[Embeds]:
     encoders = family.load_encoders(dtype=getattr(torch, request.dtype), device=device)
 
     @cache
-    def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> Tensor:
+    def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> TextEmbeds:
         return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, sizes=sizes)
 
     encoded: list[Embeds] = []
@@ -367,8 +367,8 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
         return request.family.sample_image(
             pipeline,
             controls=_read(request, job.controls),
-            prompt_embeds=embeds[0],
-            negative_embeds=embeds[1],
+            text=embeds[0],
+            negative=embeds[1],
             size=job.size,
             sizes=job.control_sizes,
             steps=request.options.steps,

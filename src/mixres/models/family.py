@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.geometry import Grid, Size
 from mixres.models.quantize import Method
 
@@ -100,6 +100,9 @@ class Family(Protocol):
     def token_widths(self) -> tuple[int, int]:
         """P of an image token and D of a text token."""
 
+    def pooled_width(self) -> int:
+        """W of a prompt's pooled embedding; 0: the transformer takes none."""
+
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of a cached sample on disk. `text_tokens` are those of all its prompts."""
 
@@ -164,7 +167,7 @@ class Family(Protocol):
 
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
-    ) -> Tensor:
+    ) -> TextEmbeds:
         """`(T, D)` on the CPU: bit for bit what the stock pipeline hands to its transformer, unpadded."""
 
     def encode(
@@ -238,18 +241,18 @@ class Family(Protocol):
         pipeline: Any,
         *,
         controls: Sequence[Image.Image],
-        prompt_embeds: Tensor,
+        text: TextEmbeds,
         size: Size,
         sizes: ControlSizes,
         steps: int,
         seed: int,
-        negative_embeds: Tensor | None = None,
+        negative: TextEmbeds | None = None,
         guidance: float | None = None,
     ) -> Image.Image:
         """One image of `size` pixels through the stock pipeline's own `__call__`; no mode is left behind.
 
-        `prompt_embeds` `(T, D)` are of these very controls at `sizes`. With `guidance` above 1 it leads away from
-        `negative_embeds` `(T', D)`, unless the transformer embeds it. None is `embedded_guidance`'s, or no guidance.
+        `text` is of these very controls at `sizes`. With `guidance` above 1 it leads away from `negative`, unless the
+        transformer embeds it. None is `embedded_guidance`'s, or no guidance.
         """
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:

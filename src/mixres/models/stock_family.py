@@ -18,7 +18,7 @@ from torch import nn
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size, token_grid
 from mixres.models import hub
-from mixres.models.family import ControlSizes, EmbeddedGuidance, Family
+from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
 from mixres.models.quantize import Method, quantization_config
 
 
@@ -46,6 +46,10 @@ class StockFamily(Family):
     def encoding_environment(self) -> str:
         """What beside the files of the base changes the bytes of an encoded sample."""
         return ""
+
+    def pooled_width(self) -> int:
+        """See `Family`: none, unless a family has one."""
+        return 0
 
     def own_parts(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
         """Those of the components `names` that `from_pretrained` of the pipeline cannot load."""
@@ -105,8 +109,9 @@ class StockFamily(Family):
             pipeline = self.pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
             # Not through `from_pretrained`, which warns at every load that a class is not the annotated one.
             pipeline.register_modules(**own)
-        for encoder in (pipeline.vae, pipeline.text_encoder):
-            encoder.requires_grad_(False).eval()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
         return pipeline.to(device)
 
     def transformer_skeleton(self) -> Any:
@@ -151,6 +156,23 @@ class StockFamily(Family):
         pipeline.vae.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
+
+
+def no_control_areas(label: str, area: AreaRule, text_area: int | None, *, stock: int) -> dict[str, AreaRule]:
+    """`Family.control_areas` of a family that takes no controls; `stock` is the default of `area`.
+
+    Raises:
+        UserError: a size of controls is given.
+    """
+    given = {"area": area != stock, "text_area": text_area is not None}
+    problems = [
+        f"data.resize.control.{name}: {label} takes no control images: leave it out"
+        for name, is_given in given.items()
+        if is_given
+    ]
+    if problems:
+        raise UserError(problems)
+    return {}
 
 
 @contextmanager

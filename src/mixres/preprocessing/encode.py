@@ -138,7 +138,7 @@ def encode_record(
     if not with_empty:
         return sample
     empty = family.encode_prompt(encoders, prompt="", controls=inputs["controls"], sizes=inputs["sizes"])
-    return replace(sample, empty_embeds=empty)
+    return replace(sample, empty_embeds=empty.tokens, empty_pooled_embeds=empty.pooled)
 
 
 def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:

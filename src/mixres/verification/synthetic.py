@@ -43,7 +43,8 @@ def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample
         sample = noise_sample(config, family, f"synthetic-{number}", grids, text, noise=noise)
         if config.data.caption_dropout:
             width, dtype = sample.prompt_embeds.shape[1], sample.prompt_embeds.dtype
-            sample = replace(sample, empty_embeds=_gaussian(max(1, empty), width, dtype, noise))
+            without = _gaussian(max(1, empty), width, dtype, noise)
+            sample = replace(sample, empty_embeds=without, empty_pooled_embeds=_pooled(config, family, noise))
         samples.append(sample)
     return samples
 
@@ -55,7 +56,14 @@ def noise_sample(
     (channels, text_width), dtype = family.token_widths(), getattr(torch, config.model.dtype)
     target, *controls = (_gaussian(grid.tokens, channels, dtype, noise) for grid in grids)
     embeds = _gaussian(text, text_width, dtype, noise)
-    return Sample(name, target, tuple(controls), embeds, grids)
+    pooled = _pooled(config, family, noise)
+    return Sample(name, target, tuple(controls), embeds, grids, pooled_embeds=pooled)
+
+
+def _pooled(config: Config, family: Family, noise: torch.Generator) -> torch.Tensor | None:
+    """`(W,)` of a prompt, where the transformer takes one."""
+    width = family.pooled_width()
+    return _gaussian(1, width, getattr(torch, config.model.dtype), noise)[0] if width else None
 
 
 def _gaussian(rows: int, columns: int, dtype: torch.dtype, noise: torch.Generator) -> torch.Tensor:

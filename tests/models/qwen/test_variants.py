@@ -88,7 +88,7 @@ def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any]
     most = QwenImage("").max_prompt_tokens
     stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
     encode = partial(QwenImage("").encode_prompt, encoders, controls=[], sizes=ControlSizes())
-    embeds = {count: encode(prompt="z" * count) for count in (700, most)}
+    embeds = {count: encode(prompt="z" * count).tokens for count in (700, most)}
     assert mask is None and torch.equal(embeds[700], stock[0])
     assert 700 <= len(embeds[700]) <= 710
     assert len(embeds[most]) == TOKENIZER_MAX_LENGTH

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
@@ -195,13 +195,12 @@ class QwenFamily(StockFamily):
     @torch.no_grad()
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
-    ) -> Tensor:
+    ) -> TextEmbeds:
         """See `Family`."""
         call = self.control_call(self.text_controls(encoders, controls, sizes))
         embeds, mask = encoders.encode_prompt(prompt=prompt, device=encoders.device, **call)
         assert mask is None, "one prompt is never padded"
-        one: Tensor = embeds[0].cpu()
-        return one
+        return TextEmbeds(embeds[0].cpu())
 
     def encode(
         self,
@@ -226,7 +225,7 @@ class QwenFamily(StockFamily):
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes),
+            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes).tokens,
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
         )
@@ -284,12 +283,12 @@ class QwenFamily(StockFamily):
         pipeline: Any,
         *,
         controls: Sequence[Image.Image],
-        prompt_embeds: Tensor,
+        text: TextEmbeds,
         size: Size,
         sizes: ControlSizes,
         steps: int,
         seed: int,
-        negative_embeds: Tensor | None = None,
+        negative: TextEmbeds | None = None,
         guidance: float | None = None,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
@@ -299,10 +298,10 @@ class QwenFamily(StockFamily):
         """
         assert steps >= 2, steps
         guidance = guidance or 1.0
-        assert (guidance > 1) == (negative_embeds is not None), guidance
+        assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
-        texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
-        for name, embeds in texts.items():
+        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
+        for name, (embeds, _) in texts.items():
             call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
             call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
         with evaluating(transformer), self.stock_sizes(sizes):
