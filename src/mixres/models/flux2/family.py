@@ -25,7 +25,7 @@ from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
+from mixres.models.family import AreaRule, ControlSizes, PatchState
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.prompt_length import over_long
@@ -47,8 +47,8 @@ class Flux2Klein(StockFamily):
     name = "flux2"
     pipeline_class = Flux2KleinPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("black-forest-labs/FLUX.2-klein-base-4B",)
-    controls = (0, 10)
-    controls_problem = "FLUX.2 takes 0 to 10 control images, there are {}; give it so many"
+    controls: ClassVar[tuple[int, int | None]] = (0, None)
+    padded_text = TEXT_TOKENS
     # Twelve tokens of the chat template stand around the prompt; what is over is cut.
     max_prompt_tokens = TEXT_TOKENS - 12
     stock_control_area = STOCK_CONTROL_AREA
@@ -74,6 +74,11 @@ class Flux2Klein(StockFamily):
 
     # Configuration files.
 
+    def training_notice(self) -> str | None:
+        """See `Family`. Training on the velocity undoes what distillation to four steps has taught."""
+        distilled = self._config("model_index.json").get("is_distilled")
+        return f"{self.path} is distilled: train on its -base; the LoRA works on this one too" if distilled else None
+
     def pixels_per_token(self) -> int:
         """See `Family`: 16, from the VAE's configuration."""
         stages = self._config("vae/config.json").get("block_out_channels", (128, 256, 512, 512))
@@ -94,11 +99,6 @@ class Flux2Klein(StockFamily):
             "long_from": _LONG_FROM,
             **dict(zip(("long_base_shift", "long_max_shift"), long, strict=True)),
         }
-
-    def embedded_guidance(self) -> EmbeddedGuidance | None:
-        """See `Family`. In training as diffusers' commands, musubi and ai-toolkit; klein has no embedder."""
-        embeds = self._config("transformer/config.json").get("guidance_embeds", True)  # the class's default
-        return EmbeddedGuidance(training=1.0, sampling=4.0) if embeds else None
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
@@ -275,8 +275,9 @@ class Flux2Klein(StockFamily):
 
         The noise comes from a CPU generator, so that a seed means the same image on every device.
         """
-        guidance = guidance or 1.0
-        assert (guidance > 1) == (negative is not None), guidance
+        embedded = self.embedded_guidance()
+        guidance = guidance or (embedded.sampling if embedded else 1.0)
+        assert (negative is not None) == (embedded is None and guidance > 1), guidance
         transformer, call = pipeline.transformer, {}
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
         for name, (embeds, _) in texts.items():
