@@ -16,7 +16,7 @@ from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes
 from mixres.models.flux2.dev import Flux2Dev
-from mixres.models.flux2.family import Flux2Klein, image_ids, text_ids
+from mixres.models.flux2.family import Flux2Klein
 from mixres.models.registry import load_family
 from support.family_cases import EVERY_CASE, PROMPTS, FamilyCase
 
@@ -44,8 +44,9 @@ def test_positions_are_those_of_the_stock_pipeline() -> None:
     grids = [(1, 4, 6), (1, 3, 3), (1, 5, 2)]
     target, *references = (torch.zeros(1, 1, rows, columns) for _, rows, columns in grids)
     stock = [Flux2KleinPipeline._prepare_latent_ids(target)[0], Flux2KleinPipeline._prepare_image_ids(references)[0]]
-    assert torch.equal(image_ids(grids), torch.cat(stock)) and image_ids(grids).dtype == torch.int64
-    assert torch.equal(text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
+    found = FAMILY.image_ids(grids)
+    assert torch.equal(found, torch.cat(stock)) and found.dtype == torch.int64
+    assert torch.equal(FAMILY.text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
 
 
 @pytest.mark.parametrize("steps", [None, 4, 28])
@@ -104,9 +105,9 @@ def test_devs_encoder_fingerprint_holds_how_its_text_encoder_attends(
     family = Flux2Dev(str(base_of(EVERY_CASE["flux2_dev"])))
     encoders = family.load_encoders(dtype=torch.float32, device="cpu")
     assert family.encoding_environment() == encoders.text_encoder.config._attn_implementation
-    own = family.encode_prompt(encoders, controls=[], prompt=PROMPTS[0], sizes=ControlSizes())
+    own = family.encode_prompt(encoders, controls=[], prompt=PROMPTS[0], sizes=ControlSizes()).tokens
     encoders.text_encoder.set_attn_implementation("eager")
-    other = family.encode_prompt(encoders, controls=[], prompt=PROMPTS[0], sizes=ControlSizes())
+    other = family.encode_prompt(encoders, controls=[], prompt=PROMPTS[0], sizes=ControlSizes()).tokens
     difference = (other - own).abs().amax(1)
     assert difference[0] > 0.1 and difference[-1] < 1e-6
     before = family.encoder_fingerprint()
@@ -122,5 +123,7 @@ def test_no_prompt_of_the_stated_length_is_cut(base_of: Callable[[FamilyCase], P
             prompt
         )
         encoders, sizes = family.load_encoders(dtype=torch.float32, device="cpu"), ControlSizes()
-        ends = [family.encode_prompt(encoders, controls=[], prompt=f"{prompt[1:]}{c}", sizes=sizes) for c in "qz"]
+        ends = [
+            family.encode_prompt(encoders, controls=[], prompt=f"{prompt[1:]}{c}", sizes=sizes).tokens for c in "qz"
+        ]
         assert not torch.equal(*ends), name

@@ -9,7 +9,8 @@ from diffusers import Flux2Pipeline
 from transformers import AutoTokenizer, Mistral3Config, Mistral3ForConditionalGeneration
 
 from mixres.models.family import EmbeddedGuidance
-from mixres.models.flux2.family import TEXT_TOKENS, Flux2Klein
+from mixres.models.flux2.family import Flux2Klein
+from mixres.models.id_family import TEXT_TOKENS
 
 
 class Flux2Dev(Flux2Klein):
