@@ -180,11 +180,27 @@ class Flux2Case(FamilyCase):
         return packed
 
     def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        family, (image, text) = self.at(""), (seen[name].squeeze(0) for name in ("img_ids", "txt_ids"))
-        assert torch.equal(family.image_ids(sample.img_shapes).to(image), image)
-        assert torch.equal(family.text_ids(len(sample.prompt_embeds)).to(text), text)
+        family = self.at("")
+        for name, ids in (("img_ids", family.image_ids(sample.img_shapes)), ("txt_ids", family.text_ids(512))):
+            assert torch.equal(ids.to(seen[name]), seen[name].reshape(ids.shape)), name
         if sample.pooled_embeds is not None:
             assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
+
+
+class Flux2DevCase(Flux2Case):
+    """FLUX.2-dev embeds its guidance, 4 unless another is given."""
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        return {"guidance": 2.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 2.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {}
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
 
 
 class FluxCase(Flux2Case):
@@ -219,22 +235,6 @@ class FluxCase(Flux2Case):
         latents = kontext._encode_vae_image(pixels, generator=None)
         packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
         return packed
-
-
-class Flux2DevCase(Flux2Case):
-    """FLUX.2-dev embeds its guidance, 4 unless another is given."""
-
-    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
-        return {"guidance": 2.0}
-
-    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
-        return {"prompt": prompt, "guidance_scale": 2.0}
-
-    def unguided(self) -> dict[str, Any]:
-        return {}
-
-    def stock_parts(self, base: Path) -> dict[str, Any]:
-        return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
 
 
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}

@@ -44,8 +44,7 @@ def test_positions_are_those_of_the_stock_pipeline() -> None:
     grids = [(1, 4, 6), (1, 3, 3), (1, 5, 2)]
     target, *references = (torch.zeros(1, 1, rows, columns) for _, rows, columns in grids)
     stock = [Flux2KleinPipeline._prepare_latent_ids(target)[0], Flux2KleinPipeline._prepare_image_ids(references)[0]]
-    found = FAMILY.image_ids(grids)
-    assert torch.equal(found, torch.cat(stock)) and found.dtype == torch.int64
+    assert torch.equal(FAMILY.image_ids(grids), torch.cat(stock)) and FAMILY.image_ids(grids).dtype == torch.int64
     assert torch.equal(FAMILY.text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
 
 

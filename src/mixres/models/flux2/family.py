@@ -124,8 +124,10 @@ class Flux2Klein(IdFamily):
         return pipeline._pack_latents(latents)[0].contiguous().cpu(), Grid(1, *latents.shape[2:])
 
     def image_ids(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """`(S, 4)` int64: image, row, column, 0 of each token. As `_prepare_latent_ids` and `_prepare_image_ids` of the
-        pipelines: the target is image 0, references are 10, 20, ..."""
+        """`(S, 4)` int64: image, row, column, 0 of each token. As `_prepare_latent_ids` and `_prepare_image_ids`.
+
+        The target is image 0, references are 10, 20, ...
+        """
         parts = [
             torch.cartesian_prod(
                 torch.tensor([_FRAME_STEP * number]), torch.arange(rows), torch.arange(columns), torch.arange(1)
