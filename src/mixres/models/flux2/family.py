@@ -7,7 +7,6 @@ it at that size.
 Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixres.batch import TextEmbeds
-from mixres.geometry import Grid, Size, control_area
-from mixres.models.family import AreaRule, ControlSizes, PatchState
+from mixres.geometry import Grid, Size
+from mixres.models.family import ControlSizes, PatchState
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
-from mixres.models.id_family import TEXT_TOKENS, IdFamily
+from mixres.models.id_family import TEXT_TOKENS, IdFamily, resized
 from mixres.models.stock_family import attributes_set, evaluating
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a reference; the stock pipelines scale larger ones down, none up
@@ -67,6 +66,10 @@ class Flux2Klein(IdFamily):
         """See `StockFamily`."""
         return patch_flux2_model_for_multi_resolution(transformer)
 
+    def patch_state(self, transformer: Flux2Transformer2DModel) -> PatchState:
+        """See `Family`."""
+        return patch_state(transformer)
+
     # Configuration files.
 
     def training_notice(self) -> str | None:
@@ -95,23 +98,14 @@ class Flux2Klein(IdFamily):
         config = self._config("transformer/config.json")
         return config.get("in_channels", 128), config.get("joint_attention_dim", 15360)  # the class's defaults
 
-    # Records before they are encoded.
-
-    def control_sizes(
-        self,
-        target: Size,
-        controls: Sequence[Size],
-        rules: Mapping[str, AreaRule] | None = None,
-        aligned: Sequence[bool] = (),
-    ) -> ControlSizes:
-        """See `Family`. A reference keeps its size up to the area, its sides rounded down to multiples of 16."""
-        rule = (rules or self.control_areas(STOCK_CONTROL_AREA, None))["control_area"]
-        pairs = itertools.zip_longest(controls, aligned)
-        return ControlSizes(
-            vae=tuple(target if same else _reference_size(size, control_area(rule, target)) for size, same in pairs)
-        )
-
     # Encoding.
+
+    def control_size(self, source: Size, area: int) -> Size:
+        """See `IdFamily`. As the stock `__call__` makes it, with `area` for its 1024 x 1024, and none enlarged."""
+        if source.width * source.height > area:
+            scale = math.sqrt(area / (source.width * source.height))
+            source = Size(int(source.width * scale), int(source.height * scale))
+        return Size(*(max(_MIN_SIDE, side // _MULTIPLE_OF * _MULTIPLE_OF) for side in source))
 
     @torch.no_grad()
     def encode_prompt(
@@ -144,19 +138,13 @@ class Flux2Klein(IdFamily):
 
     def text_ids(self, tokens: int) -> Tensor:
         """`(T, 4)` int64: 0, 0, 0 and the place of each token."""
-        return nn.functional.pad(torch.arange(tokens)[:, None], (3, 0))
-
-    # The transformer.
-
-    def patch_state(self, transformer: Flux2Transformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
+        return torch.nn.functional.pad(torch.arange(tokens)[:, None], (3, 0))
 
     # Sampling.
 
     def default_size(self, control: Size | None) -> Size:
         """See `Family`: the control's, or 1024 x 1024."""
-        return _reference_size(control or Size(1024, 1024), STOCK_CONTROL_AREA)
+        return self.control_size(control or Size(1024, 1024), STOCK_CONTROL_AREA)
 
     def sample_image(
         self,
@@ -182,11 +170,9 @@ class Flux2Klein(IdFamily):
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
         for name, (embeds, _) in texts.items():
             call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
-        pairs = zip(controls, sizes.vae, strict=True)
-        resized = [pipeline.image_processor.resize(image, wanted.height, wanted.width) for image, wanted in pairs]
         with evaluating(transformer), _any_reference_size(pipeline.image_processor):
             images = pipeline(
-                image=resized or None,
+                image=resized(pipeline, controls, sizes) or None,
                 guidance_scale=guidance,
                 width=size.width,
                 height=size.height,
@@ -208,14 +194,6 @@ class Flux2Klein(IdFamily):
         pixels = vae.decode(unpacked, return_dict=False)[0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
-
-
-def _reference_size(source: Size, area: int) -> Size:
-    """As the stock `__call__` makes it, with `area` for its 1024 x 1024."""
-    if source.width * source.height > area:
-        scale = math.sqrt(area / (source.width * source.height))
-        source = Size(int(source.width * scale), int(source.height * scale))
-    return Size(*(max(_MIN_SIDE, side // _MULTIPLE_OF * _MULTIPLE_OF) for side in source))
 
 
 @contextmanager
