@@ -287,6 +287,7 @@ CLASHES = {
         "lr_scheduler.scheduler_type=linear", "lr_scheduler.warmup_steps=2000",
     ),
     "constant has no warm-up: use constant_with_warmup": ("lr_scheduler.warmup_steps=5",),
+    "only the resolution shift depends on steps: set null": ("flow.shift=none", "flow.shift_steps=4"),
     "there are no samples to weight: name some": ("loss.prior_loss_weight=0.5",),
     "set a decay, such as train.ema_decay: 0.999": ("sample.use_ema=true",),
     "allowed: each value once": ("evaluate.sigmas=[0.5, 0.2, 0.5]",),

@@ -14,7 +14,7 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from safetensors import safe_open
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
@@ -43,8 +43,11 @@ if (base / "processor").is_dir():
     parts["processor"] = Processor(
         Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
     )
+if (base / "tokenizer" / "chat_template.jinja").is_file():  # FLUX.2-dev names a processor
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(base / "tokenizer")
 pipeline_class = getattr(diffusers, json.loads((base / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-pipeline = pipeline_class.from_pretrained(base, **parts, dtype=torch.float32)
+pipeline = pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=torch.float32)
+pipeline.register_modules(**parts)
 calls = json.load(sys.stdin)
 
 
@@ -66,15 +69,28 @@ def set_control_sizes(width: int, height: int, aligned: list[float]) -> None:
         )
 
 
+def of_flux2_size(control: Image.Image, aligned: tuple[int, int] | None) -> Image.Image:
+    """Resized to the size of the image, or to that to which the stock pipeline would crop it."""
+    scale = min(1.0, (recipe["control_area"] / (control.width * control.height)) ** 0.5)
+    by_area = [max(64, int(side * scale) // 16 * 16) for side in control.size]
+    return control.resize(aligned or by_area, Image.Resampling.LANCZOS)
+
+
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
         aspects = [control.width / control.height for control in controls]
-        set_control_sizes(words["width"], words["height"], list(itertools.compress(aspects, call["aligned"])))
-        images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
-        image = pipeline(**images, **words, true_cfg_scale=1.0, generator=draw).images[0]
-        image.save(out / f"{number}-{part}.png")
+        width, height = words["width"], words["height"]
+        set_control_sizes(width, height, list(itertools.compress(aspects, call["aligned"])))
+        if "Flux2" in type(pipeline).__name__:
+            sizes = [(width, height) if same else None for same in call["aligned"]]
+            images = {"image": [of_flux2_size(*pair) for pair in zip(controls, sizes, strict=True)]}
+            images |= {"guidance_scale": 1.0} if "Klein" in type(pipeline).__name__ else {}
+        else:
+            images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
+            images["true_cfg_scale"] = 1.0
+        pipeline(**images, **words, generator=draw).images[0].save(out / f"{number}-{part}.png")
 
 
 save_all("without")

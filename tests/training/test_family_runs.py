@@ -18,11 +18,12 @@ from safetensors import safe_open
 
 from mixres.preprocessing.fill import encode_all
 from mixres.training.sample_sheets import HeldOutSampler
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE, FamilyCase
 from support.jobs import LORA, REPOSITORY, Jobs, environment, stock_calls
 
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
+CASES = {name: case.in_a_folder() for name, case in EVERY_CASE.items()}
 EXTRAS = {"zero_cond_t": ("model.lora.use_dora=true", "train.ema_decay=0.5", "sample.use_ema=true")}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -86,6 +86,16 @@ def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup,
     assert len(found) <= len(counted) <= MAX_LENGTHS
 
 
+def test_guidance_and_steps_of_a_shift_are_refused_where_the_base_takes_none(setup: Setup) -> None:
+    with pytest.raises(UserError) as refused:
+        check_early(*with_family(setup("model.guidance=1.0", "flow.shift_steps=4")))
+    guidance, steps = refused.value.messages
+    assert guidance.startswith("model.guidance: the transformer of ") and guidance.endswith(
+        " takes no guidance: leave it out"
+    )
+    assert steps.startswith("flow.shift_steps: the shift of ") and steps.endswith(" not depend on steps: leave it out")
+
+
 def moved(one: dict[str, object], other: dict[str, object]) -> set[str]:
     return {key for key in one if one[key] != other[key]}
 

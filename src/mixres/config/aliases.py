@@ -5,6 +5,7 @@ ELSEWHERE = {
     "model.pretrained_model_name_or_path": "name name_or_path model_name base_model model_path pretrained_model dit",
     "model.family": "arch architecture model_type trainer",
     "model.quantize": "quantization quantize_base base_model_precision fp8_base",
+    "model.guidance": "guidance_scale embedded_guidance",
     "model.lora": "network adapter peft",
     "model.lora.r": "rank lora_rank network_dim dim linear",
     "model.lora.lora_alpha": "alpha network_alpha linear_alpha",

@@ -57,6 +57,9 @@ class ModelConfig(Section):
     quantize: Literal["int8", "fp8", "nf4", "bnb_int8"] | None = Field(
         None, description="Base weights in 8 or 4 bits under a LoRA: torchao's int8, fp8, bitsandbytes' nf4, bnb_int8."
     )
+    guidance: float | None = Field(
+        None, ge=0, le=100, description="Guidance in training where the transformer takes it; null: the family's, 1.0."
+    )
     lora: LoraConfig | None = Field(LoraConfig(), description="The adapters to train; null trains all weights.")
 
 
@@ -126,6 +129,12 @@ class FlowConfig(Section):
         "resolution", description="Timestep shift: by each target's token count as in sampling, fixed, or none."
     )
     shift_value: float = Field(3.0, gt=0, le=100, description="The shift of flow.shift: constant.")
+    shift_steps: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Denoising steps that FLUX.2's shift is for; null: the pipelines' default, 50.",
+    )
 
 
 class LossConfig(Section):
@@ -271,6 +280,8 @@ class Config(Section):
         if warmup and self.lr_scheduler.scheduler_type == "constant":
             keys = ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps")
             yield keys, "constant has no warm-up: use constant_with_warmup"
+        if self.flow.shift_steps and self.flow.shift != "resolution":
+            yield ("flow.shift_steps", "flow.shift"), "only the resolution shift depends on steps: set null"
         for section in ("sample", "evaluate"):
             if getattr(self, section).use_ema and self.train.ema_decay is None:
                 yield (f"{section}.use_ema", "train.ema_decay"), "set a decay, such as train.ema_decay: 0.999"

@@ -12,6 +12,7 @@ Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); DoRA, Liu et al. 2024 (arXiv 24
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from peft import LoraConfig
@@ -177,7 +178,7 @@ def _match(pattern: str, linears: Mapping[str, nn.Linear], r: int, use_dora: boo
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}")  # peft's rule for a list of targets
+    return fnmatchcase(f".{name}", f"*.{pattern}")  # peft's rule for a list of targets, and * for any text
 
 
 def train_all(transformer: nn.Module, *, untrained: Sequence[str]) -> list[TargetMatch]:

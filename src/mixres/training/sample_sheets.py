@@ -93,7 +93,7 @@ class HeldOutSampler:
         return self.family.sample_image(
             self.pipeline,
             controls=[self.read(path) for path in item.record.controls],
-            prompt_embeds=self.cache.read(item.key, name=item.record.name).prompt_embeds,
+            text=self.cache.read(item.key, name=item.record.name).text,
             size=item.target_size,
             steps=self.config.sample.steps,
             seed=self.config.train.seed,

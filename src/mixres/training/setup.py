@@ -78,8 +78,8 @@ def check_early(config: Config, family: Family) -> None:
     """Check what needs torch, before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, LoRA targets that match nothing, or a pretrained LoRA that does not
-            fit; all at once.
+        UserError: the optimizer or its arguments, a guidance or steps of a shift that the base does not have, LoRA
+            targets that match nothing, or a pretrained LoRA that does not fit; all at once.
     """
     problems = Problems()
     here, model, optimizer = dist_env(), config.model, config.optimizer
@@ -92,6 +92,8 @@ def check_early(config: Config, family: Family) -> None:
             check_method(model.quantize, here.device)
         if config.train.compile:
             check_compiler(here.device)
+    problems.collect(training_guidance, config, family)
+    problems.collect(family.flow_shift, config.flow.shift_steps)
     skeleton = family.transformer_skeleton()
     with problems.collecting():
         if model.lora:
@@ -135,19 +137,33 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
 
 
 def build_objective(config: Config, family: Family) -> Objective:
-    """What is minimised, with the shift constants of the base's own scheduler."""
+    """What is minimised, with the shift constants of the base."""
     model, flow = config.model, config.flow
     return Objective(
         predict_velocity=family.predict_velocity,
-        timesteps=TimestepSampler(**flow.model_dump()),
+        timesteps=TimestepSampler(**flow.model_dump(exclude={"shift_steps"})),
         weighting=config.loss.weighting,
-        shift_constants=family.flow_shift(),
+        shift_constants=family.flow_shift(flow.shift_steps),
         normalization=config.loss.normalization,
         foreground=config.data.mask_weight.foreground,
         background=config.data.mask_weight.background,
         seed=config.train.seed,
         dtype=torch.float64 if model.dtype == "float64" else torch.float32,
+        guidance=training_guidance(config, family),
     )
+
+
+def training_guidance(config: Config, family: Family) -> float | None:
+    """What a transformer that takes guidance is given in training; None for others.
+
+    Raises:
+        UserError: `model.guidance` is given for one of the others.
+    """
+    given, own = config.model.guidance, family.embedded_guidance()
+    if own is None and given is not None:
+        base = config.model.pretrained_model_name_or_path
+        raise UserError(f"model.guidance: the transformer of {base} takes no guidance: leave it out")
+    return own.training if own and given is None else given
 
 
 def build_plan(config: Config, encoded: CachedData, *, world_size: int) -> Plan:

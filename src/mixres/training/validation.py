@@ -102,7 +102,7 @@ class HeldOutLoss:
         flow = fixed_flow_sample(batch, keys=self.dataset.keys[position : position + 1], sigma=sigma,
                                  dtype=self.objective.dtype)  # fmt: skip
         with self.accelerator.autocast():
-            velocity = self.objective.predict_velocity(self.transformer, batch, flow.noisy_latents, flow.sigmas)
+            velocity = self.objective.predict(self.transformer, batch, flow)
         return float(velocity_loss(velocity, batch, flow, normalization="sample"))
 
     @contextmanager

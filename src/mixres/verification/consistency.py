@@ -55,8 +55,10 @@ def run(setup: TrainState, samples: Sequence[Sample], mode: BatchMode, *, autoca
     model, parameters, accelerator = setup.transformer, setup.parameters, setup.accelerator
     outputs: list[Tensor] = []
 
-    def predict(model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-        velocity = setup.objective.predict_velocity(model, batch, noisy_latents, sigmas)
+    def predict(
+        model: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor, guidance: Tensor | None
+    ) -> Tensor:
+        velocity = setup.objective.predict_velocity(model, batch, noisy_latents, sigmas, guidance)
         outputs.extend(_per_sample(velocity.detach().cpu(), batch))
         return velocity
 

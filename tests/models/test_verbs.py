@@ -1,0 +1,58 @@
+"""Families other than Qwen's through every verb of the command line, in this process."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+
+from mixres.cli import main
+from support.family_cases import EVERY_CASE, FamilyCase
+
+CASES = {
+    # A folder has a control for each target.
+    "flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2)),
+    "flux_kontext": replace(EVERY_CASE["flux_kontext"], controls=(1,)),
+}
+
+
+def command(*words: str | Path) -> int:
+    AcceleratorState._reset_state(True)
+    return main([str(word) for word in words])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_family_goes_through_every_verb(
+    case: FamilyCase,
+    base_of: Callable[[Any], Path],
+    pairs_of: Callable[[Any], Path],
+    small_run: Path,
+    tmp_path: Path,
+) -> None:
+    base, pairs, run = base_of(case), pairs_of(case), tmp_path / "run"
+    config = (
+        "--config", small_run, f"model.pretrained_model_name_or_path={base}", f"data.train={pairs / 'train'}",
+        f"data.held_out={pairs / 'held_out'}", f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={run}",
+        *case.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
+        "model.lora.target_modules=attention+mlp",
+    )  # fmt: skip
+    for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
+        assert command(*verb, *config) == 0, verb
+    assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
+
+    image = min((pairs / "held_out" / "control_images").iterdir())
+    call = ("--image", image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
+    assert command("sample", "--lora", run, *call, "--out", tmp_path / "out") == 0
+    assert [file.suffix for file in (tmp_path / "out").iterdir()] == [".png"]
+    for name in ("diffusers", "comfyui"):
+        file = tmp_path / f"{name}.safetensors"
+        assert command("export", run, "--format", name, "--out", file) == 0
+        with safe_open(file, "pt") as opened:
+            assert all(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
+    assert command("export", run, "--format", "diffusers", "--merge", "--out", tmp_path / "merged") == 0
