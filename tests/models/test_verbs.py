@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from mixres.cli import main
+from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
 CASES = {
@@ -26,7 +27,7 @@ def command(*words: str | Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_family_goes_through_every_verb(
     case: FamilyCase,
@@ -45,6 +46,11 @@ def test_a_family_goes_through_every_verb(
     for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
         assert command(*verb, *config) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
+
+    cut = (*config, f"logging.output_dir={tmp_path / 'cut'}", "checkpoint.every=1")
+    for steps in (1, 2):
+        assert command("train", *cut, f"train.max_train_steps={steps}") == 0
+    assert (tmp_path / "cut" / FILE_NAME).read_bytes() == (run / FILE_NAME).read_bytes(), "a resumed run"
 
     image = min((pairs / "held_out" / "control_images").iterdir())
     call = ("--image", image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")

@@ -25,7 +25,10 @@ from support.jobs import LORA, REPOSITORY, Jobs, environment, stock_calls
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
 # A folder has a control image for each target or for none.
-CASES = EVERY_CASE | {"flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2))}
+CASES = EVERY_CASE | {
+    "flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2)),
+    "flux_kontext": replace(EVERY_CASE["flux_kontext"], controls=(1,)),
+}
 EXTRAS = {"zero_cond_t": ("model.lora.use_dora=true", "train.ema_decay=0.5", "sample.use_ema=true")}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
