@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,7 @@ from mixres.cli import main
 from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-CASES = {
-    # A folder has a control for each target.
-    "flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2)),
-    "flux_kontext": replace(EVERY_CASE["flux_kontext"], controls=(1,)),
-}
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_klein", "flux_kontext")}
 
 
 def command(*words: str | Path) -> int:

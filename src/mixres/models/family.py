@@ -63,6 +63,7 @@ class Family(Protocol):
     pipeline_class: ClassVar[type[Any]]  # of diffusers, by whose name in model_index.json the family is chosen
     stock_bases: ClassVar[tuple[str, ...]]  # repositories whose shape is known without a file
     controls: ClassVar[tuple[int, int | None]]  # minimum and maximum number of control images; None: any number
+    prompts_alone: ClassVar[bool]  # whether embeddings depend on prompts alone, which the cache then holds once each
     padded_text: ClassVar[int | None]  # T of every prompt where the pipeline pads it; None: as long as it is
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
@@ -181,11 +182,12 @@ class Family(Protocol):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """A sample from RGB images of any size, on the CPU and in the encoders' dtype.
 
         The target is resized to `target_size` pixels, the controls to `sizes`. `mask` ("L") is as large as the target.
-        Latents are those of the stock pipeline, bit for bit.
+        Latents are those of the stock pipeline, bit for bit. `text` is what `encode_prompt` gives, where that is known.
 
         Raises:
             UserError: `record_problem` finds one.

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area
 from mixres.models.edit_mask import mask_on_grid
@@ -29,6 +29,7 @@ class IdFamily(StockFamily):
     """See `mixres.models.family.Family` for what each method gives."""
 
     label: ClassVar[str]  # what messages call it
+    prompts_alone = True
     padded_text = TEXT_TOKENS
     tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     vae_class: ClassVar[Any]
@@ -143,13 +144,14 @@ class IdFamily(StockFamily):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """See `Family`."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
         images = zip((target, *controls), (target_size, *sizes.vae), strict=True)
         latents, grids = zip(*(self.encode_image(encoders, image, size) for image, size in images), strict=True)
-        text = self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],

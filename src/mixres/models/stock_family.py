@@ -26,6 +26,7 @@ class StockFamily(Family):
     """See `mixres.models.family.Family` for what each method gives."""
 
     controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
+    prompts_alone: ClassVar[bool] = False
     padded_text: ClassVar[int | None] = None
     components: ClassVar[tuple[str, ...]]  # those that encode
     transformer_class: ClassVar[Any]
