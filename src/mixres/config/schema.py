@@ -149,6 +149,15 @@ class SchedulerConfig(Section):
     warmup_steps: Steps = Field(0, description="Steps of the warm-up; the first of them has learning rate 0.")
 
 
+class OffloadConfig(Section):
+    blocks: int | None = Field(
+        None,
+        ge=1,
+        description="Blocks whose frozen matrices are on the device at once; from 2 on copied ahead. null: all.",
+    )
+    activations: bool = Field(False, description="Keep the inputs of recomputed blocks in host memory until backward.")
+
+
 class TrainConfig(Section):
     max_train_steps: int = Field(1000, ge=1, le=10**9, description="Optimizer steps of the whole run.")
     parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="All weights on each device (ddp), or split (fsdp2).")
@@ -157,6 +166,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         True, description="Recompute activations in the backward pass: of all blocks, of every n-th, or of none."
     )
+    offload: OffloadConfig = Field(OffloadConfig(), description="What waits in host memory while a LoRA trains.")
     compile: bool = Field(False, description="Compile the blocks (batch.layout: padded); row lengths are rounded up.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of a moving average of the weights, or none.")
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
@@ -238,7 +248,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        if clashes := [*self._model_clashes(), *self._run_clashes()]:
+        if clashes := [*self._model_clashes(), *self._offload_clashes(), *self._run_clashes()]:
             raise PydanticCustomError("clash", "{clashes}", {"clashes": clashes})
         return self
 
@@ -261,6 +271,27 @@ class Config(Section):
             yield ("train.compile", "train.parallel"), "compiled blocks cannot be split: use ddp, or set false"
         if train.compile and self.batch.layout == "packed":
             yield ("train.compile", "batch.layout"), "each packed batch would be compiled anew: use padded"
+
+    def _offload_clashes(self) -> Iterator[Clash]:
+        model, train = self.model, self.train
+        rules = {
+            "train.gradient_checkpointing": (train.gradient_checkpointing != 1, "needs true: all blocks recomputed"),
+            "train.compile": (train.compile, "compiled blocks cannot be offloaded: set one to its default"),
+            "train.parallel": (
+                train.parallel == "fsdp2",
+                "fsdp2 splits the weights instead: use ddp, or offload nothing",
+            ),
+            "model.lora": (model.lora is None, "only what is frozen is swapped: train a LoRA, or set null"),
+            "model.quantize": (
+                model.quantize in ("nf4", "bnb_int8"),
+                "bitsandbytes' weights cannot be swapped: use int8 or fp8, or set null",
+            ),
+        }
+        for name, keys in (("blocks", list(rules)), ("activations", list(rules)[:3])):
+            for key in keys if getattr(train.offload, name) else ():
+                broken, fix = rules[key]
+                if broken:
+                    yield (f"train.offload.{name}", key), fix
 
     def _run_clashes(self) -> Iterator[Clash]:
         lr, warmup = self.optimizer.init_args.get("lr", 0), self.lr_scheduler.warmup_steps

@@ -37,7 +37,7 @@ from mixres.geometry import Grid
 from mixres.models.blocks import recompute_blocks, repeated_blocks
 from mixres.models.family import Family
 from mixres.models.lora import add_lora, train_all, trainable_parameters
-from mixres.models.quantize import is_torchao, quantize_skeleton, stored_bytes
+from mixres.models.quantize import empty_like, is_torchao, plain_tensors, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step
 from mixres.training.setup import build_objective
@@ -193,7 +193,7 @@ class MemoryEstimate:
         with self._fake:
             for module in transformer.modules():
                 for name, parameter in module.named_parameters(recurse=False):
-                    empty = _empty_like(parameter.detach(), self._device)
+                    empty = empty_like(parameter.detach(), self._device)
                     setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
             for parameter in trainable_parameters(transformer).values():
                 parameter.grad = torch.empty_like(parameter)  # of the microbatches before this one
@@ -208,12 +208,12 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sizes = {storage._cdata: 0 for tensor in known for storage in storages_of(tensor)}
+        self._sizes = {storage._cdata: 0 for storage in _storages(known)}
         self.live = self.peak = 0
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these, as far as they are not counted yet."""
-        for storage in (storage for tensor in tensors for storage in storages_of(tensor)):
+        for storage in _storages(tensors):
             if storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self.live += storage.nbytes()
@@ -233,18 +233,13 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """One, or those of the tensors that a quantised weight is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
-    else:
-        yield tensor.untyped_storage()
+def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    return (part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes that these tensors hold, quantised ones as they are stored."""
-    return sum(storage.nbytes() for tensor in tensors for storage in storages_of(tensor))
+    return sum(storage.nbytes() for storage in _storages(tensors))
 
 
 def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleTokens]) -> Batch:
@@ -263,15 +258,6 @@ def _runs_of_equal(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tu
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList) and not set(blocks).isdisjoint(stack):
             yield from ((stack, list(run)) for _, run in groupby(list(stack), key=kind))
-
-
-def _empty_like(tensor: Any, device: torch.device) -> Any:
-    """On `device`; the parts of a quantised tensor too."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return torch.empty_like(tensor, device=device)
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: _empty_like(getattr(tensor, name), device) for name in names}
-    return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 
 
 def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
