@@ -1,10 +1,8 @@
 """Swapped blocks: the same bits, how many are on the device and how often one is copied, nothing ever empty."""
 
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mixres.config.schema import Config
-from mixres.data.plan import Layout
-from mixres.models.block_swap import BlockSwap, frozen_matrices, save_activations_on_host
+from mixres.models.block_swap import BlockSwap, frozen_matrices
 from mixres.models.blocks import recompute_blocks, repeated_blocks
-from mixres.preprocessing.fill import CachedData
-from mixres.training.sample_sheets import HeldOutSampler
-from mixres.training.setup import load_trained
 from support import mixes
-from support.family_cases import with_family
 from support.kinds import KINDS
-from support.steps import LAYOUTS, SPLITS, microbatches, new_accelerator
+from support.steps import LAYOUTS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BLOCKS = 5
@@ -117,7 +109,8 @@ def test_swapped_blocks_give_the_same_bits_from_no_more_slots_than_asked_for(nam
     check_swapped(name, keep, device)
 
 
-def not_put_back(swap: BlockSwap, number: int, *_: Any) -> None: ...
+def not_put_back(swap: BlockSwap, number: int, *_: Any) -> None:
+    """The block's tensors stay those of the slot."""
 
 
 def wrong_neighbour(swap: BlockSwap, number: int) -> list[int]:
@@ -126,20 +119,16 @@ def wrong_neighbour(swap: BlockSwap, number: int) -> list[int]:
     return [*range(number, count), *range(number - 1, -1, -1)][:slots]
 
 
-@pytest.mark.parametrize(
-    ("method", "bug"), [("_leave", not_put_back), ("_wanted", wrong_neighbour)], ids=["not put back", "neighbour"]
-)
-def test_planted_bugs_are_found(method: str, bug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BlockSwap, method, bug)
-    with pytest.raises(AssertionError):
-        check_swapped("qwen", 2)
+def more_than_asked_for(swap: BlockSwap, model: Any, *, keep: int, device: torch.device) -> None:
+    PLAIN(swap, model, keep=keep + 1, device=device)
 
 
-def test_a_block_kept_too_long_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slot more than asked for."""
-    plain = BlockSwap.__init__
-    monkeypatch.setattr(
-        BlockSwap, "__init__", lambda swap, model, *, keep, device: plain(swap, model, keep=keep + 1, device=device)
-    )
+PLAIN = BlockSwap.__init__
+BUGS = {"_leave": not_put_back, "_wanted": wrong_neighbour, "__init__": more_than_asked_for}
+
+
+@pytest.mark.parametrize("method", BUGS)
+def test_planted_bugs_are_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockSwap, method, BUGS[method])
     with pytest.raises(AssertionError):
         check_swapped("qwen", 2)

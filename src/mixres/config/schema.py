@@ -284,7 +284,7 @@ class Config(Section):
             "model.lora": (model.lora is None, "only what is frozen is swapped: train a LoRA, or set null"),
             "model.quantize": (
                 model.quantize in ("nf4", "bnb_int8"),
-                "bitsandbytes' weights cannot be swapped: use int8 or fp8, or set null",
+                "cannot be swapped: use int8, fp8 or null",
             ),
         }
         for name, keys in (("blocks", list(rules)), ("activations", list(rules)[:3])):

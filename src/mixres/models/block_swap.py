@@ -173,7 +173,8 @@ def _move_to_host(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
     host = torch.empty(_laid_out(parts), dtype=torch.uint8)
     if pin:
         # Not `pin_memory`: torch's allocator of pinned memory rounds each piece up to a power of two.
-        code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(cuda.cudaHostRegister(host.data_ptr(), host.nbytes, 0))
         if code:
             raise WorkError(
                 f"train.offload.blocks: {host.nbytes / 1e9:.1f} GB of host memory for one block could not be pinned "
@@ -187,8 +188,9 @@ def _move_to_host(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
 
 def _unpin(addresses: Sequence[int]) -> None:
     torch.cuda.synchronize()  # blocks may still be copied ahead
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        cuda.cudaHostUnregister(address)
 
 
 def save_activations_on_host(transformer: nn.Module, device: torch.device) -> None:

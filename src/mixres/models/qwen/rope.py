@@ -129,7 +129,7 @@ class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
 
     def forward(
         self,
-        video_fhw: Sequence[Shape | Sequence[Shape]] | Shape,
+        video_fhw: Sequence[Shape | Sequence[Shape]] | Shape | PlannedShapes,
         device: torch.device | None = None,
         max_txt_seq_len: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | JointRotary:
