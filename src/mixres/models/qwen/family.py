@@ -371,9 +371,10 @@ class QwenFamily(Family):
         assert (guidance > 1) == (negative_embeds is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
         texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
+        device = pipeline._execution_device  # not that of its modules where they are offloaded
         for name, embeds in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
-            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
+            call[f"{name}_embeds"] = embeds.to(device=device, dtype=transformer.dtype).unsqueeze(0)
+            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=device)
         was_training = transformer.training
         transformer.eval()
         try:
