@@ -14,6 +14,7 @@ from mixres.data.images import read_image
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
+from mixres.training.drift import Drift
 from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid
 from support.family_cases import with_family
 from support.jobs import names
@@ -94,7 +95,8 @@ def test_samples_are_made_with_the_average_on_request(
     ema = moved_average([transformer.proj_out.weight], 0.1)
 
     def grid(*words: str) -> bytes:
-        return HeldOutSampler(setup(*words), family, transformer, encoded, ema).write(tmp_path / "a.png").tobytes()
+        (image, _) = HeldOutSampler(setup(*words), family, transformer, encoded, ema).write(tmp_path / "a.png")
+        return image.tobytes()
 
     plain, averaged = grid(), grid("train.ema_decay=0.9", "sample.use_ema=true")
     with ema.averaged():
@@ -104,13 +106,15 @@ def test_samples_are_made_with_the_average_on_request(
 
 def test_a_row_shows_control_and_target_as_they_are(sampler: HeldOutSampler) -> None:
     item, limits = sampler.items[-1], image_limits(sampler.config)
-    row = sampler._row(item)
+    row = sampler._row(item, sampler.predict(item), Drift(3.0, 4.0, 1.0, -2.0))
     control, target, prediction = row.images
     assert control.tobytes() == read_image(item.record.controls[0], limits).tobytes()
     assert target.tobytes() == read_image(item.record.target, limits).tobytes()
     assert prediction.size == item.target_size != target.size
+    drift = "shift 5.0 px, scale -2.0 %"
     sizes = f"control {control.width}x{control.height}, target {target.width}x{target.height}"
-    assert (row.caption, row.note) == (item.record.prompt, f"{sizes}, trained and predicted at {item.target_size}")
+    assert row.caption == item.record.prompt
+    assert row.note == f"{sizes}, trained and predicted at {item.target_size}; {drift}"
 
 
 def test_a_grid_that_cannot_be_written_is_a_line_and_no_more(

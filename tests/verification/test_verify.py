@@ -21,7 +21,7 @@ from mixres.diffusion import objective as objective_module
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size
 from mixres.models import modulation, qwen_multi_resolution_patch as patch
-from mixres.models.family import PatchState
+from mixres.models.family import ControlSizes, PatchState
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
@@ -194,7 +194,7 @@ def test_the_most_different_samples_are_taken() -> None:
     def item(name: str, text: int, target: tuple[int, int]) -> CachedSample:
         record = EditRecord(name=name, target=Path(name), controls=(), prompt="", mask=None)
         entry = CacheEntry(name, (Grid(1, *target), Grid(1, 2, 2)), text, False)
-        return CachedSample(record, Size(16, 16), name, entry)
+        return CachedSample(record, Size(16, 16), ControlSizes((), ()), name, entry)
 
     plain = [item(f"plain{n}", 10, (8, 8)) for n in range(5)]
     special = item("tall", 9, (32, 2)), item("short", 3, (2, 2)), item("long", 12, (20, 20)), item("wordy", 90, (8, 7))
