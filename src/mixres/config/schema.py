@@ -274,24 +274,29 @@ class Config(Section):
 
     def _offload_clashes(self) -> Iterator[Clash]:
         model, train = self.model, self.train
-        rules = {
-            "train.gradient_checkpointing": (train.gradient_checkpointing != 1, "needs true: all blocks recomputed"),
-            "train.compile": (train.compile, "compiled blocks cannot be offloaded: set one to its default"),
-            "train.parallel": (
-                train.parallel == "fsdp2",
-                "fsdp2 splits the weights instead: use ddp, or offload nothing",
-            ),
-            "model.lora": (model.lora is None, "only what is frozen is swapped: train a LoRA, or set null"),
-            "model.quantize": (
-                model.quantize in ("nf4", "bnb_int8"),
-                "cannot be swapped: use int8, fp8 or null",
-            ),
+        both = {
+            "train.gradient_checkpointing": "offloading recomputes all blocks: set true",
+            "train.compile": "compiled blocks cannot be offloaded: set one to its default",
+            "train.parallel": "split blocks cannot be offloaded: use ddp, or offload none",
         }
-        for name, keys in (("blocks", list(rules)), ("activations", list(rules)[:3])):
-            for key in keys if getattr(train.offload, name) else ():
-                broken, fix = rules[key]
-                if broken:
-                    yield (f"train.offload.{name}", key), fix
+        rules = {
+            "activations": both,
+            "blocks": both
+            | {
+                "model.lora": "only what is frozen is swapped: train a LoRA, or set null",
+                "model.quantize": "cannot be swapped: use int8, fp8 or null",
+            },
+        }
+        broken = {
+            "train.gradient_checkpointing": train.gradient_checkpointing != 1,
+            "train.compile": train.compile,
+            "train.parallel": train.parallel == "fsdp2",
+            "model.lora": model.lora is None,
+            "model.quantize": model.quantize in ("nf4", "bnb_int8"),
+        }
+        for name, fixes in rules.items():
+            if getattr(train.offload, name):
+                yield from (((f"train.offload.{name}", key), fix) for key, fix in fixes.items() if broken[key])
 
     def _run_clashes(self) -> Iterator[Clash]:
         lr, warmup = self.optimizer.init_args.get("lr", 0), self.lr_scheduler.warmup_steps
