@@ -138,6 +138,8 @@ def _add_sample_options(parser: _Parser) -> None:
     parser.add_argument("--compare", action="store_true", help="also without what was trained, both side by side")
     option("--base", metavar="PATH", help="the base, if it has moved since the run")
     option("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
+    offload = "diffusers' model CPU offload: transformer and VAE are on the device in turn, else in host memory"
+    parser.add_argument("--offload", action="store_true", help=offload)
     option("--dtype", metavar="NAME", help="bfloat16 or float32 (float32 on a CPU)")
     option("--quantize", metavar="NAME", help="null, int8, fp8, nf4 or bnb_int8: the base under a LoRA (as trained)")
 

@@ -300,6 +300,11 @@ CLASHES = {
     "compiled blocks cannot be split: use ddp, or set false": (*PADDED, "train.parallel=fsdp2"),
     "quantised layers cannot be compiled: set one to its default": (*PADDED, "model.quantize=int8"),
     "DoRA layers cannot be compiled: set one to false": (*PADDED, "model.lora.use_dora=true"),
+    "offloading recomputes all blocks: set true": ("train.offload.blocks=2", "train.gradient_checkpointing=2"),
+    "compiled blocks cannot be offloaded: set one to its default": (*PADDED, "train.offload.activations=true"),
+    "split blocks cannot be offloaded: use ddp, or offload none": ("train.offload.blocks=2", "train.parallel=fsdp2"),
+    "only what is frozen is swapped: train a LoRA, or set null": ("train.offload.blocks=2", "model.lora=null"),
+    "cannot be swapped: use int8, fp8 or null": ("train.offload.blocks=2", "model.quantize=nf4"),
     "one of them must be above 0": ("data.mask_weight.foreground=0", "data.mask_weight.background=0"),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ VERBS = {
     "bench": ["--config", "--synthetic"],
     "sample": [
         *("--lora", "--image", "--prompt", "--prompts", "--out", "--size", "--steps", "--seed", "--guidance"),
-        *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize"),
+        *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),
     ],
     "export": ["--format", "--merge", "--out", "--base"],
 }

@@ -149,7 +149,8 @@ def test_the_image_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_pat
 
 
 def test_the_image_says_how_it_was_made(edit: Result, tmp_path: Path) -> None:
-    words = edit.words("--compare", "--guidance", "2.5", "--negative-prompt", NEGATIVE)
+    """Offloading is not among it: it changes nothing."""
+    words = edit.words("--compare", "--guidance", "2.5", "--negative-prompt", NEGATIVE, "--offload")
     assert cli.main([*words, "--out", str(tmp_path)]) == 0
     file = edit.folder / FILE_NAME
     settings = {

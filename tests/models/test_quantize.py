@@ -12,6 +12,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from mixres.errors import UserError
+from mixres.models.block_swap import BlockSwap
 from mixres.models.blocks import recompute_blocks
 from mixres.models.lora import trainable_parameters
 from mixres.models.quantize import Method, check_method, quantization_config
@@ -53,9 +54,11 @@ def test_a_quantised_batch_trains_as_quantised_samples_alone(
         kind = {"zero_cond_t": zero_cond_t, "use_dora": use_dora}
         alone = mixes.run(load(method, device, **kind), mix, "alone")
         patched = patch_qwen_model_for_multi_resolution(load(method, device, **kind))
-        for checkpointing in (False, True):
-            if checkpointing:
+        for change in ("none", "recomputed", *(["swapped"] if method in ANYWHERE else [])):
+            if change == "recomputed":
                 recompute_blocks(patched, every=1)
+            elif change == "swapped":
+                BlockSwap(patched, keep=1, device=torch.device(device))
             for layout in mixes.LAYOUTS:
                 mixes.assert_same(mixes.run(patched, mix, layout), alone, forward=1e-5)
         assert any(gradient is not None for gradient in alone.gradients.values())

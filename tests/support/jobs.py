@@ -28,6 +28,9 @@ ACCELERATE = (str(BIN / "accelerate"), "launch", "--config_file", "configs/accel
 LORA = "pytorch_lora_weights.safetensors"
 COMMON = ("sample.every=0", "checkpoint.every=2", "data.held_out=null", "optimizer.init_args.lr=2e-3")
 
+# Of the two blocks of the tiny base one is on the device at a time.
+OFFLOADED = ("train.gradient_checkpointing=true", "train.offload={blocks: 1, activations: true}")
+
 
 def torchrun(ranks: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")

@@ -31,6 +31,7 @@ from mixres.verification.batch_diagram import COLOURS, padded_segments
 from mixres.verification.consistency import Outcome, batches_of, errors
 from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
+from support.jobs import OFFLOADED
 
 Verify = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -72,6 +73,7 @@ def test_the_real_thing_passes_and_only_reports_are_written(
 PRECISIONS = {
     "autocast": (("train.mixed_precision=bf16", "train.gradient_checkpointing=true"), "float32, autocast bf16"),
     "bfloat16": (("model.dtype=bfloat16", "train.mixed_precision=bf16"), "bfloat16"),
+    "offloaded": (("model.dtype=bfloat16", "train.mixed_precision=bf16", *OFFLOADED), "bfloat16"),
     "all_weights": (("model.dtype=bfloat16", "train.mixed_precision=bf16", "model.lora=null"), "bfloat16"),
 }
 

@@ -37,6 +37,14 @@ class JointRotary:
     mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
     packed: PackedLengths | None = None
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "JointRotary":
+        """With its tensors on `device`: hooks that offload a model move the arguments of its modules so."""
+        freqs, mask = (x if x is None else x.to(device, non_blocking=non_blocking) for x in (self.freqs, self.mask))
+        packed = self.packed
+        if packed is not None:
+            packed = replace(packed, cumulative=packed.cumulative.to(device, non_blocking=non_blocking))
+        return JointRotary(freqs, mask, packed)
+
     def without_complex(self) -> "JointRotary":
         """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
         return self if self.freqs is None else replace(self, freqs=torch.view_as_real(self.freqs))

@@ -134,8 +134,10 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
 def _replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """DDP: the model wrapped so that gradients are summed over ranks."""
     device = accelerator.device
-    # Weights quantised by torchao cannot be sent; each rank has read and rounded the same ones.
-    unsent = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    # Weights quantised by torchao or in host memory cannot be sent; each rank has read and rounded the same ones.
+    unsent = [
+        name for name, p in model.named_parameters() if hasattr(p, "__tensor_flatten__") or p.device.type != device.type
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
     wrapped = DistributedDataParallel(
         model,

@@ -56,9 +56,8 @@ class HeldOutSampler:
         self.items = spread(encoded.held_out, ROWS)
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
-        self.pipeline = family.load_sampling_pipeline(
-            transformer=transformer, dtype=parameter.dtype, device=parameter.device
-        )
+        self.pipeline = family.load_sampling_pipeline(transformer=None, dtype=parameter.dtype, device=parameter.device)
+        self.pipeline.register_modules(transformer=transformer)  # loading would move what waits in host memory
 
     def write(
         self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False

@@ -303,9 +303,10 @@ class QwenFamily(StockFamily):
         assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
+        device = pipeline._execution_device  # not that of its modules where they are offloaded
         for name, (embeds, _) in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
-            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
+            call[f"{name}_embeds"] = embeds.to(device=device, dtype=transformer.dtype).unsqueeze(0)
+            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=device)
         with evaluating(transformer), self.stock_sizes(sizes):
             images = pipeline(
                 true_cfg_scale=guidance,
