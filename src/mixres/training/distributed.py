@@ -68,7 +68,9 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
         problems.add(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
     problems.raise_if_any()
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
+        # As `dist_env` has it: CUDA or the CPU. Without it accelerate would take Apple's MPS, which has no float64, and
+        # two CPU ranks for two single runs.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),

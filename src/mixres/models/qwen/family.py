@@ -34,7 +34,11 @@ from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
 from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 from mixres.models.qwen.rope import TABLE_HALF, text_start
-from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
+from mixres.models.qwen_multi_resolution_patch import (
+    TEXT_IS_PADDED,
+    patch_qwen_model_for_multi_resolution,
+    patch_state,
+)
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -313,14 +317,14 @@ class QwenFamily(Family):
     def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
         """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-        packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
+        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
         velocity: Tensor = transformer(
             hidden_states=noisy_latents.to(dtype),
             timestep=sigmas.to(dtype),
             encoder_hidden_states=batch.prompt_embeds.to(dtype),
             encoder_hidden_states_mask=batch.prompt_mask,
             img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
-            attention_kwargs=packed,
+            attention_kwargs=known,
             return_dict=False,
         )[0]
         return velocity
