@@ -24,7 +24,6 @@ from torch.nn.attention.varlen import varlen_attn
 from mixres.models.packing import PackedLengths, interleave, separate
 from mixres.models.rotation import rotate_complex, rotate_real
 
-
 MAX_VARLEN_WIDTH = 256  # of a head
 
 
