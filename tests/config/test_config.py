@@ -232,7 +232,9 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: 
 
 
 IDLE = {  # set, and the notice without and with an edit mask among the samples
-    ("flow.logit_mean=0.5", "data.mask_weight.background=0.1"): (["data.mask_weight.background (no sample has a mask)"], []),
+    ("flow.logit_mean=0.5", "data.mask_weight.background=0.1"): (
+        ["data.mask_weight.background (no sample has a mask)"], [],
+    ),
     ("flow.density=uniform", "flow.logit_std=2.0", "flow.mode_scale=1.29"): (
         ["flow.logit_std (flow.density is uniform)"], ["flow.logit_std (flow.density is uniform)"],
     ),

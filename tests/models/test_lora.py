@@ -39,7 +39,7 @@ def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_autocast_casts_the_inputs_of_adapters_and_nobody_before_it(changes: dict[str, Any]) -> None:
-    """The same bits as with peft's casts to float32 and fewer copies; DoRA, and calls without autocast, keep the casts."""
+    """The same bits as with peft's casts to float32, and fewer copies; DoRA and calls without autocast keep them."""
     model = with_adapters(mixes.patched_model().to(torch.bfloat16), **changes)
     mix = mixes.random_mix(3).to("cpu", torch.bfloat16)
 

@@ -80,8 +80,8 @@ def quantization_config(
             llm_int8_skip_modules=list(exclude),
         )
     if method == "bnb_int8":
-        # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339), without its outlier columns: at their default threshold of
-        # 6 they are chosen over all tokens of a call, so that a sample's values would depend on its batch.
+        # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339), without its outlier columns. Those are chosen over all
+        # tokens of a call: at the default threshold of 6 a sample's values would depend on its batch.
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(exclude))
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 

@@ -15,6 +15,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,7 +137,7 @@ class Checkpoints:
         """
         for name in reversed(self.gather([path.name for path in self._all()])[0]):
             path = self.root / name
-            found = self._together(lambda path=path: problem_of(path, rank=self.rank, ranks=self.ranks), _unreadable)
+            found = self._together(partial(problem_of, path, rank=self.rank, ranks=self.ranks), _unreadable)
             problems = [problem for problem in found if problem]
             if not problems:
                 return Checkpoint(path)
@@ -241,8 +242,8 @@ def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
 
 def _unreadable(error: OSError) -> WorkError:
     return WorkError(
-        f"resume: {error.filename or 'a checkpoint'} cannot be read ({error.strerror or error}); nothing was deleted: run "
-        "the same command again, or remove that checkpoint to resume from the one before it"
+        f"resume: {error.filename or 'a checkpoint'} cannot be read ({error.strerror or error}); nothing was deleted: "
+        "run the same command again, or remove that checkpoint to resume from the one before it"
     )
 
 
