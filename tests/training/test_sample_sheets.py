@@ -17,7 +17,6 @@ from mixres.training import sample_sheets
 from mixres.training.drift import Drift
 from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid
 from support.family_cases import with_family
-from support.jobs import names
 from support.steps import moved_average
 
 CELL, GAP = sample_sheets._CELL, sample_sheets._GAP
@@ -66,15 +65,20 @@ def sampler(setup: Callable[..., Config], encoded: CachedData) -> HeldOutSampler
     return HeldOutSampler(config, family, transformer.train(), encoded)
 
 
+def images_of(sampler: HeldOutSampler) -> dict[int, Image.Image]:
+    made = sampler.predictions(range(len(sampler.items)))
+    assert made is not None
+    return made
+
+
 def test_a_grid_shows_every_held_out_size_and_leaves_the_training_alone(
     sampler: HeldOutSampler, encoded: CachedData, tmp_path: Path
 ) -> None:
     transformer = sampler.pipeline.transformer
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    assert sampler.write(tmp_path / "none.png", keep=False) is None
-    sampler.write(tmp_path / "samples" / "step-00000003.png")
-    assert names(tmp_path) == ["samples"], "a rank that only takes part writes nothing"
+    assert sampler.predictions([0], lambda: True) is None, "a run that is to stop makes no image more"
+    sampler.write(tmp_path / "samples" / "step-00000003.png", images_of(sampler))
     assert all(module.training for module in transformer.modules())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in transformer.state_dict().items())
     assert all(parameter.grad is None for parameter in transformer.parameters())
@@ -87,16 +91,14 @@ def test_a_grid_shows_every_held_out_size_and_leaves_the_training_alone(
     assert sorted(captions) == sorted(item.record.prompt for item in encoded.held_out)
 
 
-def test_samples_are_made_with_the_average_on_request(
-    setup: Callable[..., Config], encoded: CachedData, tmp_path: Path
-) -> None:
+def test_samples_are_made_with_the_average_on_request(setup: Callable[..., Config], encoded: CachedData) -> None:
     _, family = with_family(setup())
     transformer = family.load_transformer(dtype=torch.float32, device="cpu")
     ema = moved_average([transformer.proj_out.weight], 0.1)
 
     def grid(*words: str) -> bytes:
-        (image, _) = HeldOutSampler(setup(*words), family, transformer, encoded, ema).write(tmp_path / "a.png")
-        return image.tobytes()
+        made = images_of(HeldOutSampler(setup(*words), family, transformer, encoded, ema))
+        return b"".join(image.tobytes() for image in made.values())
 
     plain, averaged = grid(), grid("train.ema_decay=0.9", "sample.use_ema=true")
     with ema.averaged():
@@ -122,6 +124,6 @@ def test_a_grid_that_cannot_be_written_is_a_line_and_no_more(
 ) -> None:
     (tmp_path / "samples").write_text("a file where the folder should be")
     path = tmp_path / "samples" / "a.png"
-    sampler.write(path)
+    sampler.write(path, images_of(sampler))
     line = f"samples   {path} could not be written (File exists): the run continues without it\n"
     assert capsys.readouterr().out == line

@@ -160,7 +160,7 @@ def base_problem(transformer: nn.Module, header: LoraHeader) -> str | None:
 
 
 class _WithoutAutocast:
-    """True while autocast is off. Else peft casts every adapter's input to float32, and autocast back: the same bits."""
+    """True while autocast is off. Else peft casts all adapters' inputs to float32, and autocast back: the same bits."""
 
     def __bool__(self) -> bool:
         return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
