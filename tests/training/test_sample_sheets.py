@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import torch
 from PIL import Image
 
 from mixres.config.schema import Config
-from mixres.data.images import read_image
+from mixres.data.images import BadImageError, read_image
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
 from mixres.training.drift import Drift
 from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid
 from support.family_cases import with_family
+from support.jobs import LORA, Jobs, status
 from support.steps import moved_average
 
 CELL, GAP = sample_sheets._CELL, sample_sheets._GAP
@@ -127,3 +130,47 @@ def test_a_grid_that_cannot_be_written_is_a_line_and_no_more(
     sampler.write(path, images_of(sampler))
     line = f"samples   {path} could not be written (File exists): the run continues without it\n"
     assert capsys.readouterr().out == line
+
+
+def test_the_result_is_there_before_the_last_grid_whose_failure_is_a_line(
+    jobs: Jobs, few_pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two grids fail, one for memory, one for a control that has changed; the trainings before and after it do not."""
+    words = ("sample.every=2", "train.max_train_steps=4", f"data.held_out={few_pairs / 'held_out'}")
+    clean = jobs.here("clean", *words, "sample.every=0")
+    result, there = jobs.root / "failing" / LORA, list[bool]()
+
+    def failing(self: QwenImageEdit, *arguments: Any, **options: Any) -> Image.Image:
+        there.append(result.exists())
+        if len(there) == 1:
+            raise torch.OutOfMemoryError("no room\nfor more lines")
+        raise BadImageError("changed")
+
+    monkeypatch.setattr(QwenImageEdit, "sample_image", failing)
+    run = jobs.here("failing", *words)
+    assert there == [False, True]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples")][:2] == [
+        "samples   step 2: no grid (OutOfMemoryError: no room): the run goes on without it",
+        "samples   step 4: no grid (BadImageError: changed): the run goes on without it",
+    ]
+    assert (status(run)["state"], status(run)["exit_code"]) == ("done", 0)
+    assert result.read_bytes() == (clean / LORA).read_bytes()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_full_fine_tune_is_sampled_in_the_precision_of_its_file(
+    setup: Callable[..., Config], encoded: CachedData, lora: bool
+) -> None:
+    """Its weights are float32 while it trains. Over a bfloat16 base nothing is cast beside what stock casts."""
+    words = () if lora else ("model.lora=null",)
+    config, family = with_family(setup("model.dtype=bfloat16", "train.mixed_precision=bf16", *words))
+    transformer = family.load_transformer(dtype=torch.bfloat16 if lora else torch.float32, device="cpu")
+    sampler, seen = HeldOutSampler(config, family, transformer, encoded), set()
+    for block in transformer.transformer_blocks:
+        block.attn.to_q.register_forward_hook(lambda layer, args, output: seen.add((output.dtype, under_autocast())))
+    sampler.predict(sampler.items[0])
+    assert seen == {(torch.bfloat16, not lora)}
+
+
+def under_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu")
