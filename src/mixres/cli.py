@@ -37,6 +37,8 @@ WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
     "quickstart": "mixres.quickstart.results:show_results",
 }
 _VALUED = ("--config", "--ranks")  # before a verb, the word after them is their value
+# Torch's settings of the allocator on CUDA, the older name last.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -70,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        reason = str(error).partition("\n")[0].strip()
-        return _ended(1, f"error: data.num_workers: {reason} Where memory is short, lower it")
+        reason, shared = str(error).partition("\n")[0].strip(), " (in a container, give /dev/shm more: --shm-size 8g)"
+        hint = shared if "shared memory" in reason else ""
+        return _ended(1, f"error: data.num_workers: {reason} Where memory is short, lower it{hint}")
     except Stopped as stop:
         return _ended(Stopped.exit_code, str(stop))
     except KeyboardInterrupt:
@@ -182,6 +185,9 @@ def _run(argv: Sequence[str]) -> None:
         if file:
             _record_refusal(UserError(problems), verb, Path(file), words)
         raise UserError(problems)
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        # Before torch is imported. Each microbatch has other shapes: fixed segments of memory would fragment.
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     from mixres.training.run_folder import end_with_launcher
 
     end_with_launcher()  # before the seconds that torch takes to be imported: a launcher may be killed in them

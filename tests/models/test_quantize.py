@@ -12,6 +12,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from mixres.errors import UserError
+from mixres.models import quantize
 from mixres.models.block_swap import BlockSwap
 from mixres.models.blocks import recompute_blocks
 from mixres.models.lora import trainable_parameters
@@ -80,6 +81,13 @@ def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
         weight: Any = model.transformer_blocks[0].img_mlp.net[2].base_layer.weight
         assert weight.qdata.nbytes == weight.numel()
         assert weight.scale.nbytes == 4 * weight.shape[0]
+
+
+def test_no_token_of_another_sample_chooses_the_columns_of_bnb_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8() takes outlier columns from all tokens of a call; a threshold of 0 has none."""
+    monkeypatch.setattr(quantize, "check_method", lambda *arguments: None)
+    config = quantization_config("bnb_int8", QUANTIZE_EXCLUSIONS, dtype=torch.bfloat16, device="cuda")
+    assert (config.load_in_8bit, config.llm_int8_threshold) == (True, 0.0)
 
 
 @pytest.mark.parametrize("method", ["nf4", "bnb_int8"])

@@ -79,10 +79,16 @@ class Jobs:
         return self.root / run
 
     def __call__(
-        self, run: str, *overrides: str, launcher: Sequence[str] = PYTHON, before: str = "", code: int = 0
+        self,
+        run: str,
+        *overrides: str,
+        launcher: Sequence[str] = PYTHON,
+        program: str = "train.py",
+        before: str = "",
+        code: int = 0,
     ) -> "subprocess.CompletedProcess[str]":
         """Run to the end; `before` is shell text, such as limits that the process gets."""
-        command = [*launcher, "train.py", *self.words(run, *overrides)]
+        command = [*launcher, program, *self.words(run, *overrides)]
         if before:
             command = ["bash", "-c", f'{before}; exec "$@"', "bash", *command]
         done = subprocess.run(

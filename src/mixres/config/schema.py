@@ -180,6 +180,10 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of a moving average of the weights, or none.")
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, timesteps and initial adapters.")
+    deterministic: bool = Field(False, description="Only kernels that repeat their results; CUDA is slower.")
+    timeout_minutes: float = Field(
+        30.0, gt=0, le=10080, description="A collective between devices that takes longer ends the run, on all of them."
+    )
 
 
 class CacheConfig(Section):
@@ -254,6 +258,23 @@ class Config(Section):
         (), description="Keys whose values may differ from the checkpoint's; any other change is refused."
     )
     _references: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)  # as they were written, by key
+
+    def idle_keys(self, *, masks: bool) -> list[str]:
+        """Keys that are set and change nothing, each with the reason. `masks`: a training sample has an edit mask."""
+        flow = self.flow
+        density, shift = f"flow.density is {flow.density}", f"flow.shift is {flow.shift}"
+        rules: tuple[tuple[bool, Section, str, tuple[str, ...], str], ...] = (
+            (flow.density == "logit_normal", flow, "flow", ("logit_mean", "logit_std"), density),
+            (flow.density == "mode", flow, "flow", ("mode_scale",), density),
+            (flow.shift == "constant", flow, "flow", ("shift_value",), shift),
+            (masks, self.data.mask_weight, "data.mask_weight", ("foreground", "background"), "no sample has a mask"),
+        )
+        return [
+            f"{name}.{key} ({why})"
+            for used, section, name, keys, why in rules
+            for key in keys
+            if not used and getattr(section, key) != type(section).model_fields[key].default
+        ]
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:

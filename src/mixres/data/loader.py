@@ -68,6 +68,7 @@ def microbatch_loader(
         batch_size=None,
         sampler=(microbatch for step in range(first, last) for microbatch in plan.step(step).ranks[rank]),
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),  # else a copy to the device waits for all that the device has to do
         worker_init_fn=functools.partial(_ignore_signals_until_close, closing),
         generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
     )

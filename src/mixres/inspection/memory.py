@@ -257,8 +257,6 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(value, "__tensor_flatten__") for value in tree_iter((args, kwargs))):
             return NotImplemented  # the operations that it is made of come here again
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False  # values are not known; the one that is asked for is whether a mask hides nothing
         result = func(*args, **(kwargs or {}))
         self.add(value for value in tree_iter(result) if isinstance(value, Tensor))
         return result

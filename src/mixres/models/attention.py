@@ -24,6 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 from mixres.models.packing import PackedLengths, interleave, separate
 from mixres.models.rotation import rotate_complex, rotate_real
 
+MAX_VARLEN_WIDTH = 256  # of a head
+
 
 @dataclass(frozen=True)
 class JointRotary:
@@ -65,6 +67,15 @@ def joint_mask(text_mask: Tensor | None, image_mask: Tensor | None, text_tokens:
     text = image.new_ones(batch, text_tokens, dtype=torch.bool) if text_mask is None else text_mask.bool()
     pixels = image.new_ones(batch, image_tokens, dtype=torch.bool) if image_mask is None else image_mask.bool()
     return torch.cat([text.to(image.device), pixels.to(image.device)], dim=1)[:, None, None, :]
+
+
+def takes_varlen(dtype: torch.dtype, *, head_width: int, capability: tuple[int, int]) -> bool:
+    """Whether torch's variable-length kernel (FlashAttention 2) takes such heads on a card of this compute capability.
+
+    Cards before Ampere (8.0) have no such kernel.
+    """
+    fits = head_width % 8 == 0 and head_width <= MAX_VARLEN_WIDTH
+    return fits and capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
 
 
 class JointAttention:
@@ -119,12 +130,13 @@ class JointAttention:
 
     def _varlen_dtype(self, query: Tensor) -> torch.dtype | None:
         """The half precision in which torch's variable-length kernel takes `query`; None where it does not."""
-        if not query.is_cuda or query.shape[-1] % 8 or self._parallel_config is not None:
+        if not query.is_cuda or self._parallel_config is not None:
             return None
         if self._backend() is not AttentionBackendName.NATIVE:
             return None
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+        capability = torch.cuda.get_device_capability(query.device)
+        return dtype if takes_varlen(dtype, head_width=query.shape[-1], capability=capability) else None
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and "varlen" in self._backend().value:

@@ -97,8 +97,10 @@ def quantization_config(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(exclude),
         )
-    if method == "bnb_int8":  # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339)
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(exclude))
+    if method == "bnb_int8":
+        # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339), without its outlier columns. Those are chosen over all
+        # tokens of a call: at the default threshold of 6 a sample's values would depend on its batch.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(exclude))
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     kind = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[method]

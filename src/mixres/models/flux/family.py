@@ -99,7 +99,7 @@ class FluxFamily(IdFamily):
         """See `IdFamily`. The arithmetic of Kontext's `_encode_vae_image`; the text-to-image pipeline has none."""
         vae = pipeline.vae
         pixels = pipeline.image_processor.preprocess(image, size.height, size.width)
-        latents = vae.encode(pixels.to(device=pipeline.device, dtype=vae.dtype)).latent_dist.mode()
+        latents = vae.encode(pixels.to(device=pipeline._execution_device, dtype=vae.dtype)).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         _, channels, height, width = latents.shape
         packed = pipeline._pack_latents(latents, 1, channels, height, width)[0]
@@ -157,7 +157,7 @@ class FluxFamily(IdFamily):
         for name, embeds in (("", text), ("negative_", negative)):
             for part, values in (("", embeds.tokens), ("pooled_", embeds.pooled)) if embeds else ():
                 assert values is not None
-                given = values.to(device=pipeline.device, dtype=transformer.dtype)
+                given = values.to(device=pipeline._execution_device, dtype=transformer.dtype)
                 call[f"{name}{part}prompt_embeds"] = given.unsqueeze(0)
         with evaluating(transformer):
             images = pipeline(
