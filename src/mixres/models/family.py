@@ -69,6 +69,9 @@ class Family(Protocol):
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
+    comfyui_names: ClassVar[Mapping[str, str]]  # of the layers that it does not find so: its own
+    comfyui_alpha: ClassVar[bool]  # whether its LoRA states alpha; else B has it, which diffusers takes as well
+    comfyui_reads_layout: ClassVar[bool]  # whether it loads a whole transformer in diffusers' layout
     negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
     path: str

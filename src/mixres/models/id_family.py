@@ -29,6 +29,7 @@ class IdFamily(StockFamily):
     """See `mixres.models.family.Family` for what each method gives."""
 
     label: ClassVar[str]  # what messages call it
+    comfyui_alpha = False  # FLUX.2's stock pipelines refuse a file that has it
     prompts_alone = True
     padded_text = TEXT_TOKENS
     tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts

@@ -7,22 +7,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS, calculate_shift
 from PIL import Image
 from torch import Tensor
 
-from mixres.batch import Sample
-from mixres.data.collate import collate
 from mixres.diffusion.flow_matching import resolution_shift
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size
-from mixres.inference import export
-from mixres.models import position_ids
 from mixres.models.family import ControlSizes
 from mixres.models.flux.family import Flux, FluxKontext
 from mixres.models.lora import add_lora, trainable_parameters
-from mixres.models.lora_file import lora_file
 from mixres.models.registry import load_family
 from support.family_cases import EVERY_CASE
 
@@ -130,6 +124,14 @@ def test_every_preset_names_layers_that_there_are() -> None:
     assert reached["all"] == set(linear)
 
 
+def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(kontext: FluxKontext) -> None:
+    """Single-stream blocks and the transformer have a `proj_out` each."""
+    model = kontext.load_transformer(dtype=torch.bfloat16, device="cpu", quantize="int8")
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in linear.items():
+        assert (type(module.weight) is torch.nn.Parameter) is ("transformer_blocks." not in name), name
+
+
 def test_a_base_without_embedded_guidance_has_a_constant_shift_and_takes_a_negative_prompt() -> None:
     """As FLUX.1-schnell."""
     family = Flux("")
@@ -159,99 +161,3 @@ def test_no_prompt_of_the_stated_length_is_cut(kontext: FluxKontext, encoders: A
         for last in ("swap", "red")
     )
     assert not torch.equal(one.tokens, other.tokens) and torch.equal(one.pooled, other.pooled)
-
-
-# A batch against its samples, with planted problems.
-
-
-def samples() -> list[Sample]:
-    draw = torch.Generator().manual_seed(5)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    grids = [(Grid(1, 4, 6), Grid(1, 5, 4)), (Grid(1, 6, 4),), (Grid(1, 3, 8), Grid(1, 4, 5))]
-    return [
-        Sample(str(n), randn(each[0].tokens, 16), tuple(randn(g.tokens, 16) for g in each[1:]), randn(9 + n, 48), each,
-               pooled_embeds=randn(32))
-        for n, each in enumerate(grids)
-    ]  # fmt: skip
-
-
-SIGMAS = torch.tensor([0.9, 0.2, 0.5])
-
-
-def velocities(kontext: FluxKontext, model: Any, layout: Any, chosen: list[Sample]) -> list[Tensor]:
-    numbers = [int(sample.name) for sample in chosen]
-    batch = collate(chosen, indices=numbers, weights=[1.0] * len(chosen), layout=layout)
-    sigmas = SIGMAS[numbers]
-    with torch.no_grad():
-        found = kontext.predict_velocity(model, batch, batch.latents, sigmas, 1 + 3 * sigmas)
-    lengths = [sum(grid.tokens for grid in sample.img_shapes) for sample in chosen]
-    rows = found[:, 0].split(lengths) if layout == "packed" else found
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def model(kontext: FluxKontext) -> Any:
-    return kontext.load_transformer(dtype=torch.float32, device="cpu")
-
-
-def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    return [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_the_measure_sees_planted_problems(
-    kontext: FluxKontext, model: Any, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a batch of 0 and 1 references; nothing at padding reaches a sample."""
-    chosen = samples()
-    alone = [velocities(kontext, model, "padded", [sample])[0] for sample in chosen]
-    assert max(errors(velocities(kontext, model, layout, chosen), alone)) < 1e-6
-    first, stock_ids = chosen[0].img_shapes[0], FluxKontext.image_ids
-
-    def ids_of_sample_0(self: Any, grids: Any) -> Tensor:
-        count = sum(grid.tokens for grid in grids)
-        return stock_ids(self, [Grid(1, count, first.columns)])[:count]
-
-    def pooled_of_sample_0(sample: Sample) -> Sample:
-        return Sample(**{**vars(sample), "pooled_embeds": chosen[0].pooled_embeds})
-
-    with monkeypatch.context() as planted:
-        planted.setattr(FluxKontext, "image_ids", ids_of_sample_0)
-        assert min(errors(velocities(kontext, model, layout, chosen), alone)[1:]) > 1e-3
-    same = velocities(kontext, model, layout, [pooled_of_sample_0(sample) for sample in chosen])
-    assert min(errors(same, alone)[1:]) > 1e-3
-    if layout == "padded":
-        with monkeypatch.context() as planted:
-            planted.setattr(position_ids, "joint_mask", lambda *_: None)
-            assert min(errors(velocities(kontext, model, layout, chosen), alone)[:2]) > 1e-3  # the others are padded
-    with monkeypatch.context() as planted:
-        planted.setattr(model.single_transformer_blocks[-1].attn, "processor", FluxAttnProcessor())
-        with pytest.raises(ValueError, match="needs the whole patch"):
-            velocities(kontext, model, layout, chosen)
-
-
-def test_both_exports_of_a_lora_are_applied_as_trained_by_diffusers(
-    kontext: FluxKontext, model: Any, tmp_path: Path
-) -> None:
-    """ComfyUI reads the names of the second; alpha is not r."""
-    trained = kontext.load_transformer(dtype=torch.float32, device="cpu")
-    presets = kontext.lora_presets
-    add_lora(trained, r=2, lora_alpha=6, lora_dropout=0, target_modules=["all"], untrained=(), seed=0, presets=presets)
-    torch.manual_seed(0)
-    for name, parameter in trainable_parameters(trained).items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    recipe = {"format": 1, "family": kontext.name, "base": kontext.path, "control_area": AREA}
-    (tmp_path / "lora.safetensors").write_bytes(lora_file(trainable_parameters(trained), trained, recipe))
-    expected = velocities(kontext, trained, "packed", samples())
-    assert min(errors(velocities(kontext, model, "packed", samples()), expected)) > 1e-2
-    for form in ("diffusers", "comfyui"):
-        out = tmp_path / f"{form}.safetensors"
-        export.export(export.make_request(run=str(tmp_path / "lora.safetensors"), format=form, out=str(out)))
-        stock: Any = KONTEXT.load_stock(Path(kontext.path), torch.float32)
-        stock.load_lora_weights(out)
-        kontext.patch(stock.transformer)
-        assert max(errors(velocities(kontext, stock.transformer, "packed", samples()), expected)) < 2e-6, form
