@@ -177,11 +177,14 @@ class _Comparison:
 
     def _float32_problem(self) -> str | None:
         """Why this model cannot be computed in float32 here."""
-        trained, _ = self.setup.counts
-        needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
-        free = free_memory(self.setup.accelerator.device)
-        if free is not None and needed > free:
-            return f"does not fit: float32 needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
+        device, (trained, _) = self.setup.accelerator.device.type, self.setup.counts
+        needed = {device: 4 * trained}
+        for p in self.parameters:  # some may wait in host memory
+            needed[p.device.type] = needed.get(p.device.type, 0) + p.numel() * max(0, 4 - p.itemsize)
+        for place, more in needed.items():
+            free = free_memory(torch.device(place))
+            if free is not None and more > free:
+                return f"does not fit: float32 needs {more / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
         return None
 
 
