@@ -20,11 +20,11 @@ INT8 = ("model.quantize=int8",)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_that_waits_in_host_memory_leaves_the_same_files(jobs: Jobs, few_pairs: Path) -> None:
     """Grids and evaluation too, from the start, and where it resumes a run that had all on the device."""
     bf16 = ("model.dtype=bfloat16", "train.mixed_precision=bf16", "batch.layout=padded", "model.lora.lora_dropout=0.1")
-    average = ("train.ema_decay=0.5", "sample.use_ema=true", "evaluate.every=2")
+    average = ("train.ema_decay=0.5", "sample.use_ema=true", "evaluate.every=2", "evaluate.sigmas=[0.5]")
     data = (f"data.held_out={few_pairs / 'held_out'}", "sample.every=2", "train.max_train_steps=4")
     words = (*DORA, *INT8, *bf16, *average, *data)
     plain, swapped = jobs.here("plain", *words), jobs.here("swapped", *words, *OFFLOADED)

@@ -66,7 +66,7 @@ def test_the_same_bits_wherever_it_was_saved_and_with_any_workers(matrix: Matrix
     cases = [(f"{reference} {where} {workers}", step, workers) for where, step in SAVED.items() for workers in (0, 2)]
     for run, step, _ in cases:
         matrix.copy_at(step, reference, run)
-    more = {0: () if "sharded" in parallel else OFFLOADED, 2: ()}
+    more = {0: (), 2: () if "sharded" in parallel else OFFLOADED}
     matrix.many([(run, (*words, f"data.num_workers={n}", *more[n])) for run, _, n in cases], ranks)
     whole = bits(matrix.root / reference)
     assert len([name for name in whole if name.startswith("trainable")]) == (2 if "sharded" in parallel else 1)

@@ -16,6 +16,7 @@ block that is not recomputed would lose its weights: gradient checkpointing of a
 """
 
 import math
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -170,19 +171,27 @@ def _views(memory: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
 
 def _move_to_host(parts: Sequence[Tensor], *, pin: bool) -> Tensor:
     """Give these tensors one piece of host memory, which is returned."""
-    host = torch.empty(_laid_out(parts), dtype=torch.uint8)
-    if pin:
-        # Not `pin_memory`: torch's allocator of pinned memory rounds each piece up to a power of two.
-        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        code = int(cuda.cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        if code:
-            raise WorkError(
-                f"train.offload.blocks: {host.nbytes / 1e9:.1f} GB of host memory for one block could not be pinned "
-                f"(CUDA error {code}): free some memory, raise the limit of `ulimit -l`, or set it to null"
-            )
+    host = _host_memory(_laid_out(parts), pin=pin)
     for part, view in zip(parts, _views(host, parts), strict=True):
         view.copy_(part.data)
         part.data = view
+    return host
+
+
+def _host_memory(size: int, *, pin: bool) -> Tensor:
+    """Bytes of exactly this size: torch's own allocator of pinned memory rounds up to a power of two."""
+    problem = f"train.offload.blocks: {size / 1e9:.1f} GB of host memory for one block could not be"
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise WorkError(f"{problem} allocated ({error.strerror}): free some memory, or set it to null") from error
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux may give each process of the loader a copy of what is pinned
+        memory.madvise(mmap.MADV_DONTFORK)
+    host = torch.frombuffer(memory, dtype=torch.uint8)
+    if pin:
+        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if code := int(cuda.cudaHostRegister(host.data_ptr(), size, 0)):
+            raise WorkError(f"{problem} pinned (CUDA error {code}): raise the limit of `ulimit -l`, or set it to null")
     return host
 
 

@@ -200,7 +200,11 @@ class _Comparison:
         """
         transformer = self.setup.transformer
         blocks = repeated_blocks(transformer)
-        plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.numel() for p in transformer.parameters())
+        here = self.setup.accelerator.device.type
+        plain = all(
+            type(p) is nn.Parameter and p.is_floating_point() and p.numel() and p.device.type == here
+            for p in transformer.parameters()
+        )
         if not plain or self.setup.config.model.dtype == "float64":
             return 0
         free = free_memory(self.setup.accelerator.device)
