@@ -87,7 +87,7 @@ class Batch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked memory, from which copies to CUDA wait for nothing. Torch's loader calls it."""
+        """The same batch in page-locked memory, from which copies to CUDA wait for nothing."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, act: Callable[[Tensor], Tensor]) -> Self:

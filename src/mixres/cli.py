@@ -72,9 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        reason, shared = str(error).partition("\n")[0].strip(), " (in a container, give /dev/shm more: --shm-size 8g)"
-        hint = shared if "shared memory" in reason else ""
-        return _ended(1, f"error: data.num_workers: {reason} Where memory is short, lower it{hint}")
+        reason = str(error).partition("\n")[0].strip()
+        return _ended(1, f"error: data.num_workers: {reason} Where memory is short, lower it")
     except Stopped as stop:
         return _ended(Stopped.exit_code, str(stop))
     except KeyboardInterrupt:

@@ -153,7 +153,7 @@ def test_the_ranks_divide_a_grid_and_outlive_one_that_is_slow_or_fails(runs: Run
     name = f"samples/step-{2:08d}.png"
     assert pixels(two / name) == pixels(one / name)
     assert names(two / "samples") == [f"step-{2:08d}.png"]
-    assert "samples   step 4: no grid (OutOfMemoryError: planted): the run goes on without it" in done.stdout
+    assert "samples   step 4: no grid (OutOfMemoryError: planted): the run continues without it" in done.stdout
     assert (status(two)["state"], status(two)["step"]) == ("done", STEPS) and (two / LORA).exists()
     assert distance(two, one) <= 1e-10
 
@@ -164,8 +164,8 @@ def test_sharded_weights_outlive_a_grid_and_an_evaluation_that_fail(runs: Runs, 
     planted = "export PLANTED=block:0:1,block:1:1,entry:1:2"  # an image of step 2, a pass of step 2
     done = runs("failing", *words, *float64(runs), launcher=torchrun(2), program=PLANTED, before=planted)
     run, clean = runs.root / "failing", runs.train("no grids", 2, "batch.layout=packed", FSDP2)
-    assert "samples   step 2: no grid (OutOfMemoryError: planted): the run goes on without it" in done.stdout
-    assert "evaluate  step 2: no evaluation (planted: a damaged entry): the run goes on without it" in done.stdout
+    assert "samples   step 2: no grid (OutOfMemoryError: planted): the run continues without it" in done.stdout
+    assert "evaluate  step 2: no evaluation (planted: a damaged entry): the run continues without it" in done.stdout
     assert names(run / "samples") == [f"step-{4:08d}.png"]
     assert [line["step"] for line in lines(run, "eval/loss")] == [0, 4]
     assert lines(run) == lines(clean) and distance(run, clean) == 0

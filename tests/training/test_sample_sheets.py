@@ -150,8 +150,8 @@ def test_the_result_is_there_before_the_last_grid_whose_failure_is_a_line(
     run = jobs.here("failing", *words)
     assert there == [False, True]
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples")][:2] == [
-        "samples   step 2: no grid (OutOfMemoryError: no room): the run goes on without it",
-        "samples   step 4: no grid (BadImageError: changed): the run goes on without it",
+        "samples   step 2: no grid (OutOfMemoryError: no room): the run continues without it",
+        "samples   step 4: no grid (BadImageError: changed): the run continues without it",
     ]
     assert (status(run)["state"], status(run)["exit_code"]) == ("done", 0)
     assert result.read_bytes() == (clean / LORA).read_bytes()

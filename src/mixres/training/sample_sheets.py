@@ -189,7 +189,7 @@ def grid_writer(
         parts = attempt(predict, lockstep=lockstep)
         saved = parts if isinstance(parts, str) else attempt(partial(save, step, parts))
         if isinstance(saved, str) and run.is_main:
-            log(f"samples   step {step}: no grid ({saved}): the run goes on without it")
+            log(f"samples   step {step}: no grid ({saved}): the run continues without it")
 
     return write
 

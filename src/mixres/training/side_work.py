@@ -1,7 +1,7 @@
 """Work beside the training that may fail: sample grids and evaluations.
 
 Promise: whatever fails there (memory, a disk, a file that has changed) is one line, on any number of ranks, and the run
-goes on. No rank waits for another one in a collective of the devices, which would time out: see `distributed.gather`.
+continues. No rank waits for another one in a collective of the devices, which would time out: see `distributed.gather`.
 """
 
 import gc

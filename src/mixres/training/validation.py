@@ -62,14 +62,14 @@ class HeldOutLoss:
     def __call__(self, step: int) -> bool:
         """Evaluate if it is due, on all ranks; False where a rank was asked to stop first: then there is no line.
 
-        Where it fails there is none either; the reason is logged, and the run goes on.
+        Where it fails there is none either; the reason is logged, and the run continues.
         """
         if not self.due(step):
             return True
         found = attempt(self.losses, lockstep=self.lockstep)
         if isinstance(found, str):
             if self.run.is_main:
-                log(f"evaluate  step {step}: no evaluation ({found}): the run goes on without it")
+                log(f"evaluate  step {step}: no evaluation ({found}): the run continues without it")
             return True
         if None in found:
             return False
