@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     QwenImageEditPipeline,
@@ -22,12 +23,12 @@ from diffusers.pipelines.qwenimage import (
 )
 from PIL import Image
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
-from mixres.models.flux2.family import image_ids, text_ids
 from mixres.models.qwen.processor import load_processor
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
@@ -127,10 +128,15 @@ class FamilyCase:
         assert seen["encoder_hidden_states_mask"] is None
         assert [list(sample.img_shapes)] == seen["img_shapes"]
 
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        """What the stock pipeline cannot load without torchvision."""
+        return {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
+
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
-        """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
-        processor = {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
-        pipeline = self.pipeline_class.from_pretrained(base, **processor, dtype=dtype)
+        """The whole pipeline by its own `from_pretrained`."""
+        parts = self.stock_parts(base)
+        pipeline = self.pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=dtype)
+        pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -153,7 +159,7 @@ class Flux2Case(FamilyCase):
         yield
 
     def write(self, folder: Path) -> None:
-        write_tiny_flux2(folder, PROMPTS)
+        write_tiny_flux2(folder, PROMPTS, self.pipeline_class)
 
     def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
         return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(controls, sizes.vae, strict=True)]
@@ -174,8 +180,27 @@ class Flux2Case(FamilyCase):
         return packed
 
     def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        assert torch.equal(image_ids(sample.img_shapes), seen["img_ids"][0])
-        assert torch.equal(text_ids(len(sample.prompt_embeds)), seen["txt_ids"][0])
+        family = self.at("")
+        for name, ids in (("img_ids", family.image_ids(sample.img_shapes)), ("txt_ids", family.text_ids(512))):
+            assert torch.equal(ids.to(seen[name]), seen[name].reshape(ids.shape)), name
+        if sample.pooled_embeds is not None:
+            assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
+
+
+class Flux2DevCase(Flux2Case):
+    """FLUX.2-dev embeds its guidance, 4 unless another is given."""
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        return {"guidance": 2.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 2.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {}
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
 
 
 class FluxCase(Flux2Case):
@@ -211,12 +236,6 @@ class FluxCase(Flux2Case):
         packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
         return packed
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        family = self.at("")
-        assert torch.equal(family.image_ids(sample.img_shapes).to(seen["img_ids"]), seen["img_ids"])
-        assert torch.equal(family.text_ids(len(sample.prompt_embeds)).to(seen["txt_ids"]), seen["txt_ids"])
-        assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
-
 
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
 CASES = {
@@ -228,6 +247,7 @@ CASES = {
 # Whole runs do not go through these yet.
 EVERY_CASE = CASES | {
     "flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112}),
+    "flux2_dev": Flux2DevCase("flux2", Flux2Pipeline, (0, 3, 1), {"control_area": 112 * 112}),
     "flux_kontext": FluxCase("flux_kontext", FluxKontextPipeline, (0, 1, 1), {"control_area": 112 * 112}),
     "flux": FluxCase("flux", FluxPipeline, (0, 0, 0)),
 }

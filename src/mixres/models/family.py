@@ -62,7 +62,8 @@ class Family(Protocol):
     name: ClassVar[str]  # as in `model.family`, LoRA files and reports; never changes
     pipeline_class: ClassVar[type[Any]]  # of diffusers, by whose name in model_index.json the family is chosen
     stock_bases: ClassVar[tuple[str, ...]]  # repositories whose shape is known without a file
-    controls: ClassVar[tuple[int, int]]  # minimum and maximum number of control images of a sample
+    controls: ClassVar[tuple[int, int | None]]  # minimum and maximum number of control images; None: any number
+    padded_text: ClassVar[int | None]  # T of every prompt where the pipeline pads it; None: as long as it is
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
@@ -79,6 +80,9 @@ class Family(Protocol):
 
     def pixels_per_token(self) -> int:
         """Side in pixels of one image token."""
+
+    def training_notice(self) -> str | None:
+        """What a user should know who trains this base, in one line; None where there is nothing to say."""
 
     def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """The constants of `resolution_shift` for this base: those with which its pipeline samples in so many steps.

@@ -26,6 +26,7 @@ class StockFamily(Family):
     """See `mixres.models.family.Family` for what each method gives."""
 
     controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
+    padded_text: ClassVar[int | None] = None
     components: ClassVar[tuple[str, ...]]  # those that encode
     transformer_class: ClassVar[Any]
     quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
@@ -66,6 +67,10 @@ class StockFamily(Family):
         salt = self.encoding_environment()
         return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
 
+    def training_notice(self) -> str | None:
+        """See `Family`."""
+        return None
+
     def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """See `Family`: what most pipelines hand to `calculate_shift`, the scheduler's constants or its defaults."""
         if steps is not None:
@@ -85,7 +90,8 @@ class StockFamily(Family):
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
         low, high = self.controls
-        return None if low <= controls <= high else self.controls_problem.format(controls)
+        fits = low <= controls and (high is None or controls <= high)
+        return None if fits else self.controls_problem.format(controls)
 
     def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
         """See `Family`."""

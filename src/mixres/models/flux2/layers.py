@@ -5,8 +5,8 @@ _DOUBLE = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 ATTENTION = (*_DOUBLE, "attn.to_qkv_mlp_proj", "attn.to_out")
 _MLP = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
 _MODULATIONS = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
-_ENDS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "x_embedder", "context_embedder",
-         "norm_out.linear", "proj_out")  # fmt: skip
+# Of the embedders of timestep and, where there is one, guidance; and the layers before and behind the blocks.
+_ENDS = ("linear_1", "linear_2", "x_embedder", "context_embedder", "norm_out.linear", "proj_out")
 LORA_PRESETS = {
     "attention": ATTENTION,
     "attention+mlp": (*ATTENTION, *_MLP),

@@ -1,4 +1,4 @@
-"""FLUX.2 klein through every verb of the command line, in this process."""
+"""Families other than Qwen's through every verb of the command line, in this process."""
 
 import json
 from collections.abc import Callable
@@ -11,9 +11,13 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from mixres.cli import main
-from support.family_cases import EVERY_CASE
+from support.family_cases import EVERY_CASE, FamilyCase
 
-CASE = replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2))  # a folder has a control for each target
+CASES = {
+    # A folder has a control for each target.
+    "flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2)),
+    "flux_kontext": replace(EVERY_CASE["flux_kontext"], controls=(1,)),
+}
 
 
 def command(*words: str | Path) -> int:
@@ -23,19 +27,23 @@ def command(*words: str | Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_flux2_goes_through_every_verb(
-    base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path], small_run: Path, tmp_path: Path
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_family_goes_through_every_verb(
+    case: FamilyCase,
+    base_of: Callable[[Any], Path],
+    pairs_of: Callable[[Any], Path],
+    small_run: Path,
+    tmp_path: Path,
 ) -> None:
-    base, pairs, run = base_of(CASE), pairs_of(CASE), tmp_path / "run"
+    base, pairs, run = base_of(case), pairs_of(case), tmp_path / "run"
     config = (
         "--config", small_run, f"model.pretrained_model_name_or_path={base}", f"data.train={pairs / 'train'}",
         f"data.held_out={pairs / 'held_out'}", f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={run}",
-        *CASE.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
+        *case.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
         "model.lora.target_modules=attention+mlp",
     )  # fmt: skip
-    for verb in ("cache", "inspect", "train", "verify", "bench"):
-        assert command(verb, *config) == 0, verb
-    assert command("bench", *config, "--synthetic") == 0
+    for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
+        assert command(*verb, *config) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
 
     image = min((pairs / "held_out" / "control_images").iterdir())
