@@ -84,7 +84,8 @@ class JointAttention:
 
     def attend_stream(self, attn: Any, states: Tensor, plan: JointRotary) -> Tensor:
         """Attend over `(B, L, C)` states, projected."""
-        return _project_out(attn.to_out, self.attend(*self.heads(attn, states), plan))
+        query, key, value = self.heads(attn, states)
+        return _project_out(attn.to_out, self.attend(query, key, value, plan))
 
     def heads(self, attn: Any, states: Tensor) -> list[Tensor]:
         """Query, key and value `(B, tokens, H, D)` of `(B, tokens, C)`, not rotated yet."""

@@ -35,7 +35,8 @@ def install_packed_hooks(model: Any) -> None:
 
     What they look at is there from the start: a block would be compiled anew once it has appeared.
     """
-    for block in repeated_blocks(model):
+    blocks: list[Any] = repeated_blocks(model)
+    for block in blocks:
         if block.modulation:
             block.adaLN_modulation.packed_runs = None
             block.adaLN_modulation.register_forward_hook(_expand_later)
@@ -100,7 +101,7 @@ class _PackedCall:
     def unpatchify(self, rows: Sequence[Tensor], _sizes: Any, *args: Any) -> Any:
         """The image of each sample, `(channels, 1, height, width)`, from one row of `L_total` tokens."""
         (row,) = rows
-        samples = list(row.flatten(0, -2).split(list(self.lengths.joint)))
+        samples = list(torch.split(row.flatten(0, -2), list(self.lengths.joint)))
         return self.stock["unpatchify"](samples, self.sizes, *args)
 
 
