@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
@@ -17,6 +18,7 @@ CASES = {
     # A folder has a control for each target.
     "flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2)),
     "flux_kontext": replace(EVERY_CASE["flux_kontext"], controls=(1,)),
+    "z_image": EVERY_CASE["z_image"],
 }
 
 
@@ -46,13 +48,15 @@ def test_a_family_goes_through_every_verb(
         assert command(*verb, *config) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
 
-    image = min((pairs / "held_out" / "control_images").iterdir())
-    call = ("--image", image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
+    image = ("--image", min((pairs / "held_out" / "control_images").iterdir())) if max(case.controls) else ()
+    call = (*image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
     assert command("sample", "--lora", run, *call, "--out", tmp_path / "out") == 0
     assert [file.suffix for file in (tmp_path / "out").iterdir()] == [".png"]
     for name in ("diffusers", "comfyui"):
         file = tmp_path / f"{name}.safetensors"
         assert command("export", run, "--format", name, "--out", file) == 0
         with safe_open(file, "pt") as opened:
-            assert all(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
+            prefix = "transformer" if name == "diffusers" else case.at("").comfyui_prefix
+            assert all(key.startswith(f"{prefix}.") for key in opened.keys())  # noqa: SIM118
+        case.load_stock(base, torch.float32).load_lora_weights(file)
     assert command("export", run, "--format", "diffusers", "--merge", "--out", tmp_path / "merged") == 0

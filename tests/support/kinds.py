@@ -269,7 +269,7 @@ class ZImage(Kind):
 
     def make(self) -> ZImageTransformer2DModel:
         model = ZImageTransformer2DModel(
-            in_channels=CHANNELS // 4, dim=64, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            in_channels=CHANNELS // 4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
             cap_feat_dim=TEXT_WIDTH, axes_dims=[8, 12, 12], axes_lens=[256, 64, 64],
         )  # fmt: skip
         for token in (model.x_pad_token, model.cap_pad_token):  # zeros as they are made

@@ -60,15 +60,14 @@ def _vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def _transformer() -> ZImageTransformer2DModel:
+    """Neither deep nor sharp: this architecture rounds more than others, 1.2e-6 in float32 with 16 layers."""
     transformer = ZImageTransformer2DModel(
-        in_channels=16, dim=64, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=_TEXT_WIDTH,
+        in_channels=16, dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=_TEXT_WIDTH,
         axes_dims=[8, 12, 12], axes_lens=[1024, 64, 64],
     ).eval()  # fmt: skip
     for name, parameter in transformer.named_parameters():
-        if ".norm_" in name:  # of queries and keys: how sharp attention is
-            parameter.fill_(2.0)
-        elif "adaLN_modulation" in name:
-            parameter.mul_(4)
+        if "adaLN_modulation" in name:
+            parameter.mul_(2)
         elif name.endswith("pad_token"):
             parameter.normal_()
     return transformer
