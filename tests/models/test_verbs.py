@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,10 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from mixres.cli import main
+from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-CASES = {
-    # A folder has a control for each target.
-    "flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2)),
-    "flux_kontext": replace(EVERY_CASE["flux_kontext"], controls=(1,)),
-    "z_image": EVERY_CASE["z_image"],
-}
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_klein", "flux_kontext", "z_image")}
 
 
 def command(*words: str | Path) -> int:
@@ -28,7 +23,7 @@ def command(*words: str | Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_family_goes_through_every_verb(
     case: FamilyCase,
@@ -47,6 +42,11 @@ def test_a_family_goes_through_every_verb(
     for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
         assert command(*verb, *config) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
+
+    cut = (*config, f"logging.output_dir={tmp_path / 'cut'}", "checkpoint.every=1")
+    for steps in (1, 2):
+        assert command("train", *cut, f"train.max_train_steps={steps}") == 0
+    assert (tmp_path / "cut" / FILE_NAME).read_bytes() == (run / FILE_NAME).read_bytes(), "a resumed run"
 
     image = ("--image", min((pairs / "held_out" / "control_images").iterdir())) if max(case.controls) else ()
     call = (*image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")

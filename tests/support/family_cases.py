@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import (
@@ -54,6 +54,10 @@ class FamilyCase:
     def at(self, base: Path | str) -> Family:
         """The family, bound to this base."""
         return FAMILIES[self.pipeline_class.__name__](str(base))
+
+    def in_a_folder(self) -> Self:
+        """With samples as a folder can have them: each has a control, or none has."""
+        return replace(self, controls=tuple(max(n, 1) for n in self.controls) if max(self.controls) else self.controls)
 
     def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
         """How the stock pipeline takes the control images, and what else it needs to make an image of this size."""

@@ -69,6 +69,13 @@ def of_flux2_size(control: Image.Image) -> Image.Image:
     return control.resize([max(64, int(side * scale) // 16 * 16) for side in control.size], Image.Resampling.LANCZOS)
 
 
+def of_kontext_size(control: Image.Image) -> Image.Image:
+    """At its own aspect: the pipeline has sizes of 1 MP only."""
+    width = (recipe["control_area"] * control.width / control.height) ** 0.5
+    sides = width, width * control.height / control.width
+    return control.resize([round(side / 16) * 16 for side in sides], Image.Resampling.LANCZOS)
+
+
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
@@ -77,6 +84,11 @@ def save_all(part: str) -> None:
         if "Flux2" in type(pipeline).__name__:
             images = {"image": [of_flux2_size(control) for control in controls]}
             images |= {"guidance_scale": 1.0} if "Klein" in type(pipeline).__name__ else {}
+        elif "Kontext" in type(pipeline).__name__:
+            images = {"image": of_kontext_size(*controls), "_auto_resize": False, "guidance_scale": 2.5}
+            images["max_area"] = words["width"] * words["height"]
+        elif "Flux" in type(pipeline).__name__:
+            images = {}
         else:
             images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
             images |= {"guidance_scale": 0.0} if "ZImage" in type(pipeline).__name__ else {"true_cfg_scale": 1.0}

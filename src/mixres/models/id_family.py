@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, pack_latents, unpack_latents
 from mixres.models.edit_mask import mask_on_grid
@@ -30,6 +30,7 @@ class SeparateTextFamily(StockFamily):
     """See `mixres.models.family.Family` for what each method gives."""
 
     label: ClassVar[str]  # what messages call it
+    prompts_alone = True
     tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     vae_class: ClassVar[Any]
 
@@ -145,13 +146,14 @@ class SeparateTextFamily(StockFamily):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """See `Family`."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
         images = zip((target, *controls), (target_size, *sizes.vae), strict=True)
         latents, grids = zip(*(self.encode_image(encoders, image, size) for image, size in images), strict=True)
-        text = self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],
@@ -183,6 +185,7 @@ class SeparateTextFamily(StockFamily):
 class IdFamily(SeparateTextFamily):
     """See `mixres.models.family.Family` for what each method gives."""
 
+    comfyui_alpha = False  # FLUX.2's stock pipelines refuse a file that has it
     padded_text = TEXT_TOKENS
 
     # What a family adds.

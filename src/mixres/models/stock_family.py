@@ -26,6 +26,10 @@ class StockFamily(Family):
     """See `mixres.models.family.Family` for what each method gives."""
 
     controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
+    comfyui_names: ClassVar[Mapping[str, str]] = {}
+    comfyui_alpha: ClassVar[bool] = True
+    comfyui_reads_layout: ClassVar[bool] = True
+    prompts_alone: ClassVar[bool] = False
     padded_text: ClassVar[int | None] = None
     components: ClassVar[tuple[str, ...]]  # those that encode
     transformer_class: ClassVar[Any]

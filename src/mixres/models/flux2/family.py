@@ -50,7 +50,8 @@ class Flux2Klein(IdFamily):
     transformer_class = Flux2Transformer2DModel
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
-    comfyui_prefix = layers.COMFYUI_PREFIX
+    comfyui_prefix, comfyui_names = layers.COMFYUI_PREFIX, layers.COMFYUI_NAMES
+    comfyui_reads_layout = False  # it looks for biases that FLUX.1 has
     negative_prompt = ""
     comfyui_controls: ClassVar[str | None] = "VAE Encode it for ReferenceLatent"
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -213,6 +213,7 @@ class QwenFamily(StockFamily):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
@@ -221,11 +222,12 @@ class QwenFamily(StockFamily):
         pixels = (target_size, *sizes.vae)
         grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in pixels)
         latents = [encode_image(encoders, image, size) for image, size in zip(images, pixels, strict=True)]
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes).tokens,
+            prompt_embeds=text.tokens,
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
         )
