@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
 from mixres.batch import Sample
 from mixres.data.collate import collate
 from mixres.diffusion.flow_matching import resolution_shift, shifted
 from mixres.errors import UserError
 from mixres.geometry import Grid
+from mixres.inference import export
 from mixres.models.family import ControlSizes
 from mixres.models.lora import trainable_parameters
+from mixres.models.lora_file import lora_file
 from mixres.models.registry import load_family
 from mixres.models.z_image.family import ZImage
 from support.family_cases import EVERY_CASE, PROMPTS, FamilyCase
@@ -101,6 +105,29 @@ def test_a_loss_over_padded_slots_is_seen(base: Path) -> None:
     right = found["packed", "valid"]
     assert (found["padded", "valid"] - right).norm() <= 1e-5 * right.norm()
     assert (found["padded", "all"] - right).norm() > 1e-1 * right.norm()
+
+
+def test_both_exports_of_a_lora_are_applied_as_trained_by_diffusers(base: Path, tmp_path: Path) -> None:
+    """ComfyUI reads the second: the names of diffusers behind its prefix, and alpha, which is not r here."""
+    family, call = ZImage(str(base)), {"x": [torch.randn(16, 1, 8, 12)], "t": torch.tensor([0.3])}
+    call |= {"cap_feats": [torch.randn(7, 32)], "return_dict": False}
+    trained = with_adapters(
+        family.load_transformer(dtype=torch.float32, device="cpu"), untrained=(), target_modules=["all"], r=2,
+        lora_alpha=6, presets=family.lora_presets,
+    )  # fmt: skip
+    lora, expected = tmp_path / "lora.safetensors", trained(**call)[0][0]
+    recipe = {"format": 1, "family": family.name, "base": family.path}
+    lora.write_bytes(lora_file(trainable_parameters(trained), trained, recipe))
+    for form in ("diffusers", "comfyui"):
+        out = tmp_path / f"{form}.safetensors"
+        export.export(export.make_request(run=str(lora), format=form, out=str(out)))
+        stock = CASE.load_stock(base, torch.float32)
+        assert (stock.transformer(**call)[0][0] - expected).norm() > 1e-3 * expected.norm()
+        stock.load_lora_weights(out)
+        assert (stock.transformer(**call)[0][0] - expected).norm() < 2e-6 * expected.norm(), form
+    layers = {name.removesuffix(".lora_A.weight") for name in load_file(out) if name.endswith(".lora_A.weight")}
+    linear = {name for name, module in stock.transformer.named_modules() if isinstance(module, LoraLayer)}
+    assert layers == {f"diffusion_model.{name}" for name in linear}
 
 
 def test_the_shape_of_the_stock_bases_is_known_without_a_file() -> None:

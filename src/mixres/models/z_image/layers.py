@@ -12,4 +12,7 @@ LORA_PRESETS = {
 }
 # Modules with linear layers that are in no repeated block.
 QUANTIZE_EXCLUSIONS = ("t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer")
+# ComfyUI looks up the names of diffusers behind this prefix, and slices of its fused layer for the queries, keys and
+# values; a whole transformer in diffusers' layout it converts by the same table. Source (facts, no code):
+# Comfy-Org/ComfyUI, `z_image_to_diffusers` in comfy/utils.py at 09708ea.
 COMFYUI_PREFIX = "diffusion_model"
