@@ -17,7 +17,7 @@ from support.family_cases import EVERY_CASE as CASES, FamilyCase
 
 KEY = r"^model\.pretrained_model_name_or_path: "
 SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, Flux2KleinPipeline"
-SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline"
+SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline, ZImagePipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
     "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),

@@ -87,8 +87,8 @@ def transformer_arguments(
     """What the stock pipeline hands to its transformer at step 0."""
     captured: dict[str, Any] = {}
 
-    def keep(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.update(kwargs)
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.update(case.seen(args, kwargs))
         raise _CapturedError
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
@@ -188,7 +188,7 @@ def test_a_predicted_velocity_is_that_of_the_stock_call(
     assert transformer.config.get("zero_cond_t", False) is case.zero_cond_t
     batch, latents = batch_of([sample], "padded"), seen["hidden_states"].float()
     with torch.no_grad():
-        expected = stock.transformer(**seen)[0]
+        expected = case.stock_velocity(stock.transformer, seen)
         velocity = case.at("").predict_velocity(transformer, batch, latents, torch.ones(1), seen.get("guidance"))
     assert velocity.dtype == stock.vae.dtype
     assert (velocity - expected).norm() <= 1e-6 * expected.norm()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from mixres.cli import main
 from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_dev", "flux_kontext")}
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_dev", "flux_kontext", "z_image")}
 
 
 def command(*words: str | Path) -> int:
@@ -49,17 +50,19 @@ def test_a_family_goes_through_every_verb(
         assert command("train", *cut, f"train.max_train_steps={steps}") == 0
     assert (tmp_path / "cut" / FILE_NAME).read_bytes() == (run / FILE_NAME).read_bytes(), "a resumed run"
 
-    control = min((pairs / "held_out" / "control_images").iterdir())
-    call = ("--image", control, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
+    image = ("--image", min((pairs / "held_out" / "control_images").iterdir())) if max(case.controls) else ()
+    call = (*image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
     assert command("sample", "--lora", run, *call, "--out", tmp_path / "out") == 0
     (made,) = (tmp_path / "out").iterdir()
-    embedded = case.at(base).embedded_guidance()
-    with Image.open(made) as image:
-        assert embedded and json.loads(image.info["mixres"])["guidance"] == embedded.sampling
-    assert command("sample", "--lora", run, *call, "--negative-prompt", "red", "--out", tmp_path / "out") == 2
+    if embedded := case.at(base).embedded_guidance():
+        with Image.open(made) as shown:
+            assert json.loads(shown.info["mixres"])["guidance"] == embedded.sampling
+        assert command("sample", "--lora", run, *call, "--negative-prompt", "red", "--out", tmp_path / "out") == 2
     for name in ("diffusers", "comfyui"):
         file = tmp_path / f"{name}.safetensors"
         assert command("export", run, "--format", name, "--out", file) == 0
         with safe_open(file, "pt") as opened:
-            assert all(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
+            prefix = "transformer" if name == "diffusers" else case.at("").comfyui_prefix
+            assert all(key.startswith(f"{prefix}.") for key in opened.keys())  # noqa: SIM118
+        case.load_stock(base, torch.float32).load_lora_weights(file)
     assert command("export", run, "--format", "diffusers", "--merge", "--out", tmp_path / "merged") == 0

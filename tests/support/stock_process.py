@@ -101,7 +101,7 @@ def save_all(part: str) -> None:
             images = {}
         else:
             images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
-            images["true_cfg_scale"] = 1.0
+            images |= {"guidance_scale": 0.0} if "ZImage" in type(pipeline).__name__ else {"true_cfg_scale": 1.0}
         pipeline(**images, **words, generator=draw).images[0].save(out / f"{number}-{part}.png")
 
 

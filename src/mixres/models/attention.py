@@ -101,6 +101,11 @@ class JointAttention:
             text_out, image_out = separate(joined, plan.packed)
         return _project_out(attn.to_out, image_out), attn.to_add_out(text_out)
 
+    def attend_stream(self, attn: Any, states: Tensor, plan: JointRotary) -> Tensor:
+        """Attend over `(B, L, C)` states, projected."""
+        query, key, value = self.heads(attn, states)
+        return _project_out(attn.to_out, self.attend(query, key, value, plan))
+
     def heads(self, attn: Any, states: Tensor) -> list[Tensor]:
         """Query, key and value `(B, tokens, H, D)` of `(B, tokens, C)`, not rotated yet."""
         return _heads(attn, states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
@@ -160,13 +165,15 @@ def replace_processor(attn: Any, kind: type[JointAttention]) -> None:
         attn.set_processor(processor)
 
 
-def replace_stock_processors(blocks: Iterable[Any], stock: type[Any], kind: type[JointAttention]) -> None:
-    """Give the `attn` of all blocks a processor of this kind for their `stock` one.
+def replace_stock_processors(
+    blocks: Iterable[Any], stock: type[Any], kind: type[JointAttention], *, name: str = "attn"
+) -> None:
+    """Give the attention module of this name of all blocks a processor of this kind for their `stock` one.
 
     Raises:
         ValueError: a processor is neither, and nothing has been replaced: it does what the patch does not know.
     """
-    modules = [block.attn for block in blocks]
+    modules = [getattr(block, name) for block in blocks]
     for attn in modules:
         if not isinstance(attn.processor, kind) and type(attn.processor) is not stock:
             raise ValueError(

@@ -95,6 +95,8 @@ def _real(argument: Any) -> Any:
     """An argument of a block with real tensors in place of complex ones, for which the compiler generates no code."""
     if isinstance(argument, dict):  # of what the blocks hand on to their attention processors
         return {name: _real(value) for name, value in argument.items()}
+    if isinstance(argument, torch.Tensor) and argument.is_complex():
+        return torch.view_as_real(argument)
     return argument.without_complex() if hasattr(argument, "without_complex") else argument
 
 
