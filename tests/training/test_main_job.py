@@ -56,7 +56,7 @@ def test_the_literal_command_leaves_the_run_folder_that_is_promised(launched: La
     for line, name in zip(lines, (LORA, "samples", "metrics.jsonl"), strict=True):
         assert Path(line.split()[1].rstrip(",")) == folder / name, "each line names what is there"
         assert (folder / name).exists()
-    what = r"next +mixres sample --lora \S+ --image IMAGE --prompt TEXT --size \d+x\d+ --steps 2 --out FOLDER"
+    what = r"next +mixres sample --lora \S+ --image IMAGE --prompt TEXT --steps 2 --out FOLDER"
     assert re.fullmatch(what, then), "as samples are trained, and the run's own are made"
     rows = re.findall(r"^ {10}(\S+) +\d+ layers +[\d,]+ parameters$", done.stdout, re.MULTILINE)
     assert rows == list(ATTENTION)
