@@ -43,6 +43,7 @@ def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
     return [
         {
             "controls": [str(path) for path in item.record.controls],
+            "aligned": [size == item.target_size for size in item.control_sizes.vae],
             "seed": config.train.seed,
             "words": {
                 "prompt": item.record.prompt,

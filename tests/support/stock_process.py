@@ -4,6 +4,7 @@
 image without the LoRA and with it, and with a transformer whose weights were all trained in place of the base's.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -50,21 +51,27 @@ calls = json.load(sys.stdin)
 stock_dimensions = edit.calculate_dimensions
 
 
-def set_control_areas(target_area: int) -> None:
-    """The sizes that the LoRA was trained with; the text-to-image pipeline has none."""
+def set_control_sizes(width: int, height: int, aligned: list[float]) -> None:
+    """The sizes that the LoRA was trained with: the image's for controls of these aspects; others have an area."""
     area = recipe.get("control_area")
-    area = target_area if area == "target" else area
+    area = width * height if area == "target" else area
     if "text_area" in recipe:
         plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE = area, recipe["text_area"]
+        plus.calculate_dimensions = lambda given, ratio: (
+            (width, height) if given == area and ratio in aligned else stock_dimensions(given, ratio)[:2]
+        )
     elif area:
-        edit.calculate_dimensions = lambda _, ratio: stock_dimensions(area, ratio)
+        edit.calculate_dimensions = lambda _, ratio: (
+            (width, height, None) if ratio in aligned else stock_dimensions(area, ratio)
+        )
 
 
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
-        set_control_areas(words["width"] * words["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
+        aspects = [control.width / control.height for control in controls]
+        set_control_sizes(words["width"], words["height"], list(itertools.compress(aspects, call["aligned"])))
         images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
         image = pipeline(**images, **words, true_cfg_scale=1.0, generator=draw).images[0]
         image.save(out / f"{number}-{part}.png")
