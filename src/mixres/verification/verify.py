@@ -200,19 +200,17 @@ class _Comparison:
         """
         transformer = self.setup.transformer
         blocks = repeated_blocks(transformer)
-        here = self.setup.accelerator.device.type
-        plain = all(
-            type(p) is nn.Parameter and p.is_floating_point() and p.numel() and p.device.type == here
-            for p in transformer.parameters()
-        )
+        plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.numel() for p in transformer.parameters())
         if not plain or self.setup.config.model.dtype == "float64":
             return 0
-        free = free_memory(self.setup.accelerator.device)
+        free = {device: free_memory(device) for device in {p.device for p in transformer.parameters()}}
         for count in range(len(blocks), 1, -1):
             with fewer_blocks(transformer, count):
                 parameters = list(transformer.parameters())
-            needed = sum(p.numel() * (8 - p.itemsize + 8 * p.requires_grad) for p in parameters)
-            if free is None or needed <= free / 2:
+            needed = dict.fromkeys(free, 0)
+            for p in parameters:
+                needed[p.device] += p.numel() * (8 - p.itemsize + 8 * p.requires_grad)
+            if all(room is None or needed[device] <= room / 2 for device, room in free.items()):
                 return count
         return 0
 
