@@ -35,12 +35,12 @@ def words(caching: Caching, base_of: Callable[[object], Path]) -> list[str]:
     return [f"model.pretrained_model_name_or_path={base_of(CASE)}", *CASE.overrides()]
 
 
-def entries(caching: Caching) -> dict[str, tuple[int, set[str]]]:
-    """The inode and the tensors of each file."""
+def entries(caching: Caching) -> dict[str, tuple[int, int, set[str]]]:
+    """The inode, which a new file may take over, the time of writing and the tensors of each file."""
     found = {}
     for path in caching.cache.glob("??/*.safetensors"):
         with safe_open(path, "pt") as file:
-            found[path.stem] = path.stat().st_ino, set(file.keys())
+            found[path.stem] = path.stat().st_ino, path.stat().st_mtime_ns, set(file.keys())
     return found
 
 
