@@ -51,9 +51,9 @@ def verify(caching: Caching, words: list[str]) -> tuple[int, str]:
 
 def test_each_prompt_is_stored_once_and_read_as_it_was_encoded(caching: Caching, words: list[str]) -> None:
     assert caching(*words) == (4 + 2, 0) and caching(*words) == (0, 4 + 2)
-    prompts = [key for key, (_, tensors) in entries(caching).items() if tensors == {"prompt_embeds"}]
+    prompts = [key for key, (*_, tensors) in entries(caching).items() if tensors == {"prompt_embeds"}]
     assert len(prompts) == 2
-    assert all("prompt_embeds" not in tensors for key, (_, tensors) in entries(caching).items() if key not in prompts)
+    assert all("prompt_embeds" not in tensors for key, (*_, tensors) in entries(caching).items() if key not in prompts)
     # With caption dropout the empty prompt is one more.
     assert caching(*words, "data.caption_dropout=0.5") == (3 + 1, 1 + 2)
     config, family = with_family(caching.config(*words, "data.caption_dropout=0.5"))
