@@ -372,7 +372,7 @@ def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
     assert_nothing_left(model)
 
 
-COMPILED = itertools.product((*NAMES, "z_image"), mixes.LAYOUTS, (False, True))
+COMPILED = list(itertools.product((*NAMES, "z_image"), mixes.LAYOUTS, (False, True)))
 
 
 @pytest.mark.slow
