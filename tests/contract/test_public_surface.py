@@ -128,6 +128,7 @@ def test_the_run_folder(finished: Path, golden: dict[str, Any]) -> None:
     assert {name: found[name] for name in wanted} == wanted
 
 
+@pytest.mark.slow
 def test_the_reports(tmp_path: Path, golden: dict[str, Any]) -> None:
     found = record.reports(tmp_path)
     for name, wanted in golden["reports"].items():

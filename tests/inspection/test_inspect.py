@@ -78,7 +78,10 @@ def damaged(few_pairs: Path, tmp_path: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name != "packed")) for name, words in RUNS.items()],
+)
 def test_the_run_then_does_what_was_said(
     words: list[str], inspect: Inspect, tmp_path: Path, small_run: Path, damaged: Path, few_pairs: Path, capsys: Any
 ) -> None:
@@ -254,7 +257,8 @@ def test_the_page_escapes_what_users_write() -> None:
     assert "<script" not in text
 
 
-@pytest.mark.parametrize("method", ["nf4", pytest.param("bnb_int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["nf4", "bnb_int8"])
 def test_neither_weights_nor_cuda_are_needed(inspect: Inspect, method: str, copy_of_base: Path) -> None:
     plain = inspect("model.dtype=bfloat16")[1]
     for weights in copy_of_base.rglob("*.safetensors"):

@@ -100,7 +100,7 @@ def assert_alike(compiled: QwenImageTransformer2DModel, plain: QwenImageTransfor
 
 
 # Of three blocks with adapters, the first's inputs need no gradient, and the last has fewer adapters.
-@pytest.mark.parametrize(("trained", "blocks"), [("lora", 3), ("all weights", 2)])
+@pytest.mark.parametrize(("trained", "blocks"), [pytest.param("lora", 3, marks=pytest.mark.slow), ("all weights", 2)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
@@ -122,6 +122,7 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(trained: s
     assert sum(counters["graph_break"].values()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_graphs")
 def test_rounded_lengths_bound_the_graphs_and_the_next_epoch_needs_none() -> None:
     """Eight microbatches of other sizes make two image lengths and one text length after rounding."""

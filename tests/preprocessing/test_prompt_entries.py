@@ -65,7 +65,7 @@ def test_each_prompt_is_stored_once_and_read_as_it_was_encoded(caching: Caching,
     assert len(found.prompts) == 3
 
 
-@pytest.mark.parametrize("damage", ["gone", "a bit"])
+@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.slow), "a bit"])
 def test_a_prompt_that_is_damaged_or_missing_is_named_and_made_again_alone(
     caching: Caching, words: list[str], damage: str
 ) -> None:

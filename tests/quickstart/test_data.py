@@ -87,6 +87,7 @@ def test_it_is_written_once(demo_root: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in demo_root.rglob("*") if file.name != ".demo.lock"} == before
 
 
+@pytest.mark.slow
 def test_a_killed_write_is_redone(demo_root: Path, tmp_path: Path) -> None:
     shutil.copytree(demo_root / "held_out", tmp_path / "held_out")  # so that only the training pairs are written here
     process = subprocess.Popen([sys.executable, "-c", "from mixres.cli import main; main()", "quickstart", tmp_path])

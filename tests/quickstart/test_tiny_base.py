@@ -53,6 +53,7 @@ def test_the_folder_is_stock_and_names_no_other_folder() -> None:
     assert not [file for file in shipped(BASE) for word in (b"mixres", b"_name_or_path") if word in file.read_bytes()]
 
 
+@pytest.mark.slow
 def test_one_seed_makes_one_base() -> None:
     """The first steps of both trainings' own parts; that a training run repeats is the trainer's promise."""
     vae = [train_vae(0, held_out_crops([(64, 64)], 5), trunk_steps=2, steps=2).state_dict() for _ in range(2)]

@@ -84,7 +84,7 @@ STRIPES = Image.fromarray(np.repeat(np.random.default_rng(1).integers(0, 255, (3
 )
 
 
-@settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=12)
+@settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=4)
 @given(st.data())
 def test_a_known_drift_is_found_under_every_edit(data: st.DataObject) -> None:
     size = data.draw(st.tuples(*[st.integers(96, 250)] * 2), "size")
@@ -143,6 +143,7 @@ def test_what_cannot_be_measured_has_no_drift(made: Image.Image, reference: Imag
     assert measure_drift(made, reference) is None
 
 
+@pytest.mark.slow
 def test_no_two_photographs_have_a_drift() -> None:
     names = sorted(PHOTOGRAPHS)
     for made, reference in zip(names, [*names[1:], names[0]], strict=True):

@@ -197,6 +197,7 @@ def test_a_network_that_goes_away_delays_neither_steps_nor_the_end(tmp_path: Pat
     assert list(tmp_path.glob("wandb/run-*/*.wandb")), "what could not be sent is kept"
 
 
+@pytest.mark.slow
 def test_without_a_key_wandb_continues_offline_and_asks_nobody(tmp_path: Path) -> None:
     """At a terminal, where it would ask and wait for an answer."""
     at_a_terminal = ["script", "-qec", shlex.join(tracking(tmp_path)), "/dev/null"]

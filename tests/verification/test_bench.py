@@ -25,7 +25,9 @@ def config(small_run: Path, small_cache: Path, tmp_path: Path) -> Config:
     return load_config(small_run, [f"cache.cache_dir={small_cache}", f"logging.output_dir={tmp_path / 'run'}"])
 
 
-@pytest.mark.parametrize("synthetic", [True, False], ids=["synthetic", "cached"])
+@pytest.mark.parametrize(
+    "synthetic", [pytest.param(True, id="synthetic", marks=pytest.mark.slow), pytest.param(False, id="cached")]
+)
 def test_a_report_agrees_with_itself(
     config: Config, synthetic: bool, small_run: Path, copy_of_base: Path, tmp_path: Path
 ) -> None:
