@@ -84,16 +84,20 @@ STRIPES = Image.fromarray(np.repeat(np.random.default_rng(1).integers(0, 255, (3
 )
 
 
-@settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=4)
-@given(st.data())
-def test_a_known_drift_is_found_under_every_edit(data: st.DataObject) -> None:
-    size = data.draw(st.tuples(*[st.integers(96, 250)] * 2), "size")
-    name, edit = data.draw(st.sampled_from(sorted(PHOTOGRAPHS))), data.draw(st.sampled_from(sorted(EDITS)))
-    x, y = (data.draw(st.sampled_from([0.0, 1.0])) * data.draw(st.floats(-0.08, 0.08)) * side for side in size)
-    stretch, both = data.draw(st.floats(-10, 10)), data.draw(st.floats(-2, 2))
-    scales = data.draw(st.sampled_from([(0.0, 0.0), (stretch, 0.0), (0.0, stretch), (both, both)]))
-    shown = Drift(x, y, *scales)
-    assert_found(measure_drift(EDITS[edit](view(name, size, shown)), view(name, size, Drift(0, 0, 0, 0))), shown)
+@pytest.mark.parametrize("examples", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_known_drift_is_found_under_every_edit(examples: int) -> None:
+    @settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=examples)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        size = data.draw(st.tuples(*[st.integers(96, 250)] * 2), "size")
+        name, edit = data.draw(st.sampled_from(sorted(PHOTOGRAPHS))), data.draw(st.sampled_from(sorted(EDITS)))
+        x, y = (data.draw(st.sampled_from([0.0, 1.0])) * data.draw(st.floats(-0.08, 0.08)) * side for side in size)
+        stretch, both = data.draw(st.floats(-10, 10)), data.draw(st.floats(-2, 2))
+        scales = data.draw(st.sampled_from([(0.0, 0.0), (stretch, 0.0), (0.0, stretch), (both, both)]))
+        shown = Drift(x, y, *scales)
+        assert_found(measure_drift(EDITS[edit](view(name, size, shown)), view(name, size, Drift(0, 0, 0, 0))), shown)
+
+    check()
 
 
 def test_the_scale_of_large_images_is_found_and_their_shift_is_in_their_own_pixels() -> None:
