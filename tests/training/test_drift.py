@@ -84,7 +84,7 @@ STRIPES = Image.fromarray(np.repeat(np.random.default_rng(1).integers(0, 255, (3
 )
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_known_drift_is_found_under_every_edit(examples: int) -> None:
     @settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=examples)
     @given(st.data())
