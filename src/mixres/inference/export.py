@@ -10,7 +10,7 @@ once and written once, with one tensor in memory. A killed export leaves a folde
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.config.load import load_run_config
-from mixres.console import counted, log
+from mixres.console import log
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import TRANSFORMER, RunResult, find_base, find_result, renamed

@@ -36,7 +36,7 @@ from mixres.data.collate import collate
 from mixres.geometry import Grid
 from mixres.models.blocks import recompute_blocks, repeated_blocks
 from mixres.models.family import Family
-from mixres.models.lora import add_lora, train_all, trainable_parameters
+from mixres.models.lora import add_lora, promote, train_all, trainable_parameters
 from mixres.models.quantize import is_torchao, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step
@@ -161,7 +161,7 @@ class MemoryEstimate:
         autocast = self._config.train.mixed_precision == "bf16"
         with self._fake, LiveStorages(self._known) as storages:
             storages.add(value for value in vars(batch).values() if isinstance(value, Tensor))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                 loss = self._objective.loss_sum(self._model, batch, step=0)
             kept, forward = storages.live, storages.peak
             storages.peak = kept
@@ -190,6 +190,7 @@ class MemoryEstimate:
             add_lora(transformer, **settings, untrained=untrained, seed=0, presets=family.lora_presets)
         else:
             train_all(transformer, untrained=untrained)
+            promote(transformer, dtype)
         with self._fake:
             for module in transformer.modules():
                 for name, parameter in module.named_parameters(recurse=False):

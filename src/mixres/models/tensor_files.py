@@ -119,9 +119,7 @@ def write_model(folder: Path | None, shapes: Mapping[str, Tensor], tensor: Read)
     `tensor` is called for one name after another, as in `write_tensors`. With no folder it is called all the same: a
     rank that does not write takes part in putting sharded tensors together.
     """
-    plan = split_torch_state_dict_into_shards(
-        dict(shapes), filename_pattern=_PATTERN, max_shard_size=_LARGEST_FILE
-    )
+    plan = split_torch_state_dict_into_shards(dict(shapes), filename_pattern=_PATTERN, max_shard_size=_LARGEST_FILE)
     for file, names in plan.filename_to_tensors.items():
         part = {name: shapes[name] for name in names}
         if folder is not None:

@@ -23,7 +23,7 @@ from mixres.data.records import Picture
 from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import image_limits
-from mixres.training.distributed import any_rank
+from mixres.training.distributed import any_rank, device_of
 from mixres.training.drift import NOT_INSTALLED, Drift, drift_line, is_installed, measure_drift
 from mixres.training.ema import Ema
 from mixres.training.run_folder import RunFolder
@@ -57,7 +57,7 @@ class HeldOutSampler:
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
         self.pipeline = family.load_sampling_pipeline(
-            transformer=transformer, dtype=parameter.dtype, device=parameter.device
+            transformer=transformer, dtype=parameter.dtype, device=device_of(parameter)
         )
 
     def write(

@@ -8,7 +8,6 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -29,6 +27,7 @@ from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, Family, PatchState
+from mixres.models.pretrained import load_pretrained, reading
 from mixres.models.quantize import Method, quantization_config
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
@@ -218,7 +217,7 @@ class QwenFamily(Family):
         """See `Family`."""
         folder = hub.pipeline_folder(self.path, (*self.components, "scheduler"), revision=self.revision)
         absent = {name: None for name in ("transformer", "processor") if name != "processor" or name in self.components}
-        with _reading(folder):
+        with reading(folder):
             pipeline = self.pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
             if "processor" in self.components:
                 # Not through `from_pretrained`, which warns at every load that the class is not the annotated one.
@@ -292,15 +291,21 @@ class QwenFamily(Family):
             if quantize:
                 raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
             return _filled_with_noise(self.transformer_skeleton(), dtype, device)
-        folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
             quantization = quantization_config(quantize, layers.QUANTIZE_EXCLUSIONS, dtype=dtype, device=device)
-        with _reading(folder):
-            transformer = QwenImageTransformer2DModel.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
-            )
-        return patch_qwen_model_for_multi_resolution(transformer.to(device))
+        transformer = load_pretrained(
+            QwenImageTransformer2DModel,
+            trained or self.transformer_folder(),
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+        )
+        return patch_qwen_model_for_multi_resolution(transformer)
+
+    def transformer_folder(self) -> Path:
+        """See `Family`."""
+        return hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
 
     def patch_state(self, transformer: QwenImageTransformer2DModel) -> PatchState:
         """See `Family`."""
@@ -341,13 +346,14 @@ class QwenFamily(Family):
         """See `Family`."""
         folder = hub.pipeline_folder(self.path, ("vae", "scheduler"), revision=self.revision)
         absent = {name: None for name in self.components if name != "vae"}
-        with _reading(folder):
+        with reading(folder):
             pipeline = self.pipeline_class.from_pretrained(
-                folder, transformer=transformer, **absent, dtype=dtype, use_safetensors=True
+                folder, transformer=None, **absent, dtype=dtype, use_safetensors=True
             )
         pipeline.vae.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(device)
+        pipeline.to(device).register_modules(transformer=transformer)  # which stays where it is
+        return pipeline
 
     def sample_image(
         self,
@@ -473,13 +479,3 @@ def module_set(module: ModuleType, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(module).update(before)
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Names the base that could not be read, in one line, where a library fails on its files."""
-    try:
-        yield
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{hub.KEY}: {folder} cannot be loaded: {reason}; download it again") from error
