@@ -123,7 +123,7 @@ def is_split(parallel: Literal["ddp", "fsdp2"]) -> bool:
     return parallel == "fsdp2" and dist_env().world_size > 1
 
 
-def shard(model: nn.Module, accelerator: Accelerator, *, size: int, half: bool, cpu_offload: bool) -> None:
+def shard(model: nn.Module, device: torch.device, *, size: int, half: bool, cpu_offload: bool) -> None:
     """FSDP2: split the weights of each repeated block, and of the rest, over `size` ranks in a row, in place.
 
     With fewer than all ranks, as those of one node, their groups hold copies of each other (HSDP). The model may be in
@@ -137,11 +137,11 @@ def shard(model: nn.Module, accelerator: Accelerator, *, size: int, half: bool, 
     """
     # The model's output is a view; it is read, never changed in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    device, ranks = accelerator.device.type, accelerator.num_processes
+    ranks = dist.get_world_size()
     copies = () if size == ranks else (ranks // size,)
-    mesh = init_device_mesh(device, (*copies, size), mesh_dim_names=(*("replicate" for _ in copies), "shard"))
+    mesh = init_device_mesh(device.type, (*copies, size), mesh_dim_names=(*("replicate" for _ in copies), "shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    offload = CPUOffloadPolicy(pin_memory=device != "cpu") if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
     repeated: set[str] = set(model._no_split_modules)  # type: ignore[arg-type]
     blocks: list[Any] = [module for module in model.modules() if type(module).__name__ in repeated]
     for module in (*blocks, model):

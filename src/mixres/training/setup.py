@@ -163,7 +163,7 @@ def _split(config: Config, family: Family, accelerator: Accelerator, transformer
         to_meta(transformer)
     shard(
         transformer,
-        accelerator,
+        accelerator.device,
         size=train.shard_size or accelerator.num_processes,
         half=train.mixed_precision == "bf16",
         cpu_offload=train.cpu_offload,
