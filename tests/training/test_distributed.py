@@ -4,7 +4,9 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from accelerate.utils import launch
 
 from mixres.errors import UserError
@@ -22,6 +24,12 @@ def test_plugins_of_the_launcher_and_a_tracker_that_is_not_installed_are_reporte
     expected = ("turns on FSDP, which mixres", "turns on DeepSpeed", "logging.report_to: no_such_tracker is not")
     assert all(part in message for part, message in zip(expected, caught.value.messages, strict=True))
     assert all(f'"{name}"' in inspect.getsource(launch) for name in distributed._PLUGINS), "as accelerate names them"
+
+
+def test_autocast_keeps_no_copies_of_weights(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(True)
+    with make_accelerator(mixed_precision="bf16", report_to="none", folder=tmp_path).autocast():
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
 
 
 @pytest.mark.parametrize(("name", "processes"), [("single", 1), ("multi_gpu", 2), ("multi_node", 16)])

@@ -83,9 +83,11 @@ class MemoryEstimate:
             "optimizer": optimizer_bytes(config, [p.numel() for p in trained]),
             "ema": learnt if config.train.ema_decay else 0,
         }
-        ranks = ranks if config.train.parallel == "fsdp2" else 1
-        self._parts = {name: -(-count // ranks) for name, count in whole.items()}
-        largest = max(bytes_of(block.parameters()) for block in blocks)
+        train = config.train
+        ranks = min(ranks, train.shard_size or ranks) if train.parallel == "fsdp2" else 1
+        on_host = train.cpu_offload and ranks > 1
+        self._parts = {name: 0 if on_host else -(-count // ranks) for name, count in whole.items()}
+        largest = max(self._gathered_bytes(block) for block in blocks)
         self._parts["gathered"] = min(_GATHERED_BLOCKS, self._blocks) * largest if ranks > 1 else 0
 
     def figures(self, microbatch: Sequence[SampleTokens]) -> dict[str, Any]:
@@ -167,6 +169,11 @@ class MemoryEstimate:
             storages.peak = kept
             torch.autograd.backward(loss)
             return StepBytes(kept, forward, storages.peak)
+
+    def _gathered_bytes(self, block: nn.Module) -> int:
+        if self._config.train.mixed_precision == "bf16":
+            return 2 * sum(parameter.numel() for parameter in block.parameters())
+        return bytes_of(block.parameters())
 
     def _saved_by_bitsandbytes(self, blocks: Sequence[nn.Module]) -> int:
         """Bytes that nf4 and bnb_int8 take off the weights."""

@@ -60,6 +60,21 @@ def dist_env() -> DistEnv:
     return DistEnv(int(value("RANK", 0)), int(value("WORLD_SIZE", 1)), device)
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device that the option `--device` names, or this process's own.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        device = dist_env().device if name is None else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device: {name} cannot be used: {reason}; choose another") from error
+    return device
+
+
 def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path, cpu_offload: bool = False) -> Accelerator:
     """The accelerator of this process. Without an accelerator device several processes talk over gloo.
 
