@@ -47,8 +47,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """The tiny random base of a row of `family_cases.CASES`, written when it is first asked for. Read only."""
-    from support.family_cases import CASES, PROMPTS
-    from support.tiny_pipeline import write_tiny_pipeline
+    from support.family_cases import CASES
 
     written = {(CASES["qwen_image_edit"].pipeline_class, False): tiny_base}
 
@@ -56,7 +55,7 @@ def base_of(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         kind = case.pipeline_class, case.zero_cond_t
         if kind not in written:
             written[kind] = tmp_path_factory.mktemp("family") / "base"
-            write_tiny_pipeline(written[kind], PROMPTS, pipeline_class=kind[0], zero_cond_t=kind[1])
+            case.write(written[kind])
         return written[kind]
 
     return base

@@ -64,7 +64,7 @@ def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list
     image = QwenImageEdit("").sample_image(
         sampling,
         controls=[control],
-        prompt_embeds=sample.prompt_embeds,
+        text=sample.text,
         size=size,
         steps=STEPS,
         seed=SEED,

@@ -4,17 +4,24 @@ Stored form and model form have different names: a `Sample` is clean and unpadde
 several, a `FlowSample` is a batch at its sigmas.
 
 Legend: B sample, S image token (target first, then controls), V valid target token of the whole batch, T text token,
-P packed channel (4 x latent channels), D text width.
+P packed channel (4 x latent channels), D text width, W width of a pooled prompt.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from mixres.geometry import Grid, token_count
+
+
+class TextEmbeds(NamedTuple):
+    """A prompt as the transformer takes it, on the CPU."""
+
+    tokens: Tensor  # (T, D)
+    pooled: Tensor | None = None  # (W,) of the whole prompt, where the transformer takes one
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,18 @@ class Sample:
     img_shapes: tuple[Grid, ...]  # target first, then each control
     edit_mask: Tensor | None = None  # (S_target,) float32, foreground fraction of each target token in [0, 1]
     empty_embeds: Tensor | None = None  # (T_empty, D) of the empty prompt with the same controls, for caption dropout
+    pooled_embeds: Tensor | None = None  # (W,) of the prompt, where the transformer takes one
+    empty_pooled_embeds: Tensor | None = None  # (W,) of the empty prompt
+
+    @property
+    def text(self) -> TextEmbeds:
+        """Its prompt."""
+        return TextEmbeds(self.prompt_embeds, self.pooled_embeds)
 
     def without_caption(self) -> "Sample":
         """The same sample with the empty prompt."""
         assert self.empty_embeds is not None, self.name
-        return replace(self, prompt_embeds=self.empty_embeds)
+        return replace(self, prompt_embeds=self.empty_embeds, pooled_embeds=self.empty_pooled_embeds)
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class Batch:
     edit_mask: Tensor  # (V,) float32 foreground fraction of each target token
     has_mask: tuple[bool, ...]  # a sample without an edit mask has weight 1 everywhere
     sample_weights: tuple[float, ...]  # in the loss; 0 for a dummy microbatch that only keeps ranks in step
+    pooled_embeds: Tensor | None = None  # (B, W), where the transformer takes them
 
     @property
     def tokens(self) -> int:
@@ -69,9 +84,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which copies to CUDA wait for nothing."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, act: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        acted: dict[str, Any] = {name: act(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **acted)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ samples = st.builds(
     name=st.text(max_size=3),
     text=st.integers(1, 7),
     mask=st.booleans(),
+    pooled=st.just(3),
     seed=st.integers(0, 2**32),
 )
 
@@ -82,6 +83,8 @@ def test_all_else_goes_with_its_sample(chosen: list[Sample], layout: Layout) -> 
     assert batch.indices == tuple(7 * i + 2 for i in range(len(chosen)))
     assert batch.sample_weights == tuple(float(i % 2) for i in batch.indices)
     assert batch.names == tuple(sample.name for sample in chosen)
+    for pooled, sample in zip(batch.pooled_embeds, chosen, strict=True):
+        assert torch.equal(pooled, sample.pooled_embeds)
     assert batch.img_shapes == tuple(sample.img_shapes for sample in chosen)
     assert batch.has_mask == tuple(sample.edit_mask is not None for sample in chosen)
     for found, sample in zip(batch.edit_mask.split(list(batch.target_lengths)), chosen, strict=True):

@@ -31,7 +31,7 @@ KEYS = [entry_key(sample=i) for i in range(COUNT)]
 
 def sample_of(i: int) -> Sample:
     shapes = (Grid(1, 2 + i % 3, 3), Grid(1, 2, 1 + i % 2))[: 1 + i % 2]
-    return make_sample(shapes, name=NAMES[i], text=2 + i, empty=1 + i % 2, mask=i % 3 == 0, seed=i)
+    return make_sample(shapes, name=NAMES[i], text=2 + i, empty=1 + i % 2, mask=i % 3 == 0, seed=i, pooled=3)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_batches_are_the_plans_microbatches_of_the_samples_written(
         wanted = []
         for m in (m for step in range(STEPS) for m in plan.step(step).ranks[rank]):
             samples = [sample_of(i) for i in m.indices]
-            empty = [replace(s, prompt_embeds=s.empty_embeds) for s in samples]
+            empty = [replace(s, prompt_embeds=s.empty_embeds, pooled_embeds=s.empty_pooled_embeds) for s in samples]
             samples = [e if i in m.dropped else s for i, e, s in zip(m.indices, empty, samples, strict=True)]
             wanted.append(collate(samples, indices=m.indices, weights=m.weights, layout=layout))
             dropped += len(m.dropped)
@@ -103,6 +103,21 @@ def test_any_start_gives_the_tail_with_any_workers_and_leaves_the_global_generat
         skipped = sum(len(make_plan().step(step).ranks[0]) for step in range(first))
         assert_equal(list(loader(cache, first=first, workers=workers)), whole[skipped:])
     assert states() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_batch_takes_shared_memory(cache: Cache, workers: int) -> None:
+    """Torch waits without end for a batch that did not fit there; a container has 64 MB of it."""
+    for batch in loader(cache, workers=workers):
+        values = [getattr(batch, field.name) for field in fields(Batch)]
+        assert not any(value.is_shared() for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_lie_in_page_locked_memory(cache: Cache, workers: int) -> None:
+    for batch in loader(cache, workers=workers):
+        assert batch.latents.is_pinned() and batch.prompt_embeds.is_pinned()
 
 
 def corrupt(path: Path) -> None:

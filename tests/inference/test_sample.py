@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from mixres import __version__, cli
 from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
+from mixres.geometry import Size
 from mixres.inference.sample import make_request, sample
 from mixres.models.hub import file_digest
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE
@@ -148,12 +149,14 @@ def test_the_image_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_pat
 
 
 def test_the_image_says_how_it_was_made(edit: Result, tmp_path: Path) -> None:
-    words = edit.words("--compare", "--guidance", "2.5", "--negative-prompt", NEGATIVE)
+    """Offloading is not among it: it changes nothing."""
+    words = edit.words("--compare", "--guidance", "2.5", "--negative-prompt", NEGATIVE, "--offload")
     assert cli.main([*words, "--out", str(tmp_path)]) == 0
     file = edit.folder / FILE_NAME
     settings = {
         "prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance": 2.5, "seed": 7, "steps": 2, "size": "96x64",
-        "images": [str(edit.images[0])], "control_area": 112 * 112, "lora": str(file), "lora_xxh3": file_digest(file),
+        "restored_size": None, "images": [str(edit.images[0])], "control_area": 112 * 112,
+        "control_sizes": ["128x96"], "lora": str(file), "lora_xxh3": file_digest(file),
         "base": str(edit.base), "revision": None, "dtype": "float32", "quantize": None,
         "mixres": __version__,
     }  # fmt: skip
@@ -283,10 +286,11 @@ def test_over_a_quantised_base_the_image_is_that_of_the_stock_pipeline(edit: Res
 # --- What is asked for ----------------------------------------------------------------------------------------------
 
 
-def test_without_a_size_it_is_the_stock_pipelines(trained: Result, tmp_path: Path) -> None:
-    (job,), controls = trained.request(tmp_path / "out").jobs, trained.controls()
-    aspect = controls[-1].width / controls[-1].height if controls else 1
-    assert job.size == stock_plus.calculate_dimensions(1024 * 1024, aspect)
+def test_without_a_size_and_controls_it_is_the_stock_pipelines(
+    trained_of: Callable[[str], Result], tmp_path: Path
+) -> None:
+    (job,) = trained_of("qwen_image").request(tmp_path / "out").jobs
+    assert job.size == Size(1024, 1024)
 
 
 def test_images_are_numbered_after_those_that_are_there(edit: Result, tmp_path: Path) -> None:
@@ -437,7 +441,7 @@ def test_weights_without_a_recipe_that_can_be_used_are_refused(edit: Result, tmp
         tmp_path / "bare": "has no recipe of mixres",
         changed(edit, tmp_path, gone=True): "has no recipe of mixres",
         changed(edit, tmp_path, format=2): "was written by another version of mixres",
-        changed(edit, tmp_path, family="flux"): "was written by another version of mixres",
+        changed(edit, tmp_path, family="other"): "was written by another version of mixres",
         changed(edit, tmp_path, base=None): "has a wrong recipe, train again: base: given None",
         changed(edit, tmp_path, background="mauve"): "background: given mauve, should match pattern",
         **{changed(edit, tmp_path, control_area=area): f"control_area: given {area}" for area in (12, 2**40, "big")},

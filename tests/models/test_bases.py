@@ -13,10 +13,11 @@ import torch
 from mixres.errors import UserError
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.registry import load_family
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE as CASES, FamilyCase
 
 KEY = r"^model\.pretrained_model_name_or_path: "
-SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline"
+SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, Flux2KleinPipeline"
+SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline, ZImagePipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
     "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
@@ -29,7 +30,7 @@ def test_each_pipeline_class_has_its_family(case: FamilyCase, base_of: Callable[
     base = str(base_of(case))
     found = {type(load_family(None, base)), type(load_family(case.family, base)), type(case.at(base))}
     assert {family.name for family in found} == {case.family}
-    for other in ("flux", next(row.family for row in CASES.values() if row.family != case.family)):
+    for other in ("sana", next(row.family for row in CASES.values() if row.family != case.family)):
         for synthetic in (False, True):
             with pytest.raises(UserError, match=rf"^model\.family: '{other}' does not fit .* or {case.family}$"):
                 load_family(other, base, synthetic=synthetic)
@@ -68,7 +69,7 @@ def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
     [
         ("other.json", "{}", r"has no model_index\.json"),
         ("model_index.json", "{", r"model_index\.json cannot be read"),
-        ("model_index.json", '{"_class_name": "FluxPipeline"}', rf"FluxPipeline.*; supported: {SUPPORTED}$"),
+        ("model_index.json", '{"_class_name": "SanaPipeline"}', rf"SanaPipeline.*; supported: {SUPPORTED}$"),
         ("model_index.json", '{"_class_name": ["module", "Class"]}', rf"'Class'.*; supported: {SUPPORTED}$"),
         ("model_index.json", "{}", rf"None.*; supported: {SUPPORTED}$"),
         ("model_index.json", "[]", r"model_index\.json cannot be read \(it holds no JSON object"),

@@ -11,12 +11,12 @@ from hypothesis import Phase, given, settings, strategies as st
 from support import mixes
 from support.kinds import KINDS, Kind, main_mix_for_bf16
 
-QWEN, IDS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux")
-WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *IDS)], ids=("qwen", *IDS))
+QWEN, OTHERS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux", "z_image")
+WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *OTHERS)], ids=("qwen", *OTHERS))
 CASES = [
     *((kind, name) for kind in QWEN for name in mixes.MIXES),
-    *((kind, name) for kind in IDS for name in ("main", "random 0", "random 1", "random 2", "random 3")),
-    *((f"{kind} without guidance", "random 1") for kind in IDS),
+    *((kind, name) for kind in OTHERS for name in ("main", "random 0", "random 1", "random 2", "random 3")),
+    *((f"{kind} without guidance", "random 1") for kind in ("flux2", "flux")),
 ]
 
 
@@ -147,8 +147,8 @@ def test_two_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) 
 
 
 @settings(drawn_alike, max_examples=16)
-@given(cases(*IDS, "flux2 without guidance", "flux without guidance"))
-def test_two_microbatches_train_as_each_sample_alone_where_positions_are_ids(case: Case) -> None:
+@given(cases(*OTHERS, "flux2 without guidance", "flux without guidance"))
+def test_two_microbatches_train_as_each_sample_alone_in_other_families(case: Case) -> None:
     assert_each_as_alone(case)
 
 
@@ -161,7 +161,7 @@ def test_many_microbatches_of_any_samples_train_as_each_sample_alone(case: Case)
 
 
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
-@pytest.mark.parametrize("name", ["qwen zero_cond_t", *IDS])
+@pytest.mark.parametrize("name", ["qwen zero_cond_t", *OTHERS])
 def test_all_weights_that_reach_the_loss_and_no_others_get_a_gradient(name: str, layout: str) -> None:
     kind, mix = KINDS[name], mixes.random_mix(3)
     model = Case((mix, mix), (layout, layout), kind, False, "all weights").model(kind.patched)

@@ -11,6 +11,7 @@ from diffusers import QwenImageEditPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from mixres.batch import TextEmbeds
 from mixres.data.plan import Layout
 from mixres.geometry import Size
 from mixres.models.lora import trainable_parameters
@@ -56,7 +57,7 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
     image = QwenImageEdit("").sample_image(
-        pipeline, controls=[control], prompt_embeds=torch.randn(11, 64, generator=draw), size=size, steps=2, seed=1,
+        pipeline, controls=[control], text=TextEmbeds(torch.randn(11, 64, generator=draw)), size=size, steps=2, seed=1,
         sizes=QwenImageEdit("").control_sizes(size, [Size(*control.size)], {"control_area": 64 * 64}),
     )  # fmt: skip
     handle.remove()

@@ -28,8 +28,9 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # as the stock blocks of FLUX.1 do
 @pytest.mark.parametrize(("layout", "recomputed"), [("padded", False), ("packed", False), ("packed", True)])
-@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux"])
+@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux", "z_image"])
 def test_positions_stay_exact_under_fsdp2_mixed_precision(layout: str, recomputed: bool, name: str) -> None:
     """A batch under the policy is as near to float32 as the stock bfloat16 model on one sample at a time."""
     kind, wide = KINDS[name], main_mix_for_bf16()
@@ -39,13 +40,14 @@ def test_positions_stay_exact_under_fsdp2_mixed_precision(layout: str, recompute
     frequencies, weights = set(), set()
 
     def look(attn: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        plan = kwargs.get("plan", kwargs["image_rotary_emb"])
-        assert isinstance(plan, JointRotary) and plan.freqs is not None
-        frequencies.add(plan.freqs.dtype)
+        handed = [kwargs[name] for name in ("plan", "image_rotary_emb", "freqs_cis") if kwargs.get(name) is not None]
+        freqs = handed[0].freqs if isinstance(handed[0], JointRotary) else handed[0]
+        frequencies.add(freqs.dtype)
         weights.update(p.dtype for p in attn.parameters())
 
     for block in repeated_blocks(model):
-        block.attn.register_forward_pre_hook(look, with_kwargs=True)
+        attention: Any = block.attention if name == "z_image" else block.attn
+        attention.register_forward_pre_hook(look, with_kwargs=True)
     if recomputed:
         recompute_blocks(model, every=1)
     shard(model, torch.device("cpu"), size=1, half=True, cpu_offload=False)

@@ -1,4 +1,7 @@
-"""The patches of FLUX.2 and FLUX.1: what stays stock, what a mixed call computes, what is refused, nothing is left."""
+"""The patches of FLUX.2 and FLUX.1: what stays stock, what a mixed call computes, what is refused, nothing is left.
+
+What does not depend on ids is tested for Z-Image too.
+"""
 
 import copy
 import functools
@@ -20,12 +23,13 @@ from peft import LoraConfig
 
 from mixres.models import position_ids
 from mixres.models.attention import JointRotary
-from mixres.models.blocks import compile_blocks, repeated_blocks
+from mixres.models.blocks import compile_blocks
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
+from mixres.models.z_image.packed import HELPERS
 from support import mixes
 from support.host_reads import HostReads
-from support.kinds import KINDS, IdKind
+from support.kinds import KINDS, IdKind, Kind
 
 NAMES = ("flux2", "flux")
 EQUAL = mixes.make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
@@ -36,6 +40,19 @@ def kind(request: pytest.FixtureRequest) -> IdKind:
     chosen = KINDS[request.param]
     assert isinstance(chosen, IdKind)
     return chosen
+
+
+@pytest.fixture(params=(*NAMES, "z_image"))
+def any_kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def stock_calls(kind: Kind) -> list[dict[str, Any]]:
+    """Batches that the stock model takes."""
+    if not isinstance(kind, IdKind):
+        return [kind.padded_call(mixes.random_mix(5))]
+    call = equal_call(kind)
+    return [call, call | {name: call[name].expand(3, -1, -1) for name in ("img_ids", "txt_ids")}]
 
 
 def equal_call(kind: IdKind) -> dict[str, Any]:
@@ -49,45 +66,48 @@ def assert_nothing_left(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         assert getattr(module, "packed_runs", None) is None, name
         assert not getattr(module, "packed_in_blocks", False), name
+        assert vars(module).keys().isdisjoint(HELPERS), "no method is shadowed"
         if isinstance(module, torch.nn.Linear):
             assert len(module._forward_hooks) <= 1, "hooks do not pile up"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(kind: IdKind, checkpointing: bool) -> None:
+def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(any_kind: Kind, checkpointing: bool) -> None:
     """Before and after mixed calls, forward and gradient, by name and by position, with ids of either rank."""
-    stock, patched, mix = kind.stock(adapters=True), kind.patched(adapters=True), mixes.random_mix(2)
+    kind, mix = any_kind, mixes.random_mix(2)
+    stock, patched = kind.stock(adapters=True), kind.patched(adapters=True)
     if checkpointing:
         stock.enable_gradient_checkpointing(), patched.enable_gradient_checkpointing()
-    call = equal_call(kind)
-    of_rank_3 = call | {name: call[name].expand(3, -1, -1) for name in ("img_ids", "txt_ids")}
+    calls = stock_calls(kind)
     for _ in range(2):
-        for arguments in (call, of_rank_3):
-            pair = [(model, model(**arguments)[0]) for model in (stock, patched)]
-            results = [mixes.backward(model, [out], out.square().mean()) for model, out in pair]
+        for call in calls:
+            pair = [(model, list(model(**call)[0])) for model in (stock, patched)]
+            values = [torch.stack([x.square().mean() for x in outputs]).sum() for _, outputs in pair]
+            results = [mixes.backward(*both, value) for both, value in zip(pair, values, strict=True)]
             mixes.assert_identical(results[1], results[0])
         for layout in mixes.LAYOUTS:
             kind.run(patched, mix, layout)
-    first = position_ids.argument_names(type(stock).forward)[:3]
+    first, call = position_ids.argument_names(type(stock).forward)[:3], calls[0]
     positional, rest = [call[name] for name in first], {name: x for name, x in call.items() if name not in first}
-    assert torch.equal(patched(*positional, **rest)[0], stock(*positional, **rest)[0])
+    found, expected = (model(*positional, **rest)[0] for model in (patched, stock))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_one_packed_sample_is_the_stock_one_bit_for_bit(kind: IdKind) -> None:
+def test_one_packed_sample_is_the_stock_one_bit_for_bit(any_kind: Kind) -> None:
+    kind = any_kind
     mix = mixes.make_mix([[(1, 5, 7), (1, 3, 3)]], [8])
     expected = kind.run(kind.stock(adapters=True), mix, "alone")
     for layout in mixes.LAYOUTS:
         assert torch.equal(kind.run(kind.patched(adapters=True), mix, layout).outputs[0], expected.outputs[0])
 
 
-def test_a_patched_model_is_still_the_stock_model(kind: IdKind, tmp_path: Path) -> None:
+def test_a_patched_model_is_still_the_stock_model(any_kind: Kind, tmp_path: Path) -> None:
+    kind = any_kind
     stock, patched = kind.stock(), kind.stock()
     assert kind.patch(patched) is patched
-    parts = [(id(block.attn.processor), len(block._forward_hooks)) for block in repeated_blocks(patched)]
-    hooks = len(patched._forward_pre_hooks), len(patched._forward_hooks)
+    parts = hooks_and_processors(patched)
     kind.patch(patched)
-    assert parts == [(id(block.attn.processor), len(block._forward_hooks)) for block in repeated_blocks(patched)]
-    assert hooks == (len(patched._forward_pre_hooks), len(patched._forward_hooks))
+    assert parts == hooks_and_processors(patched)
     expected, found = stock.state_dict(), patched.state_dict()
     assert list(expected) == list(found) and all(torch.equal(expected[k], found[k]) for k in expected)
     mix = mixes.random_mix(5)
@@ -98,6 +118,13 @@ def test_a_patched_model_is_still_the_stock_model(kind: IdKind, tmp_path: Path) 
     copied = copy.deepcopy(patched)
     del patched
     mixes.assert_identical(kind.run(copied, mix, "packed"), result)
+
+
+def hooks_and_processors(model: Any) -> list[Any]:
+    return [
+        (len(module._forward_pre_hooks), len(module._forward_hooks), id(getattr(module, "processor", None)))
+        for module in model.modules()
+    ]
 
 
 def test_the_attention_backend_is_kept_and_reaches_the_processors(kind: IdKind) -> None:
@@ -289,10 +316,17 @@ def test_what_the_patches_do_not_know_is_refused_by_name() -> None:
             patch(other)
 
 
-@pytest.mark.parametrize("where", ["context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn"])
+IN_IDS = ("context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn")
+IN_Z_IMAGE = ("cap_embedder", "noise_refiner.0.feed_forward", "layers.1.attention", "all_final_layer.2-1.linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [*itertools.product(NAMES, IN_IDS), *itertools.product(["z_image"], IN_Z_IMAGE)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_is_left_behind_by_a_call_that_fails(kind: IdKind, where: str, checkpointing: bool) -> None:
-    mix, model = mixes.random_mix(2), kind.patched()
+def test_nothing_is_left_behind_by_a_call_that_fails(name: str, where: str, checkpointing: bool) -> None:
+    kind, mix = KINDS[name], mixes.random_mix(2)
+    model = kind.patched()
     if checkpointing:
         model.enable_gradient_checkpointing()
     before = {layout: kind.run(model, mix, layout) for layout in mixes.LAYOUTS}
@@ -311,7 +345,8 @@ def test_nothing_is_left_behind_by_a_call_that_fails(kind: IdKind, where: str, c
         mixes.assert_identical(kind.run(model, mix, layout), result)
 
 
-def test_adapters_may_come_late_be_disabled_and_go(kind: IdKind) -> None:
+def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
+    kind = any_kind
     mix = mixes.random_mix(3)
     plain, model = kind.run(kind.stock(), mix, "alone"), kind.patched()
     before = kind.run(model, mix, "packed")
@@ -337,14 +372,11 @@ def test_adapters_may_come_late_be_disabled_and_go(kind: IdKind) -> None:
     assert_nothing_left(model)
 
 
-COMPILED = itertools.product(NAMES, mixes.LAYOUTS, (False, True))
-QUICK = ("flux2", "packed", True)
+COMPILED = list(itertools.product((*NAMES, "z_image"), mixes.LAYOUTS, (False, True)))
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "checkpointing"),
-    [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout", "checkpointing"), COMPILED)
 @pytest.mark.timeout(300)
 def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(
     name: str, layout: str, checkpointing: bool

@@ -2,24 +2,41 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    ZImagePipeline,
+)
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
     pipeline_qwenimage_edit_plus as stock_plus,
 )
 from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
 
+from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
-from mixres.geometry import Size
+from mixres.geometry import Size, pack_latents
 from mixres.models.family import ControlSizes, Family
 from mixres.models.qwen.processor import load_processor
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
+from support.tiny_flux import write_tiny_flux
+from support.tiny_flux2 import write_tiny_flux2
+from support.tiny_pipeline import write_tiny_pipeline
+from support.tiny_z_image import write_tiny_z_image
 
 PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
 
@@ -38,8 +55,12 @@ class FamilyCase:
         """The family, bound to this base."""
         return FAMILIES[self.pipeline_class.__name__](str(base))
 
-    def call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """How the stock pipeline takes the control images."""
+    def in_a_folder(self) -> Self:
+        """With samples as a folder can have them: each has a control, or none has."""
+        return replace(self, controls=tuple(max(n, 1) for n in self.controls) if max(self.controls) else self.controls)
+
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        """How the stock pipeline takes the control images, and what else it needs to make an image of this size."""
         return {0: {}, 1: {"image": controls[0] if controls else None}}.get(max(self.controls), {"image": [*controls]})
 
     def sizes(
@@ -77,10 +98,60 @@ class FamilyCase:
         finally:
             vars(module).update(before)
 
+    def write(self, folder: Path) -> None:
+        """A tiny random base."""
+        write_tiny_pipeline(folder, PROMPTS, pipeline_class=self.pipeline_class, zero_cond_t=self.zero_cond_t)
+
+    def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
+        """The control images as the stock pipeline is given them, which makes them of these sizes."""
+        return controls
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        """The arguments of `sample_image` that guide otherwise than by default."""
+        return {"negative": negative, "guidance": 4.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        """The arguments of a stock call with the same guidance."""
+        return {"prompt": prompt, "negative_prompt": negative, "true_cfg_scale": 4.0}
+
+    def unguided(self) -> dict[str, Any]:
+        """What keeps the stock call from guiding."""
+        return {"true_cfg_scale": 1.0}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        """`(S, P)` of an image at this size by the stock pipeline's own methods.
+
+        The text-to-image pipeline has no encoding of its own: the edit pipeline's, on the same VAE.
+        """
+        pipeline = QwenImageEditPipeline(None, stock.vae, None, None, None, None)
+        pixels = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
+        latents = pipeline._encode_vae_image(pixels.to(stock.vae.dtype), generator=None)
+        packed: Tensor = pipeline._pack_latents(latents, 1, 16, *latents.shape[3:])[0]
+        return packed
+
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the stock transformer is handed, by names that all families share."""
+        return kwargs
+
+    def stock_velocity(self, transformer: Any, seen: dict[str, Any]) -> Tensor:
+        """`(1, S, P)` of the stock transformer for what it was handed."""
+        velocity: Tensor = transformer(**seen)[0]
+        return velocity
+
+    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+        """What the stock transformer is handed of positions and masks is what the sample holds."""
+        assert seen["encoder_hidden_states_mask"] is None
+        assert [list(sample.img_shapes)] == seen["img_shapes"]
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        """What the stock pipeline cannot load without torchvision."""
+        return {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
+
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
-        """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
-        processor = {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
-        pipeline = self.pipeline_class.from_pretrained(base, **processor, dtype=dtype)
+        """The whole pipeline by its own `from_pretrained`."""
+        parts = self.stock_parts(base)
+        pipeline = self.pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=dtype)
+        pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -92,12 +163,140 @@ class FamilyCase:
         return [f"data.resize.control.{keys[name]}={value}" for name, value in self.areas.items()]
 
 
+class Flux2Case(FamilyCase):
+    """FLUX.2: the stock pipeline crops a control's sides to multiples of 16; it is given controls of their sizes."""
+
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        return {"image": [*controls] or None}
+
+    @contextmanager
+    def stock_areas(self, areas: dict[str, int], aligned: Size | None = None) -> Iterator[None]:
+        yield
+
+    def write(self, folder: Path) -> None:
+        write_tiny_flux2(folder, PROMPTS, self.pipeline_class)
+
+    def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
+        return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(controls, sizes.vae, strict=True)]
+
+    def overrides(self) -> list[str]:
+        # A prompt has 512 tokens; a process without mixres resizes by area alone.
+        return [*super().overrides(), "batch.max_tokens=2048", "data.resize.control.align=never"]
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "negative_prompt_embeds": embeds.tokens[None], "guidance_scale": 4.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 1.0}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        pixels = stock.image_processor.preprocess(image, size.height, size.width).to(stock.vae.dtype)
+        packed: Tensor = stock._pack_latents(stock._encode_vae_image(pixels, generator=None))[0]
+        return packed
+
+    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+        family = self.at("")
+        for name, ids in (("img_ids", family.image_ids(sample.img_shapes)), ("txt_ids", family.text_ids(512))):
+            assert torch.equal(ids.to(seen[name]), seen[name].reshape(ids.shape)), name
+        if sample.pooled_embeds is not None:
+            assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
+
+
+class Flux2DevCase(Flux2Case):
+    """FLUX.2-dev embeds its guidance, 4 unless another is given."""
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        return {"guidance": 2.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 2.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {}
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
+
+
+class FluxCase(Flux2Case):
+    """FLUX.1 embeds its guidance. Kontext takes a control at its size only where it is told not to choose one."""
+
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        if not self.areas:
+            return {}
+        area = {"max_area": size.width * size.height} if size else {}
+        return {"image": controls[0] if controls else None, "_auto_resize": False, **area}
+
+    def write(self, folder: Path) -> None:
+        write_tiny_flux(folder, PROMPTS, pipeline_class=self.pipeline_class)
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        return {"guidance": 8.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 8.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 2.5 if self.areas else 3.5}
+
+    def overrides(self) -> list[str]:
+        return [*(super().overrides() if self.areas else FamilyCase.overrides(self)), "batch.max_tokens=2048"]
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        return _kontext_latents(stock, image, size)
+
+
+class ZImageCase(FamilyCase):
+    """Z-Image takes lists, as positional arguments; the time of its transformer runs from noise to image."""
+
+    def write(self, folder: Path) -> None:
+        write_tiny_z_image(folder, PROMPTS)
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "negative_prompt": negative, "guidance_scale": 4.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 0.0}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        return _kontext_latents(stock, image, size)
+
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        (image,), _, (text,) = args
+        return {"hidden_states": pack_latents(image)[None], "encoder_hidden_states": text[None], "lists": args}
+
+    def stock_velocity(self, transformer: Any, seen: dict[str, Any]) -> Tensor:
+        return -pack_latents(transformer(*seen["lists"], return_dict=False)[0][0])[None]
+
+    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+        (image,), _, _ = seen["lists"]
+        assert [2 * side for side in sample.img_shapes[0][1:]] == list(image.shape[2:])
+
+
+def _kontext_latents(stock: Any, image: Image.Image, size: Size) -> Tensor:
+    """By Kontext's methods; pipelines of text to image, on a VAE of this class, have no encoding of their own."""
+    parts = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    kontext = FluxKontextPipeline(vae=stock.vae, transformer=None, **parts)
+    pixels = kontext.image_processor.preprocess(image, size.height, size.width).to(stock.vae.dtype)
+    latents = kontext._encode_vae_image(pixels, generator=None)
+    packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
+    return packed
+
+
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
 CASES = {
     "qwen_image": FamilyCase("qwen_image", QwenImagePipeline, (0, 0, 0)),
     "qwen_image_edit": FamilyCase("qwen_image_edit", QwenImageEditPipeline, (1, 1, 1), {"control_area": 112 * 112}),
     "qwen_image_edit_plus": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS),
     "zero_cond_t": FamilyCase("qwen_image_edit_plus", QwenImageEditPlusPipeline, (1, 3, 2), _PLUS, zero_cond_t=True),
+}
+# Whole runs do not go through these yet.
+EVERY_CASE = CASES | {
+    "flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112}),
+    "flux2_dev": Flux2DevCase("flux2", Flux2Pipeline, (0, 3, 1), {"control_area": 112 * 112}),
+    "flux_kontext": FluxCase("flux_kontext", FluxKontextPipeline, (0, 1, 1), {"control_area": 112 * 112}),
+    "flux": FluxCase("flux", FluxPipeline, (0, 0, 0)),
+    "z_image": ZImageCase("z_image", ZImagePipeline, (0, 0, 0)),
 }
 
 

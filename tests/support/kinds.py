@@ -18,14 +18,17 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
 )
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from mixres.geometry import pack_latents, unpack_latents
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
 from mixres.models.qwen.layers import untrained_modules
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
+from mixres.models.z_image_multi_resolution_patch import patch_z_image_model_for_multi_resolution
 from support import mixes
 from support.mixes import CHANNELS, TEXT_WIDTH, Mix, Result
 
@@ -144,9 +147,9 @@ Make = Callable[[], Any]
 
 
 @functools.cache
-def _made(make: Make, guidance: bool, adapters: bool) -> Any:
+def _made(make: Make, adapters: bool, **config: Any) -> Any:
     torch.manual_seed(0)
-    model = make(guidance_embeds=guidance)
+    model = make(**config)
     if adapters:  # B filled: at the usual initialisation it is zero, and so are all gradients of A
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         model.add_adapter(LoraConfig(r=4, target_modules=linear, init_lora_weights=False))
@@ -173,7 +176,7 @@ class IdKind(Kind):
         return {"timestep": mix.timesteps, "return_dict": False, **guidance}
 
     def stock(self, *, adapters: bool = False) -> Any:
-        return copy.deepcopy(_made(self.make, self.guidance, adapters))
+        return copy.deepcopy(_made(self.make, adapters, guidance_embeds=self.guidance))
 
     def alone_calls(self, mix: Mix) -> list[dict[str, Any]]:
         calls = []
@@ -258,6 +261,42 @@ class Flux(IdKind):
         return {**super().by_sample(mix), "pooled_projections": torch.stack([text.mean(0) for text in mix.texts])}
 
 
+class ZImage(Kind):
+    """One image a sample: the target, of which the transformer takes and returns a list."""
+
+    def stock(self, *, adapters: bool = False) -> ZImageTransformer2DModel:
+        return copy.deepcopy(_made(self.make, adapters))
+
+    def make(self) -> ZImageTransformer2DModel:
+        model = ZImageTransformer2DModel(
+            in_channels=CHANNELS // 4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=TEXT_WIDTH, axes_dims=[8, 12, 12], axes_lens=[256, 64, 64],
+        )  # fmt: skip
+        for token in (model.x_pad_token, model.cap_pad_token):  # zeros as they are made
+            torch.nn.init.normal_(token)
+        return model
+
+    def patch(self, model: Any) -> Any:
+        return patch_z_image_model_for_multi_resolution(model)
+
+    def alone_calls(self, mix: Mix) -> list[dict[str, Any]]:
+        return [self.padded_call(sample) for sample in one_by_one(mix)]
+
+    def padded_call(self, mix: Mix, *, image: int = 0, text: int = 0, value: float = 0.0) -> dict[str, Any]:
+        """The stock call: it pads by itself."""
+        targets = zip(mix.images, mix.velocities, mix.shapes, strict=True)
+        images = [unpack_latents(image[: len(v)], shapes[0]) for image, v, shapes in targets]
+        return {"x": images, "t": mix.timesteps, "cap_feats": mix.texts, "return_dict": False}
+
+    def packed_call(self, mix: Mix) -> dict[str, Any]:
+        return {**self.padded_call(mix), "joint_attention_kwargs": {"packed": True}}
+
+    def forward(self, model: nn.Module, mix: Mix, layout: str) -> list[Tensor]:
+        calls = {"padded": [self.padded_call(mix)], "packed": [self.packed_call(mix)]}
+        chosen = calls.get(layout) or self.alone_calls(mix)
+        return [pack_latents(output) for call in chosen for output in model(**call)[0]]
+
+
 KINDS: dict[str, Kind] = {
     "qwen": Qwen(),
     "qwen zero_cond_t": Qwen(zero_cond_t=True),
@@ -265,4 +304,5 @@ KINDS: dict[str, Kind] = {
     "flux2 without guidance": Flux2(guidance=False),
     "flux": Flux(),
     "flux without guidance": Flux(guidance=False),
+    "z_image": ZImage(),
 }

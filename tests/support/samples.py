@@ -1,5 +1,6 @@
 """Samples of random tensors, as an encoder makes them; and what no reader may open."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -20,8 +21,12 @@ def make_sample(
     seed: int = 0,
     channels: int = 8,
     text_width: int = 6,
+    pooled: int = 0,
 ) -> Sample:
-    """A target of the first grid with a control for each other; prompts of `text` and `empty` tokens."""
+    """A target of the first grid with a control for each other; prompts of `text` and `empty` tokens.
+
+    `pooled` is the width of the prompts' pooled embeddings, 0 for none.
+    """
     noise = torch.Generator().manual_seed(seed)
     latents = [torch.randn(grid.tokens, channels, generator=noise).to(dtype) for grid in grids]
     return Sample(
@@ -32,6 +37,8 @@ def make_sample(
         img_shapes=grids,
         edit_mask=torch.rand(grids[0].tokens, generator=noise) if mask else None,
         empty_embeds=torch.randn(empty, text_width, generator=noise).to(dtype) if empty else None,
+        pooled_embeds=torch.randn(pooled, generator=noise).to(dtype) if pooled else None,
+        empty_pooled_embeds=torch.randn(pooled, generator=noise).to(dtype) if pooled and empty else None,
     )
 
 
@@ -44,9 +51,13 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 def assert_same(a: Sample, b: Sample) -> None:
     """All tensors are equal, bit for bit, and the grids too."""
     assert a.img_shapes == b.img_shapes
-    for name in ("target_latents", "prompt_embeds", "edit_mask", "empty_embeds"):
-        assert same_bits(getattr(a, name), getattr(b, name)), name
-    assert all(same_bits(x, y) for x, y in zip(a.control_latents, b.control_latents, strict=True))
+    assert len(a.control_latents) == len(b.control_latents)
+    for field in fields(a):
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "control_latents":
+            assert all(map(same_bits, one, other))
+        elif field.name not in ("name", "img_shapes"):
+            assert same_bits(one, other), field.name
 
 
 def pickled_mkdir(folder: Path) -> bytes:

@@ -4,6 +4,7 @@
 image without the LoRA and with it, and with a transformer whose weights were all trained in place of the base's.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from safetensors import safe_open
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
@@ -42,32 +43,66 @@ if (base / "processor").is_dir():
     parts["processor"] = Processor(
         Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
     )
+if (base / "tokenizer" / "chat_template.jinja").is_file():  # FLUX.2-dev names a processor
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(base / "tokenizer")
 pipeline_class = getattr(diffusers, json.loads((base / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-pipeline = pipeline_class.from_pretrained(base, **parts, dtype=torch.float32)
+pipeline = pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=torch.float32)
+pipeline.register_modules(**parts)
 calls = json.load(sys.stdin)
 
 
 stock_dimensions = edit.calculate_dimensions
 
 
-def set_control_areas(target_area: int) -> None:
-    """The sizes that the LoRA was trained with; the text-to-image pipeline has none."""
+def set_control_sizes(width: int, height: int, aligned: list[float]) -> None:
+    """The sizes that the LoRA was trained with: the image's for controls of these aspects; others have an area."""
     area = recipe.get("control_area")
-    area = target_area if area == "target" else area
+    area = width * height if area == "target" else area
     if "text_area" in recipe:
         plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE = area, recipe["text_area"]
+        plus.calculate_dimensions = lambda given, ratio: (
+            (width, height) if given == area and ratio in aligned else stock_dimensions(given, ratio)[:2]
+        )
     elif area:
-        edit.calculate_dimensions = lambda _, ratio: stock_dimensions(area, ratio)
+        edit.calculate_dimensions = lambda _, ratio: (
+            (width, height, None) if ratio in aligned else stock_dimensions(area, ratio)
+        )
+
+
+def of_flux2_size(control: Image.Image, aligned: tuple[int, int] | None) -> Image.Image:
+    """Resized to the size of the image, or to that to which the stock pipeline would crop it."""
+    scale = min(1.0, (recipe["control_area"] / (control.width * control.height)) ** 0.5)
+    by_area = [max(64, int(side * scale) // 16 * 16) for side in control.size]
+    return control.resize(aligned or by_area, Image.Resampling.LANCZOS)
+
+
+def of_kontext_size(control: Image.Image) -> Image.Image:
+    """At its own aspect: the pipeline has sizes of 1 MP only."""
+    width = (recipe["control_area"] * control.width / control.height) ** 0.5
+    sides = width, width * control.height / control.width
+    return control.resize([round(side / 16) * 16 for side in sides], Image.Resampling.LANCZOS)
 
 
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
-        set_control_areas(words["width"] * words["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
-        images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
-        image = pipeline(**images, **words, true_cfg_scale=1.0, generator=draw).images[0]
-        image.save(out / f"{number}-{part}.png")
+        aspects = [control.width / control.height for control in controls]
+        width, height = words["width"], words["height"]
+        set_control_sizes(width, height, list(itertools.compress(aspects, call["aligned"])))
+        if "Flux2" in type(pipeline).__name__:
+            sizes = [(width, height) if same else None for same in call["aligned"]]
+            images = {"image": [of_flux2_size(*pair) for pair in zip(controls, sizes, strict=True)]}
+            images |= {"guidance_scale": 1.0} if "Klein" in type(pipeline).__name__ else {}
+        elif "Kontext" in type(pipeline).__name__:
+            images = {"image": of_kontext_size(*controls), "_auto_resize": False, "guidance_scale": 2.5}
+            images["max_area"] = words["width"] * words["height"]
+        elif "Flux" in type(pipeline).__name__:
+            images = {}
+        else:
+            images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
+            images |= {"guidance_scale": 0.0} if "ZImage" in type(pipeline).__name__ else {"true_cfg_scale": 1.0}
+        pipeline(**images, **words, generator=draw).images[0].save(out / f"{number}-{part}.png")
 
 
 save_all("without")

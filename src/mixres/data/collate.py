@@ -31,6 +31,8 @@ def collate(
     target_lengths = tuple(len(s.target_latents) for s in samples)
     latents, starts = _pad(images, rounding.image) if layout == "padded" else _pack(images)
     prompt_embeds, _ = _pad(texts, rounding.text) if layout == "padded" else _pack(texts)
+    pooled = [s.pooled_embeds for s in samples if s.pooled_embeds is not None]
+    assert len(pooled) in (0, len(samples)), [s.name for s in samples]
     padded_text = layout == "padded" and min(text_lengths) < prompt_embeds.shape[1]
     return Batch(
         layout=layout,
@@ -46,6 +48,7 @@ def collate(
         edit_mask=torch.cat([_edit_mask(s) for s in samples]),
         has_mask=tuple(s.edit_mask is not None for s in samples),
         sample_weights=tuple(weights),
+        pooled_embeds=torch.stack(pooled) if pooled else None,
     )
 
 

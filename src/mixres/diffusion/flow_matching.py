@@ -51,10 +51,13 @@ def sample_generator(seed: int, step: int, index: int) -> torch.Generator:
 def resolution_shift(target_tokens: int, constants: Mapping[str, float]) -> float:
     """exp(mu), with mu linear in the target's token count between the scheduler's two anchor lengths.
 
-    `constants`: base_seq_len, max_seq_len (tokens), base_shift, max_shift, as `calculate_shift` takes them.
+    `constants`: base_seq_len, max_seq_len (tokens), base_shift, max_shift, as `calculate_shift` takes them. Where
+    there is `long_from`, targets of more tokens have the line of long_base_shift and long_max_shift.
     """
-    slope = (constants["max_shift"] - constants["base_shift"]) / (constants["max_seq_len"] - constants["base_seq_len"])
-    return math.exp(constants["base_shift"] + slope * (target_tokens - constants["base_seq_len"]))
+    line = "long_" if target_tokens > constants.get("long_from", math.inf) else ""
+    base, top = constants[f"{line}base_shift"], constants[f"{line}max_shift"]
+    slope = (top - base) / (constants["max_seq_len"] - constants["base_seq_len"])
+    return math.exp(base + slope * (target_tokens - constants["base_seq_len"]))
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:

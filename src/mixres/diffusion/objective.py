@@ -30,7 +30,7 @@ from mixres.diffusion.flow_matching import TimestepSampler, make_flow_sample
 
 Normalization = Literal["sample", "token"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
-PredictVelocity = Callable[[nn.Module, Batch, Tensor, Tensor], Tensor]
+PredictVelocity = Callable[[nn.Module, Batch, Tensor, Tensor, Tensor | None], Tensor]
 
 # The last of the 1000 sigmas that the stock schedulers train on: 1 / sigma^2 has no mean without a smallest one.
 MIN_WEIGHTED_SIGMA = 1e-3
@@ -49,6 +49,7 @@ class Objective:
     background: float
     seed: int
     dtype: torch.dtype  # of noise, targets and errors: float32, or float64 over a float64 base
+    guidance: float | None = None  # where the transformer takes one
 
     def loss(self, model: nn.Module, batch: Batch, *, step: int, divisor: int) -> Tensor:
         """The batch's part of the loss of optimizer step `step`; the parts of a step add up to its loss."""
@@ -59,7 +60,7 @@ class Objective:
         flow = make_flow_sample(
             batch, seed=self.seed, step=step, timesteps=self.timesteps, constants=self.shift_constants, dtype=self.dtype
         )
-        velocity = self.predict_velocity(model, batch, flow.noisy_latents, flow.sigmas)
+        velocity = self.predict(model, batch, flow)
         return velocity_loss(
             velocity,
             batch,
@@ -69,6 +70,11 @@ class Objective:
             foreground=self.foreground,
             background=self.background,
         )
+
+    def predict(self, model: nn.Module, batch: Batch, flow: FlowSample) -> Tensor:
+        """v_hat in the layout of the batch."""
+        guidance = None if self.guidance is None else torch.full_like(flow.sigmas, self.guidance)
+        return self.predict_velocity(model, batch, flow.noisy_latents, flow.sigmas, guidance)
 
     def divisor(self, samples: int, target_tokens: int) -> int:
         """D, from the counts of a whole step; a regularization sample counts as any other."""

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal
 import torch
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
-from torch import Tensor
 
 from mixres import __version__
+from mixres.batch import TextEmbeds
 from mixres.config.schema import SampleConfig
 from mixres.console import counted, log
 from mixres.data.images import WHITE, BadImageError, Limits, check_size, inspect_image, read_image
@@ -43,7 +43,6 @@ from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import device_named
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
-NEGATIVE_PROMPT = " "  # the model cards' where guidance leads away from nothing in particular
 _LIMITS = Limits()
 _GRID_ROWS = 12
 _NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # all that `sample` writes
@@ -86,13 +85,14 @@ class Options(BaseModel):
     restore_size: bool = False
     steps: Annotated[int, Field(ge=2, le=1000)] = SampleConfig().steps
     seed: _Seed = 0
-    guidance: Annotated[float, Field(ge=1, le=100)] = 1.0
+    guidance: Annotated[float, Field(ge=1, le=100)] | None = None
     negative_prompt: Annotated[str, AfterValidator(_checked_negative)] | None = None
     compare: bool = False
     base: str | None = None
     device: str | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
     quantize: Literal["null", Method] | None = None
+    offload: bool = False
 
 
 class _Row(BaseModel):
@@ -135,10 +135,11 @@ class Request:
     jobs: tuple[ImageJob, ...]
     device: torch.device
     dtype: str
+    guidance: float
     quantize: Method | None  # of the base's weights
 
 
-Embeds = tuple[Tensor, Tensor | None]  # `(T, D)` of a prompt and, with guidance, of the negative one; on the CPU
+Embeds = tuple[TextEmbeds, TextEmbeds | None]  # of a prompt and, with guidance, of the negative one
 
 
 # What is asked for.
@@ -155,8 +156,6 @@ def make_request(**given: Any) -> Request:
         raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
     if asked.prompts and asked.image:
         raise UserError("--image: the lines of --prompts name their images: leave it out")
-    if asked.negative_prompt is not None and asked.guidance == 1:
-        raise UserError("--negative-prompt: has no effect without guidance: give --guidance above 1, or leave it out")
     if asked.restore_size and not (asked.image or asked.prompts):
         raise UserError("--restore-size: there is no image whose size could be restored: leave it out")
     out = asked.out.expanduser()
@@ -166,7 +165,7 @@ def make_request(**given: Any) -> Request:
     family = find_base(result, asked.base, "--base")
     quantize = find_quantization(result, asked.quantize, "--quantize", device)
     dtype = asked.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    negative = NEGATIVE_PROMPT if asked.negative_prompt is None else asked.negative_prompt
+    guidance, negative = _guidance(family, asked)
     problems = Problems()
     if asked.prompts:
         rows = _read_rows(asked.prompts.expanduser(), problems)
@@ -185,7 +184,7 @@ def make_request(**given: Any) -> Request:
             ImageJob(
                 path,
                 row.prompt,
-                negative if asked.guidance > 1 else None,
+                negative,
                 row.controls,
                 control_sizes,
                 size,
@@ -197,7 +196,23 @@ def make_request(**given: Any) -> Request:
         if nearest and control_sizes.vae[0] != size:
             what = f"has another aspect than its first image ({controls[0]}), so edits may be shifted or stretched"
             log(f"size      {path.name}: {size} {what}: the nearest size of that aspect is {nearest}")
-    return Request(asked, result, family, tuple(jobs), device, dtype, quantize)
+    return Request(asked, result, family, tuple(jobs), device, dtype, guidance, quantize)
+
+
+def _guidance(family: Family, asked: Options) -> tuple[float, str | None]:
+    """The guidance, and the prompt that it leads away from where there is one.
+
+    Raises:
+        UserError: a negative prompt is given and has no effect.
+    """
+    embedded, given = family.embedded_guidance(), asked.negative_prompt
+    guidance = asked.guidance or (embedded.sampling if embedded else 1.0)
+    if embedded is None and guidance > 1:
+        return guidance, family.negative_prompt if given is None else given
+    if given is not None:
+        why = "without guidance: give --guidance above 1, or" if embedded is None else "on a guidance that is embedded:"
+        raise UserError(f"--negative-prompt: has no effect {why} leave it out")
+    return guidance, None
 
 
 def _default_size(family: Family, result: RunResult, controls: Sequence[Size]) -> Size:
@@ -302,7 +317,10 @@ def _make_images(request: Request) -> None:
             release(request.device)
             pipeline = _load(request, result.path if trained and not result.lora else None)
         if trained and result.lora:
+            pipeline.remove_all_hooks()  # loading would put them back, for a device of its own choice
             pipeline.load_lora_weights(result.path)
+        if request.options.offload:
+            pipeline.enable_model_cpu_offload(device=request.device)
         jobs = list(zip(request.jobs, embeds, strict=True))
         for job, own in counted(jobs, "sample", "image", enabled=True):
             path = job.path if trained else job.untrained_path
@@ -320,18 +338,21 @@ def _encode(request: Request) -> list[Embeds]:
     encoders = family.load_encoders(dtype=getattr(torch, request.dtype), device=device)
 
     @cache
-    def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> Tensor:
+    def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> TextEmbeds:
         return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, sizes=sizes)
 
     encoded: list[Embeds] = []
     for job in counted(request.jobs, "encode", "prompt", enabled=True):
-        negative = None if job.negative is None else embeds(job.negative, job.controls, job.control_sizes)
-        encoded.append((embeds(job.prompt, job.controls, job.control_sizes), negative))
+        seen = ((), ControlSizes()) if family.prompts_alone else (job.controls, job.control_sizes)
+        negative = None if job.negative is None else embeds(job.negative, *seen)
+        encoded.append((embeds(job.prompt, *seen), negative))
     return encoded
 
 
 def _load(request: Request, trained: Path | None) -> Any:
     family, dtype, device = request.family, getattr(torch, request.dtype), request.device
+    if request.options.offload and not request.quantize:  # which is for the device to do
+        device = torch.device("cpu")
     transformer = family.load_transformer(trained=trained, quantize=request.quantize, dtype=dtype, device=device)
     pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # an image may take minutes
@@ -343,13 +364,13 @@ def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) 
         return request.family.sample_image(
             pipeline,
             controls=_read(request, job.controls),
-            prompt_embeds=embeds[0],
-            negative_embeds=embeds[1],
+            text=embeds[0],
+            negative=embeds[1],
             size=job.size,
             sizes=job.control_sizes,
             steps=request.options.steps,
             seed=job.seed,
-            guidance=request.options.guidance,
+            guidance=request.guidance,
         )
     except torch.OutOfMemoryError as error:
         raise WorkError(f"{request.device} is out of memory at {job.size}: give a smaller --size") from error
@@ -372,7 +393,7 @@ def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None
     return {
         "prompt": job.prompt,
         "negative_prompt": job.negative,
-        "guidance": request.options.guidance,
+        "guidance": request.guidance,
         "seed": job.seed,
         "steps": request.options.steps,
         "size": str(job.size),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.geometry import Grid, Size
 from mixres.models.quantize import Method
 
@@ -30,6 +30,14 @@ class ControlSizes(NamedTuple):
 
     vae: tuple[Size, ...] = ()
     text: tuple[Size, ...] = ()
+
+
+class EmbeddedGuidance(NamedTuple):
+    """Stock values of the guidance that a transformer takes as an input: one forward call a step, without a prompt to
+    lead away from."""
+
+    training: float
+    sampling: float
 
 
 class PatchState(NamedTuple):
@@ -54,11 +62,17 @@ class Family(Protocol):
     name: ClassVar[str]  # as in `model.family`, LoRA files and reports; never changes
     pipeline_class: ClassVar[type[Any]]  # of diffusers, by whose name in model_index.json the family is chosen
     stock_bases: ClassVar[tuple[str, ...]]  # repositories whose shape is known without a file
-    controls: ClassVar[tuple[int, int]]  # minimum and maximum number of control images of a sample
+    controls: ClassVar[tuple[int, int | None]]  # minimum and maximum number of control images; None: any number
+    prompts_alone: ClassVar[bool]  # whether embeddings depend on prompts alone, which the cache then holds once each
+    padded_text: ClassVar[int | None]  # T of every prompt where the pipeline pads it; None: as long as it is
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
+    comfyui_names: ClassVar[Mapping[str, str]]  # of the layers that it does not find so: its own
+    comfyui_alpha: ClassVar[bool]  # whether its LoRA states alpha; else B has it, which diffusers takes as well
+    comfyui_reads_layout: ClassVar[bool]  # whether it loads a whole transformer in diffusers' layout
+    negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
     path: str
     revision: str | None
@@ -71,14 +85,27 @@ class Family(Protocol):
     def pixels_per_token(self) -> int:
         """Side in pixels of one image token."""
 
-    def flow_shift(self) -> dict[str, float]:
-        """Keyword arguments of `resolution_shift` for this base: those of its own scheduler, defaults filled in."""
+    def training_notice(self) -> str | None:
+        """What a user should know who trains this base, in one line; None where there is nothing to say."""
+
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
+        """The constants of `resolution_shift` for this base: those with which its pipeline samples in so many steps.
+
+        Raises:
+            UserError: `steps` are given, and the shift does not depend on them.
+        """
+
+    def embedded_guidance(self) -> EmbeddedGuidance | None:
+        """The guidance of a transformer that takes one; None where there is no such input."""
 
     def transformer_skeleton(self) -> Any:
         """The transformer on the meta device, patched: to check names and shapes, or to count memory and FLOPs on."""
 
     def token_widths(self) -> tuple[int, int]:
         """P of an image token and D of a text token."""
+
+    def pooled_width(self) -> int:
+        """W of a prompt's pooled embedding; 0: the transformer takes none."""
 
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of a cached sample on disk. `text_tokens` are those of all its prompts."""
@@ -144,7 +171,7 @@ class Family(Protocol):
 
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
-    ) -> Tensor:
+    ) -> TextEmbeds:
         """`(T, D)` on the CPU: bit for bit what the stock pipeline hands to its transformer, unpadded."""
 
     def encode(
@@ -158,11 +185,12 @@ class Family(Protocol):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """A sample from RGB images of any size, on the CPU and in the encoders' dtype.
 
         The target is resized to `target_size` pixels, the controls to `sizes`. `mask` ("L") is as large as the target.
-        Latents are those of the stock pipeline, bit for bit.
+        Latents are those of the stock pipeline, bit for bit. `text` is what `encode_prompt` gives, where that is known.
 
         Raises:
             UserError: `record_problem` finds one.
@@ -189,11 +217,18 @@ class Family(Protocol):
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
         """Modules whose output reaches no loss: they get no adapter and stay frozen."""
 
-    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        sigmas: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """The velocity at every image token, in the layout of the batch: one keyword call of the stock forward.
 
-        `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1]. Any wrapper that passes keyword arguments on
-        may stand for the transformer.
+        `noisy_latents` is as `batch.latents`, `sigmas` `(B,)` in [0, 1], `guidance` `(B,)` where there is an
+        `embedded_guidance`. Any wrapper that passes keyword arguments on may stand for the transformer.
         """
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -214,18 +249,18 @@ class Family(Protocol):
         pipeline: Any,
         *,
         controls: Sequence[Image.Image],
-        prompt_embeds: Tensor,
+        text: TextEmbeds,
         size: Size,
         sizes: ControlSizes,
         steps: int,
         seed: int,
-        negative_embeds: Tensor | None = None,
-        guidance: float = 1.0,
+        negative: TextEmbeds | None = None,
+        guidance: float | None = None,
     ) -> Image.Image:
         """One image of `size` pixels through the stock pipeline's own `__call__`; no mode is left behind.
 
-        `prompt_embeds` `(T, D)` are of these very controls at `sizes`. With `guidance` above 1 it leads away from
-        `negative_embeds` `(T', D)`.
+        `text` is of these very controls at `sizes`. With `guidance` above 1 it leads away from `negative`, unless the
+        transformer embeds it. None is `embedded_guidance`'s, or no guidance.
         """
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:

@@ -24,6 +24,7 @@ from mixres.errors import UserError
 KEY = "model.pretrained_model_name_or_path"
 _OPENED = (".safetensors", ".json", ".txt", ".jinja")  # tokenizer text: merges.txt
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "processor", "scheduler")
 _CONFIGS = ("*/config.json", "*/scheduler_config.json")
 
 
@@ -126,7 +127,8 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
         reason = f"the Hugging Face Hub could not be reached ({type(error).__name__}): connect, or name a local folder"
         if is_offline_mode():
             reason = "HF_HUB_OFFLINE is set while the Hub's local cache does not hold it: unset it, or name a folder"
-    small = all(pattern.startswith("tokenizer/") or pattern in ("model_index.json", *_CONFIGS) for pattern in patterns)
+    light = ("model_index.json", *_CONFIGS)
+    small = all(pattern in light or pattern.partition("/")[0] in _WITHOUT_WEIGHTS for pattern in patterns)
     what = "no configuration or tokenizer (a few MB)" if small else "no weights"
     raise UserError(f"{KEY}: {what} for {repository!r}: there is no such folder here, and {reason}")
 
@@ -134,7 +136,7 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...]) 
 def _component_problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"{folder} is missing: download it"
-    if folder.name in ("tokenizer", "processor", "scheduler"):
+    if folder.name in _WITHOUT_WEIGHTS:
         return None
     if not (folder / "config.json").is_file():
         return f"{folder / 'config.json'} is missing: download it"

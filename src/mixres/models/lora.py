@@ -12,9 +12,11 @@ Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); DoRA, Liu et al. 2024 (arXiv 24
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -98,6 +100,10 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):  # A is drawn on the CPU, wherever the transformer is
         torch.default_generator.manual_seed(seed)
         transformer.add_adapter(config)  # type: ignore[operator]
+    if not (use_dora or lora_dropout):  # DoRA also computes outside of autocast's operations
+        for module in transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = _WithoutAutocast()
     parameters = trainable_parameters(transformer)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -155,6 +161,13 @@ def base_problem(transformer: nn.Module, header: LoraHeader) -> str | None:
     return None
 
 
+class _WithoutAutocast:
+    """True while autocast is off. Else peft casts all adapters' inputs to float32, and autocast back: the same bits."""
+
+    def __bool__(self) -> bool:
+        return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+
 def _chosen(transformer: nn.Module, patterns: Sequence[str], untrained: Sequence[str]) -> dict[str, nn.Linear]:
     return {
         name: linear
@@ -178,7 +191,7 @@ def _match(pattern: str, linears: Mapping[str, nn.Linear], r: int, use_dora: boo
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}")  # peft's rule for a list of targets
+    return fnmatchcase(f".{name}", f"*.{pattern}")  # peft's rule for a list of targets, and * for any text
 
 
 def train_all(transformer: nn.Module, *, untrained: Sequence[str]) -> list[TargetMatch]:

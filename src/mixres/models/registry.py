@@ -10,14 +10,19 @@ from transformers.utils import logging as transformers_logging
 
 from mixres.errors import UserError
 from mixres.models.family import Family
+from mixres.models.flux.family import Flux, FluxKontext
+from mixres.models.flux2.dev import Flux2Dev
+from mixres.models.flux2.family import Flux2Klein
 from mixres.models.hub import KEY, pipeline_json
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
 from mixres.models.qwen.image import QwenImage
+from mixres.models.z_image.family import ZImage
 
 # By `_class_name` in the base's model_index.json. A family's class is called as `load_family` does at its end.
 FAMILIES: dict[str, type[Family]] = {
-    family.pipeline_class.__name__: family for family in (QwenImage, QwenImageEdit, QwenImageEditPlus)
+    family.pipeline_class.__name__: family
+    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, Flux2Klein, Flux2Dev, FluxKontext, Flux, ZImage)
 }
 
 

@@ -8,12 +8,14 @@ factor of the world size there, to undo an average, would change roundings with 
 computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 ranks, 4e-15 without it).
 """
 
+import functools
 import importlib.util
 import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +45,9 @@ _PLUGINS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
+
+
+_PATIENCE = timedelta(days=1)  # a process that hangs is the only one to take as long
 
 
 class DistEnv(NamedTuple):
@@ -75,8 +80,19 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
-def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path, cpu_offload: bool = False) -> Accelerator:
-    """The accelerator of this process. Without an accelerator device several processes talk over gloo.
+def make_accelerator(
+    *,
+    mixed_precision: str,
+    report_to: str,
+    folder: Path,
+    cpu_offload: bool = False,
+    timeout_minutes: float = 30,
+    deterministic: bool = False,
+) -> Accelerator:
+    """The accelerator of this process. Without a CUDA device several processes talk over gloo.
+
+    Collectives between devices end the run after `timeout_minutes`. `deterministic`: torch takes only kernels that
+    repeat their results, in the whole process.
 
     `cpu_offload`: they do so beside their devices' own way too, about what is in host memory.
 
@@ -93,12 +109,19 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path, cpu_
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         problems.add(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
     problems.raise_if_any()
-    # The cache would keep a bfloat16 copy of all float32 weights until the forward's end; each is used once.
-    handlers: list[KwargsHandler] = [AutocastKwargs(cache_enabled=False)]
-    if cpu_offload and torch.cuda.is_available():
-        handlers.append(InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo"))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with this alone
+    torch.use_deterministic_algorithms(deterministic)
+    backend = "cuda:nccl,cpu:gloo" if cpu_offload and torch.cuda.is_available() else None
+    handlers: list[KwargsHandler] = [
+        InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)),
+        # The cache would keep a bfloat16 copy of all float32 weights until the forward's end; each is used once.
+        AutocastKwargs(cache_enabled=False),
+    ]
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
+        # As `dist_env` has it: CUDA or the CPU. Without it accelerate would take Apple's MPS, which has no float64, and
+        # two CPU ranks for two single runs.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
@@ -106,18 +129,33 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path, cpu_
     )
 
 
+def control_group() -> dist.ProcessGroup:
+    """All ranks over gloo, beside the group of the devices. All must call it the first time."""
+    return _control_group(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _control_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return group
+
+
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank. All must call it; it waits for the last of them."""
+    """Every rank's value, on every rank. All must call it; it waits for the last of them.
+
+    It waits on the CPU, as long as a rank takes for its own work: encoding, a sample grid, writing a result. In a
+    collective of the devices the others would end the run after `train.timeout_minutes`. One that dies ends the wait.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
 
 
-def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on one rank at least. All must call it; it waits for the last of them."""
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+    return any(gather(flag))
 
 
 def assert_same_on_all_ranks(digest: str) -> None:
@@ -173,9 +211,12 @@ def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1:
         return model
     device = accelerator.device
-    # Weights quantised by torchao cannot be sent; each rank has read and rounded the same ones.
-    unsent = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    # Weights quantised by torchao or in host memory cannot be sent; each rank has read and rounded the same ones.
+    unsent = [
+        name for name, p in model.named_parameters() if hasattr(p, "__tensor_flatten__") or p.device.type != device.type
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
+    gather(None)  # of a slow disk one rank may read far longer than the others
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

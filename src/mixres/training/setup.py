@@ -23,6 +23,7 @@ from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective, sample_weight
 from mixres.errors import Problems, UserError
 from mixres.models import hub
+from mixres.models.block_swap import BlockSwap, save_activations_on_host
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.family import Family
 from mixres.models.lora import (
@@ -81,8 +82,9 @@ def check_early(config: Config, family: Family) -> None:
     """Check what needs torch, before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, LoRA targets that match nothing, a pretrained LoRA that does not
-            fit, or groups of ranks that are not alike; all at once.
+        UserError: the optimizer or its arguments, groups of ranks that are not alike, a guidance or steps of a shift
+            that the base does not have, LoRA targets that match nothing, or a pretrained LoRA that does not fit; all
+            at once.
     """
     problems = Problems()
     here, model, optimizer = dist_env(), config.model, config.optimizer
@@ -97,6 +99,8 @@ def check_early(config: Config, family: Family) -> None:
             check_method(model.quantize, here.device)
         if config.train.compile:
             check_compiler(here.device)
+    problems.collect(training_guidance, config, family)
+    problems.collect(family.flow_shift, config.flow.shift_steps)
     skeleton = family.transformer_skeleton()
     with problems.collecting():
         if model.lora:
@@ -113,13 +117,18 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
 
     For `train.parallel: fsdp2` the weights are split over the ranks, of which none ever holds more than its rows and
     one block.
+
+    Raises:
+        WorkError: there is not enough host memory for `train.offload.blocks`.
     """
     model, train, dtype = config.model, config.train, getattr(torch, config.model.dtype)
+    offload, device = train.offload, accelerator.device
     split, rows = is_split(train.parallel), False
     if split:
         transformer, rows = _unsplit(config, family, dtype)
     else:
-        transformer = family.load_transformer(dtype=dtype, device=accelerator.device, quantize=model.quantize)
+        where = "cpu" if offload.blocks else device
+        transformer = family.load_transformer(dtype=dtype, device=where, quantize=model.quantize)
     untrained = family.untrained_modules(transformer)
     if model.lora:
         settings = model.lora.model_dump()
@@ -129,6 +138,10 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
         table = train_all(transformer, untrained=untrained)
     if train.gradient_checkpointing:
         recompute_blocks(transformer, every=int(train.gradient_checkpointing))
+    if offload.blocks:
+        BlockSwap(transformer, keep=offload.blocks, device=device)
+    if offload.activations:
+        save_activations_on_host(transformer, device)
     if train.compile:
         compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MAX_LENGTHS))
     if split:
@@ -176,19 +189,33 @@ def _split(config: Config, family: Family, accelerator: Accelerator, transformer
 
 
 def build_objective(config: Config, family: Family) -> Objective:
-    """What is minimised, with the shift constants of the base's own scheduler."""
+    """What is minimised, with the shift constants of the base."""
     model, flow = config.model, config.flow
     return Objective(
         predict_velocity=family.predict_velocity,
-        timesteps=TimestepSampler(**flow.model_dump()),
+        timesteps=TimestepSampler(**flow.model_dump(exclude={"shift_steps"})),
         weighting=config.loss.weighting,
-        shift_constants=family.flow_shift(),
+        shift_constants=family.flow_shift(flow.shift_steps),
         normalization=config.loss.normalization,
         foreground=config.data.mask_weight.foreground,
         background=config.data.mask_weight.background,
         seed=config.train.seed,
         dtype=torch.float64 if model.dtype == "float64" else torch.float32,
+        guidance=training_guidance(config, family),
     )
+
+
+def training_guidance(config: Config, family: Family) -> float | None:
+    """What a transformer that takes guidance is given in training; None for others.
+
+    Raises:
+        UserError: `model.guidance` is given for one of the others.
+    """
+    given, own = config.model.guidance, family.embedded_guidance()
+    if own is None and given is not None:
+        base = config.model.pretrained_model_name_or_path
+        raise UserError(f"model.guidance: the transformer of {base} takes no guidance: leave it out")
+    return own.training if own and given is None else given
 
 
 def build_plan(config: Config, encoded: CachedData, *, world_size: int) -> Plan:

@@ -19,12 +19,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLProcessor
 from mixres.errors import UserError
 from mixres.geometry import Size, control_size
 from mixres.models.family import ControlSizes
+from mixres.models.prompt_length import over_long
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
-from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, TOKENIZER_MAX_LENGTH, QwenFamily
 from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen.processor import QwenImageTextProcessor, load_processor, torchvision_imports
-from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 from support.family_cases import CASES
 
 AREA, TEXT_AREA = 128 * 128, 2048
@@ -88,7 +88,7 @@ def test_text_to_image_cuts_no_prompt_of_up_to_its_limit(base_of: Callable[[Any]
     most = QwenImage("").max_prompt_tokens
     stock, mask = encoders.encode_prompt(prompt="z" * 700, max_sequence_length=1024)
     encode = partial(QwenImage("").encode_prompt, encoders, controls=[], sizes=ControlSizes())
-    embeds = {count: encode(prompt="z" * count) for count in (700, most)}
+    embeds = {count: encode(prompt="z" * count).tokens for count in (700, most)}
     assert mask is None and torch.equal(embeds[700], stock[0])
     assert 700 <= len(embeds[700]) <= 710
     assert len(embeds[most]) == TOKENIZER_MAX_LENGTH

@@ -10,7 +10,8 @@ from PIL import Image
 
 from mixres.errors import UserError
 from mixres.models.family import AreaRule, ControlSizes
-from mixres.models.qwen.family import QwenFamily, module_set
+from mixres.models.qwen.family import QwenFamily
+from mixres.models.stock_family import attributes_set
 
 
 class QwenImageEdit(QwenFamily):
@@ -46,4 +47,4 @@ class QwenImageEdit(QwenFamily):
 
     def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
         """See `QwenFamily`. The pipeline asks for the size of its one control."""
-        return module_set(pipeline_qwenimage_edit, calculate_dimensions=lambda area, ratio: (*sizes.vae[0], None))
+        return attributes_set(pipeline_qwenimage_edit, calculate_dimensions=lambda area, ratio: (*sizes.vae[0], None))

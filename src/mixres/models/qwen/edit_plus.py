@@ -11,7 +11,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from mixres.models.family import AreaRule, ControlSizes
-from mixres.models.qwen.family import QwenFamily, module_set
+from mixres.models.qwen.family import QwenFamily
+from mixres.models.stock_family import attributes_set
 
 STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
 _PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # how the pipeline names each control
@@ -46,6 +47,6 @@ class QwenImageEditPlus(QwenFamily):
         def calculate_dimensions(area: Any, ratio: float) -> Any:  # of other areas, too: what it would make by default
             return next(area) if area in (vae, text) else stock(area, ratio)
 
-        return module_set(
+        return attributes_set(
             module, VAE_IMAGE_SIZE=vae, CONDITION_IMAGE_SIZE=text, calculate_dimensions=calculate_dimensions
         )

@@ -6,12 +6,10 @@ encoding is what is encoded. A variant adds its pipeline class, its prompts and 
 Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.
 """
 
-import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,47 +19,48 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, token_grid, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import AreaRule, ControlSizes, Family, PatchState
-from mixres.models.pretrained import load_pretrained, reading
-from mixres.models.quantize import Method, quantization_config
+from mixres.models.family import AreaRule, ControlSizes, PatchState
+from mixres.models.prompt_length import over_long
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
-from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH, over_long
 from mixres.models.qwen.rope import TABLE_HALF, text_start
-from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
+from mixres.models.qwen_multi_resolution_patch import (
+    TEXT_IS_PADDED,
+    patch_qwen_model_for_multi_resolution,
+    patch_state,
+)
+from mixres.models.stock_family import StockFamily, evaluating
 
+TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the stock pipelines
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
-# Configuration files of the stock bases, where they differ from the defaults of diffusers' classes.
-_STOCK_CONFIGS = {
-    "scheduler/scheduler_config.json": {
-        "base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
-    },
-}  # fmt: skip
 
 
-class QwenFamily(Family):
+class QwenFamily(StockFamily):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
-    controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
-    components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")  # those that encode
+    components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")
+    transformer_class = QwenImageTransformer2DModel
+    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "scheduler/scheduler_config.json": {
+            "base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
+        },
+    }  # fmt: skip
     max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
     stock_control_area = STOCK_CONTROL_AREA
     lora_presets = layers.LORA_PRESETS
     comfyui_prefix = layers.COMFYUI_PREFIX
+    negative_prompt = " "
     comfyui_controls: ClassVar[str | None] = (
         "VAE Encode it for ReferenceLatent; leave vae of the text node unconnected, which would scale to 1024 x 1024"
     )
-
-    def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
-        self.path, self.revision, self._synthetic = path, revision, synthetic
-        self._config = functools.cache(self._read_config)  # asked for each record
 
     # A variant's prompts and controls.
 
@@ -88,34 +87,30 @@ class QwenFamily(Family):
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
-        low, high = self.controls
-        if not low <= controls <= high:
-            return self.controls_problem.format(controls)
         markers = [token for token in _VISION_TOKENS if token in prompt]
+        if problem := super().record_problem(controls=controls, prompt=prompt):
+            return problem
         return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
-    # Configuration files.
+    def patch(self, transformer: Any) -> Any:
+        """See `StockFamily`."""
+        return patch_qwen_model_for_multi_resolution(transformer)
 
-    def _read_config(self, name: str) -> Mapping[str, Any]:
-        if self._synthetic and self.path in self.stock_bases and not Path(self.path).is_dir():
-            return dict(_STOCK_CONFIGS.get(name, {}))
-        return hub.pipeline_json(self.path, name, revision=self.revision)
+    def encoding_environment(self) -> str:
+        """The kind of processor: with and without torchvision they round differently."""
+        return "torchvision" if torchvision_imports() else "pil"
+
+    def own_parts(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+        """The processor."""
+        return {"processor": load_processor(folder / "processor")} if "processor" in names else {}
+
+    # Configuration files.
 
     def pixels_per_token(self) -> int:
         """See `Family`: 16 for Qwen-Image, from the VAE's configuration."""
         stages = self._config("vae/config.json").get("temperal_downsample")
         halvings: int = 3 if stages is None else len(stages)  # the class's default has three stages
         return PATCH << halvings
-
-    def flow_shift(self) -> dict[str, float]:
-        """See `Family`; the defaults are those that the pipelines fill in."""
-        config = self._config("scheduler/scheduler_config.json")
-        return {
-            "base_seq_len": config.get("base_image_seq_len", 256),
-            "max_seq_len": config.get("max_image_seq_len", 4096),
-            "base_shift": config.get("base_shift", 0.5),
-            "max_shift": config.get("max_shift", 1.15),
-        }
 
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """See `Family`."""
@@ -124,11 +119,6 @@ class QwenFamily(Family):
         text_width: int = text.get("text_config", text).get("hidden_size", 3584)
         values = image_tokens * latent_width + text_tokens * text_width
         return values * dtype.itemsize + 4 * mask_tokens + _ENTRY_OVERHEAD
-
-    def encoder_fingerprint(self, memo: Path | None = None) -> str:
-        """See `Family`. The kind of processor is part of it: with and without torchvision they round differently."""
-        salt = "torchvision" if torchvision_imports() else "pil"
-        return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
 
     # Records before they are encoded.
 
@@ -155,21 +145,14 @@ class QwenFamily(Family):
         vae = tuple(target if same else size for size, same in pairs)
         return ControlSizes(vae, tuple(resized("text_area")) if "text_area" in rules else vae)
 
-    def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
-        """See `Family`."""
-        token = self.pixels_per_token()
-        return tuple(token_grid(size, token) for size in (target, *sizes.vae))
-
     def load_preprocessors(self) -> Any:
         """See `Family`. The VAE has shapes and no values."""
         words = [name for name in self.components if name in ("tokenizer", "processor")]
         folder = hub.pipeline_folder(self.path, words, revision=self.revision)
         with torch.device("meta"):
             vae = AutoencoderKLQwenImage.from_config(self._config("vae/config.json"))
-        parts: dict[str, Any] = {"vae": vae, "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer")}
-        if "processor" in words:
-            parts["processor"] = load_processor(folder / "processor")
-        return self.pipeline_class(**parts, text_encoder=None, transformer=None, scheduler=None)
+        parts = {"tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"), **self.own_parts(folder, words)}
+        return self.pipeline_class(**parts, vae=vae, text_encoder=None, transformer=None, scheduler=None)
 
     def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
         """See `Family`. Each control stands once in the template's text, as one token before it is expanded."""
@@ -213,29 +196,15 @@ class QwenFamily(Family):
 
     # Encoding.
 
-    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """See `Family`."""
-        folder = hub.pipeline_folder(self.path, (*self.components, "scheduler"), revision=self.revision)
-        absent = {name: None for name in ("transformer", "processor") if name != "processor" or name in self.components}
-        with reading(folder):
-            pipeline = self.pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
-            if "processor" in self.components:
-                # Not through `from_pretrained`, which warns at every load that the class is not the annotated one.
-                pipeline.register_modules(processor=load_processor(folder / "processor"))
-        for encoder in (pipeline.vae, pipeline.text_encoder):
-            encoder.requires_grad_(False).eval()
-        return pipeline.to(device)
-
     @torch.no_grad()
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes
-    ) -> Tensor:
+    ) -> TextEmbeds:
         """See `Family`."""
         call = self.control_call(self.text_controls(encoders, controls, sizes))
         embeds, mask = encoders.encode_prompt(prompt=prompt, device=encoders.device, **call)
         assert mask is None, "one prompt is never padded"
-        one: Tensor = embeds[0].cpu()
-        return one
+        return TextEmbeds(embeds[0].cpu())
 
     def encode(
         self,
@@ -248,6 +217,7 @@ class QwenFamily(Family):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
@@ -256,56 +226,22 @@ class QwenFamily(Family):
         pixels = (target_size, *sizes.vae)
         grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in pixels)
         latents = [encode_image(encoders, image, size) for image, size in zip(images, pixels, strict=True)]
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes),
+            prompt_embeds=text.tokens,
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
         )
 
     # The transformer.
 
-    def transformer_skeleton(self) -> Any:
-        """See `Family`."""
-        with torch.device("meta"):
-            transformer = QwenImageTransformer2DModel.from_config(self._config("transformer/config.json"))
-        return patch_qwen_model_for_multi_resolution(transformer)
-
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
         config = self._config("transformer/config.json")
         return config.get("in_channels", 64), config.get("joint_attention_dim", 3584)  # the class's defaults
-
-    def load_transformer(
-        self,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        trained: Path | None = None,
-        quantize: Method | None = None,
-    ) -> Any:
-        """See `Family`."""
-        if self._synthetic:
-            if quantize:
-                raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
-            return _filled_with_noise(self.transformer_skeleton(), dtype, device)
-        quantization = None
-        if quantize:
-            quantization = quantization_config(quantize, layers.QUANTIZE_EXCLUSIONS, dtype=dtype, device=device)
-        transformer = load_pretrained(
-            QwenImageTransformer2DModel,
-            trained or self.transformer_folder(),
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-        )
-        return patch_qwen_model_for_multi_resolution(transformer)
-
-    def transformer_folder(self) -> Path:
-        """See `Family`."""
-        return hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
 
     def patch_state(self, transformer: QwenImageTransformer2DModel) -> PatchState:
         """See `Family`."""
@@ -315,17 +251,25 @@ class QwenFamily(Family):
         """See `Family`."""
         return layers.untrained_modules(transformer)
 
-    def predict_velocity(self, transformer: nn.Module, batch: Batch, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+    def predict_velocity(
+        self,
+        transformer: nn.Module,
+        batch: Batch,
+        noisy_latents: Tensor,
+        sigmas: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
+        assert guidance is None
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-        packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
+        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
         velocity: Tensor = transformer(
             hidden_states=noisy_latents.to(dtype),
             timestep=sigmas.to(dtype),
             encoder_hidden_states=batch.prompt_embeds.to(dtype),
             encoder_hidden_states_mask=batch.prompt_mask,
             img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
-            attention_kwargs=packed,
+            attention_kwargs=known,
             return_dict=False,
         )[0]
         return velocity
@@ -340,33 +284,18 @@ class QwenFamily(Family):
         """See `Family`: 1024 x 1024 pixels in area, square without a control."""
         return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA)
 
-    def load_sampling_pipeline(
-        self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
-    ) -> Any:
-        """See `Family`."""
-        folder = hub.pipeline_folder(self.path, ("vae", "scheduler"), revision=self.revision)
-        absent = {name: None for name in self.components if name != "vae"}
-        with reading(folder):
-            pipeline = self.pipeline_class.from_pretrained(
-                folder, transformer=None, **absent, dtype=dtype, use_safetensors=True
-            )
-        pipeline.vae.requires_grad_(False).eval()
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(device).register_modules(transformer=transformer)  # which stays where it is
-        return pipeline
-
     def sample_image(
         self,
         pipeline: Any,
         *,
         controls: Sequence[Image.Image],
-        prompt_embeds: Tensor,
+        text: TextEmbeds,
         size: Size,
         sizes: ControlSizes,
         steps: int,
         seed: int,
-        negative_embeds: Tensor | None = None,
-        guidance: float = 1.0,
+        negative: TextEmbeds | None = None,
+        guidance: float | None = None,
     ) -> Image.Image:
         """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
 
@@ -374,26 +303,23 @@ class QwenFamily(Family):
         CPU generator, so that a seed means the same image on every device. The transformer's training mode is put back.
         """
         assert steps >= 2, steps
-        assert (guidance > 1) == (negative_embeds is not None), guidance
+        guidance = guidance or 1.0
+        assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
-        texts = {"prompt": prompt_embeds} | ({} if negative_embeds is None else {"negative_prompt": negative_embeds})
-        for name, embeds in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
-            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
-        was_training = transformer.training
-        transformer.eval()
-        try:
-            with self.stock_sizes(sizes):
-                images = pipeline(
-                    true_cfg_scale=guidance,
-                    width=size.width,
-                    height=size.height,
-                    num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(seed),
-                    **call,
-                ).images
-        finally:
-            transformer.train(was_training)
+        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
+        device = pipeline._execution_device  # not that of its modules where they are offloaded
+        for name, (embeds, _) in texts.items():
+            call[f"{name}_embeds"] = embeds.to(device=device, dtype=transformer.dtype).unsqueeze(0)
+            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=device)
+        with evaluating(transformer), self.stock_sizes(sizes):
+            images = pipeline(
+                true_cfg_scale=guidance,
+                width=size.width,
+                height=size.height,
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(seed),
+                **call,
+            ).images
         image: Image.Image = images[0]
         return image
 
@@ -451,31 +377,3 @@ def _text_preview(pipeline: Any, image: Image.Image) -> Image.Image:
     pixels = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
     mean, std = (torch.tensor(values) for values in (processor.image_mean, processor.image_std))
     return Image.fromarray(((pixels * std + mean) * 255).round().clamp(0, 255).numpy().astype(np.uint8))
-
-
-@torch.no_grad()
-def _filled_with_noise(
-    skeleton: QwenImageTransformer2DModel, dtype: torch.dtype, device: torch.device | str
-) -> QwenImageTransformer2DModel:
-    """The skeleton with weights on `device`."""
-    nn.Module.to(skeleton, dtype)  # not diffusers' own, which warns about casts of pretrained weights
-    transformer: QwenImageTransformer2DModel = skeleton.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for module in transformer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear) and name == "weight":
-                parameter.normal_(std=module.in_features**-0.5, generator=generator)
-            else:
-                parameter.fill_(0.0 if name == "bias" else 1.0)
-    return transformer.eval()
-
-
-@contextmanager
-def module_set(module: ModuleType, **values: Any) -> Iterator[None]:
-    """Within it a stock module has these values."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        vars(module).update(values)
-        yield
-    finally:
-        vars(module).update(before)

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 from diffusers import QwenImagePipeline
 from PIL import Image
 
-from mixres.errors import UserError
 from mixres.models.family import AreaRule
-from mixres.models.qwen.family import STOCK_CONTROL_AREA, QwenFamily
-from mixres.models.qwen.prompts import TOKENIZER_MAX_LENGTH
+from mixres.models.qwen.family import STOCK_CONTROL_AREA, TOKENIZER_MAX_LENGTH, QwenFamily
+from mixres.models.stock_family import no_control_areas
 
 
 class QwenImage(QwenFamily):
@@ -26,20 +25,8 @@ class QwenImage(QwenFamily):
     max_prompt_tokens = TOKENIZER_MAX_LENGTH - 5
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
-        """There are none.
-
-        Raises:
-            UserError: a size of controls is given.
-        """
-        given = {"area": area != STOCK_CONTROL_AREA, "text_area": text_area is not None}
-        problems = [
-            f"data.resize.control.{name}: Qwen-Image takes no control images: leave it out"
-            for name, is_given in given.items()
-            if is_given
-        ]
-        if problems:
-            raise UserError(problems)
-        return {}
+        """See `no_control_areas`."""
+        return no_control_areas("Qwen-Image", area, text_area, stock=STOCK_CONTROL_AREA)
 
     def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """There are none. The stock call cuts prompts at 512 tokens unless it is told otherwise."""

@@ -11,27 +11,32 @@ from transformers import AutoTokenizer
 
 from mixres.models import hub
 
-TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the Qwen-Image pipelines
-
 
 def over_long(
-    prompts: Iterable[str], path: str, *, limit: int, revision: str | None = None
+    prompts: Iterable[str], path: str, *, limit: int, revision: str | None = None, tokenizer: str = "tokenizer"
 ) -> dict[str, tuple[int, str]]:
     """Of `prompts` those with more than `limit` tokens: how many, and the longest beginning that fits.
+
+    `tokenizer` is the folder of the pipeline that holds it; special tokens are not counted.
 
     Raises:
         UserError: the tokenizer of the pipeline cannot be had.
     """
-    # A token of the byte-level vocabulary is one byte or more of the text in Unicode form NFC.
-    suspects = [text for text in dict.fromkeys(prompts) if len(normalize("NFC", text).encode()) > limit]
+    # A token of a byte-level vocabulary is one byte or more of the text in Unicode form NFC. One of T5's is a character
+    # or more in form NFKC, and one more may stand before the first.
+    suspects = [
+        text
+        for text in dict.fromkeys(prompts)
+        if max(len(normalize("NFC", text).encode()), len(normalize("NFKC", text).encode())) >= limit
+    ]
     if not suspects:
         return {}
-    folder = hub.pipeline_folder(path, ("tokenizer",), revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    folder = hub.pipeline_folder(path, (tokenizer,), revision=revision)
+    loaded = AutoTokenizer.from_pretrained(folder / tokenizer)
 
     def starts(text: str) -> list[int]:
         """Where in `text` each token starts."""
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = loaded(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [start for start, _ in encoded["offset_mapping"]]
 
     found = {}
