@@ -43,8 +43,10 @@ def load_pretrained(
     """
     with reading(folder):
         if quantization is not None:
+            # Named as the place of all weights, the CPU would mean to diffusers that they are offloaded, not quantised.
+            place = None if torch.device(device).type == "cpu" else {"": device}
             return kind.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, quantization_config=quantization, device_map={"": device}
+                folder, dtype=dtype, use_safetensors=True, quantization_config=quantization, device_map=place
             )
         if stored_dtype(folder) == dtype:
             return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
