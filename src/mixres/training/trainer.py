@@ -57,11 +57,12 @@ def train(config: Config) -> None:
     logging, last, rank = config.logging, config.train.max_train_steps, dist_env().rank
     folder, public = Path(logging.output_dir), public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
+        split = is_split(config.train.parallel)
         accelerator = make_accelerator(
-            mixed_precision="no" if is_split(config.train.parallel) else config.train.mixed_precision,
+            mixed_precision="no" if split else config.train.mixed_precision,
             report_to=logging.report_to,
             folder=folder,
-            cpu_offload=config.train.cpu_offload,
+            cpu_offload=split and config.train.cpu_offload,
             timeout_minutes=config.train.timeout_minutes,
             deterministic=config.train.deterministic,
         )
