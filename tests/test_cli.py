@@ -122,6 +122,7 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     "--config CONFIG cache train.seed=3": ("cache", {}),
     "train.seed=3 --cache --config CONFIG": ("cache", {}),
     "cache --verify --config CONFIG train.seed=3": ("cache", {"verify": True}),
+    "cache --device cpu --config CONFIG train.seed=3": ("cache", {"device": "cpu"}),
     "bench --synthetic --config CONFIG train.seed=3": ("bench", {"synthetic": True}),
     "inspect --measure train.seed=3 --ranks 3 --config CONFIG": ("inspect", {"measure": True, "ranks": 3}),
     "--ranks 3 inspect --decode train.seed=3 --config CONFIG": ("inspect", {"decode": True, "ranks": 3}),

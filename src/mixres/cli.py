@@ -110,6 +110,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("train", "fill the cache where it is not full, then train (also where no verb is given)")
     cache = add("cache", "encode every sample of the configuration into the cache (also spelled --cache)")
     cache.add_argument("--verify", action="store_true", help="read and check every entry, encode nothing")
+    cache.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)", action=_Once)
     inspect = add("inspect", "show problems, sizes, tokens, plan and memory of a run before it starts")
     inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
     inspect.add_argument("--decode", action="store_true", help="also show what the cache holds")
@@ -245,10 +246,10 @@ def _call(work: str, *given: Any, **options: Any) -> None:
         print(line)
 
 
-def _cache(config: "Config", *, verify: bool = False) -> None:
-    from mixres.training.distributed import dist_env
+def _cache(config: "Config", *, verify: bool = False, device: str | None = None) -> None:
+    from mixres.training.distributed import device_named, dist_env
 
-    rank, world_size, device = dist_env()
+    rank, world_size, _ = dist_env()
     if verify:
         from mixres.preprocessing.verify_cache import verify_cache
 
@@ -256,4 +257,4 @@ def _cache(config: "Config", *, verify: bool = False) -> None:
     else:
         from mixres.preprocessing.fill import run_cache
 
-        run_cache(config, device=device, rank=rank, world_size=world_size)
+        run_cache(config, device=device_named(device), rank=rank, world_size=world_size)

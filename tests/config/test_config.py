@@ -321,6 +321,7 @@ CLASHES = {
         "model.quantize=int8", "model.dtype=float64", "train.mixed_precision=no",
     ),
     "each packed batch would be compiled anew: use padded": ("train.compile=true",),
+    "only fsdp2 splits weights: use it, or leave the key out": ("train.shard_size=4",),
     "compiled blocks cannot be split: use ddp, or set false": (*PADDED, "train.parallel=fsdp2"),
     "quantised layers cannot be compiled: set one to its default": (*PADDED, "model.quantize=int8"),
     "DoRA layers cannot be compiled: set one to false": (*PADDED, "model.lora.use_dora=true"),

@@ -52,7 +52,7 @@ PUBLIC = {
 }
 VERBS = {
     "train": ["--config"],
-    "cache": ["--config", "--verify"],
+    "cache": ["--config", "--verify", "--device"],
     "inspect": ["--config", "--decode", "--measure", "--ranks"],
     "verify": ["--config"],
     "bench": ["--config", "--synthetic"],

@@ -22,9 +22,10 @@ from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
 from mixres.inference.artifact import find_base, find_result
-from mixres.inference.export import INDEX, export, make_request, merged_weight, placed, write_tensors
+from mixres.inference.export import export, make_request, merged_weight, placed
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
 from mixres.models.qwen.layers import LORA_PRESETS
+from mixres.models.tensor_files import INDEX, write_tensors
 from mixres.training.trainer import train
 from support.family_cases import CASES
 from support.jobs import longest_file
@@ -198,7 +199,8 @@ def test_tensors_are_written_one_by_one_and_the_library_reads_them(tmp_path: Pat
         alive.append(weakref.ref(tensor))
         return tensor
 
-    write_tensors(tmp_path / "a", {n: t.to("meta") for n, t in tensors.items()}, made, {"prompt": "交换"})
+    stated = {RECIPE_KEY: json.dumps({"prompt": "交换"})}
+    write_tensors(tmp_path / "a", {n: t.to("meta") for n, t in tensors.items()}, made, stated)
     assert bits(load_file(tmp_path / "a")) == bits(tensors)
     assert metadata(tmp_path / "a") == {RECIPE_KEY: {"prompt": "交换"}}
 

@@ -135,6 +135,10 @@ def test_memory_adds_up(small_run: Path) -> None:
     assert (2 * half["optimizer"], 2 * half["ema"]) == (plain["optimizer"], plain["ema"])
     assert plain["weights"] / 2 < half["weights"] + half["gathered"]
     assert half["activations"] == plain["activations"]
+    groups = ("train.ema_decay=0.9", "train.parallel=fsdp2", "train.shard_size=2")
+    assert estimate_of(small_run, *groups, ranks=6).memory(microbatch) == half
+    on_host = estimate_of(small_run, *groups, "train.cpu_offload=true", ranks=6).memory(microbatch)
+    assert on_host["total"] == half["gathered"] + half["activations"]
     assert estimate_of(small_run, ranks=2).memory(microbatch)["weights"] == plain["weights"]
     assert min(estimate.token_bytes()) > 20 * 4 * 32
 

@@ -13,7 +13,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixres.errors import UserError
-from mixres.models.lora import add_lora, check_pretrained, check_targets, expanded, train_all, trainable_parameters
+from mixres.models.lora import (
+    add_lora,
+    check_pretrained,
+    check_targets,
+    expanded,
+    promote,
+    train_all,
+    trainable_parameters,
+)
 from mixres.models.lora_file import FILE_NAME, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import ATTENTION, LORA_PRESETS, untrained_modules
@@ -166,6 +174,7 @@ def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base
     transformer = QwenImageEdit(str(tiny_base)).load_transformer(dtype=torch.bfloat16, device="cpu")
     untrained = untrained_modules(transformer)
     assert train_all(transformer, untrained=untrained) == []
+    promote(transformer, torch.bfloat16)
     assert {p.dtype for p in transformer.parameters()} == {torch.float32}
     frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
     assert frozen == {name for name in transformer.state_dict() if name.startswith(tuple(f"{m}." for m in untrained))}

@@ -4,18 +4,21 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixres.errors import UserError
 from mixres.models import quantize
 from mixres.models.block_swap import BlockSwap
 from mixres.models.blocks import recompute_blocks
 from mixres.models.lora import trainable_parameters
+from mixres.models.pretrained import load_pretrained
 from mixres.models.quantize import Method, check_method, quantization_config
 from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
@@ -28,6 +31,12 @@ ON_CUDA = [pytest.param(method, "cuda", marks=pytest.mark.gpu) for method in ("n
 METHODS = pytest.mark.parametrize(("method", "device"), [*((method, "cpu") for method in ANYWHERE), *ON_CUDA])
 
 
+def load_quantised(folder: Path, method: Method, device: str) -> Any:
+    config = quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device)
+    kind = QwenImageTransformer2DModel
+    return load_pretrained(kind, folder, dtype=torch.float32, device=device, quantization=config)
+
+
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     """The small stock model from disk, its weights quantised, with adapters, B filled."""
@@ -36,10 +45,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         mixes.stock_model(zero).save_pretrained(folder)
 
     def loaded(method: Method, device: str, *, zero_cond_t: bool = False, use_dora: bool = False) -> Any:
-        config = quantization_config(method, QUANTIZE_EXCLUSIONS, dtype=torch.float32, device=device)
-        model = QwenImageTransformer2DModel.from_pretrained(
-            folders[zero_cond_t], dtype=torch.float32, use_safetensors=True, quantization_config=config
-        ).to(device)
+        model = load_quantised(folders[zero_cond_t], method, device)
         return with_adapters(model, use_dora=use_dora)
 
     return loaded
@@ -63,6 +69,26 @@ def test_a_quantised_batch_trains_as_quantised_samples_alone(
             for layout in mixes.LAYOUTS:
                 mixes.assert_same(mixes.run(patched, mix, layout), alone, forward=1e-5)
         assert any(gradient is not None for gradient in alone.gradients.values())
+
+
+class WhereRounded(TorchDispatchMode):
+    """The kinds of device that matrices are rounded on."""
+
+    devices: ClassVar[set[str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.round.default, torch.ops.aten.clamp.default) and args[0].dim() == 2:
+            self.devices.add(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_rounded_on_the_device_that_they_are_for(tmp_path: Path) -> None:
+    """For which the meta device stands."""
+    mixes.stock_model(False).save_pretrained(tmp_path)
+    with WhereRounded() as look:
+        model = load_quantised(tmp_path, "int8", "meta")
+    assert look.devices == {"meta"}
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 @METHODS

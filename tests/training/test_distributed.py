@@ -27,6 +27,12 @@ def test_plugins_of_the_launcher_and_a_tracker_that_is_not_installed_are_reporte
     assert all(f'"{name}"' in inspect.getsource(launch) for name in distributed._PLUGINS), "as accelerate names them"
 
 
+def test_autocast_keeps_no_copies_of_weights(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(True)
+    with make_accelerator(mixed_precision="bf16", report_to="none", folder=tmp_path).autocast():
+        assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
+
+
 @pytest.mark.parametrize(("name", "processes"), [("single", 1), ("multi_gpu", 2), ("multi_node", 16)])
 def test_the_shipped_launcher_files_are_read_by_accelerate(name: str, processes: int) -> None:
     file = Path(__file__).parents[2] / "configs" / "accelerate" / f"{name}.yaml"

@@ -16,8 +16,16 @@ from mixres.config.schema import SchedulerConfig
 from mixres.errors import UserError, WorkError
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.ema import Ema
-from mixres.training.optimizer import Schedule, check_step, optimizer_class, optimizer_scalars, optimizer_tensors
+from mixres.training.optimizer import (
+    Schedule,
+    check_step,
+    make_optimizer,
+    optimizer_class,
+    optimizer_scalars,
+    optimizer_tensors,
+)
 from mixres.training.resume import restore_run, save_run
+from support.counting import peak_of
 from support.jobs import longest_file, names
 
 THIS = "this_module"  # under which optimizer_class finds the classes below
@@ -37,7 +45,7 @@ MEMORY_SAVING: dict[str, dict[str, Any]] = {
 }
 ON_CUDA = pytest.param("bitsandbytes.optim.AdamW8bit", marks=pytest.mark.gpu)
 WIDTH = 64  # a matrix of 4096 numbers, the fewest that are quantised
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Open(torch.optim.SGD):
@@ -257,3 +265,19 @@ def test_what_cannot_step_or_be_split_is_refused_at_the_start() -> None:
             check_step(kind, class_path, arguments, device=CPU, split=True)
     for name in ("AdamW", "SGD", "Adafactor"):
         check_step(getattr(torch.optim, name), name, {"lr": 1.0}, device=CPU, split=True)
+
+
+def test_adam_updates_in_one_kernel_on_cuda_and_takes_no_copy_of_what_trains() -> None:
+    """Counted with the CPU's kernel of the same name. On a CPU torch's default is left, which copies three tensors."""
+    parameters = [nn.Parameter(torch.ones(8, 8)) for _ in range(10)]
+    taken = {}
+    for device, arguments in ((CUDA, {}), (CUDA, {"foreach": True}), (CPU, {})):
+        optimizer = make_optimizer("torch.optim.AdamW", arguments, parameters, device=device)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # its state is there from now on
+        group = optimizer.param_groups[0]
+        peak = peak_of(optimizer.step) // parameters[0].nbytes
+        taken[device.type, bool(group["fused"]), bool(group["foreach"])] = peak
+    assert taken == {("cuda", True, False): 0, ("cuda", False, True): 10, ("cpu", False, False): 3}
+    assert not make_optimizer("torch.optim.SGD", {"lr": 1.0}, parameters, device=CUDA).param_groups[0]["fused"]

@@ -20,6 +20,7 @@ STEPS = 4
 CLIP = 0.002  # well below the gradients of these runs, so that every step is clipped
 PLANTED = "tests/support/planted.py"
 FSDP2 = "train.parallel=fsdp2"
+GROUPS = ("train.shard_size=2", "train.shard_read=rows", "train.cpu_offload=true")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -74,6 +75,7 @@ TOPOLOGIES = {
     "packed in small microbatches": (1, ("batch.layout=packed", "batch.max_tokens=600")),
     "ddp 3 padded": (3, ("batch.layout=padded",)),
     "fsdp2 2": (2, ("batch.layout=packed", FSDP2, "batch.max_tokens=600")),
+    "fsdp2 4 in two groups, rows read, host memory": (4, (FSDP2, *GROUPS, "batch.max_tokens=600")),
     "ddp 6, more than samples": (6, ("batch.layout=packed",)),  # some ranks get a dummy microbatch
 }
 

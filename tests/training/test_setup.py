@@ -29,7 +29,9 @@ from support.steps import new_accelerator
 Setup = Callable[..., Config]
 
 
-def test_what_is_wrong_with_optimizer_and_targets_is_reported_together(setup: Setup) -> None:
+def test_what_is_wrong_with_optimizer_and_targets_is_reported_together(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("optimizer.init_args={lr: 1e-3, speed: 2, beta: 3}", "model.quantize=nf4")
     config = setup(*words, "model.lora.target_modules=[to_q, to_x, to_y]")
     with pytest.raises(UserError) as caught:
@@ -38,6 +40,10 @@ def test_what_is_wrong_with_optimizer_and_targets_is_reported_together(setup: Se
     expected = [*keys, "model.lora.target_modules", "model.lora.target_modules"]
     assert [message.partition(":")[0] for message in caught.value.messages] == expected
     check_early(*with_family(setup("model.lora=null")))
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(UserError, match=r"^train.shard_size: 6 processes are no groups of 4: give a divisor, or null$"):
+        check_early(*with_family(setup("train.parallel=fsdp2", "train.shard_size=4")))
+    check_early(*with_family(setup("train.parallel=fsdp2", "train.shard_size=3")))
     with pytest.raises(UserError, match=r"^model.lora.pretrained_weight: "):
         check_early(*with_family(setup("model.lora.pretrained_weight=/nowhere")))
 

@@ -170,6 +170,15 @@ class OffloadConfig(Section):
 class TrainConfig(Section):
     max_train_steps: int = Field(1000, ge=1, le=10**9, description="Optimizer steps of the whole run.")
     parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="All weights on each device (ddp), or split (fsdp2).")
+    shard_size: int | None = Field(
+        None, ge=2, description="fsdp2: so many processes in a row share the weights, groups are copies; null: all."
+    )
+    shard_read: Literal["mapped", "rows"] = Field(
+        "mapped", description="fsdp2: each process maps the base's files, or (network disks) reads only its own rows."
+    )
+    cpu_offload: bool = Field(
+        False, description="fsdp2: weights that stay, gradients and optimizer state in host memory; slower."
+    )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="The gradient is scaled down to this norm.")
     max_skips: Steps = Field(5, description="Steps in a row that may be skipped where loss or gradient is not finite.")
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
@@ -278,7 +287,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        if clashes := [*self._model_clashes(), *self._offload_clashes(), *self._run_clashes()]:
+        if clashes := [
+            *self._model_clashes(),
+            *self._split_clashes(),
+            *self._offload_clashes(),
+            *self._run_clashes(),
+        ]:
             raise PydanticCustomError("clash", "{clashes}", {"clashes": clashes})
         return self
 
@@ -291,16 +305,22 @@ class Config(Section):
             yield ("model.quantize", "model.lora"), "quantised weights cannot be trained: train a LoRA, or set null"
         if model.quantize and model.dtype == "float64":
             yield ("model.quantize", "model.dtype"), "quantised weights compute in bfloat16 or float32: choose one"
-        if model.quantize and train.parallel == "fsdp2":
-            yield ("model.quantize", "train.parallel"), "quantised weights cannot be split: use ddp, or set null"
         if train.compile and model.quantize:
             yield ("train.compile", "model.quantize"), "quantised layers cannot be compiled: set one to its default"
         if train.compile and lora and lora.use_dora:
             yield ("train.compile", "model.lora.use_dora"), "DoRA layers cannot be compiled: set one to false"
-        if train.compile and train.parallel == "fsdp2":
-            yield ("train.compile", "train.parallel"), "compiled blocks cannot be split: use ddp, or set false"
         if train.compile and self.batch.layout == "packed":
             yield ("train.compile", "batch.layout"), "each packed batch would be compiled anew: use padded"
+
+    def _split_clashes(self) -> Iterator[Clash]:
+        train, split = self.train, self.train.parallel == "fsdp2"
+        if self.model.quantize and split:
+            yield ("model.quantize", "train.parallel"), "quantised weights cannot be split: use ddp, or set null"
+        if train.compile and split:
+            yield ("train.compile", "train.parallel"), "compiled blocks cannot be split: use ddp, or set false"
+        for key, idle in (("shard_size", None), ("shard_read", "mapped"), ("cpu_offload", False)):
+            if getattr(train, key) != idle and not split:
+                yield (f"train.{key}", "train.parallel"), "only fsdp2 splits weights: use it, or leave the key out"
 
     def _offload_clashes(self) -> Iterator[Clash]:
         model, train = self.model, self.train

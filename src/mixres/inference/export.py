@@ -10,7 +10,7 @@ once and written once, with one tensor in memory. A killed export leaves a folde
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from mixres import atomic
 from mixres.config.load import load_run_config
-from mixres.console import counted, log
+from mixres.console import log
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import TRANSFORMER, RunResult, find_base, find_result, renamed
@@ -34,18 +34,16 @@ from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
 from mixres.models.registry import load_family
+from mixres.models.tensor_files import CONFIG, INDEX, ModelFiles, read_model_files, write_tensors
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.checkpoint import MANIFEST, Checkpoint, problem_of
 from mixres.training.setup import recipe
 
-CONFIG = "config.json"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_SINGLE = "diffusion_pytorch_model.safetensors"
 _SUFFIX = ".safetensors"
 _KEY = "RUN"
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_UNQUANTISED = ("F64", "F32", "F16", "BF16")
 
 _USE = {  # by format and whether it is merged
     ("diffusers", False): "pipeline.load_lora_weights({out!r})",
@@ -55,20 +53,6 @@ _USE = {  # by format and whether it is merged
 }
 # By layer: A `(r, inputs)`, B `(outputs, r)` and, of a DoRA, the magnitudes `(outputs,)`.
 Adapters = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """A transformer in diffusers' layout: its configuration, and the tensors of each file on the meta device."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Tensor]]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of all files."""
-        return {name: tensor for part in self.files.values() for name, tensor in part.items()}
 
 
 @dataclass(frozen=True)
@@ -153,45 +137,15 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
 def _find_model(result: RunResult, base: str | None) -> ModelFiles:
     """The transformer that is written: the trained one, or the base that fits the adapters."""
     if result.lora is None:
-        return read_model_files(result.path, _KEY)
+        return read_model_files(result.path, _KEY, _UNQUANTISED)
     family = find_base(result, base, "--base")
     with renamed("--base"):
         folder = pipeline_folder(family.path, (TRANSFORMER,), revision=family.revision) / TRANSFORMER
-    model = read_model_files(folder, "--base")
+    model = read_model_files(folder, "--base", _UNQUANTISED)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
     if any(shapes.get(f"{layer}.weight") != sides[::-1] for layer, sides in result.lora.layers.items()):
         raise UserError(f"--base: the weights in {folder} do not fit its {CONFIG}: download it again")
     return model
-
-
-def read_model_files(folder: Path, key: str) -> ModelFiles:
-    """What `from_pretrained` would load from `folder`, from JSON and headers alone; `key` names it in messages.
-
-    Raises:
-        UserError: files are missing, damaged or do not fit their index, or hold quantised weights.
-    """
-    index = folder / INDEX
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-        files = {name: _read_shapes(folder / name) for name in sorted(set(where.values())) or [_SINGLE]}
-        if where and where != {name: file for file, part in files.items() for name in part}:
-            raise ValueError(f"{INDEX} does not fit the files beside it")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{key}: {folder} cannot be read: {error}; download it again, or name another") from error
-    return ModelFiles(folder, config, files)
-
-
-def _read_shapes(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file on the meta device."""
-    shapes = {}
-    with safe_open(file, "np") as opened:  # "pt" would map the file writably, for which there must be memory
-        for name in opened.keys():  # noqa: SIM118 - no dict
-            part = opened.get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise ValueError(f"{name} is in {part.get_dtype()}, which is none of {', '.join(_DTYPES)}")
-            shapes[name] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
-    return shapes
 
 
 def _check_out(out: Path, needed: int, *, suffix: str) -> None:
@@ -224,7 +178,7 @@ def export(request: Request) -> None:
             _write_merged(partial, request, model, adapters)
         elif result.lora and request.format == "comfyui":
             tensors = comfyui_tensors(adapters, result.lora.lora_alpha, result.family)
-            write_tensors(partial, tensors, tensors.__getitem__, result.recipe)
+            write_tensors(partial, tensors, tensors.__getitem__, _metadata(result.recipe), shown=True)
         else:
             atomic.write_bytes(partial, request.lora)
     log(f"result    {out}")
@@ -252,15 +206,19 @@ def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: 
         return merged_weight(weight, *adapter, alpha=alpha).to(weight.dtype) if adapter else weight
 
     if request.format == "comfyui":
-        write_tensors(partial, model.tensors | markers, merged, stated)
+        write_tensors(partial, model.tensors | markers, merged, _metadata(stated), shown=True)
     else:
         partial.mkdir()
         for name, part in model.files.items():
-            write_tensors(partial / name, part, merged, stated)
+            write_tensors(partial / name, part, merged, _metadata(stated), shown=True)
         for name in (CONFIG, INDEX):
             if (model.folder / name).is_file():
                 atomic.write_bytes(partial / name, (model.folder / name).read_bytes())
         atomic.write_json(partial / RECIPE_FILE, stated)
+
+
+def _metadata(stated: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", RECIPE_KEY: json.dumps(stated, sort_keys=True)}
 
 
 def merged_weight(weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | None, *, alpha: float) -> Tensor:
@@ -294,35 +252,6 @@ def comfyui_tensors(adapters: Adapters, alpha: float, family: Family) -> dict[st
         names = [f"{family.comfyui_prefix}.{layer}", *filter(None, [family.comfyui_names.get(layer)])]
         tensors |= {f"{name}.{part}": tensor for name in names for part, tensor in parts.items()}
     return tensors
-
-
-def write_tensors(
-    path: Path, shapes: Mapping[str, Tensor], tensor: Callable[[str], Tensor], stated: Mapping[str, Any]
-) -> None:
-    """Write a safetensors file with the recipe `stated`; the tensors of `shapes` may be on the meta device.
-
-    `tensor` is called for one name after another, so that one is in memory: the library's `save_file` takes all at
-    once, 40 GB for ComfyUI's one file of a 20 B transformer. Equal tensors and recipes make equal bytes.
-
-    Source: the format as the README of huggingface/safetensors describes it: the length of a header, the header as
-    JSON, the tensors' bytes without gaps.
-    """
-    # Wide types first, as the library has them: every tensor begins at a multiple of its items.
-    names = sorted(shapes, key=lambda name: (-shapes[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", RECIPE_KEY: json.dumps(stated, sort_keys=True)}}
-    end = 0
-    for name in names:
-        begin, end, shape = end, end + shapes[name].nbytes, list(shapes[name].shape)
-        header[name] = {"dtype": _DTYPE_NAMES[shapes[name].dtype], "shape": shape, "data_offsets": [begin, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic.replace(path) as partial, partial.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name in counted(names, "write", "tensor", enabled=True):
-            made = tensor(name)
-            assert (made.shape, made.dtype) == (shapes[name].shape, shapes[name].dtype), name
-            file.write(made.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del made  # before the next is read
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from mixres.models.family import ControlSizes, Family
 from mixres.models.quantize import Method
 from mixres.preprocessing.fill import release
 from mixres.preprocessing.training_data import check_folder
-from mixres.training.distributed import dist_env
+from mixres.training.distributed import device_named
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
 _LIMITS = Limits()
@@ -160,7 +160,7 @@ def make_request(**given: Any) -> Request:
         raise UserError("--restore-size: there is no image whose size could be restored: leave it out")
     out = asked.out.expanduser()
     check_folder(out, key="--out")
-    device = _device(asked.device)
+    device = device_named(asked.device)
     result = find_result(asked.lora, "--lora")
     family = find_base(result, asked.base, "--base")
     quantize = find_quantization(result, asked.quantize, "--quantize", device)
@@ -219,16 +219,6 @@ def _default_size(family: Family, result: RunResult, controls: Sequence[Size]) -
     """As in training, so that image and first control have one grid; without controls as in the stock pipeline."""
     trained = result.trained_size(controls[0]) if controls else None
     return trained or family.default_size(controls[-1] if controls else None)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = dist_env().device if name is None else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device: {name} cannot be used: {reason}; choose another") from error
-    return device
 
 
 def _read_rows(file: Path, problems: Problems) -> dict[str, _Row]:

@@ -39,7 +39,7 @@ from mixres.geometry import Grid
 from mixres.models.block_swap import frozen_matrices
 from mixres.models.blocks import recompute_blocks, repeated_blocks
 from mixres.models.family import Family
-from mixres.models.lora import add_lora, train_all, trainable_parameters
+from mixres.models.lora import add_lora, promote, train_all, trainable_parameters
 from mixres.models.quantize import empty_like, is_torchao, plain_tensors, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step
@@ -93,9 +93,11 @@ class MemoryEstimate:
             "optimizer": optimizer_bytes(config, [p.numel() for p in trained]),
             "ema": learnt if config.train.ema_decay else 0,
         }
-        ranks = ranks if config.train.parallel == "fsdp2" else 1
-        self._parts = {name: -(-count // ranks) for name, count in whole.items()}
-        largest = max(bytes_of(block.parameters()) for block in blocks)
+        train = config.train
+        ranks = min(ranks, train.shard_size or ranks) if train.parallel == "fsdp2" else 1
+        on_host = train.cpu_offload and ranks > 1
+        self._parts = {name: 0 if on_host else -(-count // ranks) for name, count in whole.items()}
+        largest = max(self._gathered_bytes(block) for block in blocks)
         self._parts["gathered"] = min(_GATHERED_BLOCKS, self._blocks) * largest if ranks > 1 else 0
 
     def figures(self, microbatch: Sequence[SampleTokens]) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class MemoryEstimate:
         saved = saved_tensors_hooks(to_host, from_host) if offloaded else nullcontext()
         with self._fake, LiveStorages(self._known) as storages:
             storages.add(value for value in vars(batch).values() if isinstance(value, Tensor))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast), saved:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast, cache_enabled=False), saved:
                 loss = self._objective.loss_sum(self._model, batch, step=0)
             kept, forward = storages.live, storages.peak
             storages.peak = kept
@@ -198,6 +200,11 @@ class MemoryEstimate:
             return 0, 0
         sizes = [bytes_of(matrix for _, _, matrix in frozen_matrices(block)) for block in blocks]
         return sum(sizes), min(keep, len(sizes)) * max(sizes)
+
+    def _gathered_bytes(self, block: nn.Module) -> int:
+        if self._config.train.mixed_precision == "bf16":
+            return 2 * sum(parameter.numel() for parameter in block.parameters())
+        return bytes_of(block.parameters())
 
     def _saved_by_bitsandbytes(self, blocks: Sequence[nn.Module]) -> int:
         """Bytes that nf4 and bnb_int8 take off the weights."""
@@ -221,6 +228,7 @@ class MemoryEstimate:
             add_lora(transformer, **settings, untrained=untrained, seed=0, presets=family.lora_presets)
         else:
             train_all(transformer, untrained=untrained)
+            promote(transformer, dtype)
         with self._fake:
             for module in transformer.modules():
                 for name, parameter in module.named_parameters(recurse=False):

@@ -208,6 +208,9 @@ class Family(Protocol):
     ) -> Any:
         """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes."""
 
+    def transformer_folder(self) -> Path:
+        """Where the weights of the base's transformer are."""
+
     def patch_state(self, transformer: Any) -> PatchState:
         """How much of the patch a transformer carries: adapters or an attention backend must have removed nothing."""
 
@@ -239,7 +242,7 @@ class Family(Protocol):
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
     ) -> Any:
-        """The stock pipeline around `transformer`, without a text encoder. `dtype` is the VAE's."""
+        """The stock pipeline around `transformer`, without a text encoder. `dtype` and `device` are the VAE's."""
 
     def sample_image(
         self,

@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mixres.config.problems import as_written
 from mixres.errors import UserError
@@ -194,14 +195,34 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def train_all(transformer: nn.Module, *, untrained: Sequence[str]) -> list[TargetMatch]:
-    """Make every weight trainable that reaches the loss; all in float32 or better: bf16 would lose small updates.
+    """Make every weight trainable that reaches the loss. No adapters, so the table is empty.
 
-    No adapters, so the table is empty.
+    `promote` is to follow, once a transformer that is to be split over processes is.
     """
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(not _within(name, untrained))
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return []
+
+
+def promote(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Put all weights, rounded to `dtype`, in float32 or better: bf16 would lose small updates."""
+    for precision in (dtype, torch.promote_types(dtype, torch.float32)):
+        nn.Module.to(transformer, precision)  # not diffusers' own, which warns
+
+
+@torch.no_grad()
+def measure_magnitudes(transformer: nn.Module) -> None:
+    """Set DoRA's magnitudes to the lengths of the base's rows, as peft does where the base has its values already.
+
+    Of layers that are split over processes by rows each process measures its own.
+    """
+    for layer in transformer.modules():
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            weight, length = (
+                tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                for tensor in (layer.get_base_layer().weight, magnitude.weight)  # type: ignore[operator]
+            )
+            length.copy_(torch.linalg.norm(weight, dim=1))
 
 
 def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,20 +5,19 @@ and how its pipeline is called.
 """
 
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size, token_grid
 from mixres.models import hub
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
+from mixres.models.pretrained import load_pretrained, reading
 from mixres.models.quantize import Method, quantization_config
 
 
@@ -137,15 +136,16 @@ class StockFamily(Family):
             if quantize:
                 raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
             return _filled_with_noise(self.transformer_skeleton(), dtype, device)
-        folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
             quantization = quantization_config(quantize, self.quantize_exclusions, dtype=dtype, device=device)
-        with reading(folder):
-            transformer = self.transformer_class.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, quantization_config=quantization
-            )
-        return self.patch(transformer.to(device))
+        folder = trained or self.transformer_folder()
+        kind = self.transformer_class
+        return self.patch(load_pretrained(kind, folder, dtype=dtype, device=device, quantization=quantization))
+
+    def transformer_folder(self) -> Path:
+        """See `Family`."""
+        return hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
 
     def load_sampling_pipeline(
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
@@ -155,11 +155,12 @@ class StockFamily(Family):
         absent = {name: None for name in self.components if name != "vae"}
         with reading(folder):
             pipeline = self.pipeline_class.from_pretrained(
-                folder, transformer=transformer, **absent, dtype=dtype, use_safetensors=True
+                folder, transformer=None, **absent, dtype=dtype, use_safetensors=True
             )
         pipeline.vae.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(device)
+        pipeline.to(device).register_modules(transformer=transformer)  # which stays where it is
+        return pipeline
 
 
 def no_control_areas(label: str, area: AreaRule, text_area: int | None, *, stock: int) -> dict[str, AreaRule]:
@@ -203,16 +204,6 @@ def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
                 vars(owner)[name] = before[name]
             else:
                 del vars(owner)[name]
-
-
-@contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Names the base that could not be read, in one line, where a library fails on its files."""
-    try:
-        yield
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{hub.KEY}: {folder} cannot be loaded: {reason}; download it again") from error
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any instant, and a reader that never opens a pickle.
 
 Promise: a checkpoint directory is whole or it does not count; the newest valid one wins, all ranks agree on which, and
-the ones before it stay until it is committed. Cost: one write, one read (for the hash) and one fsync per file; no file
-is held in memory beside the tensors themselves.
+the ones before it stay until it is committed. Cost: one write, one read (for the hash) and one fsync per file; of what
+is on a device one tensor at a time is copied to the host.
 
 A checkpoint `step-00000100/` holds safetensors and JSON files and, written last, `manifest.json` with the size and
 xxh3-128 of each. It is written under a temporary name, renamed, and only then are older ones removed. Where weights are
@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixres import atomic
 from mixres.errors import WorkError
+from mixres.models.tensor_files import write_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -253,22 +253,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> list[int | str]:
-    with atomic.replace(path) as tmp:
-        try:
-            save_file(_separate({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}), tmp)
-        except SafetensorError as error:  # what it raises where the disk is full
-            raise OSError(str(error)) from error
+    write_tensors(path, tensors, tensors.__getitem__)
     return _digest(path)
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each that lies in the memory of one before it, which safetensors refuses to write."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return tensors
 
 
 def _digest(path: Path) -> list[int | str]:

@@ -10,6 +10,7 @@ computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 
 
 import functools
 import importlib.util
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +22,21 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mixres.errors import Problems, UserError
+from mixres.models.pretrained import own_rows
 
 # What a launcher's own configuration file can ask for, by the variable in which accelerate hands it on.
 _PLUGINS = {
@@ -57,13 +65,36 @@ def dist_env() -> DistEnv:
     return DistEnv(int(value("RANK", 0)), int(value("WORLD_SIZE", 1)), device)
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device that the option `--device` names, or this process's own.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        device = dist_env().device if name is None else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--device: {name} cannot be used: {reason}; choose another") from error
+    return device
+
+
 def make_accelerator(
-    *, mixed_precision: str, report_to: str, folder: Path, timeout_minutes: float = 30, deterministic: bool = False
+    *,
+    mixed_precision: str,
+    report_to: str,
+    folder: Path,
+    cpu_offload: bool = False,
+    timeout_minutes: float = 30,
+    deterministic: bool = False,
 ) -> Accelerator:
     """The accelerator of this process. Without a CUDA device several processes talk over gloo.
 
     Collectives between devices end the run after `timeout_minutes`. `deterministic`: torch takes only kernels that
     repeat their results, in the whole process.
+
+    `cpu_offload`: they do so beside their devices' own way too, about what is in host memory.
 
     Raises:
         UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
@@ -81,6 +112,12 @@ def make_accelerator(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with this alone
     torch.use_deterministic_algorithms(deterministic)
+    backend = "cuda:nccl,cpu:gloo" if cpu_offload and torch.cuda.is_available() else None
+    handlers: list[KwargsHandler] = [
+        InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes)),
+        # The cache would keep a bfloat16 copy of all float32 weights until the forward's end; each is used once.
+        AutocastKwargs(cache_enabled=False),
+    ]
     return Accelerator(
         # As `dist_env` has it: CUDA or the CPU. Without it accelerate would take Apple's MPS, which has no float64, and
         # two CPU ranks for two single runs.
@@ -88,7 +125,7 @@ def make_accelerator(
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
+        kwargs_handlers=handlers,
     )
 
 
@@ -134,37 +171,45 @@ def assert_same_on_all_ranks(digest: str) -> None:
         )
 
 
-def parallelize(model: nn.Module, accelerator: Accelerator, parallel: Literal["ddp", "fsdp2"]) -> nn.Module:
-    """The module that a step calls: on several ranks `model` sharded in place, or wrapped; else `model` itself.
+def is_split(parallel: Literal["ddp", "fsdp2"]) -> bool:
+    """Whether weights are split over the processes that a launcher has started."""
+    return parallel == "fsdp2" and dist_env().world_size > 1
+
+
+def shard(model: nn.Module, device: torch.device, *, size: int, half: bool, cpu_offload: bool) -> None:
+    """FSDP2: split the weights of each repeated block, and of the rest, over `size` ranks in a row, in place.
+
+    With fewer than all ranks, as those of one node, their groups hold copies of each other (HSDP). The model may be in
+    host memory, as files are mapped into it: one block after the other is copied to the device and split there.
+
+    `half`: weights are gathered, and forward and backward computed, in bfloat16; gradients are reduced in float32, and
+    the weights that stay are as they were. With `cpu_offload` these, their gradients and the optimizer's state are in
+    host memory, where the optimizer works.
 
     To be called before the optimizer is made: sharded parameters are other tensors of the same names.
     """
-    if accelerator.num_processes == 1:
-        return model
-    if parallel == "ddp":
-        return _replicate(model, accelerator)
-    _shard(model, accelerator)
-    return model
-
-
-def _shard(model: nn.Module, accelerator: Accelerator) -> None:
-    """FSDP2: split the weights of each repeated block, and of the rest, over all ranks, in place."""
     # The model's output is a view; it is read, never changed in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    ranks = dist.get_world_size()
+    copies = () if size == ranks else (ranks // size,)
+    mesh = init_device_mesh(device.type, (*copies, size), mesh_dim_names=(*("replicate" for _ in copies), "shard"))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
     repeated: set[str] = set(model._no_split_modules)  # type: ignore[arg-type]
-    blocks = [module for module in model.modules() if type(module).__name__ in repeated]
+    blocks: list[Any] = [module for module in model.modules() if type(module).__name__ in repeated]
     for module in (*blocks, model):
         # The rest too: what a forward without backward leaves whole would outlast the next change of the weights.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # else the factor becomes an operation gloo does not have
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # else the factor becomes an operation gloo does not have
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])  # in backward FSDP2 does so by itself
 
 
-def _replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """DDP: the model wrapped so that gradients are summed over ranks."""
+def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """On several ranks DDP: the model wrapped so that gradients are summed over ranks; on one the model itself."""
+    if accelerator.num_processes == 1:
+        return model
     device = accelerator.device
     # Weights quantised by torchao or in host memory cannot be sent; each rank has read and rounded the same ones.
     unsent = [
@@ -183,38 +228,47 @@ def _replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def gradient_sync(model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of a microbatch: gradients go over the wire with the step's last one only."""
+    """Around forward and backward of a microbatch: gradients go over the wire with the step's last one only.
+
+    Those of a sharded model stay whole until then, so where they are more than a gathered block, each microbatch's are
+    reduced at once, within the group that splits the weights.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or not _small_gradients(model))
+        model.set_requires_all_reduce(last)
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()
 
 
-def full_tensors(
-    tensors: Mapping[str, Tensor], *, keep: bool = True, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """The tensors with sharded ones put together: all ranks must call it, in the same order.
+def _small_gradients(model: nn.Module) -> bool:
+    """Whether the gradients of all that trains, in float32, are no more than the weights of a block, in bfloat16."""
+    blocks = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) <= largest
 
-    One that is not to `keep` them only sends its part and gets none, so that one copy is made and not one a rank.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        cast = tensor if dtype is None else tensor.to(dtype)
-        full = cast.full_tensor() if isinstance(cast, DTensor) else cast
-        if keep:
-            found[name] = full.cpu() if isinstance(cast, DTensor) else full
-    return found
+
+def device_of(parameter: Tensor) -> torch.device:
+    """Where it is computed with; a sharded one may stay in host memory."""
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, or a sharded one put together on its device; then all ranks must call it, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shards(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors that are the same on all ranks, and this rank's rows of those that are split over them by rows."""
+    """Tensors that are the same on all ranks, and this rank's rows of those that are split over them by rows.
+
+    Where groups of ranks hold copies of each other, only those of the first have rows.
+    """
     alike, rows = {}, {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and tensor.placements == (Shard(0),):
+        if not isinstance(tensor, DTensor) or tensor.placements[-1] != Shard(0):
+            alike[name] = full_tensor(tensor)
+        elif not any(tensor.device_mesh.get_coordinate()[:-1]):  # type: ignore[index]
             rows[name] = tensor.to_local()
-        else:
-            alike[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return alike, rows
 
 
@@ -227,13 +281,14 @@ def distribute_like(parameter: Tensor, shape: Sequence[int], read: Callable[[ran
         return read(None).clone()
     if not isinstance(parameter, DTensor):
         return read(None).to(parameter.device, copy=True)
-    assert parameter.placements == (Shard(0),), parameter.placements
-    mesh = parameter.device_mesh
-    chunk = -(-shape[0] // mesh.size())  # as torch.chunk splits
-    first = min(mesh.get_local_rank() * chunk, shape[0])
-    local = read(range(first, min(first + chunk, shape[0]))).to(parameter.device, copy=True)
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(local, mesh, parameter.placements, shape=torch.Size(shape), stride=stride)
+    rows = read(own_rows(parameter, shape[0]))
+    if tuple(shape) == tuple(parameter.shape):  # so it stays in host memory where the parameter is there
+        found: Any = torch.empty_like(parameter.detach(), dtype=rows.dtype)
+        found.to_local().copy_(rows)
+        return found  # type: ignore[no-any-return]
+    stride, size = torch.empty(tuple(shape), device="meta").stride(), torch.Size(shape)
+    local = rows.to(parameter.device, copy=True)
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=size, stride=stride)
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

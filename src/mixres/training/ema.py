@@ -43,16 +43,20 @@ class Ema:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the parameters have the values of their average; afterwards their own, bit for bit."""
-        parameters = self._parameters
-        before = [parameter.detach().clone() for parameter in parameters]
-        state = self._optimizer.state
-        with torch.no_grad():
-            for parameter, own in zip(parameters, before, strict=True):
-                parameter.copy_(state[parameter].get(_ENTRY, own))
+        """Inside, the parameters have the values of their average; afterwards their own, bit for bit.
+
+        The two change places, one parameter after the other, so nothing of the optimizer may be saved inside.
+        """
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, own in zip(parameters, before, strict=True):
-                    parameter.copy_(own)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter in self._parameters:
+            if (average := self._optimizer.state[parameter].get(_ENTRY)) is not None:
+                own = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(own)

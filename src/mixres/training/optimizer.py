@@ -86,6 +86,22 @@ def check_step(
         )
 
 
+def make_optimizer(
+    class_path: str, init_args: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter], *, device: torch.device
+) -> Optimizer:
+    """The optimizer over `parameters` of a model that is trained on `device`.
+
+    On CUDA torch's AdamW and Adam update each tensor in one kernel, unless an argument says otherwise: by default they
+    make one more copy there of all that is trained.
+
+    Raises:
+        UserError: as `optimizer_class`.
+    """
+    kind, ways = optimizer_class(class_path, init_args), {"fused", "foreach", "differentiable"}
+    fused = device.type == "cuda" and kind in (torch.optim.AdamW, torch.optim.Adam) and not ways & {*init_args}
+    return kind(parameters, **{**init_args, **({"fused": True} if fused else {})})
+
+
 class Schedule:
     """diffusers' learning-rate schedule of that name for an optimizer that starts with the base rate.
 

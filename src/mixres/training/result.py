@@ -1,19 +1,19 @@
 """The result of a run: a LoRA file, or the whole transformer, in the formats that the stock pipelines load.
 
-Promise: a name appears when its file is whole; what it was trained as stands beside it or in its metadata. Cost: the
-trained weights once in memory on the rank that writes.
+Promise: a name appears when its file is whole, and the result before it stays until then; what it was trained as stands
+beside it or in its metadata. Cost: a LoRA once in memory on the rank that writes, of all weights one tensor at a time.
 """
 
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from mixres import atomic
 from mixres.errors import WorkError
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
-from mixres.training.distributed import full_tensors
+from mixres.models.tensor_files import write_model
+from mixres.training.distributed import full_tensor
 from mixres.training.setup import TrainState, recipe
 
 
@@ -30,8 +30,8 @@ def write_results(trained: TrainState, folder: Path, *, step: int, keep: bool) -
         if trained.ema:
             with trained.ema.averaged():
                 _write_result(trained, folder / "ema", step=step, keep=keep)
-    except (OSError, SafetensorError) as error:
-        what = f"{folder}: the result could not be written ({getattr(error, 'strerror', None) or error})"
+    except OSError as error:
+        what = f"{folder}: the result could not be written ({error.strerror or error})"
         raise WorkError(f"{what}; step {step} is saved: make room and run the same command again") from error
     return path
 
@@ -42,21 +42,35 @@ def _write_result(trained: TrainState, folder: Path, *, step: int, keep: bool) -
     path = folder / (FILE_NAME if config.model.lora else "transformer")
     folder.mkdir(exist_ok=True)
     if config.model.lora:
-        weights = full_tensors(trained.parameters, keep=keep)
+        weights = {}
+        for name, parameter in trained.parameters.items():
+            full = full_tensor(parameter)
+            if keep:
+                weights[name] = full.cpu()
         if keep:
             atomic.write_bytes(path, lora_file(weights, trained.transformer, recipe(config, family, step)))
         return path
-    weights = full_tensors(trained.transformer.state_dict(), keep=keep, dtype=getattr(torch, config.model.dtype))
-    if keep:  # through a model of the same shape: the trained one may be sharded
-        model = family.transformer_skeleton()
-        model.load_state_dict(weights, assign=True)
-        partial = folder / f"{atomic.TMP_PREFIX}transformer"
-        for old in (partial, path):
-            shutil.rmtree(old, ignore_errors=True)
-        try:
-            model.save_pretrained(partial)
+    weights, dtype = trained.transformer.state_dict(), getattr(torch, config.model.dtype)
+    shapes = {name: torch.empty(weight.shape, dtype=dtype, device="meta") for name, weight in weights.items()}
+    partial, old = (folder / f"{atomic.TMP_PREFIX}{name}" for name in ("transformer", "old-transformer"))
+    try:
+        if keep:
+            _remove(partial, old)
+            partial.mkdir()
+            family.transformer_skeleton().save_config(partial)
+        write_model(partial if keep else None, shapes, lambda name: full_tensor(weights[name].to(dtype)))
+        if keep:
             atomic.write_json(partial / RECIPE_FILE, recipe(config, family, step))
+            if path.exists():
+                path.rename(old)
             partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            atomic.sync_directory(folder)
+    finally:
+        if keep:
+            _remove(partial, old)
     return path
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

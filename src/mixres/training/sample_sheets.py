@@ -26,6 +26,7 @@ from mixres.data.records import Picture
 from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import image_limits
+from mixres.training.distributed import device_of
 from mixres.training.drift import NOT_INSTALLED, Drift, drift_line, is_installed, measure_drift
 from mixres.training.ema import Ema
 from mixres.training.run_folder import RunFolder
@@ -59,11 +60,13 @@ class HeldOutSampler:
         self.items = spread(encoded.held_out, ROWS)
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
-        self.pipeline = family.load_sampling_pipeline(transformer=None, dtype=parameter.dtype, device=parameter.device)
-        self.pipeline.register_modules(transformer=transformer)  # loading would move what waits in host memory
+        device = device_of(parameter)
+        self.pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=parameter.dtype, device=device)
         # Where all weights train they are float32; the file that is written, and what it will draw, are not.
         dtype = getattr(torch, config.model.dtype)
-        self._autocast = partial(torch.autocast, parameter.device.type, dtype, enabled=parameter.dtype != dtype)
+        self._autocast = partial(
+            torch.autocast, device.type, dtype, enabled=parameter.dtype != dtype, cache_enabled=False
+        )
 
     def predictions(
         self,

@@ -32,15 +32,18 @@ from mixres.models.lora import (
     check_pretrained,
     check_targets,
     expanded,
+    measure_magnitudes,
+    promote,
     train_all,
     trainable_parameters,
 )
+from mixres.models.pretrained import materialize, read_weights, stored_dtype, to_meta, without_values
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import control_rules
-from mixres.training.distributed import dist_env, parallelize
+from mixres.training.distributed import dist_env, is_split, replicate, shard
 from mixres.training.ema import Ema
-from mixres.training.optimizer import check_step, optimizer_class
+from mixres.training.optimizer import check_step, make_optimizer, optimizer_class
 
 # Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
 _LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
@@ -79,14 +82,17 @@ def check_early(config: Config, family: Family) -> None:
     """Check what needs torch, before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, a guidance or steps of a shift that the base does not have, LoRA
-            targets that match nothing, or a pretrained LoRA that does not fit; all at once.
+        UserError: the optimizer or its arguments, groups of ranks that are not alike, a guidance or steps of a shift
+            that the base does not have, LoRA targets that match nothing, or a pretrained LoRA that does not fit; all
+            at once.
     """
     problems = Problems()
     here, model, optimizer = dist_env(), config.model, config.optimizer
+    split, size = is_split(config.train.parallel), config.train.shard_size
+    if split and size and here.world_size % size:
+        problems.add(f"train.shard_size: {here.world_size} processes are no groups of {size}: give a divisor, or null")
     with problems.collecting():
         kind = optimizer_class(optimizer.class_path, optimizer.init_args)
-        split = config.train.parallel == "fsdp2" and here.world_size > 1
         check_step(kind, optimizer.class_path, optimizer.init_args, device=here.device, split=split)
     with problems.collecting():
         if model.quantize:
@@ -109,39 +115,77 @@ def check_early(config: Config, family: Family) -> None:
 def load_trained(config: Config, family: Family, accelerator: Accelerator) -> TrainState:
     """The transformer on this rank's device, its adapters (or all its weights) trainable, the optimizer over them.
 
-    For `train.parallel: fsdp2` the weights are split over all ranks.
+    For `train.parallel: fsdp2` the weights are split over the ranks, of which none ever holds more than its rows and
+    one block.
 
     Raises:
         WorkError: there is not enough host memory for `train.offload.blocks`.
     """
-    model, offload, device = config.model, config.train.offload, accelerator.device
-    transformer = family.load_transformer(
-        dtype=getattr(torch, model.dtype), device="cpu" if offload.blocks else device, quantize=model.quantize
-    )
+    model, train, dtype = config.model, config.train, getattr(torch, config.model.dtype)
+    offload, device = train.offload, accelerator.device
+    split, rows = is_split(train.parallel), False
+    if split:
+        transformer, rows = _unsplit(config, family, dtype)
+    else:
+        where = "cpu" if offload.blocks else device
+        transformer = family.load_transformer(dtype=dtype, device=where, quantize=model.quantize)
     untrained = family.untrained_modules(transformer)
     if model.lora:
         settings = model.lora.model_dump()
-        presets, seed = family.lora_presets, config.train.seed
+        presets, seed = family.lora_presets, train.seed
         table = add_lora(transformer, **settings, untrained=untrained, seed=seed, presets=presets)
     else:
         table = train_all(transformer, untrained=untrained)
-    if config.train.gradient_checkpointing:
-        recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
+    if train.gradient_checkpointing:
+        recompute_blocks(transformer, every=int(train.gradient_checkpointing))
     if offload.blocks:
         BlockSwap(transformer, keep=offload.blocks, device=device)
     if offload.activations:
         save_activations_on_host(transformer, device)
-    if config.train.compile:
+    if train.compile:
         compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MAX_LENGTHS))
-    wrapped = parallelize(transformer, accelerator, config.train.parallel)
-    parameters = trainable_parameters(transformer)
-    kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
-    optimizer = kind(parameters.values(), **config.optimizer.init_args)
-    ema = Ema(optimizer, config.train.ema_decay) if config.train.ema_decay else None
+    if split:
+        _split(config, family, accelerator, transformer, rows=rows)
+    if model.lora is None:
+        promote(transformer, dtype)
+    wrapped = transformer if split else replicate(transformer, accelerator)
+    parameters, chosen = trainable_parameters(transformer), config.optimizer
+    optimizer = make_optimizer(chosen.class_path, chosen.init_args, parameters.values(), device=accelerator.device)
+    ema = Ema(optimizer, train.ema_decay) if train.ema_decay else None
     objective = build_objective(config, family)
     return TrainState(
         config, family, accelerator, transformer.train(), wrapped, parameters, optimizer, objective, tuple(table), ema
     )
+
+
+def _unsplit(config: Config, family: Family, dtype: torch.dtype) -> tuple[Any, bool]:
+    """A transformer that takes no memory of its own until it is split, and whether its rows are to be read then.
+
+    Else its weights are the files, mapped. Adapters begin in the precision of the base, so that has to be the files'.
+    """
+    stored = stored_dtype(family.transformer_folder())
+    if stored is None or config.train.shard_read == "rows" or (config.model.lora and stored != dtype):
+        return without_values(family.transformer_skeleton(), dtype), True
+    return family.load_transformer(dtype=stored, device="cpu"), False
+
+
+def _split(config: Config, family: Family, accelerator: Accelerator, transformer: nn.Module, *, rows: bool) -> None:
+    """Split the transformer over the ranks; where it has no values yet, read its `rows`."""
+    train, lora = config.train, config.model.lora
+    if rows:
+        to_meta(transformer)
+    shard(
+        transformer,
+        accelerator.device,
+        size=train.shard_size or accelerator.num_processes,
+        half=train.mixed_precision == "bf16",
+        cpu_offload=train.cpu_offload,
+    )
+    if rows:
+        materialize(transformer, torch.device("cpu") if train.cpu_offload else accelerator.device)
+        read_weights(transformer, family.transformer_folder())
+        if lora and lora.pretrained_weight is None:
+            measure_magnitudes(transformer)
 
 
 def build_objective(config: Config, family: Family) -> Objective:

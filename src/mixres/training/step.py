@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from mixres.batch import Batch
 from mixres.diffusion.objective import Objective
 from mixres.errors import WorkError
-from mixres.training.distributed import full_tensors, gather, gradient_sync
+from mixres.training.distributed import full_tensor, gather, gradient_sync
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_step(
         tokens_computed += batch.tokens_computed
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = full_tensors({"norm": torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)})["norm"]
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     own_loss, grad_norm = torch.stack(losses).sum(), float(norm)
     own = [tokens, tokens_computed, stop_requested, not math.isfinite(grad_norm)]
     sums = accelerator.reduce(torch.cat([own_loss[None], own_loss.new_tensor(own)]), "sum")

@@ -25,7 +25,14 @@ from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
 from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
 from mixres.training.checkpoint import Checkpoints
-from mixres.training.distributed import any_rank, assert_same_on_all_ranks, dist_env, gather, make_accelerator
+from mixres.training.distributed import (
+    any_rank,
+    assert_same_on_all_ranks,
+    dist_env,
+    gather,
+    is_split,
+    make_accelerator,
+)
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optimizer import Schedule
 from mixres.training.result import write_results
@@ -50,10 +57,12 @@ def train(config: Config) -> None:
     logging, last, rank = config.logging, config.train.max_train_steps, dist_env().rank
     folder, public = Path(logging.output_dir), public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
+        split = is_split(config.train.parallel)
         accelerator = make_accelerator(
-            mixed_precision=config.train.mixed_precision,
+            mixed_precision="no" if split else config.train.mixed_precision,
             report_to=logging.report_to,
             folder=folder,
+            cpu_offload=split and config.train.cpu_offload,
             timeout_minutes=config.train.timeout_minutes,
             deterministic=config.train.deterministic,
         )
