@@ -132,6 +132,7 @@ def _add_sample_options(parser: _Parser) -> None:
     option("--prompts", metavar="FILE", help="instead of both: JSON lines with prompt, path_control, ..., seed, size")
     option("--out", metavar="DIR", help="the folder for the images; their numbers follow those that are there")
     option("--size", metavar="WxH", help="pixels (as training would make of the first image)")
+    option("--batch-tokens", metavar="N", type=int, help="at most so many tokens at once (32768), or one image")
     parser.add_argument("--restore-size", action="store_true", help="scale each image to the size of its first image")
     option("--steps", metavar="N", type=int, help="denoising steps (20)")
     option("--seed", metavar="N", type=int, help="seed of the noise (0)")

@@ -18,8 +18,10 @@ from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.errors import UserError
 from mixres.geometry import Size, token_count
+from mixres.models.family import Family
 from mixres.models.lora import trainable_parameters
 from mixres.models.lora_file import FILE_NAME, lora_file
+from mixres.training.denoising import image_inputs, make_images
 from support import mixes
 from support.family_cases import EVERY_CASE as CASES, PROMPTS, FamilyCase
 from support.steps import with_adapters
@@ -198,6 +200,12 @@ def largest_difference(image: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
+def sampled(family: Family, pipeline: Any, calls: list[dict[str, Any]]) -> list[Image.Image]:
+    """All in one batch."""
+    inputs = [image_inputs(family, pipeline, **call) for call in calls]
+    return make_images(family, pipeline, inputs, steps=3)
+
+
 @IN_FLOAT32
 def test_an_image_from_cached_embeddings_is_the_stock_image(
     case: FamilyCase, base: Path, encoders: Any, stock: Any
@@ -211,10 +219,9 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
         for aligned in (size, None):
             sizes = case.sizes(size, images(count), aligned=aligned is not None)
             text = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).text
-            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes}
-            call |= {"size": size, "steps": 3, "seed": 7}
+            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes, "size": size, "seed": 7}
             expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
-            made = case.at("").sample_image(sampling, **call)
+            (made,) = sampled(case.at(base), sampling, [call])
             assert made.size == tuple(size)
             assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
@@ -226,7 +233,7 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
             {"controls": [*images(count)[:-1], photograph(CONTROLS[0], 3)]},
             {"sizes": case.sizes(size, images(count), case.areas | {"control_area": 64 * 64})},
         ]
-    others = [case.at("").sample_image(sampling, **(call | change)) for change in changes]
+    others = sampled(case.at(base), sampling, [call | change for change in changes])
     assert all(largest_difference(other, expected) > 2 for other in others)
     words = case.guided(PROMPTS[0], PROMPTS[1], negative)
     assert largest_difference(others[0], stock_image(stock, case, case.areas, images(count), size, **words)) <= 1

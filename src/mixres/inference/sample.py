@@ -1,11 +1,12 @@
-"""The verb `sample`: images from what a run has trained, through the stock pipeline of its base.
+"""The verb `sample`: images from what a run has trained, of any sizes in one batch.
 
 Promise: options, prompts, control images, the trained weights and their base are checked before any weight is read;
 every bad line of a prompts file is reported at once. The images are those of a process without mixres, for the same
 base, LoRA, controls, prompt and seed, over the base quantised as under the LoRA in training. Each PNG records its
-settings. Cost: one decode of each control; the text encoder once a prompt with its controls and size, then released;
-then the denoising loop once an image, twice with `compare` or guidance, four times with both. Embeddings wait in
-memory, 10 MB a prompt for Qwen-Image-Edit.
+settings. What an interrupted command has made is kept: the same command makes the rest. Cost: one decode of each
+control; the text encoder once a prompt with its controls and size, then released; then one forward call a step and
+batch, twice the tokens with guidance, two passes with `compare`. Embeddings wait in memory, 10 MB a prompt for
+Qwen-Image-Edit.
 
 Lines of a prompts file have the keys of a data manifest (`prompt`, `path_control`, `path_control_1`, ...), so that a
 manifest of held-out data can be given as it is: its targets and masks are not opened. `seed` and `size` may be added.
@@ -13,8 +14,8 @@ manifest of held-out data can be given as it is: its targets and masks are not o
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from mixres import __version__
 from mixres.batch import TextEmbeds
 from mixres.config.schema import SampleConfig
-from mixres.console import counted, log
+from mixres.console import counted, log, progress
 from mixres.data.images import WHITE, BadImageError, Limits, check_size, inspect_image, read_image
 from mixres.data.manifest import BadRowError, control_keys, file_below, json_rows, key_problems
 from mixres.data.records import check_caption, printable
@@ -40,12 +41,14 @@ from mixres.models.family import ControlSizes, Family
 from mixres.models.quantize import Method
 from mixres.preprocessing.fill import release
 from mixres.preprocessing.training_data import check_folder
+from mixres.training.denoising import ImageInputs, image_inputs, make_images, microbatches
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
 _LIMITS = Limits()
 _GRID_ROWS = 12
 _NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # all that `sample` writes
+_RECORD = "mixres"  # what the settings are called in a PNG file
 
 
 def _checked_prompt(text: str) -> str:
@@ -83,6 +86,7 @@ class Options(BaseModel):
     prompts: Path | None = None
     size: _Size | None = None
     restore_size: bool = False
+    batch_tokens: Annotated[int, Field(ge=1)] = 32768
     steps: Annotated[int, Field(ge=2, le=1000)] = SampleConfig().steps
     seed: _Seed = 0
     guidance: Annotated[float, Field(ge=1, le=100)] | None = None
@@ -119,10 +123,9 @@ class ImageJob:
     restored_size: Size | None  # to which the image is scaled at last
     seed: int
 
-    @property
-    def untrained_path(self) -> Path:
-        """The image without the trained weights."""
-        return self.path.with_name(f"{self.path.stem}-without.png")
+    def file(self, trained: bool) -> Path:
+        """The image with or without the trained weights."""
+        return self.path if trained else self.path.with_name(f"{self.path.stem}-without.png")
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,12 @@ class Request:
     dtype: str
     guidance: float
     quantize: Method | None  # of the base's weights
+    digest: str | None  # of a LoRA file
+
+    @property
+    def passes(self) -> tuple[bool, ...]:
+        """Without the trained weights and with them, or with them alone."""
+        return (False, True) if self.options.compare else (True,)
 
 
 Embeds = tuple[TextEmbeds, TextEmbeds | None]  # of a prompt and, with guidance, of the negative one
@@ -175,14 +184,15 @@ def make_request(**given: Any) -> Request:
     sizes = _control_sizes(rows, problems)
     problems.add(*_fit_problems(family, rows, asked))
     problems.raise_if_any()
+    digest = hub.file_digest(result.path) if result.lora else None
     jobs = []
-    for path, row in zip(_free_paths(out, len(rows)), rows.values(), strict=True):
+    for row in rows.values():
         controls = [sizes[control] for control in row.controls]
         size = row.size or asked.size or _default_size(family, result, controls)
         control_sizes = result.control_sizes(size, controls, row.align_control)
         jobs.append(
             ImageJob(
-                path,
+                out,
                 row.prompt,
                 negative,
                 row.controls,
@@ -192,11 +202,16 @@ def make_request(**given: Any) -> Request:
                 asked.seed if row.seed is None else row.seed,
             )
         )
-        nearest = result.aligned_size(controls[0], size) if controls else None
-        if nearest and control_sizes.vae[0] != size:
-            what = f"has another aspect than its first image ({controls[0]}), so edits may be shifted or stretched"
-            log(f"size      {path.name}: {size} {what}: the nearest size of that aspect is {nearest}")
-    return Request(asked, result, family, tuple(jobs), device, dtype, guidance, quantize)
+    request = Request(asked, result, family, tuple(jobs), device, dtype, guidance, quantize, digest)
+
+    request = replace(request, jobs=tuple(_numbered(request, out)))
+    for job in request.jobs:
+        first = sizes[job.controls[0]] if job.controls else None
+        nearest = result.aligned_size(first, job.size) if first else None
+        if nearest and job.control_sizes.vae[0] != job.size:
+            what = f"has another aspect than its first image ({first}), so edits may be shifted or stretched"
+            log(f"size      {job.path.name}: {job.size} {what}: the nearest size of that aspect is {nearest}")
+    return request
 
 
 def _guidance(family: Family, asked: Options) -> tuple[float, str | None]:
@@ -289,11 +304,28 @@ def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> I
             yield f"{at}: {size} has a side that is no multiple of {token}, the pixels of a token: write {near}"
 
 
-def _free_paths(folder: Path, count: int) -> list[Path]:
-    """`0001.png` and so on, after the numbers that are taken in the folder."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    last = max((int(match[1]) for name in names if (match := _NUMBERED.fullmatch(name))), default=0)
-    return [folder / f"{number:04d}.png" for number in range(last + 1, last + 1 + count)]
+def _numbered(request: Request, folder: Path) -> Iterator[ImageJob]:
+    """The jobs with their files, `0001.png` and so on: those that the same command made before, else new numbers."""
+    recorded = _recorded(folder)
+    last = max(recorded, default=0)
+    for job in request.jobs:
+        own = [json.loads(_settings(request, job, trained)) for trained in request.passes]
+        number = next((number for number, made in recorded.items() if any(each in made for each in own)), None)
+        if number is None:
+            last = number = last + 1
+        recorded.pop(number, None)
+        yield replace(job, path=folder / f"{number:04d}.png")
+
+
+def _recorded(folder: Path) -> dict[int, list[Any]]:
+    """By their number, the settings of the images in the folder."""
+    found: dict[int, list[Any]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _NUMBERED.fullmatch(path.name):
+            settings = found.setdefault(int(match[1]), [])
+            with suppress(OSError, ValueError), Image.open(path) as image:
+                settings.append(json.loads(image.info[_RECORD]) if _RECORD in image.info else None)
+    return found
 
 
 # What is made of it.
@@ -317,29 +349,36 @@ def sample(request: Request) -> None:
 
 
 def _make_images(request: Request) -> None:
-    """Make and save every image."""
-    result, compare = request.result, request.options.compare
-    digest = hub.file_digest(result.path) if result.lora else None
-    embeds, pipeline = _encode(request), None
-    for trained in (False, True) if compare else (True,):
-        if pipeline is None or not result.lora:
-            pipeline = None  # it may have to go before there is room for the next
-            release(request.device)
-            pipeline = _load(request, result.path if trained and not result.lora else None)
-        if trained and result.lora:
-            pipeline.remove_all_hooks()  # loading would put them back, for a device of its own choice
-            pipeline.load_lora_weights(result.path)
-        if request.options.offload:
-            pipeline.enable_model_cpu_offload(device=request.device)
-        jobs = list(zip(request.jobs, embeds, strict=True))
-        for job, own in counted(jobs, "sample", "image", enabled=True):
-            path = job.path if trained else job.untrained_path
-            log(f"image     {path.name}: {job.size}, {request.options.steps} steps")
-            image = _make_image(request, pipeline, job, own)
-            if job.restored_size:
-                image = image.resize(job.restored_size, Image.Resampling.LANCZOS)
-            settings = json.dumps(_settings(request, job, trained, digest), ensure_ascii=False)
-            _save(image, path, mixres=settings)
+    """Make and save every image that is not there yet."""
+    result, wanted = request.result, [(job, trained) for trained in request.passes for job in request.jobs]
+    missing = [(job, trained) for job, trained in wanted if not job.file(trained).exists()]
+    if len(missing) < len(wanted):
+        log(f"image     {len(wanted) - len(missing)} of {len(wanted)} are there already")
+    if not missing:
+        return
+    embeds, pipeline = dict(zip(request.jobs, _encode(request), strict=True)), None
+    with progress(len(missing), "sample", "image") as stepped:
+        for trained in dict.fromkeys(trained for _, trained in missing):
+            if pipeline is None or not result.lora:
+                pipeline = None  # it may have to go before there is room for the next
+                release(request.device)
+                pipeline = _load(request, result.path if trained and not result.lora else None)
+            if trained and result.lora:
+                pipeline.remove_all_hooks()  # loading would put them back, for a device of its own choice
+                pipeline.load_lora_weights(result.path)
+            if request.options.offload:
+                pipeline.enable_model_cpu_offload(device=request.device)
+            jobs = [job for job, which in missing if which == trained]
+            inputs = [_inputs(request, pipeline, job, embeds[job]) for job in jobs]
+            for part in microbatches([each.tokens for each in inputs], request.options.batch_tokens):
+                chosen, given = jobs[part.start : part.stop], inputs[part.start : part.stop]
+                with _enough_memory(request, chosen):
+                    images = make_images(request.family, pipeline, given, steps=request.options.steps, stepped=stepped)
+                for job, image in zip(chosen, images, strict=True):
+                    if job.restored_size:
+                        image = image.resize(job.restored_size, Image.Resampling.LANCZOS)
+                    _save(image, job.file(trained), **{_RECORD: _settings(request, job, trained)})
+                    log(f"image     {job.file(trained).name}: {job.size}, {request.options.steps} steps")
 
 
 def _encode(request: Request) -> list[Embeds]:
@@ -364,26 +403,33 @@ def _load(request: Request, trained: Path | None) -> Any:
     if request.options.offload and not request.quantize:  # which is for the device to do
         device = torch.device("cpu")
     transformer = family.load_transformer(trained=trained, quantize=request.quantize, dtype=dtype, device=device)
-    pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # an image may take minutes
-    return pipeline
+    return family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
 
 
-def _make_image(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) -> Image.Image:
-    try:
-        return request.family.sample_image(
+def _inputs(request: Request, pipeline: Any, job: ImageJob, embeds: Embeds) -> ImageInputs:
+    controls = _read(request, job.controls)
+    with _enough_memory(request, [job]):
+        return image_inputs(
+            request.family,
             pipeline,
-            controls=_read(request, job.controls),
+            controls=controls,
             text=embeds[0],
             negative=embeds[1],
             size=job.size,
             sizes=job.control_sizes,
-            steps=request.options.steps,
             seed=job.seed,
             guidance=request.guidance,
         )
+
+
+@contextmanager
+def _enough_memory(request: Request, jobs: Sequence[ImageJob]) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
-        raise WorkError(f"{request.device} is out of memory at {job.size}: give a smaller --size") from error
+        sizes = ", ".join(dict.fromkeys(str(job.size) for job in jobs))
+        smaller = "--batch-tokens" if len(jobs) > 1 else "--size"
+        raise WorkError(f"{request.device} is out of memory at {sizes}: give a smaller {smaller}") from error
 
 
 def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
@@ -398,9 +444,9 @@ def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     return images
 
 
-def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None) -> dict[str, Any]:
-    """The metadata of the PNG, with or without the `trained` weights; `digest` is that of a LoRA file."""
-    return {
+def _settings(request: Request, job: ImageJob, trained: bool) -> str:
+    """The metadata of the PNG, with or without the `trained` weights, as JSON."""
+    settings = {
         "prompt": job.prompt,
         "negative_prompt": job.negative,
         "guidance": request.guidance,
@@ -412,13 +458,14 @@ def _settings(request: Request, job: ImageJob, trained: bool, digest: str | None
         **request.result.areas(job.size),
         "control_sizes": [str(size) for size in job.control_sizes.vae],
         "lora": printable(request.result.path) if trained else None,
-        "lora_xxh3": digest if trained else None,
+        "lora_xxh3": request.digest if trained else None,
         "base": request.family.path,
         "revision": request.family.revision,
         "dtype": request.dtype,
         "quantize": request.quantize,
         "mixres": __version__,
     }
+    return json.dumps(settings, ensure_ascii=False)
 
 
 def _save(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
@@ -431,14 +478,17 @@ def _write_grids(request: Request) -> None:
     """Controls, the image without the trained weights and the one with them; some rows a grid."""
     for first in range(0, len(request.jobs), _GRID_ROWS):
         jobs = request.jobs[first : first + _GRID_ROWS]
+        path = jobs[0].path.with_name(f"compare-{jobs[0].path.name}")
+        if path.exists():  # the same command made it of the same images
+            continue
         columns = max(len(job.controls) for job in jobs)
         rows = []
         for job in jobs:
             controls = _read(request, job.controls)
-            made = [Image.open(path).convert("RGB") for path in (job.untrained_path, job.path)]
+            made = [Image.open(path).convert("RGB") for path in map(job.file, request.passes)]
             empty = [None] * (columns - len(job.controls))
             note = f"{job.path.name}, {job.size}, seed {job.seed}"
             rows.append(Row((*controls, *empty, *made), job.prompt, note))
         headings = [f"image {number}" for number in range(1, columns + 1)]
         grid = image_grid((*headings, "without", "with"), rows)
-        _save(grid, jobs[0].path.with_name(f"compare-{jobs[0].path.name}"), [row.caption for row in rows])
+        _save(grid, path, [row.caption for row in rows])
