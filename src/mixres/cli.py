@@ -197,7 +197,8 @@ def _run(argv: Sequence[str]) -> None:
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
     if verb not in WITH_CONFIG:
-        make_request = pkgutil.resolve_name(f"mixres.inference.{verb}:make_request")
+        where = "sample_request" if verb == "sample" else verb
+        make_request = pkgutil.resolve_name(f"mixres.inference.{where}:make_request")
         return partial(_call, f"mixres.inference.{verb}:{verb}", make_request(**options))
     if verb == "quickstart" and not file:
         if len(words) != 1:

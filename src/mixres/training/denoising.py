@@ -100,7 +100,7 @@ def make_images(
     """The images, all in one batch; the transformer's mode and its weights are left as they are.
 
     `pipeline` is that of `Family.load_sampling_pipeline`, around the patched transformer. `steps` is at least 2: the
-    terminal shift of some schedulers divides by zero on one. `stepped` gets the part of the work that a step was.
+    terminal shift of some schedulers divides by zero on one. `stepped` gets the part of all steps that each was.
     """
     assert steps >= 2, steps
     transformer = pipeline.transformer
