@@ -1,11 +1,10 @@
 """The verb `sample`: images from what a run has trained, of any sizes in one batch.
 
-Promise: the images are those of a process without mixres, for the same
-base, LoRA, controls, prompt and seed, over the base quantised as under the LoRA in training. Each PNG records its
-settings. What an interrupted command has made is kept: the same command makes the rest. Cost: one decode of each
-control; the text encoder once a prompt with its controls and size, then released; then one forward call a step and
-batch, twice the tokens with guidance, two passes with `compare`. Embeddings wait in memory, 10 MB a prompt for
-Qwen-Image-Edit.
+Promise: the images are those of a process without mixres, for the same base, LoRA, controls, prompt and seed, over the
+base quantised as under the LoRA in training. Each PNG records its settings. What an interrupted command has made is
+kept: the same command makes the rest. Cost: one decode of each control; the text encoder once a prompt with its
+controls and size, then released; then one forward call a step and batch, twice the tokens with guidance, two passes
+with `compare`. Embeddings wait in memory, 10 MB a prompt for Qwen-Image-Edit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
