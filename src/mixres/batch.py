@@ -46,7 +46,11 @@ class Sample:
     def without_caption(self) -> "Sample":
         """The same sample with the empty prompt."""
         assert self.empty_embeds is not None, self.name
-        return replace(self, prompt_embeds=self.empty_embeds, pooled_embeds=self.empty_pooled_embeds)
+        return self.with_text(TextEmbeds(self.empty_embeds, self.empty_pooled_embeds))
+
+    def with_text(self, text: TextEmbeds) -> "Sample":
+        """The same sample with another prompt."""
+        return replace(self, prompt_embeds=text.tokens, pooled_embeds=text.pooled)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ def _add_sample_options(parser: _Parser) -> None:
     option("--prompts", metavar="FILE", help="instead of both: JSON lines with prompt, path_control, ..., seed, size")
     option("--out", metavar="DIR", help="the folder for the images; their numbers follow those that are there")
     option("--size", metavar="WxH", help="pixels (as training would make of the first image)")
+    option("--batch-tokens", metavar="N", type=int, help="at most so many tokens at once (32768), or one image")
     parser.add_argument("--restore-size", action="store_true", help="scale each image to the size of its first image")
     option("--steps", metavar="N", type=int, help="denoising steps (20)")
     option("--seed", metavar="N", type=int, help="seed of the noise (0)")
@@ -197,7 +198,8 @@ def _run(argv: Sequence[str]) -> None:
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
     if verb not in WITH_CONFIG:
-        make_request = pkgutil.resolve_name(f"mixres.inference.{verb}:make_request")
+        where = "sample_request" if verb == "sample" else verb
+        make_request = pkgutil.resolve_name(f"mixres.inference.{where}:make_request")
         return partial(_call, f"mixres.inference.{verb}:{verb}", make_request(**options))
     if verb == "quickstart" and not file:
         if len(words) != 1:

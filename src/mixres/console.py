@@ -6,7 +6,8 @@ Cost: a few microseconds a step.
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -45,6 +46,24 @@ def counted(items: Collection[T], verb: str, unit: str, *, enabled: bool) -> Ite
             logged = now
             rate = (done - 1) / (now - started)
             log(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
+
+
+@contextmanager
+def progress(total: int, verb: str, unit: str) -> Iterator[Callable[[float], None]]:
+    """A function to call with what was done since, in items or parts of one: a bar on a terminal, lines elsewhere."""
+    lines, started, done = not sys.stderr.isatty(), time.perf_counter(), 0.0
+    logged, shape = started, "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    with tqdm(total=total, desc=verb, unit=unit, disable=lines, leave=None, bar_format=shape) as bar:
+
+        def advance(part: float) -> None:
+            nonlocal done, logged
+            bar.update(part)
+            done, now = done + part, time.perf_counter()
+            if lines and now - logged >= LINE_EVERY_S:
+                logged, rate = now, done / (now - started)
+                log(f"{verb:<9} {done:.1f}/{total}, {rate:.3f} {unit}/s, left {clock((total - done) / rate)}")
+
+        yield advance
 
 
 class Progress(tqdm):  # type: ignore[type-arg]  # only its stubs are generic

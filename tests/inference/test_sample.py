@@ -4,6 +4,9 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
+import time
 import weakref
 from collections.abc import Callable
 from copy import copy
@@ -27,13 +30,15 @@ from mixres import __version__, cli
 from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
-from mixres.inference.sample import make_request, sample
+from mixres.inference.sample import sample
+from mixres.inference.sample_request import make_request
 from mixres.models.hub import file_digest
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE
 from mixres.models.quantize import quantization_config
 from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS
 from mixres.training.setup import recipe
 from support.family_cases import CASES, FamilyCase
+from support.jobs import environment
 from support.lora_files import write_lora
 
 PROMPT, NEGATIVE = "swap red and blue", "交换红色和蓝色"
@@ -207,6 +212,49 @@ def test_lines_of_a_file_are_images_of_their_own(trained_of: Callable[[str], Res
         assert difference(path, plus.stock_image(stock, given, **call)) <= 1
     assert [settings_of(path)["seed"] for path in made] == [7, 7, 8]
     assert difference(made[0], made[2]) > 3
+
+
+def test_the_same_command_makes_what_is_missing(
+    edit: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte, beside files of other commands; a complete one makes nothing, another one numbers on."""
+    shutil.copyfile(edit.images[0], tmp_path / "a.png")
+    file = edit.lines(tmp_path, *({"path_control": "a.png", "seed": seed, "size": "64x48"} for seed in (1, 2, 1)))
+    words = ["sample", "--lora", str(edit.folder), "--prompts", file, "--steps", "2", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--compare"]) == 0
+    (grid,) = (tmp_path / "out").glob("compare-*.png")
+    made = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    for gone in (["0002.png"], ["0001-without.png", "0003.png", grid.name], []):
+        for name in gone:
+            (tmp_path / "out" / name).unlink()
+        assert cli.main([*words, "--compare"]) == 0
+        assert f"image     {6 - len([x for x in gone if x != grid.name])} of 6 are there" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == made
+    assert cli.main(words) == 0, "the same images without comparison"
+    assert cli.main([*words, "--guidance", "2"]) == 0
+    new = sorted(path.name for path in (tmp_path / "out").iterdir() if path not in made)
+    assert new == ["0004.png", "0005.png", "0006.png"]
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_is_finished_by_the_same_one(edit: Result, tmp_path: Path) -> None:
+    shutil.copyfile(edit.images[0], tmp_path / "a.png")
+    lines = [{"path_control": "a.png", "seed": seed, "size": "192x160"} for seed in range(4)]
+    words = ["sample", "--lora", str(edit.folder), "--prompts", edit.lines(tmp_path, *lines), "--steps", "8"]
+    words += ["--batch-tokens", "1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "train.py", *words, "--out", str(killed)]
+    with subprocess.Popen(command, env=environment()) as process:
+        while process.poll() is None and not (killed / "0002.png").exists():
+            time.sleep(0.01)
+        process.kill()
+    assert 2 <= len(list(killed.glob("*.png"))) < 4
+    for out in (killed, whole):
+        assert cli.main([*words, "--out", str(out)]) == 0
+    assert {path.name: path.read_bytes() for path in killed.glob("*.png")} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
 
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mixres.data.plan import Layout
 from mixres.geometry import Size
 from mixres.models.lora import trainable_parameters
 from mixres.models.qwen.edit import QwenImageEdit
+from mixres.training.denoising import image_inputs, make_images
 from support.steps import microbatch, with_adapters
 
 Values = list[Tensor]
@@ -46,7 +47,7 @@ def train(pipeline: QwenImageEditPipeline, numbers: list[int], layout: Layout, c
 
 
 def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
-    """What the stock pipeline's transformer predicts in each denoising step, and the image."""
+    """What the transformer predicts in each denoising step, and the image."""
     seen: Values = []
 
     def keep(module: nn.Module, args: object, output: tuple[Tensor]) -> None:
@@ -56,10 +57,13 @@ def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
     handle = pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)
     control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
-    image = QwenImageEdit("").sample_image(
-        pipeline, controls=[control], text=TextEmbeds(torch.randn(11, 64, generator=draw)), size=size, steps=2, seed=1,
-        sizes=QwenImageEdit("").control_sizes(size, [Size(*control.size)], {"control_area": 64 * 64}),
-    )  # fmt: skip
+    family, text = (
+        QwenImageEdit("Qwen/Qwen-Image-Edit", synthetic=True),
+        TextEmbeds(torch.randn(11, 64, generator=draw)),
+    )
+    sizes = family.control_sizes(size, [Size(*control.size)], {"control_area": 64 * 64})
+    given = image_inputs(family, pipeline, controls=[control], text=text, size=size, sizes=sizes, seed=1)
+    (image,) = make_images(family, pipeline, [given], steps=2)
     handle.remove()
     assert len(seen) == 2 and pipeline.transformer.training
     return [*seen, torch.from_numpy(np.array(image))]

@@ -3,13 +3,17 @@
 A family comes into these tests by its row in `family_cases.CASES`.
 """
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, given, settings, strategies as st
 from PIL import Image
 from skimage import data
 from torch import nn
@@ -18,8 +22,13 @@ from mixres.batch import Batch, Sample
 from mixres.data.collate import collate
 from mixres.errors import UserError
 from mixres.geometry import Size, token_count
+from mixres.models.family import Family
 from mixres.models.lora import trainable_parameters
 from mixres.models.lora_file import FILE_NAME, lora_file
+from mixres.models.qwen import rope
+from mixres.models.qwen.family import QwenFamily
+from mixres.training import denoising
+from mixres.training.denoising import image_inputs, make_images
 from support import mixes
 from support.family_cases import EVERY_CASE as CASES, PROMPTS, FamilyCase
 from support.steps import with_adapters
@@ -198,23 +207,27 @@ def largest_difference(image: Image.Image, other: Image.Image) -> int:
     return int(np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max())
 
 
+def sampled(family: Family, pipeline: Any, calls: list[dict[str, Any]]) -> list[Image.Image]:
+    """All in one batch."""
+    inputs = [image_inputs(family, pipeline, **call) for call in calls]
+    return make_images(family, pipeline, inputs, steps=3)
+
+
 @IN_FLOAT32
 def test_an_image_from_cached_embeddings_is_the_stock_image(
     case: FamilyCase, base: Path, encoders: Any, stock: Any
 ) -> None:
     """With guidance too."""
-    transformer = case.at(base).load_transformer(dtype=torch.float32, device="cpu")
-    sampling = case.at(base).load_sampling_pipeline(transformer=transformer, dtype=torch.float32, device="cpu")
+    sampling = sampling_of(case, base)
     assert sampling.text_encoder is None and sampling.tokenizer is None
     size = Size(64, 80)
     for count in sorted(set(case.controls)):
         for aligned in (size, None):
             sizes = case.sizes(size, images(count), aligned=aligned is not None)
             text = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).text
-            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes}
-            call |= {"size": size, "steps": 3, "seed": 7}
+            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes, "size": size, "seed": 7}
             expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
-            made = case.at("").sample_image(sampling, **call)
+            (made,) = sampled(case.at(base), sampling, [call])
             assert made.size == tuple(size)
             assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
@@ -226,10 +239,114 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
             {"controls": [*images(count)[:-1], photograph(CONTROLS[0], 3)]},
             {"sizes": case.sizes(size, images(count), case.areas | {"control_area": 64 * 64})},
         ]
-    others = [case.at("").sample_image(sampling, **(call | change)) for change in changes]
+    others = sampled(case.at(base), sampling, [call | change for change in changes])
     assert all(largest_difference(other, expected) > 2 for other in others)
     words = case.guided(PROMPTS[0], PROMPTS[1], negative)
     assert largest_difference(others[0], stock_image(stock, case, case.areas, images(count), size, **words)) <= 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One image of a batch."""
+
+    size: Size
+    count: int  # of control images
+    prompt: str
+    seed: int
+    guided: bool
+
+    def call(self, case: FamilyCase, encoders: Any) -> dict[str, Any]:
+        """The arguments of `image_inputs`."""
+        controls = images(self.count, self.seed)
+        sizes = case.sizes(self.size, controls)
+        text, negative = (encode(case, encoders, controls, x, sizes=sizes).text for x in (self.prompt, PROMPTS[1]))
+        guidance = case.guidance(negative) if self.guided else {}
+        return {"controls": controls, "text": text, "size": self.size, "sizes": sizes, "seed": self.seed, **guidance}
+
+    def stock(self, stock: Any, case: FamilyCase, encoders: Any) -> Image.Image:
+        controls, noise = images(self.count, self.seed), torch.Generator().manual_seed(self.seed)
+        words = case.unguided() | {"prompt": self.prompt}
+        if self.guided:
+            words = case.guided(self.prompt, PROMPTS[1], encode(case, encoders, controls, PROMPTS[1]).text)
+        return stock_image(stock, case, case.areas, controls, self.size, generator=noise, **words)
+
+
+def sampling_of(case: FamilyCase, base: Path) -> Any:
+    transformer = case.at(base).load_transformer(dtype=torch.float32, device="cpu")
+    return case.at(base).load_sampling_pipeline(transformer=transformer, dtype=torch.float32, device="cpu")
+
+
+def assert_images_of_a_batch(
+    wanted: list[Wanted], case: FamilyCase, base: Path, sampling: Any, encoders: Any, stock: Any
+) -> None:
+    calls = [each.call(case, encoders) for each in wanted]
+    for each, call, made in zip(wanted, calls, sampled(case.at(base), sampling, calls), strict=True):
+        (alone,) = sampled(case.at(base), sampling, [call])
+        assert largest_difference(made, alone) <= 1
+        assert largest_difference(made, each.stock(stock, case, encoders)) <= 1
+
+
+@IN_FLOAT32
+def test_images_made_together_are_those_of_the_stock_pipeline_alone(
+    case: FamilyCase, base: Path, encoders: Any, stock: Any
+) -> None:
+    wanted = [
+        Wanted(size, count, prompt, seed, guided=seed != 1)
+        for seed, (size, count, prompt) in enumerate(zip(TARGETS, case.controls, PROMPTS, strict=True))
+    ]
+    assert_images_of_a_batch(wanted, case, base, sampling_of(case, base), encoders, stock)
+
+
+@pytest.mark.slow
+@IN_FLOAT32
+def test_images_of_any_mix_are_those_of_the_stock_pipeline_alone(
+    case: FamilyCase, base: Path, encoders: Any, stock: Any
+) -> None:
+    sampling, sides = sampling_of(case, base), st.integers(3, 10).map(lambda n: 16 * n)
+    size = st.builds(Size, sides, sides)
+    one = st.builds(
+        Wanted, size, st.sampled_from(case.controls), st.sampled_from(PROMPTS), st.integers(0, 9), st.booleans()
+    )
+
+    @settings(max_examples=6, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+    @given(st.lists(one, min_size=1, max_size=6))
+    def check(wanted: list[Wanted]) -> None:
+        assert_images_of_a_batch(wanted, case, base, sampling, encoders, stock)
+
+    check()
+
+
+@pytest.mark.parametrize("case", [CASES["qwen_image_edit"]], ids=["qwen_image_edit"], indirect=True, scope="module")
+@pytest.mark.parametrize("problem", ["schedule", "generator", "text positions", "guidance"])
+@IN_FLOAT32
+def test_what_images_of_a_batch_may_not_share_is_seen(
+    problem: str, case: FamilyCase, base: Path, encoders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in place of its own has what the first image has, over a base whose shift grows with small sizes."""
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    config = base / "scheduler" / "scheduler_config.json"
+    steep = {"base_image_seq_len": 16, "max_image_seq_len": 256, "base_shift": 0.0, "max_shift": 6.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | steep))
+    stock = case.load_stock(base, torch.float32)
+    wanted = [
+        Wanted(size, 1, PROMPTS[0], seed, guided=True) for seed, size in enumerate((Size(48, 64), Size(160, 144)))
+    ]
+    sampling = sampling_of(case, base)
+    assert_images_of_a_batch(wanted, case, base, sampling, encoders, stock)
+    shared: dict[str, Any] = {
+        "schedule": (
+            denoising,
+            "_scheduler",
+            lambda family, pipeline, tokens, steps: scheduler(family, pipeline, 12, steps),
+        ),
+        "generator": (QwenFamily, "noise", lambda self, grid, seed, dtype: noise(self, grid, seed=0, dtype=dtype)),
+        "text positions": (rope, "text_start", lambda shapes: 4),
+        "guidance": (QwenFamily, "guide", lambda self, positive, negative, guidance: positive),
+    }
+    scheduler, noise = denoising._scheduler, QwenFamily.noise
+    monkeypatch.setattr(*shared[problem])
+    with pytest.raises(AssertionError):
+        assert_images_of_a_batch(wanted, case, base, sampling, encoders, stock)
 
 
 def batch_of(samples: list[Sample], layout: Any) -> Batch:

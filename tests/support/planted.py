@@ -1,7 +1,7 @@
 """`train.py` with failures: `PLANTED` lists them as KIND:RANK:CALL, each in that call of that kind on that rank.
 
-Kinds: `slow` and `memory` in an image of a grid (counted from 0 on by each rank), `block` inside the transformer at
-such an image, `entry` where an evaluation reads a sample.
+Kinds: `slow` and `memory` in a batch of a grid (counted from 0 on by each rank), `block` inside the transformer at
+such a batch, `entry` where an evaluation reads a sample.
 """
 
 import os
@@ -14,12 +14,12 @@ import torch
 
 from mixres.cli import main
 from mixres.errors import WorkError
-from mixres.models.qwen.edit import QwenImageEdit
+from mixres.training import sample_sheets
 from mixres.training.validation import HeldOutLoss
 
 PLANTED = set(os.environ["PLANTED"].split(","))
 calls: Counter[str] = Counter()
-sample_image, read = QwenImageEdit.sample_image, HeldOutLoss._read
+make_images, read = sample_sheets.make_images, HeldOutLoss._read
 
 
 def due(kind: str) -> bool:
@@ -31,14 +31,14 @@ def fail(*arguments: Any) -> None:
     raise torch.OutOfMemoryError("planted")
 
 
-def planted_image(self: Any, pipeline: Any, **options: Any) -> Any:
+def planted_images(family: Any, pipeline: Any, *arguments: Any, **options: Any) -> Any:
     if due("slow"):
         time.sleep(float(os.environ["SLOW_S"]))
     if due("memory"):
         fail()
     hooks = [pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(fail)] if due("block") else []
     try:
-        return sample_image(self, pipeline, **options)
+        return make_images(family, pipeline, *arguments, **options)
     finally:
         for hook in hooks:
             hook.remove()
@@ -50,5 +50,5 @@ def planted_read(self: Any, position: int) -> Any:
     return read(self, position)
 
 
-QwenImageEdit.sample_image, HeldOutLoss._read = planted_image, planted_read
+sample_sheets.make_images, HeldOutLoss._read = planted_images, planted_read
 sys.exit(main(sys.argv[1:]))

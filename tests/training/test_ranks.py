@@ -149,7 +149,7 @@ def test_the_ranks_divide_a_grid_and_outlive_one_that_is_slow_or_fails(runs: Run
     words = ("batch.layout=packed", "train.timeout_minutes=0.25", *GRIDS, "evaluate.every=0")
     words = (*words, f"data.held_out={few_pairs / 'held_out'}")
     one = runs.train("grids-1", 1, *words)
-    planted = "export SLOW_S=20 PLANTED=slow:0:1,memory:1:1"  # of three images a grid the second rank makes one
+    planted = "export SLOW_S=20 PLANTED=slow:0:0,memory:1:1"  # a batch of each grid
     done = runs("grids-2", *words, *float64(runs), launcher=torchrun(2), program=PLANTED, before=planted)
     two = runs.root / "grids-2"
     name = f"samples/step-{2:08d}.png"
@@ -163,7 +163,7 @@ def test_the_ranks_divide_a_grid_and_outlive_one_that_is_slow_or_fails(runs: Run
 def test_sharded_weights_outlive_a_grid_and_an_evaluation_that_fail(runs: Runs, few_pairs: Path) -> None:
     """The grid on all ranks, inside the second block; the evaluation where one rank reads."""
     words = ("batch.layout=packed", FSDP2, *GRIDS, f"data.held_out={few_pairs / 'held_out'}")
-    planted = "export PLANTED=block:0:1,block:1:1,entry:1:2"  # an image of step 2, a pass of step 2
+    planted = "export PLANTED=block:0:0,block:1:0,entry:1:2"  # the batch of step 2, a pass of step 2
     done = runs("failing", *words, *float64(runs), launcher=torchrun(2), program=PLANTED, before=planted)
     run, clean = runs.root / "failing", runs.train("no grids", 2, "batch.layout=packed", FSDP2)
     assert "samples   step 2: no grid (OutOfMemoryError: planted): the run continues without it" in done.stdout

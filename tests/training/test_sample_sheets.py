@@ -12,7 +12,6 @@ from PIL import Image
 
 from mixres.config.schema import Config
 from mixres.data.images import BadImageError, read_image
-from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
@@ -140,13 +139,13 @@ def test_the_result_is_there_before_the_last_grid_whose_failure_is_a_line(
     clean = jobs.here("clean", *words, "sample.every=0")
     result, there = jobs.root / "failing" / LORA, list[bool]()
 
-    def failing(self: QwenImageEdit, *arguments: Any, **options: Any) -> Image.Image:
+    def failing(*arguments: Any, **options: Any) -> list[Image.Image]:
         there.append(result.exists())
         if len(there) == 1:
             raise torch.OutOfMemoryError("no room\nfor more lines")
         raise BadImageError("changed")
 
-    monkeypatch.setattr(QwenImageEdit, "sample_image", failing)
+    monkeypatch.setattr(sample_sheets, "make_images", failing)
     run = jobs.here("failing", *words)
     assert there == [False, True]
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples")][:2] == [

@@ -5,7 +5,7 @@ new family; `registry.py` is the one place that chooses.
 
 Two rules decide most questions. The stock pipeline is right: sizes of controls, prompt template, normalisation of
 latents and their order come from it, by calling it where it has a method for it. Training gets what sampling gets:
-what can be changed about an image is one argument of `encode` and of `sample_image` alike.
+what can be changed about an image is one argument of `encode` and of sampling alike.
 
 Legend: B samples, S image tokens, T text tokens, P channels of a token, D width of the text embeddings.
 """
@@ -244,24 +244,20 @@ class Family(Protocol):
     ) -> Any:
         """The stock pipeline around `transformer`, without a text encoder. `dtype` and `device` are the VAE's."""
 
-    def sample_image(
-        self,
-        pipeline: Any,
-        *,
-        controls: Sequence[Image.Image],
-        text: TextEmbeds,
-        size: Size,
-        sizes: ControlSizes,
-        steps: int,
-        seed: int,
-        negative: TextEmbeds | None = None,
-        guidance: float | None = None,
-    ) -> Image.Image:
-        """One image of `size` pixels through the stock pipeline's own `__call__`; no mode is left behind.
+    def control_latents(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Tensor]:
+        """`(S, P)` of each control at its size, as `encode` makes them; `pipeline` has at least a VAE."""
 
-        `text` is of these very controls at `sizes`. With `guidance` above 1 it leads away from `negative`, unless the
-        transformer embeds it. None is `embedded_guidance`'s, or no guidance.
+    def noise(self, grid: Grid, *, seed: int, dtype: torch.dtype) -> Tensor:
+        """`(S, P)` from which the stock pipeline denoises an image on `grid`, with a CPU generator of this seed.
+
+        So a seed means the same image on every device. `dtype` is the transformer's.
         """
+
+    def schedule(self, pipeline: Any, steps: int) -> tuple[Any, Sequence[float] | None, dict[str, float]]:
+        """A scheduler of the pipeline's kind, its sigmas before the shift, and the constants of their shift."""
+
+    def guide(self, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+        """The velocity `(S, P)` that leads away from that of the negative prompt, as the stock pipeline computes it."""
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """The RGB image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""

@@ -13,10 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mixres.batch import Batch, Sample, TextEmbeds
+from mixres.batch import Batch
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, pack_latents, unpack_latents
-from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.prompt_length import over_long
 from mixres.models.stock_family import StockFamily
@@ -123,8 +122,8 @@ class SeparateTextFamily(StockFamily):
     # Encoding.
 
     @torch.no_grad()
-    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
-        """`(S, P)` normalised, packed latents of the image at `size`, on the CPU; no noise of the VAE's is added.
+    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+        """See `StockFamily`.
 
         With the arithmetic of Kontext's `_encode_vae_image`, which pipelines of text to image do not have.
         """
@@ -132,37 +131,7 @@ class SeparateTextFamily(StockFamily):
         pixels = pipeline.image_processor.preprocess(image, size.height, size.width)
         latents = vae.encode(pixels.to(device=pipeline._execution_device, dtype=vae.dtype)).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        _, _, height, width = latents.shape
-        return pack_latents(latents.transpose(0, 1)).cpu(), Grid(1, height // PATCH, width // PATCH)
-
-    def encode(
-        self,
-        encoders: Any,
-        *,
-        name: str,
-        target: Image.Image,
-        target_size: Size,
-        controls: Sequence[Image.Image],
-        prompt: str,
-        sizes: ControlSizes,
-        mask: Image.Image | None = None,
-        text: TextEmbeds | None = None,
-    ) -> Sample:
-        """See `Family`."""
-        if problem := self.record_problem(controls=len(controls), prompt=prompt):
-            raise UserError(f"{name}: {problem}")
-        images = zip((target, *controls), (target_size, *sizes.vae), strict=True)
-        latents, grids = zip(*(self.encode_image(encoders, image, size) for image, size in images), strict=True)
-        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
-        return Sample(
-            name=name,
-            target_latents=latents[0],
-            control_latents=tuple(latents[1:]),
-            prompt_embeds=text.tokens,
-            img_shapes=grids,
-            edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
-            pooled_embeds=text.pooled,
-        )
+        return pack_latents(latents.transpose(0, 1)).cpu()
 
     # The transformer.
 
@@ -248,9 +217,3 @@ class IdFamily(SeparateTextFamily):
             **({} if pooled is None else {"pooled_projections": pooled.to(dtype)}),
         )[0]
         return velocity
-
-
-def resized(pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
-    """The controls at the sizes of their training, as the pipeline would resize them."""
-    pairs = zip(controls, sizes.vae, strict=True)
-    return [pipeline.image_processor.resize(image, size.height, size.width) for image, size in pairs]

@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
+from mixres.batch import Sample, TextEmbeds
 from mixres.errors import UserError
-from mixres.geometry import Grid, Size, token_grid
+from mixres.geometry import PATCH, Grid, Size, pack_latents, token_grid
 from mixres.models import hub
+from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
 from mixres.models.pretrained import load_pretrained, reading
 from mixres.models.quantize import Method, quantization_config
@@ -44,6 +48,10 @@ class StockFamily(Family):
 
     def patch(self, transformer: Any) -> Any:
         """The transformer, patched in place."""
+        raise NotImplementedError
+
+    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+        """`(S, P)` normalised, packed latents of the image at `size`, on the CPU; no noise of the VAE's is added."""
         raise NotImplementedError
 
     def encoding_environment(self) -> str:
@@ -100,6 +108,46 @@ class StockFamily(Family):
         """See `Family`."""
         token = self.pixels_per_token()
         return tuple(token_grid(size, token) for size in (target, *sizes.vae))
+
+    # Encoding.
+
+    def vae_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
+        """The controls as the VAE is handed them, which resizes each to its size."""
+        return list(controls)
+
+    @torch.no_grad()
+    def control_latents(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Tensor]:
+        """See `Family`."""
+        images = zip(self.vae_controls(pipeline, controls, sizes), sizes.vae, strict=True)
+        return [self.encode_image(pipeline, image, size) for image, size in images]
+
+    def encode(
+        self,
+        encoders: Any,
+        *,
+        name: str,
+        target: Image.Image,
+        target_size: Size,
+        controls: Sequence[Image.Image],
+        prompt: str,
+        sizes: ControlSizes,
+        mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
+    ) -> Sample:
+        """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
+        if problem := self.record_problem(controls=len(controls), prompt=prompt):
+            raise UserError(f"{name}: {problem}")
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
+        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in (target_size, *sizes.vae))
+        return Sample(
+            name=name,
+            target_latents=self.encode_image(encoders, target, target_size),
+            control_latents=tuple(self.control_latents(encoders, controls, sizes)),
+            prompt_embeds=text.tokens,
+            img_shapes=grids,
+            edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
+            pooled_embeds=text.pooled,
+        )
 
     # Parts.
 
@@ -162,6 +210,23 @@ class StockFamily(Family):
         pipeline.to(device).register_modules(transformer=transformer)  # which stays where it is
         return pipeline
 
+    # Sampling.
+
+    def noise(self, grid: Grid, *, seed: int, dtype: torch.dtype) -> Tensor:
+        """See `Family`. What most pipelines draw are latents; the order of channels and pixels is theirs."""
+        shape = (self.token_widths()[0] // PATCH**2, 1, grid.rows * PATCH, grid.columns * PATCH)
+        return pack_latents(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+
+    def schedule(self, pipeline: Any, steps: int) -> tuple[Any, Sequence[float] | None, dict[str, float]]:
+        """See `Family`."""
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        own_sigmas = scheduler.config.get("use_flow_sigmas", False)
+        return scheduler, None if own_sigmas else np.linspace(1.0, 1 / steps, steps).tolist(), self.flow_shift()
+
+    def guide(self, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+        """See `Family`. Source: classifier-free guidance, Ho & Salimans 2022 (arXiv 2207.12598)."""
+        return negative + guidance * (positive - negative)
+
 
 def no_control_areas(label: str, area: AreaRule, text_area: int | None, *, stock: int) -> dict[str, AreaRule]:
     """`Family.control_areas` of a family that takes no controls; `stock` is the default of `area`.
@@ -178,17 +243,6 @@ def no_control_areas(label: str, area: AreaRule, text_area: int | None, *, stock
     if problems:
         raise UserError(problems)
     return {}
-
-
-@contextmanager
-def evaluating(transformer: nn.Module) -> Iterator[None]:
-    """Within it the transformer is in evaluation mode; the mode is put back."""
-    was_training = transformer.training
-    transformer.eval()
-    try:
-        yield
-    finally:
-        transformer.train(was_training)
 
 
 @contextmanager

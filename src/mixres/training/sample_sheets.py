@@ -1,10 +1,11 @@
-"""Held-out samples through the stock pipeline while training, in one grid of images.
+"""Held-out samples while training, in one grid of images.
 
-Promise: the grid shows what the stock pipeline makes of the current weights, at the samples' own sizes. The training
-is untouched: random generators of its own, no mode left behind. Cost: `sample.steps` forward calls a row.
+Promise: the grid shows what the stock pipeline makes of the current weights, at the samples' own sizes, from the
+latents and embeddings of the cache. The training is untouched: random generators of its own, no mode left behind.
+Cost: `sample.steps` forward calls for as many rows as fit into `batch.max_tokens`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,6 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from mixres import atomic
-from mixres.batch import TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.images import read_image
@@ -26,6 +26,7 @@ from mixres.data.records import Picture
 from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import image_limits
+from mixres.training.denoising import ImageInputs, from_noise, make_images, microbatches
 from mixres.training.distributed import device_of
 from mixres.training.drift import NOT_INSTALLED, Drift, drift_line, is_installed, measure_drift
 from mixres.training.ema import Ema
@@ -61,7 +62,8 @@ class HeldOutSampler:
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
         device = device_of(parameter)
-        self.pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=parameter.dtype, device=device)
+        self.pipeline = family.load_sampling_pipeline(transformer=None, dtype=parameter.dtype, device=device)
+        self.pipeline.register_modules(transformer=transformer)  # loading would move what waits in host memory
         # Where all weights train they are float32; the file that is written, and what it will draw, are not.
         dtype = getattr(torch, config.model.dtype)
         self._autocast = partial(
@@ -70,7 +72,7 @@ class HeldOutSampler:
 
     def predictions(
         self,
-        positions: Iterable[int],
+        positions: Sequence[int],
         stop_requested: Callable[[], bool] = lambda: False,
         *,
         lockstep: bool = False,
@@ -79,15 +81,16 @@ class HeldOutSampler:
 
         `lockstep`: all ranks make the same images together, as each of them holds a part of the weights.
         """
-        made = {}
+        chosen, made = [self.items[position] for position in positions], []
+        tokens = [item.lengths.image + item.lengths.text for item in chosen]
         with self.ema.averaged() if self.ema else nullcontext():
-            for position in positions:
-                read = partial(self._inputs, self.items[position])
+            for part in microbatches(tokens, self.config.batch.max_tokens):
+                read = partial(self._inputs, [chosen[position] for position in part])
                 inputs = prepared(read, stop_requested=stop_requested(), lockstep=lockstep)
                 if inputs is None:
                     return None
-                made[position] = self._draw(self.items[position], *inputs)
-        return made
+                made += self._make(inputs)
+        return dict(zip(positions, made, strict=True))
 
     def write(self, path: Path, made: Mapping[int, Image.Image]) -> tuple[Image.Image, dict[str, float]]:
         """Save the grid of the images of all samples and return it and its mean drift.
@@ -108,24 +111,19 @@ class HeldOutSampler:
         return grid, drift_line(drifts)
 
     def predict(self, item: CachedSample) -> Image.Image:
-        """The pipeline's image for one held-out sample, at the size of its target."""
-        return self._draw(item, *self._inputs(item))
+        """The image for one held-out sample, at the size of its target."""
+        (image,) = self._make(self._inputs([item]))
+        return image
 
-    def _inputs(self, item: CachedSample) -> tuple[list[Image.Image], TextEmbeds]:
-        controls = [self.read(path) for path in item.record.controls]
-        return controls, self.cache.read(item.key, name=item.record.name).text
+    def _inputs(self, items: Sequence[CachedSample]) -> list[ImageInputs]:
+        samples = (self.cache.read(item.key, name=item.record.name) for item in items)
+        noisy = (from_noise(self.family, self.pipeline, sample, seed=self.config.train.seed) for sample in samples)
+        embedded = self.family.embedded_guidance()
+        return [ImageInputs(sample, guidance=embedded and embedded.sampling) for sample in noisy]
 
-    def _draw(self, item: CachedSample, controls: list[Image.Image], text: TextEmbeds) -> Image.Image:
+    def _make(self, inputs: Sequence[ImageInputs]) -> list[Image.Image]:
         with self._autocast():
-            return self.family.sample_image(
-                self.pipeline,
-                controls=controls,
-                text=text,
-                size=item.target_size,
-                steps=self.config.sample.steps,
-                seed=self.config.train.seed,
-                sizes=item.control_sizes,
-            )
+            return make_images(self.family, self.pipeline, inputs, steps=self.config.sample.steps)
 
     def drift(self, item: CachedSample, made: Image.Image) -> Drift | None:
         """That of a predicted image against its target; against its input where the target is too unlike it."""

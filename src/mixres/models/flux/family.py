@@ -20,8 +20,8 @@ from mixres.geometry import Size, control_size
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
 from mixres.models.flux import layers
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution, patch_state
-from mixres.models.id_family import TEXT_TOKENS, IdFamily, resized
-from mixres.models.stock_family import evaluating, no_control_areas
+from mixres.models.id_family import TEXT_TOKENS, IdFamily
+from mixres.models.stock_family import no_control_areas
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of Kontext's reference
 _MULTIPLE_OF = 16  # of a reference's sides
@@ -105,50 +105,6 @@ class FluxFamily(IdFamily):
         """See `Family`."""
         return preferred_size(control or Size(1, 1))
 
-    def control_call(self, pipeline: Any, controls: Sequence[Image.Image], size: Size, sizes: ControlSizes) -> Any:
-        """What `__call__` of the stock pipeline takes beside prompt, size, steps and noise."""
-        raise NotImplementedError
-
-    def sample_image(
-        self,
-        pipeline: Any,
-        *,
-        controls: Sequence[Image.Image],
-        text: TextEmbeds,
-        size: Size,
-        sizes: ControlSizes,
-        steps: int,
-        seed: int,
-        negative: TextEmbeds | None = None,
-        guidance: float | None = None,
-    ) -> Image.Image:
-        """See `Family`. `guidance` is the pipeline's `guidance_scale`; on a base that embeds none, `true_cfg_scale`.
-
-        The noise comes from a CPU generator, so that a seed means the same image on every device.
-        """
-        transformer, call = pipeline.transformer, self.control_call(pipeline, controls, size, sizes)
-        if transformer.config.guidance_embeds:
-            assert negative is None
-            call["guidance_scale"] = self.sampling_guidance if guidance is None else guidance
-        else:
-            call["true_cfg_scale"] = guidance or 1.0
-            assert (call["true_cfg_scale"] > 1) == (negative is not None), guidance
-        for name, embeds in (("", text), ("negative_", negative)):
-            for part, values in (("", embeds.tokens), ("pooled_", embeds.pooled)) if embeds else ():
-                assert values is not None
-                given = values.to(device=pipeline._execution_device, dtype=transformer.dtype)
-                call[f"{name}{part}prompt_embeds"] = given.unsqueeze(0)
-        with evaluating(transformer):
-            images = pipeline(
-                width=size.width,
-                height=size.height,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
-                **call,
-            ).images
-        image: Image.Image = images[0]
-        return image
-
 
 class Flux(FluxFamily):
     """The stock `FluxPipeline`."""
@@ -165,11 +121,6 @@ class Flux(FluxFamily):
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """See `no_control_areas`."""
         return no_control_areas(self.label, area, text_area, stock=STOCK_CONTROL_AREA)
-
-    def control_call(self, pipeline: Any, controls: Sequence[Image.Image], size: Size, sizes: ControlSizes) -> Any:
-        """See `FluxFamily`."""
-        assert not controls
-        return {}
 
 
 class FluxKontext(FluxFamily):
@@ -193,11 +144,6 @@ class FluxKontext(FluxFamily):
         if area == STOCK_CONTROL_AREA:
             return preferred_size(source)
         return control_size(source, area=area, multiple_of=_MULTIPLE_OF)
-
-    def control_call(self, pipeline: Any, controls: Sequence[Image.Image], size: Size, sizes: ControlSizes) -> Any:
-        """See `FluxFamily`. The reference as it was trained on; the pipeline would change target sizes to 1 MP too."""
-        image = next(iter(resized(pipeline, controls, sizes)), None)
-        return {"image": image, "_auto_resize": False, "max_area": size.width * size.height}
 
 
 def preferred_size(source: Size) -> Size:

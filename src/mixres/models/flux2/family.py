@@ -8,8 +8,7 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +22,7 @@ from mixres.geometry import Grid, Size
 from mixres.models.family import ControlSizes, PatchState
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
-from mixres.models.id_family import TEXT_TOKENS, IdFamily, resized
-from mixres.models.stock_family import attributes_set, evaluating
+from mixres.models.id_family import TEXT_TOKENS, IdFamily
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a reference; the stock pipelines scale larger ones down, none up
 _MULTIPLE_OF = 16  # of a reference's sides
@@ -117,12 +115,12 @@ class Flux2Klein(IdFamily):
         return TextEmbeds(embeds[0].cpu())
 
     @torch.no_grad()
-    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
-        """See `IdFamily`."""
+    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+        """See `StockFamily`."""
         pixels = pipeline.image_processor.preprocess(image, size.height, size.width)
         pixels = pixels.to(device=pipeline._execution_device, dtype=pipeline.vae.dtype)
-        latents = pipeline._encode_vae_image(pixels, generator=None)
-        return pipeline._pack_latents(latents)[0].contiguous().cpu(), Grid(1, *latents.shape[2:])
+        packed: Tensor = pipeline._pack_latents(pipeline._encode_vae_image(pixels, generator=None))[0]
+        return packed.contiguous().cpu()
 
     def image_ids(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """`(S, 4)` int64: image, row, column, 0 of each token. As `_prepare_latent_ids` and `_prepare_image_ids`.
@@ -147,42 +145,14 @@ class Flux2Klein(IdFamily):
         """See `Family`: the control's, or 1024 x 1024."""
         return self.control_size(control or Size(1024, 1024), STOCK_CONTROL_AREA)
 
-    def sample_image(
-        self,
-        pipeline: Any,
-        *,
-        controls: Sequence[Image.Image],
-        text: TextEmbeds,
-        size: Size,
-        sizes: ControlSizes,
-        steps: int,
-        seed: int,
-        negative: TextEmbeds | None = None,
-        guidance: float | None = None,
-    ) -> Image.Image:
-        """See `Family`. `guidance` is the pipeline's `guidance_scale`; a distilled klein ignores it.
+    def noise(self, grid: Grid, *, seed: int, dtype: torch.dtype) -> Tensor:
+        """See `Family`. The pipelines draw tokens, with all channels of one behind each other."""
+        shape = (self.token_widths()[0], grid.tokens)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).T
 
-        The noise comes from a CPU generator, so that a seed means the same image on every device.
-        """
-        embedded = self.embedded_guidance()
-        guidance = guidance or (embedded.sampling if embedded else 1.0)
-        assert (negative is not None) == (embedded is None and guidance > 1), guidance
-        transformer, call = pipeline.transformer, {}
-        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
-        for name, (embeds, _) in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=pipeline._execution_device, dtype=transformer.dtype).unsqueeze(0)
-        with evaluating(transformer), _any_reference_size(pipeline.image_processor):
-            images = pipeline(
-                image=resized(pipeline, controls, sizes) or None,
-                guidance_scale=guidance,
-                width=size.width,
-                height=size.height,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
-                **call,
-            ).images
-        image: Image.Image = images[0]
-        return image
+    def schedule(self, pipeline: Any, steps: int) -> tuple[Any, Sequence[float] | None, dict[str, float]]:
+        """See `Family`. The shift depends on the steps."""
+        return *super().schedule(pipeline, steps)[:2], self.flow_shift(steps)
 
     @torch.no_grad()
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
@@ -195,12 +165,3 @@ class Flux2Klein(IdFamily):
         pixels = vae.decode(unpacked, return_dict=False)[0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
-
-
-@contextmanager
-def _any_reference_size(processor: Any) -> Iterator[None]:
-    """Within it the pipeline takes references as they are: they have been resized, as in training."""
-    with attributes_set(
-        processor, check_image_input=lambda image: image, _resize_to_target_area=lambda image, area: image
-    ):
-        yield

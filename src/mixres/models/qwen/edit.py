@@ -1,17 +1,14 @@
 """Qwen-Image-Edit: one control image a sample, seen by VAE and text encoder at one size."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from diffusers import QwenImageEditPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from PIL import Image
 
 from mixres.errors import UserError
 from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.qwen.family import QwenFamily
-from mixres.models.stock_family import attributes_set
 
 
 class QwenImageEdit(QwenFamily):
@@ -44,7 +41,3 @@ class QwenImageEdit(QwenFamily):
         """The control."""
         (control,) = controls
         return {"image": control}
-
-    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
-        """See `QwenFamily`. The pipeline asks for the size of its one control."""
-        return attributes_set(pipeline_qwenimage_edit, calculate_dimensions=lambda area, ratio: (*sizes.vae[0], None))

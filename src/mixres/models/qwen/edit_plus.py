@@ -3,16 +3,13 @@ text encoder.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from diffusers import QwenImageEditPlusPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
-from mixres.models.family import AreaRule, ControlSizes
+from mixres.models.family import AreaRule
 from mixres.models.qwen.family import QwenFamily
-from mixres.models.stock_family import attributes_set
 
 STOCK_TEXT_AREA = 384 * 384  # pixels of a control for the text encoder
 _PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"  # how the pipeline names each control
@@ -38,15 +35,3 @@ class QwenImageEditPlus(QwenFamily):
     def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
         """The controls."""
         return {"image": list(controls)}
-
-    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
-        """See `QwenFamily`. The pipeline asks for the sizes of each control in turn, by two constants."""
-        module, stock = pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit_plus.calculate_dimensions
-        vae, text = map(iter, sizes)
-
-        def calculate_dimensions(area: Any, ratio: float) -> Any:  # of other areas, too: what it would make by default
-            return next(area) if area in (vae, text) else stock(area, ratio)
-
-        return attributes_set(
-            module, VAE_IMAGE_SIZE=vae, CONDITION_IMAGE_SIZE=text, calculate_dimensions=calculate_dimensions
-        )

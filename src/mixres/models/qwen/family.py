@@ -1,4 +1,4 @@
-"""What the Qwen-Image families share: a base's files, encoding, the transformer, one run of the stock pipeline.
+"""What the Qwen-Image families share: a base's files, encoding, the transformer.
 
 Promise: latents and prompt embeddings are those of the stock pipelines, bit for bit; what is counted and shown before
 encoding is what is encoded. A variant adds its pipeline class, its prompts and its control images.
@@ -8,7 +8,6 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mixres.batch import Batch, Sample, TextEmbeds
-from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, token_grid, unpack_latents
+from mixres.batch import Batch, TextEmbeds
+from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, unpack_latents
 from mixres.models import hub
-from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, PatchState
 from mixres.models.prompt_length import over_long
 from mixres.models.qwen import layers
@@ -34,7 +31,7 @@ from mixres.models.qwen_multi_resolution_patch import (
     patch_qwen_model_for_multi_resolution,
     patch_state,
 )
-from mixres.models.stock_family import StockFamily, evaluating
+from mixres.models.stock_family import StockFamily
 
 TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the stock pipelines
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of a control for the VAE in all stock edit pipelines
@@ -64,10 +61,6 @@ class QwenFamily(StockFamily):
 
     # A variant's prompts and controls.
 
-    def vae_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
-        """The controls as the VAE is handed them, which resizes each to its size."""
-        return list(controls)
-
     def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
         """The controls as the text encoder is handed them."""
         pairs = zip(controls, sizes.text, strict=True)
@@ -78,12 +71,8 @@ class QwenFamily(StockFamily):
         return prompt
 
     def control_call(self, controls: Sequence[Image.Image]) -> dict[str, Any]:
-        """How `encode_prompt` and `__call__` of the stock pipeline take the controls, and what else they take alike."""
+        """How `encode_prompt` of the stock pipeline takes the controls, and what else."""
         raise NotImplementedError
-
-    def stock_sizes(self, sizes: ControlSizes) -> AbstractContextManager[None]:
-        """Within it one call of the stock pipeline resizes its controls to these sizes."""
-        return nullcontext()
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
@@ -206,35 +195,14 @@ class QwenFamily(StockFamily):
         assert mask is None, "one prompt is never padded"
         return TextEmbeds(embeds[0].cpu())
 
-    def encode(
-        self,
-        encoders: Any,
-        *,
-        name: str,
-        target: Image.Image,
-        target_size: Size,
-        controls: Sequence[Image.Image],
-        prompt: str,
-        sizes: ControlSizes,
-        mask: Image.Image | None = None,
-        text: TextEmbeds | None = None,
-    ) -> Sample:
-        """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
-        if problem := self.record_problem(controls=len(controls), prompt=prompt):
-            raise UserError(f"{name}: {problem}")
-        images = [target, *self.vae_controls(encoders, controls, sizes)]
-        pixels = (target_size, *sizes.vae)
-        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in pixels)
-        latents = [encode_image(encoders, image, size) for image, size in zip(images, pixels, strict=True)]
-        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
-        return Sample(
-            name=name,
-            target_latents=latents[0],
-            control_latents=tuple(latents[1:]),
-            prompt_embeds=text.tokens,
-            img_shapes=grids,
-            edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
-        )
+    @torch.no_grad()
+    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+        """See `StockFamily`. The arithmetic of `_encode_vae_image` in the edit pipelines, in its order."""
+        vae = pipeline.vae
+        pixels = _vae_pixels(pipeline, image, size).to(device=pipeline._execution_device, dtype=vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode()
+        mean, std = _statistics(vae, latents)
+        return pack_latents(((latents - mean) / std)[0]).cpu()
 
     # The transformer.
 
@@ -284,44 +252,11 @@ class QwenFamily(StockFamily):
         """See `Family`: 1024 x 1024 pixels in area, square without a control."""
         return control_size(control or Size(1, 1), area=STOCK_CONTROL_AREA)
 
-    def sample_image(
-        self,
-        pipeline: Any,
-        *,
-        controls: Sequence[Image.Image],
-        text: TextEmbeds,
-        size: Size,
-        sizes: ControlSizes,
-        steps: int,
-        seed: int,
-        negative: TextEmbeds | None = None,
-        guidance: float | None = None,
-    ) -> Image.Image:
-        """See `Family`. `guidance` is the pipeline's `true_cfg_scale`: two forward calls a step.
-
-        `steps` is at least 2: the stock scheduler's terminal shift divides by zero on one step. The noise comes from a
-        CPU generator, so that a seed means the same image on every device. The transformer's training mode is put back.
-        """
-        assert steps >= 2, steps
-        guidance = guidance or 1.0
-        assert (guidance > 1) == (negative is not None), guidance
-        transformer, call = pipeline.transformer, self.control_call(controls)
-        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
-        device = pipeline._execution_device  # not that of its modules where they are offloaded
-        for name, (embeds, _) in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=device, dtype=transformer.dtype).unsqueeze(0)
-            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=device)
-        with evaluating(transformer), self.stock_sizes(sizes):
-            images = pipeline(
-                true_cfg_scale=guidance,
-                width=size.width,
-                height=size.height,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
-                **call,
-            ).images
-        image: Image.Image = images[0]
-        return image
+    def guide(self, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+        """See `Family`. Each token keeps the length that its velocity has without guidance."""
+        guided = super().guide(positive, negative, guidance)
+        length: Tensor = positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        return guided * length
 
     @torch.no_grad()
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
@@ -332,19 +267,6 @@ class QwenFamily(StockFamily):
         pixels = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
-
-
-@torch.no_grad()
-def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
-    """`(S, P)`: normalised, packed latents of the image at `size`, the mode of the VAE's distribution, on the CPU.
-
-    The arithmetic of `_encode_vae_image` in the edit pipelines, in its order; the text-to-image pipeline has none.
-    """
-    vae = pipeline.vae
-    pixels = _vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
-    latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = _statistics(vae, latents)
-    return pack_latents(((latents - mean) / std)[0]).cpu()
 
 
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

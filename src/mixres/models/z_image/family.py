@@ -26,7 +26,7 @@ from mixres.geometry import PATCH, Grid, Size, pack_latents, unpack_latents
 from mixres.models import hub
 from mixres.models.family import AreaRule, ControlSizes, PatchState
 from mixres.models.id_family import SeparateTextFamily
-from mixres.models.stock_family import evaluating, no_control_areas
+from mixres.models.stock_family import no_control_areas
 from mixres.models.z_image import layers
 from mixres.models.z_image_multi_resolution_patch import patch_state, patch_z_image_model_for_multi_resolution
 
@@ -152,38 +152,13 @@ class ZImage(SeparateTextFamily):
         """See `Family`."""
         return Size(1024, 1024)
 
-    def sample_image(
-        self,
-        pipeline: Any,
-        *,
-        controls: Sequence[Image.Image],
-        text: TextEmbeds,
-        size: Size,
-        sizes: ControlSizes,
-        steps: int,
-        seed: int,
-        negative: TextEmbeds | None = None,
-        guidance: float | None = None,
-    ) -> Image.Image:
-        """See `Family`. `guidance` is the pipeline's `guidance_scale`, which guides from 0 on: what is no guidance
-        elsewhere, 1, is its 0.
+    def noise(self, grid: Grid, *, seed: int, dtype: torch.dtype) -> Tensor:
+        """See `Family`. The pipeline denoises in float32 whatever the transformer computes in."""
+        return super().noise(grid, seed=seed, dtype=torch.float32)
 
-        The noise comes from a CPU generator, so that a seed means the same image on every device.
-        """
-        assert not controls
-        transformer = pipeline.transformer
-        given = {"prompt_embeds": text} | ({} if negative is None else {"negative_prompt_embeds": negative})
-        with evaluating(transformer):
-            images = pipeline(
-                guidance_scale=0.0 if negative is None else guidance,
-                width=size.width,
-                height=size.height,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
-                **{name: [x.tokens.to(pipeline._execution_device, transformer.dtype)] for name, x in given.items()},
-            ).images
-        image: Image.Image = images[0]
-        return image
+    def guide(self, positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+        """See `Family`. The pipeline guides from 0 on: what is no guidance elsewhere, 1, is its 0."""
+        return super().guide(positive.float(), negative.float(), 1 + guidance)
 
 
 def _tokens_alone(*, input_ids: Tensor, **_: Any) -> SimpleNamespace:
