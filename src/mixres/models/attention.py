@@ -37,6 +37,10 @@ class JointRotary:
     mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
     packed: PackedLengths | None = None
 
+    @property
+    def is_packed(self) -> bool:
+        return self.packed is not None
+
     def without_complex(self) -> "JointRotary":
         """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
         return self if self.freqs is None else replace(self, freqs=torch.view_as_real(self.freqs))
@@ -90,14 +94,19 @@ class JointAttention:
         """`(B, L, H, D)`, text before image in each sample, not rotated yet -> `(B, L, C)`."""
         if plan.freqs is not None:
             query, key = (self._rotate(x, plan.freqs) for x in (query, key))
-        if plan.packed is None:
-            joined = self._dispatch(query, key, value, plan.mask)
-        elif (half := self._varlen_dtype(query)) is not None:
-            joined = _attend_varlen(query[0].to(half), key[0].to(half), value[0].to(half), plan.packed)[None]
+        if plan.is_packed:
+            joined = self.attend_packed(query, key, value, plan)
         else:
-            samples = zip(*(torch.split(x, list(plan.packed.joint), dim=1) for x in (query, key, value)), strict=True)
-            joined = torch.cat([self._dispatch(q, k, v, None) for q, k, v in samples], dim=1)
+            joined = self._dispatch(query, key, value, plan.mask)
         return joined.flatten(2, 3).to(query.dtype)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, plan: JointRotary) -> Tensor:
+        """`(1, L_total, H, D)`, rotated, to the same form: each sample attends to itself."""
+        assert plan.packed is not None
+        if (half := self._varlen_dtype(query)) is not None:
+            return _attend_varlen(query[0].to(half), key[0].to(half), value[0].to(half), plan.packed)[None]
+        samples = zip(*(torch.split(x, list(plan.packed.joint), dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([self._dispatch(q, k, v, None) for q, k, v in samples], dim=1)
 
     def _rotate(self, x: Tensor, freqs: Tensor) -> Tensor:
         if not freqs.is_complex():

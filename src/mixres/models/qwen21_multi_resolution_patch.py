@@ -1,0 +1,253 @@
+"""One call that lets a stock `QwenImage21Transformer2DModel` batch samples of different layouts.
+
+Promise: a patched model is still the stock model: same state dict, same files, same results for the calls that stock
+computes rightly. Positions and masks come from the arguments of each call, so there is nothing to set before it,
+nothing to forget, and no state left behind. Cost: one rewriting of the arguments per forward call.
+
+After the patch the stock call accepts
+  (a) the stock arguments, except samples of different layouts, which stock computes with sample 0's;
+  (b) padded samples: `hidden_states (B, S, P)`, `encoder_hidden_states (B, T, D)`;
+  (c) packed samples: `hidden_states (S_total, 1, P)`, `encoder_hidden_states (T_total, 1, D)`.
+In (b) and (c) a sample's image tokens are target, then controls, and its text tokens are those of the text alone: what
+the text encoder returns at image slots reaches nothing. `img_shapes` lists its `(1, rows, columns)`, target first, and
+`attention_kwargs={"text_runs": [...]}` its text tokens before each control and before the target, in this order.
+`timestep (B,)` is by sample; `img_mask` and `encoder_hidden_states_mask` are left out. What is returned lies as
+`hidden_states`: image tokens only.
+
+How: the order of tokens is free, since positions and mask are data. The stock forward is given all text, then one image
+of all image tokens. Its position module returns the plan of the call, which the blocks hand to the attention
+processors; hooks rewrite arguments. No forward is replaced, and none reads a value from the device.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from diffusers import QwenImage21Transformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_qwenimage21 import (
+    QwenImage21AdaLayerNormContinuous,
+    QwenImage21AttnProcessor,
+    QwenImage21Rope,
+    QwenImage21TransformerBlock,
+)
+from torch import Tensor
+
+from mixres.geometry import Grid
+from mixres.models.attention import replace_stock_processors
+from mixres.models.family import PatchState
+from mixres.models.position_ids import Call, argument_names, by_name
+from mixres.models.qwen21.attention import BlockCausal, Qwen21MultiResAttnProcessor, TokenRows
+from mixres.models.qwen21.layout import packed_blocks, padded_positions, positions
+
+_FORWARD_NAMES = argument_names(QwenImage21Transformer2DModel.forward)
+_BLOCK_NAMES = argument_names(QwenImage21TransformerBlock.forward)
+_NORM_NAMES = argument_names(QwenImage21AdaLayerNormContinuous.forward)
+
+
+class _Slots:
+    """What stands for `img_mask`: all text, then all images, as the stock forward asks for it in five lines.
+
+    A mask would be read from the device in each of them, and say no more than the number of text tokens.
+    """
+
+    def __init__(self, text: int, image: int) -> None:
+        self.text, self.image = text, image
+
+    def __getitem__(self, sample: int) -> "_Slots":
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        """Repeats of the slots; where images are in the joint states; the joint states with room for images."""
+        if function is torch.where:
+            return args[0]
+        if function is torch.repeat_interleave:
+            return slice(args[0].text, None)
+        assert function is Tensor.repeat_interleave and kwargs == {"dim": 1}, function
+        joint, slots = args
+        return torch.cat([joint[:, : slots.text], joint.new_zeros(len(joint), slots.image, joint.shape[2])], dim=1)
+
+
+class _PlannedShapes(list[Grid]):
+    """The one image of a planned call, and what `pos_embed` returns for it."""
+
+    def __init__(self, tokens: int, plan: BlockCausal) -> None:
+        super().__init__([Grid(1, 1, tokens)])
+        self.plan = plan
+
+
+def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid]) -> tuple[Tensor, Tensor]:
+    """As the stock model's own; in a planned call nothing asks for it."""
+    if isinstance(img_shapes, _PlannedShapes):
+        return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.bool, device="cpu")
+    found: tuple[Tensor, Tensor] = QwenImage21Transformer2DModel.build_token_metadata(image_pad_mask, img_shapes)
+    return found
+
+
+class MultiResolutionRope(QwenImage21Rope):  # type: ignore[misc]
+    """The stock positions, or the plan of the call."""
+
+    def __init__(self, stock: QwenImage21Rope) -> None:
+        super().__init__(stock.theta, stock.axes_dim)
+
+    def forward(self, img_shapes: list[Grid], image_pad_mask: Tensor, device: torch.device) -> Any:
+        """See the stock class."""
+        if isinstance(img_shapes, _PlannedShapes):
+            return img_shapes.plan
+        return super().forward(img_shapes, image_pad_mask, device)
+
+    def frequencies(self, places: Tensor) -> Tensor:
+        """`(..., 3)` positions -> `(..., D/2)` complex64."""
+        tables: list[Tensor] = [table.to(places.device) for table in self.freqs]  # type: ignore[has-type]
+        self.freqs = tables
+        axes = zip(tables, places.unbind(-1), strict=True)
+        return torch.cat([table[place] for table, place in axes], dim=-1)
+
+
+def patch_qwen21_model_for_multi_resolution(model: QwenImage21Transformer2DModel) -> QwenImage21Transformer2DModel:
+    """Patch a stock transformer in place and return it. Idempotent; the attention backend is kept.
+
+    Raises:
+        TypeError: `model` is not a `QwenImage21Transformer2DModel`.
+        ValueError: its processors are not the stock ones, as with flex attention.
+    """
+    if not isinstance(model, QwenImage21Transformer2DModel):
+        raise TypeError(f"the patch is for QwenImage21Transformer2DModel, not {type(model).__name__}")
+    replace_stock_processors(model.transformer_blocks, QwenImage21AttnProcessor, Qwen21MultiResAttnProcessor)
+    if not isinstance(model.pos_embed, MultiResolutionRope):
+        model.pos_embed = MultiResolutionRope(model.pos_embed)
+        model.build_token_metadata = _token_metadata
+        model.register_forward_pre_hook(_plan_call, with_kwargs=True)
+        for block in model.transformer_blocks:
+            block.register_forward_pre_hook(_rows_of_block, with_kwargs=True)
+        model.norm_out.register_forward_pre_hook(_rows_of_norm, with_kwargs=True)
+        model.register_forward_hook(_image_tokens, with_kwargs=True)
+        model.register_forward_hook(_forget, always_call=True)
+        model.norm_out.token_rows = None
+    return model
+
+
+def patch_state(model: QwenImage21Transformer2DModel) -> PatchState:
+    """How much of the patch `model` carries."""
+    ours = [isinstance(block.attn.processor, Qwen21MultiResAttnProcessor) for block in model.transformer_blocks]
+    return PatchState(sum(ours), len(ours), isinstance(model.pos_embed, MultiResolutionRope))
+
+
+def _plan_call(model: Any, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call] | None:
+    """Forward pre-hook: turn a mixed call into arguments that the stock forward takes."""
+    call = by_name(_FORWARD_NAMES, args, kwargs)
+    attention_kwargs = dict(call.get("attention_kwargs") or {})
+    text_runs = attention_kwargs.pop("text_runs", None)
+    if text_runs is None:
+        _refuse_own_layouts(call)
+        return None
+    if not patch_state(model).whole:
+        raise ValueError(
+            "a batch of mixed layouts needs the whole patch, and something has replaced attention processors: call "
+            "patch_qwen21_model_for_multi_resolution(model)"
+        )
+    for name in ("kv_cache", "kv_cache_mode", "img_mask", "encoder_hidden_states_mask"):
+        if call.get(name) is not None:
+            raise ValueError(f"a batch of mixed layouts cannot use {name}: leave it out")
+    shapes = [[Grid(*map(int, grid)) for grid in sample] for sample in call["img_shapes"]]
+    runs = [[int(tokens) for tokens in sample] for sample in text_runs]
+    packed = call["hidden_states"].shape[1] == call["encoder_hidden_states"].shape[1] == 1
+    _check_shapes(call, shapes, runs, packed)
+    plan = (_packed_plan if packed else _padded_plan)(model, call, shapes, runs)
+    model.norm_out.token_rows = plan.rows
+    image, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
+    planned = {"img_shapes": [_PlannedShapes(image, plan)], "img_mask": _Slots(text, image)}
+    return (), {**call, **planned, "attention_kwargs": attention_kwargs}
+
+
+def _refuse_own_layouts(call: Call) -> None:
+    """The samples of a stock call have one layout: else all but the first would be computed wrongly, or not at all."""
+    shapes = [[tuple(grid) for grid in sample] for sample in call["img_shapes"]]
+    masks = [call.get(name) for name in ("img_mask", "encoder_hidden_states_mask")]
+    if any(sample != shapes[0] for sample in shapes) or any(
+        mask is not None and len(mask) > 1 and not torch.equal(mask[1:], mask[:-1]) for mask in masks
+    ):
+        raise ValueError(
+            "samples have layouts of their own (img_shapes, img_mask or text lengths), and the stock forward takes "
+            "sample 0's for all: call it with one sample each, or give text_runs in attention_kwargs"
+        )
+
+
+def _check_shapes(call: Call, shapes: Sequence[Sequence[Grid]], runs: Sequence[Sequence[int]], packed: bool) -> None:
+    if not shapes or [len(sample) for sample in shapes] != [len(sample) for sample in runs]:
+        raise ValueError(
+            f"text_runs {runs} do not fit img_shapes {shapes}: each sample needs a number for each control and one for "
+            "the target"
+        )
+    hidden, text = (call[name] for name in ("hidden_states", "encoder_hidden_states"))
+    images, texts = [sum(map(prod, sample)) for sample in shapes], [sum(sample) for sample in runs]
+    if packed:
+        needed = {"hidden_states": (sum(images), 1), "encoder_hidden_states": (sum(texts), 1)}
+    else:
+        needed = {
+            "hidden_states": (len(shapes), max(hidden.shape[1], *images)),
+            "encoder_hidden_states": (len(shapes), max(text.shape[1], *texts)),
+        }
+    for name, expected in {**needed, "timestep": (len(shapes),)}.items():
+        if (given := tuple(call[name].shape[: len(expected)])) != expected:
+            layout = "packed" if packed else "padded"
+            raise ValueError(
+                f"{layout} batch: {name} has leading shape {given}, img_shapes and text_runs say {expected}"
+            )
+
+
+def _padded_plan(model: Any, call: Call, shapes: list[list[Grid]], runs: list[list[int]]) -> BlockCausal:
+    hidden, text_slots = call["hidden_states"], call["encoder_hidden_states"].shape[1]
+    samples = [positions(*sample) for sample in zip(shapes, runs, strict=True)]
+    places, rows = padded_positions(samples, text_slots, hidden.shape[1]).to(hidden.device), None
+    if model.config.causal_condition:
+        ends = torch.tensor([prod(target) for target, *_ in shapes])[:, None]
+        slot = torch.arange(places.shape[1]) - text_slots
+        rows = TokenRows(((slot >= 0) & (slot < ends))[..., None].to(hidden.device))
+    frames = places[:, None, :, 0]
+    mask = frames[..., None] >= frames[..., None, :]
+    return BlockCausal(model.pos_embed.frequencies(places), mask, rows=rows)
+
+
+def _packed_plan(model: Any, call: Call, shapes: list[list[Grid]], runs: list[list[int]]) -> BlockCausal:
+    for name in ("hidden_states", "encoder_hidden_states"):
+        call[name] = call[name].transpose(0, 1)
+    texts, images = zip(*(positions(*sample) for sample in zip(shapes, runs, strict=True)), strict=True)
+    places = torch.cat([*texts, *images]).to(call["hidden_states"].device)
+    samples = range(len(shapes))
+    # Text and controls have the row of t = 0, which is the last, behind those of the samples.
+    still = [len(shapes)] * len(shapes) if model.config.causal_condition else list(samples)
+    rows = [(still[b], sum(runs[b])) for b in samples]
+    for b, (target, *controls) in enumerate(shapes):
+        rows += [(b, prod(target)), (still[b], sum(map(prod, controls)))]
+    blocks = packed_blocks(shapes, runs)
+    return BlockCausal(model.pos_embed.frequencies(places), blocks=blocks, rows=TokenRows(runs=tuple(rows)))
+
+
+def _rows_of_block(block: Any, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call] | None:
+    call = by_name(_BLOCK_NAMES, args, kwargs)
+    if not isinstance(call["rotary_emb"], BlockCausal):
+        return None
+    return (), {**call, "target_token_mask": call["rotary_emb"].rows}
+
+
+def _rows_of_norm(norm_out: Any, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call] | None:
+    if norm_out.token_rows is None:
+        return None
+    return (), {**by_name(_NORM_NAMES, args, kwargs), "target_token_mask": norm_out.token_rows}
+
+
+def _image_tokens(model: Any, args: tuple[Any, ...], kwargs: Call, output: Any) -> Any:
+    """Forward hook: of what a mixed call returns the image tokens, as its `hidden_states` lay."""
+    shapes = kwargs["img_shapes"][0]
+    if not isinstance(shapes, _PlannedShapes):
+        return None
+    images = output[0][:, -kwargs["hidden_states"].shape[1] :]
+    images = images.transpose(0, 1) if shapes.plan.is_packed else images
+    return Transformer2DModelOutput(sample=images) if kwargs.get("return_dict", True) else (images,)
+
+
+def _forget(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    model.norm_out.token_rows = None
