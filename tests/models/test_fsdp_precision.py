@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from mixres.models.attention import JointRotary
 from mixres.models.blocks import repeated_blocks
 from support import mixes
-from support.kinds import KINDS, main_mix_for_bf16
+from support.kinds import KINDS
 
 
 @pytest.fixture
@@ -31,17 +31,18 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # as the stock blocks of FLUX.1 do
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
-@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux"])
+@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux", "qwen21"])
 def test_positions_stay_exact_under_fsdp2_mixed_precision(layout: str, name: str) -> None:
     """A batch under the policy is as near to float32 as the stock bfloat16 model on one sample at a time."""
-    kind, wide = KINDS[name], main_mix_for_bf16()
+    kind = KINDS[name]
+    wide = kind.mix_for_bf16()
     reference, rounded = kind.run(kind.stock(adapters=True), wide, "alone"), wide.to("cpu", torch.bfloat16)
     single = kind.run(kind.stock(adapters=True).to(torch.bfloat16), rounded, "alone")
     model = kind.patched(adapters=True)
     frequencies, weights = set(), set()
 
     def look(attn: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        plan = kwargs.get("plan", kwargs["image_rotary_emb"])
+        plan = next(kwargs[key] for key in ("plan", "image_rotary_emb", "rotary_emb") if key in kwargs)
         assert isinstance(plan, JointRotary) and plan.freqs is not None
         frequencies.add(plan.freqs.dtype)
         weights.update(p.dtype for p in attn.parameters())

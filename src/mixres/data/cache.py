@@ -7,7 +7,8 @@ process hashes it once (xxh3, several GB/s).
 
 File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
 there is a mask, `edit_mask` (S_target,), in their own dtypes; for caption dropout `empty_embeds` (T_empty, D) too.
-Where the transformer takes pooled prompts, `pooled_embeds` (W,) and `empty_pooled_embeds` (W,) stand beside them.
+Where the transformer takes pooled prompts, `pooled_embeds` (W,) and `empty_pooled_embeds` (W,) stand beside them; where
+controls stand within the text, `text_before` (controls,), the text tokens before each.
 Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
 has_mask, empty_tokens and `payload`, the hash over all tensors.
 
@@ -186,6 +187,7 @@ class Cache:
             empty_embeds=tensors["empty_embeds"] if entry.empty_tokens else None,
             pooled_embeds=tensors.get("pooled_embeds"),
             empty_pooled_embeds=tensors.get("empty_pooled_embeds"),
+            text_before=tuple(tensors["text_before"].tolist()) if "text_before" in tensors else (),
         )
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
@@ -207,6 +209,8 @@ def _tensors(sample: Sample) -> dict[str, Tensor]:
     tensors |= {"target_latents": sample.target_latents, "prompt_embeds": sample.prompt_embeds}
     if sample.edit_mask is not None:
         assert sample.edit_mask.shape == (len(sample.target_latents),), sample.edit_mask.shape
+    if sample.text_before:
+        tensors["text_before"] = torch.tensor(sample.text_before)
     optional = {name: getattr(sample, name) for name in _OPTIONAL}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.

@@ -281,11 +281,11 @@ def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> I
             yield f"{at}: {problem}"
         if prompt in long:
             yield f"{at}: the prompt is {long[prompt][0]} tokens long, more than {family.max_prompt_tokens}: shorten it"
-    token = family.pixels_per_token()
+    multiple = family.size_multiple()
     for at, size in [("--size", asked.size), *((f"{at}: 'size'", row.size) for at, row in rows.items())]:
-        if size and (size.width % token or size.height % token):
-            near = target_size(size, max_pixels=_LIMITS.max_source_pixels, multiple_of=token)
-            yield f"{at}: {size} has a side that is no multiple of {token}, the pixels of a token: write {near}"
+        if size and (size.width % multiple or size.height % multiple):
+            near = target_size(size, max_pixels=_LIMITS.max_source_pixels, multiple_of=multiple)
+            yield f"{at}: {size} has a side that is no multiple of {multiple}: write {near}"
 
 
 def _free_paths(folder: Path, count: int) -> list[Path]:
@@ -384,7 +384,7 @@ def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     images = []
     for path in controls:
         try:
-            images.append(read_image(path, limits))
+            images.append(read_image(path, limits, keep_alpha=request.family.keeps_alpha))
         except BadImageError as error:
             again = "the image changed after the start: run the command again"
             raise WorkError(f"{printable(path)}: {error} ({again})") from error
@@ -428,7 +428,7 @@ def _write_grids(request: Request) -> None:
         rows = []
         for job in jobs:
             controls = _read(request, job.controls)
-            made = [Image.open(path).convert("RGB") for path in (job.untrained_path, job.path)]
+            made = [Image.open(path) for path in (job.untrained_path, job.path)]
             empty = [None] * (columns - len(job.controls))
             note = f"{job.path.name}, {job.size}, seed {job.seed}"
             rows.append(Row((*controls, *empty, *made), job.prompt, note))

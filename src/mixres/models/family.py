@@ -69,6 +69,8 @@ class Family(Protocol):
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
     negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
+    keeps_alpha: ClassVar[bool]  # images are RGBA, where others have their transparency laid on `data.background`
+    licence: ClassVar[str | None]  # of the weights, where it restricts what they are used for
     path: str
     revision: str | None
 
@@ -79,6 +81,9 @@ class Family(Protocol):
 
     def pixels_per_token(self) -> int:
         """Side in pixels of one image token."""
+
+    def size_multiple(self) -> int:
+        """Sides of what is made are multiples of so many pixels."""
 
     def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """The constants of `resolution_shift` for this base: those with which its pipeline samples in so many steps.
@@ -109,6 +114,9 @@ class Family(Protocol):
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """Why this family cannot take a record with so many controls and this prompt; None where it can."""
+
+    def sizes_problem(self, sizes: ControlSizes) -> str | None:
+        """Why the encoders cannot take controls of these sizes; None where they can."""
 
     def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
         """Of `prompts` those over `max_prompt_tokens`: how many tokens, and the longest beginning that fits."""
@@ -178,7 +186,7 @@ class Family(Protocol):
         sizes: ControlSizes,
         mask: Image.Image | None = None,
     ) -> Sample:
-        """A sample from RGB images of any size, on the CPU and in the encoders' dtype.
+        """A sample from RGB images of any size (RGBA too, with `keeps_alpha`), on the CPU and in the encoders' dtype.
 
         The target is resized to `target_size` pixels, the controls to `sizes`. `mask` ("L") is as large as the target.
         Latents are those of the stock pipeline, bit for bit.
@@ -252,4 +260,4 @@ class Family(Protocol):
         """
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
-        """The RGB image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""
+        """The image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""

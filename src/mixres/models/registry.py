@@ -16,11 +16,12 @@ from mixres.models.hub import KEY, pipeline_json
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
 from mixres.models.qwen.image import QwenImage
+from mixres.models.qwen21.family import QwenImage21
 
 # By `_class_name` in the base's model_index.json. A family's class is called as `load_family` does at its end.
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class.__name__: family
-    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, Flux2Klein, FluxKontext, Flux)
+    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21, Flux2Klein, FluxKontext, Flux)
 }
 
 

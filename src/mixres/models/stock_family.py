@@ -28,6 +28,9 @@ class StockFamily(Family):
     controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
     components: ClassVar[tuple[str, ...]]  # those that encode
     transformer_class: ClassVar[Any]
+    init_parts: ClassVar[tuple[str, ...]] = ()  # components, `own_parts` all, without which the pipeline is not made
+    keeps_alpha: ClassVar[bool] = False
+    licence: ClassVar[str | None] = None
     quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     # Configuration files of the stock bases by name, where they differ from the defaults of diffusers' classes.
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -87,6 +90,14 @@ class StockFamily(Family):
         low, high = self.controls
         return None if low <= controls <= high else self.controls_problem.format(controls)
 
+    def size_multiple(self) -> int:
+        """See `Family`: those of one token, for most pipelines."""
+        return self.pixels_per_token()
+
+    def sizes_problem(self, sizes: ControlSizes) -> str | None:
+        """See `Family`: most encoders take any size."""
+        return None
+
     def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
         """See `Family`."""
         token = self.pixels_per_token()
@@ -99,8 +110,8 @@ class StockFamily(Family):
         folder = hub.pipeline_folder(self.path, (*self.components, "scheduler"), revision=self.revision)
         with reading(folder):
             own = self.own_parts(folder, self.components)
-            absent = dict.fromkeys(("transformer", *own))
-            pipeline = self.pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
+            given = dict.fromkeys(("transformer", *own)) | {name: own[name] for name in self.init_parts}
+            pipeline = self.pipeline_class.from_pretrained(folder, **given, dtype=dtype, use_safetensors=True)
             # Not through `from_pretrained`, which warns at every load that a class is not the annotated one.
             pipeline.register_modules(**own)
         for part in pipeline.components.values():
@@ -141,12 +152,11 @@ class StockFamily(Family):
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
     ) -> Any:
         """See `Family`."""
-        folder = hub.pipeline_folder(self.path, ("vae", "scheduler"), revision=self.revision)
-        absent = {name: None for name in self.components if name != "vae"}
+        folder = hub.pipeline_folder(self.path, ("vae", "scheduler", *self.init_parts), revision=self.revision)
         with reading(folder):
-            pipeline = self.pipeline_class.from_pretrained(
-                folder, transformer=transformer, **absent, dtype=dtype, use_safetensors=True
-            )
+            given: dict[str, Any] = {name: None for name in self.components if name != "vae"}
+            given |= {"transformer": transformer, **self.own_parts(folder, self.init_parts)}
+            pipeline = self.pipeline_class.from_pretrained(folder, **given, dtype=dtype, use_safetensors=True)
         pipeline.vae.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
@@ -217,4 +227,6 @@ def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device |
                 parameter.normal_(std=module.in_features**-0.5, generator=generator)
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
+        for buffer in module.buffers(recurse=False):  # what a constructor computed has no values on the meta device
+            buffer.zero_()
     return transformer.eval()

@@ -103,6 +103,8 @@ def family_of(config: Config, *, is_main: bool = True) -> Family:
     base = model.pretrained_model_name_or_path
     family = problems.collect(load_family, model.family, base, revision=model.revision)
     if family is not None:
+        if family.licence and is_main:
+            log(f"licence   {base}: {family.licence}")
         return family
     if is_main:
         log(f"model     {base} cannot be used; the data are scanned all the same")

@@ -279,7 +279,7 @@ class Flux2Klein(StockFamily):
         assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, {}
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
-        for name, (embeds, _) in texts.items():
+        for name, (embeds, *_) in texts.items():
             call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
         pairs = zip(controls, sizes.vae, strict=True)
         resized = [pipeline.image_processor.resize(image, wanted.height, wanted.width) for image, wanted in pairs]

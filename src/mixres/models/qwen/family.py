@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, token_grid, unpack_latents
+from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, PatchState
@@ -110,9 +110,7 @@ class QwenFamily(StockFamily):
 
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """See `Family`."""
-        vae, text = self._config("vae/config.json"), self._config("text_encoder/config.json")
-        latent_width: int = PATCH**2 * vae.get("z_dim", 16)
-        text_width: int = text.get("text_config", text).get("hidden_size", 3584)
+        latent_width, text_width = self.token_widths()
         values = image_tokens * latent_width + text_tokens * text_width
         return values * dtype.itemsize + 4 * mask_tokens + _ENTRY_OVERHEAD
 
@@ -183,9 +181,9 @@ class QwenFamily(StockFamily):
         sizes: ControlSizes,
     ) -> dict[str, Image.Image]:
         """See `Family`."""
-        found = {"target": _vae_preview(preprocessors, target, target_size)}
+        found = {"target": self.vae_preview(preprocessors, target, target_size)}
         for number, image in enumerate(self.vae_controls(preprocessors, controls, sizes), 1):
-            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, sizes.vae[number - 1])
+            found[f"control {number}, VAE"] = self.vae_preview(preprocessors, image, sizes.vae[number - 1])
         for number, image in enumerate(self.text_controls(preprocessors, controls, sizes), 1):
             found[f"control {number}, text encoder"] = _text_preview(preprocessors, image)
         return found
@@ -218,17 +216,50 @@ class QwenFamily(StockFamily):
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
         images = [target, *self.vae_controls(encoders, controls, sizes)]
-        pixels = (target_size, *sizes.vae)
-        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in pixels)
-        latents = [encode_image(encoders, image, size) for image, size in zip(images, pixels, strict=True)]
+        pairs = zip(images, (target_size, *sizes.vae), strict=True)
+        latents, grids = zip(*(self.encode_image(encoders, image, size) for image, size in pairs), strict=True)
+        text = self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],
             control_latents=tuple(latents[1:]),
-            prompt_embeds=self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes).tokens,
+            prompt_embeds=text.tokens,
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
+            text_before=text.before,
         )
+
+    @torch.no_grad()
+    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
+        """`(S, P)`: normalised, packed latents of the image at `size`, the mode of the distribution, on the CPU.
+
+        The arithmetic of `_encode_vae_image` in the edit pipelines, in its order; the text-to-image pipeline has none.
+        """
+        vae = pipeline.vae
+        pixels = self.vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
+        latents = vae.encode(pixels).latent_dist.mode()
+        mean, std = _statistics(vae, latents)
+        tokens, grid = self.packed(((latents - mean) / std)[0])
+        return tokens.cpu(), grid
+
+    def packed(self, latents: Tensor) -> tuple[Tensor, Grid]:
+        """`(C, 1, height, width)` of an image -> `(S, P)` and its grid."""
+        return pack_latents(latents), Grid(1, latents.shape[2] // PATCH, latents.shape[3] // PATCH)
+
+    def unpacked(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Inverse of `packed`."""
+        return unpack_latents(tokens, grid)
+
+    def vae_pixels(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+        """`(1, channels, 1, height, width)` in [-1, 1]: the image as the VAE gets it."""
+        pixels: Tensor = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
+        return pixels
+
+    def vae_preview(self, pipeline: Any, image: Image.Image, size: Size) -> Image.Image:
+        """The image as the VAE gets it."""
+        pixels = self.vae_pixels(pipeline, image, size)[:, :, 0]
+        shown: Image.Image = pipeline.image_processor.postprocess(pixels)[0]
+        return shown
 
     # The transformer.
 
@@ -301,7 +332,7 @@ class QwenFamily(StockFamily):
         assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
-        for name, (embeds, _) in texts.items():
+        for name, (embeds, *_) in texts.items():
             call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
             call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
         with evaluating(transformer), self.stock_sizes(sizes):
@@ -320,41 +351,17 @@ class QwenFamily(StockFamily):
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
         vae = pipeline.vae
-        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)[None]
+        unpacked = self.unpacked(latents.to(device=vae.device, dtype=vae.dtype), grid)[None]
         mean, std = _statistics(vae, unpacked)
         pixels = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
 
 
-@torch.no_grad()
-def encode_image(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
-    """`(S, P)`: normalised, packed latents of the image at `size`, the mode of the VAE's distribution, on the CPU.
-
-    The arithmetic of `_encode_vae_image` in the edit pipelines, in its order; the text-to-image pipeline has none.
-    """
-    vae = pipeline.vae
-    pixels = _vae_pixels(pipeline, image, size).to(device=pipeline.device, dtype=pipeline.text_encoder.dtype)
-    latents = vae.encode(pixels).latent_dist.mode()
-    mean, std = _statistics(vae, latents)
-    return pack_latents(((latents - mean) / std)[0]).cpu()
-
-
 def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel, to be broadcast over `(B, C, frames, rows, columns)`."""
     mean, std = vae.config.latents_mean, vae.config.latents_std
     return torch.tensor(mean).view(1, -1, 1, 1, 1).to(latents), torch.tensor(std).view(1, -1, 1, 1, 1).to(latents)
-
-
-def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
-    """`(1, 3, 1, height, width)` in [-1, 1]: the image as the VAE gets it."""
-    pixels: Tensor = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
-    return pixels
-
-
-def _vae_preview(pipeline: Any, image: Image.Image, size: Size) -> Image.Image:
-    shown: Image.Image = pipeline.image_processor.postprocess(_vae_pixels(pipeline, image, size)[:, :, 0])[0]
-    return shown
 
 
 def _text_preview(pipeline: Any, image: Image.Image) -> Image.Image:
