@@ -12,6 +12,7 @@ from diffusers import (
     Flux2KleinPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    QwenImage21Pipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -20,20 +21,26 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
     pipeline_qwenimage_edit_plus as stock_plus,
 )
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as stock_21
 from PIL import Image
 from torch import Tensor
+from transformers import Qwen2VLProcessor, Qwen3VLProcessor
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
+from mixres.data.plan import Layout
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
 from mixres.models.flux2.family import image_ids, text_ids
 from mixres.models.qwen.processor import load_processor
+from mixres.models.qwen21_multi_resolution_patch import patch_qwen21_model_for_multi_resolution
 from mixres.models.registry import FAMILIES
+from mixres.models.stock_family import attributes_set
 from mixres.preprocessing.fill import family_of
 from support.tiny_flux import write_tiny_flux
 from support.tiny_flux2 import write_tiny_flux2
 from support.tiny_pipeline import write_tiny_pipeline
+from support.tiny_qwen21 import write_tiny_qwen21
 
 PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
 
@@ -47,6 +54,12 @@ class FamilyCase:
     controls: tuple[int, ...]  # how many control images the samples of a mixed batch have
     areas: dict[str, int] = field(default_factory=dict)  # small enough for a CPU
     zero_cond_t: bool = False
+    multiple: int = 16  # of sides of what is made
+    exact: Layout = "padded"  # the layout in which one sample is computed as stock computes it, in half precision too
+
+    def fitted(self, size: Size) -> Size:
+        """The size, or one near it that the stock pipeline makes."""
+        return Size(*(-(-side // self.multiple) * self.multiple for side in size))
 
     def at(self, base: Path | str) -> Family:
         """The family, bound to this base."""
@@ -122,14 +135,29 @@ class FamilyCase:
         packed: Tensor = pipeline._pack_latents(latents, 1, 16, *latents.shape[3:])[0]
         return packed
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        """What the stock transformer is handed of positions and masks is what the sample holds."""
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
+        """What the stock transformer is handed of positions, masks and text is what the sample holds."""
         assert seen["encoder_hidden_states_mask"] is None
         assert [list(sample.img_shapes)] == seen["img_shapes"]
+        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
+
+    def controls_of(self, seen: dict[str, Any], sample: Sample) -> Tensor:
+        """The controls' tokens among those that the stock transformer is handed."""
+        found: Tensor = seen["hidden_states"][0, sample.img_shapes[0].tokens :]
+        return found
+
+    def taking_batches(self, transformer: Any) -> Any:
+        """The stock transformer, which takes the call of one sample as it is."""
+        return transformer
+
+    def target_of(self, rows: Tensor, tokens: int) -> Tensor:
+        """So many tokens of the target in what the stock transformer takes, or returns, `(1, ...)`."""
+        return rows[0, :tokens]
 
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
         """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
-        processor = {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
+        stock = Qwen3VLProcessor if self.pipeline_class is QwenImage21Pipeline else Qwen2VLProcessor
+        processor = {"processor": load_processor(base / "processor", stock)} if (base / "processor").exists() else {}
         pipeline = self.pipeline_class.from_pretrained(base, **processor, dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -173,9 +201,10 @@ class Flux2Case(FamilyCase):
         packed: Tensor = stock._pack_latents(stock._encode_vae_image(pixels, generator=None))[0]
         return packed
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
         assert torch.equal(image_ids(sample.img_shapes), seen["img_ids"][0])
         assert torch.equal(text_ids(len(sample.prompt_embeds)), seen["txt_ids"][0])
+        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
 
 
 class FluxCase(Flux2Case):
@@ -211,11 +240,62 @@ class FluxCase(Flux2Case):
         packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
         return packed
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
         family = self.at("")
+        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
         assert torch.equal(family.image_ids(sample.img_shapes).to(seen["img_ids"]), seen["img_ids"])
         assert torch.equal(family.text_ids(len(sample.prompt_embeds)).to(seen["txt_ids"]), seen["txt_ids"])
         assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
+
+
+class Qwen21Case(FamilyCase):
+    """Qwen-Image-2.1: the stock call has controls first, target last, and rows of the text encoder at image slots."""
+
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        return {"image": [*controls] or None}
+
+    @contextmanager
+    def stock_areas(self, areas: dict[str, int], aligned: Size | None = None) -> Iterator[None]:
+        stock = stock_21.calculate_dimensions
+        sized = {
+            "calculate_dimensions": lambda _, ratio: (*aligned, None) if aligned else stock(*areas.values(), ratio)
+        }
+        with attributes_set(stock_21, **sized):
+            yield
+
+    def write(self, folder: Path) -> None:
+        write_tiny_qwen21(folder, PROMPTS)
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        pixels = stock.image_processor.preprocess(image.convert("RGBA"), size.height, size.width).unsqueeze(2)
+        latents = stock._encode_vae_image(pixels.to(stock.vae.dtype), generator=None)
+        packed: Tensor = stock._pack_latents(latents, 1, 16, *latents.shape[3:])[0]
+        return packed
+
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
+        target, *controls = sample.img_shapes
+        assert seen["encoder_hidden_states_mask"] is None and seen["img_shapes"] == [[*controls, target]]
+        embeds = seen["encoder_hidden_states"][0]
+        is_slot = seen["img_mask"][0]
+        assert is_slot[len(embeds) :].all() and len(is_slot) == len(embeds) + target.tokens // 4
+        assert torch.equal(sample.prompt_embeds, embeds[~is_slot[: len(embeds)]])
+        runs = [*sample.text_before, len(sample.prompt_embeds) - sum(sample.text_before)]
+        slots = [grid.tokens // 4 for grid in (*controls, target)]
+        expected = [value for run, count in zip(runs, slots, strict=True) for value in [False] * run + [True] * count]
+        assert is_slot.tolist() == expected
+
+    def controls_of(self, seen: dict[str, Any], sample: Sample) -> Tensor:
+        found: Tensor = seen["hidden_states"][0, : -sample.img_shapes[0].tokens]
+        return found
+
+    def target_of(self, rows: Tensor, tokens: int) -> Tensor:
+        return rows[0, -tokens:]
+
+    def taking_batches(self, transformer: Any) -> Any:
+        return patch_qwen21_model_for_multi_resolution(transformer)
+
+    def overrides(self) -> list[str]:
+        return [*super().overrides(), "data.resize.target.multiple_of=32"]
 
 
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
@@ -230,6 +310,9 @@ EVERY_CASE = CASES | {
     "flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112}),
     "flux_kontext": FluxCase("flux_kontext", FluxKontextPipeline, (0, 1, 1), {"control_area": 112 * 112}),
     "flux": FluxCase("flux", FluxPipeline, (0, 0, 0)),
+    "qwen_image_21": Qwen21Case(
+        "qwen_image_21", QwenImage21Pipeline, (0, 3, 1), {"control_area": 112 * 112}, multiple=32, exact="packed"
+    ),
 }
 
 

@@ -43,7 +43,7 @@ class QwenFamily(StockFamily):
 
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")
     transformer_class = QwenImageTransformer2DModel
-    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    quantize_exclusions: ClassVar[tuple[str, ...]] = layers.QUANTIZE_EXCLUSIONS
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "scheduler/scheduler_config.json": {
             "base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
@@ -51,7 +51,7 @@ class QwenFamily(StockFamily):
     }  # fmt: skip
     max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
     stock_control_area = STOCK_CONTROL_AREA
-    lora_presets = layers.LORA_PRESETS
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = layers.LORA_PRESETS
     comfyui_prefix = layers.COMFYUI_PREFIX
     negative_prompt = " "
     comfyui_controls: ClassVar[str | None] = (

@@ -54,8 +54,8 @@ class QwenImage21(QwenFamily):
     max_prompt_tokens = TABLE // 2  # stock cuts no prompt; the other positions are left to images
     keeps_alpha = True
     negative_prompt = " "
-    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = layers.LORA_PRESETS
-    quantize_exclusions: ClassVar[tuple[str, ...]] = layers.QUANTIZE_EXCLUSIONS
+    lora_presets = layers.LORA_PRESETS
+    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     comfyui_prefix = layers.COMFYUI_PREFIX
     comfyui_controls: ClassVar[str | None] = "hand it to TextEncodeQwenImage21, which makes an empty latent of its grid"
 
