@@ -1,4 +1,7 @@
-"""The patches of FLUX.2 and FLUX.1: what stays stock, what a mixed call computes, what is refused, nothing is left."""
+"""The patches of FLUX.2 and FLUX.1: what stays stock, what a mixed call computes, what is refused, nothing is left.
+
+What holds of every patch is tested on that of Qwen-Image-2.1 too.
+"""
 
 import copy
 import functools
@@ -25,9 +28,10 @@ from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_mul
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
 from support import mixes
 from support.host_reads import HostReads
-from support.kinds import KINDS, IdKind
+from support.kinds import KINDS, IdKind, Kind
 
 NAMES = ("flux2", "flux")
+EVERY = (*NAMES, "qwen21")
 EQUAL = mixes.make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
 
 
@@ -36,6 +40,11 @@ def kind(request: pytest.FixtureRequest) -> IdKind:
     chosen = KINDS[request.param]
     assert isinstance(chosen, IdKind)
     return chosen
+
+
+@pytest.fixture(params=EVERY)
+def any_kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
 
 
 def equal_call(kind: IdKind) -> dict[str, Any]:
@@ -47,7 +56,7 @@ def equal_call(kind: IdKind) -> dict[str, Any]:
 
 def assert_nothing_left(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
-        assert getattr(module, "packed_runs", None) is None, name
+        assert getattr(module, "packed_runs", None) is None and getattr(module, "token_rows", None) is None, name
         assert not getattr(module, "packed_in_blocks", False), name
         if isinstance(module, torch.nn.Linear):
             assert len(module._forward_hooks) <= 1, "hooks do not pile up"
@@ -80,7 +89,8 @@ def test_one_packed_sample_is_the_stock_one_bit_for_bit(kind: IdKind) -> None:
         assert torch.equal(kind.run(kind.patched(adapters=True), mix, layout).outputs[0], expected.outputs[0])
 
 
-def test_a_patched_model_is_still_the_stock_model(kind: IdKind, tmp_path: Path) -> None:
+def test_a_patched_model_is_still_the_stock_model(any_kind: Kind, tmp_path: Path) -> None:
+    kind = any_kind
     stock, patched = kind.stock(), kind.stock()
     assert kind.patch(patched) is patched
     parts = [(id(block.attn.processor), len(block._forward_hooks)) for block in repeated_blocks(patched)]
@@ -90,7 +100,7 @@ def test_a_patched_model_is_still_the_stock_model(kind: IdKind, tmp_path: Path) 
     assert hooks == (len(patched._forward_pre_hooks), len(patched._forward_hooks))
     expected, found = stock.state_dict(), patched.state_dict()
     assert list(expected) == list(found) and all(torch.equal(expected[k], found[k]) for k in expected)
-    mix = mixes.random_mix(5)
+    mix = kind.mix("random 5")
     result = kind.run(patched, mix, "packed")
     patched.save_pretrained(tmp_path / "model")
     loaded = type(stock).from_pretrained(tmp_path / "model").train()
@@ -100,20 +110,22 @@ def test_a_patched_model_is_still_the_stock_model(kind: IdKind, tmp_path: Path) 
     mixes.assert_identical(kind.run(copied, mix, "packed"), result)
 
 
-def test_the_attention_backend_is_kept_and_reaches_the_processors(kind: IdKind) -> None:
+def test_the_attention_backend_is_kept_and_reaches_the_processors(any_kind: Kind) -> None:
+    kind = any_kind
     before, after = kind.stock(), kind.patched()
     before.transformer_blocks[0].attn.processor._attention_backend = "_native_math"
     kind.patch(before)
     assert before.transformer_blocks[0].attn.processor._attention_backend == "_native_math"
     after.transformer_blocks[0].attn.processor._attention_backend = "flash_varlen"
     with pytest.raises(ValueError, match=r"flash_varlen' keeps the wrong keys of a padded batch"):
-        after(**kind.padded_call(mixes.random_mix(3)))
+        after(**kind.padded_call(kind.mix("random 3")))
 
 
 @pytest.mark.parametrize("extra", [0, 5])
-def test_junk_in_padded_slots_changes_nothing(kind: IdKind, extra: int) -> None:
+def test_junk_in_padded_slots_changes_nothing(any_kind: Kind, extra: int) -> None:
     """In latents, text and ids alike."""
-    mix, model, results = mixes.random_mix(3), kind.patched(adapters=True), []
+    kind = any_kind
+    mix, model, results = kind.mix("random 3"), kind.patched(adapters=True), []
     for value in (0.0, 1e3, -1e3):
         outputs = kind.forward_padded(model, mix, **kind.padded_call(mix, image=extra, text=extra, value=value))
         results.append(mixes.backward(model, outputs, mixes.loss(outputs, mix)))
@@ -289,10 +301,17 @@ def test_what_the_patches_do_not_know_is_refused_by_name() -> None:
             patch(other)
 
 
-@pytest.mark.parametrize("where", ["context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn"])
+PLACES = ("context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [*itertools.product(NAMES, PLACES), *(("qwen21", part) for part in ("txt_in", "transformer_blocks.1.img_mlp"))],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_is_left_behind_by_a_call_that_fails(kind: IdKind, where: str, checkpointing: bool) -> None:
-    mix, model = mixes.random_mix(2), kind.patched()
+def test_nothing_is_left_behind_by_a_call_that_fails(name: str, where: str, checkpointing: bool) -> None:
+    kind = KINDS[name]
+    mix, model = kind.mix("random 2"), kind.patched()
     if checkpointing:
         model.enable_gradient_checkpointing()
     before = {layout: kind.run(model, mix, layout) for layout in mixes.LAYOUTS}
@@ -311,8 +330,9 @@ def test_nothing_is_left_behind_by_a_call_that_fails(kind: IdKind, where: str, c
         mixes.assert_identical(kind.run(model, mix, layout), result)
 
 
-def test_adapters_may_come_late_be_disabled_and_go(kind: IdKind) -> None:
-    mix = mixes.random_mix(3)
+def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
+    kind = any_kind
+    mix = kind.mix("random 3")
     plain, model = kind.run(kind.stock(), mix, "alone"), kind.patched()
     before = kind.run(model, mix, "packed")
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -337,20 +357,21 @@ def test_adapters_may_come_late_be_disabled_and_go(kind: IdKind) -> None:
     assert_nothing_left(model)
 
 
-COMPILED = itertools.product(NAMES, mixes.LAYOUTS, (False, True))
-QUICK = ("flux2", "packed", True)
+COMPILED = itertools.product(EVERY, mixes.LAYOUTS, (False, True))
+QUICK = ("flux2", "packed", True), ("qwen21", "padded", True)
 
 
 @pytest.mark.parametrize(
     ("name", "layout", "checkpointing"),
-    [case if case == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED],
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED],
 )
 @pytest.mark.timeout(300)
 def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(
     name: str, layout: str, checkpointing: bool
 ) -> None:
     torch._dynamo.reset()
-    kind, mix = KINDS[name], mixes.random_mix(3)
+    kind = KINDS[name]
+    mix = kind.mix("random 3")
     plain, compiled = kind.patched(), kind.patched()
     for model in (plain, compiled):
         if checkpointing:

@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -43,6 +43,8 @@ def one_by_one(mix: Mix) -> list[Mix]:
 
 class Kind(ABC):
     """A transformer class of diffusers, in one configuration."""
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ()  # that the stock layers widen or narrow to it
 
     @abstractmethod
     def stock(self, *, adapters: bool = False) -> Any:
@@ -274,6 +276,7 @@ class Qwen21(Kind):
     """Text stands before, between and behind the controls; the stock call has them in this order, target last."""
 
     causal_condition: bool = True
+    float32_parameters: ClassVar[tuple[str, ...]] = ("txt_in.text_norm.weight",)
 
     def make(self, **config: Any) -> QwenImage21Transformer2DModel:
         model = QwenImage21Transformer2DModel(
