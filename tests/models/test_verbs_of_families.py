@@ -1,4 +1,4 @@
-"""FLUX.2 klein through every verb of the command line, in this process."""
+"""Families beside the first through every verb of the command line, in this process."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from mixres.cli import main
 from support.family_cases import EVERY_CASE
 
-CASE = replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2))  # a folder has a control for each target
+NAMES = ("flux2_klein", "qwen_image_21")
 
 
 def command(*words: str | Path) -> int:
@@ -23,14 +23,16 @@ def command(*words: str | Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_flux2_goes_through_every_verb(
-    base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path], small_run: Path, tmp_path: Path
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_goes_through_every_verb(
+    name: str, base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path], small_run: Path, tmp_path: Path
 ) -> None:
-    base, pairs, run = base_of(CASE), pairs_of(CASE), tmp_path / "run"
+    case = replace(EVERY_CASE[name], controls=(1, 3, 2))  # a folder has a control for each target
+    base, pairs, run = base_of(case), pairs_of(case), tmp_path / "run"
     config = (
         "--config", small_run, f"model.pretrained_model_name_or_path={base}", f"data.train={pairs / 'train'}",
         f"data.held_out={pairs / 'held_out'}", f"cache.cache_dir={tmp_path / 'cache'}", f"logging.output_dir={run}",
-        *CASE.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
+        *case.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
         "model.lora.target_modules=attention+mlp",
     )  # fmt: skip
     for verb in ("cache", "inspect", "train", "verify", "bench"):
@@ -45,6 +47,7 @@ def test_flux2_goes_through_every_verb(
     for name in ("diffusers", "comfyui"):
         file = tmp_path / f"{name}.safetensors"
         assert command("export", run, "--format", name, "--out", file) == 0
+        prefix = case.at("").comfyui_prefix if name == "comfyui" else "transformer"
         with safe_open(file, "pt") as opened:
-            assert all(key.startswith("transformer.") for key in opened.keys())  # noqa: SIM118
+            assert all(key.startswith(f"{prefix}.") for key in opened.keys())  # noqa: SIM118
     assert command("export", run, "--format", "diffusers", "--merge", "--out", tmp_path / "merged") == 0
