@@ -45,6 +45,32 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: torch.dtype, controls: i
     assert Cache(tmp_path).lookup(KEY) == entry, "by the index, above by the header"
 
 
+def test_a_prompt_of_its_own_is_joined_with_its_samples(tmp_path: Path) -> None:
+    sample, cache = make_sample(mask=True, empty=3, pooled=4), Cache(tmp_path)
+    own, empty, twin = (entry_key(prompt=prompt) for prompt in ("own", "empty", "twin"))
+    assert cache.write(own, sample.text) == CacheEntry(own, (), 5, False)
+    cache.write(empty, sample.without_caption().text)
+    entry = cache.write(KEY, sample, [own, empty])
+    assert entry == CacheEntry(KEY, sample.img_shapes, 5, True, empty_tokens=3, prompts=(own, empty))
+    with safe_open(cache.path(KEY), "pt") as file:
+        assert set(file.keys()) == {"target_latents", "control_latents_0", "edit_mask"}
+    for saved in (False, True):
+        again = Cache(tmp_path)
+        assert (again.lookup(KEY), again.lookup(own)) == (entry, CacheEntry(own, (), 5, False)), saved
+        assert_same(again.read(KEY), sample)
+        assert all(map(same_bits, again.read_prompt(own), sample.text))
+        cache.save_index()
+    # What is wrong with a prompt is said of its entry: that of the sample stays.
+    cache.path(own).write_bytes(b"x")
+    with pytest.raises(DamagedEntry, match=own):
+        Cache(tmp_path).read(KEY)
+    with pytest.raises(FileNotFoundError):
+        Cache(tmp_path).read(KEY)
+    assert Cache(tmp_path).read_entry(KEY)[0] == entry and Cache(tmp_path).lookup(own) is None
+    cache.write(twin, replace(sample, empty_embeds=None, empty_pooled_embeds=None), [empty])
+    assert same_bits(Cache(tmp_path).read(twin).prompt_embeds, sample.empty_embeds)
+
+
 def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
     sample = make_sample()
     odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40]).repeat(12).reshape(8, 6).T

@@ -16,8 +16,10 @@ from mixres.models.registry import load_family
 from support.family_cases import EVERY_CASE as CASES, FamilyCase
 
 KEY = r"^model\.pretrained_model_name_or_path: "
-SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, Flux2KleinPipeline"
-SUPPORTED += ", FluxKontextPipeline, FluxPipeline"
+SUPPORTED = (
+    "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImage21Pipeline, Flux2KleinPipeline"
+)
+SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
     "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),

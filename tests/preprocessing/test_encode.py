@@ -16,11 +16,11 @@ from PIL import Image
 from mixres.data.images import Limits, read_image
 from mixres.data.scan import scan
 from mixres.errors import UserError, WorkError
-from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries
+from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries, foreseen_prompts
 from mixres.preprocessing.fill import encode, encode_all, keyed_records
 from mixres.preprocessing.training_data import image_limits
 from support.caching import CONTROLS, TARGETS, Caching
-from support.family_cases import CASES, FamilyCase, with_family
+from support.family_cases import CASES, EVERY_CASE, FamilyCase, with_family
 from support.samples import assert_same, same_bits
 
 ALL, TRAIN, FEW = 13, 10, 3
@@ -191,17 +191,20 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
     assert found.cache.lookup(missing[0]) is None
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", [*CASES, "flux2_klein", "flux_kontext"])
 def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
-    case: FamilyCase, caching: Caching, base_of: Callable[[FamilyCase], Path], pairs_of: Callable[[FamilyCase], Path]
+    name: str, caching: Caching, base_of: Callable[[FamilyCase], Path], pairs_of: Callable[[FamilyCase], Path]
 ) -> None:
+    case = EVERY_CASE[name].in_a_folder()
     caching.data, caching.cache = pairs_of(case), caching.cache / "empty"
     words = [f"model.pretrained_model_name_or_path={base_of(case)}", "data.caption_dropout=0.5", *case.overrides()]
     config, family = with_family(caching.config(*words))
     found = keyed_records(config, family, is_main=False)
-    foreseen = foreseen_entries(config, family, found.by_key, found.keys[: len(found.train)])
+    foreseen = foreseen_entries(config, family, found.by_key, found.with_empty)
+    foreseen |= foreseen_prompts(family, found.prompts)
     encoded = encode_all(config, family, device=CPU)
-    assert foreseen == {key: encoded.cache.lookup(key) for key in found.keys}, "token for token"
+    stored = {key: encoded.cache.lookup(key) for key in foreseen}
+    assert foreseen == {key: entry and entry._replace(prompts=()) for key, entry in stored.items()}, "token for token"
     for key, size in entry_bytes(config, family, foreseen).items():
         real = encoded.cache.path(key).stat().st_size
         assert real < size < 1.1 * real + 25_000
@@ -212,7 +215,8 @@ def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
         cached = encoded.cache.read(sample.key).without_caption().text
         assert torch.equal(cached.tokens, empty.tokens)
         assert same_bits(cached.pooled, empty.pooled) and (empty.pooled is None) == (family.pooled_width() == 0)
-        assert 0 < sample.lengths.empty_text == len(empty.tokens) < sample.lengths.text
+        assert 0 < sample.lengths.empty_text == len(empty.tokens)
+        assert sample.lengths.text == family.padded_text or sample.lengths.empty_text < sample.lengths.text
     assert all(encoded.cache.read(sample.key).empty_embeds is None for sample in encoded.held_out)
 
 

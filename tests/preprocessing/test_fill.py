@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,14 +45,14 @@ class Encoder:
         self.loaded, self.function = 0, encode
         self.encoded: list[int] = []
 
-    def load(self) -> Callable[[str], Sample]:
+    def load(self) -> Callable[[str], tuple[Sample, Sequence[str]]]:
         self.loaded += 1
         return self
 
-    def __call__(self, key: str) -> Sample:
+    def __call__(self, key: str) -> tuple[Sample, Sequence[str]]:
         made = self.function(NUMBERS[key])
         self.encoded.append(NUMBERS[key])
-        return made
+        return made, ()
 
 
 def entries(root: Path) -> dict[str, bytes]:

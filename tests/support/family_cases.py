@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import (
     DiffusionPipeline,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     QwenImage21Pipeline,
@@ -24,14 +25,13 @@ from diffusers.pipelines.qwenimage import (
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as stock_21
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2VLProcessor, Qwen3VLProcessor
+from transformers import AutoTokenizer, Qwen3VLProcessor
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.data.plan import Layout
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
-from mixres.models.flux2.family import image_ids, text_ids
 from mixres.models.qwen.processor import load_processor
 from mixres.models.qwen21_multi_resolution_patch import patch_qwen21_model_for_multi_resolution
 from mixres.models.registry import FAMILIES
@@ -64,6 +64,10 @@ class FamilyCase:
     def at(self, base: Path | str) -> Family:
         """The family, bound to this base."""
         return FAMILIES[self.pipeline_class.__name__](str(base))
+
+    def in_a_folder(self) -> Self:
+        """With samples as a folder can have them: each has a control, or none has."""
+        return replace(self, controls=tuple(max(n, 1) for n in self.controls) if max(self.controls) else self.controls)
 
     def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
         """How the stock pipeline takes the control images, and what else it needs to make an image of this size."""
@@ -154,11 +158,16 @@ class FamilyCase:
         """So many tokens of the target in what the stock transformer takes, or returns, `(1, ...)`."""
         return rows[0, :tokens]
 
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        """What the stock pipeline cannot load without torchvision."""
+        return {"processor": load_processor(base / "processor")} if (base / "processor").exists() else {}
+
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
-        """The whole pipeline by its own `from_pretrained`; only a processor is handed in, for want of torchvision."""
-        stock = Qwen3VLProcessor if self.pipeline_class is QwenImage21Pipeline else Qwen2VLProcessor
-        processor = {"processor": load_processor(base / "processor", stock)} if (base / "processor").exists() else {}
-        pipeline = self.pipeline_class.from_pretrained(base, **processor, dtype=dtype)
+        """The whole pipeline by its own `from_pretrained`."""
+        parts = self.stock_parts(base)
+        early = {name: parts[name] if name in self.at("").init_parts else None for name in parts}
+        pipeline = self.pipeline_class.from_pretrained(base, **early, dtype=dtype)
+        pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -181,7 +190,7 @@ class Flux2Case(FamilyCase):
         yield
 
     def write(self, folder: Path) -> None:
-        write_tiny_flux2(folder, PROMPTS)
+        write_tiny_flux2(folder, PROMPTS, self.pipeline_class)
 
     def stock_controls(self, controls: Sequence[Image.Image], sizes: ControlSizes) -> Sequence[Image.Image]:
         return [image.resize(size, Image.Resampling.LANCZOS) for image, size in zip(controls, sizes.vae, strict=True)]
@@ -202,9 +211,28 @@ class Flux2Case(FamilyCase):
         return packed
 
     def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
-        assert torch.equal(image_ids(sample.img_shapes), seen["img_ids"][0])
-        assert torch.equal(text_ids(len(sample.prompt_embeds)), seen["txt_ids"][0])
+        family = self.at("")
         assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
+        for name, ids in (("img_ids", family.image_ids(sample.img_shapes)), ("txt_ids", family.text_ids(512))):
+            assert torch.equal(ids.to(seen[name]), seen[name].reshape(ids.shape)), name
+        if sample.pooled_embeds is not None:
+            assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
+
+
+class Flux2DevCase(Flux2Case):
+    """FLUX.2-dev embeds its guidance, 4 unless another is given."""
+
+    def guidance(self, negative: TextEmbeds) -> dict[str, Any]:
+        return {"guidance": 2.0}
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "guidance_scale": 2.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {}
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"tokenizer": AutoTokenizer.from_pretrained(base / "tokenizer")}
 
 
 class FluxCase(Flux2Case):
@@ -240,13 +268,6 @@ class FluxCase(Flux2Case):
         packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
         return packed
 
-    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
-        family = self.at("")
-        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
-        assert torch.equal(family.image_ids(sample.img_shapes).to(seen["img_ids"]), seen["img_ids"])
-        assert torch.equal(family.text_ids(len(sample.prompt_embeds)).to(seen["txt_ids"]), seen["txt_ids"])
-        assert torch.equal(sample.pooled_embeds, seen["pooled_projections"][0])
-
 
 class Qwen21Case(FamilyCase):
     """Qwen-Image-2.1: the stock call has controls first, target last, and rows of the text encoder at image slots."""
@@ -265,6 +286,9 @@ class Qwen21Case(FamilyCase):
 
     def write(self, folder: Path) -> None:
         write_tiny_qwen21(folder, PROMPTS)
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"processor": load_processor(base / "processor", Qwen3VLProcessor)}
 
     def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
         pixels = stock.image_processor.preprocess(image.convert("RGBA"), size.height, size.width).unsqueeze(2)
@@ -308,6 +332,7 @@ CASES = {
 # Whole runs do not go through these yet.
 EVERY_CASE = CASES | {
     "flux2_klein": Flux2Case("flux2", Flux2KleinPipeline, (0, 3, 1), {"control_area": 112 * 112}),
+    "flux2_dev": Flux2DevCase("flux2", Flux2Pipeline, (0, 3, 1), {"control_area": 112 * 112}),
     "flux_kontext": FluxCase("flux_kontext", FluxKontextPipeline, (0, 1, 1), {"control_area": 112 * 112}),
     "flux": FluxCase("flux", FluxPipeline, (0, 0, 0)),
     "qwen_image_21": Qwen21Case(

@@ -13,7 +13,7 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from safetensors import safe_open
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
@@ -42,8 +42,11 @@ if (base / "processor").is_dir():
     parts["processor"] = Processor(
         Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
     )
+if (base / "tokenizer" / "chat_template.jinja").is_file():  # FLUX.2-dev names a processor
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(base / "tokenizer")
 pipeline_class = getattr(diffusers, json.loads((base / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-pipeline = pipeline_class.from_pretrained(base, **parts, dtype=torch.float32)
+pipeline = pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=torch.float32)
+pipeline.register_modules(**parts)
 calls = json.load(sys.stdin)
 
 
@@ -66,13 +69,26 @@ def of_flux2_size(control: Image.Image) -> Image.Image:
     return control.resize([max(64, int(side * scale) // 16 * 16) for side in control.size], Image.Resampling.LANCZOS)
 
 
+def of_kontext_size(control: Image.Image) -> Image.Image:
+    """At its own aspect: the pipeline has sizes of 1 MP only."""
+    width = (recipe["control_area"] * control.width / control.height) ** 0.5
+    sides = width, width * control.height / control.width
+    return control.resize([round(side / 16) * 16 for side in sides], Image.Resampling.LANCZOS)
+
+
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
         set_control_areas(words["width"] * words["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
         if "Flux2" in type(pipeline).__name__:
-            images = {"image": [of_flux2_size(control) for control in controls], "guidance_scale": 1.0}
+            images = {"image": [of_flux2_size(control) for control in controls]}
+            images |= {"guidance_scale": 1.0} if "Klein" in type(pipeline).__name__ else {}
+        elif "Kontext" in type(pipeline).__name__:
+            images = {"image": of_kontext_size(*controls), "_auto_resize": False, "guidance_scale": 2.5}
+            images["max_area"] = words["width"] * words["height"]
+        elif "Flux" in type(pipeline).__name__:
+            images = {}
         else:
             images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
             images["true_cfg_scale"] = 1.0

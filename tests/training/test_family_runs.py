@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from support.jobs import LORA, REPOSITORY, Jobs, environment, stock_calls
 
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
-# A folder has a control image for each target or for none.
-CASES = EVERY_CASE | {"flux2_klein": replace(EVERY_CASE["flux2_klein"], controls=(1, 3, 2))}
+CASES = {name: case.in_a_folder() for name, case in EVERY_CASE.items()}
 EXTRAS = {"zero_cond_t": ("model.lora.use_dora=true", "train.ema_decay=0.5", "sample.use_ema=true")}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

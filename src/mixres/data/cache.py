@@ -12,6 +12,10 @@ controls stand within the text, `text_before` (controls,), the text tokens befor
 Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
 has_mask, empty_tokens and `payload`, the hash over all tensors.
 
+Where embeddings depend on the prompt alone, they lie in an entry of their own, once for all samples with that prompt:
+`prompt_embeds` and `pooled_embeds`, without img_shapes. The entry of a sample then has `prompts` in place of its
+embeddings: the keys of its prompt and, for caption dropout, of the empty one.
+
 Format 1 is still read, never written. Instead of img_shapes it has the sizes in pixels: `height`, `width`,
 `height_control`, `width_control`, `height_control_1`, `width_control_1`, ...; 16 pixels are a token.
 """
@@ -20,7 +24,7 @@ import json
 import re
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +36,12 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from torch import Tensor
 
 from mixres import atomic
-from mixres.batch import Sample, image_shapes_from_embeddings
+from mixres.batch import Sample, TextEmbeds, image_shapes_from_embeddings
 from mixres.geometry import Grid, token_count
 
 FORMAT = 2
 INDEX = "index.json"
-_OPTIONAL = ("edit_mask", "empty_embeds", "pooled_embeds", "empty_pooled_embeds")  # tensors
+_TEXTS = ("prompt_embeds", "empty_embeds", "pooled_embeds", "empty_pooled_embeds")  # tensors of a sample's prompts
 _MAX_HEADER_BYTES = 2**20
 # What reading a file raises that is not what `Cache.write` made. Only the message of a plain ValueError is ours.
 _UNFIT = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -55,10 +59,11 @@ class CacheEntry(NamedTuple):
     """What the plan needs to know of a sample: its lengths."""
 
     key: str
-    img_shapes: tuple[Grid, ...]
+    img_shapes: tuple[Grid, ...]  # none in the entry of a prompt
     text_tokens: int
     has_mask: bool
     empty_tokens: int = 0  # of the empty prompt; 0 where it is not stored
+    prompts: tuple[str, ...] = ()  # keys of the entries that hold its embeddings, where its own does not
 
     @property
     def target_tokens(self) -> int:
@@ -103,15 +108,23 @@ class Cache:
             self._remember(entry, size) if entry else self._forget(key)
         return entry
 
-    def write(self, key: str, sample: Sample) -> CacheEntry:
-        """Store `sample`; whatever lay under `key` is replaced in one rename.
+    def write(self, key: str, value: Sample | TextEmbeds, prompts: Sequence[str] = ()) -> CacheEntry:
+        """Store a sample or a prompt; whatever lay under `key` is replaced in one rename.
+
+        `prompts` are the keys of the entries that hold the embeddings of a sample, which its own leaves out then.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; no part of the entry is left.
         """
-        path, tensors = self.path(key), _tensors(sample)
-        empty = 0 if sample.empty_embeds is None else len(sample.empty_embeds)
-        entry = CacheEntry(key, sample.img_shapes, len(sample.prompt_embeds), sample.edit_mask is not None, empty)
+        path, tensors = self.path(key), _tensors(value)
+        if isinstance(value, Sample):
+            empty = 0 if value.empty_embeds is None else len(value.empty_embeds)
+            lengths = len(value.prompt_embeds), value.edit_mask is not None, empty
+            entry = CacheEntry(key, value.img_shapes, *lengths, tuple(prompts))
+        else:
+            entry = CacheEntry(key, (), len(value.tokens), False)
+        if prompts:
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in _TEXTS}
         data = save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))})
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,12 +137,40 @@ class Cache:
         """The sample under `key`, called `name` (by default its key): equal samples of other names share an entry.
 
         Raises:
+            FileNotFoundError: there is no such entry, or none of its prompt.
+            DamagedEntry: a file is not what was written.
+        """
+        entry, tensors = self.read_entry(key)
+        for text, part in zip(map(self.read_prompt, entry.prompts), ("", "empty_"), strict=False):
+            tensors[f"{part or 'prompt_'}embeds"] = text.tokens
+            if text.pooled is not None:
+                tensors[f"{part}pooled_embeds"] = text.pooled
+        return Sample(
+            name=name or key,
+            target_latents=tensors["target_latents"],
+            control_latents=tuple(tensors[name] for name in _latent_names(entry)[1:]),
+            img_shapes=entry.img_shapes,
+            edit_mask=tensors["edit_mask"] if entry.has_mask else None,
+            prompt_embeds=tensors["prompt_embeds"],
+            **{text: tensors.get(text) for text in _TEXTS[1:]},
+            text_before=tuple(tensors["text_before"].tolist()) if "text_before" in tensors else (),
+        )
+
+    def read_prompt(self, key: str) -> TextEmbeds:
+        """The prompt whose entry is `key`. Raises as `read_entry`."""
+        _, tensors = self.read_entry(key)
+        return TextEmbeds(tensors["prompt_embeds"], tensors.get("pooled_embeds"))
+
+    def read_entry(self, key: str) -> tuple[CacheEntry, dict[str, Tensor]]:
+        """What the file of `key` alone holds, of a sample or of a prompt.
+
+        Raises:
             FileNotFoundError: there is no such entry.
             DamagedEntry: the file is not what was written.
         """
         path = self.path(key)
         try:
-            return self._read(path, key, name or key)
+            return self._read(path, key)
         except _UNFIT as error:
             self._forget(key)
             path.unlink(missing_ok=True)
@@ -165,7 +206,7 @@ class Cache:
                 continue
         return removed
 
-    def _read(self, path: Path, key: str, name: str) -> Sample:
+    def _read(self, path: Path, key: str) -> tuple[CacheEntry, dict[str, Tensor]]:
         data = path.read_bytes()
         stated = _parse_header(data, len(data), key)
         tensors = load_tensors(data)
@@ -174,25 +215,20 @@ class Cache:
                 raise ValueError("the checksum of its tensors is wrong")
             self._verified.add(key)
         entry = _entry(key, stated)
-        controls = tuple(tensors[f"control_latents_{i}"] for i in range(len(entry.img_shapes) - 1))
-        if [grid.tokens for grid in entry.img_shapes] != [len(x) for x in (tensors["target_latents"], *controls)]:
+        latents = _latent_names(entry) if entry.img_shapes else []
+        if [grid.tokens for grid in entry.img_shapes] != [len(tensors[name]) for name in latents]:
             raise ValueError("its latents are not of the sizes it states")
-        return Sample(
-            name=name,
-            target_latents=tensors["target_latents"],
-            control_latents=controls,
-            prompt_embeds=tensors["prompt_embeds"],
-            img_shapes=entry.img_shapes,
-            edit_mask=tensors["edit_mask"] if entry.has_mask else None,
-            empty_embeds=tensors["empty_embeds"] if entry.empty_tokens else None,
-            pooled_embeds=tensors.get("pooled_embeds"),
-            empty_pooled_embeds=tensors.get("empty_pooled_embeds"),
-            text_before=tuple(tensors["text_before"].tolist()) if "text_before" in tensors else (),
-        )
+        texts = {"prompt_embeds": not entry.prompts, "empty_embeds": entry.empty_tokens and not entry.prompts}
+        needed = [name for name, has in {**texts, "edit_mask": entry.has_mask}.items() if has]
+        if absent := [name for name in needed if name not in tensors]:
+            raise ValueError(f"it has no {absent[0]}")
+        return entry, tensors
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)
-        self._index[entry.key] = [size, entry.text_tokens, entry.has_mask, entry.img_shapes, entry.empty_tokens]
+        shapes = entry.img_shapes or None
+        row = [size, entry.text_tokens, entry.has_mask, shapes, entry.empty_tokens, *entry.prompts]
+        self._index[entry.key] = row
         self._changed = True
 
     def _forget(self, key: str) -> None:
@@ -201,22 +237,25 @@ class Cache:
         self._removed.add(key)
 
 
-def _tensors(sample: Sample) -> dict[str, Tensor]:
-    """The named tensors of an entry, checked against the sample's own `img_shapes`."""
-    latents = (sample.target_latents, *sample.control_latents)
-    assert [grid.tokens for grid in sample.img_shapes] == [len(x) for x in latents], sample.img_shapes
-    tensors = {f"control_latents_{i}": x for i, x in enumerate(sample.control_latents)}
-    tensors |= {"target_latents": sample.target_latents, "prompt_embeds": sample.prompt_embeds}
-    if sample.edit_mask is not None:
-        assert sample.edit_mask.shape == (len(sample.target_latents),), sample.edit_mask.shape
-    if sample.text_before:
-        tensors["text_before"] = torch.tensor(sample.text_before)
-    optional = {name: getattr(sample, name) for name in _OPTIONAL}
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+def _latent_names(entry: CacheEntry) -> list[str]:
+    return ["target_latents", *(f"control_latents_{i}" for i in range(len(entry.img_shapes) - 1))]
+
+
+def _tensors(value: Sample | TextEmbeds) -> dict[str, Tensor]:
+    """The named tensors of an entry, those of a sample checked against its own `img_shapes`."""
+    if isinstance(value, Sample):
+        latents = (value.target_latents, *value.control_latents)
+        assert [grid.tokens for grid in value.img_shapes] == [len(x) for x in latents], value.img_shapes
+        assert value.edit_mask is None or value.edit_mask.shape == latents[0].shape[:1], value.edit_mask.shape
+        named = {f"control_latents_{i}": x for i, x in enumerate(value.control_latents)}
+        fields = {name: getattr(value, name) for name in ("target_latents", "edit_mask", *_TEXTS)}
+        named |= {name: tensor for name, tensor in fields.items() if tensor is not None}
+        if value.text_before:
+            named["text_before"] = torch.tensor(value.text_before)
+    else:
+        named = {"prompt_embeds": value.tokens} | ({} if value.pooled is None else {"pooled_embeds": value.pooled})
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
 
 
 def _payload_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -233,6 +272,8 @@ def _payload_hash(tensors: Mapping[str, Tensor]) -> str:
 def _description(entry: CacheEntry, payload: str) -> str:
     """One string, not several: safetensors writes several metadata strings in no fixed order."""
     stated = {"format": FORMAT, **entry._asdict(), "payload": payload}
+    if not entry.prompts:  # as they were written before there were entries of prompts
+        del stated["prompts"]
     text = json.dumps(stated, sort_keys=True, separators=(",", ":"))
     return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"
 
@@ -273,11 +314,12 @@ def _read_header(path: Path, key: str) -> CacheEntry | None:
 
 def _entry(key: str, stated: Mapping[str, Any]) -> CacheEntry:
     grids = tuple(Grid(*grid) for grid in image_shapes_from_embeddings({k: [v] for k, v in stated.items()}, 1)[0])
-    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"], stated.get("empty_tokens", 0))
+    prompts = tuple(stated.get("prompts", ()))
+    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"], stated.get("empty_tokens", 0), prompts)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """Rows `[size, text_tokens, has_mask, img_shapes, empty_tokens]` by key; none where the index cannot be read."""
+    """Rows `[size, text_tokens, has_mask, img_shapes, empty_tokens, *prompts]` by key; none where it cannot be read."""
     try:
         index = json.loads(path.read_bytes())
         return dict(index["entries"]) if index["format"] == FORMAT else {}
@@ -287,10 +329,10 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:
     try:
-        indexed_size, text_tokens, has_mask, shapes, empty_tokens = row
-        grids = tuple(Grid(*map(int, grid)) for grid in shapes)
-        entry = CacheEntry(key, grids, int(text_tokens), bool(has_mask), int(empty_tokens))
-        return entry if indexed_size == size and entry.img_shapes else None
+        indexed_size, text_tokens, has_mask, shapes, empty_tokens, *prompts = row
+        grids = () if shapes is None else tuple(Grid(*map(int, grid)) for grid in shapes)
+        entry = CacheEntry(key, grids, int(text_tokens), bool(has_mask), int(empty_tokens), tuple(map(str, prompts)))
+        return entry if indexed_size == size and (entry.img_shapes or shapes is None) else None
     except (TypeError, ValueError):
         return None
 

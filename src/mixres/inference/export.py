@@ -29,6 +29,7 @@ from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import TRANSFORMER, RunResult, find_base, find_result, renamed
 from mixres.inference.options import options
+from mixres.models.family import Family
 from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
@@ -106,8 +107,11 @@ def make_request(**given: Any) -> Request:
     if result.lora and result.lora.use_dora and not diffusers and not merge:
         raise UserError(f"--format: ComfyUI does not apply the DoRA {result.path} as it was trained: add --merge")
     if not result.lora and (diffusers or not merge):
-        use = "copy it, or write --format comfyui --merge"
+        use = "copy it, or write --format comfyui --merge" if result.family.comfyui_reads_layout else "copy it"
         raise UserError(f"{_KEY}: {result.path} holds all weights, in diffusers' format already: {use}")
+    if merge and not diffusers and not result.family.comfyui_reads_layout:
+        fix = "leave it out" if result.lora else "load the folder in diffusers"
+        raise UserError(f"--merge: ComfyUI does not load a whole {result.family.name} in diffusers' layout: {fix}")
     model = _find_model(result, asked.base) if merge else None
     out = asked.out.expanduser()
     needed = sum(tensor.nbytes for tensor in model.tensors.values()) if model else len(lora)
@@ -219,7 +223,7 @@ def export(request: Request) -> None:
         if model:
             _write_merged(partial, request, model, adapters)
         elif result.lora and request.format == "comfyui":
-            tensors = comfyui_tensors(adapters, result.lora.lora_alpha, result.family.comfyui_prefix)
+            tensors = comfyui_tensors(adapters, result.lora.lora_alpha, result.family)
             write_tensors(partial, tensors, tensors.__getitem__, result.recipe)
         else:
             atomic.write_bytes(partial, request.lora)
@@ -273,18 +277,22 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | 
     return exact.mul(magnitude.to(wide).div(lengths).unsqueeze(1))
 
 
-def comfyui_tensors(adapters: Adapters, alpha: float, prefix: str) -> dict[str, Tensor]:
+def comfyui_tensors(adapters: Adapters, alpha: float, family: Family) -> dict[str, Tensor]:
     """The tensors of a LoRA (no DoRA) by the names that ComfyUI's loader looks for, which diffusers reads too.
 
-    Without `.alpha` ComfyUI takes alpha / r for 1. Source (read, nothing copied): Comfy-Org/ComfyUI, comfy/lora.py at
+    Without `.alpha` both take alpha / r for 1. A layer that ComfyUI knows by another name is there under both names:
+    each program leaves out what it does not know. Source (read, nothing copied): Comfy-Org/ComfyUI, comfy/lora.py at
     17358c8f73b5 (`load_lora`), comfy/weight_adapter/lora.py at 6f98b150e065.
     """
     number = torch.tensor(alpha, dtype=torch.float32)  # which all programs read
     tensors: dict[str, Tensor] = {}
     for layer, (down, up, magnitude) in adapters.items():
         assert magnitude is None, layer
-        parts = {"lora_A.weight": down, "lora_B.weight": up, "alpha": number}
-        tensors |= {f"{prefix}.{layer}.{part}": tensor for part, tensor in parts.items()}
+        scaled = up if family.comfyui_alpha else up * (alpha / len(down))
+        parts = {"lora_A.weight": down, "lora_B.weight": scaled}
+        parts |= {"alpha": number} if family.comfyui_alpha else {}
+        names = [f"{family.comfyui_prefix}.{layer}", *filter(None, [family.comfyui_names.get(layer)])]
+        tensors |= {f"{name}.{part}": tensor for name in names for part, tensor in parts.items()}
     return tensors
 
 

@@ -349,8 +349,9 @@ def _encode(request: Request) -> list[Embeds]:
 
     encoded: list[Embeds] = []
     for job in counted(request.jobs, "encode", "prompt", enabled=True):
-        negative = None if job.negative is None else embeds(job.negative, job.controls, job.control_sizes)
-        encoded.append((embeds(job.prompt, job.controls, job.control_sizes), negative))
+        seen = ((), ControlSizes()) if family.prompts_alone else (job.controls, job.control_sizes)
+        negative = None if job.negative is None else embeds(job.negative, *seen)
+        encoded.append((embeds(job.prompt, *seen), negative))
     return encoded
 
 

@@ -72,7 +72,9 @@ def decoded_of(
     """
     cache = Cache(config.cache.cache_dir)
     keys = entry_keys(config, family, some, empty_prompt=config.data.caption_dropout > 0)
-    missing = sum(cache.lookup(key) is None for key in keys)
+    entries = [cache.lookup(key) for key in keys]
+    whole = [entry is not None and all(map(cache.lookup, entry.prompts)) for entry in entries]
+    missing = whole.count(False)
     if missing:
         tell(f"{missing} of {len(some)} records of the input preview are not in the cache: run the verb cache first")
     if missing == len(some):
@@ -80,9 +82,9 @@ def decoded_of(
     dtype = getattr(torch, config.model.dtype)
     pipeline = family.load_sampling_pipeline(transformer=None, dtype=dtype, device=dist_env().device)
     found = []
-    for key, scanned in zip(keys, some, strict=True):
+    for key, scanned, is_whole in zip(keys, some, whole, strict=True):
         found.append(Images())
-        if cache.lookup(key) is not None:
+        if is_whole:
             sample = cache.read(key, name=scanned.record.name)
             latents = (sample.target_latents, *sample.control_latents)
             for number, (tokens, grid) in enumerate(zip(latents, sample.img_shapes, strict=True)):

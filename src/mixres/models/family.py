@@ -62,15 +62,19 @@ class Family(Protocol):
     name: ClassVar[str]  # as in `model.family`, LoRA files and reports; never changes
     pipeline_class: ClassVar[type[Any]]  # of diffusers, by whose name in model_index.json the family is chosen
     stock_bases: ClassVar[tuple[str, ...]]  # repositories whose shape is known without a file
-    controls: ClassVar[tuple[int, int]]  # minimum and maximum number of control images of a sample
+    controls: ClassVar[tuple[int, int | None]]  # minimum and maximum number of control images; None: any number
+    prompts_alone: ClassVar[bool]  # whether embeddings depend on prompts alone, which the cache then holds once each
+    padded_text: ClassVar[int | None]  # T of every prompt where the pipeline pads it; None: as long as it is
     max_prompt_tokens: ClassVar[int]  # no prompt of up to so many tokens is cut by the stock pipeline
     stock_control_area: ClassVar[int]  # pixels of a control for the VAE in the stock pipeline
     lora_presets: ClassVar[Mapping[str, tuple[str, ...]]]  # one word of `target_modules`: endings of layer names
     comfyui_prefix: ClassVar[str]  # what ComfyUI's LoRA loader writes before a layer's name
+    comfyui_names: ClassVar[Mapping[str, str]]  # of the layers that it does not find so: its own
+    comfyui_alpha: ClassVar[bool]  # whether its LoRA states alpha; else B has it, which diffusers takes as well
+    comfyui_reads_layout: ClassVar[bool]  # whether it loads a whole transformer in diffusers' layout
     negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
     keeps_alpha: ClassVar[bool]  # images are RGBA, where others have their transparency laid on `data.background`
-    licence: ClassVar[str | None]  # of the weights, where it restricts what they are used for
     path: str
     revision: str | None
 
@@ -84,6 +88,9 @@ class Family(Protocol):
 
     def size_multiple(self) -> int:
         """Sides of what is made are multiples of so many pixels."""
+
+    def training_notice(self) -> str | None:
+        """What a user should know who trains this base, in one line; None where there is nothing to say."""
 
     def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """The constants of `resolution_shift` for this base: those with which its pipeline samples in so many steps.
@@ -185,11 +192,12 @@ class Family(Protocol):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """A sample from RGB images of any size (RGBA too, with `keeps_alpha`), on the CPU and in the encoders' dtype.
 
         The target is resized to `target_size` pixels, the controls to `sizes`. `mask` ("L") is as large as the target.
-        Latents are those of the stock pipeline, bit for bit.
+        Latents are those of the stock pipeline, bit for bit. `text` is what `encode_prompt` gives, where that is known.
 
         Raises:
             UserError: `record_problem` finds one.

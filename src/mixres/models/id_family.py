@@ -3,6 +3,7 @@
 Promise: as in `mixres.models.family`. A family adds its ids, its encoding of an image and how its pipeline is called.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size
+from mixres.geometry import PATCH, Grid, Size, control_area
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.prompt_length import over_long
@@ -28,6 +29,9 @@ class IdFamily(StockFamily):
     """See `mixres.models.family.Family` for what each method gives."""
 
     label: ClassVar[str]  # what messages call it
+    comfyui_alpha = False  # FLUX.2's stock pipelines refuse a file that has it
+    prompts_alone = True
+    padded_text = TEXT_TOKENS
     tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     vae_class: ClassVar[Any]
 
@@ -39,6 +43,10 @@ class IdFamily(StockFamily):
 
     def text_ids(self, tokens: int) -> Tensor:
         """`(T, n)` int64: the positions of so many text tokens."""
+        raise NotImplementedError
+
+    def control_size(self, source: Size, area: int) -> Size:
+        """The size of a control that is not aligned, of at most about `area` pixels."""
         raise NotImplementedError
 
     def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
@@ -76,6 +84,20 @@ class IdFamily(StockFamily):
                 f"data.resize.control.text_area: {self.label} shows its text encoder no images: leave it out"
             )
         return {"control_area": area}
+
+    def control_sizes(
+        self,
+        target: Size,
+        controls: Sequence[Size],
+        rules: Mapping[str, AreaRule] | None = None,
+        aligned: Sequence[bool] = (),
+    ) -> ControlSizes:
+        """See `Family`. The text encoders see none."""
+        if not controls:
+            return ControlSizes()
+        area = control_area((rules or self.control_areas(self.stock_control_area, None))["control_area"], target)
+        pairs = itertools.zip_longest(controls, aligned)
+        return ControlSizes(vae=tuple(target if same else self.control_size(size, area) for size, same in pairs))
 
     def load_preprocessors(self) -> Any:
         """See `Family`. The VAE has shapes and no values; prompts need no tokenizer to be counted."""
@@ -123,13 +145,14 @@ class IdFamily(StockFamily):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """See `Family`."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
         images = zip((target, *controls), (target_size, *sizes.vae), strict=True)
         latents, grids = zip(*(self.encode_image(encoders, image, size) for image, size in images), strict=True)
-        text = self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],
@@ -184,3 +207,9 @@ class IdFamily(StockFamily):
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Family`. The layers' names are enough."""
         return {}
+
+
+def resized(pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
+    """The controls at the sizes of their training, as the pipeline would resize them."""
+    pairs = zip(controls, sizes.vae, strict=True)
+    return [pipeline.image_processor.resize(image, size.height, size.width) for image, size in pairs]

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from mixres.errors import UserError
 from mixres.models.family import Family
 from mixres.models.flux.family import Flux, FluxKontext
+from mixres.models.flux2.dev import Flux2Dev
 from mixres.models.flux2.family import Flux2Klein
 from mixres.models.hub import KEY, pipeline_json
 from mixres.models.qwen.edit import QwenImageEdit
@@ -21,7 +22,7 @@ from mixres.models.qwen21.family import QwenImage21
 # By `_class_name` in the base's model_index.json. A family's class is called as `load_family` does at its end.
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class.__name__: family
-    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21, Flux2Klein, FluxKontext, Flux)
+    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21, Flux2Klein, Flux2Dev, FluxKontext, Flux)
 }
 
 

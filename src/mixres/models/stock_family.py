@@ -26,11 +26,15 @@ class StockFamily(Family):
     """See `mixres.models.family.Family` for what each method gives."""
 
     controls_problem: ClassVar[str]  # where a record has {} controls, too few or too many
+    comfyui_names: ClassVar[Mapping[str, str]] = {}
+    comfyui_alpha: ClassVar[bool] = True
+    comfyui_reads_layout: ClassVar[bool] = True
+    prompts_alone: ClassVar[bool] = False
+    padded_text: ClassVar[int | None] = None
     components: ClassVar[tuple[str, ...]]  # those that encode
     transformer_class: ClassVar[Any]
     init_parts: ClassVar[tuple[str, ...]] = ()  # components, `own_parts` all, without which the pipeline is not made
     keeps_alpha: ClassVar[bool] = False
-    licence: ClassVar[str | None] = None
     quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     # Configuration files of the stock bases by name, where they differ from the defaults of diffusers' classes.
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -69,6 +73,10 @@ class StockFamily(Family):
         salt = self.encoding_environment()
         return hub.fingerprint(self.path, self.components, revision=self.revision, memo=memo, salt=salt)
 
+    def training_notice(self) -> str | None:
+        """See `Family`."""
+        return None
+
     def flow_shift(self, steps: int | None = None) -> dict[str, float]:
         """See `Family`: what most pipelines hand to `calculate_shift`, the scheduler's constants or its defaults."""
         if steps is not None:
@@ -88,7 +96,8 @@ class StockFamily(Family):
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """See `Family`."""
         low, high = self.controls
-        return None if low <= controls <= high else self.controls_problem.format(controls)
+        fits = low <= controls and (high is None or controls <= high)
+        return None if fits else self.controls_problem.format(controls)
 
     def size_multiple(self) -> int:
         """See `Family`: those of one token, for most pipelines."""

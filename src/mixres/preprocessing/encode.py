@@ -4,7 +4,7 @@ Promise: whatever the encoding of a record depends on is in its key, side by sid
 made of the very bytes that the key names. Cost: VAE and text encoder once a record, one more read of its files.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ import torch
 import xxhash
 from PIL import ImageColor
 
-from mixres.batch import Sample
+from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.data.cache import CacheEntry, entry_key
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
-from mixres.models.family import Family
+from mixres.models.family import ControlSizes, Family
 from mixres.preprocessing.training_data import (
     aligned,
     control_areas,
@@ -45,8 +45,7 @@ def entry_keys(
     Raises:
         UserError: the base's encoders cannot be found.
     """
-    memo = Path(config.cache.cache_dir) / "fingerprints.json"
-    encoders = family.encoder_fingerprint(memo)
+    encoders = family.encoder_fingerprint(_memo(config))
     colour = ImageColor.getrgb(config.data.background)
     background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
     return [
@@ -67,6 +66,29 @@ def entry_keys(
     ]
 
 
+def lone_prompts(family: Family, records: Iterable[ScannedRecord], *, empty_prompt: bool) -> list[str]:
+    """Each prompt once, for a family that embeds prompts alone; none for others."""
+    prompts = dict.fromkeys(scanned.record.prompt for scanned in records) | ({"": None} if empty_prompt else {})
+    return list(prompts) if family.prompts_alone else []
+
+
+def prompt_keys(config: Config, family: Family, prompts: Sequence[str]) -> dict[str, str]:
+    """By prompt the key of the entry that holds it.
+
+    Raises:
+        UserError: the base's encoders cannot be found.
+    """
+    if not prompts:
+        return {}
+    encoders = family.encoder_fingerprint(_memo(config))
+    stated = {"encoding": ENCODING, "encoders": encoders, "dtype": config.model.dtype}
+    return {prompt: entry_key(**stated, prompt_alone=prompt) for prompt in prompts}
+
+
+def _memo(config: Config) -> Path:
+    return Path(config.cache.cache_dir) / "fingerprints.json"
+
+
 def _aligned_sizes(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
     if not any(aligned(config, scanned)):
         return {}
@@ -81,7 +103,7 @@ def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry
     return {
         key: family.entry_bytes(
             image_tokens=entry.image_tokens,
-            text_tokens=entry.text_tokens + entry.empty_tokens,
+            text_tokens=0 if family.prompts_alone and entry.img_shapes else entry.text_tokens + entry.empty_tokens,
             mask_tokens=entry.target_tokens if entry.has_mask else 0,
             dtype=getattr(torch, config.model.dtype),
         )
@@ -114,6 +136,13 @@ def foreseen_entries(
     return entries
 
 
+def foreseen_prompts(family: Family, keys: Mapping[str, str]) -> dict[str, CacheEntry]:
+    """The entry that each prompt will have by its key in `keys`."""
+    preprocessors = family.load_preprocessors() if keys else None
+    count = partial(family.text_tokens, preprocessors, sizes=ControlSizes())
+    return {key: CacheEntry(key, (), count(prompt=prompt), has_mask=False) for prompt, key in keys.items()}
+
+
 def text_problems(family: Family, records: Mapping[str, ScannedRecord], entries: Mapping[str, CacheEntry]) -> list[str]:
     """Records whose text has more tokens than the transformer has positions for, a message each."""
     return [
@@ -124,20 +153,29 @@ def text_problems(family: Family, records: Mapping[str, ScannedRecord], entries:
 
 
 def encode_record(
-    config: Config, family: Family, encoders: Any, scanned: ScannedRecord, *, with_empty: bool = False
+    config: Config,
+    family: Family,
+    encoders: Any,
+    scanned: ScannedRecord,
+    *,
+    with_empty: bool = False,
+    known: Callable[[str], TextEmbeds] | None = None,
 ) -> Sample:
     """The encoded sample of a record; `with_empty`: with the embeddings of the empty prompt.
 
-    The text encoder sees the controls, so the empty prompt is another one for each record.
+    Where the text encoder sees the controls, the empty prompt is another one for each record. Where it sees none,
+    `known` gives the embeddings of a prompt.
 
     Raises:
         WorkError: a file has changed since the scan.
     """
     inputs = encode_inputs(config, family, scanned)
-    sample = family.encode(encoders, **inputs)
+    seen = {name: inputs[name] for name in ("controls", "sizes")}
+    text_of = known or (lambda prompt: family.encode_prompt(encoders, prompt=prompt, **seen))
+    sample = family.encode(encoders, **inputs, text=text_of(inputs["prompt"]))
     if not with_empty:
         return sample
-    empty = family.encode_prompt(encoders, prompt="", controls=inputs["controls"], sizes=inputs["sizes"])
+    empty = text_of("")
     return replace(sample, empty_embeds=empty.tokens, empty_pooled_embeds=empty.pooled)
 
 

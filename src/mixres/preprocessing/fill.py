@@ -11,15 +11,16 @@ import random
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from mixres.batch import Sample
+from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import counted, log
-from mixres.data.cache import Cache, CacheEntry
+from mixres.data.cache import Cache, CacheEntry, DamagedEntry
 from mixres.data.plan import Lengths, over_budget
 from mixres.data.records import EditRecord
 from mixres.data.scan import ScannedRecord
@@ -27,11 +28,21 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
 from mixres.models.registry import load_family
-from mixres.preprocessing.encode import encode_record, entry_bytes, entry_keys, foreseen_entries, text_problems
+from mixres.preprocessing.encode import (
+    encode_record,
+    entry_bytes,
+    entry_keys,
+    foreseen_entries,
+    foreseen_prompts,
+    lone_prompts,
+    prompt_keys,
+    text_problems,
+)
 from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
 
 T = TypeVar("T")
-Load = Callable[[], Callable[[str], Sample]]  # makes the function that encodes the entry of a key
+Encode = Callable[[str], tuple[Sample | TextEmbeds, Sequence[str]]]  # the entry of a key, and keys of its prompts
+Load = Callable[[], Encode]
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ class KeyedRecords(NamedTuple):
     train: list[ScannedRecord]
     held_out: list[ScannedRecord]
     keys: list[str]  # of the entries of both, in this order
+    prompts: Mapping[str, str]  # keys of the entries of prompts by prompt, where they have entries of their own
+    with_empty: frozenset[str]  # keys of the entries with the empty prompt too, for caption dropout
 
     @property
     def by_key(self) -> dict[str, ScannedRecord]:
@@ -103,8 +116,8 @@ def family_of(config: Config, *, is_main: bool = True) -> Family:
     base = model.pretrained_model_name_or_path
     family = problems.collect(load_family, model.family, base, revision=model.revision)
     if family is not None:
-        if family.licence and is_main:
-            log(f"licence   {base}: {family.licence}")
+        if is_main and (notice := family.training_notice()):
+            log(f"model     {notice}")
         return family
     if is_main:
         log(f"model     {base} cannot be used; the data are scanned all the same")
@@ -137,8 +150,11 @@ def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedReco
     root = Path(config.cache.cache_dir)
     make_folder(root)
     train, held_out = usable_records(config, family, is_main=is_main)
-    keys = entry_keys(config, family, train, empty_prompt=config.data.caption_dropout > 0)
-    return KeyedRecords(Cache(root), train, held_out, keys + entry_keys(config, family, held_out))
+    dropout = config.data.caption_dropout > 0
+    keys = entry_keys(config, family, train, empty_prompt=dropout)
+    prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
+    with_empty = frozenset(keys if dropout else ())
+    return KeyedRecords(Cache(root), train, held_out, keys + entry_keys(config, family, held_out), prompts, with_empty)
 
 
 def encode(
@@ -149,34 +165,78 @@ def encode(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    cache, train, held_out, keys = found
+    cache, train, held_out, keys, prompts, with_empty = found
     records = found.by_key
     if rank == 0:
         cache.sweep()
-    entries = {key: entry for key in records if (entry := cache.lookup(key))}
+    wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
+    entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
     missing = {key: scanned for key, scanned in records.items() if key not in entries}
-    with_empty = set(keys[: len(train)]) if config.data.caption_dropout > 0 else set[str]()
-    foreseen = foreseen_entries(config, family, missing, with_empty) if missing else {}
+    foreseen = foreseen_prompts(family, {text: key for text, key in prompts.items() if key not in entries})
+    foreseen |= foreseen_entries(config, family, missing, with_empty) if missing else {}
     _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
     check_space(cache.root, sizes.values())
 
-    def load() -> Callable[[str], Sample]:
-        encoders = family.load_encoders(dtype=getattr(torch, config.model.dtype), device=device)
-        return lambda key: encode_record(config, family, encoders, missing[key], with_empty=key in with_empty)
-
+    load = partial(_Encoder, config, family, found, missing, device)
     encoded = fill(cache, sizes, load, rank=rank, world_size=world_size)
     if encoded:
         release(device)
     if rank == 0:
         save_index(cache)
-        others = f", {len(missing) - encoded} by other processes" if encoded < len(missing) else ""
-        log(f"cache     {len(records)} entries in {cache.root}: {encoded} encoded, {len(entries)} found{others}")
+        others = f", {len(sizes) - encoded} by other processes" if encoded < len(sizes) else ""
+        of_them = f", {len(prompts)} of them prompts," if prompts else ""
+        log(
+            f"cache     {len(wanted)} entries{of_them} in {cache.root}: {encoded} encoded, {len(entries)} found{others}"
+        )
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
     found_records = zip(keys, [*train, *held_out], strict=True)
     samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
     return CachedData(cache, samples[: len(train)], samples[len(train) :])
+
+
+class _Encoder:
+    """Encodes entries by their keys: of prompts, and of the records that are `missing`. The encoders are loaded now."""
+
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        found: KeyedRecords,
+        missing: Mapping[str, ScannedRecord],
+        device: torch.device,
+    ) -> None:
+        self.config, self.family, self.found, self.missing = config, family, found, missing
+        self.texts = {key: prompt for prompt, key in found.prompts.items()}
+        self.encoders = family.load_encoders(dtype=getattr(torch, config.model.dtype), device=device)
+
+    def __call__(self, key: str) -> tuple[Sample | TextEmbeds, Sequence[str]]:
+        """What the entry is to hold, and the keys of its prompts where they have entries of their own."""
+        if key in self.texts:
+            return self._encode_prompt(self.texts[key]), ()
+        found, scanned, with_empty = self.found, self.missing[key], key in self.found.with_empty
+        known = self._known if self.texts else None
+        sample = encode_record(self.config, self.family, self.encoders, scanned, with_empty=with_empty, known=known)
+        texts = [scanned.record.prompt, *([""] if with_empty else [])] if self.texts else []
+        return sample, [found.prompts[text] for text in texts]
+
+    def _encode_prompt(self, prompt: str) -> TextEmbeds:
+        return self.family.encode_prompt(self.encoders, prompt=prompt, controls=[], sizes=ControlSizes())
+
+    def _known(self, prompt: str) -> TextEmbeds:
+        """As it is stored, or as the rank that is encoding it will store it.
+
+        Raises:
+            WorkError: what is stored is damaged.
+        """
+        cache, key = self.found.cache, self.found.prompts[prompt]
+        if cache.lookup(key) is None:
+            return self._encode_prompt(prompt)
+        try:
+            return cache.read_prompt(key)
+        except DamagedEntry as error:
+            raise WorkError(f"{error}: run the same command again") from error
 
 
 def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries: Mapping[str, CacheEntry]) -> None:
@@ -211,9 +271,9 @@ def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, w
             if cache.lookup(key) is not None:
                 continue
             encode_entry = encode_entry or load()
-            sample = encode_entry(key)
+            value, prompts = encode_entry(key)
             try:
-                cache.write(key, sample)
+                cache.write(key, value, prompts)
             except OSError as error:
                 left = [size for key, size in sizes.items() if cache.lookup(key) is None]
                 raise WorkError(

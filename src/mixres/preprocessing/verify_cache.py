@@ -7,8 +7,10 @@ pass makes it again. Cost: the scan, and one read of every entry.
 from mixres.config.schema import Config
 from mixres.console import counted, log
 from mixres.data.cache import DamagedEntry
-from mixres.errors import UserError, WorkError
+from mixres.errors import UserError, WorkError, one_line
 from mixres.preprocessing.fill import family_of, keyed_records, readable_size, save_index
+
+_SHOWN_CHARACTERS = 60  # of a prompt
 
 
 def verify_cache(config: Config, *, world_size: int = 1) -> None:
@@ -22,10 +24,11 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
     found = keyed_records(config, family_of(config), is_main=True)
     cache, names = found.cache, {key: scanned.record.name for key, scanned in found.by_key.items()}
+    names |= {key: f"the prompt {one_line(prompt)[:_SHOWN_CHARACTERS]!r}" for prompt, key in found.prompts.items()}
     damaged = missing = 0
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
         try:
-            cache.read(key)
+            cache.read_entry(key)
         except DamagedEntry as error:
             damaged += 1
             log(f"cache     {name}: damaged, {error.path}: {error.reason}; it has been removed")

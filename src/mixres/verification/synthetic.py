@@ -5,7 +5,8 @@ the same rules as real images, so the configuration's limits hold. Cost: one Gau
 
 These are drawn: the source's aspect, log-uniform in [1/2, 2]; its area, log-uniform in [1/4, 2] x `max_pixels` (larger
 ones are scaled down); a control's aspect, for half of them the target's own; the prompt, 10 to 150 tokens behind the
-controls' tokens in the text encoder (28 x 28 pixels each). The numbers of controls that the family takes alternate.
+controls' tokens in the text encoder (28 x 28 pixels each), unless the family pads prompts to one length. The numbers of
+controls that the family takes alternate, up to 3 where it takes any.
 """
 
 import math
@@ -16,11 +17,12 @@ import torch
 
 from mixres.batch import Sample
 from mixres.config.schema import Config
-from mixres.geometry import Grid, Size, control_area, control_size, target_size, token_grid
+from mixres.geometry import Grid, Size, control_area, target_size
 from mixres.models.family import Family
 from mixres.preprocessing.training_data import stated_areas
 
 _TEXT_PIXELS = 28 * 28
+_MAX_CONTROLS = 3
 
 
 def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample]:
@@ -30,13 +32,14 @@ def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample
     pixels_per_token = family.pixels_per_token()
     text_area = stated_areas(config, family).get("text_area")
     fewest, most = family.controls
+    counts = (_MAX_CONTROLS if most is None else most) - fewest + 1
 
     samples = []
     for number in range(count):
-        grids = draw_sizes(config, draw, pixels_per_token, controls=fewest + number % (most - fewest + 1))
+        grids = draw_sizes(config, draw, family, controls=fewest + number % counts)
         areas = [text_area if isinstance(text_area, int) else g.tokens * pixels_per_token**2 for g in grids[1:]]
         empty = sum(pixels // _TEXT_PIXELS for pixels in areas)
-        text = draw.randint(10, 150) + empty
+        text, empty = (family.padded_text,) * 2 if family.padded_text else (draw.randint(10, 150) + empty, empty)
         sample = noise_sample(config, family, f"synthetic-{number}", grids, text, noise=noise)
         if config.data.caption_dropout:
             width, dtype = sample.prompt_embeds.shape[1], sample.prompt_embeds.dtype
@@ -69,22 +72,17 @@ def _gaussian(rows: int, columns: int, dtype: torch.dtype, noise: torch.Generato
     return torch.randn(rows, columns, generator=noise).to(dtype)
 
 
-def draw_sizes(config: Config, draw: random.Random, pixels_per_token: int, *, controls: int) -> tuple[Grid, ...]:
+def draw_sizes(config: Config, draw: random.Random, family: Family, *, controls: int) -> tuple[Grid, ...]:
     """Token grids of one target and its controls."""
-    rule = config.data.resize.target
+    rule, control_rule = config.data.resize.target, config.data.resize.control
     aspect = 2 ** draw.uniform(-1, 1)
-    pixels = rule.max_pixels * 2 ** draw.uniform(-2, 1)
-    target = target_size(
-        _size(pixels, aspect), max_pixels=rule.max_pixels, multiple_of=rule.multiple_of, upscale=rule.upscale
-    )
-    control_rule, sizes = config.data.resize.control, [target]
-    area = control_area(control_rule.area, target)
+    target = target_size(_size(rule.max_pixels * 2 ** draw.uniform(-2, 1), aspect), **rule.model_dump())
+    area, sources, aligned = control_area(control_rule.area, target), [], []
     for _ in range(controls):
         own = draw.random() < 0.5
-        same = control_rule.align == "always" or (control_rule.align == "auto" and not own)
-        resized = control_size(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect), area=area)
-        sizes.append(target if same else resized)
-    return tuple(token_grid(size, pixels_per_token) for size in sizes)
+        sources.append(_size(area, 2 ** draw.uniform(-1, 1) if own else aspect))
+        aligned.append(control_rule.align == "always" or (control_rule.align == "auto" and not own))
+    return family.grids(target, family.control_sizes(target, sources, stated_areas(config, family), aligned))
 
 
 def _size(pixels: float, aspect: float) -> Size:

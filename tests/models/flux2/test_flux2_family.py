@@ -1,7 +1,10 @@
 """What FLUX.2 has of its own: sizes of references, positions, the shift of training."""
 
 import inspect
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from mixres.diffusion.flow_matching import resolution_shift
 from mixres.errors import UserError
 from mixres.geometry import Size
-from mixres.models.flux2.family import Flux2Klein, image_ids, text_ids
+from mixres.models.family import ControlSizes
+from mixres.models.flux2.dev import Flux2Dev
+from mixres.models.flux2.family import Flux2Klein
 from mixres.models.registry import load_family
+from support.family_cases import EVERY_CASE, PROMPTS, FamilyCase
 
 FAMILY = Flux2Klein("")
 
@@ -38,8 +44,8 @@ def test_positions_are_those_of_the_stock_pipeline() -> None:
     grids = [(1, 4, 6), (1, 3, 3), (1, 5, 2)]
     target, *references = (torch.zeros(1, 1, rows, columns) for _, rows, columns in grids)
     stock = [Flux2KleinPipeline._prepare_latent_ids(target)[0], Flux2KleinPipeline._prepare_image_ids(references)[0]]
-    assert torch.equal(image_ids(grids), torch.cat(stock)) and image_ids(grids).dtype == torch.int64
-    assert torch.equal(text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
+    assert torch.equal(FAMILY.image_ids(grids), torch.cat(stock)) and FAMILY.image_ids(grids).dtype == torch.int64
+    assert torch.equal(FAMILY.text_ids(7), Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 7, 1))[0])
 
 
 @pytest.mark.parametrize("steps", [None, 4, 28])
@@ -55,22 +61,68 @@ def test_an_area_for_the_text_encoder_is_refused() -> None:
         FAMILY.control_areas(4096, 4096)
 
 
-def test_the_shape_of_the_stock_base_is_known_without_a_file() -> None:
-    family = load_family(None, Flux2Klein.stock_bases[0], synthetic=True)
+SHAPES = {Flux2Klein: (5, 20, 3.9, 7680), Flux2Dev: (8, 48, 32.2, 15360)}
+BOTH = pytest.mark.parametrize("kind", SHAPES)
+
+
+@BOTH
+def test_the_shape_of_the_stock_base_is_known_without_a_file(kind: type[Flux2Klein]) -> None:
+    family = load_family("flux2", kind.stock_bases[0], synthetic=True)
+    double, single, billions, text_width = SHAPES[kind]
     model = family.transformer_skeleton()
-    assert (len(model.transformer_blocks), len(model.single_transformer_blocks)) == (5, 20)
-    assert round(model.num_parameters() / 1e9, 1) == 3.9
-    assert family.token_widths() == (128, 7680) and family.pixels_per_token() == 16
+    assert type(family) is kind
+    assert (len(model.transformer_blocks), len(model.single_transformer_blocks)) == (double, single)
+    assert round(model.num_parameters() / 1e9, 1) == billions
+    assert family.token_widths() == (128, text_width) and family.pixels_per_token() == 16
 
 
-def test_every_preset_names_layers_that_there_are() -> None:
-    linear = [
-        name for name, module in load_family(None, Flux2Klein.stock_bases[0], synthetic=True)
-        .transformer_skeleton().named_modules() if isinstance(module, torch.nn.Linear)
-    ]  # fmt: skip
+@BOTH
+def test_every_preset_names_layers_that_there_are(kind: type[Flux2Klein]) -> None:
+    model = load_family(None, kind.stock_bases[0], synthetic=True).transformer_skeleton()
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
     def covered(patterns: tuple[str, ...]) -> list[str]:
         return [name for name in linear if any(name == p or name.endswith(f".{p}") for p in patterns)]
 
-    assert all(covered((pattern,)) for patterns in Flux2Klein.lora_presets.values() for pattern in patterns)
-    assert covered(Flux2Klein.lora_presets["all"]) == linear
+    assert all(covered((pattern,)) for patterns in kind.lora_presets.values() for pattern in patterns)
+    assert covered(kind.lora_presets["all"]) == linear
+
+
+def test_a_distilled_klein_is_named(tmp_path: Path) -> None:
+    for distilled in (True, False):
+        (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": distilled}), encoding="utf-8")
+        notice = Flux2Klein(str(tmp_path)).training_notice()
+        assert notice == (
+            f"{tmp_path} is distilled: train on its -base; the LoRA works on this one too" if distilled else None
+        )
+
+
+def test_devs_encoder_fingerprint_holds_how_its_text_encoder_attends(
+    base_of: Callable[[FamilyCase], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings of padding change with it, and those of words do not."""
+    family = Flux2Dev(str(base_of(EVERY_CASE["flux2_dev"])))
+    encoders = family.load_encoders(dtype=torch.float32, device="cpu")
+    assert family.encoding_environment() == encoders.text_encoder.config._attn_implementation
+    own = family.encode_prompt(encoders, controls=[], prompt=PROMPTS[0], sizes=ControlSizes()).tokens
+    encoders.text_encoder.set_attn_implementation("eager")
+    other = family.encode_prompt(encoders, controls=[], prompt=PROMPTS[0], sizes=ControlSizes()).tokens
+    difference = (other - own).abs().amax(1)
+    assert difference[0] > 0.1 and difference[-1] < 1e-6
+    before = family.encoder_fingerprint()
+    monkeypatch.setattr(Flux2Dev, "encoding_environment", lambda _: "eager")
+    assert family.encoder_fingerprint() != before
+
+
+def test_no_prompt_of_the_stated_length_is_cut(base_of: Callable[[FamilyCase], Path]) -> None:
+    for name in ("flux2_klein", "flux2_dev"):
+        family = EVERY_CASE[name].at(base_of(EVERY_CASE[name]))
+        prompt = "q" * family.max_prompt_tokens  # a token each
+        assert family.over_long([prompt]) == {} and len(family.over_long([f"{prompt}q"])[f"{prompt}q"][1]) == len(
+            prompt
+        )
+        encoders, sizes = family.load_encoders(dtype=torch.float32, device="cpu"), ControlSizes()
+        ends = [
+            family.encode_prompt(encoders, controls=[], prompt=f"{prompt[1:]}{c}", sizes=sizes).tokens for c in "qz"
+        ]
+        assert not torch.equal(*ends), name

@@ -6,7 +6,6 @@ any sides that are multiples of 16. Nothing is cropped.
 Legend: S image tokens, T text tokens, P channels of a token.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from mixres.batch import TextEmbeds
-from mixres.geometry import Grid, Size, control_area, control_size
+from mixres.geometry import Grid, Size, control_size
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
 from mixres.models.flux import layers
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution, patch_state
-from mixres.models.id_family import TEXT_TOKENS, IdFamily
+from mixres.models.id_family import TEXT_TOKENS, IdFamily, resized
 from mixres.models.stock_family import evaluating, no_control_areas
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of Kontext's reference
@@ -198,16 +197,6 @@ class Flux(FluxFamily):
         """See `no_control_areas`."""
         return no_control_areas(self.label, area, text_area, stock=STOCK_CONTROL_AREA)
 
-    def control_sizes(
-        self,
-        target: Size,
-        controls: Sequence[Size],
-        rules: Mapping[str, AreaRule] | None = None,
-        aligned: Sequence[bool] = (),
-    ) -> ControlSizes:
-        """See `Family`: none."""
-        return ControlSizes()
-
     def control_call(self, pipeline: Any, controls: Sequence[Image.Image], size: Size, sizes: ControlSizes) -> Any:
         """See `FluxFamily`."""
         assert not controls
@@ -226,33 +215,20 @@ class FluxKontext(FluxFamily):
     comfyui_controls: ClassVar[str | None] = "VAE Encode it for ReferenceLatent"
     sampling_guidance = 2.5
 
-    def control_sizes(
-        self,
-        target: Size,
-        controls: Sequence[Size],
-        rules: Mapping[str, AreaRule] | None = None,
-        aligned: Sequence[bool] = (),
-    ) -> ControlSizes:
-        """See `Family`. At the stock area one of the pipeline's own sizes, of the nearest aspect.
+    def control_size(self, source: Size, area: int) -> Size:
+        """See `IdFamily`. Of the stock area it is one of the pipeline's own sizes, of the nearest aspect.
 
         For other areas the pipeline has no sizes: so many pixels at the reference's own aspect, as near as whole
         tokens allow.
         """
-        area = control_area((rules or self.control_areas(STOCK_CONTROL_AREA, None))["control_area"], target)
-
-        def by_area(size: Size) -> Size:
-            if area == STOCK_CONTROL_AREA:
-                return preferred_size(size)
-            return control_size(size, area=area, multiple_of=_MULTIPLE_OF)
-
-        pairs = itertools.zip_longest(controls, aligned)
-        return ControlSizes(vae=tuple(target if same else by_area(size) for size, same in pairs))
+        if area == STOCK_CONTROL_AREA:
+            return preferred_size(source)
+        return control_size(source, area=area, multiple_of=_MULTIPLE_OF)
 
     def control_call(self, pipeline: Any, controls: Sequence[Image.Image], size: Size, sizes: ControlSizes) -> Any:
         """See `FluxFamily`. The reference as it was trained on; the pipeline would change target sizes to 1 MP too."""
-        pairs = zip(controls, sizes.vae, strict=True)
-        resized = [pipeline.image_processor.resize(image, wanted.height, wanted.width) for image, wanted in pairs]
-        return {"image": resized[0] if resized else None, "_auto_resize": False, "max_area": size.width * size.height}
+        image = next(iter(resized(pipeline, controls, sizes)), None)
+        return {"image": image, "_auto_resize": False, "max_area": size.width * size.height}
 
 
 def preferred_size(source: Size) -> Size:

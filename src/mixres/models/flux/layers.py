@@ -12,8 +12,9 @@ LORA_PRESETS = {
     "attention+mlp": (*ATTENTION, *_DOUBLE_MLP, "proj_mlp", _SINGLE_OUT),
     "all": (*ATTENTION, *_DOUBLE_MLP, "proj_mlp", *_MODULATIONS, *_ENDS),
 }
-# Modules with linear layers that are in no repeated block.
-QUANTIZE_EXCLUSIONS = ("time_text_embed", "x_embedder", "context_embedder", "norm_out", "proj_out")
+# Modules with linear layers that are in no repeated block. `proj_out` alone would name those of the single blocks
+# too, a seventh of all weights. torchao knows a layer by its weight; bitsandbytes does not, and quantises this one too.
+QUANTIZE_EXCLUSIONS = ("time_text_embed", "x_embedder", "context_embedder", "norm_out", "proj_out.weight")
 # ComfyUI looks up the names of diffusers behind this prefix, and slices of its fused layers for the queries, keys and
 # values; diffusers reads nothing behind `diffusion_model`. Source (facts, no code): Comfy-Org/ComfyUI, comfy/lora.py at
 # 17358c8f73b5 and comfy/utils.py at 09708ea.

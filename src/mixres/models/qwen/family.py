@@ -211,6 +211,7 @@ class QwenFamily(StockFamily):
         prompt: str,
         sizes: ControlSizes,
         mask: Image.Image | None = None,
+        text: TextEmbeds | None = None,
     ) -> Sample:
         """See `Family`. The mask becomes the foreground fraction of each target token, the mean over its area."""
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
@@ -218,7 +219,7 @@ class QwenFamily(StockFamily):
         images = [target, *self.vae_controls(encoders, controls, sizes)]
         pairs = zip(images, (target_size, *sizes.vae), strict=True)
         latents, grids = zip(*(self.encode_image(encoders, image, size) for image, size in pairs), strict=True)
-        text = self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
+        text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
         return Sample(
             name=name,
             target_latents=latents[0],

@@ -43,7 +43,6 @@ class QwenImage21(QwenFamily):
 
     name = "qwen_image_21"
     pipeline_class = QwenImage21Pipeline
-    licence = "Qwen RESEARCH LICENSE: for research and evaluation, not for commercial use"
     components = ("vae", "text_encoder", "processor")
     init_parts = ("processor",)
     transformer_class = QwenImage21Transformer2DModel
@@ -62,6 +61,10 @@ class QwenImage21(QwenFamily):
     def patch(self, transformer: Any) -> Any:
         """See `StockFamily`."""
         return patch_qwen21_model_for_multi_resolution(transformer)
+
+    def training_notice(self) -> str | None:
+        """See `Family`: the licence of the weights."""
+        return f"{self.path}: weights under the Qwen RESEARCH LICENSE, for research, not for commercial use"
 
     def own_parts(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
         """The processor."""

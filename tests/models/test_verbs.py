@@ -1,8 +1,7 @@
-"""Families beside the first through every verb of the command line, in this process."""
+"""Families other than those of the first Qwen-Image through every verb of the command line, in this process."""
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from mixres.cli import main
-from support.family_cases import EVERY_CASE
+from mixres.models.lora_file import FILE_NAME
+from support.family_cases import EVERY_CASE, FamilyCase
 
-NAMES = ("flux2_klein", "qwen_image_21")
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_klein", "flux_kontext", "qwen_image_21")}
 
 
 def command(*words: str | Path) -> int:
@@ -22,12 +22,15 @@ def command(*words: str | Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_family_goes_through_every_verb(
-    name: str, base_of: Callable[[Any], Path], pairs_of: Callable[[Any], Path], small_run: Path, tmp_path: Path
+    case: FamilyCase,
+    base_of: Callable[[Any], Path],
+    pairs_of: Callable[[Any], Path],
+    small_run: Path,
+    tmp_path: Path,
 ) -> None:
-    case = replace(EVERY_CASE[name], controls=(1, 3, 2))  # a folder has a control for each target
     base, pairs, run = base_of(case), pairs_of(case), tmp_path / "run"
     config = (
         "--config", small_run, f"model.pretrained_model_name_or_path={base}", f"data.train={pairs / 'train'}",
@@ -35,10 +38,14 @@ def test_a_family_goes_through_every_verb(
         *case.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
         "model.lora.target_modules=attention+mlp",
     )  # fmt: skip
-    for verb in ("cache", "inspect", "train", "verify", "bench"):
-        assert command(verb, *config) == 0, verb
-    assert command("bench", *config, "--synthetic") == 0
+    for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
+        assert command(*verb, *config) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
+
+    cut = (*config, f"logging.output_dir={tmp_path / 'cut'}", "checkpoint.every=1")
+    for steps in (1, 2):
+        assert command("train", *cut, f"train.max_train_steps={steps}") == 0
+    assert (tmp_path / "cut" / FILE_NAME).read_bytes() == (run / FILE_NAME).read_bytes(), "a resumed run"
 
     image = min((pairs / "held_out" / "control_images").iterdir())
     call = ("--image", image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
