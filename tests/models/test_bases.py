@@ -72,6 +72,11 @@ def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
         ("other.json", "{}", r"has no model_index\.json"),
         ("model_index.json", "{", r"model_index\.json cannot be read"),
         ("model_index.json", '{"_class_name": "SanaPipeline"}', rf"SanaPipeline.*; supported: {SUPPORTED}$"),
+        (
+            "model_index.json",
+            '{"_class_name": "QwenImageLayeredPipeline"}',
+            rf"a sample has several target images there, and one here; supported: {SUPPORTED}$",
+        ),
         ("model_index.json", '{"_class_name": ["module", "Class"]}', rf"'Class'.*; supported: {SUPPORTED}$"),
         ("model_index.json", "{}", rf"None.*; supported: {SUPPORTED}$"),
         ("model_index.json", "[]", r"model_index\.json cannot be read \(it holds no JSON object"),

@@ -26,6 +26,10 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
+# Pipelines of transformers that are supported otherwise, and what keeps them out.
+_NOT_SUPPORTED = {"QwenImageLayeredPipeline": ": a sample has several target images there, and one here"}
+
+
 def load_family(name: str | None, path: str, *, revision: str | None = None, synthetic: bool = False) -> Family:
     """The family of the pipeline at `path`; `name` (`model.family`) must agree with it where given.
 
@@ -45,7 +49,8 @@ def load_family(name: str | None, path: str, *, revision: str | None = None, syn
         family = FAMILIES.get(pipeline_class)
     if family is None:
         supported = ", ".join(FAMILIES)
-        raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported; supported: {supported}")
+        why = _NOT_SUPPORTED.get(str(pipeline_class), "")
+        raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported{why}; supported: {supported}")
     if name not in (None, family.name):
         raise UserError(
             f"model.family: {name!r} does not fit {path!r}, a {family.pipeline_class.__name__}: "
