@@ -319,7 +319,8 @@ class Qwen21Case(FamilyCase):
         return patch_qwen21_model_for_multi_resolution(transformer)
 
     def overrides(self) -> list[str]:
-        return [*super().overrides(), "data.resize.target.multiple_of=32"]
+        # A process without mixres resizes by area alone.
+        return [*super().overrides(), "data.resize.target.multiple_of=32", "data.resize.control.align=never"]
 
 
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
