@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,22 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text("model: {pretrained_model_name_or_path: base}\ndata: {train: pairs}\n", encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize("own", [None, *cli.ALLOCATOR_SETTINGS])
+def test_segments_of_cuda_memory_grow_unless_the_user_has_set_the_allocator(
+    own: str | None, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cli.ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(trainer, "train", lambda config: seen.update(os.environ))
+    assert cli.main(["--config", str(config)]) == 0
+    found = {name: seen[name] for name in cli.ALLOCATOR_SETTINGS if name in seen}
+    assert found == ({own: "max_split_size_mb:128"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export")

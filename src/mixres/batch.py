@@ -7,7 +7,7 @@ Legend: B sample, S image token (target first, then controls), V valid target to
 P packed channel (4 x latent channels), D text width, W width of a pooled prompt.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Self
 
@@ -87,9 +87,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which copies to CUDA wait for nothing."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, act: Callable[[Tensor], Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        acted: dict[str, Any] = {name: act(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **acted)
 
 
 @dataclass(frozen=True)

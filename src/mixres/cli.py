@@ -37,6 +37,8 @@ WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
     "quickstart": "mixres.quickstart.results:show_results",
 }
 _VALUED = ("--config", "--ranks")  # before a verb, the word after them is their value
+# Torch's settings of the allocator on CUDA, the older name last.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -138,6 +140,8 @@ def _add_sample_options(parser: _Parser) -> None:
     parser.add_argument("--compare", action="store_true", help="also without what was trained, both side by side")
     option("--base", metavar="PATH", help="the base, if it has moved since the run")
     option("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)")
+    offload = "diffusers' model CPU offload: transformer and VAE are on the device in turn, else in host memory"
+    parser.add_argument("--offload", action="store_true", help=offload)
     option("--dtype", metavar="NAME", help="bfloat16 or float32 (float32 on a CPU)")
     option("--quantize", metavar="NAME", help="null, int8, fp8, nf4 or bnb_int8: the base under a LoRA (as trained)")
 
@@ -180,6 +184,9 @@ def _run(argv: Sequence[str]) -> None:
         if file:
             _record_refusal(UserError(problems), verb, Path(file), words)
         raise UserError(problems)
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        # Before torch is imported. Each microbatch has other shapes: fixed segments of memory would fragment.
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     from mixres.training.run_folder import end_with_launcher
 
     end_with_launcher()  # before the seconds that torch takes to be imported: a launcher may be killed in them

@@ -231,6 +231,30 @@ def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, expected: 
     assert problems(tmp_path, REQUIRED, override) == (expected,)
 
 
+IDLE = {  # set, and the notice without and with an edit mask among the samples
+    ("flow.logit_mean=0.5", "data.mask_weight.background=0.1"): (
+        ["data.mask_weight.background (no sample has a mask)"], [],
+    ),
+    ("flow.density=uniform", "flow.logit_std=2.0", "flow.mode_scale=1.29"): (
+        ["flow.logit_std (flow.density is uniform)"], ["flow.logit_std (flow.density is uniform)"],
+    ),
+    ("flow.density=mode", "flow.mode_scale=1.0", "flow.shift_value=2.0"): (
+        ["flow.shift_value (flow.shift is resolution)"], ["flow.shift_value (flow.shift is resolution)"],
+    ),
+    ("flow.shift=constant", "flow.shift_value=2.0"): ([], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "notices"), IDLE.items(), ids=[words[0] for words in IDLE])
+def test_keys_that_change_nothing_are_named(
+    tmp_path: Path, overrides: tuple[str, ...], notices: tuple[list[str], list[str]]
+) -> None:
+    """They are not refused: what idles today may be what an override of tomorrow needs."""
+    (tmp_path / "config.yaml").write_text(REQUIRED)
+    config = load_config(tmp_path / "config.yaml", overrides)
+    assert tuple(config.idle_keys(masks=masks) for masks in (False, True)) == notices
+
+
 @pytest.mark.parametrize("name", ["absent.yaml", "."])
 def test_an_unknown_section_is_listed_beside_an_unreadable_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -300,6 +324,11 @@ CLASHES = {
     "compiled blocks cannot be split: use ddp, or set false": (*PADDED, "train.parallel=fsdp2"),
     "quantised layers cannot be compiled: set one to its default": (*PADDED, "model.quantize=int8"),
     "DoRA layers cannot be compiled: set one to false": (*PADDED, "model.lora.use_dora=true"),
+    "offloading recomputes all blocks: set true": ("train.offload.blocks=2", "train.gradient_checkpointing=2"),
+    "compiled blocks cannot be offloaded: set one to its default": (*PADDED, "train.offload.activations=true"),
+    "split blocks cannot be offloaded: use ddp, or offload none": ("train.offload.blocks=2", "train.parallel=fsdp2"),
+    "only what is frozen is swapped: train a LoRA, or set null": ("train.offload.blocks=2", "model.lora=null"),
+    "cannot be swapped: use int8, fp8 or null": ("train.offload.blocks=2", "model.quantize=nf4"),
     "one of them must be above 0": ("data.mask_weight.foreground=0", "data.mask_weight.background=0"),
 }  # fmt: skip
 

@@ -47,6 +47,7 @@ PUBLIC = {
     ],
     "mixres.models.flux2_multi_resolution_patch": ["patch_flux2_model_for_multi_resolution"],
     "mixres.models.flux_multi_resolution_patch": ["patch_flux_model_for_multi_resolution"],
+    "mixres.models.z_image_multi_resolution_patch": ["patch_z_image_model_for_multi_resolution"],
     "mixres.batch": ["extract_batch_field", "image_shapes_from_embeddings"],
 }
 VERBS = {
@@ -57,7 +58,7 @@ VERBS = {
     "bench": ["--config", "--synthetic"],
     "sample": [
         *("--lora", "--image", "--prompt", "--prompts", "--out", "--size", "--steps", "--seed", "--guidance"),
-        *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize"),
+        *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),
     ],
     "export": ["--format", "--merge", "--out", "--base"],
 }

@@ -105,6 +105,21 @@ def test_any_start_gives_the_tail_with_any_workers_and_leaves_the_global_generat
     assert states() == before
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_batch_takes_shared_memory(cache: Cache, workers: int) -> None:
+    """Torch waits without end for a batch that did not fit there; a container has 64 MB of it."""
+    for batch in loader(cache, workers=workers):
+        values = [getattr(batch, field.name) for field in fields(Batch)]
+        assert not any(value.is_shared() for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_lie_in_page_locked_memory(cache: Cache, workers: int) -> None:
+    for batch in loader(cache, workers=workers):
+        assert batch.latents.is_pinned() and batch.prompt_embeds.is_pinned()
+
+
 def corrupt(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -20,8 +20,10 @@ from mixres.data.plan import (
     StepPlan,
     caption_dropped,
     computed_tokens,
+    computed_work,
     rounded,
     rounding_of,
+    work,
 )
 from mixres.errors import UserError
 
@@ -197,9 +199,20 @@ def test_one_padded_microbatch_is_split_where_padding_costs_more(made: list[Leng
 @given(plans(max_samples=60))
 def test_the_ranks_loads_differ_by_no_more_than_one_microbatch(arguments: dict[str, Any]) -> None:
     for step in epoch_of(make_plan(arguments, samples_per_step=60)):
-        costs = [[computed_tokens(members_of(arguments, m), arguments["layout"]) for m in rank] for rank in step.ranks]
+        costs = [[computed_work(members_of(arguments, m), arguments["layout"]) for m in rank] for rank in step.ranks]
         loads = [sum(rank) for rank in costs]
         assert max(loads) - min(loads) <= max(itertools.chain(*costs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_long_sample_weighs_more_than_as_many_tokens_of_short_ones(layout: Layout) -> None:
+    """Attention: a sample of 16,384 tokens computes what 22 of 1,365 (30,947 tokens' worth), not what 12 of them do."""
+    made = [Lengths(341, 1024, 1024)] * 44 + [Lengths(4096, 12288, 12288)] * 2
+    step = make_plan({"lengths": made, "max_tokens": 10**6, "layout": layout, "world_size": 4}).step(0)
+    loads = [sum(computed_work([made[i] for i in m.indices], layout) for m in rank) for rank in step.ranks]
+    assert work(16384) == 30947 and max(loads) < 1.05 * sum(loads) / 4
+    (one,) = make_plan({"lengths": made, "max_tokens": 10**6, "layout": "packed", "world_size": 1}).step(0).ranks
+    assert len(one) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,6 +13,7 @@ from mixres.config.load import load_config
 from mixres.geometry import Grid
 from mixres.inspection import memory
 from mixres.inspection.memory import MemoryEstimate, bytes_of, optimizer_bytes
+from mixres.models.blocks import repeated_blocks
 from mixres.models.lora import fill_adapters
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
@@ -135,6 +136,24 @@ def test_memory_adds_up(small_run: Path) -> None:
     assert half["activations"] == plain["activations"]
     assert estimate_of(small_run, ranks=2).memory(microbatch)["weights"] == plain["weights"]
     assert min(estimate.token_bytes()) > 20 * 4 * 32
+
+
+def test_what_waits_in_host_memory_is_not_on_the_device(small_run: Path) -> None:
+    """Of two equal blocks one is left; what is kept of a forward pass is what is not moved."""
+    microbatch = [((Grid(1, 20, 30), Grid(1, 20, 30)), 100)]
+    words, offload = ("train.gradient_checkpointing=true", *BF16), "train.offload={blocks: 1, activations: true}"
+    plain, offloaded = estimate_of(small_run, *words), estimate_of(small_run, *words, offload)
+    before, after = plain.figures(microbatch), offloaded.figures(microbatch)
+    counts = [estimate.count(estimate.batch(microbatch), True) for estimate in (plain, offloaded)]
+    block = repeated_blocks(offloaded._model)[0]
+    waiting = after["host_bytes"] - counts[1].host
+    assert waiting == 2 * 2 * sum(p.numel() for p in block.parameters() if p.dim() == 2 and not p.requires_grad)
+    assert 2 * (before["bytes"]["weights"] - after["bytes"]["weights"]) == waiting
+    assert before["bytes"]["gradients"] == after["bytes"]["gradients"]
+    assert before["bytes"]["total"] - after["bytes"]["total"] > waiting / 2
+    assert counts[1].kept + counts[1].host == pytest.approx(counts[0].kept, rel=0.02)
+    assert counts[1].kept < counts[0].kept / 2
+    assert before["host_bytes"] == 0
 
 
 OPTIMIZERS = {

@@ -19,7 +19,7 @@ KEY = r"^model\.pretrained_model_name_or_path: "
 SUPPORTED = (
     "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImage21Pipeline, Flux2KleinPipeline"
 )
-SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline"
+SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline, ZImagePipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
     "text_encoder": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings, strategies as st
 from support import mixes
 from support.kinds import KINDS, Kind
 
-QWEN, OTHERS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux", "qwen21")
+QWEN, OTHERS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux", "qwen21", "z_image")
 VARIANTS = ("flux2 without guidance", "flux without guidance", "qwen21 without causal_condition")
 WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *OTHERS)], ids=("qwen", *OTHERS))
 CASES = [

@@ -88,8 +88,8 @@ def transformer_arguments(
     """What the stock pipeline hands to its transformer at step 0."""
     captured: dict[str, Any] = {}
 
-    def keep(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.update(kwargs)
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.update(case.seen(args, kwargs))
         raise _CapturedError
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
@@ -191,7 +191,7 @@ def test_a_predicted_velocity_is_that_of_the_stock_call(
     batch = batch_of([sample], case.exact)
     latents = torch.cat([noise, *sample.control_latents]).float().reshape(batch.latents.shape)
     with torch.no_grad():
-        expected = case.target_of(stock.transformer(**seen)[0], tokens)
+        expected = case.target_of(case.stock_velocity(stock.transformer, seen), tokens)
         velocity = case.at("").predict_velocity(transformer, batch, latents, torch.ones(1), seen.get("guidance"))
     assert velocity.dtype == stock.vae.dtype
     assert (velocity.flatten(0, 1)[:tokens] - expected).norm() <= 1e-6 * expected.norm()

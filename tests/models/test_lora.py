@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixres.errors import UserError
 from mixres.models.lora import add_lora, check_pretrained, check_targets, expanded, train_all, trainable_parameters
@@ -17,6 +19,7 @@ from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import ATTENTION, LORA_PRESETS, untrained_modules
 from support import mixes
 from support.lora_files import add_noise
+from support.steps import with_adapters
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
@@ -32,6 +35,42 @@ def with_table(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -
 @pytest.fixture(scope="module")
 def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
     return QwenImageEdit(str(tiny_base)).transformer_skeleton()
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_autocast_casts_the_inputs_of_adapters_and_nobody_before_it(changes: dict[str, Any]) -> None:
+    """The same bits as with peft's casts to float32, and fewer copies; DoRA and calls without autocast keep them."""
+    model = with_adapters(mixes.patched_model().to(torch.bfloat16), **changes)
+    mix = mixes.random_mix(3).to("cpu", torch.bfloat16)
+
+    def run() -> tuple[list[torch.Tensor], list[torch.Tensor | None], int]:
+        with torch.autocast("cpu", torch.bfloat16), CountedCasts() as casts:
+            outputs = mixes.forward_packed(model, mix)
+        sum(output.float().square().sum() for output in outputs).backward()
+        gradients = [parameter.grad for parameter in trainable_parameters(model).values()]
+        model.zero_grad(set_to_none=True)
+        return outputs, gradients, casts.count
+
+    own = run()
+    assert torch.isfinite(model(**mixes.padded_call(mix))[0]).all(), "without autocast"
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = True
+    cast = run()
+    for one, other in zip((*own[0], *own[1]), (*cast[0], *cast[1]), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert (own[2] < cast[2]) != bool(changes)
+
+
+class CountedCasts(TorchDispatchMode):
+    """Counts casts to float32."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = (kwargs or {}).get("dtype") == torch.float32
+        self.count += func is torch.ops.aten._to_copy.default and wide
+        return func(*args, **(kwargs or {}))
 
 
 HINTS = {

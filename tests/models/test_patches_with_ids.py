@@ -1,6 +1,6 @@
 """The patches of FLUX.2 and FLUX.1: what stays stock, what a mixed call computes, what is refused, nothing is left.
 
-What holds of every patch is tested on that of Qwen-Image-2.1 too.
+What holds of every patch is tested on those of Qwen-Image-2.1 and Z-Image too.
 """
 
 import copy
@@ -23,15 +23,16 @@ from peft import LoraConfig
 
 from mixres.models import position_ids
 from mixres.models.attention import JointRotary
-from mixres.models.blocks import compile_blocks, repeated_blocks
+from mixres.models.blocks import compile_blocks
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
+from mixres.models.z_image.packed import HELPERS
 from support import mixes
 from support.host_reads import HostReads
 from support.kinds import KINDS, IdKind, Kind
 
 NAMES = ("flux2", "flux")
-EVERY = (*NAMES, "qwen21")
+EVERY = (*NAMES, "qwen21", "z_image")
 EQUAL = mixes.make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
 
 
@@ -47,6 +48,19 @@ def any_kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
+# Stock calls of Qwen-Image-2.1 are tested with its patch. Z-Image pads by itself.
+BUT_QWEN21 = pytest.mark.parametrize("any_kind", [*NAMES, "z_image"], indirect=True)
+BUT_Z_IMAGE = pytest.mark.parametrize("any_kind", [*NAMES, "qwen21"], indirect=True)
+
+
+def stock_calls(kind: Kind) -> list[dict[str, Any]]:
+    """Batches that the stock model takes."""
+    if not isinstance(kind, IdKind):
+        return [kind.padded_call(mixes.random_mix(5))]
+    call = equal_call(kind)
+    return [call, call | {name: call[name].expand(3, -1, -1) for name in ("img_ids", "txt_ids")}]
+
+
 def equal_call(kind: IdKind) -> dict[str, Any]:
     """The stock call of a batch of equal sizes."""
     call = kind.padded_call(EQUAL)
@@ -58,31 +72,37 @@ def assert_nothing_left(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         assert getattr(module, "packed_runs", None) is None and getattr(module, "token_rows", None) is None, name
         assert not getattr(module, "packed_in_blocks", False), name
+        assert vars(module).keys().isdisjoint(HELPERS), "no method is shadowed"
         if isinstance(module, torch.nn.Linear):
             assert len(module._forward_hooks) <= 1, "hooks do not pile up"
 
 
+@BUT_QWEN21
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(kind: IdKind, checkpointing: bool) -> None:
+def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(any_kind: Kind, checkpointing: bool) -> None:
     """Before and after mixed calls, forward and gradient, by name and by position, with ids of either rank."""
-    stock, patched, mix = kind.stock(adapters=True), kind.patched(adapters=True), mixes.random_mix(2)
+    kind, mix = any_kind, mixes.random_mix(2)
+    stock, patched = kind.stock(adapters=True), kind.patched(adapters=True)
     if checkpointing:
         stock.enable_gradient_checkpointing(), patched.enable_gradient_checkpointing()
-    call = equal_call(kind)
-    of_rank_3 = call | {name: call[name].expand(3, -1, -1) for name in ("img_ids", "txt_ids")}
+    calls = stock_calls(kind)
     for _ in range(2):
-        for arguments in (call, of_rank_3):
-            pair = [(model, model(**arguments)[0]) for model in (stock, patched)]
-            results = [mixes.backward(model, [out], out.square().mean()) for model, out in pair]
+        for call in calls:
+            pair = [(model, list(model(**call)[0])) for model in (stock, patched)]
+            values = [torch.stack([x.square().mean() for x in outputs]).sum() for _, outputs in pair]
+            results = [mixes.backward(*both, value) for both, value in zip(pair, values, strict=True)]
             mixes.assert_identical(results[1], results[0])
         for layout in mixes.LAYOUTS:
             kind.run(patched, mix, layout)
-    first = position_ids.argument_names(type(stock).forward)[:3]
+    first, call = position_ids.argument_names(type(stock).forward)[:3], calls[0]
     positional, rest = [call[name] for name in first], {name: x for name, x in call.items() if name not in first}
-    assert torch.equal(patched(*positional, **rest)[0], stock(*positional, **rest)[0])
+    found, expected = (model(*positional, **rest)[0] for model in (patched, stock))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_one_packed_sample_is_the_stock_one_bit_for_bit(kind: IdKind) -> None:
+@BUT_QWEN21
+def test_one_packed_sample_is_the_stock_one_bit_for_bit(any_kind: Kind) -> None:
+    kind = any_kind
     mix = mixes.make_mix([[(1, 5, 7), (1, 3, 3)]], [8])
     expected = kind.run(kind.stock(adapters=True), mix, "alone")
     for layout in mixes.LAYOUTS:
@@ -93,11 +113,9 @@ def test_a_patched_model_is_still_the_stock_model(any_kind: Kind, tmp_path: Path
     kind = any_kind
     stock, patched = kind.stock(), kind.stock()
     assert kind.patch(patched) is patched
-    parts = [(id(block.attn.processor), len(block._forward_hooks)) for block in repeated_blocks(patched)]
-    hooks = len(patched._forward_pre_hooks), len(patched._forward_hooks)
+    parts = hooks_and_processors(patched)
     kind.patch(patched)
-    assert parts == [(id(block.attn.processor), len(block._forward_hooks)) for block in repeated_blocks(patched)]
-    assert hooks == (len(patched._forward_pre_hooks), len(patched._forward_hooks))
+    assert parts == hooks_and_processors(patched)
     expected, found = stock.state_dict(), patched.state_dict()
     assert list(expected) == list(found) and all(torch.equal(expected[k], found[k]) for k in expected)
     mix = kind.mix("random 5")
@@ -110,6 +128,14 @@ def test_a_patched_model_is_still_the_stock_model(any_kind: Kind, tmp_path: Path
     mixes.assert_identical(kind.run(copied, mix, "packed"), result)
 
 
+def hooks_and_processors(model: Any) -> list[Any]:
+    return [
+        (len(module._forward_pre_hooks), len(module._forward_hooks), id(getattr(module, "processor", None)))
+        for module in model.modules()
+    ]
+
+
+@BUT_Z_IMAGE
 def test_the_attention_backend_is_kept_and_reaches_the_processors(any_kind: Kind) -> None:
     kind = any_kind
     before, after = kind.stock(), kind.patched()
@@ -121,6 +147,7 @@ def test_the_attention_backend_is_kept_and_reaches_the_processors(any_kind: Kind
         after(**kind.padded_call(kind.mix("random 3")))
 
 
+@BUT_Z_IMAGE
 @pytest.mark.parametrize("extra", [0, 5])
 def test_junk_in_padded_slots_changes_nothing(any_kind: Kind, extra: int) -> None:
     """In latents, text and ids alike."""
@@ -301,13 +328,14 @@ def test_what_the_patches_do_not_know_is_refused_by_name() -> None:
             patch(other)
 
 
-PLACES = ("context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn")
+PARTS = {
+    **dict.fromkeys(NAMES, ("context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn")),
+    "qwen21": ("txt_in", "transformer_blocks.1.img_mlp"),
+    "z_image": ("cap_embedder", "noise_refiner.0.feed_forward", "layers.1.attention", "all_final_layer.2-1.linear"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "where"),
-    [*itertools.product(NAMES, PLACES), *(("qwen21", part) for part in ("txt_in", "transformer_blocks.1.img_mlp"))],
-)
+@pytest.mark.parametrize(("name", "where"), [(name, part) for name in PARTS for part in PARTS[name]])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_left_behind_by_a_call_that_fails(name: str, where: str, checkpointing: bool) -> None:
     kind = KINDS[name]

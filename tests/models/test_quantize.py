@@ -12,6 +12,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from mixres.errors import UserError
+from mixres.models import quantize
+from mixres.models.block_swap import BlockSwap
 from mixres.models.blocks import recompute_blocks
 from mixres.models.lora import trainable_parameters
 from mixres.models.quantize import Method, check_method, quantization_config
@@ -53,9 +55,11 @@ def test_a_quantised_batch_trains_as_quantised_samples_alone(
         kind = {"zero_cond_t": zero_cond_t, "use_dora": use_dora}
         alone = mixes.run(load(method, device, **kind), mix, "alone")
         patched = patch_qwen_model_for_multi_resolution(load(method, device, **kind))
-        for checkpointing in (False, True):
-            if checkpointing:
+        for change in ("none", "recomputed", *(["swapped"] if method in ANYWHERE else [])):
+            if change == "recomputed":
                 recompute_blocks(patched, every=1)
+            elif change == "swapped":
+                BlockSwap(patched, keep=1, device=torch.device(device))
             for layout in mixes.LAYOUTS:
                 mixes.assert_same(mixes.run(patched, mix, layout), alone, forward=1e-5)
         assert any(gradient is not None for gradient in alone.gradients.values())
@@ -77,6 +81,13 @@ def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(
         weight: Any = model.transformer_blocks[0].img_mlp.net[2].base_layer.weight
         assert weight.qdata.nbytes == weight.numel()
         assert weight.scale.nbytes == 4 * weight.shape[0]
+
+
+def test_no_token_of_another_sample_chooses_the_columns_of_bnb_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8() takes outlier columns from all tokens of a call; a threshold of 0 has none."""
+    monkeypatch.setattr(quantize, "check_method", lambda *arguments: None)
+    config = quantization_config("bnb_int8", QUANTIZE_EXCLUSIONS, dtype=torch.bfloat16, device="cuda")
+    assert (config.load_in_8bit, config.llm_int8_threshold) == (True, 0.0)
 
 
 @pytest.mark.parametrize("method", ["nf4", "bnb_int8"])

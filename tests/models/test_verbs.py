@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors import safe_open
 
 from mixres.cli import main
 from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_klein", "flux_kontext", "qwen_image_21")}
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_dev", "flux_kontext", "qwen_image_21", "z_image")}
 
 
 def command(*words: str | Path) -> int:
@@ -38,8 +40,10 @@ def test_a_family_goes_through_every_verb(
         *case.overrides(), "data.caption_dropout=0.3", "train.max_train_steps=2", "sample.every=2",
         "model.lora.target_modules=attention+mlp",
     )  # fmt: skip
+    areas = ["data.resize.control.area=4096"] if case.areas else []
+    tiny = ("batch.samples_per_step=1", "data.resize.target.max_pixels=4096", *areas)
     for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
-        assert command(*verb, *config) == 0, verb
+        assert command(*verb, *config, *(tiny if "bench" in verb else ())) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
 
     cut = (*config, f"logging.output_dir={tmp_path / 'cut'}", "checkpoint.every=1")
@@ -47,14 +51,20 @@ def test_a_family_goes_through_every_verb(
         assert command("train", *cut, f"train.max_train_steps={steps}") == 0
     assert (tmp_path / "cut" / FILE_NAME).read_bytes() == (run / FILE_NAME).read_bytes(), "a resumed run"
 
-    image = min((pairs / "held_out" / "control_images").iterdir())
-    call = ("--image", image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
+    image = ("--image", min((pairs / "held_out" / "control_images").iterdir())) if max(case.controls) else ()
+    call = (*image, "--prompt", "swap red and blue", "--size", "64x64", "--steps", "2")
     assert command("sample", "--lora", run, *call, "--out", tmp_path / "out") == 0
-    assert [file.suffix for file in (tmp_path / "out").iterdir()] == [".png"]
+    (made,) = (tmp_path / "out").iterdir()
+    embedded = case.at(base).embedded_guidance()
+    with Image.open(made) as image_file:
+        guidance = json.loads(image_file.info["mixres"])["guidance"]
+    assert guidance == (embedded.sampling if embedded else 1.0)
+    assert command("sample", "--lora", run, *call, "--negative-prompt", "red", "--out", tmp_path / "out") == 2
     for name in ("diffusers", "comfyui"):
         file = tmp_path / f"{name}.safetensors"
         assert command("export", run, "--format", name, "--out", file) == 0
         prefix = case.at("").comfyui_prefix if name == "comfyui" else "transformer"
         with safe_open(file, "pt") as opened:
             assert all(key.startswith(f"{prefix}.") for key in opened.keys())  # noqa: SIM118
+        case.load_stock(base, torch.float32).load_lora_weights(file)
     assert command("export", run, "--format", "diffusers", "--merge", "--out", tmp_path / "merged") == 0

@@ -35,12 +35,12 @@ def words(caching: Caching, base_of: Callable[[object], Path]) -> list[str]:
     return [f"model.pretrained_model_name_or_path={base_of(CASE)}", *CASE.overrides()]
 
 
-def entries(caching: Caching) -> dict[str, tuple[int, set[str]]]:
-    """The inode and the tensors of each file."""
+def entries(caching: Caching) -> dict[str, tuple[int, int, set[str]]]:
+    """The inode, which a new file may take over, the time of writing and the tensors of each file."""
     found = {}
     for path in caching.cache.glob("??/*.safetensors"):
         with safe_open(path, "pt") as file:
-            found[path.stem] = path.stat().st_ino, set(file.keys())
+            found[path.stem] = path.stat().st_ino, path.stat().st_mtime_ns, set(file.keys())
     return found
 
 
@@ -51,9 +51,9 @@ def verify(caching: Caching, words: list[str]) -> tuple[int, str]:
 
 def test_each_prompt_is_stored_once_and_read_as_it_was_encoded(caching: Caching, words: list[str]) -> None:
     assert caching(*words) == (4 + 2, 0) and caching(*words) == (0, 4 + 2)
-    prompts = [key for key, (_, tensors) in entries(caching).items() if tensors == {"prompt_embeds"}]
+    prompts = [key for key, (*_, tensors) in entries(caching).items() if tensors == {"prompt_embeds"}]
     assert len(prompts) == 2
-    assert all("prompt_embeds" not in tensors for key, (_, tensors) in entries(caching).items() if key not in prompts)
+    assert all("prompt_embeds" not in tensors for key, (*_, tensors) in entries(caching).items() if key not in prompts)
     # With caption dropout the empty prompt is one more.
     assert caching(*words, "data.caption_dropout=0.5") == (3 + 1, 1 + 2)
     config, family = with_family(caching.config(*words, "data.caption_dropout=0.5"))

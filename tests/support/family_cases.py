@@ -17,6 +17,7 @@ from diffusers import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
+    ZImagePipeline,
 )
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
@@ -30,7 +31,7 @@ from transformers import AutoTokenizer, Qwen3VLProcessor
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.data.plan import Layout
-from mixres.geometry import Size
+from mixres.geometry import Size, pack_latents
 from mixres.models.family import ControlSizes, Family
 from mixres.models.qwen.processor import load_processor
 from mixres.models.qwen21_multi_resolution_patch import patch_qwen21_model_for_multi_resolution
@@ -41,6 +42,7 @@ from support.tiny_flux import write_tiny_flux
 from support.tiny_flux2 import write_tiny_flux2
 from support.tiny_pipeline import write_tiny_pipeline
 from support.tiny_qwen21 import write_tiny_qwen21
+from support.tiny_z_image import write_tiny_z_image
 
 PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
 
@@ -138,6 +140,15 @@ class FamilyCase:
         latents = pipeline._encode_vae_image(pixels.to(stock.vae.dtype), generator=None)
         packed: Tensor = pipeline._pack_latents(latents, 1, 16, *latents.shape[3:])[0]
         return packed
+
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the stock transformer is handed, by names that all families share."""
+        return kwargs
+
+    def stock_velocity(self, transformer: Any, seen: dict[str, Any]) -> Tensor:
+        """`(1, ...)` of the stock transformer for what it was handed."""
+        velocity: Tensor = transformer(**seen)[0]
+        return velocity
 
     def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
         """What the stock transformer is handed of positions, masks and text is what the sample holds."""
@@ -260,13 +271,45 @@ class FluxCase(Flux2Case):
         return [*(super().overrides() if self.areas else FamilyCase.overrides(self)), "batch.max_tokens=2048"]
 
     def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
-        """By Kontext's methods; the text-to-image pipeline, on the same VAE, has no encoding of its own."""
-        parts = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-        kontext = FluxKontextPipeline(vae=stock.vae, transformer=None, **parts)
-        pixels = kontext.image_processor.preprocess(image, size.height, size.width).to(stock.vae.dtype)
-        latents = kontext._encode_vae_image(pixels, generator=None)
-        packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
-        return packed
+        return _kontext_latents(stock, image, size)
+
+
+class ZImageCase(FamilyCase):
+    """Z-Image takes lists, as positional arguments; the time of its transformer runs from noise to image."""
+
+    def write(self, folder: Path) -> None:
+        write_tiny_z_image(folder, PROMPTS)
+
+    def guided(self, prompt: str, negative: str, embeds: TextEmbeds) -> dict[str, Any]:
+        return {"prompt": prompt, "negative_prompt": negative, "guidance_scale": 4.0}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 0.0}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        return _kontext_latents(stock, image, size)
+
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        (image,), _, (text,) = args
+        return {"hidden_states": pack_latents(image)[None], "encoder_hidden_states": text[None], "lists": args}
+
+    def stock_velocity(self, transformer: Any, seen: dict[str, Any]) -> Tensor:
+        return -pack_latents(transformer(*seen["lists"], return_dict=False)[0][0])[None]
+
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
+        (image,), _, (text,) = seen["lists"]
+        assert torch.equal(sample.prompt_embeds, text)
+        assert [2 * side for side in sample.img_shapes[0][1:]] == list(image.shape[2:])
+
+
+def _kontext_latents(stock: Any, image: Image.Image, size: Size) -> Tensor:
+    """By Kontext's methods; pipelines of text to image, on a VAE of this class, have no encoding of their own."""
+    parts = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    kontext = FluxKontextPipeline(vae=stock.vae, transformer=None, **parts)
+    pixels = kontext.image_processor.preprocess(image, size.height, size.width).to(stock.vae.dtype)
+    latents = kontext._encode_vae_image(pixels, generator=None)
+    packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
+    return packed
 
 
 class Qwen21Case(FamilyCase):
@@ -339,6 +382,7 @@ EVERY_CASE = CASES | {
     "qwen_image_21": Qwen21Case(
         "qwen_image_21", QwenImage21Pipeline, (0, 3, 1), {"control_area": 112 * 112}, multiple=32, exact="packed"
     ),
+    "z_image": ZImageCase("z_image", ZImagePipeline, (0, 0, 0)),
 }
 
 

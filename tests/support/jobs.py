@@ -28,6 +28,9 @@ ACCELERATE = (str(BIN / "accelerate"), "launch", "--config_file", "configs/accel
 LORA = "pytorch_lora_weights.safetensors"
 COMMON = ("sample.every=0", "checkpoint.every=2", "data.held_out=null", "optimizer.init_args.lr=2e-3")
 
+# Of the two blocks of the tiny base one is on the device at a time.
+OFFLOADED = ("train.gradient_checkpointing=true", "train.offload={blocks: 1, activations: true}")
+
 
 def torchrun(ranks: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
@@ -43,6 +46,7 @@ def stock_calls(sampler: HeldOutSampler) -> list[dict[str, Any]]:
     return [
         {
             "controls": [str(path) for path in item.record.controls],
+            "aligned": [size == item.target_size for size in item.control_sizes.vae],
             "seed": config.train.seed,
             "words": {
                 "prompt": item.record.prompt,
@@ -75,10 +79,16 @@ class Jobs:
         return self.root / run
 
     def __call__(
-        self, run: str, *overrides: str, launcher: Sequence[str] = PYTHON, before: str = "", code: int = 0
+        self,
+        run: str,
+        *overrides: str,
+        launcher: Sequence[str] = PYTHON,
+        program: str = "train.py",
+        before: str = "",
+        code: int = 0,
     ) -> "subprocess.CompletedProcess[str]":
         """Run to the end; `before` is shell text, such as limits that the process gets."""
-        command = [*launcher, "train.py", *self.words(run, *overrides)]
+        command = [*launcher, program, *self.words(run, *overrides)]
         if before:
             command = ["bash", "-c", f'{before}; exec "$@"', "bash", *command]
         done = subprocess.run(

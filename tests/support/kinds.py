@@ -21,15 +21,18 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
 )
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from mixres.geometry import pack_latents, unpack_latents
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
 from mixres.models.qwen.layers import untrained_modules
 from mixres.models.qwen21_multi_resolution_patch import patch_qwen21_model_for_multi_resolution
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
+from mixres.models.z_image_multi_resolution_patch import patch_z_image_model_for_multi_resolution
 from support import mixes
 from support.mixes import CHANNELS, TEXT_WIDTH, Mix, Result
 
@@ -364,6 +367,42 @@ class Qwen21(Kind):
         }  # fmt: skip
 
 
+class ZImage(Kind):
+    """One image a sample: the target, of which the transformer takes and returns a list."""
+
+    def stock(self, *, adapters: bool = False) -> ZImageTransformer2DModel:
+        return copy.deepcopy(_made(self.make, adapters))
+
+    def make(self) -> ZImageTransformer2DModel:
+        model = ZImageTransformer2DModel(
+            in_channels=CHANNELS // 4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=TEXT_WIDTH, axes_dims=[8, 12, 12], axes_lens=[256, 64, 64],
+        )  # fmt: skip
+        for token in (model.x_pad_token, model.cap_pad_token):  # zeros as they are made
+            torch.nn.init.normal_(token)
+        return model
+
+    def patch(self, model: Any) -> Any:
+        return patch_z_image_model_for_multi_resolution(model)
+
+    def alone_calls(self, mix: Mix) -> list[dict[str, Any]]:
+        return [self.padded_call(sample) for sample in one_by_one(mix)]
+
+    def padded_call(self, mix: Mix, *, image: int = 0, text: int = 0, value: float = 0.0) -> dict[str, Any]:
+        """The stock call: it pads by itself."""
+        targets = zip(mix.images, mix.velocities, mix.shapes, strict=True)
+        images = [unpack_latents(image[: len(v)], shapes[0]) for image, v, shapes in targets]
+        return {"x": images, "t": mix.timesteps, "cap_feats": mix.texts, "return_dict": False}
+
+    def packed_call(self, mix: Mix) -> dict[str, Any]:
+        return {**self.padded_call(mix), "joint_attention_kwargs": {"packed": True}}
+
+    def forward(self, model: nn.Module, mix: Mix, layout: str) -> list[Tensor]:
+        calls = {"padded": [self.padded_call(mix)], "packed": [self.packed_call(mix)]}
+        chosen = calls.get(layout) or self.alone_calls(mix)
+        return [pack_latents(output) for call in chosen for output in model(**call)[0]]
+
+
 KINDS: dict[str, Kind] = {
     "qwen": Qwen(),
     "qwen zero_cond_t": Qwen(zero_cond_t=True),
@@ -373,4 +412,5 @@ KINDS: dict[str, Kind] = {
     "flux without guidance": Flux(guidance=False),
     "qwen21": Qwen21(),
     "qwen21 without causal_condition": Qwen21(causal_condition=False),
+    "z_image": ZImage(),
 }

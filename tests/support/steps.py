@@ -74,8 +74,16 @@ def make_model(base: Path, dtype: torch.dtype) -> nn.Module:
 
 def with_adapters(model: Any, **changes: Any) -> Any:
     """The model with adapters on attention and MLP, B filled: at zero it would hide all of A's gradients."""
-    settings = {"r": 4, "lora_alpha": 4, "lora_dropout": 0, "target_modules": mixes.ATTENTION_AND_MLP, "seed": 0}
-    add_lora(model, **({"untrained": untrained_modules(model)} | settings | changes))
+    settings: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 4,
+        "lora_dropout": 0,
+        "target_modules": mixes.ATTENTION_AND_MLP,
+        "seed": 0,
+    }
+    if "untrained" not in changes:
+        settings["untrained"] = untrained_modules(model)
+    add_lora(model, **(settings | changes))
     fill_adapters(trainable_parameters(model), seed=0)
     return model
 

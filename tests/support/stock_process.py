@@ -4,6 +4,7 @@
 image without the LoRA and with it, and with a transformer whose weights were all trained in place of the base's.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -59,20 +60,26 @@ calls = json.load(sys.stdin)
 stock_dimensions = edit.calculate_dimensions
 
 
-def set_control_areas(target_area: int) -> None:
-    """The sizes that the LoRA was trained with; the text-to-image pipeline has none."""
+def set_control_sizes(width: int, height: int, aligned: list[float]) -> None:
+    """The sizes that the LoRA was trained with: the image's for controls of these aspects; others have an area."""
     area = recipe.get("control_area")
-    area = target_area if area == "target" else area
+    area = width * height if area == "target" else area
     if "text_area" in recipe:
         plus.VAE_IMAGE_SIZE, plus.CONDITION_IMAGE_SIZE = area, recipe["text_area"]
+        plus.calculate_dimensions = lambda given, ratio: (
+            (width, height) if given == area and ratio in aligned else stock_dimensions(given, ratio)[:2]
+        )
     elif area:
-        edit.calculate_dimensions = qwen21.calculate_dimensions = lambda _, ratio: stock_dimensions(area, ratio)
+        edit.calculate_dimensions = qwen21.calculate_dimensions = lambda _, ratio: (
+            (width, height, None) if ratio in aligned else stock_dimensions(area, ratio)
+        )
 
 
-def of_flux2_size(control: Image.Image) -> Image.Image:
-    """Resized to the size to which the stock pipeline would crop it."""
+def of_flux2_size(control: Image.Image, aligned: tuple[int, int] | None) -> Image.Image:
+    """Resized to the size of the image, or to that to which the stock pipeline would crop it."""
     scale = min(1.0, (recipe["control_area"] / (control.width * control.height)) ** 0.5)
-    return control.resize([max(64, int(side * scale) // 16 * 16) for side in control.size], Image.Resampling.LANCZOS)
+    by_area = [max(64, int(side * scale) // 16 * 16) for side in control.size]
+    return control.resize(aligned or by_area, Image.Resampling.LANCZOS)
 
 
 def of_kontext_size(control: Image.Image) -> Image.Image:
@@ -85,10 +92,13 @@ def of_kontext_size(control: Image.Image) -> Image.Image:
 def save_all(part: str) -> None:
     for number, call in enumerate(calls):
         words, draw = call["words"], torch.Generator().manual_seed(call["seed"])
-        set_control_areas(words["width"] * words["height"])
         controls = [Image.open(path).convert("RGB") for path in call["controls"]]
+        aspects = [control.width / control.height for control in controls]
+        width, height = words["width"], words["height"]
+        set_control_sizes(width, height, list(itertools.compress(aspects, call["aligned"])))
         if "Flux2" in type(pipeline).__name__:
-            images = {"image": [of_flux2_size(control) for control in controls]}
+            sizes = [(width, height) if same else None for same in call["aligned"]]
+            images = {"image": [of_flux2_size(*pair) for pair in zip(controls, sizes, strict=True)]}
             images |= {"guidance_scale": 1.0} if "Klein" in type(pipeline).__name__ else {}
         elif "Kontext" in type(pipeline).__name__:
             images = {"image": of_kontext_size(*controls), "_auto_resize": False, "guidance_scale": 2.5}
@@ -98,7 +108,7 @@ def save_all(part: str) -> None:
         else:
             one = "text_area" not in recipe and "21" not in type(pipeline).__name__
             images = {"image": controls[0] if one else controls} if controls else {}
-            images["true_cfg_scale"] = 1.0
+            images |= {"guidance_scale": 0.0} if "ZImage" in type(pipeline).__name__ else {"true_cfg_scale": 1.0}
         pipeline(**images, **words, generator=draw).images[0].save(out / f"{number}-{part}.png")
 
 

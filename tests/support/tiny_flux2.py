@@ -56,7 +56,7 @@ def write_tiny_flux2(folder: Path, prompts: Sequence[str], kind: type[Any] = Flu
     dev = kind is Flux2Pipeline
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _dev_tokenizer(prompts) if dev else _tokenizer(prompts)
+        tokenizer = _dev_tokenizer(prompts) if dev else chat_tokenizer(prompts)
         pipeline = kind(
             scheduler=flux_scheduler(),
             vae=_vae(),
@@ -73,7 +73,8 @@ def write_tiny_flux2(folder: Path, prompts: Sequence[str], kind: type[Any] = Flu
         (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _tokenizer(prompts: Sequence[str]) -> Qwen2TokenizerFast:
+def chat_tokenizer(prompts: Sequence[str]) -> Qwen2TokenizerFast:
+    """Qwen3's, with the chat template."""
     words = [*prompts, "user\n", "assistant\n", "\n\n"]
     tokenizer = _trained_tokenizer(words, _SPECIAL_TOKENS)
     tokenizer.chat_template, tokenizer.pad_token = _TEMPLATE, "<|endoftext|>"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import xxhash
 
+from mixres.errors import WorkError
 from mixres.training.checkpoint import MANIFEST, STATE, Checkpoints
 from support.jobs import names
 from support.samples import pickled_mkdir
@@ -72,6 +73,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(
     assert "step-00000030 is damaged" in warning
     damage(three.root / "step-00000020" / file)
     assert three.newest_valid().step == 10
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(three: Checkpoints, caplog: pytest.LogCaptureFixture) -> None:
+    """A disk or network that fails for a moment: the run ends, and no later save deletes the checkpoint."""
+    file = three.root / "step-00000030" / "optimizer.safetensors"
+    own = file.rename(file.with_suffix(".away"))
+    file.symlink_to(file.name)  # the system refuses to open it: too many levels of links
+    with pytest.raises(WorkError, match=r"optimizer\.safetensors cannot be read .*: run the same command again"):
+        three.newest_valid()
+    own.rename(file)
+    assert three.newest_valid().step == 30 and not caplog.messages
+    three.save(40, tensors(40), STATE_VALUES)
+    assert "step-00000030" in names(three.root)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"state.json": 1}', '{"state.json": [1, "0", 2]}', '"a"'])

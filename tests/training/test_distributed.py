@@ -1,10 +1,13 @@
 """What a launcher's own files may ask for; ranks that disagree are in test_launchers.py."""
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from accelerate.utils import launch
 
 from mixres.errors import UserError
@@ -31,3 +34,15 @@ def test_the_shipped_launcher_files_are_read_by_accelerate(name: str, processes:
     assert read.num_processes == processes
     assert read.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
     assert not (read.fsdp_config or read.deepspeed_config)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_torch_is_held_to_kernels_that_repeat_their_results_on_request(tmp_path: Path, deterministic: bool) -> None:
+    AcceleratorState._reset_state(True)
+    try:
+        make_accelerator(mixed_precision="no", report_to="none", folder=tmp_path, deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not deterministic or os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        AcceleratorState._reset_state(True)

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mixres.data.cache import Cache
 from mixres.preprocessing.fill import encode_all
 from mixres.training.setup import build_plan
 from support.family_cases import with_family
-from support.jobs import REPOSITORY, Jobs, metrics, newest, torchrun
+from support.jobs import LORA, REPOSITORY, Jobs, metrics, names, newest, status, torchrun
 
 STEPS = 4
 CLIP = 0.002  # well below the gradients of these runs, so that every step is clipped
+PLANTED = "tests/support/planted.py"
 FSDP2 = "train.parallel=fsdp2"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -45,6 +47,15 @@ def runs(tiny_base: Path, demo_root: Path, tmp_path_factory: pytest.TempPathFact
 def alone(runs: Runs) -> Path:
     """One process, padded, everything of a step in one microbatch."""
     return runs.train("alone", 1, "batch.layout=padded")
+
+
+def float64(runs: Runs) -> tuple[str, str]:
+    return "model.dtype=float64", f"cache.cache_dir={runs.root / 'float64'}"
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
 
 
 def distance(run: Path, reference: Path) -> float:
@@ -126,3 +137,35 @@ def test_bf16_base_with_fp32_adapters_trains_sharded(runs: Runs) -> None:
     assert {tensor.dtype for tensor in newest(run).tensors("trainable").values()} == {torch.float32}
     for here, there in zip(lines(run), lines(reference), strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-2)
+
+
+GRIDS = ("sample.every=2", "sample.steps=2", "evaluate.every=2", "evaluate.sigmas=[0.5]")
+
+
+def test_the_ranks_divide_a_grid_and_outlive_one_that_is_slow_or_fails(runs: Runs, few_pairs: Path) -> None:
+    """No rank waits for a slow grid in a collective of the devices: those end the run after 15 s here."""
+    words = ("batch.layout=packed", "train.timeout_minutes=0.25", *GRIDS, "evaluate.every=0")
+    words = (*words, f"data.held_out={few_pairs / 'held_out'}")
+    one = runs.train("grids-1", 1, *words)
+    planted = "export SLOW_S=20 PLANTED=slow:0:1,memory:1:1"  # of three images a grid the second rank makes one
+    done = runs("grids-2", *words, *float64(runs), launcher=torchrun(2), program=PLANTED, before=planted)
+    two = runs.root / "grids-2"
+    name = f"samples/step-{2:08d}.png"
+    assert pixels(two / name) == pixels(one / name)
+    assert names(two / "samples") == [f"step-{2:08d}.png"]
+    assert "samples   step 4: no grid (OutOfMemoryError: planted): the run continues without it" in done.stdout
+    assert (status(two)["state"], status(two)["step"]) == ("done", STEPS) and (two / LORA).exists()
+    assert distance(two, one) <= 1e-10
+
+
+def test_sharded_weights_outlive_a_grid_and_an_evaluation_that_fail(runs: Runs, few_pairs: Path) -> None:
+    """The grid on all ranks, inside the second block; the evaluation where one rank reads."""
+    words = ("batch.layout=packed", FSDP2, *GRIDS, f"data.held_out={few_pairs / 'held_out'}")
+    planted = "export PLANTED=block:0:1,block:1:1,entry:1:2"  # an image of step 2, a pass of step 2
+    done = runs("failing", *words, *float64(runs), launcher=torchrun(2), program=PLANTED, before=planted)
+    run, clean = runs.root / "failing", runs.train("no grids", 2, "batch.layout=packed", FSDP2)
+    assert "samples   step 2: no grid (OutOfMemoryError: planted): the run continues without it" in done.stdout
+    assert "evaluate  step 2: no evaluation (planted: a damaged entry): the run continues without it" in done.stdout
+    assert names(run / "samples") == [f"step-{4:08d}.png"]
+    assert [line["step"] for line in lines(run, "eval/loss")] == [0, 4]
+    assert lines(run) == lines(clean) and distance(run, clean) == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.jobs import LORA, PYTHON, REPOSITORY, Jobs, environment, metrics, newest, torchrun
+from support.jobs import LORA, OFFLOADED, PYTHON, REPOSITORY, Jobs, environment, metrics, newest, torchrun
 
 LAST = 7  # three steps an epoch, the third one short
 SAVED = {"in the middle of an epoch": 2, "at its end": 3, "after it": 4, "at the last step": LAST}
@@ -46,7 +46,7 @@ def matrix(small_run: Path, small_cache: Path, tmp_path_factory: pytest.TempPath
 
 
 def bits(folder: Path) -> dict[str, Any]:
-    """Everything a run leaves, but for what names its folder and its number of workers."""
+    """Everything a run leaves, but for what names its folder, its number of workers and what it offloads."""
     checkpoint = newest(folder)
     assert checkpoint.step == LAST
     files = [folder / LORA, *checkpoint.path.glob("*.safetensors")]
@@ -66,7 +66,8 @@ def test_the_same_bits_wherever_it_was_saved_and_with_any_workers(matrix: Matrix
     cases = [(f"{reference} {where} {workers}", step, workers) for where, step in SAVED.items() for workers in (0, 2)]
     for run, step, _ in cases:
         matrix.copy_at(step, reference, run)
-    matrix.many([(run, (*words, f"data.num_workers={workers}")) for run, _, workers in cases], ranks)
+    more = {0: (), 2: () if "sharded" in parallel else OFFLOADED}
+    matrix.many([(run, (*words, f"data.num_workers={n}", *more[n])) for run, _, n in cases], ranks)
     whole = bits(matrix.root / reference)
     assert len([name for name in whole if name.startswith("trainable")]) == (2 if "sharded" in parallel else 1)
     for run, _, _ in cases:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import torch
 from PIL import Image
 
 from mixres.config.schema import Config
-from mixres.data.images import read_image
+from mixres.data.images import BadImageError, read_image
+from mixres.models.qwen.edit import QwenImageEdit
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.training_data import image_limits
 from mixres.training import sample_sheets
 from mixres.training.drift import Drift
 from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid
 from support.family_cases import with_family
-from support.jobs import names
+from support.jobs import LORA, Jobs, status
 from support.steps import moved_average
 
 CELL, GAP = sample_sheets._CELL, sample_sheets._GAP
@@ -66,15 +68,20 @@ def sampler(setup: Callable[..., Config], encoded: CachedData) -> HeldOutSampler
     return HeldOutSampler(config, family, transformer.train(), encoded)
 
 
+def images_of(sampler: HeldOutSampler) -> dict[int, Image.Image]:
+    made = sampler.predictions(range(len(sampler.items)))
+    assert made is not None
+    return made
+
+
 def test_a_grid_shows_every_held_out_size_and_leaves_the_training_alone(
     sampler: HeldOutSampler, encoded: CachedData, tmp_path: Path
 ) -> None:
     transformer = sampler.pipeline.transformer
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    assert sampler.write(tmp_path / "none.png", keep=False) is None
-    sampler.write(tmp_path / "samples" / "step-00000003.png")
-    assert names(tmp_path) == ["samples"], "a rank that only takes part writes nothing"
+    assert sampler.predictions([0], lambda: True) is None, "a run that is to stop makes no image more"
+    sampler.write(tmp_path / "samples" / "step-00000003.png", images_of(sampler))
     assert all(module.training for module in transformer.modules())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in transformer.state_dict().items())
     assert all(parameter.grad is None for parameter in transformer.parameters())
@@ -87,16 +94,14 @@ def test_a_grid_shows_every_held_out_size_and_leaves_the_training_alone(
     assert sorted(captions) == sorted(item.record.prompt for item in encoded.held_out)
 
 
-def test_samples_are_made_with_the_average_on_request(
-    setup: Callable[..., Config], encoded: CachedData, tmp_path: Path
-) -> None:
+def test_samples_are_made_with_the_average_on_request(setup: Callable[..., Config], encoded: CachedData) -> None:
     _, family = with_family(setup())
     transformer = family.load_transformer(dtype=torch.float32, device="cpu")
     ema = moved_average([transformer.proj_out.weight], 0.1)
 
     def grid(*words: str) -> bytes:
-        (image, _) = HeldOutSampler(setup(*words), family, transformer, encoded, ema).write(tmp_path / "a.png")
-        return image.tobytes()
+        made = images_of(HeldOutSampler(setup(*words), family, transformer, encoded, ema))
+        return b"".join(image.tobytes() for image in made.values())
 
     plain, averaged = grid(), grid("train.ema_decay=0.9", "sample.use_ema=true")
     with ema.averaged():
@@ -122,6 +127,50 @@ def test_a_grid_that_cannot_be_written_is_a_line_and_no_more(
 ) -> None:
     (tmp_path / "samples").write_text("a file where the folder should be")
     path = tmp_path / "samples" / "a.png"
-    sampler.write(path)
+    sampler.write(path, images_of(sampler))
     line = f"samples   {path} could not be written (File exists): the run continues without it\n"
     assert capsys.readouterr().out == line
+
+
+def test_the_result_is_there_before_the_last_grid_whose_failure_is_a_line(
+    jobs: Jobs, few_pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two grids fail, one for memory, one for a control that has changed; the trainings before and after it do not."""
+    words = ("sample.every=2", "train.max_train_steps=4", f"data.held_out={few_pairs / 'held_out'}")
+    clean = jobs.here("clean", *words, "sample.every=0")
+    result, there = jobs.root / "failing" / LORA, list[bool]()
+
+    def failing(self: QwenImageEdit, *arguments: Any, **options: Any) -> Image.Image:
+        there.append(result.exists())
+        if len(there) == 1:
+            raise torch.OutOfMemoryError("no room\nfor more lines")
+        raise BadImageError("changed")
+
+    monkeypatch.setattr(QwenImageEdit, "sample_image", failing)
+    run = jobs.here("failing", *words)
+    assert there == [False, True]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples")][:2] == [
+        "samples   step 2: no grid (OutOfMemoryError: no room): the run continues without it",
+        "samples   step 4: no grid (BadImageError: changed): the run continues without it",
+    ]
+    assert (status(run)["state"], status(run)["exit_code"]) == ("done", 0)
+    assert result.read_bytes() == (clean / LORA).read_bytes()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_full_fine_tune_is_sampled_in_the_precision_of_its_file(
+    setup: Callable[..., Config], encoded: CachedData, lora: bool
+) -> None:
+    """Its weights are float32 while it trains. Over a bfloat16 base nothing is cast beside what stock casts."""
+    words = () if lora else ("model.lora=null",)
+    config, family = with_family(setup("model.dtype=bfloat16", "train.mixed_precision=bf16", *words))
+    transformer = family.load_transformer(dtype=torch.bfloat16 if lora else torch.float32, device="cpu")
+    sampler, seen = HeldOutSampler(config, family, transformer, encoded), set()
+    for block in transformer.transformer_blocks:
+        block.attn.to_q.register_forward_hook(lambda layer, args, output: seen.add((output.dtype, under_autocast())))
+    sampler.predict(sampler.items[0])
+    assert seen == {(torch.bfloat16, not lora)}
+
+
+def under_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu")

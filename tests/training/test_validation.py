@@ -14,9 +14,9 @@ import torch
 import xxhash
 from accelerate import Accelerator
 
+from mixres.batch import Batch
 from mixres.config.schema import Config
 from mixres.data.cache import Cache
-from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedData
@@ -142,10 +142,15 @@ def test_the_average_is_evaluated_on_request(
     assert losses_of(make(trained=own)) == plain, "the weights are back"
 
 
-def test_a_missing_entry_ends_the_run(make: Make, encoded: CachedData, tmp_path: Path) -> None:
-    gone = CachedData(Cache(tmp_path / "empty"), encoded.train, encoded.held_out)
-    with pytest.raises(WorkError, match="run the same command again"):
-        make(encoded=gone).losses()
+def test_a_missing_entry_is_a_line_and_the_run_goes_on(
+    make: Make, encoded: CachedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, lines = CachedData(Cache(tmp_path / "empty"), encoded.train, encoded.held_out), list[Any]()
+    evaluation = make(encoded=gone, sinks=(lines.append,))
+    assert evaluation(2), "nothing was stopped"
+    assert not lines and all(module.training for module in evaluation.transformer.modules())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("evaluate  step 2: no evaluation (") and "run the same command again" in line
 
 
 def test_every_sink_gets_the_line_and_a_stop_leaves_none(make: Make, encoded: CachedData) -> None:
@@ -199,11 +204,11 @@ def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_evaluates_then(
     """The signal comes in the middle of the second evaluation, after a step that would not be saved otherwise."""
     passes, loss = [], HeldOutLoss._loss
 
-    def interrupted(self: HeldOutLoss, position: int, sigma: float) -> float:
+    def interrupted(self: HeldOutLoss, batch: Batch, position: int, sigma: float) -> float:
         passes.append((position, sigma))
         if len(passes) == 6 + 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, position, sigma)
+        return loss(self, batch, position, sigma)
 
     with monkeypatch.context() as patch:
         patch.setattr(HeldOutLoss, "_loss", interrupted)

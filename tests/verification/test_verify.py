@@ -31,6 +31,8 @@ from mixres.verification.batch_diagram import COLOURS, padded_segments
 from mixres.verification.consistency import Outcome, batches_of, errors
 from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
+from support import mixes
+from support.jobs import OFFLOADED
 
 Verify = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -59,8 +61,9 @@ def test_the_real_thing_passes_and_only_reports_are_written(
     for layout, case in zip(("padded", "packed"), report["cases"], strict=True):
         assert (case["layout"], case["dtype"], case["passed"], case["reason"]) == (layout, "float32", True, None)
         assert case["samples"] == len(report["samples"]) >= 3
-        assert case["bar"] == {"forward": 1e-6, "gradient": 1e-5}
-        assert 0 < case["forward"] <= 1e-6 and 0 < case["gradient"] <= 1e-5
+        assert (case["reference"], case["blocks"]) == ("float64", 2)
+        assert 0 < case["forward"] <= case["bar"]["forward"] < 3e-6
+        assert 0 < case["gradient"] <= case["bar"]["gradient"] < 3e-5
     files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert files == {"reports/verify.json", "reports/verify.png"}
     assert capsys.readouterr().out.count("  passed") == 2
@@ -72,12 +75,13 @@ def test_the_real_thing_passes_and_only_reports_are_written(
 PRECISIONS = {
     "autocast": (("train.mixed_precision=bf16", "train.gradient_checkpointing=true"), "float32, autocast bf16"),
     "bfloat16": (("model.dtype=bfloat16", "train.mixed_precision=bf16"), "bfloat16"),
+    "offloaded": (("model.dtype=bfloat16", "train.mixed_precision=bf16", *OFFLOADED), "bfloat16"),
     "all_weights": (("model.dtype=bfloat16", "train.mixed_precision=bf16", "model.lora=null"), "bfloat16"),
 }
 
 
 @pytest.mark.parametrize(("overrides", "label"), PRECISIONS.values(), ids=PRECISIONS)
-def test_lower_precision_is_held_against_float32(verify: Verify, overrides: tuple[str, ...], label: str) -> None:
+def test_lower_precision_is_held_against_float64(verify: Verify, overrides: tuple[str, ...], label: str) -> None:
     code, report = verify(*overrides)
     assert code == 0
     assert [case["dtype"] for case in report["cases"]] == ["float32"] * 2 + [label] * 2
@@ -86,10 +90,17 @@ def test_lower_precision_is_held_against_float32(verify: Verify, overrides: tupl
         assert 1e-3 < case["gradient"] <= case["bar"]["gradient"] < 1
 
 
-def test_float64_has_bars_of_its_own(verify: Verify) -> None:
+def test_float64_is_held_against_the_samples_alone(verify: Verify) -> None:
     code, report = verify("model.dtype=float64", "loss.normalization=token")
-    assert (code, [case["dtype"] for case in report["cases"]]) == (0, ["float64"] * 2)
+    assert (code, [(case["dtype"], case["reference"]) for case in report["cases"]]) == (0, [("float64", None)] * 2)
     assert max(case["gradient"] for case in report["cases"]) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tensor_whose_gradient_nearly_cancels_has_its_own_bar(verify: Verify, seed: int) -> None:
+    """At rank 2 a batch was 1.1e-5 off in float32, and 5e-14 in float64: rounding, of the samples alone as well."""
+    code, report = verify("model.lora.r=2", "model.lora.lora_alpha=2", f"train.seed={seed}")
+    assert (code, report["passed"]) == (0, True)
 
 
 def sample_0_text_positions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +157,52 @@ def test_a_planted_bug_fails_after_all_is_written(
     assert "mixres: error: verify failed: a batch differs from its samples alone: " in capsys.readouterr().err
 
 
-def test_without_room_for_float32_nothing_passes(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The errors of bfloat16 against the samples alone are measured and not judged."""
+@pytest.mark.parametrize("bug", [None, no_mask, shifted_modulation_rows, batch_size_in_the_loss])
+def test_without_room_for_float64_bfloat16_is_held_against_the_samples_alone(
+    verify: Verify, bug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar is how far these are from themselves reordered. In bfloat16 a loss that is 1e-4 off does not show."""
     monkeypatch.setattr(verify_module, "free_memory", lambda device: 10**6)
+    if bug:
+        bug(monkeypatch)
     code, report = verify("model.dtype=bfloat16", "train.mixed_precision=bf16")
-    assert (code, [case["passed"] for case in report["cases"]]) == (1, [None] * 4)
-    exact, rounded = report["cases"][0], report["cases"][2]
-    assert exact["forward"] is None and "float32 needs 0.0 GB more" in exact["reason"]
-    assert rounded["bar"] is None and 0 < rounded["forward"] < 0.1 and "no float32 reference" in rounded["reason"]
+    failed = {case["layout"] for case in report["cases"] if not case["passed"]}
+    assert (code, failed) == {
+        None: (0, set()),
+        no_mask: (1, {"padded"}),
+        shifted_modulation_rows: (1, {"packed"}),
+        batch_size_in_the_loss: (0, set()),
+    }[bug]
+    assert [(case["dtype"], case["reference"], case["blocks"]) for case in report["cases"]] == [
+        ("bfloat16", None, 2), ("bfloat16", None, 2),
+    ]  # fmt: skip
+
+
+TINY = Path(verify_module.__file__).parents[1] / "assets" / "tiny_base"
+
+
+@pytest.mark.parametrize("bug", [None, no_mask, batch_size_in_the_loss])
+def test_what_does_not_fit_whole_is_held_against_float64_over_fewer_blocks(
+    verify: Verify, bug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five blocks, then the whole in its own precision."""
+    monkeypatch.setattr(verify_module, "free_memory", lambda device: 30 * 10**6)
+    if bug:
+        bug(monkeypatch)
+    code, report = verify(
+        f"model.pretrained_model_name_or_path={TINY}", "model.dtype=bfloat16", "train.mixed_precision=bf16"
+    )
+    kinds = [(case["dtype"], case["reference"], case["blocks"]) for case in report["cases"][::2]]
+    assert kinds == [("float32", "float64", 3), ("bfloat16", "float64", 3), ("bfloat16", None, 5)]
+    passed = [case["passed"] for case in report["cases"]]
+    assert (code, passed[:2]) == {None: (0, [True] * 2), no_mask: (1, [False, True])}.get(bug, (1, [False] * 2))
+    assert all(passed) == (bug is None)
+
+
+def test_a_quantised_base_is_held_against_its_samples_alone(verify: Verify) -> None:
+    code, report = verify("model.quantize=int8")
+    assert (code, [(case["dtype"], case["reference"]) for case in report["cases"]]) == (0, [("float32", None)] * 2)
+    assert all(0 < case["forward"] < 1e-5 for case in report["cases"])
 
 
 def test_a_layout_that_runs_out_of_memory_is_not_passed(verify: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +225,21 @@ def test_a_lost_patch_and_a_nan_fail(verify: Verify, monkeypatch: pytest.MonkeyP
     code, report = verify()
     (case,) = {(case["passed"], case["forward"], case["reason"]) for case in report["cases"]}
     assert (code, case) == (1, (False, None, "outputs or gradients are not finite"))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_reordered_sums_are_the_same_sums_and_round_otherwise(recomputed: bool) -> None:
+    model, mix = mixes.stock_model(adapters=mixes.EVERY_LINEAR), mixes.random_mix(3)
+    if recomputed:
+        model.enable_gradient_checkpointing()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        model, mix = model.to(dtype), mix.to("cpu", dtype)
+        usual = mixes.run(model, mix, "alone")
+        with consistency.reordered_sums():
+            reordered = mixes.run(model, mix, "alone")
+        found = mixes.forward_error(reordered, usual), mixes.gradient_error(reordered, usual)
+        assert min(found) > 0 and max(found) < bound
+        assert mixes.forward_error(mixes.run(model, mix, "alone"), usual) == 0, "outside it they are as they were"
 
 
 def test_the_patch_state_is_read_from_the_model() -> None:

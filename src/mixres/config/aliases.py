@@ -34,6 +34,7 @@ ELSEWHERE = {
     "lr_scheduler.warmup_steps": "num_warmup_steps",
     "train.max_train_steps": "steps max_step max_steps train_steps num_epochs epochs",
     "train.max_grad_norm": "gradient_clipping",
+    "train.offload.blocks": "blocks_to_swap layer_offloading",
     "train.ema_decay": "ema",
     "cache.cache_dir": "cache_directory latent_cache_dir",
     "checkpoint.every": "checkpointing_steps save_steps save_every save_every_n_steps",

@@ -158,6 +158,15 @@ class SchedulerConfig(Section):
     warmup_steps: Steps = Field(0, description="Steps of the warm-up; the first of them has learning rate 0.")
 
 
+class OffloadConfig(Section):
+    blocks: int | None = Field(
+        None,
+        ge=1,
+        description="Blocks whose frozen matrices are on the device at once; from 2 on copied ahead. null: all.",
+    )
+    activations: bool = Field(False, description="Keep the inputs of recomputed blocks in host memory until backward.")
+
+
 class TrainConfig(Section):
     max_train_steps: int = Field(1000, ge=1, le=10**9, description="Optimizer steps of the whole run.")
     parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="All weights on each device (ddp), or split (fsdp2).")
@@ -166,10 +175,15 @@ class TrainConfig(Section):
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         True, description="Recompute activations in the backward pass: of all blocks, of every n-th, or of none."
     )
+    offload: OffloadConfig = Field(OffloadConfig(), description="What waits in host memory while a LoRA trains.")
     compile: bool = Field(False, description="Compile the blocks (batch.layout: padded); row lengths are rounded up.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Decay of a moving average of the weights, or none.")
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="Autocast of the forward pass.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, noise, timesteps and initial adapters.")
+    deterministic: bool = Field(False, description="Only kernels that repeat their results; CUDA is slower.")
+    timeout_minutes: float = Field(
+        30.0, gt=0, le=10080, description="A collective between devices that takes longer ends the run, on all of them."
+    )
 
 
 class CacheConfig(Section):
@@ -245,9 +259,26 @@ class Config(Section):
     )
     _references: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)  # as they were written, by key
 
+    def idle_keys(self, *, masks: bool) -> list[str]:
+        """Keys that are set and change nothing, each with the reason. `masks`: a training sample has an edit mask."""
+        flow = self.flow
+        density, shift = f"flow.density is {flow.density}", f"flow.shift is {flow.shift}"
+        rules: tuple[tuple[bool, Section, str, tuple[str, ...], str], ...] = (
+            (flow.density == "logit_normal", flow, "flow", ("logit_mean", "logit_std"), density),
+            (flow.density == "mode", flow, "flow", ("mode_scale",), density),
+            (flow.shift == "constant", flow, "flow", ("shift_value",), shift),
+            (masks, self.data.mask_weight, "data.mask_weight", ("foreground", "background"), "no sample has a mask"),
+        )
+        return [
+            f"{name}.{key} ({why})"
+            for used, section, name, keys, why in rules
+            for key in keys
+            if not used and getattr(section, key) != type(section).model_fields[key].default
+        ]
+
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
-        if clashes := [*self._model_clashes(), *self._run_clashes()]:
+        if clashes := [*self._model_clashes(), *self._offload_clashes(), *self._run_clashes()]:
             raise PydanticCustomError("clash", "{clashes}", {"clashes": clashes})
         return self
 
@@ -270,6 +301,32 @@ class Config(Section):
             yield ("train.compile", "train.parallel"), "compiled blocks cannot be split: use ddp, or set false"
         if train.compile and self.batch.layout == "packed":
             yield ("train.compile", "batch.layout"), "each packed batch would be compiled anew: use padded"
+
+    def _offload_clashes(self) -> Iterator[Clash]:
+        model, train = self.model, self.train
+        both = {
+            "train.gradient_checkpointing": "offloading recomputes all blocks: set true",
+            "train.compile": "compiled blocks cannot be offloaded: set one to its default",
+            "train.parallel": "split blocks cannot be offloaded: use ddp, or offload none",
+        }
+        rules = {
+            "activations": both,
+            "blocks": both
+            | {
+                "model.lora": "only what is frozen is swapped: train a LoRA, or set null",
+                "model.quantize": "cannot be swapped: use int8, fp8 or null",
+            },
+        }
+        broken = {
+            "train.gradient_checkpointing": train.gradient_checkpointing != 1,
+            "train.compile": train.compile,
+            "train.parallel": train.parallel == "fsdp2",
+            "model.lora": model.lora is None,
+            "model.quantize": model.quantize in ("nf4", "bnb_int8"),
+        }
+        for name, fixes in rules.items():
+            if getattr(train.offload, name):
+                yield from (((f"train.offload.{name}", key), fix) for key, fix in fixes.items() if broken[key])
 
     def _run_clashes(self) -> Iterator[Clash]:
         lr, warmup = self.optimizer.init_args.get("lr", 0), self.lr_scheduler.warmup_steps

@@ -2,11 +2,15 @@
 
 Promise: the data position is the step number alone; workers change the time things take, nothing else. Cost: one
 cache read per sample and step, in `workers` processes beside the training.
+
+Batches come through pipes as bytes. Torch would pass them in shared memory, and waits for ever where /dev/shm is full:
+a container has 64 MB there by default.
 """
 
 import atexit
 import functools
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,25 +67,36 @@ def microbatch_loader(
         WorkError: from the iterator, where a cache entry is damaged or missing, or a worker has died.
     """
     closing = RawValue("b", 0)
-    loader: DataLoader[Batch | WorkError] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
         sampler=(microbatch for step in range(first, last) for microbatch in plan.step(step).ranks[rank]),
         num_workers=workers,
+        collate_fn=_as_bytes if workers else _unchanged,
         worker_init_fn=functools.partial(_ignore_signals_until_close, closing),
         generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
     )
     return _raised(iter(loader), closing)  # the workers start here, not at the first batch
 
 
-def _raised(results: Iterator[Batch | WorkError], closing: Any) -> Iterator[Batch]:
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+def _as_bytes(result: Any) -> bytes:
+    return pickle.dumps(result)
+
+
+def _raised(results: Iterator[Batch | WorkError | bytes], closing: Any) -> Iterator[Batch]:
     close = functools.partial(setattr, closing, "value", 1)
     atexit.register(close)  # runs before multiprocessing's own, which terminates the workers and waits for them
     try:
         for result in results:
+            if isinstance(result, bytes):
+                result = pickle.loads(result)
             if isinstance(result, WorkError):
                 raise result
-            yield result
+            yield result.pin_memory() if torch.cuda.is_available() else result
     except (EOFError, ConnectionError) as error:
         # The signal of a worker's death comes soon after its connection ends, and torch raises here.
         time.sleep(_SIGNAL_WAIT_S)

@@ -9,7 +9,8 @@ is planned when it is asked for, in O(n log n) of its samples (`padded`: times t
 Legend: a microbatch of the layout `padded` computes rows x (longest text + longest image) tokens, `packed` the sum.
 
 The rule of the split: a step takes as long as its heaviest rank, which computes its microbatches' tokens and pays
-`MICROBATCH_TOKENS` more for each. `packed` has no padding, so it takes as few microbatches as the budget and the ranks
+`MICROBATCH_TOKENS` more for each. Between ranks a token of a long sample counts more, as attention grows with the
+square of the length: see `work`. `packed` has no padding, so it takes as few microbatches as the budget and the ranks
 allow. `padded` sorts by length and cuts the row into runs, as even as can be; of the numbers of runs it takes the one
 with which the heaviest rank has the minimum to do, so it splits further where that saves more than a microbatch costs.
 """
@@ -21,7 +22,7 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,11 @@ Layout = Literal["padded", "packed"]
 # What a forward and backward call costs beyond its tokens (launches, hooks, gathering shards), in tokens' worth. A tiny
 # model on a CPU pays about 50, see docs/numerics.md; a device that waits for launches or weights pays more.
 MICROBATCH_TOKENS = 256
+
+
+# Tokens at which attention costs as much as the linear layers of a block: 4 x length x width and 24 x width^2 FLOPs a
+# token. Of the width 3072 that Qwen-Image and FLUX.1 have; others are balanced a little less well.
+ATTENTION_LENGTH = 6 * 3072
 
 
 class Lengths(NamedTuple):
@@ -87,6 +93,18 @@ def computed_tokens(lengths: Sequence[Lengths], layout: Layout) -> int:
     if layout == "packed":
         return sum(length.total for length in lengths)
     return len(lengths) * (max(length.text for length in lengths) + max(length.image for length in lengths))
+
+
+def work(length: int) -> int:
+    """What a row or packed sample of so many tokens computes, attention included, in tokens' worth of linear layers."""
+    return length + length * length // ATTENTION_LENGTH
+
+
+def computed_work(lengths: Sequence[Lengths], layout: Layout) -> int:
+    """As `computed_tokens`, with attention."""
+    if layout == "packed":
+        return sum(work(length.total) for length in lengths)
+    return len(lengths) * work(max(length.text for length in lengths) + max(length.image for length in lengths))
 
 
 def caption_dropped(seed: int, step: int, index: int, probability: float) -> bool:
@@ -206,28 +224,29 @@ class _Split:
         count = -(-sum(self.lengths[i].total for i in by_length) // self.max_tokens)
         while True:
             count = self._rounded(count, len(by_length))
-            batches = self._split_packed(by_length, count)
-            if max(sum(self.lengths[i].total for i in batch) for batch in batches) <= self.max_tokens:
-                return batches
+            for cost in (work, int) if self.world_size > 1 else (int,):  # by tokens alone they may fit where else not
+                batches = self._split_packed(by_length, count, cost)
+                if max(sum(self.lengths[i].total for i in batch) for batch in batches) <= self.max_tokens:
+                    return batches
             count += 1 + count // 64  # in steps that grow, or a step of many large samples would be tried for ever
 
     def _rounded(self, count: int, samples: int) -> int:
         return min(-(-count // self.world_size) * self.world_size, samples)
 
-    def _split_packed(self, by_length: Sequence[int], count: int) -> list[tuple[int, ...]]:
-        """Longest first, each to the microbatch with the fewest tokens (Graham 1969: at most 4/3 of the best)."""
+    def _split_packed(self, by_length: Sequence[int], count: int, cost: Callable[[int], int]) -> list[tuple[int, ...]]:
+        """Longest first, each to the microbatch of the least cost (Graham 1969: at most 4/3 of the best)."""
         batches: list[list[int]] = [[] for _ in range(count)]
         heap = [(0, b) for b in range(count)]
         for i in sorted(by_length, key=lambda i: (-self.lengths[i].total, i)):
-            tokens, b = heapq.heappop(heap)
+            load, b = heapq.heappop(heap)
             batches[b].append(i)
-            heapq.heappush(heap, (tokens + self.lengths[i].total, b))
+            heapq.heappush(heap, (load + cost(self.lengths[i].total), b))
         return [tuple(batch) for batch in batches]
 
     def _split_padded(self, by_length: Sequence[int]) -> list[tuple[int, ...]]:
         """Runs of neighbours in length, as many as give the heaviest rank the minimum: see the module's docstring."""
         row, samples = [self.lengths[i] for i in by_length], len(by_length)
-        mean = sum(length.total for length in row) / self.world_size  # no rank can have less
+        mean = sum(self._cost((i,)) for i in by_length) / self.world_size  # no rank can have less
         count = self._rounded(len(_filled(row, self.max_tokens, samples)), samples)
         best: list[tuple[int, ...]] = []
         minimum = math.inf
@@ -245,7 +264,10 @@ class _Split:
             count = self._rounded(more * self.world_size, samples)
 
     def _cost(self, batch: Sequence[int]) -> int:
-        return computed_tokens([self.lengths[i] for i in batch], self.layout)
+        """In tokens' worth; on one rank there is nothing to balance, and tokens are what takes memory."""
+        return (computed_work if self.world_size > 1 else computed_tokens)(
+            [self.lengths[i] for i in batch], self.layout
+        )
 
     def _balanced(self, costs: Sequence[int]) -> list[list[int]]:
         """Positions in `costs` by rank: heaviest first to the lightest rank that still has room for an equal count."""

@@ -92,6 +92,7 @@ class Options(BaseModel):
     device: str | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
     quantize: Literal["null", Method] | None = None
+    offload: bool = False
 
 
 class _Row(BaseModel):
@@ -327,7 +328,10 @@ def _make_images(request: Request) -> None:
             release(request.device)
             pipeline = _load(request, result.path if trained and not result.lora else None)
         if trained and result.lora:
+            pipeline.remove_all_hooks()  # loading would put them back, for a device of its own choice
             pipeline.load_lora_weights(result.path)
+        if request.options.offload:
+            pipeline.enable_model_cpu_offload(device=request.device)
         jobs = list(zip(request.jobs, embeds, strict=True))
         for job, own in counted(jobs, "sample", "image", enabled=True):
             path = job.path if trained else job.untrained_path
@@ -358,6 +362,8 @@ def _encode(request: Request) -> list[Embeds]:
 
 def _load(request: Request, trained: Path | None) -> Any:
     family, dtype, device = request.family, getattr(torch, request.dtype), request.device
+    if request.options.offload and not request.quantize:  # which is for the device to do
+        device = torch.device("cpu")
     transformer = family.load_transformer(trained=trained, quantize=request.quantize, dtype=dtype, device=device)
     pipeline = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device=device)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)  # an image may take minutes

@@ -19,6 +19,7 @@ are counted by formula, as bitsandbytes' kernels have no fake form. `inspect --m
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -34,10 +36,11 @@ from mixres.batch import Batch
 from mixres.config.schema import Config
 from mixres.data.collate import collate
 from mixres.geometry import Grid
+from mixres.models.block_swap import frozen_matrices
 from mixres.models.blocks import recompute_blocks, repeated_blocks
 from mixres.models.family import Family
 from mixres.models.lora import add_lora, train_all, trainable_parameters
-from mixres.models.quantize import is_torchao, quantize_skeleton, stored_bytes
+from mixres.models.quantize import empty_like, is_torchao, plain_tensors, quantize_skeleton, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step
 from mixres.training.setup import build_objective
@@ -56,6 +59,7 @@ class StepBytes(NamedTuple):
     kept: int  # between forward and backward
     forward: int  # at the peak of the forward pass
     backward: int
+    host: int = 0  # what the forward pass moves to host memory
 
 
 class MemoryEstimate:
@@ -76,8 +80,14 @@ class MemoryEstimate:
         blocks = repeated_blocks(self._model)
         self._blocks, self._runs = len(blocks), list(_runs_of_equal(self._model, blocks))
         learnt = bytes_of(trained)
+        swapped, slots = self._swapped_bytes(blocks)
+        self._host_bytes = swapped
         whole = {
-            "weights": bytes_of(parameters) - learnt - self._saved_by_bitsandbytes(blocks),  # frozen ones
+            "weights": bytes_of(parameters)
+            - learnt
+            - self._saved_by_bitsandbytes(blocks)
+            - swapped
+            + slots,  # frozen ones
             "trained_weights": learnt,
             "gradients": learnt,
             "optimizer": optimizer_bytes(config, [p.numel() for p in trained]),
@@ -91,11 +101,13 @@ class MemoryEstimate:
     def figures(self, microbatch: Sequence[SampleTokens]) -> dict[str, Any]:
         """What `inspect.json` holds, for the largest microbatch."""
         train, (image_token, text_token) = self._config.train, self.token_bytes()
+        offloaded = train.offload.activations
         return {
             "device": self._device.type,
             "parallel": train.parallel,
             "gradient_checkpointing": train.gradient_checkpointing,
             "bytes": self.memory(microbatch),
+            "host_bytes": self._host_bytes + (self.count(self.batch(microbatch), True).host if offloaded else 0),
             "blocks": self._blocks,
             "bytes_of_an_image_token_in_a_block": image_token,
             "bytes_of_a_text_token_in_a_block": text_token,
@@ -158,15 +170,34 @@ class MemoryEstimate:
         self._model.disable_gradient_checkpointing()
         if checkpointing:
             recompute_blocks(self._model, every=int(checkpointing))
-        autocast = self._config.train.mixed_precision == "bf16"
+        train, host = self._config.train, []
+        autocast = train.mixed_precision == "bf16"
+
+        def to_host(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+            host.append(tensor.nbytes)
+            return tensor.shape, tensor.dtype
+
+        def from_host(packed: tuple[torch.Size, torch.dtype]) -> Tensor:
+            return torch.empty(packed[0], dtype=packed[1], device=self._device)
+
+        offloaded = train.offload.activations and checkpointing
+        saved = saved_tensors_hooks(to_host, from_host) if offloaded else nullcontext()
         with self._fake, LiveStorages(self._known) as storages:
             storages.add(value for value in vars(batch).values() if isinstance(value, Tensor))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast), saved:
                 loss = self._objective.loss_sum(self._model, batch, step=0)
             kept, forward = storages.live, storages.peak
             storages.peak = kept
             torch.autograd.backward(loss)
-            return StepBytes(kept, forward, storages.peak)
+            return StepBytes(kept, forward, storages.peak, sum(host))
+
+    def _swapped_bytes(self, blocks: Sequence[nn.Module]) -> tuple[int, int]:
+        """Bytes of frozen matrices that wait in host memory, and of the slots on the device for some of them."""
+        keep = self._config.train.offload.blocks
+        if keep is None:
+            return 0, 0
+        sizes = [bytes_of(matrix for _, _, matrix in frozen_matrices(block)) for block in blocks]
+        return sum(sizes), min(keep, len(sizes)) * max(sizes)
 
     def _saved_by_bitsandbytes(self, blocks: Sequence[nn.Module]) -> int:
         """Bytes that nf4 and bnb_int8 take off the weights."""
@@ -193,7 +224,7 @@ class MemoryEstimate:
         with self._fake:
             for module in transformer.modules():
                 for name, parameter in module.named_parameters(recurse=False):
-                    empty = _empty_like(parameter.detach(), self._device)
+                    empty = empty_like(parameter.detach(), self._device)
                     setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
             for parameter in trainable_parameters(transformer).values():
                 parameter.grad = torch.empty_like(parameter)  # of the microbatches before this one
@@ -208,12 +239,12 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sizes = {storage._cdata: 0 for tensor in known for storage in storages_of(tensor)}
+        self._sizes = {storage._cdata: 0 for storage in _storages(known)}
         self.live = self.peak = 0
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these, as far as they are not counted yet."""
-        for storage in (storage for tensor in tensors for storage in storages_of(tensor)):
+        for storage in _storages(tensors):
             if storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self.live += storage.nbytes()
@@ -226,25 +257,18 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(value, "__tensor_flatten__") for value in tree_iter((args, kwargs))):
             return NotImplemented  # the operations that it is made of come here again
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False  # values are not known; the one that is asked for is whether a mask hides nothing
         result = func(*args, **(kwargs or {}))
         self.add(value for value in tree_iter(result) if isinstance(value, Tensor))
         return result
 
 
-def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """One, or those of the tensors that a quantised weight is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
-    else:
-        yield tensor.untyped_storage()
+def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    return (part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor))
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes that these tensors hold, quantised ones as they are stored."""
-    return sum(storage.nbytes() for tensor in tensors for storage in storages_of(tensor))
+    return sum(storage.nbytes() for storage in _storages(tensors))
 
 
 def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleTokens]) -> Batch:
@@ -263,15 +287,6 @@ def _runs_of_equal(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tu
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList) and not set(blocks).isdisjoint(stack):
             yield from ((stack, list(run)) for _, run in groupby(list(stack), key=kind))
-
-
-def _empty_like(tensor: Any, device: torch.device) -> Any:
-    """On `device`; the parts of a quantised tensor too."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return torch.empty_like(tensor, device=device)
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: _empty_like(getattr(tensor, name), device) for name in names}
-    return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 
 
 def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:

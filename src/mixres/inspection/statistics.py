@@ -231,7 +231,7 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
     twins = len(train) - len({(scanned.digests, scanned.record.prompt) for scanned in train})
     enlarged, other, rest = sizes["targets_enlarged"], sizes["controls_of_another_aspect"], len(train) % wanted
     enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
-    few, no_samples = found.few(config), config.sample.every and not found.held_out
+    few, idle, no_samples = found.few(config), found.idle(config), config.sample.every and not found.held_out
     unaligned = "set data.resize.control.align=auto, which needs a new logging.output_dir"
     if config.data.resize.control.align == "auto":
         unaligned = (
@@ -257,6 +257,7 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
         (enlargement > _ENLARGED, f"controls enlarged up to {enlargement:.1f} times a side (data.resize.control.area)"),
         (no_samples, "nothing is held out: there will be no samples while training (data.held_out)"),
         (few, str(few)),
+        (idle, str(idle)),
         (steps < epoch["steps"], f"train.max_train_steps={steps} is less than an epoch of {epoch['steps']} steps"),
         (
             len(train) > wanted and rest,

@@ -24,6 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 from mixres.models.packing import PackedLengths, interleave, separate
 from mixres.models.rotation import rotate_complex, rotate_real
 
+MAX_VARLEN_WIDTH = 256  # of a head
+
 
 @dataclass(frozen=True)
 class JointRotary:
@@ -40,6 +42,14 @@ class JointRotary:
     @property
     def is_packed(self) -> bool:
         return self.packed is not None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "JointRotary":
+        """With its tensors on `device`: hooks that offload a model move the arguments of its modules so."""
+        freqs, mask = (x if x is None else x.to(device, non_blocking=non_blocking) for x in (self.freqs, self.mask))
+        packed = self.packed
+        if packed is not None:
+            packed = replace(packed, cumulative=packed.cumulative.to(device, non_blocking=non_blocking))
+        return replace(self, freqs=freqs, mask=mask, packed=packed)
 
     def without_complex(self) -> "JointRotary":
         """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
@@ -61,6 +71,15 @@ def joint_mask(text_mask: Tensor | None, image_mask: Tensor | None, text_tokens:
     text = image.new_ones(batch, text_tokens, dtype=torch.bool) if text_mask is None else text_mask.bool()
     pixels = image.new_ones(batch, image_tokens, dtype=torch.bool) if image_mask is None else image_mask.bool()
     return torch.cat([text.to(image.device), pixels.to(image.device)], dim=1)[:, None, None, :]
+
+
+def takes_varlen(dtype: torch.dtype, *, head_width: int, capability: tuple[int, int]) -> bool:
+    """Whether torch's variable-length kernel (FlashAttention 2) takes such heads on a card of this compute capability.
+
+    Cards before Ampere (8.0) have no such kernel.
+    """
+    fits = head_width % 8 == 0 and head_width <= MAX_VARLEN_WIDTH
+    return fits and capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16)
 
 
 class JointAttention:
@@ -85,6 +104,11 @@ class JointAttention:
             joined = self.attend(query, key, value, plan)
             text_out, image_out = separate(joined, plan.packed)
         return _project_out(attn.to_out, image_out), attn.to_add_out(text_out)
+
+    def attend_stream(self, attn: Any, states: Tensor, plan: JointRotary) -> Tensor:
+        """Attend over `(B, L, C)` states, projected."""
+        query, key, value = self.heads(attn, states)
+        return _project_out(attn.to_out, self.attend(query, key, value, plan))
 
     def heads(self, attn: Any, states: Tensor) -> list[Tensor]:
         """Query, key and value `(B, tokens, H, D)` of `(B, tokens, C)`, not rotated yet."""
@@ -120,12 +144,13 @@ class JointAttention:
 
     def _varlen_dtype(self, query: Tensor) -> torch.dtype | None:
         """The half precision in which torch's variable-length kernel takes `query`; None where it does not."""
-        if not query.is_cuda or query.shape[-1] % 8 or self._parallel_config is not None:
+        if not query.is_cuda or self._parallel_config is not None:
             return None
         if self._backend() is not AttentionBackendName.NATIVE:
             return None
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+        capability = torch.cuda.get_device_capability(query.device)
+        return dtype if takes_varlen(dtype, head_width=query.shape[-1], capability=capability) else None
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and "varlen" in self._backend().value:
@@ -149,13 +174,15 @@ def replace_processor(attn: Any, kind: type[JointAttention]) -> None:
         attn.set_processor(processor)
 
 
-def replace_stock_processors(blocks: Iterable[Any], stock: type[Any], kind: type[JointAttention]) -> None:
-    """Give the `attn` of all blocks a processor of this kind for their `stock` one.
+def replace_stock_processors(
+    blocks: Iterable[Any], stock: type[Any], kind: type[JointAttention], *, name: str = "attn"
+) -> None:
+    """Give the attention module of this name of all blocks a processor of this kind for their `stock` one.
 
     Raises:
         ValueError: a processor is neither, and nothing has been replaced: it does what the patch does not know.
     """
-    modules = [block.attn for block in blocks]
+    modules = [getattr(block, name) for block in blocks]
     for attn in modules:
         if not isinstance(attn.processor, kind) and type(attn.processor) is not stock:
             raise ValueError(

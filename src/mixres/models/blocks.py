@@ -6,8 +6,9 @@ a minute or so for each graph, see `most_graphs`.
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -19,6 +20,29 @@ def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
     """The blocks that diffusers declares as repeated, in the order of the model."""
     kinds = set(transformer._repeated_blocks)  # type: ignore[arg-type]
     return [module for module in transformer.modules() if type(module).__name__ in kinds]
+
+
+@contextmanager
+def fewer_blocks(transformer: nn.Module, count: int) -> Iterator[None]:
+    """Within it the transformer has about `count` of its repeated blocks, but two of each list at least.
+
+    The first ones of each list, and its last: patches hang hooks on it, and its text stream ends there.
+    """
+    repeated = repeated_blocks(transformer)
+    stacks = {stack: list(stack) for stack in transformer.modules() if _holds(stack, repeated)}
+    try:
+        for stack, blocks in stacks.items():
+            kept = min(len(blocks), max(2, len(blocks) * count // len(repeated)))
+            del stack[kept - 1 : -1]
+        yield
+    finally:
+        for stack, blocks in stacks.items():
+            del stack[:]
+            stack.extend(blocks)
+
+
+def _holds(module: nn.Module, blocks: Sequence[nn.Module]) -> TypeGuard[nn.ModuleList]:
+    return isinstance(module, nn.ModuleList) and not set(blocks).isdisjoint(module)
 
 
 def recompute_blocks(transformer: nn.Module, *, every: int) -> None:
@@ -71,6 +95,8 @@ def _real(argument: Any) -> Any:
     """An argument of a block with real tensors in place of complex ones, for which the compiler generates no code."""
     if isinstance(argument, dict):  # of what the blocks hand on to their attention processors
         return {name: _real(value) for name, value in argument.items()}
+    if isinstance(argument, torch.Tensor) and argument.is_complex():
+        return torch.view_as_real(argument)
     return argument.without_complex() if hasattr(argument, "without_complex") else argument
 
 

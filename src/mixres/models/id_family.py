@@ -1,9 +1,10 @@
-"""What FLUX.1 and FLUX.2 share: positions are ids, and the text encoders see no images.
+"""What families share whose text encoders see no images, and what those of them share whose positions are ids.
 
-Promise: as in `mixres.models.family`. A family adds its ids, its encoding of an image and how its pipeline is called.
+Promise: as in `mixres.models.family`. A family adds its positions, its VAE and how its pipeline is called.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
-from mixres.geometry import PATCH, Grid, Size, control_area
+from mixres.geometry import PATCH, Grid, Size, control_area, pack_latents, unpack_latents
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.prompt_length import over_long
@@ -25,35 +26,30 @@ _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of t
 _PROMPTS = 2  # of an entry at most: its own, and the empty one
 
 
-class IdFamily(StockFamily):
+class SeparateTextFamily(StockFamily):
     """See `mixres.models.family.Family` for what each method gives."""
 
     label: ClassVar[str]  # what messages call it
-    comfyui_alpha = False  # FLUX.2's stock pipelines refuse a file that has it
     prompts_alone = True
-    padded_text = TEXT_TOKENS
     tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     vae_class: ClassVar[Any]
 
     # What a family adds.
 
-    def image_ids(self, grids: Sequence[Grid]) -> Tensor:
-        """`(S, n)` int64: the positions of the tokens of a sample's images, target first."""
-        raise NotImplementedError
-
-    def text_ids(self, tokens: int) -> Tensor:
-        """`(T, n)` int64: the positions of so many text tokens."""
-        raise NotImplementedError
-
     def control_size(self, source: Size, area: int) -> Size:
         """The size of a control that is not aligned, of at most about `area` pixels."""
         raise NotImplementedError
 
-    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
-        """`(S, P)` normalised, packed latents of the image at `size`, on the CPU; no noise of the VAE's is added."""
-        raise NotImplementedError
-
     # Configuration files.
+
+    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
+        """See `Family`. Without dynamic shifting (FLUX.1-schnell, Z-Image) the scheduler's own, at every size."""
+        constants = super().flow_shift(steps)
+        config = self._config("scheduler/scheduler_config.json")
+        if config.get("use_dynamic_shifting"):
+            return constants
+        constant = math.log(config.get("shift", 1.0))
+        return constants | {"base_shift": constant, "max_shift": constant}
 
     def pixels_per_token(self) -> int:
         """See `Family`: 16, from the VAE's configuration."""
@@ -106,14 +102,6 @@ class IdFamily(StockFamily):
         absent = dict.fromkeys((*self.components, "transformer", "scheduler"))
         return self.pipeline_class(**{**absent, "vae": vae})
 
-    def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
-        """See `Family`."""
-        return TEXT_TOKENS
-
-    def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
-        """See `Family`. Positions are computed, not looked up."""
-        return None
-
     def previews(
         self,
         preprocessors: Any,
@@ -133,6 +121,19 @@ class IdFamily(StockFamily):
         }
 
     # Encoding.
+
+    @torch.no_grad()
+    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
+        """`(S, P)` normalised, packed latents of the image at `size`, on the CPU; no noise of the VAE's is added.
+
+        With the arithmetic of Kontext's `_encode_vae_image`, which pipelines of text to image do not have.
+        """
+        vae = pipeline.vae
+        pixels = pipeline.image_processor.preprocess(image, size.height, size.width)
+        latents = vae.encode(pixels.to(device=pipeline._execution_device, dtype=vae.dtype)).latent_dist.mode()
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        _, _, height, width = latents.shape
+        return pack_latents(latents.transpose(0, 1)).cpu(), Grid(1, height // PATCH, width // PATCH)
 
     def encode(
         self,
@@ -162,6 +163,50 @@ class IdFamily(StockFamily):
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
             pooled_embeds=text.pooled,
         )
+
+    # The transformer.
+
+    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Family`. The layers' names are enough."""
+        return {}
+
+    # Sampling.
+
+    @torch.no_grad()
+    def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
+        """See `Family`. The end of the stock `__call__`."""
+        vae = pipeline.vae
+        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid).transpose(0, 1)
+        pixels = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+        return image
+
+
+class IdFamily(SeparateTextFamily):
+    """See `mixres.models.family.Family` for what each method gives."""
+
+    comfyui_alpha = False  # FLUX.2's stock pipelines refuse a file that has it
+    padded_text = TEXT_TOKENS
+
+    # What a family adds.
+
+    def image_ids(self, grids: Sequence[Grid]) -> Tensor:
+        """`(S, n)` int64: the positions of the tokens of a sample's images, target first."""
+        raise NotImplementedError
+
+    def text_ids(self, tokens: int) -> Tensor:
+        """`(T, n)` int64: the positions of so many text tokens."""
+        raise NotImplementedError
+
+    # Records before they are encoded.
+
+    def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
+        """See `Family`."""
+        return TEXT_TOKENS
+
+    def text_problem(self, grids: Sequence[Grid], text_tokens: int) -> str | None:
+        """See `Family`. Positions are computed, not looked up."""
+        return None
 
     # The transformer.
 
@@ -203,10 +248,6 @@ class IdFamily(StockFamily):
             **({} if pooled is None else {"pooled_projections": pooled.to(dtype)}),
         )[0]
         return velocity
-
-    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See `Family`. The layers' names are enough."""
-        return {}
 
 
 def resized(pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from mixres.config.problems import as_written
@@ -98,6 +99,10 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):  # A is drawn on the CPU, wherever the transformer is
         torch.default_generator.manual_seed(seed)
         transformer.add_adapter(config)  # type: ignore[operator]
+    if not (use_dora or lora_dropout):  # DoRA also computes outside of autocast's operations
+        for module in transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = _WithoutAutocast()
     parameters = trainable_parameters(transformer)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -153,6 +158,13 @@ def base_problem(transformer: nn.Module, header: LoraHeader) -> str | None:
         if (linear.in_features, linear.out_features) != (inputs, outputs):
             return f"its {name} is {linear.in_features} x {linear.out_features}, the adapter's {inputs} x {outputs}"
     return None
+
+
+class _WithoutAutocast:
+    """True while autocast is off. Else peft casts all adapters' inputs to float32, and autocast back: the same bits."""
+
+    def __bool__(self) -> bool:
+        return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
 def _chosen(transformer: nn.Module, patterns: Sequence[str], untrained: Sequence[str]) -> dict[str, nn.Linear]:

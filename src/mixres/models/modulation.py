@@ -34,6 +34,11 @@ class SampleRows:
     def ndim(self) -> int:
         return self.rows.ndim
 
+    def unsqueeze(self, dim: int) -> "SampleRows":
+        """As `Tensor.unsqueeze` of `(B, k * C)`: the tokens of all samples are one row of the batch."""
+        assert (self.ndim, dim) == (2, 1), (self.ndim, dim)
+        return SampleRows(self.rows[None], self.runs, self.cuts)
+
     def chunk(self, chunks: int, dim: int = -1) -> tuple["SampleRows | Tensor", ...]:
         """As `Tensor.chunk` along the channels: the last step gives tensors of one row per token."""
         assert dim in (-1, self.ndim - 1), dim

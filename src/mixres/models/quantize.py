@@ -8,13 +8,13 @@ recomputed there (gradient checkpointing).
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig
-from torch import nn
+from torch import Tensor, nn
 
 from mixres.errors import UserError
 from mixres.models.blocks import repeated_blocks
@@ -33,6 +33,24 @@ def stored_bytes(method: Method, outputs: int, inputs: int) -> int:
 def is_torchao(method: Method | None) -> bool:
     """Whether torchao does it; bitsandbytes' methods need CUDA."""
     return method is not None and _PACKAGES[method] == "torchao"
+
+
+def plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    """Those that a quantised weight is made of, or the tensor itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def empty_like(tensor: Any, device: torch.device) -> Any:
+    """On `device`; the parts of a quantised tensor too."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return torch.empty_like(tensor, device=device)
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: empty_like(getattr(tensor, name), device) for name in names}
+    return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 
 
 def quantize_skeleton(transformer: nn.Module, method: Method, *, dtype: torch.dtype) -> None:
@@ -79,8 +97,10 @@ def quantization_config(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(exclude),
         )
-    if method == "bnb_int8":  # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339)
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(exclude))
+    if method == "bnb_int8":
+        # LLM.int8(), Dettmers et al. 2022 (arXiv 2208.07339), without its outlier columns. Those are chosen over all
+        # tokens of a call: at the default threshold of 6 a sample's values would depend on its batch.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(exclude))
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     kind = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[method]

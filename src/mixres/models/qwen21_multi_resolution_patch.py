@@ -35,7 +35,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
 from torch import Tensor
 
 from mixres.geometry import Grid
-from mixres.models.attention import replace_stock_processors
+from mixres.models.attention import JointRotary, replace_stock_processors
 from mixres.models.family import PatchState
 from mixres.models.position_ids import Call, argument_names, by_name
 from mixres.models.qwen21.attention import BlockCausal, Qwen21MultiResAttnProcessor, TokenRows
@@ -70,15 +70,24 @@ class _Slots:
         return torch.cat([joint[:, : slots.text], joint.new_zeros(len(joint), slots.image, joint.shape[2])], dim=1)
 
 
-class _PlannedShapes(list[Grid]):
-    """The one image of a planned call, and what `pos_embed` returns for it."""
+class _PlannedShapes:
+    """The one image of a planned call, and what `pos_embed` returns for it.
 
-    def __init__(self, tokens: int, plan: BlockCausal) -> None:
-        super().__init__([Grid(1, 1, tokens)])
-        self.plan = plan
+    No list: hooks that offload a model rebuild lists of any class from their items, and move what has `to`.
+    """
+
+    def __init__(self, tokens: int, plan: JointRotary) -> None:
+        self._tokens, self.plan = tokens, plan
+
+    def __getitem__(self, image: int) -> Grid:
+        return Grid(1, 1, self._tokens)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "_PlannedShapes":
+        """With the plan's tensors on `device`."""
+        return _PlannedShapes(self._tokens, self.plan.to(device, non_blocking))
 
 
-def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid]) -> tuple[Tensor, Tensor]:
+def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid] | _PlannedShapes) -> tuple[Tensor, Tensor]:
     """As the stock model's own; in a planned call nothing asks for it."""
     if isinstance(img_shapes, _PlannedShapes):
         return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.bool, device="cpu")
@@ -92,7 +101,7 @@ class MultiResolutionRope(QwenImage21Rope):  # type: ignore[misc]
     def __init__(self, stock: QwenImage21Rope) -> None:
         super().__init__(stock.theta, stock.axes_dim)
 
-    def forward(self, img_shapes: list[Grid], image_pad_mask: Tensor, device: torch.device) -> Any:
+    def forward(self, img_shapes: list[Grid] | _PlannedShapes, image_pad_mask: Tensor, device: torch.device) -> Any:
         """See the stock class."""
         if isinstance(img_shapes, _PlannedShapes):
             return img_shapes.plan

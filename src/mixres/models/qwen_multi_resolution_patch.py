@@ -41,6 +41,8 @@ __all__ = [
     "patch_qwen_model_for_multi_resolution",
 ]
 
+# In `attention_kwargs`: the caller knows that the mask of the text hides something, so the device need not be asked.
+TEXT_IS_PADDED = "text_is_padded"
 _FORWARD_NAMES = tuple(inspect.signature(QwenImageTransformer2DModel.forward).parameters)[1:]
 
 
@@ -84,6 +86,7 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     call = {**dict(zip(_FORWARD_NAMES, args, strict=False)), **kwargs}
     attention_kwargs = dict(call.get("attention_kwargs") or {})
     explicit_mask = attention_kwargs.pop("attention_mask", None)
+    text_is_padded = attention_kwargs.pop(TEXT_IS_PADDED, False)
     text_lengths = attention_kwargs.pop("txt_seq_lens", None)
     rotary_pair = call.pop("image_rotary_emb", None)
     call["attention_kwargs"] = attention_kwargs
@@ -97,6 +100,9 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             raise ValueError(f"packed batch: {name} must be None, the lengths and img_shapes are enough")
         call["img_shapes"] = plan_packed(model, call, shapes, [int(n) for n in text_lengths])
     else:
+        text_mask = call.get("encoder_hidden_states_mask")
+        if text_mask is not None and not text_is_padded and bool(text_mask.all()):
+            call["encoder_hidden_states_mask"] = None  # a mask that hides nothing only costs time
         call["img_shapes"] = _plan_padded(model, call, shapes, rotary_pair, explicit_mask)
     return (), call
 
@@ -110,10 +116,7 @@ def _plan_padded(
 ) -> PlannedShapes:
     hidden, text = call["hidden_states"], call["encoder_hidden_states"]
     image_tokens, text_tokens = hidden.shape[1], text.shape[1]
-    text_mask = call.get("encoder_hidden_states_mask")
-    if text_mask is not None and bool(text_mask.all()):
-        text_mask = call["encoder_hidden_states_mask"] = None  # a mask that hides nothing only costs time
-    image_mask = None
+    text_mask, image_mask = call.get("encoder_hidden_states_mask"), None
     if shapes is not None:
         shapes = _one_per_sample(shapes, hidden)
         image_mask = valid_slots([token_count(sample) for sample in shapes], image_tokens, hidden.device)

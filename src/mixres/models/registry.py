@@ -18,12 +18,13 @@ from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
 from mixres.models.qwen.image import QwenImage
 from mixres.models.qwen21.family import QwenImage21
+from mixres.models.z_image.family import ZImage
 
+_CLASSES: tuple[type[Family], ...] = (
+    QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21, Flux2Klein, Flux2Dev, FluxKontext, Flux, ZImage,
+)  # fmt: skip
 # By `_class_name` in the base's model_index.json. A family's class is called as `load_family` does at its end.
-FAMILIES: dict[str, type[Family]] = {
-    family.pipeline_class.__name__: family
-    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21, Flux2Klein, Flux2Dev, FluxKontext, Flux)
-}
+FAMILIES = {family.pipeline_class.__name__: family for family in _CLASSES}
 
 
 # Pipelines of transformers that are supported otherwise, and what keeps them out.

@@ -50,6 +50,11 @@ class ScannedData:
         what = "every step is an epoch, and smaller than it should be"
         return f"{amount(count, 'training record')} for batch.samples_per_step={wanted}: {what}"
 
+    def idle(self, config: Config) -> str | None:
+        """A notice where keys are set that change nothing in this run."""
+        keys = config.idle_keys(masks=any(scanned.record.mask for scanned in self.train))
+        return f"set, but without effect here: {', '.join(keys)}" if keys else None
+
     def stop(self, config: Config) -> bool:
         """Whether the problems are such that nothing may be trained."""
         return config.data.on_bad_item == "error" and any(not problem.skip for problem in self.problems)
@@ -82,8 +87,8 @@ def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[li
     if is_main:
         _list_problems(config, found)
         tell(found, family, config.data.background)
-        if few := found.few(config):
-            log(f"data      {few}")
+        for notice in filter(None, (found.few(config), found.idle(config))):
+            log(f"data      {notice}")
     return found.train, found.held_out
 
 

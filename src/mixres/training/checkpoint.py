@@ -15,6 +15,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixres import atomic
+from mixres.errors import WorkError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -127,12 +129,16 @@ class Checkpoints:
     def newest_valid(self) -> Checkpoint | None:
         """The newest checkpoint whose files match its manifest; each damaged one is logged as a warning.
 
-        All ranks get the same one: they divide the hashing, and what one of them cannot read does not count.
+        All ranks get the same one: they divide the hashing, and what is damaged for one of them does not count.
+
+        Raises:
+            WorkError: on all ranks, where one cannot read a file. That is no damage: the next save would delete a whole
+                checkpoint because of a moment's failure.
         """
         for name in reversed(self.gather([path.name for path in self._all()])[0]):
             path = self.root / name
-            own = problem_of(path, rank=self.rank, ranks=self.ranks)
-            problems = [problem for problem in self.gather(own) if problem]
+            found = self._together(partial(problem_of, path, rank=self.rank, ranks=self.ranks), _unreadable)
+            problems = [problem for problem in found if problem]
             if not problems:
                 return Checkpoint(path)
             self._damaged.add(name)
@@ -154,13 +160,13 @@ class Checkpoints:
             for group, tensors in rows.items()
         }
 
-    def _together(self, act: Callable[[], T]) -> list[T]:
-        """What `act` gives on each rank; the first rank's failure is raised on all of them."""
+    def _together(self, act: Callable[[], T], raised: Callable[[OSError], Exception] = lambda error: error) -> list[T]:
+        """What `act` gives on each rank; the first rank's failure is raised on all of them, as what `raised` makes."""
         result, failure = None, None
         try:
             result = act()
         except OSError as error:
-            failure = error
+            failure = raised(error)
         results: list[Any] = self.gather((result, failure))
         for _, other in results:
             if other is not None:
@@ -216,7 +222,11 @@ class Checkpoints:
 
 
 def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
-    """Why the files of a checkpoint, of which each of `ranks` reads a part, are not as saved; None if they are."""
+    """Why the files of a checkpoint, of which each of `ranks` reads a part, are not as saved; None if they are.
+
+    Raises:
+        OSError: a file that is there cannot be read.
+    """
     try:
         manifest = _manifest(path)
         if STATE not in manifest:
@@ -225,9 +235,16 @@ def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
             if Path(name).name != name or _digest(path / name) != manifest[name]:
                 return f"{name} is not what was saved"
         Checkpoint(path)
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         return str(error) or type(error).__name__
     return None
+
+
+def _unreadable(error: OSError) -> WorkError:
+    return WorkError(
+        f"resume: {error.filename or 'a checkpoint'} cannot be read ({error.strerror or error}); nothing was deleted: "
+        "run the same command again, or remove that checkpoint to resume from the one before it"
+    )
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -8,17 +8,20 @@ factor of the world size there, to undo an average, would change roundings with 
 computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 ranks, 4e-15 without it).
 """
 
+import functools
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -36,6 +39,9 @@ _PLUGINS = {
 }
 
 
+_PATIENCE = timedelta(days=1)  # a process that hangs is the only one to take as long
+
+
 class DistEnv(NamedTuple):
     """Which of how many processes a launcher made this one."""
 
@@ -51,8 +57,13 @@ def dist_env() -> DistEnv:
     return DistEnv(int(value("RANK", 0)), int(value("WORLD_SIZE", 1)), device)
 
 
-def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> Accelerator:
-    """The accelerator of this process. Without an accelerator device several processes talk over gloo.
+def make_accelerator(
+    *, mixed_precision: str, report_to: str, folder: Path, timeout_minutes: float = 30, deterministic: bool = False
+) -> Accelerator:
+    """The accelerator of this process. Without a CUDA device several processes talk over gloo.
+
+    Collectives between devices end the run after `timeout_minutes`. `deterministic`: torch takes only kernels that
+    repeat their results, in the whole process.
 
     Raises:
         UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
@@ -67,26 +78,47 @@ def make_accelerator(*, mixed_precision: str, report_to: str, folder: Path) -> A
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         problems.add(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
     problems.raise_if_any()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with this alone
+    torch.use_deterministic_algorithms(deterministic)
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it accelerate takes two CPU ranks for two single runs
+        # As `dist_env` has it: CUDA or the CPU. Without it accelerate would take Apple's MPS, which has no float64, and
+        # two CPU ranks for two single runs.
+        cpu=not torch.cuda.is_available(),
         mixed_precision=mixed_precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))],
     )
 
 
+def control_group() -> dist.ProcessGroup:
+    """All ranks over gloo, beside the group of the devices. All must call it the first time."""
+    return _control_group(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _control_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return group
+
+
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, on every rank. All must call it; it waits for the last of them."""
+    """Every rank's value, on every rank. All must call it; it waits for the last of them.
+
+    It waits on the CPU, as long as a rank takes for its own work: encoding, a sample grid, writing a result. In a
+    collective of the devices the others would end the run after `train.timeout_minutes`. One that dies ends the wait.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
 
 
-def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on one rank at least. All must call it; it waits for the last of them."""
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+    return any(gather(flag))
 
 
 def assert_same_on_all_ranks(digest: str) -> None:
@@ -134,9 +166,12 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
 def _replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """DDP: the model wrapped so that gradients are summed over ranks."""
     device = accelerator.device
-    # Weights quantised by torchao cannot be sent; each rank has read and rounded the same ones.
-    unsent = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    # Weights quantised by torchao or in host memory cannot be sent; each rank has read and rounded the same ones.
+    unsent = [
+        name for name, p in model.named_parameters() if hasattr(p, "__tensor_flatten__") or p.device.type != device.type
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, unsent)  # type: ignore[no-untyped-call]
+    gather(None)  # of a slow disk one rank may read far longer than the others
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

@@ -4,19 +4,22 @@ Promise: the grid shows what the stock pipeline makes of the current weights, at
 is untouched: random generators of its own, no mode left behind. Cost: `sample.steps` forward calls a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from mixres import atomic
+from mixres.batch import TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.images import read_image
@@ -24,11 +27,11 @@ from mixres.data.records import Picture
 from mixres.models.family import Family
 from mixres.preprocessing.fill import CachedData, CachedSample, spread
 from mixres.preprocessing.training_data import image_limits
-from mixres.training.distributed import any_rank
 from mixres.training.drift import NOT_INSTALLED, Drift, drift_line, is_installed, measure_drift
 from mixres.training.ema import Ema
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState
+from mixres.training.side_work import attempt, prepared
 
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
@@ -58,28 +61,41 @@ class HeldOutSampler:
         self.items = spread(encoded.held_out, ROWS)
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
-        self.pipeline = family.load_sampling_pipeline(
-            transformer=transformer, dtype=parameter.dtype, device=parameter.device
-        )
+        self.pipeline = family.load_sampling_pipeline(transformer=None, dtype=parameter.dtype, device=parameter.device)
+        self.pipeline.register_modules(transformer=transformer)  # loading would move what waits in host memory
+        # Where all weights train they are float32; the file that is written, and what it will draw, are not.
+        dtype = getattr(torch, config.model.dtype)
+        self._autocast = partial(torch.autocast, parameter.device.type, dtype, enabled=parameter.dtype != dtype)
 
-    def write(
-        self, path: Path, *, keep: bool = True, stopping: Callable[[], bool] = lambda: False
-    ) -> tuple[Image.Image, dict[str, float]] | None:
-        """Predict every sample, save the grid and return it and its mean drift; a rank that takes part only: None.
+    def predictions(
+        self,
+        positions: Iterable[int],
+        stop_requested: Callable[[], bool] = lambda: False,
+        *,
+        lockstep: bool = False,
+    ) -> dict[int, Image.Image] | None:
+        """The images of the samples at these positions in `items`; None where the run is asked to stop before one.
 
-        `stopping` is called before each image; once it is true there is no grid. Where the grid cannot be written, the
-        reason is logged.
+        `lockstep`: all ranks make the same images together, as each of them holds a part of the weights.
         """
-        made = []
+        made = {}
         with self.ema.averaged() if self.ema else nullcontext():
-            for item in self.items:
-                if stopping():
+            for position in positions:
+                read = partial(self._inputs, self.items[position])
+                inputs = prepared(read, stop_requested=stop_requested(), lockstep=lockstep)
+                if inputs is None:
                     return None
-                made.append((item, self.predict(item)))
-        if not keep:
-            return None
-        drifts = [self.drift(*each) for each in made]
-        rows = [self._row(*each, drift) for each, drift in zip(made, drifts, strict=True)]
+                made[position] = self._draw(self.items[position], *inputs)
+        return made
+
+    def write(self, path: Path, made: Mapping[int, Image.Image]) -> tuple[Image.Image, dict[str, float]]:
+        """Save the grid of the images of all samples and return it and its mean drift.
+
+        Where the file cannot be written, the reason is logged.
+        """
+        pairs = [(item, made[position]) for position, item in enumerate(self.items)]
+        drifts = [self.drift(*each) for each in pairs]
+        rows = [self._row(*each, drift) for each, drift in zip(pairs, drifts, strict=True)]
         controls = [f"control {number}" for number in range(1, self.controls + 1)] if self.controls > 1 else ["control"]
         headings = (*controls[: self.controls], "target", "prediction")
         grid = image_grid(headings, rows)
@@ -92,15 +108,23 @@ class HeldOutSampler:
 
     def predict(self, item: CachedSample) -> Image.Image:
         """The pipeline's image for one held-out sample, at the size of its target."""
-        return self.family.sample_image(
-            self.pipeline,
-            controls=[self.read(path) for path in item.record.controls],
-            text=self.cache.read(item.key, name=item.record.name).text,
-            size=item.target_size,
-            steps=self.config.sample.steps,
-            seed=self.config.train.seed,
-            sizes=item.control_sizes,
-        )
+        return self._draw(item, *self._inputs(item))
+
+    def _inputs(self, item: CachedSample) -> tuple[list[Image.Image], TextEmbeds]:
+        controls = [self.read(path) for path in item.record.controls]
+        return controls, self.cache.read(item.key, name=item.record.name).text
+
+    def _draw(self, item: CachedSample, controls: list[Image.Image], text: TextEmbeds) -> Image.Image:
+        with self._autocast():
+            return self.family.sample_image(
+                self.pipeline,
+                controls=controls,
+                text=text,
+                size=item.target_size,
+                steps=self.config.sample.steps,
+                seed=self.config.train.seed,
+                sizes=item.control_sizes,
+            )
 
     def drift(self, item: CachedSample, made: Image.Image) -> Drift | None:
         """That of a predicted image against its target; against its input where the target is too unlike it."""
@@ -132,28 +156,42 @@ def grid_writer(
     show: Callable[[str, Image.Image, int], None],
     sinks: Sequence[Callable[[Mapping[str, Any]], None]],
 ) -> Callable[[int], None] | None:
-    """What writes the grid of a step into `samples/` of the run folder; None where this rank takes no part.
+    """What writes the grid of a step into `samples/` of the run folder, on all ranks; None where there is none.
 
-    `show` gets each grid with its name and step, each of `sinks` the line of metrics with its drift.
+    The ranks divide the images, so that no rank works while all others wait; of split weights they make each image
+    together. Where that fails there is no grid; the reason is logged. `show` gets each grid with its name and step,
+    each of `sinks` the line of metrics with its drift.
     """
-    # Sharded weights are gathered block by block as they are used: then every rank has to take part.
-    config, together = trained.config, trained.config.train.parallel == "fsdp2"
-    if not (config.sample.every and encoded.held_out and (run.is_main or together)):
+    config, accelerator = trained.config, trained.accelerator
+    if not (config.sample.every and encoded.held_out):
         return None
     sampler = HeldOutSampler(config, trained.family, trained.transformer, encoded, trained.ema)
     if run.is_main and not is_installed():
         log(f"samples   {NOT_INSTALLED}")
+    # Split weights are gathered block by block as they are used: then every rank has to take part.
+    lockstep = config.train.parallel == "fsdp2"
+    own = range(len(sampler.items))
+    if not lockstep:
+        own = own[accelerator.process_index :: accelerator.num_processes]
 
-    def stopping() -> bool:
-        return any_rank(trained.accelerator, run.stop_requested) if together else run.stop_requested
+    def predict() -> dict[int, Image.Image] | None:
+        made = sampler.predictions(own, lambda: run.stop_requested, lockstep=lockstep)
+        return made if made is None or run.is_main or not lockstep else {}
+
+    def save(step: int, parts: Sequence[dict[int, Image.Image] | None]) -> None:
+        if not run.is_main or None in parts:  # a stop was requested
+            return
+        made = {position: image for part in parts if part for position, image in part.items()}
+        grid, line = sampler.write(run.folder / "samples" / f"step-{step:08d}.png", made)
+        show("samples", grid, step)
+        for sink in sinks if line else ():
+            sink({"step": step, **line})
 
     def write(step: int) -> None:
-        path = run.folder / "samples" / f"step-{step:08d}.png"
-        if made := sampler.write(path, keep=run.is_main, stopping=stopping):
-            grid, line = made
-            show("samples", grid, step)
-            for sink in sinks if line else ():
-                sink({"step": step, **line})
+        parts = attempt(predict, lockstep=lockstep)
+        saved = parts if isinstance(parts, str) else attempt(partial(save, step, parts))
+        if isinstance(saved, str) and run.is_main:
+            log(f"samples   step {step}: no grid ({saved}): the run continues without it")
 
     return write
 

@@ -23,6 +23,7 @@ from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective, sample_weight
 from mixres.errors import Problems, UserError
 from mixres.models import hub
+from mixres.models.block_swap import BlockSwap, save_activations_on_host
 from mixres.models.blocks import check_compiler, compile_blocks, most_graphs, recompute_blocks
 from mixres.models.family import Family
 from mixres.models.lora import (
@@ -109,10 +110,13 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
     """The transformer on this rank's device, its adapters (or all its weights) trainable, the optimizer over them.
 
     For `train.parallel: fsdp2` the weights are split over all ranks.
+
+    Raises:
+        WorkError: there is not enough host memory for `train.offload.blocks`.
     """
-    model = config.model
+    model, offload, device = config.model, config.train.offload, accelerator.device
     transformer = family.load_transformer(
-        dtype=getattr(torch, model.dtype), device=accelerator.device, quantize=model.quantize
+        dtype=getattr(torch, model.dtype), device="cpu" if offload.blocks else device, quantize=model.quantize
     )
     untrained = family.untrained_modules(transformer)
     if model.lora:
@@ -123,6 +127,10 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
         table = train_all(transformer, untrained=untrained)
     if config.train.gradient_checkpointing:
         recompute_blocks(transformer, every=int(config.train.gradient_checkpointing))
+    if offload.blocks:
+        BlockSwap(transformer, keep=offload.blocks, device=device)
+    if offload.activations:
+        save_activations_on_host(transformer, device)
     if config.train.compile:
         compile_blocks(transformer, graphs=most_graphs(rows=config.batch.samples_per_step, lengths=MAX_LENGTHS))
     wrapped = parallelize(transformer, accelerator, config.train.parallel)

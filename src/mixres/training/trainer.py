@@ -51,7 +51,11 @@ def train(config: Config) -> None:
     folder, public = Path(logging.output_dir), public_config(config)
     with RunFolder(folder, verb="train", max_train_steps=last, rank=rank) as run, ExitStack() as stack:
         accelerator = make_accelerator(
-            mixed_precision=config.train.mixed_precision, report_to=logging.report_to, folder=folder
+            mixed_precision=config.train.mixed_precision,
+            report_to=logging.report_to,
+            folder=folder,
+            timeout_minutes=config.train.timeout_minutes,
+            deterministic=config.train.deterministic,
         )
         ranks = accelerator.num_processes
 
@@ -72,7 +76,7 @@ def train(config: Config) -> None:
         )
         first = checkpoint.step if checkpoint else 0
         run.update(step=first)
-        if first >= last and any_rank(accelerator, run.was_done(first)):
+        if first >= last and any_rank(run.was_done(first)):
             if run.is_main:
                 log(f"done      {first} steps were done before; raise train.max_train_steps, now {last}, to train more")
             return
@@ -107,7 +111,7 @@ def train(config: Config) -> None:
         evaluate = HeldOutLoss(trained, encoded, run, sinks)
 
         run.stop_between_steps()
-        if not any_rank(accelerator, metrics.evaluated) and not evaluate(first):
+        if not any_rank(metrics.evaluated) and not evaluate(first):
             raise Stopped(f"stopped by a signal before step {first + 1}: run the same command to resume")
         for step in range(first, last):
             start = time.perf_counter()
@@ -144,13 +148,13 @@ def train(config: Config) -> None:
             if sample and done < last and done % config.sample.every == 0:
                 sample(done)
 
-        done = max(first, last)
-        if sample:
-            sample(done)
-        if any_rank(accelerator, run.stop_requested):
+        if any_rank(run.stop_requested):
             raise Stopped("stopped by a signal after the last step, which is saved: run the same command to resume")
+        done = max(first, last)
         result_path = write_results(trained, folder, step=done, keep=run.is_main)
-        accelerator.wait_for_everyone()
+        gather(None)
+        if sample:  # after the result, which no failure or signal in the last grid can take away any more
+            sample(done)
         if run.is_main:
             _log_end(trained, result_path, encoded.train, skips, sampled=sample is not None)
 

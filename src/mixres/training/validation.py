@@ -13,10 +13,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
+from mixres.batch import Batch
 from mixres.console import counted, log
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
@@ -24,9 +26,9 @@ from mixres.diffusion.flow_matching import fixed_flow_sample
 from mixres.diffusion.objective import velocity_loss
 from mixres.errors import WorkError
 from mixres.preprocessing.fill import CachedData, CachedSample
-from mixres.training.distributed import any_rank, gather
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState
+from mixres.training.side_work import attempt, prepared
 
 # Sides of the squares that resolution bands are named after; a target is in the band whose area is nearest to its own.
 SIDES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -44,6 +46,7 @@ class HeldOutLoss:
         config = trained.config
         self.accelerator, self.objective, self.transformer = trained.accelerator, trained.objective, trained.transformer
         self.run, self.sinks, self.sigmas = run, sinks, config.evaluate.sigmas
+        self.lockstep = config.train.parallel == "fsdp2"
         self.every, self.last = config.evaluate.every, config.train.max_train_steps
         self.ema = trained.ema if config.evaluate.use_ema else None
         self.samples = encoded.held_out if self.every else []
@@ -59,15 +62,19 @@ class HeldOutLoss:
     def __call__(self, step: int) -> bool:
         """Evaluate if it is due, on all ranks; False where a rank was asked to stop first: then there is no line.
 
-        Raises:
-            WorkError: a cache entry is damaged or missing.
+        Where it fails there is none either; the reason is logged, and the run continues.
         """
         if not self.due(step):
             return True
-        losses = self.losses(lambda: any_rank(self.accelerator, self.run.stop_requested))
-        if losses is None:
+        found = attempt(self.losses, lockstep=self.lockstep)
+        if isinstance(found, str):
+            if self.run.is_main:
+                log(f"evaluate  step {step}: no evaluation ({found}): the run continues without it")
+            return True
+        if None in found:
             return False
         if self.run.is_main:
+            losses = {key: loss for part in found if part is not None for key, loss in part.items()}
             line = metrics_line(losses, self.samples)
             loss = "not finite" if line["eval/loss"] is None else f"{line['eval/loss']:.4f}"
             log(f"evaluate  step {step}: held-out loss {loss} ({len(self.samples)} samples)")
@@ -75,16 +82,22 @@ class HeldOutLoss:
                 sink({"step": step, **line})
         return True
 
-    def losses(self, stopping: Callable[[], bool] = lambda: False) -> Losses | None:
-        """The loss of each sample at each sigma, on all ranks; None once `stopping`, alike on all ranks, is true."""
+    def losses(self) -> Losses | None:
+        """The loss of each sample at each sigma that this rank computes; None where the run is asked to stop.
+
+        Raises:
+            WorkError: a cache entry is damaged or missing.
+        """
         found: dict[tuple[int, float], float] = {}
         own = self.passes_of(self.accelerator.process_index, self.accelerator.num_processes)
         with self._held_still():
             for position, sigma in counted(own, "evaluate", "pass", enabled=self.run.is_main):
-                if stopping():
+                read = partial(self._read, position)
+                batch = prepared(read, stop_requested=self.run.stop_requested, lockstep=self.lockstep)
+                if batch is None:
                     return None
-                found[position, sigma] = self._loss(position, sigma)
-        return {key: loss for part in gather(found) for key, loss in part.items()}
+                found[position, sigma] = self._loss(batch, position, sigma)
+        return found
 
     def passes_of(self, rank: int, ranks: int) -> list[tuple[int, float]]:
         """What a rank computes: sample and sigma, one after the other.
@@ -94,10 +107,13 @@ class HeldOutLoss:
         end = -(-len(self.passes) // ranks) * ranks
         return [self.passes[min(k, len(self.passes) - 1)] for k in range(rank, end, ranks)]
 
-    def _loss(self, position: int, sigma: float) -> float:
+    def _read(self, position: int) -> Batch:
         batch = self.dataset[Microbatch((position,), (1.0,))]
         if isinstance(batch, WorkError):
             raise batch
+        return batch
+
+    def _loss(self, batch: Batch, position: int, sigma: float) -> float:
         batch = batch.to(self.accelerator.device)
         flow = fixed_flow_sample(batch, keys=self.dataset.keys[position : position + 1], sigma=sigma,
                                  dtype=self.objective.dtype)  # fmt: skip

@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixres.batch import Batch, Sample
@@ -90,6 +91,34 @@ def errors(got: Outcome, reference: Outcome) -> Errors:
         elif a is not None and b is not None:
             worst = max(worst, _relative(a, b, floor))
     return Errors(forward, worst, tuple(unequal))
+
+
+@contextmanager
+def reordered_sums() -> Iterator[None]:
+    """Within it linear layers and attention add in the reverse order, which is as valid as the usual one.
+
+    In backward too. How far results move is the model's own rounding. Torch's own functions are replaced, so nothing of
+    the patch, of collate or of the objective has a part in it; a mode of torch would not reach the recomputation of
+    blocks. Quantised weights keep their order.
+    """
+    linear, attention = F.linear, F.scaled_dot_product_attention
+
+    def reversed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if type(weight) not in (Tensor, nn.Parameter):
+            return linear(input, weight, bias)
+        x, w, b = (None if v is None else v.flip(tuple(range(v.dim()))) for v in (input, weight, bias))
+        assert x is not None and w is not None
+        return linear(x, w, b).flip(tuple(range(input.dim())))
+
+    def reversed_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        assert options.get("attn_mask") is None, "a sample alone is not padded"
+        return attention(query.flip(-2), key.flip(-2), value.flip(-2), **options).flip(-2)
+
+    vars(F).update(linear=reversed_linear, scaled_dot_product_attention=reversed_attention)
+    try:
+        yield
+    finally:
+        vars(F).update(linear=linear, scaled_dot_product_attention=attention)
 
 
 @contextmanager

@@ -38,7 +38,10 @@ def one_process(config: Config, verb: str) -> Accelerator:
     """
     folder = Path(config.logging.output_dir)
     check_folder(folder)
-    accelerator = make_accelerator(mixed_precision=config.train.mixed_precision, report_to="none", folder=folder)
+    train = config.train
+    accelerator = make_accelerator(
+        mixed_precision=train.mixed_precision, report_to="none", folder=folder, deterministic=train.deterministic
+    )
     if (count := accelerator.num_processes) > 1:
         raise UserError(f"{verb}: works on one process, {count} were started: python train.py {verb}")
     return accelerator

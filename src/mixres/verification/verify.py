@@ -2,20 +2,21 @@
 
 Promise: what is compared is what would be trained (base, adapters, cached samples, objective, device, precision). A
 case that does not fit is reported and never counts as passed. It writes under `reports/` only and keeps no weight.
-Cost: loading the model, then about six forward and backward passes over at most four samples.
+Cost: loading the model, then about ten forward and backward passes over at most four samples.
 
-Bars: in float32 the batch is within 1e-6 (outputs) and 1e-5 (gradients) of the samples alone, in float64 within 1e-12
-and 1e-11. In lower precision, batch and alone are both measured against float32, and the batch's error may be 1.5
-times that of the samples alone.
+The bar is the model's own rounding. The samples alone are computed twice, the second time with their sums in another,
+equally valid order (`reordered_sums`). Against a reference in float64 the batch's error may be 1.5 times the larger one
+of these two. Where float64 does not fit, the reference is that of as many of the blocks as fit, and the whole model is
+judged without one: the batch may be 1.5 times as far from the samples alone as these are from themselves reordered.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from mixres import atomic
 from mixres.batch import Sample
@@ -23,23 +24,26 @@ from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.plan import computed_tokens
 from mixres.errors import UserError, WorkError
+from mixres.models.blocks import fewer_blocks, repeated_blocks
 from mixres.models.lora import fill_adapters
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
 from mixres.training.setup import TrainState
 from mixres.verification.batch_diagram import token_layout
-from mixres.verification.consistency import BatchMode, Outcome, batches_of, errors, in_dtype, run
+from mixres.verification.consistency import BatchMode, Outcome, batches_of, errors, in_dtype, reordered_sums, run
 from mixres.verification.setup import free_memory, one_process, precision_label, report_path, set_up, versions
 
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
-BARS = {"float32": {"forward": 1e-6, "gradient": 1e-5}, "float64": {"forward": 1e-12, "gradient": 1e-11}}
 ROUNDING_FACTOR = 1.5
 Bar = dict[str, float]  # the largest errors that pass, by measure
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layout in one precision. `passed` is None where there was nothing to judge; `reason` says why."""
+    """One layout in one precision. `passed` is None where there was nothing to judge; `reason` says why.
+
+    `reference` is what the errors are against, None: the samples alone. `blocks` of the model were computed.
+    """
 
     layout: str
     dtype: str
@@ -49,6 +53,8 @@ class Case:
     bar: Bar | None = None
     passed: bool | None = None
     reason: str | None = None
+    reference: str | None = None
+    blocks: int | None = None
 
 
 def verify(config: Config) -> None:
@@ -123,50 +129,62 @@ class _Comparison:
 
     def __init__(self, setup: TrainState, samples: Sequence[Sample]) -> None:
         self.setup, self.samples = setup, samples
-        self.parameters = list(setup.transformer.parameters())
 
     def cases(self) -> list[Case]:
-        """In float32 (or the base's float64) first; it is the reference of what rounds more."""
-        config = self.setup.config
-        bfloat16, autocast = config.model.dtype == "bfloat16", config.train.mixed_precision == "bf16"
-        exact = "float64" if config.model.dtype == "float64" else "float32"
-        problem = self._float32_problem() if bfloat16 else None
-        with nullcontext() if problem else in_dtype(self.parameters, getattr(torch, exact)):
-            reference = problem or self._run("alone", autocast=False)
-            cases = [self._case(layout, exact, False, reference, BARS[exact]) for layout in LAYOUTS]
-        if bfloat16 or autocast:
-            label, alone = precision_label(config), self._run("alone", autocast=autocast)
-            bar: Bar | str = ""
-            if isinstance(reference, str):
-                bar = f"no float32 reference ({reference}); the errors are against the samples alone"
-                reference = alone
-            elif isinstance(alone, str):
-                reference = alone
-            else:
-                allowed = errors(alone, reference)
-                bar = {"forward": ROUNDING_FACTOR * allowed.forward, "gradient": ROUNDING_FACTOR * allowed.gradient}
-            cases += [self._case(layout, label, autocast, reference, bar) for layout in LAYOUTS]
+        """Against float64, as far as that fits; where it does not fit whole, in the model's own precision too."""
+        whole, fit = len(repeated_blocks(self.setup.transformer)), self._blocks_in_float64()
+        cases: list[Case] = []
+        if fit:
+            with fewer_blocks(self.setup.transformer, fit):
+                cases = self._against_float64(len(repeated_blocks(self.setup.transformer)))
+        if not cases or fit < whole:
+            label, autocast = precision_label(self.setup.config), self.setup.config.train.mixed_precision == "bf16"
+            cases += self._judged(label, autocast=autocast, reference=None, blocks=whole)
         return cases
 
-    def _case(self, layout: BatchMode, dtype: str, autocast: bool, reference: Outcome | str, bar: Bar | str) -> Case:
-        """The batch in `layout` against `reference`; where `bar` is why there is none, it is measured, not judged."""
-        count = len(self.samples)
-        batch = reference if isinstance(reference, str) else self._run(layout, autocast=autocast)
-        if isinstance(batch, str) or isinstance(reference, str):
-            return Case(layout, dtype, count, reason=str(batch))
-        found = errors(batch, reference)
+    def _against_float64(self, blocks: int) -> list[Case]:
+        """In float32, the sharp test, and in the precision of training; none where the reference does not fit."""
+        config, parameters = self.setup.config, list(self.setup.transformer.parameters())
+        label, autocast = precision_label(config), config.train.mixed_precision == "bf16"
+        with in_dtype(parameters, torch.float64):
+            reference = self._run("alone", autocast=False)
+        if isinstance(reference, str):
+            return []
+        with in_dtype(parameters, torch.float32):
+            cases = self._judged("float32", autocast=False, reference=reference, blocks=blocks)
+        if label != "float32":
+            cases += self._judged(label, autocast=autocast, reference=reference, blocks=blocks)
+        return cases
+
+    def _judged(self, label: str, *, autocast: bool, reference: Outcome | None, blocks: int) -> list[Case]:
+        """Both layouts in one precision; without a reference the errors are against the samples alone."""
+        alone = self._run("alone", autocast=autocast)
+        with reordered_sums():
+            reordered = self._run("alone", autocast=autocast)
+        case = Case("", label, len(self.samples), reference="float64" if reference else None, blocks=blocks)
+        if isinstance(alone, str) or isinstance(reordered, str):
+            return [replace(case, layout=layout, reason=str(alone)) for layout in LAYOUTS]
+        against = reference or alone
+        own = [errors(each, against) for each in (alone, reordered)]
+        least = torch.finfo(torch.bfloat16 if autocast else getattr(torch, label)).eps / 2  # where both round alike
+        bar = {
+            "forward": ROUNDING_FACTOR * max(least, *(found.forward for found in own)),
+            "gradient": ROUNDING_FACTOR * max(least, *(found.gradient for found in own)),
+        }
+        return [self._case(replace(case, layout=layout), layout, autocast, against, bar) for layout in LAYOUTS]
+
+    def _case(self, case: Case, layout: BatchMode, autocast: bool, against: Outcome, bar: Bar) -> Case:
+        batch = self._run(layout, autocast=autocast)
+        if isinstance(batch, str):
+            return replace(case, reason=batch)
+        found = errors(batch, against)
         if not (math.isfinite(found.forward) and math.isfinite(found.gradient)):
-            return Case(layout, dtype, count, passed=False, reason="outputs or gradients are not finite")
-        case = Case(layout, dtype, count, found.forward, found.gradient)
-        if isinstance(bar, str):
-            case = replace(case, reason=bar)
-        else:
-            passed = found.forward <= bar["forward"] and found.gradient <= bar["gradient"]
-            case = replace(case, bar=bar, passed=passed)
+            return replace(case, passed=False, reason="outputs or gradients are not finite")
+        passed, reason = found.forward <= bar["forward"] and found.gradient <= bar["gradient"], None
         if found.unequal:
             reason = f"{len(found.unequal)} tensors have a gradient in only one of the two, first {found.unequal[0]}"
-            case = replace(case, passed=False, reason=reason)
-        return case
+        passed = passed and not found.unequal
+        return replace(case, forward=found.forward, gradient=found.gradient, bar=bar, passed=passed, reason=reason)
 
     def _run(self, mode: BatchMode, *, autocast: bool) -> Outcome | str:
         """The outcome, or why it does not fit."""
@@ -175,14 +193,26 @@ class _Comparison:
         except torch.OutOfMemoryError:
             return f"does not fit: the device ran out of memory with the samples {mode}"
 
-    def _float32_problem(self) -> str | None:
-        """Why this model cannot be computed in float32 here."""
-        trained, _ = self.setup.counts
-        needed = sum(p.numel() * (4 - p.itemsize) for p in self.parameters if p.itemsize < 4) + 4 * trained
-        free = free_memory(self.setup.accelerator.device)
-        if free is not None and needed > free:
-            return f"does not fit: float32 needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free"
-        return None
+    def _blocks_in_float64(self) -> int:
+        """How many of the blocks fit the device in float64 beside what is there, in half of what is free; 0: too few.
+
+        None of a quantised base, whose weights have no wider form, of weights that lie elsewhere, and of float64.
+        """
+        transformer = self.setup.transformer
+        blocks = repeated_blocks(transformer)
+        plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.numel() for p in transformer.parameters())
+        if not plain or self.setup.config.model.dtype == "float64":
+            return 0
+        free = {device: free_memory(device) for device in {p.device for p in transformer.parameters()}}
+        for count in range(len(blocks), 1, -1):
+            with fewer_blocks(transformer, count):
+                parameters = list(transformer.parameters())
+            needed = dict.fromkeys(free, 0)
+            for p in parameters:
+                needed[p.device] += p.numel() * (8 - p.itemsize + 8 * p.requires_grad)
+            if all(room is None or needed[device] <= room / 2 for device, room in free.items()):
+                return count
+        return 0
 
 
 def _report_model(setup: TrainState) -> dict[str, Any]:
@@ -226,7 +256,7 @@ def _log_table(cases: Sequence[Case]) -> None:
         numbers = (case.forward, bar.get("forward"), case.gradient, bar.get("gradient"))
         columns = " ".join("        -" if number is None else f"{number:>9.1e}" for number in numbers)
         verdict = {True: "passed", False: "FAILED", None: "not judged"}[case.passed]
-        note = f": {case.reason}" if case.reason else ""
+        note = f" ({case.blocks} blocks)" + (f": {case.reason}" if case.reason else "")
         log(f"{case.layout:<8} {case.dtype:<24} {case.samples:>7} {columns}  {verdict}{note}")
 
 

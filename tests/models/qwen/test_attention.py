@@ -9,7 +9,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-from mixres.models.attention import JointRotary
+from mixres.models.attention import JointRotary, takes_varlen
 from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support import mixes
@@ -132,6 +132,24 @@ def test_varlen_backends_never_see_a_padded_mask(backend: AttentionBackendName |
             block.attn.processor._attention_backend = backend
     with pytest.raises(ValueError, match=r"varlen.*' keeps the wrong keys of a padded batch: use batch\.layout packed"):
         model(**mixes.padded_call(mixes.random_mix(3)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "taken"),
+    [
+        (torch.bfloat16, 128, (8, 0), True),
+        (torch.float16, 256, (9, 0), True),
+        (torch.float16, 128, (7, 5), False),  # Turing has no such kernel
+        (torch.bfloat16, 264, (9, 0), False),
+        (torch.bfloat16, 100, (9, 0), False),
+        (torch.float32, 128, (9, 0), False),
+    ],
+)
+def test_the_varlen_kernel_gets_only_what_card_and_kernel_can_take(
+    dtype: torch.dtype, width: int, capability: tuple[int, int], taken: bool
+) -> None:
+    """All else goes one call per sample."""
+    assert takes_varlen(dtype, head_width=width, capability=capability) == taken
 
 
 @pytest.mark.gpu

@@ -49,3 +49,10 @@ def test_no_layer_reads_a_value_from_the_device(zero_cond_t: bool) -> None:
         assert torch.ones(1).sum().item() == 1
     assert reads.count == 1
     assert found["packed"] == 0 and found["padded"] <= 1  # padded asks once whether the text mask hides anything
+    call = mixes.padded_call(mix)
+    assert not call["encoder_hidden_states_mask"].all()
+    with HostReads() as reads, torch.no_grad():
+        told = model(**call, attention_kwargs={"text_is_padded": True})[0]
+    assert reads.count == 0, "training knows it from the lengths"
+    with torch.no_grad():
+        assert torch.equal(told, model(**call)[0])

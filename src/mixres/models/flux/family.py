@@ -6,7 +6,6 @@ any sides that are multiples of 16. Nothing is cropped.
 Legend: S image tokens, T text tokens, P channels of a token.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixres.batch import TextEmbeds
-from mixres.geometry import Grid, Size, control_size
+from mixres.geometry import Size, control_size
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
 from mixres.models.flux import layers
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution, patch_state
@@ -60,15 +59,6 @@ class FluxFamily(IdFamily):
 
     # Configuration files.
 
-    def flow_shift(self, steps: int | None = None) -> dict[str, float]:
-        """See `Family`. Without dynamic shifting (FLUX.1-schnell) the scheduler's own shift, at every size."""
-        constants = super().flow_shift(steps)
-        config = self._config("scheduler/scheduler_config.json")
-        if config.get("use_dynamic_shifting"):
-            return constants
-        constant = math.log(config.get("shift", 1.0))
-        return constants | {"base_shift": constant, "max_shift": constant}
-
     def embedded_guidance(self) -> EmbeddedGuidance | None:
         """See `Family`."""
         embeds = self._config("transformer/config.json").get("guidance_embeds", False)
@@ -93,17 +83,6 @@ class FluxFamily(IdFamily):
         """See `Family`. It does not depend on the controls."""
         embeds, pooled, _ = encoders.encode_prompt(prompt=prompt, device=encoders.device)
         return TextEmbeds(embeds[0].cpu(), pooled[0].cpu())
-
-    @torch.no_grad()
-    def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
-        """See `IdFamily`. The arithmetic of Kontext's `_encode_vae_image`; the text-to-image pipeline has none."""
-        vae = pipeline.vae
-        pixels = pipeline.image_processor.preprocess(image, size.height, size.width)
-        latents = vae.encode(pixels.to(device=pipeline.device, dtype=vae.dtype)).latent_dist.mode()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        _, channels, height, width = latents.shape
-        packed = pipeline._pack_latents(latents, 1, channels, height, width)[0]
-        return packed.contiguous().cpu(), Grid(1, height // 2, width // 2)
 
     def image_ids(self, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """`(S, 3)` int64: image, row and column of each token. As in `prepare_latents`: the reference is image 1.
@@ -157,7 +136,7 @@ class FluxFamily(IdFamily):
         for name, embeds in (("", text), ("negative_", negative)):
             for part, values in (("", embeds.tokens), ("pooled_", embeds.pooled)) if embeds else ():
                 assert values is not None
-                given = values.to(device=pipeline.device, dtype=transformer.dtype)
+                given = values.to(device=pipeline._execution_device, dtype=transformer.dtype)
                 call[f"{name}{part}prompt_embeds"] = given.unsqueeze(0)
         with evaluating(transformer):
             images = pipeline(
@@ -168,16 +147,6 @@ class FluxFamily(IdFamily):
                 **call,
             ).images
         image: Image.Image = images[0]
-        return image
-
-    @torch.no_grad()
-    def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
-        """See `Family`. The end of the stock `__call__`."""
-        vae, scale = pipeline.vae, pipeline.vae_scale_factor
-        packed = latents.to(device=vae.device, dtype=vae.dtype)[None]
-        unpacked = pipeline._unpack_latents(packed, grid.rows * 2 * scale, grid.columns * 2 * scale, scale)
-        pixels = vae.decode(unpacked / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image
 
 

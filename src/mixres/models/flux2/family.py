@@ -120,7 +120,7 @@ class Flux2Klein(IdFamily):
     def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> tuple[Tensor, Grid]:
         """See `IdFamily`."""
         pixels = pipeline.image_processor.preprocess(image, size.height, size.width)
-        pixels = pixels.to(device=pipeline.device, dtype=pipeline.vae.dtype)
+        pixels = pixels.to(device=pipeline._execution_device, dtype=pipeline.vae.dtype)
         latents = pipeline._encode_vae_image(pixels, generator=None)
         return pipeline._pack_latents(latents)[0].contiguous().cpu(), Grid(1, *latents.shape[2:])
 
@@ -170,7 +170,7 @@ class Flux2Klein(IdFamily):
         transformer, call = pipeline.transformer, {}
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
         for name, (embeds, *_) in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
+            call[f"{name}_embeds"] = embeds.to(device=pipeline._execution_device, dtype=transformer.dtype).unsqueeze(0)
         with evaluating(transformer), _any_reference_size(pipeline.image_processor):
             images = pipeline(
                 image=resized(pipeline, controls, sizes) or None,

@@ -29,7 +29,11 @@ from mixres.models.prompt_length import over_long
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
 from mixres.models.qwen.rope import TABLE_HALF, text_start
-from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
+from mixres.models.qwen_multi_resolution_patch import (
+    TEXT_IS_PADDED,
+    patch_qwen_model_for_multi_resolution,
+    patch_state,
+)
 from mixres.models.stock_family import StockFamily, evaluating
 
 TOKENIZER_MAX_LENGTH = 1024  # `tokenizer_max_length` of the stock pipelines
@@ -288,14 +292,14 @@ class QwenFamily(StockFamily):
         """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
         assert guidance is None
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-        packed = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else None
+        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
         velocity: Tensor = transformer(
             hidden_states=noisy_latents.to(dtype),
             timestep=sigmas.to(dtype),
             encoder_hidden_states=batch.prompt_embeds.to(dtype),
             encoder_hidden_states_mask=batch.prompt_mask,
             img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
-            attention_kwargs=packed,
+            attention_kwargs=known,
             return_dict=False,
         )[0]
         return velocity
@@ -333,9 +337,10 @@ class QwenFamily(StockFamily):
         assert (guidance > 1) == (negative is not None), guidance
         transformer, call = pipeline.transformer, self.control_call(controls)
         texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
+        device = pipeline._execution_device  # not that of its modules where they are offloaded
         for name, (embeds, *_) in texts.items():
-            call[f"{name}_embeds"] = embeds.to(device=pipeline.device, dtype=transformer.dtype).unsqueeze(0)
-            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=pipeline.device)
+            call[f"{name}_embeds"] = embeds.to(device=device, dtype=transformer.dtype).unsqueeze(0)
+            call[f"{name}_embeds_mask"] = torch.ones((1, len(embeds)), dtype=torch.long, device=device)
         with evaluating(transformer), self.stock_sizes(sizes):
             images = pipeline(
                 true_cfg_scale=guidance,

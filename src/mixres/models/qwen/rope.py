@@ -10,7 +10,7 @@ columns are centred on zero, and text runs along the diagonal from max(h // 2, w
 Legend: B sample, S image token, T text token, L = T + S, H head, D head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from numbers import Integral
 from typing import Any
@@ -32,15 +32,25 @@ PADDING_POSITION = TABLE_HALF  # one past the largest position: the row of zeros
 apply_rotary_emb_qwen_batched = rotate_complex  # its public name
 
 
-class PlannedShapes(list[list[Shape]]):
+class PlannedShapes:
     """Rectangular `img_shapes` for the stock forward that carry what `pos_embed` returns for this call.
 
-    Made inside the model's own pre-hook, never by a caller: data-parallel wrappers turn list subclasses into lists.
+    Made inside the model's own pre-hook, never by a caller. No list: hooks that move a call's arguments to a device
+    (accelerate's, diffusers' offloading) rebuild lists of any class from their items, and move what has `to`.
     """
 
     def __init__(self, shapes: list[list[Shape]], rotary: JointRotary | tuple[Tensor, Tensor]) -> None:
-        super().__init__(shapes)
-        self.rotary = rotary
+        self._shapes, self.rotary = shapes, rotary
+
+    def __iter__(self) -> Iterator[list[Shape]]:
+        return iter(self._shapes)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PlannedShapes":
+        """With its tensors on `device`."""
+        if isinstance(self.rotary, JointRotary):
+            return PlannedShapes(self._shapes, self.rotary.to(device, non_blocking))
+        image, text = (freqs.to(device, non_blocking=non_blocking) for freqs in self.rotary)
+        return PlannedShapes(self._shapes, (image, text))
 
 
 def image_positions(shapes: Sequence[Shape]) -> Tensor:
@@ -119,7 +129,7 @@ class MultiResolutionRope(QwenEmbedRope):  # type: ignore[misc]
 
     def forward(
         self,
-        video_fhw: Sequence[Shape | Sequence[Shape]] | Shape,
+        video_fhw: Sequence[Shape | Sequence[Shape]] | Shape | PlannedShapes,
         device: torch.device | None = None,
         max_txt_seq_len: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | JointRotary:

@@ -33,15 +33,17 @@ class TokenRows:
         """Padded: `(B, L, 1)` bool. Packed: the rows of the tokens as they lie."""
         self.is_target, self.runs = is_target, runs
 
-    def view(self, *shape: int) -> "Tensor | TokenRows":
+    def view(self, *shape: int) -> "TokenRows":
         """What the stock layers hand to `torch.where`."""
-        return self if self.is_target is None else self.is_target
+        return self
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        """`(B - 1 or B, 1, C)` and `(1, 1, C)`, all rows -> `(1, L_total, C)`."""
+        """`(B, 1, C)` of the targets and `(1, 1, C)` of all else -> `(B, L, C)`, or `(1, L_total, C)`."""
         assert function is torch.where and not kwargs, function
         rows, first, last = args
+        if rows.is_target is not None:  # where offloading has moved the rest of the call, it moves here
+            return torch.where(rows.is_target.to(first.device), first, last)
         return expand_rows(torch.cat([first.transpose(0, 1), last], dim=1), rows.runs)
 
 

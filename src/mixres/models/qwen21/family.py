@@ -246,7 +246,8 @@ class QwenImage21(QwenFamily):
 
         def encode_prompt(**_call: Any) -> tuple[Tensor, None, Tensor]:
             embeds, slots = with_slots(next(texts), sizes)
-            return embeds[None].to(pipeline.device, transformer.dtype), None, slots[None].to(pipeline.device)
+            device = pipeline._execution_device  # not that of its modules where they are offloaded
+            return embeds[None].to(device, transformer.dtype), None, slots[None].to(device)
 
         asked = iter([*sizes.vae[-1:], *sizes.vae])  # first the default size of what is made
         with (
