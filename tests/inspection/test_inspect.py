@@ -254,7 +254,7 @@ def test_the_page_escapes_what_users_write() -> None:
     assert "<script" not in text
 
 
-@pytest.mark.parametrize("method", ["nf4", "bnb_int8"])
+@pytest.mark.parametrize("method", ["nf4", pytest.param("bnb_int8", marks=pytest.mark.slow)])
 def test_neither_weights_nor_cuda_are_needed(inspect: Inspect, method: str, copy_of_base: Path) -> None:
     plain = inspect("model.dtype=bfloat16")[1]
     for weights in copy_of_base.rglob("*.safetensors"):

@@ -104,6 +104,7 @@ SETTINGS: dict[str, tuple[list[str], bool | int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "checkpointing"), SETTINGS.values(), ids=SETTINGS)
 def test_equal_blocks_stand_for_each_other(
     small_run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], checkpointing: bool | int
@@ -138,6 +139,7 @@ def test_memory_adds_up(small_run: Path) -> None:
     assert min(estimate.token_bytes()) > 20 * 4 * 32
 
 
+@pytest.mark.slow
 def test_what_waits_in_host_memory_is_not_on_the_device(small_run: Path) -> None:
     """Of two equal blocks one is left; what is kept of a forward pass is what is not moved."""
     microbatch = [((Grid(1, 20, 30), Grid(1, 20, 30)), 100)]

@@ -386,13 +386,10 @@ def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
 
 
 COMPILED = itertools.product(EVERY, mixes.LAYOUTS, (False, True))
-QUICK = ("flux2", "packed", True), ("qwen21", "padded", True)
 
 
-@pytest.mark.parametrize(
-    ("name", "layout", "checkpointing"),
-    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout", "checkpointing"), COMPILED)
 @pytest.mark.timeout(300)
 def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(
     name: str, layout: str, checkpointing: bool

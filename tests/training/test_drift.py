@@ -84,7 +84,7 @@ STRIPES = Image.fromarray(np.repeat(np.random.default_rng(1).integers(0, 255, (3
 )
 
 
-@settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=40)
+@settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], max_examples=12)
 @given(st.data())
 def test_a_known_drift_is_found_under_every_edit(data: st.DataObject) -> None:
     size = data.draw(st.tuples(*[st.integers(96, 250)] * 2), "size")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from mixres.preprocessing.fill import encode_all
 from mixres.training.sample_sheets import HeldOutSampler
 from support.family_cases import EVERY_CASE, FamilyCase
-from support.jobs import LORA, REPOSITORY, Jobs, environment, stock_calls
+from support.jobs import LORA, REPOSITORY, Jobs, environment, newest, stock_calls, torchrun
 
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
@@ -72,6 +72,15 @@ def test_a_run_of_all_control_counts_leaves_what_is_promised(runs: Runs, unbroke
         assert (unbroken / "ema" / LORA).read_bytes() != (unbroken / LORA).read_bytes()
 
 
+def test_two_ranks_that_split_the_weights_resume_to_the_same_end(runs: Runs, unbroken: Path) -> None:
+    """In float32, whose roundings AdamW's division amplifies; `test_ranks.py` holds one family in float64."""
+    split = runs.copy_at(4, "unbroken", "split")
+    early, end = trained(split), trained(unbroken)
+    runs("split", "train.parallel=fsdp2", launcher=torchrun(2))
+    assert newest(split).step == STEPS
+    assert (trained(split) - end).norm() < 1e-3 * (end - early).norm()
+
+
 def test_what_is_trained_gives_the_same_images_in_a_process_without_mixres(
     runs: Runs, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +105,12 @@ def test_what_is_trained_gives_the_same_images_in_a_process_without_mixres(
         assert np.abs(with_lora - without).max() > 8, "the LoRA changes the image"
         assert np.abs(with_whole - pixels(all_weights.predict(item))).max() <= 1
         assert np.abs(with_whole - without).max() > 8, "so do the weights"
+
+
+def trained(run: Path) -> torch.Tensor:
+    """All that the newest checkpoint has trained."""
+    tensors = newest(run).tensors("trainable")
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
 
 
 def pixels(image: Image.Image) -> "np.ndarray[Any, Any]":

@@ -176,6 +176,7 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"data": ANSWERS} if self.path == "/graphql" else {}).encode())
 
 
+@pytest.mark.slow
 def test_a_network_that_goes_away_delays_neither_steps_nor_the_end(tmp_path: Path) -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as service:
