@@ -385,7 +385,7 @@ def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
     assert_nothing_left(model)
 
 
-COMPILED = itertools.product(EVERY, mixes.LAYOUTS, (False, True))
+COMPILED = list(itertools.product(EVERY, mixes.LAYOUTS, (False, True)))
 
 
 @pytest.mark.slow

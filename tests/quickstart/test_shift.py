@@ -22,6 +22,7 @@ from mixres.quickstart import data
 from mixres.quickstart.results import psnr
 from mixres.training.drift import Drift, measure_drift
 from mixres.training.sample_sheets import HeldOutSampler
+from support.jobs import environment
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
@@ -64,7 +65,9 @@ class Trained:
             f"train.max_train_steps={STEPS}",
             "sample.every=0",
         ]
-        subprocess.run([sys.executable, "train.py", "--config", CONFIG, *words], cwd=REPOSITORY, check=True)
+        subprocess.run(
+            [sys.executable, "train.py", "--config", CONFIG, *words], cwd=REPOSITORY, env=environment(), check=True
+        )
         config = load_config(CONFIG, words)
         family = family_of(config)
         self.encoded = encode_all(config, family, device=torch.device("cpu"))
