@@ -215,7 +215,7 @@ class Family(Protocol):
     ) -> Any:
         """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes."""
 
-    def patch_state(self, transformer: Any) -> PatchState:
+    def patch_state(self, transformer: Any, /) -> PatchState:
         """How much of the patch a transformer carries: adapters or an attention backend must have removed nothing."""
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ the text encoder returns at image slots reaches nothing. `img_shapes` lists its 
 `timestep (B,)` is by sample; `img_mask` and `encoder_hidden_states_mask` are left out. What is returned lies as
 `hidden_states`: image tokens only.
 
-How: the order of tokens is free, since positions and mask are data. The stock forward is given all text, then one image
-of all image tokens. Its position module returns the plan of the call, which the blocks hand to the attention
-processors; hooks rewrite arguments. No forward is replaced, and none reads a value from the device.
+How: the order of tokens is free, since positions and mask are data. Padded, all text comes before all images; packed,
+each sample's blocks are in the order of its sequence. The stock forward is handed the plan of the call where it looks
+for the images and their mask; its position module passes that on to the attention processors, and hooks rewrite
+arguments. No forward is replaced, and none reads a value from the device.
 """
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -35,61 +35,20 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
 from torch import Tensor
 
 from mixres.geometry import Grid
-from mixres.models.attention import JointRotary, replace_stock_processors
+from mixres.models.attention import replace_stock_processors
 from mixres.models.family import PatchState
-from mixres.models.position_ids import Call, argument_names, by_name
+from mixres.models.mixed_call import Call, argument_names, by_name, check_shapes, require_whole
 from mixres.models.qwen21.attention import BlockCausal, Qwen21MultiResAttnProcessor, TokenRows
-from mixres.models.qwen21.layout import packed_blocks, padded_positions, positions
+from mixres.models.qwen21.layout import padded_positions, positions, runs_of, streams
 
 _FORWARD_NAMES = argument_names(QwenImage21Transformer2DModel.forward)
 _BLOCK_NAMES = argument_names(QwenImage21TransformerBlock.forward)
 _NORM_NAMES = argument_names(QwenImage21AdaLayerNormContinuous.forward)
 
 
-class _Slots:
-    """What stands for `img_mask`: all text, then all images, as the stock forward asks for it in five lines.
-
-    A mask would be read from the device in each of them, and say no more than the number of text tokens.
-    """
-
-    def __init__(self, text: int, image: int) -> None:
-        self.text, self.image = text, image
-
-    def __getitem__(self, sample: int) -> "_Slots":
-        return self
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        """Repeats of the slots; where images are in the joint states; the joint states with room for images."""
-        if function is torch.where:
-            return args[0]
-        if function is torch.repeat_interleave:
-            return slice(args[0].text, None)
-        assert function is Tensor.repeat_interleave and kwargs == {"dim": 1}, function
-        joint, slots = args
-        return torch.cat([joint[:, : slots.text], joint.new_zeros(len(joint), slots.image, joint.shape[2])], dim=1)
-
-
-class _PlannedShapes:
-    """The one image of a planned call, and what `pos_embed` returns for it.
-
-    No list: hooks that offload a model rebuild lists of any class from their items, and move what has `to`.
-    """
-
-    def __init__(self, tokens: int, plan: JointRotary) -> None:
-        self._tokens, self.plan = tokens, plan
-
-    def __getitem__(self, image: int) -> Grid:
-        return Grid(1, 1, self._tokens)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "_PlannedShapes":
-        """With the plan's tensors on `device`."""
-        return _PlannedShapes(self._tokens, self.plan.to(device, non_blocking))
-
-
-def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid] | _PlannedShapes) -> tuple[Tensor, Tensor]:
+def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid] | BlockCausal) -> tuple[Tensor, Tensor]:
     """As the stock model's own; in a planned call nothing asks for it."""
-    if isinstance(img_shapes, _PlannedShapes):
+    if isinstance(img_shapes, BlockCausal):
         return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.bool, device="cpu")
     found: tuple[Tensor, Tensor] = QwenImage21Transformer2DModel.build_token_metadata(image_pad_mask, img_shapes)
     return found
@@ -101,18 +60,16 @@ class MultiResolutionRope(QwenImage21Rope):  # type: ignore[misc]
     def __init__(self, stock: QwenImage21Rope) -> None:
         super().__init__(stock.theta, stock.axes_dim)
 
-    def forward(self, img_shapes: list[Grid] | _PlannedShapes, image_pad_mask: Tensor, device: torch.device) -> Any:
+    def forward(self, img_shapes: list[Grid] | BlockCausal, image_pad_mask: Tensor, device: torch.device) -> Any:
         """See the stock class."""
-        if isinstance(img_shapes, _PlannedShapes):
-            return img_shapes.plan
+        if isinstance(img_shapes, BlockCausal):
+            return img_shapes
         return super().forward(img_shapes, image_pad_mask, device)
 
     def frequencies(self, places: Tensor) -> Tensor:
         """`(..., 3)` positions -> `(..., D/2)` complex64."""
-        tables: list[Tensor] = [table.to(places.device) for table in self.freqs]  # type: ignore[has-type]
-        self.freqs = tables
-        axes = zip(tables, places.unbind(-1), strict=True)
-        return torch.cat([table[place] for table, place in axes], dim=-1)
+        self.freqs: list[Tensor] = [table.to(places.device) for table in self.freqs]
+        return torch.cat([table[place] for table, place in zip(self.freqs, places.unbind(-1), strict=True)], dim=-1)
 
 
 def patch_qwen21_model_for_multi_resolution(model: QwenImage21Transformer2DModel) -> QwenImage21Transformer2DModel:
@@ -152,23 +109,21 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[(
     if text_runs is None:
         _refuse_own_layouts(call)
         return None
-    if not patch_state(model).whole:
-        raise ValueError(
-            "a batch of mixed layouts needs the whole patch, and something has replaced attention processors: call "
-            "patch_qwen21_model_for_multi_resolution(model)"
-        )
+    require_whole(patch_state(model), patch_qwen21_model_for_multi_resolution)
     for name in ("kv_cache", "kv_cache_mode", "img_mask", "encoder_hidden_states_mask"):
         if call.get(name) is not None:
             raise ValueError(f"a batch of mixed layouts cannot use {name}: leave it out")
     shapes = [[Grid(*map(int, grid)) for grid in sample] for sample in call["img_shapes"]]
     runs = [[int(tokens) for tokens in sample] for sample in text_runs]
     packed = call["hidden_states"].shape[1] == call["encoder_hidden_states"].shape[1] == 1
-    _check_shapes(call, shapes, runs, packed)
-    plan = (_packed_plan if packed else _padded_plan)(model, call, shapes, runs)
+    if not shapes or list(map(len, shapes)) != list(map(len, runs)):
+        raise ValueError(f"text_runs {runs} do not fit img_shapes {shapes}: each sample needs one for each image")
+    images, texts = [sum(map(prod, sample)) for sample in shapes], [sum(sample) for sample in runs]
+    check_shapes(call, images, texts, packed=packed, stated_by="img_shapes and text_runs")
+    blocks = [positions(*sample) for sample in zip(shapes, runs, strict=True)]
+    plan = (_packed_plan if packed else _padded_plan)(model, call, blocks)
     model.norm_out.token_rows = plan.rows
-    image, text = call["hidden_states"].shape[1], call["encoder_hidden_states"].shape[1]
-    planned = {"img_shapes": [_PlannedShapes(image, plan)], "img_mask": _Slots(text, image)}
-    return (), {**call, **planned, "attention_kwargs": attention_kwargs}
+    return (), {**call, "img_shapes": [plan], "img_mask": plan, "attention_kwargs": attention_kwargs}
 
 
 def _refuse_own_layouts(call: Call) -> None:
@@ -184,55 +139,39 @@ def _refuse_own_layouts(call: Call) -> None:
         )
 
 
-def _check_shapes(call: Call, shapes: Sequence[Sequence[Grid]], runs: Sequence[Sequence[int]], packed: bool) -> None:
-    if not shapes or [len(sample) for sample in shapes] != [len(sample) for sample in runs]:
-        raise ValueError(
-            f"text_runs {runs} do not fit img_shapes {shapes}: each sample needs a number for each control and one for "
-            "the target"
-        )
-    hidden, text = (call[name] for name in ("hidden_states", "encoder_hidden_states"))
-    images, texts = [sum(map(prod, sample)) for sample in shapes], [sum(sample) for sample in runs]
-    if packed:
-        needed = {"hidden_states": (sum(images), 1), "encoder_hidden_states": (sum(texts), 1)}
-    else:
-        needed = {
-            "hidden_states": (len(shapes), max(hidden.shape[1], *images)),
-            "encoder_hidden_states": (len(shapes), max(text.shape[1], *texts)),
-        }
-    for name, expected in {**needed, "timestep": (len(shapes),)}.items():
-        if (given := tuple(call[name].shape[: len(expected)])) != expected:
-            layout = "packed" if packed else "padded"
-            raise ValueError(
-                f"{layout} batch: {name} has leading shape {given}, img_shapes and text_runs say {expected}"
-            )
-
-
-def _padded_plan(model: Any, call: Call, shapes: list[list[Grid]], runs: list[list[int]]) -> BlockCausal:
-    hidden, text_slots = call["hidden_states"], call["encoder_hidden_states"].shape[1]
-    samples = [positions(*sample) for sample in zip(shapes, runs, strict=True)]
-    places, rows = padded_positions(samples, text_slots, hidden.shape[1]).to(hidden.device), None
+def _padded_plan(model: Any, call: Call, samples: list[list[Tensor]]) -> BlockCausal:
+    device, rows = call["hidden_states"].device, None
+    slots = [call[name].shape[1] for name in ("encoder_hidden_states", "hidden_states")]
+    places = padded_positions(samples, slots).to(device)
+    text, image = torch.split(torch.arange(sum(slots), device=device), slots)
     if model.config.causal_condition:
-        ends = torch.tensor([prod(target) for target, *_ in shapes])[:, None]
-        slot = torch.arange(places.shape[1]) - text_slots
-        rows = TokenRows(((slot >= 0) & (slot < ends))[..., None].to(hidden.device))
+        ends = slots[0] + torch.tensor([[len(blocks[-1])] for blocks in samples], device=device)
+        at = torch.cat([text, image])
+        rows = TokenRows(((at >= slots[0]) & (at < ends))[..., None])
     frames = places[:, None, :, 0]
     mask = frames[..., None] >= frames[..., None, :]
-    return BlockCausal(model.pos_embed.frequencies(places), mask, rows=rows)
+    return BlockCausal(model.pos_embed.frequencies(places), mask, text=text, image=image, rows=rows)
 
 
-def _packed_plan(model: Any, call: Call, shapes: list[list[Grid]], runs: list[list[int]]) -> BlockCausal:
+def _packed_plan(model: Any, call: Call, samples: list[list[Tensor]]) -> BlockCausal:
     for name in ("hidden_states", "encoder_hidden_states"):
         call[name] = call[name].transpose(0, 1)
-    texts, images = zip(*(positions(*sample) for sample in zip(shapes, runs, strict=True)), strict=True)
-    places = torch.cat([*texts, *images]).to(call["hidden_states"].device)
-    samples = range(len(shapes))
-    # Text and controls have the row of t = 0, which is the last, behind those of the samples.
-    still = [len(shapes)] * len(shapes) if model.config.causal_condition else list(samples)
-    rows = [(still[b], sum(runs[b])) for b in samples]
-    for b, (target, *controls) in enumerate(shapes):
-        rows += [(b, prod(target)), (still[b], sum(map(prod, controls)))]
-    blocks = packed_blocks(shapes, runs)
-    return BlockCausal(model.pos_embed.frequencies(places), blocks=blocks, rows=TokenRows(runs=tuple(rows)))
+    device, every = call["hidden_states"].device, [block for blocks in samples for block in blocks]
+    places, rows = torch.cat(every).to(device), []
+    for b, blocks in enumerate(samples):
+        # Text and controls have the row of t = 0, which is the last, behind those of the samples.
+        still = len(samples) if model.config.causal_condition else b
+        rows += [*((still, len(block)) for block in blocks[:-1]), (b, len(blocks[-1]))]
+    tokens = iter(torch.split(torch.arange(len(places)), list(map(len, every))))
+    at = zip(*(streams([next(tokens) for _ in blocks]) for blocks in samples), strict=True)
+    text, image = (torch.cat(stream).to(device) for stream in at)
+    return BlockCausal(
+        model.pos_embed.frequencies(places),
+        text=text,
+        image=image,
+        rows=TokenRows(runs=tuple(rows)),
+        samples=tuple(runs_of(blocks) for blocks in samples),
+    )
 
 
 def _rows_of_block(block: Any, args: tuple[Any, ...], kwargs: Call) -> tuple[tuple[()], Call] | None:
@@ -250,11 +189,11 @@ def _rows_of_norm(norm_out: Any, args: tuple[Any, ...], kwargs: Call) -> tuple[t
 
 def _image_tokens(model: Any, args: tuple[Any, ...], kwargs: Call, output: Any) -> Any:
     """Forward hook: of what a mixed call returns the image tokens, as its `hidden_states` lay."""
-    shapes = kwargs["img_shapes"][0]
-    if not isinstance(shapes, _PlannedShapes):
+    plan = kwargs["img_shapes"][0]
+    if not isinstance(plan, BlockCausal):
         return None
-    images = output[0][:, -kwargs["hidden_states"].shape[1] :]
-    images = images.transpose(0, 1) if shapes.plan.is_packed else images
+    images = output[0][:, plan.image]
+    images = images.transpose(0, 1) if plan.is_packed else images
     return Transformer2DModelOutput(sample=images) if kwargs.get("return_dict", True) else (images,)
 
 

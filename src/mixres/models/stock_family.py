@@ -6,19 +6,20 @@ and how its pipeline is called.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size, token_grid
 from mixres.models import hub
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
+from mixres.models.prompt_length import over_long
 from mixres.models.quantize import Method, quantization_config
 
 
@@ -32,6 +33,7 @@ class StockFamily(Family):
     prompts_alone: ClassVar[bool] = False
     padded_text: ClassVar[int | None] = None
     components: ClassVar[tuple[str, ...]]  # those that encode
+    tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     transformer_class: ClassVar[Any]
     init_parts: ClassVar[tuple[str, ...]] = ()  # components, `own_parts` all, without which the pipeline is not made
     keeps_alpha: ClassVar[bool] = False
@@ -45,7 +47,7 @@ class StockFamily(Family):
 
     # What a family adds.
 
-    def patch(self, transformer: Any) -> Any:
+    def patch(self, transformer: Any, /) -> Any:
         """The transformer, patched in place."""
         raise NotImplementedError
 
@@ -99,6 +101,11 @@ class StockFamily(Family):
         fits = low <= controls and (high is None or controls <= high)
         return None if fits else self.controls_problem.format(controls)
 
+    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """See `Family`."""
+        limit, folder = self.max_prompt_tokens, self.tokenizer_folder
+        return over_long(prompts, self.path, limit=limit, revision=self.revision, tokenizer=folder)
+
     def size_multiple(self) -> int:
         """See `Family`: those of one token, for most pipelines."""
         return self.pixels_per_token()
@@ -111,6 +118,16 @@ class StockFamily(Family):
         """See `Family`."""
         token = self.pixels_per_token()
         return tuple(token_grid(size, token) for size in (target, *sizes.vae))
+
+    # The transformer.
+
+    def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
+        """See `Family`. Most last blocks have layers that serve text and images alike."""
+        return ()
+
+    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Family`. The layers' names are enough, for most transformers."""
+        return {}
 
     # Parts.
 

@@ -119,9 +119,7 @@ def test_positions_are_those_of_the_stock_model(shapes: list[tuple[int, int, int
     ]
     mask = torch.tensor(is_image)
     stock = rope([*shapes[1:], shapes[0]], mask, torch.device("cpu"))
-    text, image = positions(grids, runs)
-    places = torch.empty(len(mask), 3, dtype=torch.int64)
-    places[~mask], places[mask] = text, torch.cat([image[grids[0].tokens :], image[: grids[0].tokens]])
+    places = torch.cat(positions(grids, runs))
     table = [rope.freqs[axis][places[:, axis]] for axis in range(3)]
     assert torch.equal(torch.cat(table, -1), stock)
 

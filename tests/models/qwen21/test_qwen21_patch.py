@@ -1,6 +1,7 @@
 """The patch of Qwen-Image-2.1: what stays stock, what a mixed call computes, what is refused."""
 
 import re
+from math import prod
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import (
 from mixres.geometry import Grid
 from mixres.models import qwen21_multi_resolution_patch as patch_module
 from mixres.models.qwen21 import attention
-from mixres.models.qwen21.layout import packed_blocks, positions
+from mixres.models.qwen21.layout import positions, runs_of, streams
 from support import mixes
 from support.host_reads import HostReads
 from support.kinds import Qwen21
@@ -86,8 +87,7 @@ def test_exactly_the_valid_tokens_are_computed_in_a_packed_batch() -> None:
 
 def frames_by_one(shapes: Any, text_runs: Any) -> Any:
     """Images are a position later than where the text before them ends."""
-    text, image = positions(shapes, text_runs)
-    return text, image + torch.tensor([1, 0, 0])
+    return [block + torch.tensor([n % 2, 0, 0]) for n, block in enumerate(positions(shapes, text_runs))]
 
 
 class RowsShifted(attention.TokenRows):
@@ -163,7 +163,7 @@ def test_calls_that_cannot_be_meant_are_refused() -> None:
     longer = {"attention_kwargs": {"text_runs": [[20], *runs[1:]]}}
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("do not fit img_shapes", padded | fewer),
-        ("each sample needs a number for each control and one for the target", packed | other),
+        ("each sample needs one for each image", packed | other),
         ("packed batch: encoder_hidden_states has leading shape .66, 1., .* .67, 1.", packed | longer),
         ("packed batch: hidden_states", packed | {"hidden_states": packed["hidden_states"][1:]}),
         ("padded batch: hidden_states", padded | {"hidden_states": padded["hidden_states"][:, 1:]}),
@@ -188,22 +188,26 @@ def test_calls_that_cannot_be_meant_are_refused() -> None:
         patch(QwenImageTransformer2DModel(num_layers=1, attention_head_dim=8, num_attention_heads=1))
 
 
-def test_blocks_of_a_packed_row_come_back_as_they_lay() -> None:
+def test_a_packed_row_has_the_blocks_of_each_sequence_in_their_order() -> None:
     """Samples with 0 to 2 controls, some with no text before one."""
     grids = [[Grid(1, 4, 4), Grid(1, 2, 2), Grid(1, 2, 6)], [Grid(1, 2, 4)], [Grid(1, 2, 2), Grid(1, 4, 2)]]
-    blocks = packed_blocks(grids, [[3, 0, 5], [7], [0, 4]])
-    states = torch.randn(1, sum(blocks.lengths), 5)
-    assert torch.equal(blocks.as_they_lie(blocks.sequences(states)), states)
-    assert [[(run.first, run.end, run.is_text) for run in runs] for runs in blocks.samples] == [
+    samples = [positions(*sample) for sample in zip(grids, [[3, 0, 5], [7], [0, 4]], strict=True)]
+    assert [[(run.first, run.end, run.is_text) for run in runs_of(blocks)] for blocks in samples] == [
         [(0, 3, True), (3, 7, False), (7, 19, False), (19, 24, True), (24, 40, False)],
         [(0, 7, True), (7, 15, False)],
         [(0, 8, False), (8, 12, True), (12, 16, False)],
     ]
+    text, image = streams(samples[0])
+    assert torch.equal(text, torch.cat([samples[0][0], samples[0][4]])) and len(samples[0][2]) == 0
+    assert torch.equal(image, torch.cat([samples[0][5], samples[0][1], samples[0][3]]))
 
 
 def test_the_lines_of_the_stock_forward_that_the_patch_follows() -> None:
     """A new diffusers that asks for its slots otherwise is seen here before anything is computed wrongly."""
-    slots = patch_module._Slots(3, 4)
-    assert torch.where(slots, 4, 1)[0] is slots and torch.repeat_interleave(slots[0], slots) == slice(3, None)
-    joint = torch.randn(2, 5, 6).repeat_interleave(slots, dim=1)
-    assert joint.shape == (2, 7, 6) and not joint[:, 3:].any()
+    text, image = torch.tensor([0, 1, 6]), torch.tensor([2, 3, 4, 5])
+    plan = attention.BlockCausal(None, text=text, image=image, rows=None)
+    assert torch.where(plan, 4, 1)[0] is plan and torch.repeat_interleave(plan[0], plan) is image
+    assert prod(plan[-1]) == 0, "no slots are appended"
+    states = torch.randn(2, 3, 6)
+    joint = states.repeat_interleave(plan, dim=1)
+    assert torch.equal(joint[:, text], states) and joint.shape == (2, 7, 6) and not joint[:, image].any()

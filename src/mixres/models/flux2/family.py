@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mixres.batch import TextEmbeds
 from mixres.geometry import Grid, Size
-from mixres.models.family import ControlSizes, PatchState
+from mixres.models.family import ControlSizes
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.id_family import TEXT_TOKENS, IdFamily, resized
@@ -50,6 +50,7 @@ class Flux2Klein(IdFamily):
     transformer_class = Flux2Transformer2DModel
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    patch, patch_state = staticmethod(patch_flux2_model_for_multi_resolution), staticmethod(patch_state)
     comfyui_prefix, comfyui_names = layers.COMFYUI_PREFIX, layers.COMFYUI_NAMES
     comfyui_reads_layout = False  # it looks for biases that FLUX.1 has
     negative_prompt = ""
@@ -62,14 +63,6 @@ class Flux2Klein(IdFamily):
         "text_encoder/config.json": {"hidden_size": 2560},
         "scheduler/scheduler_config.json": {},
     }  # fmt: skip
-
-    def patch(self, transformer: Any) -> Any:
-        """See `StockFamily`."""
-        return patch_flux2_model_for_multi_resolution(transformer)
-
-    def patch_state(self, transformer: Flux2Transformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
 
     # Configuration files.
 

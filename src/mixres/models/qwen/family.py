@@ -7,7 +7,7 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,15 +17,14 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2VLProcessor
 
 from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, unpack_latents
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
-from mixres.models.family import AreaRule, ControlSizes, PatchState
-from mixres.models.prompt_length import over_long
+from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
 from mixres.models.qwen.rope import TABLE_HALF, text_start
@@ -45,9 +44,14 @@ _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of t
 class QwenFamily(StockFamily):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
+    label: ClassVar[str]  # what messages call it
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")
-    transformer_class = QwenImageTransformer2DModel
+    vae_class: ClassVar[Any] = AutoencoderKLQwenImage
+    processor_class: ClassVar[Any] = Qwen2VLProcessor
+    transformer_class: ClassVar[Any] = QwenImageTransformer2DModel
+    text_width: ClassVar[tuple[str, int]] = ("joint_attention_dim", 3584)  # its name in the class, and default there
     quantize_exclusions: ClassVar[tuple[str, ...]] = layers.QUANTIZE_EXCLUSIONS
+    patch, patch_state = staticmethod(patch_qwen_model_for_multi_resolution), staticmethod(patch_state)
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "scheduler/scheduler_config.json": {
             "base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
@@ -92,17 +96,14 @@ class QwenFamily(StockFamily):
             return problem
         return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
-    def patch(self, transformer: Any) -> Any:
-        """See `StockFamily`."""
-        return patch_qwen_model_for_multi_resolution(transformer)
-
     def encoding_environment(self) -> str:
         """The kind of processor: with and without torchvision they round differently."""
         return "torchvision" if torchvision_imports() else "pil"
 
     def own_parts(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
         """The processor."""
-        return {"processor": load_processor(folder / "processor")} if "processor" in names else {}
+        processor = {"processor": folder / "processor"} if "processor" in names else {}
+        return {name: load_processor(files, self.processor_class) for name, files in processor.items()}
 
     # Configuration files.
 
@@ -120,9 +121,18 @@ class QwenFamily(StockFamily):
 
     # Records before they are encoded.
 
-    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
-        """See `Family`."""
-        return over_long(prompts, self.path, limit=self.max_prompt_tokens, revision=self.revision)
+    def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
+        """One area for VAE and text encoder, unless a variant has two.
+
+        Raises:
+            UserError: `text_area` is given.
+        """
+        if text_area is not None:
+            raise UserError(
+                f"data.resize.control.text_area: {self.label} shows VAE and text encoder the same image: leave it "
+                "out, data.resize.control.area is for both"
+            )
+        return {"control_area": area}
 
     def control_sizes(
         self,
@@ -148,8 +158,10 @@ class QwenFamily(StockFamily):
         words = [name for name in self.components if name in ("tokenizer", "processor")]
         folder = hub.pipeline_folder(self.path, words, revision=self.revision)
         with torch.device("meta"):
-            vae = AutoencoderKLQwenImage.from_config(self._config("vae/config.json"))
-        parts = {"tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"), **self.own_parts(folder, words)}
+            vae = self.vae_class.from_config(self._config("vae/config.json"))
+        parts = self.own_parts(folder, words)
+        if "tokenizer" in words:
+            parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
         return self.pipeline_class(**parts, vae=vae, text_encoder=None, transformer=None, scheduler=None)
 
     def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
@@ -271,11 +283,7 @@ class QwenFamily(StockFamily):
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
         config = self._config("transformer/config.json")
-        return config.get("in_channels", 64), config.get("joint_attention_dim", 3584)  # the class's defaults
-
-    def patch_state(self, transformer: QwenImageTransformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
+        return config.get("in_channels", 64), config.get(*self.text_width)
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
         """See `Family`."""
@@ -292,17 +300,20 @@ class QwenFamily(StockFamily):
         """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
         assert guidance is None
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
         velocity: Tensor = transformer(
             hidden_states=noisy_latents.to(dtype),
             timestep=sigmas.to(dtype),
             encoder_hidden_states=batch.prompt_embeds.to(dtype),
-            encoder_hidden_states_mask=batch.prompt_mask,
             img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
-            attention_kwargs=known,
             return_dict=False,
+            **self.layout_call(batch),
         )[0]
         return velocity
+
+    def layout_call(self, batch: Batch) -> dict[str, Any]:
+        """What tells the patched transformer where the text of each sample is."""
+        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
+        return {"encoder_hidden_states_mask": batch.prompt_mask, "attention_kwargs": known}
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Family`."""
