@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from peft import LoraConfig
 
-from mixres.models import position_ids
+from mixres.models import mixed_call
 from mixres.models.attention import JointRotary
 from mixres.models.blocks import compile_blocks
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
@@ -94,7 +94,7 @@ def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(any_kind: Kind,
             mixes.assert_identical(results[1], results[0])
         for layout in mixes.LAYOUTS:
             kind.run(patched, mix, layout)
-    first, call = position_ids.argument_names(type(stock).forward)[:3], calls[0]
+    first, call = mixed_call.argument_names(type(stock).forward)[:3], calls[0]
     positional, rest = [call[name] for name in first], {name: x for name, x in call.items() if name not in first}
     found, expected = (model(*positional, **rest)[0] for model in (patched, stock))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
