@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import QwenImageTransformer2DModel
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mixres import cli
 from mixres.batch import Batch
@@ -27,7 +29,7 @@ from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 from mixres.preprocessing.fill import CachedSample, family_of
 from mixres.verification import consistency, verify as verify_module
-from mixres.verification.batch_diagram import COLOURS, padded_segments
+from mixres.verification.batch_diagram import COLOURS, padded_segments, sequence_segments, token_layout
 from mixres.verification.consistency import Outcome, batches_of, errors
 from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
@@ -296,3 +298,14 @@ def test_the_diagram_accounts_for_every_token(small_run: Path, tmp_path: Path) -
         assert sum(tokens for _, tokens in segments) == padded.tokens_computed // 3
         valid = len(sample.prompt_embeds) + sum(grid.tokens for grid in sample.img_shapes)
         assert sum(tokens for what, tokens in segments if what != "padding") == valid
+    inside = [replace(sample, text_before=(2, 0)[: len(sample.control_latents)]) for sample in samples]
+    (packed,) = batches_of(inside, "packed")
+    for b, sample in enumerate(inside):
+        target, *controls = (grid.tokens for grid in sample.img_shapes)
+        expected = [("text", 2), *(("control", tokens) for tokens in controls)]
+        expected += [("text", len(sample.prompt_embeds) - 2), ("target", target)]
+        assert sequence_segments(packed, b) == expected, "text between two controls is empty"
+    plain, causal = (np.asarray(token_layout(padded, packed, causal=way)) for way in (False, True))
+    seen, hidden = (np.array(ImageColor.getrgb(COLOURS[f"{name} key"])) for name in ("attended", "masked"))
+    fewer = (plain == seen).all(-1) & (causal == hidden).all(-1)
+    assert fewer.sum() > ((plain == hidden).all(-1) & (causal == seen).all(-1)).sum() == 0

@@ -191,7 +191,14 @@ def _rgb(image: Image.Image, background: str | None) -> tuple[Image.Image, bool]
         return image.convert("RGB"), False
     if background is None:
         return image, True
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB"), True
+    return on_background(image, background), True
+
+
+def on_background(image: Image.Image, background: str = WHITE) -> Image.Image:
+    """The image as RGB, its transparency laid on a colour."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
 def _mask(image: Image.Image) -> Image.Image:

@@ -74,9 +74,11 @@ class Family(Protocol):
     comfyui_reads_layout: ClassVar[bool]  # whether it loads a whole transformer in diffusers' layout
     negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
+    block_causal: ClassVar[bool]  # attention goes from block to block: text, control, ..., text, target
     keeps_alpha: ClassVar[bool]  # images are RGBA, where others have their transparency laid on `data.background`
     path: str
     revision: str | None
+    background: str  # on which the text encoder sees transparency that is kept
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         """`synthetic`: only shapes are read of the base, of a stock base nothing; weights are noise."""

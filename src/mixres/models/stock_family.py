@@ -37,12 +37,14 @@ class StockFamily(Family):
     transformer_class: ClassVar[Any]
     init_parts: ClassVar[tuple[str, ...]] = ()  # components, `own_parts` all, without which the pipeline is not made
     keeps_alpha: ClassVar[bool] = False
+    block_causal: ClassVar[bool] = False
     quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     # Configuration files of the stock bases by name, where they differ from the defaults of diffusers' classes.
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
+        self.background = "white"  # as in the stock pipelines
         self._config = functools.cache(self._read_config)  # asked for each record
 
     # What a family adds.

@@ -13,7 +13,7 @@ from pathlib import Path
 from mixres import atomic
 from mixres.config.schema import Config
 from mixres.console import amount, log
-from mixres.data.images import WHITE, Limits
+from mixres.data.images import Limits
 from mixres.data.records import Picture, Problem, printable
 from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_held_out
 from mixres.errors import Problems, UserError
@@ -204,10 +204,6 @@ def _check_sizes(config: Config, family: Family, token: int) -> None:
         problems.add(
             f"data.resize.target.multiple_of: {multiple_of} is not a multiple of {step}, {of}: give a multiple of that"
         )
-    if family.keeps_alpha and config.data.background != WHITE:
-        problems.add(
-            f"data.background: {family.name} keeps transparency, and its text encoder sees it on {WHITE}: leave it out"
-        )
     problems.collect(stated_areas, config, family)
     if family.controls == (0, 0) and config.data.resize.control.align != "auto":
         problems.add(f"data.resize.control.align: {family.name} takes no control images: leave it out")
@@ -275,8 +271,8 @@ def tell(found: ScannedData, family: Family, background: str) -> None:
     held_out = amount(len(found.held_out), "held-out record")
     log(f"data      {len(found.train) - extra} training{also} and {held_out} with {controls}")
     if flattened := sum(scanned.flattened for scanned in records):
-        done = "kept" if family.keeps_alpha else f"laid on {background}"
-        log(f"data      {amount(flattened, 'record')} with transparency, which is {done}")
+        kept = "kept, and for the text encoder " if family.keeps_alpha else ""
+        log(f"data      {amount(flattened, 'record')} with transparency, which is {kept}laid on {background}")
     if several := sum(scanned.first_of_several for scanned in records):
         log(f"data      {amount(several, 'record')} with several frames or pages in an image: the first is used")
     if found.cut:

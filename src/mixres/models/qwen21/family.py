@@ -51,7 +51,7 @@ class QwenImage21(QwenFamily):
     controls = (0, 3)
     controls_problem = "Qwen-Image-2.1 takes 0 to 3 control images, there are {}; give it so many"
     max_prompt_tokens = TABLE // 2  # stock cuts no prompt; the other positions are left to images
-    keeps_alpha = True
+    keeps_alpha = block_causal = True
     negative_prompt = " "
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
@@ -101,10 +101,10 @@ class QwenImage21(QwenFamily):
     # Encoding.
 
     def text_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
-        """The controls at their sizes, on white where they are transparent, as the pipeline lays them."""
+        """The controls at their sizes, laid on `background` once they have them, as the pipeline lays them on white."""
         shown, rgba = [], [control.convert("RGBA") for control in controls]
         for image in super().text_controls(pipeline, rgba, sizes):
-            shown.append(Image.new("RGB", image.size, "white"))
+            shown.append(Image.new("RGB", image.size, self.background))
             shown[-1].paste(image, mask=image.getchannel("A"))
         return shown
 
