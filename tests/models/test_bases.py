@@ -1,5 +1,6 @@
 """A base: which family it is, what can be wrong with it, each in one line and soon; the fingerprint of its encoders."""
 
+import json
 import os
 import shutil
 import time
@@ -86,6 +87,13 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, name: str, content
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{KEY}.*{problem}"):
         load_family(None, str(tmp_path))
+
+
+def test_a_transformer_with_positions_of_layers_is_refused(copy_of_base: Path) -> None:
+    file = copy_of_base / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_layer3d_rope": True}))
+    with pytest.raises(UserError, match=f"{KEY}.*QwenEmbedLayer3DRope.*not supported: a sample has several target"):
+        load_family(None, str(copy_of_base)).transformer_skeleton()
 
 
 def test_all_missing_components_are_named_at_once(copy_of_base: Path) -> None:

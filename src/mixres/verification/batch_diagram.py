@@ -40,7 +40,7 @@ def token_layout(padded: Batch, packed: Batch, *, causal: bool = False) -> Image
     canvas.heading(f"layout packed: {packed.tokens_computed} tokens, no padding; in the order that attention sees")
     samples = [sequence_segments(packed, b) if causal else sample_segments(packed, b) for b in range(rows)]
     canvas.bar("samples 1 to " + str(rows), [part for segments in samples for part in segments])
-    own = "those of its own up to its block, text up to itself" if causal else "each to its own keys"
+    own = "each to its own keys" + (", up to the end of its block, text up to itself" if causal else "")
     canvas.heading(f"attention of the packed samples: {own} (rows: queries, columns: keys)")
     canvas.blocks(samples if causal else [[("sample", sum(tokens for _, tokens in part))] for part in samples])
     return canvas.image

@@ -280,6 +280,17 @@ class QwenFamily(StockFamily):
 
     # The transformer.
 
+    def transformer_skeleton(self) -> Any:
+        """See `Family`.
+
+        Raises:
+            UserError: it has positions of layers, for samples with several target images.
+        """
+        if self._config("transformer/config.json").get("use_layer3d_rope"):
+            why = "its positions are those of Qwen-Image-Layered (QwenEmbedLayer3DRope), which is not supported"
+            raise UserError(f"{hub.KEY}: {self.path}: {why}: a sample has several target images there, and one here")
+        return super().transformer_skeleton()
+
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
         config = self._config("transformer/config.json")
