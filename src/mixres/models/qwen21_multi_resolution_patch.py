@@ -23,6 +23,7 @@ arguments. No forward is replaced, and none reads a value from the device.
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -46,10 +47,10 @@ _BLOCK_NAMES = argument_names(QwenImage21TransformerBlock.forward)
 _NORM_NAMES = argument_names(QwenImage21AdaLayerNormContinuous.forward)
 
 
-def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid] | BlockCausal) -> tuple[Tensor, Tensor]:
-    """As the stock model's own; in a planned call nothing asks for it."""
+def _token_metadata(image_pad_mask: Any, img_shapes: list[Grid] | BlockCausal) -> tuple[Any, Any]:
+    """As the stock model's own; in a planned call it is counted and cut. No tensor: fake ones have no sum."""
     if isinstance(img_shapes, BlockCausal):
-        return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.bool, device="cpu")
+        return np.zeros(0, dtype=bool), np.zeros(0, dtype=bool)
     found: tuple[Tensor, Tensor] = QwenImage21Transformer2DModel.build_token_metadata(image_pad_mask, img_shapes)
     return found
 
