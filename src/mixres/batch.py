@@ -22,6 +22,7 @@ class TextEmbeds(NamedTuple):
 
     tokens: Tensor  # (T, D)
     pooled: Tensor | None = None  # (W,) of the whole prompt, where the transformer takes one
+    before: tuple[int, ...] = ()  # tokens before each control, where controls stand within the text
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,21 @@ class Sample:
     empty_embeds: Tensor | None = None  # (T_empty, D) of the empty prompt with the same controls, for caption dropout
     pooled_embeds: Tensor | None = None  # (W,) of the prompt, where the transformer takes one
     empty_pooled_embeds: Tensor | None = None  # (W,) of the empty prompt
+    text_before: tuple[int, ...] = ()  # as in `TextEmbeds`; with the empty prompt the same
 
     @property
     def text(self) -> TextEmbeds:
         """Its prompt."""
-        return TextEmbeds(self.prompt_embeds, self.pooled_embeds)
+        return TextEmbeds(self.prompt_embeds, self.pooled_embeds, self.text_before)
 
     def without_caption(self) -> "Sample":
         """The same sample with the empty prompt."""
         assert self.empty_embeds is not None, self.name
-        return self.with_text(TextEmbeds(self.empty_embeds, self.empty_pooled_embeds))
+        return self.with_text(TextEmbeds(self.empty_embeds, self.empty_pooled_embeds, self.text_before))
 
     def with_text(self, text: TextEmbeds) -> "Sample":
         """The same sample with another prompt."""
-        return replace(self, prompt_embeds=text.tokens, pooled_embeds=text.pooled)
+        return replace(self, prompt_embeds=text.tokens, pooled_embeds=text.pooled, text_before=text.before)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Batch:
     has_mask: tuple[bool, ...]  # a sample without an edit mask has weight 1 everywhere
     sample_weights: tuple[float, ...]  # in the loss; 0 for a dummy microbatch that only keeps ranks in step
     pooled_embeds: Tensor | None = None  # (B, W), where the transformer takes them
+    text_before: tuple[tuple[int, ...], ...] = ()  # of each sample
 
     @property
     def tokens(self) -> int:

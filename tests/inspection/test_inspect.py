@@ -22,7 +22,7 @@ from mixres.geometry import Size
 from mixres.inspection.input_preview import chosen, preview_grid
 from mixres.inspection.report import page, shown
 from mixres.inspection.statistics import histogram
-from mixres.models.qwen.family import _text_preview, _vae_preview
+from mixres.models.qwen.family import _text_preview
 from mixres.preprocessing.training_data import usable_records
 from support.family_cases import CASES, FamilyCase
 from support.jobs import Jobs, metrics, torchrun
@@ -237,7 +237,7 @@ def test_the_sheet_shows_what_the_encoders_get(
     controls = [Image.open(control).convert("RGB") for control in some[0].record.controls]
     sizes = case.sizes(Size(64, 64), controls)
     for image, size in zip(family.vae_controls(preprocessors, controls, sizes), sizes.vae, strict=True):
-        preview = np.asarray(_vae_preview(preprocessors, image, size), dtype=float)
+        preview = np.asarray(family.vae_preview(preprocessors, image, size), dtype=float)
         pixels = encoders.image_processor.preprocess(image, size.height, size.width)[0].permute(1, 2, 0)
         assert preview.shape == (size.height, size.width, 3)
         assert np.abs((pixels.numpy() + 1) * 127.5 - preview).max() <= 0.5 + 1e-4

@@ -1,5 +1,6 @@
 """A base: which family it is, what can be wrong with it, each in one line and soon; the fingerprint of its encoders."""
 
+import json
 import os
 import shutil
 import time
@@ -16,7 +17,9 @@ from mixres.models.registry import load_family
 from support.family_cases import EVERY_CASE as CASES, FamilyCase
 
 KEY = r"^model\.pretrained_model_name_or_path: "
-SUPPORTED = "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, Flux2KleinPipeline"
+SUPPORTED = (
+    "QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImage21Pipeline, Flux2KleinPipeline"
+)
 SUPPORTED += ", Flux2Pipeline, FluxKontextPipeline, FluxPipeline, ZImagePipeline"
 LOADERS: dict[str, Callable[[str], Any]] = {
     "vae": lambda base: QwenImageEdit(base).load_encoders(dtype=torch.float32, device="cpu"),
@@ -70,6 +73,11 @@ def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
         ("other.json", "{}", r"has no model_index\.json"),
         ("model_index.json", "{", r"model_index\.json cannot be read"),
         ("model_index.json", '{"_class_name": "SanaPipeline"}', rf"SanaPipeline.*; supported: {SUPPORTED}$"),
+        (
+            "model_index.json",
+            '{"_class_name": "QwenImageLayeredPipeline"}',
+            rf"a sample has several target images there, and one here; supported: {SUPPORTED}$",
+        ),
         ("model_index.json", '{"_class_name": ["module", "Class"]}', rf"'Class'.*; supported: {SUPPORTED}$"),
         ("model_index.json", "{}", rf"None.*; supported: {SUPPORTED}$"),
         ("model_index.json", "[]", r"model_index\.json cannot be read \(it holds no JSON object"),
@@ -79,6 +87,13 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path: Path, name: str, content
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{KEY}.*{problem}"):
         load_family(None, str(tmp_path))
+
+
+def test_a_transformer_with_positions_of_layers_is_refused(copy_of_base: Path) -> None:
+    file = copy_of_base / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_layer3d_rope": True}))
+    with pytest.raises(UserError, match=f"{KEY}.*QwenEmbedLayer3DRope.*not supported: a sample has several target"):
+        load_family(None, str(copy_of_base)).transformer_skeleton()
 
 
 def test_all_missing_components_are_named_at_once(copy_of_base: Path) -> None:

@@ -9,14 +9,15 @@ import torch
 from hypothesis import Phase, given, settings, strategies as st
 
 from support import mixes
-from support.kinds import KINDS, Kind, main_mix_for_bf16
+from support.kinds import KINDS, Kind
 
-QWEN, OTHERS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux", "z_image")
+QWEN, OTHERS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux", "qwen21", "z_image")
+VARIANTS = ("flux2 without guidance", "flux without guidance", "qwen21 without causal_condition")
 WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *OTHERS)], ids=("qwen", *OTHERS))
 CASES = [
     *((kind, name) for kind in QWEN for name in mixes.MIXES),
     *((kind, name) for kind in OTHERS for name in ("main", "random 0", "random 1", "random 2", "random 3")),
-    *((f"{kind} without guidance", "random 1") for kind in ("flux2", "flux")),
+    *((kind, "random 1") for kind in VARIANTS),
 ]
 
 
@@ -25,7 +26,7 @@ CASES = [
 def test_a_batch_equals_each_sample_alone(kind_name: str, name: str, layout: str) -> None:
     """With adapters on every linear layer over a base that trains too, without and with gradient checkpointing."""
     kind = KINDS[kind_name]
-    model, mix = kind.patched(adapters=True), mixes.MIXES[name]()
+    model, mix = kind.patched(adapters=True), kind.mix(name)
     mixes.assert_same(kind.run(model, mix, layout), kind.alone(name))
     model.enable_gradient_checkpointing()
     mixes.assert_same(kind.run(model, mix, layout), kind.alone(name))
@@ -35,8 +36,10 @@ def test_a_batch_equals_each_sample_alone(kind_name: str, name: str, layout: str
 @WITHOUT_VARIANTS
 def test_in_float64_a_batch_equals_each_sample_alone_to_float64(kind: Kind, layout: str) -> None:
     """Against the patched model on one sample: the stock models rotate in fp32 even then."""
-    mix, model = mixes.main_mix().to("cpu", torch.float64), kind.patched(adapters=True).to(torch.float64)
+    mix, model = kind.mix("main").to("cpu", torch.float64), kind.patched(adapters=True).to(torch.float64)
     measured, reference = (kind.run(model, mix, how) for how in (layout, "one by one"))
+    for name in kind.float32_parameters:
+        assert measured.gradients.pop(name) is not None and reference.gradients.pop(name) is not None
     assert mixes.forward_error(measured, reference) < 1e-10
     assert mixes.gradient_error(measured, reference) < 1e-10
 
@@ -44,7 +47,7 @@ def test_in_float64_a_batch_equals_each_sample_alone_to_float64(kind: Kind, layo
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
 @WITHOUT_VARIANTS
 def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(kind: Kind, layout: str) -> None:
-    wide, dtype = main_mix_for_bf16(), torch.bfloat16
+    wide, dtype = kind.mix_for_bf16(), torch.bfloat16
     mix = wide.to("cpu", dtype)
     measured = kind.run(kind.patched(adapters=True).to(dtype), mix, layout)
     single = kind.run(kind.stock(adapters=True).to(dtype), mix, "alone")
@@ -133,7 +136,7 @@ def assert_each_as_alone(case: Case) -> None:
     stock, patched = case.model(kind.stock), case.model(kind.patched)
     if case.checkpointing:
         patched.enable_gradient_checkpointing()
-    both = case.microbatches
+    both = [kind.fitted(mix) for mix in case.microbatches]
     outputs = [kind.forward(patched, mix, layout) for layout, mix in zip(case.layouts, both, strict=True)]
     losses = [mixes.loss(out, mix) for out, mix in zip(outputs, both, strict=True)]
     for mix, out, value in reversed(list(zip(both, outputs, losses, strict=True))):  # both forward, then back
@@ -146,9 +149,9 @@ def test_two_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) 
     assert_each_as_alone(case)
 
 
-@settings(drawn_alike, max_examples=16)
-@given(cases(*OTHERS, "flux2 without guidance", "flux without guidance"))
-def test_two_microbatches_train_as_each_sample_alone_in_other_families(case: Case) -> None:
+@settings(drawn_alike, max_examples=20)
+@given(cases(*OTHERS, *VARIANTS))
+def test_two_microbatches_of_other_models_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)
 
 
@@ -163,7 +166,8 @@ def test_many_microbatches_of_any_samples_train_as_each_sample_alone(case: Case)
 @pytest.mark.parametrize("layout", mixes.LAYOUTS)
 @pytest.mark.parametrize("name", ["qwen zero_cond_t", *OTHERS])
 def test_all_weights_that_reach_the_loss_and_no_others_get_a_gradient(name: str, layout: str) -> None:
-    kind, mix = KINDS[name], mixes.random_mix(3)
+    kind = KINDS[name]
+    mix = kind.mix("random 3")
     model = Case((mix, mix), (layout, layout), kind, False, "all weights").model(kind.patched)
     gradients = kind.run(model, mix, layout).gradients
     untrained = kind.untrained(model)

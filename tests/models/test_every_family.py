@@ -79,9 +79,10 @@ def stock(case: FamilyCase, base: Path, dtype: torch.dtype) -> Any:
 def encode(
     case: FamilyCase, encoders: Any, controls: list[Image.Image], prompt: str, size: Size = TARGETS[1], **call: Any
 ) -> Sample:
+    size = case.fitted(size)
     call = {"sizes": case.sizes(size, controls)} | call
     target = photograph(Size(170, 90), 2)
-    return case.at("").encode(
+    return case.at(encoders.name_or_path).encode(
         encoders, name="a", target=target, target_size=size, controls=controls, prompt=prompt, **call
     )
 
@@ -134,7 +135,7 @@ def test_a_sample_is_what_the_stock_transformer_is_handed(case: FamilyCase, enco
     prompts = [*PROMPTS, "a word {that} was never seen: zebra", "", PROMPTS[0]]
     for number, prompt in enumerate(prompts):
         count, first = case.controls[number % len(case.controls)], number // 3
-        areas, size = ((case.areas, TARGETS[1]), (larger, TARGETS[2]))[first]
+        areas, size = ((case.areas, case.fitted(TARGETS[1])), (larger, case.fitted(TARGETS[2])))[first]
         controls = images(count, first)
         same = number % 2 == 1  # the stock pipeline's resize function returns the target's size
         sizes = case.sizes(size, controls, areas, aligned=same)
@@ -142,11 +143,10 @@ def test_a_sample_is_what_the_stock_transformer_is_handed(case: FamilyCase, enco
         assert not same or len(set(sample.img_shapes)) == 1
         aligned = size if same else None
         seen = transformer_arguments(stock, case, areas, controls, size, prompt=prompt, aligned=aligned)
-        case.check_positions(seen, sample)
-        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
+        case.check_text(seen, sample)
         assert len(sample.control_latents) == count
-        behind = seen["hidden_states"][0, sample.img_shapes[0].tokens :]
-        assert torch.equal(torch.cat([*sample.control_latents, behind[:0]]), behind)
+        expected = case.controls_of(seen, sample)
+        assert torch.equal(torch.cat([*sample.control_latents, expected[:0]]), expected)
         for tensor in (sample.target_latents, sample.prompt_embeds, *sample.control_latents):
             assert tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.requires_grad
         assert all(type(side) is int for grid in sample.img_shapes for side in grid)
@@ -154,7 +154,7 @@ def test_a_sample_is_what_the_stock_transformer_is_handed(case: FamilyCase, enco
 
 @A_PIPELINE_EACH
 def test_target_latents_are_those_of_the_stock_pipelines(case: FamilyCase, encoders: Any, stock: Any) -> None:
-    for size in TARGETS:
+    for size in map(case.fitted, TARGETS):
         sample = encode(case, encoders, images(case.controls[0]), PROMPTS[0], size)
         with torch.no_grad():
             assert torch.equal(sample.target_latents, case.latents(stock, photograph(Size(170, 90), 2), size))
@@ -190,17 +190,20 @@ def test_a_predicted_velocity_is_that_of_the_stock_call(
     case: FamilyCase, base: Path, encoders: Any, stock: Any
 ) -> None:
     """At step 0 the stock pipeline's sigma is 1; the transformer here is the patched one."""
-    controls, size = images(max(case.controls)), Size(64, 48)
+    controls, size = images(max(case.controls)), case.fitted(Size(64, 48))
     sample = encode(case, encoders, controls, PROMPTS[0], size)
     seen = transformer_arguments(stock, case, case.areas, controls, size, prompt=PROMPTS[0])
     transformer = case.at(base).load_transformer(dtype=stock.vae.dtype, device="cpu")
     assert transformer.config.get("zero_cond_t", False) is case.zero_cond_t
-    batch, latents = batch_of([sample], "padded"), seen["hidden_states"].float()
+    tokens = sample.img_shapes[0].tokens
+    noise = case.target_of(seen["hidden_states"], tokens)
+    batch = batch_of([sample], case.exact)
+    latents = torch.cat([noise, *sample.control_latents]).float().reshape(batch.latents.shape)
     with torch.no_grad():
-        expected = case.stock_velocity(stock.transformer, seen)
+        expected = case.target_of(case.stock_velocity(stock.transformer, seen), tokens)
         velocity = case.at("").predict_velocity(transformer, batch, latents, torch.ones(1), seen.get("guidance"))
     assert velocity.dtype == stock.vae.dtype
-    assert (velocity - expected).norm() <= 1e-6 * expected.norm()
+    assert (velocity.flatten(0, 1)[:tokens] - expected).norm() <= 1e-6 * expected.norm()
 
 
 def largest_difference(image: Image.Image, other: Image.Image) -> int:
@@ -219,8 +222,8 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
 ) -> None:
     """With guidance too."""
     sampling = sampling_of(case, base)
-    assert sampling.text_encoder is None and sampling.tokenizer is None
-    size = Size(64, 80)
+    assert sampling.text_encoder is None and getattr(sampling, "tokenizer", None) is None
+    size = case.fitted(Size(64, 80))
     for count in sorted(set(case.controls)):
         for aligned in (size, None):
             sizes = case.sizes(size, images(count), aligned=aligned is not None)
@@ -257,18 +260,18 @@ class Wanted:
 
     def call(self, case: FamilyCase, encoders: Any) -> dict[str, Any]:
         """The arguments of `image_inputs`."""
-        controls = images(self.count, self.seed)
-        sizes = case.sizes(self.size, controls)
+        controls, size = images(self.count, self.seed), case.fitted(self.size)
+        sizes = case.sizes(size, controls)
         text, negative = (encode(case, encoders, controls, x, sizes=sizes).text for x in (self.prompt, PROMPTS[1]))
         guidance = case.guidance(negative) if self.guided else {}
-        return {"controls": controls, "text": text, "size": self.size, "sizes": sizes, "seed": self.seed, **guidance}
+        return {"controls": controls, "text": text, "size": size, "sizes": sizes, "seed": self.seed, **guidance}
 
     def stock(self, stock: Any, case: FamilyCase, encoders: Any) -> Image.Image:
         controls, noise = images(self.count, self.seed), torch.Generator().manual_seed(self.seed)
         words = case.unguided() | {"prompt": self.prompt}
         if self.guided:
             words = case.guided(self.prompt, PROMPTS[1], encode(case, encoders, controls, PROMPTS[1]).text)
-        return stock_image(stock, case, case.areas, controls, self.size, generator=noise, **words)
+        return stock_image(stock, case, case.areas, controls, case.fitted(self.size), generator=noise, **words)
 
 
 def sampling_of(case: FamilyCase, base: Path) -> Any:
@@ -404,6 +407,6 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(
         for sample, sigma, expected in zip(samples, sigmas, alone.outputs, strict=True):
             batch = batch_of([sample], "padded")
             with torch.no_grad():
-                (found,) = predicted(case, stock.transformer, batch, sigma[None])
+                (found,) = predicted(case, case.taking_batches(stock.transformer), batch, sigma[None])
             error = float((found - expected).norm() / expected.norm())
             assert error <= 1e-6 if loaded else error > 1e-3

@@ -16,7 +16,7 @@ from mixres.models.attention import JointRotary
 from mixres.models.blocks import recompute_blocks, repeated_blocks
 from mixres.training.distributed import shard
 from support import mixes
-from support.kinds import KINDS, main_mix_for_bf16
+from support.kinds import KINDS
 
 
 @pytest.fixture
@@ -30,17 +30,19 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # as the stock blocks of FLUX.1 do
 @pytest.mark.parametrize(("layout", "recomputed"), [("padded", False), ("packed", False), ("packed", True)])
-@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "flux2", "flux", "qwen21", "z_image"])
 def test_positions_stay_exact_under_fsdp2_mixed_precision(layout: str, recomputed: bool, name: str) -> None:
     """A batch under the policy is as near to float32 as the stock bfloat16 model on one sample at a time."""
-    kind, wide = KINDS[name], main_mix_for_bf16()
+    kind = KINDS[name]
+    wide = kind.mix_for_bf16()
     reference, rounded = kind.run(kind.stock(adapters=True), wide, "alone"), wide.to("cpu", torch.bfloat16)
     single = kind.run(kind.stock(adapters=True).to(torch.bfloat16), rounded, "alone")
     model = kind.patched(adapters=True)
     frequencies, weights = set(), set()
 
     def look(attn: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handed = [kwargs[name] for name in ("plan", "image_rotary_emb", "freqs_cis") if kwargs.get(name) is not None]
+        keys = ("plan", "image_rotary_emb", "rotary_emb", "freqs_cis")
+        handed = [kwargs[key] for key in keys if kwargs.get(key) is not None]
         freqs = handed[0].freqs if isinstance(handed[0], JointRotary) else handed[0]
         frequencies.add(freqs.dtype)
         weights.update(p.dtype for p in attn.parameters())

@@ -1,6 +1,6 @@
 """The patches of FLUX.2 and FLUX.1: what stays stock, what a mixed call computes, what is refused, nothing is left.
 
-What does not depend on ids is tested for Z-Image too.
+What holds of every patch is tested on those of Qwen-Image-2.1 and Z-Image too.
 """
 
 import copy
@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from peft import LoraConfig
 
-from mixres.models import position_ids
+from mixres.models import mixed_call
 from mixres.models.attention import JointRotary
 from mixres.models.blocks import compile_blocks
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
@@ -32,6 +32,7 @@ from support.host_reads import HostReads
 from support.kinds import KINDS, IdKind, Kind
 
 NAMES = ("flux2", "flux")
+EVERY = (*NAMES, "qwen21", "z_image")
 EQUAL = mixes.make_mix([[(1, 6, 8), (1, 4, 4)]] * 3, [9, 9, 9])  # nothing to pad: what the stock model can batch
 
 
@@ -42,9 +43,14 @@ def kind(request: pytest.FixtureRequest) -> IdKind:
     return chosen
 
 
-@pytest.fixture(params=(*NAMES, "z_image"))
+@pytest.fixture(params=EVERY)
 def any_kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
+
+
+# Stock calls of Qwen-Image-2.1 are tested with its patch. Z-Image pads by itself.
+BUT_QWEN21 = pytest.mark.parametrize("any_kind", [*NAMES, "z_image"], indirect=True)
+BUT_Z_IMAGE = pytest.mark.parametrize("any_kind", [*NAMES, "qwen21"], indirect=True)
 
 
 def stock_calls(kind: Kind) -> list[dict[str, Any]]:
@@ -64,13 +70,14 @@ def equal_call(kind: IdKind) -> dict[str, Any]:
 
 def assert_nothing_left(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
-        assert getattr(module, "packed_runs", None) is None, name
+        assert getattr(module, "packed_runs", None) is None and getattr(module, "token_rows", None) is None, name
         assert not getattr(module, "packed_in_blocks", False), name
         assert vars(module).keys().isdisjoint(HELPERS), "no method is shadowed"
         if isinstance(module, torch.nn.Linear):
             assert len(module._forward_hooks) <= 1, "hooks do not pile up"
 
 
+@BUT_QWEN21
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(any_kind: Kind, checkpointing: bool) -> None:
     """Before and after mixed calls, forward and gradient, by name and by position, with ids of either rank."""
@@ -87,12 +94,13 @@ def test_stock_calls_give_what_the_stock_model_gives_bit_for_bit(any_kind: Kind,
             mixes.assert_identical(results[1], results[0])
         for layout in mixes.LAYOUTS:
             kind.run(patched, mix, layout)
-    first, call = position_ids.argument_names(type(stock).forward)[:3], calls[0]
+    first, call = mixed_call.argument_names(type(stock).forward)[:3], calls[0]
     positional, rest = [call[name] for name in first], {name: x for name, x in call.items() if name not in first}
     found, expected = (model(*positional, **rest)[0] for model in (patched, stock))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@BUT_QWEN21
 def test_one_packed_sample_is_the_stock_one_bit_for_bit(any_kind: Kind) -> None:
     kind = any_kind
     mix = mixes.make_mix([[(1, 5, 7), (1, 3, 3)]], [8])
@@ -110,7 +118,7 @@ def test_a_patched_model_is_still_the_stock_model(any_kind: Kind, tmp_path: Path
     assert parts == hooks_and_processors(patched)
     expected, found = stock.state_dict(), patched.state_dict()
     assert list(expected) == list(found) and all(torch.equal(expected[k], found[k]) for k in expected)
-    mix = mixes.random_mix(5)
+    mix = kind.mix("random 5")
     result = kind.run(patched, mix, "packed")
     patched.save_pretrained(tmp_path / "model")
     loaded = type(stock).from_pretrained(tmp_path / "model").train()
@@ -127,20 +135,24 @@ def hooks_and_processors(model: Any) -> list[Any]:
     ]
 
 
-def test_the_attention_backend_is_kept_and_reaches_the_processors(kind: IdKind) -> None:
+@BUT_Z_IMAGE
+def test_the_attention_backend_is_kept_and_reaches_the_processors(any_kind: Kind) -> None:
+    kind = any_kind
     before, after = kind.stock(), kind.patched()
     before.transformer_blocks[0].attn.processor._attention_backend = "_native_math"
     kind.patch(before)
     assert before.transformer_blocks[0].attn.processor._attention_backend == "_native_math"
     after.transformer_blocks[0].attn.processor._attention_backend = "flash_varlen"
     with pytest.raises(ValueError, match=r"flash_varlen' keeps the wrong keys of a padded batch"):
-        after(**kind.padded_call(mixes.random_mix(3)))
+        after(**kind.padded_call(kind.mix("random 3")))
 
 
+@BUT_Z_IMAGE
 @pytest.mark.parametrize("extra", [0, 5])
-def test_junk_in_padded_slots_changes_nothing(kind: IdKind, extra: int) -> None:
+def test_junk_in_padded_slots_changes_nothing(any_kind: Kind, extra: int) -> None:
     """In latents, text and ids alike."""
-    mix, model, results = mixes.random_mix(3), kind.patched(adapters=True), []
+    kind = any_kind
+    mix, model, results = kind.mix("random 3"), kind.patched(adapters=True), []
     for value in (0.0, 1e3, -1e3):
         outputs = kind.forward_padded(model, mix, **kind.padded_call(mix, image=extra, text=extra, value=value))
         results.append(mixes.backward(model, outputs, mixes.loss(outputs, mix)))
@@ -316,17 +328,18 @@ def test_what_the_patches_do_not_know_is_refused_by_name() -> None:
             patch(other)
 
 
-IN_IDS = ("context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn")
-IN_Z_IMAGE = ("cap_embedder", "noise_refiner.0.feed_forward", "layers.1.attention", "all_final_layer.2-1.linear")
+PARTS = {
+    **dict.fromkeys(NAMES, ("context_embedder", "transformer_blocks.1.ff", "single_transformer_blocks.1.attn")),
+    "qwen21": ("txt_in", "transformer_blocks.1.img_mlp"),
+    "z_image": ("cap_embedder", "noise_refiner.0.feed_forward", "layers.1.attention", "all_final_layer.2-1.linear"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "where"), [*itertools.product(NAMES, IN_IDS), *itertools.product(["z_image"], IN_Z_IMAGE)]
-)
+@pytest.mark.parametrize(("name", "where"), [(name, part) for name in PARTS for part in PARTS[name]])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_is_left_behind_by_a_call_that_fails(name: str, where: str, checkpointing: bool) -> None:
-    kind, mix = KINDS[name], mixes.random_mix(2)
-    model = kind.patched()
+    kind = KINDS[name]
+    mix, model = kind.mix("random 2"), kind.patched()
     if checkpointing:
         model.enable_gradient_checkpointing()
     before = {layout: kind.run(model, mix, layout) for layout in mixes.LAYOUTS}
@@ -347,7 +360,7 @@ def test_nothing_is_left_behind_by_a_call_that_fails(name: str, where: str, chec
 
 def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
     kind = any_kind
-    mix = mixes.random_mix(3)
+    mix = kind.mix("random 3")
     plain, model = kind.run(kind.stock(), mix, "alone"), kind.patched()
     before = kind.run(model, mix, "packed")
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -372,7 +385,7 @@ def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
     assert_nothing_left(model)
 
 
-COMPILED = list(itertools.product((*NAMES, "z_image"), mixes.LAYOUTS, (False, True)))
+COMPILED = list(itertools.product(EVERY, mixes.LAYOUTS, (False, True)))
 
 
 @pytest.mark.slow
@@ -382,7 +395,8 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(
     name: str, layout: str, checkpointing: bool
 ) -> None:
     torch._dynamo.reset()
-    kind, mix = KINDS[name], mixes.random_mix(3)
+    kind = KINDS[name]
+    mix = kind.mix("random 3")
     plain, compiled = kind.patched(), kind.patched()
     for model in (plain, compiled):
         if checkpointing:

@@ -131,7 +131,7 @@ def test_calls_that_cannot_be_meant_are_refused() -> None:
         "shape .1, 1842.": {**packed, "hidden_states": packed["hidden_states"].transpose(0, 1)},
         "encoder_hidden_states has leading shape": {**packed, "encoder_hidden_states": torch.ones(65, 1, 24)},
         "timestep has leading shape": {**packed, "timestep": mix.timesteps[:2]},
-        "txt_seq_lens has leading shape": {**packed, "attention_kwargs": {"txt_seq_lens": [19, 47]}},
+        "txt_seq_lens .19, 47. are not one": {**packed, "attention_kwargs": {"txt_seq_lens": [19, 47]}},
         "encoder_hidden_states_mask must be None": {**packed, "encoder_hidden_states_mask": torch.ones(66, 1)},
         "attention_mask must be None": {**packed, "attention_kwargs": {**lengths, "attention_mask": torch.ones(3, 40)}},
         "image_rotary_emb must be None": {**packed, "image_rotary_emb": (image, text)},

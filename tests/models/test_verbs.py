@@ -1,4 +1,4 @@
-"""Families other than Qwen's through every verb of the command line, in this process."""
+"""Families other than those of the first Qwen-Image through every verb of the command line, in this process."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mixres.cli import main
 from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_dev", "flux_kontext", "z_image")}
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_dev", "flux_kontext", "qwen_image_21", "z_image")}
 
 
 def command(*words: str | Path) -> int:
@@ -63,8 +63,8 @@ def test_a_family_goes_through_every_verb(
     for name in ("diffusers", "comfyui"):
         file = tmp_path / f"{name}.safetensors"
         assert command("export", run, "--format", name, "--out", file) == 0
+        prefix = case.at("").comfyui_prefix if name == "comfyui" else "transformer"
         with safe_open(file, "pt") as opened:
-            prefix = "transformer" if name == "diffusers" else case.at("").comfyui_prefix
             assert all(key.startswith(f"{prefix}.") for key in opened.keys())  # noqa: SIM118
         case.load_stock(base, torch.float32).load_lora_weights(file)
     assert command("export", run, "--format", "diffusers", "--merge", "--out", tmp_path / "merged") == 0

@@ -13,6 +13,7 @@ from diffusers import (
     Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    QwenImage21Pipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -22,23 +23,42 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
     pipeline_qwenimage_edit_plus as stock_plus,
 )
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as stock_21
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3VLProcessor
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
+from mixres.data.plan import Layout
 from mixres.geometry import Size, pack_latents
 from mixres.models.family import ControlSizes, Family
 from mixres.models.qwen.processor import load_processor
+from mixres.models.qwen21_multi_resolution_patch import patch_qwen21_model_for_multi_resolution
 from mixres.models.registry import FAMILIES
 from mixres.preprocessing.fill import family_of
 from support.tiny_flux import write_tiny_flux
 from support.tiny_flux2 import write_tiny_flux2
 from support.tiny_pipeline import write_tiny_pipeline
+from support.tiny_qwen21 import write_tiny_qwen21
 from support.tiny_z_image import write_tiny_z_image
 
 PROMPTS = ["swap red and blue", "交换红色和蓝色", "turn it into a sepia photograph"]
+
+
+@contextmanager
+def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
+    """Within it a stock module or object has these values."""
+    before = dict(vars(owner))
+    try:
+        vars(owner).update(values)
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                vars(owner)[name] = before[name]
+            else:
+                del vars(owner)[name]
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,12 @@ class FamilyCase:
     controls: tuple[int, ...]  # how many control images the samples of a mixed batch have
     areas: dict[str, int] = field(default_factory=dict)  # small enough for a CPU
     zero_cond_t: bool = False
+    multiple: int = 16  # of sides of what is made
+    exact: Layout = "padded"  # the layout in which one sample is computed as stock computes it, in half precision too
+
+    def fitted(self, size: Size) -> Size:
+        """The size, or one near it that the stock pipeline makes."""
+        return Size(*(-(-side // self.multiple) * self.multiple for side in size))
 
     def at(self, base: Path | str) -> Family:
         """The family, bound to this base."""
@@ -134,14 +160,28 @@ class FamilyCase:
         return kwargs
 
     def stock_velocity(self, transformer: Any, seen: dict[str, Any]) -> Tensor:
-        """`(1, S, P)` of the stock transformer for what it was handed."""
+        """`(1, ...)` of the stock transformer for what it was handed."""
         velocity: Tensor = transformer(**seen)[0]
         return velocity
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        """What the stock transformer is handed of positions and masks is what the sample holds."""
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
+        """What the stock transformer is handed of positions, masks and text is what the sample holds."""
         assert seen["encoder_hidden_states_mask"] is None
         assert [list(sample.img_shapes)] == seen["img_shapes"]
+        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
+
+    def controls_of(self, seen: dict[str, Any], sample: Sample) -> Tensor:
+        """The controls' tokens among those that the stock transformer is handed."""
+        found: Tensor = seen["hidden_states"][0, sample.img_shapes[0].tokens :]
+        return found
+
+    def taking_batches(self, transformer: Any) -> Any:
+        """The stock transformer, which takes the call of one sample as it is."""
+        return transformer
+
+    def target_of(self, rows: Tensor, tokens: int) -> Tensor:
+        """So many tokens of the target in what the stock transformer takes, or returns, `(1, ...)`."""
+        return rows[0, :tokens]
 
     def stock_parts(self, base: Path) -> dict[str, Any]:
         """What the stock pipeline cannot load without torchvision."""
@@ -150,7 +190,8 @@ class FamilyCase:
     def load_stock(self, base: Path, dtype: torch.dtype) -> Any:
         """The whole pipeline by its own `from_pretrained`."""
         parts = self.stock_parts(base)
-        pipeline = self.pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=dtype)
+        early = {name: parts[name] if name in self.at("").init_parts else None for name in parts}
+        pipeline = self.pipeline_class.from_pretrained(base, **early, dtype=dtype)
         pipeline.register_modules(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -194,8 +235,9 @@ class Flux2Case(FamilyCase):
         packed: Tensor = stock._pack_latents(stock._encode_vae_image(pixels, generator=None))[0]
         return packed
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
         family = self.at("")
+        assert torch.equal(sample.prompt_embeds, seen["encoder_hidden_states"][0])
         for name, ids in (("img_ids", family.image_ids(sample.img_shapes)), ("txt_ids", family.text_ids(512))):
             assert torch.equal(ids.to(seen[name]), seen[name].reshape(ids.shape)), name
         if sample.pooled_embeds is not None:
@@ -268,8 +310,9 @@ class ZImageCase(FamilyCase):
     def stock_velocity(self, transformer: Any, seen: dict[str, Any]) -> Tensor:
         return -pack_latents(transformer(*seen["lists"], return_dict=False)[0][0])[None]
 
-    def check_positions(self, seen: dict[str, Any], sample: Sample) -> None:
-        (image,), _, _ = seen["lists"]
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
+        (image,), _, (text,) = seen["lists"]
+        assert torch.equal(sample.prompt_embeds, text)
         assert [2 * side for side in sample.img_shapes[0][1:]] == list(image.shape[2:])
 
 
@@ -281,6 +324,60 @@ def _kontext_latents(stock: Any, image: Image.Image, size: Size) -> Tensor:
     latents = kontext._encode_vae_image(pixels, generator=None)
     packed: Tensor = kontext._pack_latents(latents, 1, *latents.shape[1:])[0]
     return packed
+
+
+class Qwen21Case(FamilyCase):
+    """Qwen-Image-2.1: the stock call has controls first, target last, and rows of the text encoder at image slots."""
+
+    def call(self, controls: Sequence[Image.Image], size: Size | None = None) -> dict[str, Any]:
+        return {"image": [*controls] or None}
+
+    @contextmanager
+    def stock_areas(self, areas: dict[str, int], aligned: Size | None = None) -> Iterator[None]:
+        stock = stock_21.calculate_dimensions
+        sized = {
+            "calculate_dimensions": lambda _, ratio: (*aligned, None) if aligned else stock(*areas.values(), ratio)
+        }
+        with attributes_set(stock_21, **sized):
+            yield
+
+    def write(self, folder: Path) -> None:
+        write_tiny_qwen21(folder, PROMPTS)
+
+    def stock_parts(self, base: Path) -> dict[str, Any]:
+        return {"processor": load_processor(base / "processor", Qwen3VLProcessor)}
+
+    def latents(self, stock: Any, image: Image.Image, size: Size) -> Tensor:
+        pixels = stock.image_processor.preprocess(image.convert("RGBA"), size.height, size.width).unsqueeze(2)
+        latents = stock._encode_vae_image(pixels.to(stock.vae.dtype), generator=None)
+        packed: Tensor = stock._pack_latents(latents, 1, 16, *latents.shape[3:])[0]
+        return packed
+
+    def check_text(self, seen: dict[str, Any], sample: Sample) -> None:
+        target, *controls = sample.img_shapes
+        assert seen["encoder_hidden_states_mask"] is None and seen["img_shapes"] == [[*controls, target]]
+        embeds = seen["encoder_hidden_states"][0]
+        is_slot = seen["img_mask"][0]
+        assert is_slot[len(embeds) :].all() and len(is_slot) == len(embeds) + target.tokens // 4
+        assert torch.equal(sample.prompt_embeds, embeds[~is_slot[: len(embeds)]])
+        runs = [*sample.text_before, len(sample.prompt_embeds) - sum(sample.text_before)]
+        slots = [grid.tokens // 4 for grid in (*controls, target)]
+        expected = [value for run, count in zip(runs, slots, strict=True) for value in [False] * run + [True] * count]
+        assert is_slot.tolist() == expected
+
+    def controls_of(self, seen: dict[str, Any], sample: Sample) -> Tensor:
+        found: Tensor = seen["hidden_states"][0, : -sample.img_shapes[0].tokens]
+        return found
+
+    def target_of(self, rows: Tensor, tokens: int) -> Tensor:
+        return rows[0, -tokens:]
+
+    def taking_batches(self, transformer: Any) -> Any:
+        return patch_qwen21_model_for_multi_resolution(transformer)
+
+    def overrides(self) -> list[str]:
+        # A process without mixres resizes by area alone.
+        return [*super().overrides(), "data.resize.target.multiple_of=32", "data.resize.control.align=never"]
 
 
 _PLUS = {"control_area": 112 * 112, "text_area": 80 * 80}
@@ -296,6 +393,9 @@ EVERY_CASE = CASES | {
     "flux2_dev": Flux2DevCase("flux2", Flux2Pipeline, (0, 3, 1), {"control_area": 112 * 112}),
     "flux_kontext": FluxCase("flux_kontext", FluxKontextPipeline, (0, 1, 1), {"control_area": 112 * 112}),
     "flux": FluxCase("flux", FluxPipeline, (0, 0, 0)),
+    "qwen_image_21": Qwen21Case(
+        "qwen_image_21", QwenImage21Pipeline, (0, 3, 1), {"control_area": 112 * 112}, multiple=32, exact="packed"
+    ),
     "z_image": ZImageCase("z_image", ZImagePipeline, (0, 0, 0)),
 }
 

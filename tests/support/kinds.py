@@ -6,10 +6,12 @@ sample.
 
 import copy
 import functools
+import itertools
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -17,6 +19,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -27,15 +30,11 @@ from mixres.geometry import pack_latents, unpack_latents
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
 from mixres.models.qwen.layers import untrained_modules
+from mixres.models.qwen21_multi_resolution_patch import patch_qwen21_model_for_multi_resolution
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from mixres.models.z_image_multi_resolution_patch import patch_z_image_model_for_multi_resolution
 from support import mixes
 from support.mixes import CHANNELS, TEXT_WIDTH, Mix, Result
-
-
-def main_mix_for_bf16() -> Mix:
-    """The main mix at sigmas that stay exact in bf16, also times 1000, which some models compute in half precision."""
-    return replace(mixes.main_mix(), timesteps=torch.tensor([0.5, 0.125, 0.25]))
 
 
 def one_by_one(mix: Mix) -> list[Mix]:
@@ -47,6 +46,8 @@ def one_by_one(mix: Mix) -> list[Mix]:
 
 class Kind(ABC):
     """A transformer class of diffusers, in one configuration."""
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ()  # that the stock layers widen or narrow to it
 
     @abstractmethod
     def stock(self, *, adapters: bool = False) -> Any:
@@ -70,6 +71,10 @@ class Kind(ABC):
     def untrained(self, model: Any) -> tuple[str, ...]:
         """The modules that reach no loss."""
         return ()
+
+    def fitted(self, mix: Mix) -> Mix:
+        """The mix, or one like it of grids that the stock model takes."""
+        return mix
 
     def patched(self, *, adapters: bool = False) -> Any:
         return self.patch(self.stock(adapters=adapters))
@@ -110,7 +115,15 @@ class Kind(ABC):
     @functools.cache  # noqa: B019
     def alone(self, name: str) -> Result:
         """One of `mixes.MIXES` on the stock model with adapters, one sample at a time. Read only."""
-        return self.run(self.stock(adapters=True), mixes.MIXES[name](), "alone")
+        return self.run(self.stock(adapters=True), self.mix(name), "alone")
+
+    def mix(self, name: str) -> Mix:
+        """One of `mixes.MIXES`."""
+        return self.fitted(mixes.MIXES[name]())
+
+    def mix_for_bf16(self) -> Mix:
+        """The main mix at sigmas that stay exact in bf16, also times 1000: some models compute that in bf16."""
+        return replace(self.mix("main"), timesteps=torch.tensor([0.5, 0.125, 0.25]))
 
 
 @dataclass(frozen=True)
@@ -261,6 +274,99 @@ class Flux(IdKind):
         return {**super().by_sample(mix), "pooled_projections": torch.stack([text.mean(0) for text in mix.texts])}
 
 
+@dataclass(frozen=True)
+class Qwen21(Kind):
+    """Text stands before, between and behind the controls; the stock call has them in this order, target last."""
+
+    causal_condition: bool = True
+    float32_parameters: ClassVar[tuple[str, ...]] = ("txt_in.text_norm.weight",)
+
+    def make(self, **config: Any) -> QwenImage21Transformer2DModel:
+        model = QwenImage21Transformer2DModel(
+            in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=32, num_attention_heads=2,
+            context_in_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12), **config,
+        )  # fmt: skip
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1:  # ones or zeros else
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        return model
+
+    def stock(self, *, adapters: bool = False) -> QwenImage21Transformer2DModel:
+        return copy.deepcopy(_made(self.make, adapters, causal_condition=self.causal_condition))
+
+    def patch(self, model: Any) -> Any:
+        return patch_qwen21_model_for_multi_resolution(model)
+
+    def fitted(self, mix: Mix) -> Mix:
+        """Even sides: four image tokens are a slot of the text encoder."""
+        shapes = [[(1, rows + rows % 2, columns + columns % 2) for _, rows, columns in grids] for grids in mix.shapes]
+        return mixes.make_mix(shapes, [len(text) for text in mix.texts], seed=len(shapes))
+
+    def text_runs(self, mix: Mix) -> list[list[int]]:
+        """Some of them empty: then two images touch."""
+        runs = []
+        for text, grids in zip(mix.texts, mix.shapes, strict=True):
+            draw = random.Random(len(text))
+            cuts = sorted(draw.randint(0, len(text)) for _ in grids[1:])
+            runs.append([b - a for a, b in itertools.pairwise([0, *cuts, len(text)])])
+        return runs
+
+    def alone_calls(self, mix: Mix) -> list[dict[str, Any]]:
+        """What the text encoder has at image slots is large: it reaches nothing."""
+        calls = []
+        for b, (image, text, grids) in enumerate(zip(mix.images, mix.texts, mix.shapes, strict=True)):
+            target, *controls = image.split([rows * columns for _, rows, columns in grids])
+            embeds, slots = [], []
+            for run, control in itertools.zip_longest(
+                text.split(self.text_runs(mix)[b]), controls, fillvalue=image[:0]
+            ):
+                at_slots = text.new_full((len(control) // 4, TEXT_WIDTH), 1e3)
+                embeds += [run, at_slots]
+                slots += [torch.zeros(len(run)), torch.ones(len(at_slots))]
+            slots.append(torch.ones(len(target) // 4))
+            calls.append({
+                "hidden_states": torch.cat([*controls, target])[None],
+                "encoder_hidden_states": torch.cat(embeds)[None],
+                "timestep": mix.timesteps[b : b + 1],
+                "img_shapes": [[*grids[1:], grids[0]]],
+                "img_mask": torch.cat(slots).bool()[None],
+                "return_dict": False,
+            })  # fmt: skip
+        return calls
+
+    def forward(self, model: nn.Module, mix: Mix, layout: str) -> list[Tensor]:
+        if layout != "alone":
+            return super().forward(model, mix, layout)
+        found = []
+        for call, grids in zip(self.alone_calls(mix), mix.shapes, strict=True):
+            is_image = call["img_mask"][0].repeat_interleave(1 + 3 * call["img_mask"][0].int())
+            images = model(**call)[0][0][is_image].split(
+                [rows * columns for _, rows, columns in (*grids[1:], grids[0])]
+            )
+            found.append(torch.cat([images[-1], *images[:-1]]))
+        return found
+
+    def padded_call(self, mix: Mix, *, image: int = 0, text: int = 0, value: float = 0.0) -> dict[str, Any]:
+        return {
+            "hidden_states": mixes.pad_rows(mix.images, image, value),
+            "encoder_hidden_states": mixes.pad_rows(mix.texts, text, value),
+            **self.by_sample(mix),
+        }
+
+    def packed_call(self, mix: Mix) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.cat(mix.images)[:, None],
+            "encoder_hidden_states": torch.cat(mix.texts)[:, None],
+            **self.by_sample(mix),
+        }
+
+    def by_sample(self, mix: Mix) -> dict[str, Any]:
+        runs = {"text_runs": self.text_runs(mix)}
+        return {
+            "timestep": mix.timesteps, "img_shapes": mix.shapes, "attention_kwargs": runs, "return_dict": False,
+        }  # fmt: skip
+
+
 class ZImage(Kind):
     """One image a sample: the target, of which the transformer takes and returns a list."""
 
@@ -304,5 +410,7 @@ KINDS: dict[str, Kind] = {
     "flux2 without guidance": Flux2(guidance=False),
     "flux": Flux(),
     "flux without guidance": Flux(guidance=False),
+    "qwen21": Qwen21(),
+    "qwen21 without causal_condition": Qwen21(causal_condition=False),
     "z_image": ZImage(),
 }

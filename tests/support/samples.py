@@ -49,14 +49,14 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def assert_same(a: Sample, b: Sample) -> None:
-    """All tensors are equal, bit for bit, and the grids too."""
-    assert a.img_shapes == b.img_shapes
+    """All tensors are equal, bit for bit, and the grids and places of controls too."""
+    assert (a.img_shapes, a.text_before) == (b.img_shapes, b.text_before)
     assert len(a.control_latents) == len(b.control_latents)
     for field in fields(a):
         one, other = getattr(a, field.name), getattr(b, field.name)
         if field.name == "control_latents":
             assert all(map(same_bits, one, other))
-        elif field.name not in ("name", "img_shapes"):
+        elif field.name not in ("name", "img_shapes", "text_before"):
             assert same_bits(one, other), field.name
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit, pipeline_qwenimage_edit_plus as plus
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as qwen21
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2Tokenizer
@@ -40,13 +41,18 @@ with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as file:
 parts = {}
 if (base / "processor").is_dir():
     folder = base / "processor"
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
     parts["processor"] = Processor(
-        Qwen2VLImageProcessorPil.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
+        Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, chat_template=tokenizer.chat_template
     )
 if (base / "tokenizer" / "chat_template.jinja").is_file():  # FLUX.2-dev names a processor
     parts["tokenizer"] = AutoTokenizer.from_pretrained(base / "tokenizer")
 pipeline_class = getattr(diffusers, json.loads((base / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-pipeline = pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=torch.float32)
+if pipeline_class is diffusers.QwenImage21Pipeline:  # it asks its processor as it is made
+    parts["processor"].return_mm_token_type_ids = True
+    pipeline = pipeline_class.from_pretrained(base, **parts, dtype=torch.float32)
+else:
+    pipeline = pipeline_class.from_pretrained(base, **dict.fromkeys(parts), dtype=torch.float32)
 pipeline.register_modules(**parts)
 calls = json.load(sys.stdin)
 
@@ -64,7 +70,7 @@ def set_control_sizes(width: int, height: int, aligned: list[float]) -> None:
             (width, height) if given == area and ratio in aligned else stock_dimensions(given, ratio)[:2]
         )
     elif area:
-        edit.calculate_dimensions = lambda _, ratio: (
+        edit.calculate_dimensions = qwen21.calculate_dimensions = lambda _, ratio: (
             (width, height, None) if ratio in aligned else stock_dimensions(area, ratio)
         )
 
@@ -100,7 +106,8 @@ def save_all(part: str) -> None:
         elif "Flux" in type(pipeline).__name__:
             images = {}
         else:
-            images = {"image": controls if "text_area" in recipe else controls[0]} if controls else {}
+            one = "text_area" not in recipe and "21" not in type(pipeline).__name__
+            images = {"image": controls[0] if one else controls} if controls else {}
             images |= {"guidance_scale": 0.0} if "ZImage" in type(pipeline).__name__ else {"true_cfg_scale": 1.0}
         pipeline(**images, **words, generator=draw).images[0].save(out / f"{number}-{part}.png")
 

@@ -60,7 +60,7 @@ def save_pipeline(folder: Path, *, pipeline_class: Pipeline = QwenImageEditPipel
     scheduler = FlowMatchEulerDiscreteScheduler(max_image_seq_len=8192, **shift)
     pipeline_class(scheduler=scheduler, **parts).save_pretrained(folder)
     if "processor" in parts:
-        _name_stock_processor(folder)
+        name_stock_processor(folder, "Qwen2VL", patch_size=14)
 
 
 def _takes_images(pipeline_class: Pipeline) -> bool:
@@ -73,10 +73,14 @@ def tiny_tokenizer(prompts: Sequence[str], pipeline_class: Pipeline = QwenImageE
     The pipeline drops the first tokens, the template's system part (64 where it edits), so a tokenizer that cut it into
     bytes would leave hundreds of template tokens in every prompt.
     """
+    empty = pipeline_class(*[None] * (6 if _takes_images(pipeline_class) else 5))
+    return trained_tokenizer([empty.prompt_template_encode.format(""), *prompts])
+
+
+def trained_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
+    """Byte-level BPE with Qwen's special tokens, trained until each of the words is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = Qwen2Tokenizer(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
-    empty = pipeline_class(*[None] * (6 if _takes_images(pipeline_class) else 5))
-    words = [empty.prompt_template_encode.format(""), *prompts]
     for token in _SPECIAL_TOKENS:
         words = [text.replace(token, "\n") for text in words]
     return base.train_new_from_iterator(
@@ -177,12 +181,12 @@ def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
     return transformer
 
 
-def _name_stock_processor(folder: Path) -> None:
-    """Names the stock `Qwen2VLProcessor` wherever the files name ours, and adds the video half that it asks for."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    atomic.write_json(folder / "model_index.json", index | {"processor": ["transformers", "Qwen2VLProcessor"]})
-    video = {"video_processor_type": "Qwen2VLVideoProcessor", "merge_size": 2, "patch_size": 14}
+def name_stock_processor(folder: Path, model: str, *, patch_size: int) -> None:
+    """Names the model's stock processor wherever the files name ours, and adds the video half that it asks for."""
+    index, stock = json.loads((folder / "model_index.json").read_text(encoding="utf-8")), f"{model}Processor"
+    atomic.write_json(folder / "model_index.json", index | {"processor": ["transformers", stock]})
+    video = {"video_processor_type": f"{model}VideoProcessor", "merge_size": 2, "patch_size": patch_size}
     for name, extra in (("processor_config.json", {"video_processor": video}), ("tokenizer_config.json", {})):
         file = folder / "processor" / name
         config = json.loads(file.read_text(encoding="utf-8"))
-        atomic.write_json(file, config | {"processor_class": "Qwen2VLProcessor"} | extra)
+        atomic.write_json(file, config | {"processor_class": stock} | extra)

@@ -100,6 +100,18 @@ def test_a_known_drift_is_found_under_every_edit(examples: int) -> None:
     check()
 
 
+def test_colours_under_transparency_are_no_content() -> None:
+    size = (160, 128)
+    made, reference = (view("china", size, Drift(x, 0, 0, 0)) for x in (9.0, 0.0))
+    hidden = Image.new("L", size, 255)
+    hidden.paste(0, (0, 0, 160, 40))
+    laid = [Image.composite(image, Image.new("RGB", size, "white"), hidden) for image in (made, reference)]
+    for image, other in ((made, "chelsea"), (reference, "astronaut")):
+        image.paste(view(other, size, Drift(0, 0, 0, 0)), (0, 0), Image.eval(hidden, lambda value: 255 - value))
+        image.putalpha(hidden)
+    assert measure_drift(made, reference) == measure_drift(*laid)
+
+
 def test_the_scale_of_large_images_is_found_and_their_shift_is_in_their_own_pixels() -> None:
     shown = Drift(37.3, -20.0, 3.1, 0.0)
     made, reference = (view("china", (2048, 1360), each, factor=4) for each in (shown, Drift(0, 0, 0, 0)))

@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import QwenImageTransformer2DModel
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mixres import cli
 from mixres.batch import Batch
@@ -27,12 +29,13 @@ from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
 from mixres.preprocessing.fill import CachedSample, family_of
 from mixres.verification import consistency, verify as verify_module
-from mixres.verification.batch_diagram import COLOURS, padded_segments
+from mixres.verification.batch_diagram import COLOURS, padded_segments, sequence_segments, token_layout
 from mixres.verification.consistency import Outcome, batches_of, errors
 from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
 from support import mixes
 from support.jobs import OFFLOADED
+from support.kinds import KINDS
 
 Verify = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -227,19 +230,23 @@ def test_a_lost_patch_and_a_nan_fail(verify: Verify, monkeypatch: pytest.MonkeyP
     assert (code, case) == (1, (False, None, "outputs or gradients are not finite"))
 
 
+@pytest.mark.parametrize("name", ["qwen", "qwen21"])  # a sample alone without a mask, and with one
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_reordered_sums_are_the_same_sums_and_round_otherwise(recomputed: bool) -> None:
-    model, mix = mixes.stock_model(adapters=mixes.EVERY_LINEAR), mixes.random_mix(3)
+def test_reordered_sums_are_the_same_sums_and_round_otherwise(recomputed: bool, name: str) -> None:
+    kind = KINDS[name]
+    model, mix = kind.patched(adapters=True), kind.mix("random 3")
     if recomputed:
         model.enable_gradient_checkpointing()
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
         model, mix = model.to(dtype), mix.to("cpu", dtype)
-        usual = mixes.run(model, mix, "alone")
+        usual = kind.run(model, mix, "one by one")
         with consistency.reordered_sums():
-            reordered = mixes.run(model, mix, "alone")
+            reordered = kind.run(model, mix, "one by one")
+        for result in (usual, reordered):
+            result.gradients.update(dict.fromkeys(kind.float32_parameters))
         found = mixes.forward_error(reordered, usual), mixes.gradient_error(reordered, usual)
         assert min(found) > 0 and max(found) < bound
-        assert mixes.forward_error(mixes.run(model, mix, "alone"), usual) == 0, "outside it they are as they were"
+        assert mixes.forward_error(kind.run(model, mix, "one by one"), usual) == 0, "outside it they are as they were"
 
 
 def test_the_patch_state_is_read_from_the_model() -> None:
@@ -296,3 +303,14 @@ def test_the_diagram_accounts_for_every_token(small_run: Path, tmp_path: Path) -
         assert sum(tokens for _, tokens in segments) == padded.tokens_computed // 3
         valid = len(sample.prompt_embeds) + sum(grid.tokens for grid in sample.img_shapes)
         assert sum(tokens for what, tokens in segments if what != "padding") == valid
+    inside = [replace(sample, text_before=(2, 0)[: len(sample.control_latents)]) for sample in samples]
+    (packed,) = batches_of(inside, "packed")
+    for b, sample in enumerate(inside):
+        target, *controls = (grid.tokens for grid in sample.img_shapes)
+        expected = [("text", 2), *(("control", tokens) for tokens in controls)]
+        expected += [("text", len(sample.prompt_embeds) - 2), ("target", target)]
+        assert sequence_segments(packed, b) == expected, "text between two controls is empty"
+    plain, causal = (np.asarray(token_layout(padded, packed, causal=way)) for way in (False, True))
+    seen, hidden = (np.array(ImageColor.getrgb(COLOURS[f"{name} key"])) for name in ("attended", "masked"))
+    fewer = (plain == seen).all(-1) & (causal == hidden).all(-1)
+    assert fewer.sum() > ((plain == hidden).all(-1) & (causal == seen).all(-1)).sum() == 0

@@ -7,7 +7,8 @@ process hashes it once (xxh3, several GB/s).
 
 File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
 there is a mask, `edit_mask` (S_target,), in their own dtypes; for caption dropout `empty_embeds` (T_empty, D) too.
-Where the transformer takes pooled prompts, `pooled_embeds` (W,) and `empty_pooled_embeds` (W,) stand beside them.
+Where the transformer takes pooled prompts, `pooled_embeds` (W,) and `empty_pooled_embeds` (W,) stand beside them; where
+controls stand within the text, `text_before` (controls,), the text tokens before each.
 Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
 has_mask, empty_tokens and `payload`, the hash over all tensors.
 
@@ -152,6 +153,7 @@ class Cache:
             edit_mask=tensors["edit_mask"] if entry.has_mask else None,
             prompt_embeds=tensors["prompt_embeds"],
             **{text: tensors.get(text) for text in _TEXTS[1:]},
+            text_before=tuple(tensors["text_before"].tolist()) if "text_before" in tensors else (),
         )
 
     def read_prompt(self, key: str) -> TextEmbeds:
@@ -248,6 +250,8 @@ def _tensors(value: Sample | TextEmbeds) -> dict[str, Tensor]:
         named = {f"control_latents_{i}": x for i, x in enumerate(value.control_latents)}
         fields = {name: getattr(value, name) for name in ("target_latents", "edit_mask", *_TEXTS)}
         named |= {name: tensor for name, tensor in fields.items() if tensor is not None}
+        if value.text_before:
+            named["text_before"] = torch.tensor(value.text_before)
     else:
         named = {"prompt_embeds": value.tokens} | ({} if value.pooled is None else {"pooled_embeds": value.pooled})
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.

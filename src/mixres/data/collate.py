@@ -49,6 +49,7 @@ def collate(
         has_mask=tuple(s.edit_mask is not None for s in samples),
         sample_weights=tuple(weights),
         pooled_embeds=torch.stack(pooled) if pooled else None,
+        text_before=tuple(s.text_before for s in samples),
     )
 
 

@@ -6,8 +6,8 @@ for a JPEG, 25 ms for a PNG.
 
 Colour policy: an embedded ICC profile is converted to sRGB; without one RGB and gray count as sRGB, CMYK is
 converted by Pillow's formula. A profile that does not fit the pixels is ignored. 16-bit gray is divided by 257. Real
-transparency is laid on the background of `Limits`. 32-bit integer, floating-point and LAB pixels have no agreed range
-and are refused, and so is gray of a TIFF that is not 0 (black) to 65535 (white).
+transparency is laid on the background of `Limits`, unless it is to be kept. 32-bit integer, floating-point and LAB
+pixels have no agreed range and are refused, and so is gray of a TIFF that is not 0 (black) to 65535 (white).
 """
 
 import stat
@@ -65,17 +65,18 @@ class ImageFacts(NamedTuple):
 
     size: Size  # upright
     digest: str  # of its bytes
-    flattened: bool  # transparency was laid on the background
+    flattened: bool  # it has transparency
     first_of_several: bool  # frames or pages
 
 
-def read_image(path: Picture, limits: Limits) -> Image.Image:
-    """The image as upright sRGB, mode "RGB".
+def read_image(path: Picture, limits: Limits, *, keep_alpha: bool = False) -> Image.Image:
+    """The image as upright sRGB, mode "RGB"; with `keep_alpha` "RGBA" where something is really transparent.
 
     Raises:
         BadImageError: with the reason.
     """
-    return _rgb(_decode(_read_bytes(path, limits), limits)[0], limits.background)[0]
+    background = None if keep_alpha else limits.background
+    return _rgb(_decode(_read_bytes(path, limits), limits)[0], background)[0]
 
 
 def read_mask(path: Picture, limits: Limits) -> Image.Image:
@@ -180,15 +181,24 @@ def _is_16_bit_black_to_white(image: TiffImageFile) -> bool:
     return image.tag_v2.get(BITSPERSAMPLE) == (16,) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 1
 
 
-def _rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
-    """The image in sRGB, and whether transparency was laid on `background`."""
+def _rgb(image: Image.Image, background: str | None) -> tuple[Image.Image, bool]:
+    """The image in sRGB, and whether it has transparency, which is laid on `background`, or kept where that is None."""
     profile = image.info.get("icc_profile")
     image = _eight_bit(image)
     if profile:
         image = _to_srgb(image, profile)
     if image.mode != "RGBA":
         return image.convert("RGB"), False
-    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB"), True
+    if background is None:
+        return image, True
+    return on_background(image, background), True
+
+
+def on_background(image: Image.Image, background: str = WHITE) -> Image.Image:
+    """The image as RGB, its transparency laid on a colour."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
 
 
 def _mask(image: Image.Image) -> Image.Image:

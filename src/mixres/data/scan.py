@@ -33,7 +33,7 @@ class ScannedRecord(NamedTuple):
     target_size: Size  # upright
     control_sizes: tuple[Size, ...]
     digests: tuple[str, ...]  # of the file bytes: target, each control, then the mask if there is one
-    flattened: bool  # an image had transparency, which was laid on the background
+    flattened: bool  # an image has transparency
     first_of_several: bool  # an image is the first of several frames or pages
     regularization: bool = False  # counts in the loss with a weight of its own
 

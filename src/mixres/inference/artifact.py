@@ -154,6 +154,7 @@ def find_base(result: RunResult, given: str | None, key: str) -> Family:
     with renamed(what):
         family = load_family(None, path, revision=revision)
         problem = _base_problem(family, result)
+    family.background = recipe.get("background", WHITE)
     if problem:
         raise UserError(f"{what}: {path} does not fit {result.path}: {problem}; name another")
     return family

@@ -159,7 +159,7 @@ def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     images = []
     for path in controls:
         try:
-            images.append(read_image(path, limits))
+            images.append(read_image(path, limits, keep_alpha=request.family.keeps_alpha))
         except BadImageError as error:
             again = "the image changed after the start: run the command again"
             raise WorkError(f"{printable(path)}: {error} ({again})") from error
@@ -183,7 +183,7 @@ def _write_grids(request: Request) -> None:
         rows = []
         for job in jobs:
             controls = _read(request, job.controls)
-            made = [Image.open(path).convert("RGB") for path in map(job.file, request.passes)]
+            made = [Image.open(path) for path in map(job.file, request.passes)]
             empty = [None] * (columns - len(job.controls))
             note = f"{job.path.name}, {job.size}, seed {job.seed}"
             rows.append(Row((*controls, *empty, *made), job.prompt, note))

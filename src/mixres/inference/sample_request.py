@@ -274,11 +274,12 @@ def _fit_problems(family: Family, rows: Mapping[str, _Row], asked: Options) -> I
             yield f"{at}: {problem}"
         if prompt in long:
             yield f"{at}: the prompt is {long[prompt][0]} tokens long, more than {family.max_prompt_tokens}: shorten it"
-    token = family.pixels_per_token()
+    multiple = family.size_multiple()
+    what = ", the pixels of a token" if multiple == family.pixels_per_token() else ""
     for at, size in [("--size", asked.size), *((f"{at}: 'size'", row.size) for at, row in rows.items())]:
-        if size and (size.width % token or size.height % token):
-            near = target_size(size, max_pixels=LIMITS.max_source_pixels, multiple_of=token)
-            yield f"{at}: {size} has a side that is no multiple of {token}, the pixels of a token: write {near}"
+        if size and (size.width % multiple or size.height % multiple):
+            near = target_size(size, max_pixels=LIMITS.max_source_pixels, multiple_of=multiple)
+            yield f"{at}: {size} has a side that is no multiple of {multiple}{what}: write {near}"
 
 
 def _numbered(request: Request, folder: Path) -> Iterator[ImageJob]:

@@ -54,7 +54,7 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     found = problems.collect(scan_records, config, family, is_main=True)
     if found is None:
         raise UserError(problems.lines)
-    tell(found, family.max_prompt_tokens, config.data.background)
+    tell(found, family, config.data.background)
     problems.add(*found.refusals(config))
     run = _DryRun(config, family, found, ranks, problems, estimate=estimate)
     report = run.report()

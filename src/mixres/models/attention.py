@@ -10,7 +10,7 @@ of all tokens: B = 1, S = S_total, T = T_total.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -39,13 +39,18 @@ class JointRotary:
     mask: Tensor | None = None  # (B, 1, 1, L) bool, True where a key may be attended to; None: nothing is padded
     packed: PackedLengths | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "JointRotary":
+    @property
+    def is_packed(self) -> bool:
+        return self.packed is not None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """With its tensors on `device`: hooks that offload a model move the arguments of its modules so."""
-        freqs, mask = (x if x is None else x.to(device, non_blocking=non_blocking) for x in (self.freqs, self.mask))
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         packed = self.packed
         if packed is not None:
             packed = replace(packed, cumulative=packed.cumulative.to(device, non_blocking=non_blocking))
-        return JointRotary(freqs, mask, packed)
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()}
+        return replace(self, packed=packed, **moved)
 
     def without_complex(self) -> "JointRotary":
         """With cosines and sines `(..., D/2, 2)` for compiled blocks: there is no code for complex numbers."""
@@ -114,14 +119,20 @@ class JointAttention:
         """`(B, L, H, D)`, text before image in each sample, not rotated yet -> `(B, L, C)`."""
         if plan.freqs is not None:
             query, key = (self._rotate(x, plan.freqs) for x in (query, key))
-        if plan.packed is None:
-            joined = self._dispatch(query, key, value, plan.mask)
-        elif (half := self._varlen_dtype(query)) is not None:
-            joined = _attend_varlen(query[0].to(half), key[0].to(half), value[0].to(half), plan.packed)[None]
+        if plan.is_packed:
+            joined = self.attend_packed(query, key, value, plan)
         else:
-            samples = zip(*(torch.split(x, list(plan.packed.joint), dim=1) for x in (query, key, value)), strict=True)
-            joined = torch.cat([self._dispatch(q, k, v, None) for q, k, v in samples], dim=1)
+            joined = self._dispatch(query, key, value, plan.mask)
         return joined.flatten(2, 3).to(query.dtype)
+
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, plan: JointRotary) -> Tensor:
+        """`(1, L_total, H, D)`, rotated, to the same form: each sample attends to itself."""
+        assert plan.packed is not None
+        if (half := self._varlen_dtype(query)) is not None:
+            samples = plan.packed.cumulative, max(plan.packed.joint)
+            return attend_varlen(query[0].to(half), key[0].to(half), value[0].to(half), samples, samples)[None]
+        streams = zip(*(torch.split(x, list(plan.packed.joint), dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([self._dispatch(q, k, v, None) for q, k, v in streams], dim=1)
 
     def _rotate(self, x: Tensor, freqs: Tensor) -> Tensor:
         if not freqs.is_complex():
@@ -184,10 +195,20 @@ def replace_stock_processors(
         replace_processor(attn, kind)
 
 
-def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths) -> Tensor:
-    """`(L_total, H, D)` of all samples at once: lengths are on the device, the longest is a Python integer."""
-    longest = max(lengths.joint)
-    attended = varlen_attn(query, key, value, lengths.cumulative, lengths.cumulative, longest, longest)
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: tuple[Tensor, int],
+    keys: tuple[Tensor, int],
+    window: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """`(L_total, H, D)` of all sequences at once, each of so many queries and keys.
+
+    `queries` and `keys` are where sequences begin, `(B + 1,)` on the device, and the longest, a Python integer.
+    """
+    (starts, longest), (key_starts, longest_keys) = queries, keys
+    attended = varlen_attn(query, key, value, starts, key_starts, longest, longest_keys, window_size=window)
     assert isinstance(attended, Tensor)  # a pair only where the log-sum-exp is asked for
     return attended
 

@@ -74,8 +74,11 @@ class Family(Protocol):
     comfyui_reads_layout: ClassVar[bool]  # whether it loads a whole transformer in diffusers' layout
     negative_prompt: ClassVar[str]  # of the stock pipeline or the model cards, where guidance leads away from one
     comfyui_controls: ClassVar[str | None]  # how controls get the size of the image there; None: it takes no controls
+    block_causal: ClassVar[bool]  # attention goes from block to block: text, control, ..., text, target
+    keeps_alpha: ClassVar[bool]  # images are RGBA, where others have their transparency laid on `data.background`
     path: str
     revision: str | None
+    background: str  # on which the text encoder sees transparency that is kept
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         """`synthetic`: only shapes are read of the base, of a stock base nothing; weights are noise."""
@@ -84,6 +87,9 @@ class Family(Protocol):
 
     def pixels_per_token(self) -> int:
         """Side in pixels of one image token."""
+
+    def size_multiple(self) -> int:
+        """Sides of what is made are multiples of so many pixels."""
 
     def training_notice(self) -> str | None:
         """What a user should know who trains this base, in one line; None where there is nothing to say."""
@@ -117,6 +123,9 @@ class Family(Protocol):
 
     def record_problem(self, *, controls: int, prompt: str) -> str | None:
         """Why this family cannot take a record with so many controls and this prompt; None where it can."""
+
+    def sizes_problem(self, sizes: ControlSizes) -> str | None:
+        """Why the encoders cannot take controls of these sizes; None where they can."""
 
     def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
         """Of `prompts` those over `max_prompt_tokens`: how many tokens, and the longest beginning that fits."""
@@ -187,7 +196,7 @@ class Family(Protocol):
         mask: Image.Image | None = None,
         text: TextEmbeds | None = None,
     ) -> Sample:
-        """A sample from RGB images of any size, on the CPU and in the encoders' dtype.
+        """A sample from RGB images of any size (RGBA too, with `keeps_alpha`), on the CPU and in the encoders' dtype.
 
         The target is resized to `target_size` pixels, the controls to `sizes`. `mask` ("L") is as large as the target.
         Latents are those of the stock pipeline, bit for bit. `text` is what `encode_prompt` gives, where that is known.
@@ -211,7 +220,7 @@ class Family(Protocol):
     def transformer_folder(self) -> Path:
         """Where the weights of the base's transformer are."""
 
-    def patch_state(self, transformer: Any) -> PatchState:
+    def patch_state(self, transformer: Any, /) -> PatchState:
         """How much of the patch a transformer carries: adapters or an attention backend must have removed nothing."""
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
@@ -260,4 +269,4 @@ class Family(Protocol):
         """The velocity `(S, P)` that leads away from that of the negative prompt, as the stock pipeline computes it."""
 
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
-        """The RGB image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""
+        """The image of normalised, packed latents `(S, P)` on `grid`: what the stock pipeline would show."""

@@ -20,7 +20,8 @@ from mixres.models.attention import replace_stock_processors
 from mixres.models.family import PatchState
 from mixres.models.flux2.attention import Flux2MultiResAttnProcessor, Flux2MultiResParallelSelfAttnProcessor
 from mixres.models.flux2.packed import announce_packed, install_packed_hooks
-from mixres.models.position_ids import Call, argument_names, by_name, plan_mixed_call
+from mixres.models.mixed_call import Call, argument_names, by_name, require_whole
+from mixres.models.position_ids import plan_mixed_call
 
 _FORWARD_NAMES = argument_names(Flux2Transformer2DModel.forward)
 
@@ -63,11 +64,7 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     plan = plan_mixed_call(model, call)
     if plan is None:
         return None
-    if not patch_state(model).whole:
-        raise ValueError(
-            "a batch of mixed sizes needs the whole patch, and something has replaced attention processors: call "
-            "patch_flux2_model_for_multi_resolution(model)"
-        )
+    require_whole(patch_state(model), patch_flux2_model_for_multi_resolution)
     if call.get("kv_cache") is not None or call.get("kv_cache_mode") is not None:
         raise ValueError("a batch of mixed sizes cannot use kv_cache or kv_cache_mode: leave them out")
     if plan.packed is not None:

@@ -20,7 +20,8 @@ from mixres.models.attention import replace_stock_processors
 from mixres.models.family import PatchState
 from mixres.models.flux.attention import FluxMultiResAttnProcessor
 from mixres.models.flux.packed import announce_packed, install_packed_hooks
-from mixres.models.position_ids import Call, argument_names, by_name, plan_mixed_call
+from mixres.models.mixed_call import Call, argument_names, by_name, require_whole
+from mixres.models.position_ids import plan_mixed_call
 
 _FORWARD_NAMES = argument_names(FluxTransformer2DModel.forward)
 _CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -62,11 +63,7 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     plan = plan_mixed_call(model, call)
     if plan is None:
         return None
-    if not patch_state(model).whole:
-        raise ValueError(
-            "a batch of mixed sizes needs the whole patch, and something has replaced attention processors: call "
-            "patch_flux_model_for_multi_resolution(model)"
-        )
+    require_whole(patch_state(model), patch_flux_model_for_multi_resolution)
     used = [name for name in _CONTROLNET if call.get(name) is not None]
     used += [name for name in call["joint_attention_kwargs"] if name.startswith("ip_")]
     if used:

@@ -5,7 +5,7 @@ Promise: as in `mixres.models.family`. A family adds its positions, its VAE and 
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from mixres.batch import Batch
 from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, pack_latents, unpack_latents
 from mixres.models.family import AreaRule, ControlSizes
-from mixres.models.prompt_length import over_long
 from mixres.models.stock_family import StockFamily
 
 TEXT_TOKENS = 512  # of every prompt: the pipelines pad to it, and the transformer attends to the padding too
@@ -30,7 +29,6 @@ class SeparateTextFamily(StockFamily):
 
     label: ClassVar[str]  # what messages call it
     prompts_alone = True
-    tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     vae_class: ClassVar[Any]
 
     # What a family adds.
@@ -62,11 +60,6 @@ class SeparateTextFamily(StockFamily):
         return values * dtype.itemsize + 4 * mask_tokens + _ENTRY_OVERHEAD
 
     # Records before they are encoded.
-
-    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
-        """See `Family`."""
-        limit, folder = self.max_prompt_tokens, self.tokenizer_folder
-        return over_long(prompts, self.path, limit=limit, revision=self.revision, tokenizer=folder)
 
     def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
         """The text encoders see no images.
@@ -133,12 +126,6 @@ class SeparateTextFamily(StockFamily):
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return pack_latents(latents.transpose(0, 1)).cpu()
 
-    # The transformer.
-
-    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See `Family`. The layers' names are enough."""
-        return {}
-
     # Sampling.
 
     @torch.no_grad()
@@ -178,10 +165,6 @@ class IdFamily(SeparateTextFamily):
         return None
 
     # The transformer.
-
-    def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
-        """See `Family`. The last text tokens end in the last single-stream block, whose layers serve images too."""
-        return ()
 
     def predict_velocity(
         self,

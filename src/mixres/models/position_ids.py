@@ -14,7 +14,6 @@ need rides along in `joint_attention_kwargs`. The stock forward gets empty ids, 
 the plan fails instead of rotating by the positions of sample 0.
 """
 
-import inspect
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -23,20 +22,10 @@ import torch
 from torch import Tensor
 
 from mixres.models.attention import JointRotary, joint_mask, valid_slots
+from mixres.models.mixed_call import Call, check_shapes
 from mixres.models.packing import packed_lengths
 
 PLAN = "plan"  # the plan's name in `joint_attention_kwargs`, and the processors' argument
-Call = dict[str, Any]
-
-
-def argument_names(forward: Any) -> tuple[str, ...]:
-    """The names of a forward's arguments in order, without `self`."""
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """All arguments of a call by name; checkpointing passes them by position."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def plan_of(call: Mapping[str, Any]) -> JointRotary | None:
@@ -79,33 +68,15 @@ def _refuse_own_positions(call: Call) -> None:
 
 
 def _check_shapes(call: Call, image: list[int], text: list[int], packed: bool) -> None:
-    hidden, states, timestep = call["hidden_states"], call["encoder_hidden_states"], call["timestep"]
     if not image or len(image) != len(text) or min(*image, *text) < 1:
         raise ValueError(f"image_lengths {image}, text_lengths {text}: each sample needs a positive number in both")
-    samples = len(image)
-    if packed:
-        expected = {
-            "hidden_states": (tuple(hidden.shape[:2]), (sum(image), 1)),
-            "encoder_hidden_states": (tuple(states.shape[:2]), (sum(text), 1)),
-            "img_ids": (tuple(call["img_ids"].shape[:-1]), (sum(image),)),
-            "txt_ids": (tuple(call["txt_ids"].shape[:-1]), (sum(text),)),
-        }
-    else:
-        slots, text_slots = max(hidden.shape[1], *image), max(states.shape[1], *text)
+    slots = max(call["hidden_states"].shape[1], *image)
+    text_slots = max(call["encoder_hidden_states"].shape[1], *text)
+    ids: dict[str, tuple[int, ...]] = {"img_ids": (sum(image),), "txt_ids": (sum(text),)}
+    if not packed:
         shared = call["txt_ids"].dim() == 2
-        expected = {
-            "hidden_states": (tuple(hidden.shape[:2]), (samples, slots)),
-            "encoder_hidden_states": (tuple(states.shape[:2]), (samples, text_slots)),
-            "img_ids": (tuple(call["img_ids"].shape[:-1]), (samples, slots)),
-            "txt_ids": (tuple(call["txt_ids"].shape[:-1]), (text_slots,) if shared else (samples, text_slots)),
-        }
-    expected["timestep"] = (tuple(timestep.shape), (samples,))
-    for name, (given, needed) in expected.items():
-        if given != needed:
-            layout = "packed" if packed else "padded"
-            raise ValueError(
-                f"{layout} batch: {name} has leading shape {given}, image_lengths and text_lengths say {needed}"
-            )
+        ids = {"img_ids": (len(image), slots), "txt_ids": (text_slots,) if shared else (len(image), text_slots)}
+    check_shapes(call, image, text, packed=packed, stated_by="image_lengths and text_lengths", others=ids)
 
 
 def _plan_packed(model: Any, call: Call, image: list[int], text: list[int]) -> JointRotary:

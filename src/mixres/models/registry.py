@@ -17,13 +17,18 @@ from mixres.models.hub import KEY, pipeline_json
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.edit_plus import QwenImageEditPlus
 from mixres.models.qwen.image import QwenImage
+from mixres.models.qwen21.family import QwenImage21
 from mixres.models.z_image.family import ZImage
 
+_CLASSES: tuple[type[Family], ...] = (
+    QwenImage, QwenImageEdit, QwenImageEditPlus, QwenImage21, Flux2Klein, Flux2Dev, FluxKontext, Flux, ZImage,
+)  # fmt: skip
 # By `_class_name` in the base's model_index.json. A family's class is called as `load_family` does at its end.
-FAMILIES: dict[str, type[Family]] = {
-    family.pipeline_class.__name__: family
-    for family in (QwenImage, QwenImageEdit, QwenImageEditPlus, Flux2Klein, Flux2Dev, FluxKontext, Flux, ZImage)
-}
+FAMILIES = {family.pipeline_class.__name__: family for family in _CLASSES}
+
+
+# Pipelines of transformers that are supported otherwise, and what keeps them out.
+_NOT_SUPPORTED = {"QwenImageLayeredPipeline": ": a sample has several target images there, and one here"}
 
 
 def load_family(name: str | None, path: str, *, revision: str | None = None, synthetic: bool = False) -> Family:
@@ -45,7 +50,8 @@ def load_family(name: str | None, path: str, *, revision: str | None = None, syn
         family = FAMILIES.get(pipeline_class)
     if family is None:
         supported = ", ".join(FAMILIES)
-        raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported; supported: {supported}")
+        why = _NOT_SUPPORTED.get(str(pipeline_class), "")
+        raise UserError(f"{KEY}: {path!r} is a {pipeline_class!r}, which is not supported{why}; supported: {supported}")
     if name not in (None, family.name):
         raise UserError(
             f"model.family: {name!r} does not fit {path!r}, a {family.pipeline_class.__name__}: "

@@ -5,8 +5,7 @@ and how its pipeline is called.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
 from mixres.models.pretrained import load_pretrained, reading
+from mixres.models.prompt_length import over_long
 from mixres.models.quantize import Method, quantization_config
 
 
@@ -35,18 +35,24 @@ class StockFamily(Family):
     prompts_alone: ClassVar[bool] = False
     padded_text: ClassVar[int | None] = None
     components: ClassVar[tuple[str, ...]]  # those that encode
+    tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     transformer_class: ClassVar[Any]
+    init_parts: ClassVar[tuple[str, ...]] = ()  # components, `own_parts` all, without which the pipeline is not made
+    keeps_alpha: ClassVar[bool] = False
+    block_causal: ClassVar[bool] = False
+    noise_patch: ClassVar[int] = PATCH  # along a side of a token, of what the pipeline draws: latent pixels, or tokens
     quantize_exclusions: ClassVar[tuple[str, ...]]  # modules with linear layers that are in no repeated block
     # Configuration files of the stock bases by name, where they differ from the defaults of diffusers' classes.
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
+        self.background = "white"  # as in the stock pipelines
         self._config = functools.cache(self._read_config)  # asked for each record
 
     # What a family adds.
 
-    def patch(self, transformer: Any) -> Any:
+    def patch(self, transformer: Any, /) -> Any:
         """The transformer, patched in place."""
         raise NotImplementedError
 
@@ -104,6 +110,19 @@ class StockFamily(Family):
         fits = low <= controls and (high is None or controls <= high)
         return None if fits else self.controls_problem.format(controls)
 
+    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """See `Family`."""
+        limit, folder = self.max_prompt_tokens, self.tokenizer_folder
+        return over_long(prompts, self.path, limit=limit, revision=self.revision, tokenizer=folder)
+
+    def size_multiple(self) -> int:
+        """See `Family`: those of one token, for most pipelines."""
+        return self.pixels_per_token()
+
+    def sizes_problem(self, sizes: ControlSizes) -> str | None:
+        """See `Family`: most encoders take any size."""
+        return None
+
     def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
         """See `Family`."""
         token = self.pixels_per_token()
@@ -138,7 +157,7 @@ class StockFamily(Family):
         if problem := self.record_problem(controls=len(controls), prompt=prompt):
             raise UserError(f"{name}: {problem}")
         text = text or self.encode_prompt(encoders, controls=controls, prompt=prompt, sizes=sizes)
-        grids = tuple(token_grid(size, PATCH * encoders.vae_scale_factor) for size in (target_size, *sizes.vae))
+        grids = self.grids(target_size, sizes)
         return Sample(
             name=name,
             target_latents=self.encode_image(encoders, target, target_size),
@@ -147,7 +166,18 @@ class StockFamily(Family):
             img_shapes=grids,
             edit_mask=None if mask is None else mask_on_grid(mask, grids[0]),
             pooled_embeds=text.pooled,
+            text_before=text.before,
         )
+
+    # The transformer.
+
+    def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
+        """See `Family`. Most last blocks have layers that serve text and images alike."""
+        return ()
+
+    def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `Family`. The layers' names are enough, for most transformers."""
+        return {}
 
     # Parts.
 
@@ -156,8 +186,8 @@ class StockFamily(Family):
         folder = hub.pipeline_folder(self.path, (*self.components, "scheduler"), revision=self.revision)
         with reading(folder):
             own = self.own_parts(folder, self.components)
-            absent = dict.fromkeys(("transformer", *own))
-            pipeline = self.pipeline_class.from_pretrained(folder, **absent, dtype=dtype, use_safetensors=True)
+            given = dict.fromkeys(("transformer", *own)) | {name: own[name] for name in self.init_parts}
+            pipeline = self.pipeline_class.from_pretrained(folder, **given, dtype=dtype, use_safetensors=True)
             # Not through `from_pretrained`, which warns at every load that a class is not the annotated one.
             pipeline.register_modules(**own)
         for part in pipeline.components.values():
@@ -199,12 +229,11 @@ class StockFamily(Family):
         self, *, transformer: nn.Module | None, dtype: torch.dtype, device: torch.device | str
     ) -> Any:
         """See `Family`."""
-        folder = hub.pipeline_folder(self.path, ("vae", "scheduler"), revision=self.revision)
-        absent = {name: None for name in self.components if name != "vae"}
+        folder = hub.pipeline_folder(self.path, ("vae", "scheduler", *self.init_parts), revision=self.revision)
         with reading(folder):
-            pipeline = self.pipeline_class.from_pretrained(
-                folder, transformer=None, **absent, dtype=dtype, use_safetensors=True
-            )
+            given: dict[str, Any] = {name: None for name in self.components if name != "vae"}
+            given |= {"transformer": None, **self.own_parts(folder, self.init_parts)}
+            pipeline = self.pipeline_class.from_pretrained(folder, **given, dtype=dtype, use_safetensors=True)
         pipeline.vae.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device).register_modules(transformer=transformer)  # which stays where it is
@@ -214,8 +243,10 @@ class StockFamily(Family):
 
     def noise(self, grid: Grid, *, seed: int, dtype: torch.dtype) -> Tensor:
         """See `Family`. What most pipelines draw are latents; the order of channels and pixels is theirs."""
-        shape = (self.token_widths()[0] // PATCH**2, 1, grid.rows * PATCH, grid.columns * PATCH)
-        return pack_latents(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+        side = self.noise_patch
+        shape = (self.token_widths()[0] // side**2, 1, grid.rows * side, grid.columns * side)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        return latents.flatten(1).T if side == 1 else pack_latents(latents)
 
     def schedule(self, pipeline: Any, steps: int) -> tuple[Any, Sequence[float] | None, dict[str, float]]:
         """See `Family`."""
@@ -245,21 +276,6 @@ def no_control_areas(label: str, area: AreaRule, text_area: int | None, *, stock
     return {}
 
 
-@contextmanager
-def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
-    """Within it a stock module or object has these values."""
-    before = dict(vars(owner))
-    try:
-        vars(owner).update(values)
-        yield
-    finally:
-        for name in values:
-            if name in before:
-                vars(owner)[name] = before[name]
-            else:
-                del vars(owner)[name]
-
-
 @torch.no_grad()
 def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """The skeleton with weights on `device`."""
@@ -272,4 +288,6 @@ def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device |
                 parameter.normal_(std=module.in_features**-0.5, generator=generator)
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
+        for buffer in module.buffers(recurse=False):  # what a constructor computed has no values on the meta device
+            buffer.zero_()
     return transformer.eval()

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnP
 from mixres.models.attention import replace_stock_processors
 from mixres.models.blocks import repeated_blocks
 from mixres.models.family import PatchState
-from mixres.models.position_ids import Call, argument_names, by_name
+from mixres.models.mixed_call import Call, argument_names, by_name, require_whole
 from mixres.models.z_image.attention import ZImageMultiResAttnProcessor
 from mixres.models.z_image.packed import begin_packed, install_packed_hooks
 
@@ -64,11 +64,7 @@ def _plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     attention_kwargs = dict(call.get("joint_attention_kwargs") or {})
     if not attention_kwargs.pop("packed", False):
         return None
-    if not patch_state(model).whole:
-        raise ValueError(
-            "a packed batch needs the whole patch, and something has replaced attention processors: call "
-            "patch_z_image_model_for_multi_resolution(model)"
-        )
+    require_whole(patch_state(model), patch_z_image_model_for_multi_resolution)
     for name in _NOT_PACKED:
         if call.get(name) is not None:
             raise ValueError(f"a packed batch cannot use ControlNet or several images a sample: leave out {name}")

@@ -189,8 +189,8 @@ def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dic
     files = (record.target, *record.controls, *([record.mask] if record.mask else []))
     again = "has changed since the scan: run the same command again"
     try:
-        target = read_image(record.target, limits)
-        controls = [read_image(path, limits) for path in record.controls]
+        read = partial(read_image, limits=limits, keep_alpha=family.keeps_alpha)
+        target, *controls = (read(path) for path in (record.target, *record.controls))
         mask = read_mask(record.mask, limits) if record.mask else None
         digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
     except (BadImageError, OSError) as error:

@@ -116,6 +116,7 @@ def family_of(config: Config, *, is_main: bool = True) -> Family:
     base = model.pretrained_model_name_or_path
     family = problems.collect(load_family, model.family, base, revision=model.revision)
     if family is not None:
+        family.background = config.data.background
         if is_main and (notice := family.training_notice()):
             log(f"model     {notice}")
         return family

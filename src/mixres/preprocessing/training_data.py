@@ -86,7 +86,7 @@ def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[li
         raise UserError(lines)
     if is_main:
         _list_problems(config, found)
-        tell(found, family.max_prompt_tokens, config.data.background)
+        tell(found, family, config.data.background)
         for notice in filter(None, (found.few(config), found.idle(config))):
             log(f"data      {notice}")
     return found.train, found.held_out
@@ -175,7 +175,8 @@ def _unfit(config: Config, family: Family, scanned: ScannedRecord, token: int) -
     Such an image would be stretched to whole tokens.
     """
     record, rule, target = scanned.record, config.data.resize.target, scanned.target_size
-    if reason := family.record_problem(controls=len(record.controls), prompt=record.prompt):
+    reason = family.record_problem(controls=len(record.controls), prompt=record.prompt)
+    if reason := reason or family.sizes_problem(control_sizes_of(config, family, scanned)):
         yield _problem(scanned, record.target, reason)
     scale = target_scale(target, max_pixels=rule.max_pixels, upscale=rule.upscale)
     sizes = [(record.target, target, scale, "data.resize.target.max_pixels")]
@@ -197,11 +198,11 @@ def _problem(scanned: ScannedRecord, path: Picture, reason: str) -> Problem:
 
 
 def _check_sizes(config: Config, family: Family, token: int) -> None:
-    problems, multiple_of = Problems(), config.data.resize.target.multiple_of
-    if multiple_of % token:
+    problems, multiple_of, step = Problems(), config.data.resize.target.multiple_of, family.size_multiple()
+    if multiple_of % step:
+        of = "the pixels of one token of this base" if step == token else "as the sides of this base's images are"
         problems.add(
-            f"data.resize.target.multiple_of: {multiple_of} is not a multiple of {token}, the pixels of one token of "
-            "this base: give a multiple of that"
+            f"data.resize.target.multiple_of: {multiple_of} is not a multiple of {step}, {of}: give a multiple of that"
         )
     problems.collect(stated_areas, config, family)
     if family.controls == (0, 0) and config.data.resize.control.align != "auto":
@@ -259,7 +260,7 @@ def _list_problems(config: Config, found: ScannedData) -> None:
     log(f"data      {amount(len(found.problems), 'problem')}, listed in {file}: {left_out} left out")
 
 
-def tell(found: ScannedData, most_tokens: int, background: str) -> None:
+def tell(found: ScannedData, family: Family, background: str) -> None:
     """Log what was found, in a few lines."""
     images = amount(found.decoded + found.unchanged, "image")
     log(f"scan      {images}: {found.decoded} decoded, {found.unchanged} unchanged since the last scan")
@@ -270,11 +271,12 @@ def tell(found: ScannedData, most_tokens: int, background: str) -> None:
     held_out = amount(len(found.held_out), "held-out record")
     log(f"data      {len(found.train) - extra} training{also} and {held_out} with {controls}")
     if flattened := sum(scanned.flattened for scanned in records):
-        log(f"data      {amount(flattened, 'record')} with transparency, which is laid on {background}")
+        kept = "kept, and for the text encoder " if family.keeps_alpha else ""
+        log(f"data      {amount(flattened, 'record')} with transparency, which is {kept}laid on {background}")
     if several := sum(scanned.first_of_several for scanned in records):
         log(f"data      {amount(several, 'record')} with several frames or pages in an image: the first is used")
     if found.cut:
-        log(f"data      {amount(found.cut, 'prompt')} cut to {most_tokens} tokens")
+        log(f"data      {amount(found.cut, 'prompt')} cut to {family.max_prompt_tokens} tokens")
 
 
 def check_folder(folder: Path, *, key: str = "logging.output_dir") -> None:

@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mixres.data.images import on_background
+
 NOT_INSTALLED = "drift is not measured, since scikit-image is not installed: pip install 'mixres[demo]'"
 MIN_SIDE = 48  # pixels: below, too few windows fit
 _AREA, _START_AREA = 384**2, 96**2  # pixels that the windows and the start work on
@@ -87,12 +89,14 @@ def drift_line(drifts: Sequence[Drift | None]) -> dict[str, float]:
 def measure_drift(made: Image.Image, reference: Image.Image) -> Drift | None:
     """The drift of `made` against `reference`, which is resized to its size as training does: nothing is cropped.
 
+    What is transparent counts as white: colours under it are not seen.
+
     None where it cannot be measured: a side under `MIN_SIDE`, no structure (stripes have it along one side only),
     nothing in common, or no scikit-image.
     """
     if not is_installed() or min(made.size) < MIN_SIDE:
         return None
-    reference = reference.convert("RGB").resize(made.size, Image.Resampling.LANCZOS)
+    made, reference = on_background(made), on_background(reference).resize(made.size, Image.Resampling.LANCZOS)
     a, b = _grey(made, _AREA), _grey(reference, _AREA)
     if min(a.std(), b.std()) < _FLAT:
         return None
@@ -109,7 +113,7 @@ def _grey(image: Image.Image, area: int) -> _Pixels:
     """The mean of red, green and blue, which no swap of channels changes, at no more than `area` pixels."""
     factor = min(1.0, math.sqrt(area / (image.width * image.height)))
     size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
-    grey: _Pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), float).mean(-1)
+    grey: _Pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS), float).mean(-1)
     return grey
 
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -37,6 +38,7 @@ from mixres.training.side_work import attempt, prepared
 ROWS = 6
 _CELL, _GAP, _HEAD, _CAPTION = 224, 12, 28, 44
 _FONT_SIZE = 14
+_CHECK, _CHECK_GREYS = 8, (204, 255)  # pixels of a side, and its two greys
 # Fonts of Linux, macOS and Windows that hold Chinese; last, DejaVu, which most systems have and which does not.
 _SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf")
 
@@ -134,7 +136,7 @@ class HeldOutSampler:
 
     def read(self, path: Picture) -> Image.Image:
         """A held-out image as it is on disk, RGB."""
-        return read_image(path, image_limits(self.config))
+        return read_image(path, image_limits(self.config), keep_alpha=self.family.keeps_alpha)
 
     def _row(self, item: CachedSample, made: Image.Image, drift: Drift | None) -> Row:
         controls = [self.read(path) for path in item.record.controls]
@@ -230,9 +232,15 @@ def _left(column: int) -> int:
 
 
 def _fitted(image: Image.Image) -> Image.Image:
+    """At the size of a cell; what is transparent shows a checkerboard."""
     scale = min(_CELL / image.width, _CELL / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    image = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    if image.mode != "RGBA":
+        return image
+    columns, rows = (np.arange(side) // _CHECK for side in size)
+    board = np.where((rows[:, None] + columns) % 2, *_CHECK_GREYS).astype(np.uint8)
+    return Image.alpha_composite(Image.fromarray(board).convert("RGBA"), image).convert("RGB")
 
 
 def _font() -> Any:

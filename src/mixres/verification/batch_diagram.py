@@ -22,11 +22,15 @@ _WIDTH, _LEFT, _MARGIN, _BAR, _GAP, _SQUARE = 1240, 210, 24, 26, 8, 320
 Segment = tuple[str, int]  # what, tokens
 
 
-def token_layout(padded: Batch, packed: Batch) -> Image.Image:
-    """Both layouts of the same samples, what the joint mask `(B, 1, 1, L)` hides, and the packed one's attention."""
+def token_layout(padded: Batch, packed: Batch, *, causal: bool = False) -> Image.Image:
+    """Both layouts of the same samples, what the mask of the padded one hides, and the packed one's attention.
+
+    `causal` is `Family.block_causal`.
+    """
     rows = len(padded.names)
     length, padding = padded.tokens_computed // rows, 1 - padded.tokens / padded.tokens_computed
     mask = f"the joint mask {(rows, 1, 1, length)} hides it as keys" if padding else "so there is no joint mask"
+    mask = f"a mask {(rows, 1, length, length)} says what each token sees" if causal else mask
     canvas = _Canvas(214 + rows * (_BAR + _GAP) + _BAR + _SQUARE, length)
     canvas.legend()
     canvas.heading(f"layout padded: {rows} rows x {length} tokens, {padding:.1%} of them padding; {mask}")
@@ -34,9 +38,11 @@ def token_layout(padded: Batch, packed: Batch) -> Image.Image:
         canvas.bar(padded.names[b], padded_segments(padded, b))
     canvas.scale = canvas.room / packed.tokens_computed
     canvas.heading(f"layout packed: {packed.tokens_computed} tokens, no padding; in the order that attention sees")
-    canvas.bar("samples 1 to " + str(rows), [part for b in range(rows) for part in sample_segments(packed, b)])
-    canvas.heading("attention of the packed samples: each to its own keys (rows: queries, columns: keys)")
-    canvas.blocks([sum(tokens for _, tokens in sample_segments(packed, b)) for b in range(rows)])
+    samples = [sequence_segments(packed, b) if causal else sample_segments(packed, b) for b in range(rows)]
+    canvas.bar("samples 1 to " + str(rows), [part for segments in samples for part in segments])
+    own = "each to its own keys" + (", up to the end of its block, text up to itself" if causal else "")
+    canvas.heading(f"attention of the packed samples: {own} (rows: queries, columns: keys)")
+    canvas.blocks(samples if causal else [[("sample", sum(tokens for _, tokens in part))] for part in samples])
     return canvas.image
 
 
@@ -44,6 +50,14 @@ def sample_segments(batch: Batch, b: int) -> list[Segment]:
     """Valid tokens of sample `b`: its text, its target, its controls."""
     target, *controls = (frames * rows * columns for frames, rows, columns in batch.img_shapes[b])
     return [("text", batch.text_lengths[b]), ("target", target), *(("control", tokens) for tokens in controls)]
+
+
+def sequence_segments(batch: Batch, b: int) -> list[Segment]:
+    """Those of a family that is causal from block to block: text before each control and before the target, last."""
+    (_, text), target, *controls = sample_segments(batch, b)
+    runs = [*batch.text_before[b], text - sum(batch.text_before[b])]
+    pairs = zip(runs, (*controls, target), strict=True)
+    return [part for run, image in pairs for part in (("text", run), image) if part[1]]
 
 
 def padded_segments(batch: Batch, b: int) -> list[Segment]:
@@ -94,17 +108,23 @@ class _Canvas:
             first += tokens
         self.top += _BAR + _GAP
 
-    def blocks(self, lengths: Sequence[int]) -> None:
-        """The block-diagonal square of packed attention."""
-        scale, first, line = _SQUARE / sum(lengths), 0, self.top
+    def blocks(self, samples: Sequence[Sequence[Segment]]) -> None:
+        """The square of packed attention: a block sees the keys of its sample up to its own end, text up to itself."""
+        scale, first, line = _SQUARE / sum(tokens for blocks in samples for _, tokens in blocks), 0, self.top
         corner = (_LEFT, self.top, _LEFT + _SQUARE, self.top + _SQUARE)
         self.draw.rectangle(corner, fill=COLOURS["masked key"], outline="black")
-        for b, tokens in enumerate(lengths):
-            near, far = (round(x * scale) for x in (first, first + tokens))
-            box = (_LEFT + near, self.top + near, _LEFT + far, self.top + far)
-            self.draw.rectangle(box, fill=COLOURS["attended key"], outline="white")
-            line = max(line, (box[1] + box[3]) // 2 - 9)
+        for b, blocks in enumerate(samples):
+            start = near = round(first * scale)
+            for what, tokens in blocks:
+                first += tokens
+                top, near = near, round(first * scale)
+                box = (_LEFT + start, self.top + top, _LEFT + near, self.top + near)
+                self.draw.rectangle(box, fill=COLOURS["attended key"], outline="white")
+                if what == "text":
+                    above = [(_LEFT + x, self.top + y) for x, y in ((top, top), (near, top), (near, near))]
+                    self.draw.polygon(above, fill=COLOURS["masked key"])
+            line = max(line, self.top + (start + near) // 2 - 9)
+            tokens = sum(tokens for _, tokens in blocks)
             self.draw.text((corner[2] + 12, line), f"sample {b + 1}: {tokens} tokens", fill="black", font=self.font)
             line += 18
-            first += tokens
         self.top += _SQUARE + _GAP

@@ -111,7 +111,8 @@ def reordered_sums() -> Iterator[None]:
         return linear(x, w, b).flip(tuple(range(input.dim())))
 
     def reversed_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        assert options.get("attn_mask") is None, "a sample alone is not padded"
+        if (mask := options.get("attn_mask")) is not None:  # of queries by keys, or of keys alone
+            options["attn_mask"] = mask.flip((-2, -1))
         return attention(query.flip(-2), key.flip(-2), value.flip(-2), **options).flip(-2)
 
     vars(F).update(linear=reversed_linear, scaled_dot_product_attention=reversed_attention)

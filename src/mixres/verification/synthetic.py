@@ -57,7 +57,9 @@ def noise_sample(
     target, *controls = (_gaussian(grid.tokens, channels, dtype, noise) for grid in grids)
     embeds = _gaussian(text, text_width, dtype, noise)
     pooled = _pooled(config, family, noise)
-    return Sample(name, target, tuple(controls), embeds, grids, pooled_embeds=pooled)
+    # Where controls stand within the text, all of it is behind them.
+    before = (0,) * len(controls)
+    return Sample(name, target, tuple(controls), embeds, grids, pooled_embeds=pooled, text_before=before)
 
 
 def _pooled(config: Config, family: Family, noise: torch.Generator) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ def verify(config: Config) -> None:
     path, image = report_path(config, "verify.json"), report_path(config, "verify.png")
     atomic.write_json(path, report)
     padded, packed = (batches_of(samples, layout)[0] for layout in LAYOUTS)
-    save_png(token_layout(padded, packed), image, padded.names)
+    save_png(token_layout(padded, packed, causal=family.block_causal), image, padded.names)
     log(f"report    {path}, {image}")
     if problem:
         raise WorkError(f"verify failed: {problem}; see {path}")

@@ -13,6 +13,7 @@ from mixres.models.attention import JointRotary, takes_varlen
 from mixres.models.qwen.attention import QwenDoubleStreamAttnProcessor2_0_MultiRes
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support import mixes
+from support.kinds import KINDS
 
 EQUAL = mixes.make_mix([[(1, 6, 8)]] * 2, [9, 9])
 
@@ -153,18 +154,18 @@ def test_the_varlen_kernel_gets_only_what_card_and_kernel_can_take(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("zero_cond_t", [False, True])
-def test_varlen_kernel_equals_one_attention_call_per_sample(dtype: torch.dtype, zero_cond_t: bool) -> None:
+@pytest.mark.parametrize("name", ["qwen", "qwen zero_cond_t", "qwen21"])
+def test_varlen_kernel_equals_one_attention_call_per_sample(dtype: torch.dtype, name: str) -> None:
     """The kernel of all samples is as near to fp32 as one call per sample is, and runs under autocast too."""
-    reference = mixes.alone("main", zero_cond_t)
-    model, mix = mixes.patched_model(zero_cond_t, mixes.EVERY_LINEAR).to("cuda"), mixes.main_mix().to("cuda", dtype)
-    wide = mixes.main_mix().to("cuda", torch.float32)
+    kind = KINDS[name]
+    reference, mix = kind.alone("main"), kind.mix("main").to("cuda", dtype)
+    model, wide = kind.patched(adapters=True).to("cuda"), kind.mix("main").to("cuda", torch.float32)
     with torch.no_grad(), torch.autocast("cuda", dtype):
-        cast = [x.float().cpu() for x in mixes.forward_packed(model, wide)]
+        cast = [x.float().cpu() for x in kind.forward(model, wide, "packed")]
     model.to(dtype)
-    fused = mixes.run(model, mix, "packed")
+    fused = kind.run(model, mix, "packed")
     model.set_attention_backend("_native_math")
-    single = mixes.run(model, mix, "packed")
+    single = kind.run(model, mix, "packed")
     assert mixes.forward_error(fused, reference) <= 1.5 * mixes.forward_error(single, reference)
     assert mixes.gradient_error(fused, reference) <= 1.5 * mixes.gradient_error(single, reference)
     assert max(float((a - b).norm() / b.norm()) for a, b in zip(cast, reference.outputs, strict=True)) < 2e-2

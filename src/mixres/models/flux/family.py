@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixres.batch import TextEmbeds
 from mixres.geometry import Size, control_size
-from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, PatchState
+from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance
 from mixres.models.flux import layers
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution, patch_state
 from mixres.models.id_family import TEXT_TOKENS, IdFamily
@@ -40,6 +40,7 @@ class FluxFamily(IdFamily):
     transformer_class = FluxTransformer2DModel
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    patch, patch_state = staticmethod(patch_flux_model_for_multi_resolution), staticmethod(patch_state)
     comfyui_prefix = layers.COMFYUI_PREFIX
     negative_prompt = ""  # where a base without embedded guidance is led away from one
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -48,14 +49,6 @@ class FluxFamily(IdFamily):
         "scheduler/scheduler_config.json": {"use_dynamic_shifting": True},
     }
     sampling_guidance: ClassVar[float]  # of the model card
-
-    def patch(self, transformer: Any) -> Any:
-        """See `StockFamily`."""
-        return patch_flux_model_for_multi_resolution(transformer)
-
-    def patch_state(self, transformer: FluxTransformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
 
     # Configuration files.
 

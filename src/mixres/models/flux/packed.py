@@ -15,9 +15,10 @@ from typing import Any
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor
 
+from mixres.models.mixed_call import Call, argument_names, by_name
 from mixres.models.modulation import expand_linear_output
 from mixres.models.packing import PackedLengths, interleave, separate
-from mixres.models.position_ids import Call, argument_names, by_name, plan_of
+from mixres.models.position_ids import plan_of
 
 _DOUBLE_NAMES = argument_names(FluxTransformerBlock.forward)
 _SINGLE_NAMES = argument_names(FluxSingleTransformerBlock.forward)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixres.batch import TextEmbeds
 from mixres.geometry import Grid, Size
-from mixres.models.family import ControlSizes, PatchState
+from mixres.models.family import ControlSizes
 from mixres.models.flux2 import layers
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.id_family import TEXT_TOKENS, IdFamily
@@ -45,9 +45,11 @@ class Flux2Klein(IdFamily):
     stock_control_area = STOCK_CONTROL_AREA
     components = ("vae", "text_encoder", "tokenizer")
     vae_class = AutoencoderKLFlux2
+    noise_patch = 1
     transformer_class = Flux2Transformer2DModel
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    patch, patch_state = staticmethod(patch_flux2_model_for_multi_resolution), staticmethod(patch_state)
     comfyui_prefix, comfyui_names = layers.COMFYUI_PREFIX, layers.COMFYUI_NAMES
     comfyui_reads_layout = False  # it looks for biases that FLUX.1 has
     negative_prompt = ""
@@ -60,14 +62,6 @@ class Flux2Klein(IdFamily):
         "text_encoder/config.json": {"hidden_size": 2560},
         "scheduler/scheduler_config.json": {},
     }  # fmt: skip
-
-    def patch(self, transformer: Any) -> Any:
-        """See `StockFamily`."""
-        return patch_flux2_model_for_multi_resolution(transformer)
-
-    def patch_state(self, transformer: Flux2Transformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
 
     # Configuration files.
 
@@ -144,11 +138,6 @@ class Flux2Klein(IdFamily):
     def default_size(self, control: Size | None) -> Size:
         """See `Family`: the control's, or 1024 x 1024."""
         return self.control_size(control or Size(1024, 1024), STOCK_CONTROL_AREA)
-
-    def noise(self, grid: Grid, *, seed: int, dtype: torch.dtype) -> Tensor:
-        """See `Family`. The pipelines draw tokens, with all channels of one behind each other."""
-        shape = (self.token_widths()[0], grid.tokens)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).T
 
     def schedule(self, pipeline: Any, steps: int) -> tuple[Any, Sequence[float] | None, dict[str, float]]:
         """See `Family`. The shift depends on the steps."""

@@ -16,9 +16,10 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
 from torch import Tensor
 
+from mixres.models.mixed_call import Call, argument_names, by_name
 from mixres.models.modulation import SampleRows, expand_linear_output, expand_rows
 from mixres.models.packing import PackedLengths, Runs, interleave, separate
-from mixres.models.position_ids import Call, argument_names, by_name, plan_of
+from mixres.models.position_ids import plan_of
 
 _SINGLE_NAMES = argument_names(Flux2SingleTransformerBlock.forward)
 

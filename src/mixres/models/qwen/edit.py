@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 from diffusers import QwenImageEditPipeline
 from PIL import Image
 
-from mixres.errors import UserError
-from mixres.models.family import AreaRule, ControlSizes
+from mixres.models.family import ControlSizes
 from mixres.models.qwen.family import QwenFamily
 
 
@@ -15,23 +14,11 @@ class QwenImageEdit(QwenFamily):
     """The stock `QwenImageEditPipeline`."""
 
     name = "qwen_image_edit"
+    label = "Qwen-Image-Edit"
     pipeline_class = QwenImageEditPipeline
     stock_bases: ClassVar[tuple[str, ...]] = ("Qwen/Qwen-Image-Edit",)
     controls = (1, 1)
     controls_problem = "Qwen-Image-Edit takes exactly one control image, there are {}; give it one"
-
-    def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
-        """One area for VAE and text encoder.
-
-        Raises:
-            UserError: `text_area` is given.
-        """
-        if text_area is not None:
-            raise UserError(
-                "data.resize.control.text_area: Qwen-Image-Edit shows VAE and text encoder the same image: leave it "
-                "out, data.resize.control.area is for both"
-            )
-        return {"control_area": area}
 
     def vae_controls(self, pipeline: Any, controls: Sequence[Image.Image], sizes: ControlSizes) -> list[Image.Image]:
         """The pipeline resizes once, for the text encoder and the VAE."""

@@ -7,7 +7,7 @@ Legend: B samples, S image tokens, T text tokens, P channels of a token, D width
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,13 +16,13 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2VLProcessor
 
 from mixres.batch import Batch, TextEmbeds
+from mixres.errors import UserError
 from mixres.geometry import PATCH, Grid, Size, control_area, control_size, pack_latents, unpack_latents
 from mixres.models import hub
-from mixres.models.family import AreaRule, ControlSizes, PatchState
-from mixres.models.prompt_length import over_long
+from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.qwen import layers
 from mixres.models.qwen.processor import load_processor, torchvision_imports
 from mixres.models.qwen.rope import TABLE_HALF, text_start
@@ -42,9 +42,14 @@ _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of t
 class QwenFamily(StockFamily):
     """Base class of the variants; see `mixres.models.family.Family` for what each method gives."""
 
+    label: ClassVar[str]  # what messages call it
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "processor")
-    transformer_class = QwenImageTransformer2DModel
-    quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    vae_class: ClassVar[Any] = AutoencoderKLQwenImage
+    processor_class: ClassVar[Any] = Qwen2VLProcessor
+    transformer_class: ClassVar[Any] = QwenImageTransformer2DModel
+    text_width: ClassVar[tuple[str, int]] = ("joint_attention_dim", 3584)  # its name in the class, and default there
+    quantize_exclusions: ClassVar[tuple[str, ...]] = layers.QUANTIZE_EXCLUSIONS
+    patch, patch_state = staticmethod(patch_qwen_model_for_multi_resolution), staticmethod(patch_state)
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "scheduler/scheduler_config.json": {
             "base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9,
@@ -52,7 +57,7 @@ class QwenFamily(StockFamily):
     }  # fmt: skip
     max_prompt_tokens = TOKENIZER_MAX_LENGTH  # the edit pipelines do not hold to it
     stock_control_area = STOCK_CONTROL_AREA
-    lora_presets = layers.LORA_PRESETS
+    lora_presets: ClassVar[Mapping[str, tuple[str, ...]]] = layers.LORA_PRESETS
     comfyui_prefix = layers.COMFYUI_PREFIX
     negative_prompt = " "
     comfyui_controls: ClassVar[str | None] = (
@@ -81,17 +86,14 @@ class QwenFamily(StockFamily):
             return problem
         return f"the prompt contains {markers[0]}, a marker of the text encoder: take it out" if markers else None
 
-    def patch(self, transformer: Any) -> Any:
-        """See `StockFamily`."""
-        return patch_qwen_model_for_multi_resolution(transformer)
-
     def encoding_environment(self) -> str:
         """The kind of processor: with and without torchvision they round differently."""
         return "torchvision" if torchvision_imports() else "pil"
 
     def own_parts(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
         """The processor."""
-        return {"processor": load_processor(folder / "processor")} if "processor" in names else {}
+        processor = {"processor": folder / "processor"} if "processor" in names else {}
+        return {name: load_processor(files, self.processor_class) for name, files in processor.items()}
 
     # Configuration files.
 
@@ -103,17 +105,24 @@ class QwenFamily(StockFamily):
 
     def entry_bytes(self, *, image_tokens: int, text_tokens: int, mask_tokens: int, dtype: torch.dtype) -> int:
         """See `Family`."""
-        vae, text = self._config("vae/config.json"), self._config("text_encoder/config.json")
-        latent_width: int = PATCH**2 * vae.get("z_dim", 16)
-        text_width: int = text.get("text_config", text).get("hidden_size", 3584)
+        latent_width, text_width = self.token_widths()
         values = image_tokens * latent_width + text_tokens * text_width
         return values * dtype.itemsize + 4 * mask_tokens + _ENTRY_OVERHEAD
 
     # Records before they are encoded.
 
-    def over_long(self, prompts: Iterable[str]) -> dict[str, tuple[int, str]]:
-        """See `Family`."""
-        return over_long(prompts, self.path, limit=self.max_prompt_tokens, revision=self.revision)
+    def control_areas(self, area: AreaRule, text_area: int | None) -> dict[str, AreaRule]:
+        """One area for VAE and text encoder, unless a variant has two.
+
+        Raises:
+            UserError: `text_area` is given.
+        """
+        if text_area is not None:
+            raise UserError(
+                f"data.resize.control.text_area: {self.label} shows VAE and text encoder the same image: leave it "
+                "out, data.resize.control.area is for both"
+            )
+        return {"control_area": area}
 
     def control_sizes(
         self,
@@ -139,8 +148,10 @@ class QwenFamily(StockFamily):
         words = [name for name in self.components if name in ("tokenizer", "processor")]
         folder = hub.pipeline_folder(self.path, words, revision=self.revision)
         with torch.device("meta"):
-            vae = AutoencoderKLQwenImage.from_config(self._config("vae/config.json"))
-        parts = {"tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"), **self.own_parts(folder, words)}
+            vae = self.vae_class.from_config(self._config("vae/config.json"))
+        parts = self.own_parts(folder, words)
+        if "tokenizer" in words:
+            parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
         return self.pipeline_class(**parts, vae=vae, text_encoder=None, transformer=None, scheduler=None)
 
     def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:
@@ -176,9 +187,9 @@ class QwenFamily(StockFamily):
         sizes: ControlSizes,
     ) -> dict[str, Image.Image]:
         """See `Family`."""
-        found = {"target": _vae_preview(preprocessors, target, target_size)}
+        found = {"target": self.vae_preview(preprocessors, target, target_size)}
         for number, image in enumerate(self.vae_controls(preprocessors, controls, sizes), 1):
-            found[f"control {number}, VAE"] = _vae_preview(preprocessors, image, sizes.vae[number - 1])
+            found[f"control {number}, VAE"] = self.vae_preview(preprocessors, image, sizes.vae[number - 1])
         for number, image in enumerate(self.text_controls(preprocessors, controls, sizes), 1):
             found[f"control {number}, text encoder"] = _text_preview(preprocessors, image)
         return found
@@ -197,23 +208,52 @@ class QwenFamily(StockFamily):
 
     @torch.no_grad()
     def encode_image(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
-        """See `StockFamily`. The arithmetic of `_encode_vae_image` in the edit pipelines, in its order."""
+        """See `StockFamily`.
+
+        The arithmetic of `_encode_vae_image` in the edit pipelines, in its order; the text-to-image pipeline has none.
+        """
         vae = pipeline.vae
-        pixels = _vae_pixels(pipeline, image, size).to(device=pipeline._execution_device, dtype=vae.dtype)
+        pixels = self.vae_pixels(pipeline, image, size).to(device=pipeline._execution_device, dtype=vae.dtype)
         latents = vae.encode(pixels).latent_dist.mode()
         mean, std = _statistics(vae, latents)
-        return pack_latents(((latents - mean) / std)[0]).cpu()
+        return self.packed(((latents - mean) / std)[0]).cpu()
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """`(C, 1, height, width)` of an image -> `(S, P)`."""
+        return pack_latents(latents)
+
+    def unpacked(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Inverse of `packed`."""
+        return unpack_latents(tokens, grid)
+
+    def vae_pixels(self, pipeline: Any, image: Image.Image, size: Size) -> Tensor:
+        """`(1, channels, 1, height, width)` in [-1, 1]: the image as the VAE gets it."""
+        pixels: Tensor = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
+        return pixels
+
+    def vae_preview(self, pipeline: Any, image: Image.Image, size: Size) -> Image.Image:
+        """The image as the VAE gets it."""
+        pixels = self.vae_pixels(pipeline, image, size)[:, :, 0]
+        shown: Image.Image = pipeline.image_processor.postprocess(pixels)[0]
+        return shown
 
     # The transformer.
+
+    def transformer_skeleton(self) -> Any:
+        """See `Family`.
+
+        Raises:
+            UserError: it has positions of layers, for samples with several target images.
+        """
+        if self._config("transformer/config.json").get("use_layer3d_rope"):
+            why = "its positions are those of Qwen-Image-Layered (QwenEmbedLayer3DRope), which is not supported"
+            raise UserError(f"{hub.KEY}: {self.path}: {why}: a sample has several target images there, and one here")
+        return super().transformer_skeleton()
 
     def token_widths(self) -> tuple[int, int]:
         """See `Family`."""
         config = self._config("transformer/config.json")
-        return config.get("in_channels", 64), config.get("joint_attention_dim", 3584)  # the class's defaults
-
-    def patch_state(self, transformer: QwenImageTransformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
+        return config.get("in_channels", 64), config.get(*self.text_width)
 
     def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
         """See `Family`."""
@@ -230,17 +270,20 @@ class QwenFamily(StockFamily):
         """See `Family`. The stock pipeline's `timestep / 1000` is the sigma."""
         assert guidance is None
         dtype = next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
         velocity: Tensor = transformer(
             hidden_states=noisy_latents.to(dtype),
             timestep=sigmas.to(dtype),
             encoder_hidden_states=batch.prompt_embeds.to(dtype),
-            encoder_hidden_states_mask=batch.prompt_mask,
             img_shapes=[[tuple(grid) for grid in grids] for grids in batch.img_shapes],
-            attention_kwargs=known,
             return_dict=False,
+            **self.layout_call(batch),
         )[0]
         return velocity
+
+    def layout_call(self, batch: Batch) -> dict[str, Any]:
+        """What tells the patched transformer where the text of each sample is."""
+        known = {"txt_seq_lens": list(batch.text_lengths)} if batch.layout == "packed" else {TEXT_IS_PADDED: True}
+        return {"encoder_hidden_states_mask": batch.prompt_mask, "attention_kwargs": known}
 
     def comfyui_markers(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """See `Family`."""
@@ -262,7 +305,7 @@ class QwenFamily(StockFamily):
     def decode_latents(self, pipeline: Any, latents: Tensor, grid: Grid) -> Image.Image:
         """See `Family`. The inverse of `_encode_vae_image` (diffusers, pipeline_qwenimage_edit.py)."""
         vae = pipeline.vae
-        unpacked = unpack_latents(latents.to(device=vae.device, dtype=vae.dtype), grid)[None]
+        unpacked = self.unpacked(latents.to(device=vae.device, dtype=vae.dtype), grid)[None]
         mean, std = _statistics(vae, unpacked)
         pixels = vae.decode(unpacked * std + mean, return_dict=False)[0][:, :, 0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
@@ -273,17 +316,6 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel, to be broadcast over `(B, C, frames, rows, columns)`."""
     mean, std = vae.config.latents_mean, vae.config.latents_std
     return torch.tensor(mean).view(1, -1, 1, 1, 1).to(latents), torch.tensor(std).view(1, -1, 1, 1, 1).to(latents)
-
-
-def _vae_pixels(pipeline: Any, image: Image.Image, size: Size) -> Tensor:
-    """`(1, 3, 1, height, width)` in [-1, 1]: the image as the VAE gets it."""
-    pixels: Tensor = pipeline.image_processor.preprocess(image, size.height, size.width).unsqueeze(2)
-    return pixels
-
-
-def _vae_preview(pipeline: Any, image: Image.Image, size: Size) -> Image.Image:
-    shown: Image.Image = pipeline.image_processor.postprocess(_vae_pixels(pipeline, image, size)[:, :, 0])[0]
-    return shown
 
 
 def _text_preview(pipeline: Any, image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixres.geometry import token_count
 from mixres.models.attention import JointRotary
+from mixres.models.mixed_call import check_shapes
 from mixres.models.modulation import SampleRows, expand_linear_output
 from mixres.models.packing import PackedLengths, Runs, packed_lengths
 from mixres.models.qwen.rope import PlannedShapes, Shape, image_positions, text_positions
@@ -25,25 +26,18 @@ def plan_packed(model: Any, call: dict[str, Any], shapes: list[list[Shape]], tex
     Raises:
         ValueError: a tensor does not hold the tokens that `img_shapes` and `txt_seq_lens` account for.
     """
-    hidden, text, timestep = call["hidden_states"], call["encoder_hidden_states"], call["timestep"]
     image_lengths = [token_count(sample) for sample in shapes]
-    expected = {
-        "hidden_states": (tuple(hidden.shape[:2]), (sum(image_lengths), 1)),
-        "encoder_hidden_states": (tuple(text.shape[:2]), (sum(text_lengths), 1)),
-        "timestep": (tuple(timestep.shape), (len(shapes),)),
-        "txt_seq_lens": ((len(text_lengths),), (len(shapes),)),
-    }
-    for name, (given, needed) in expected.items():
-        if given != needed:
-            raise ValueError(
-                f"packed batch: {name} has leading shape {given}, img_shapes and txt_seq_lens say {needed}"
-            )
+    if len(text_lengths) != len(shapes):
+        raise ValueError(
+            f"packed batch: txt_seq_lens {text_lengths} are not one number for each of {len(shapes)} samples"
+        )
+    check_shapes(call, image_lengths, text_lengths, packed=True, stated_by="img_shapes and txt_seq_lens")
     if call.get("encoder_hidden_states_mask") is not None:
         raise ValueError("packed batch: encoder_hidden_states_mask must be None, nothing is padded")
     pairs = zip(shapes, text_lengths, strict=True)
     positions = chain.from_iterable((text_positions(s, n), image_positions(s)) for s, n in pairs)
-    freqs = model.pos_embed.frequencies(torch.cat(list(positions)), hidden.device)
-    lengths = _lengths(shapes, image_lengths, text_lengths, bool(model.zero_cond_t), hidden.device)
+    freqs = model.pos_embed.frequencies(torch.cat(list(positions)), call["hidden_states"].device)
+    lengths = _lengths(shapes, image_lengths, text_lengths, bool(model.zero_cond_t), call["hidden_states"].device)
     expand_linear_output(model.norm_out)
     model.norm_out.packed_runs = tuple(enumerate(image_lengths))
     return PlannedShapes([[(1, 1, 1)]], JointRotary(freqs, packed=lengths))

@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2Tokenizer, Qwen2VLProcessor
+from transformers import Qwen2Tokenizer, Qwen2VLProcessor, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
@@ -32,6 +32,15 @@ class QwenImageTextProcessor(ProcessorMixin):  # type: ignore[misc]
         return IMAGE_TOKEN * merged
 
 
+class Qwen3TextProcessor(QwenImageTextProcessor, Qwen3VLProcessor):  # type: ignore[misc]
+    """The same of Qwen3-VL, by whose class a pipeline asks for it."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
 @functools.cache
 def torchvision_imports() -> bool:
     """Whether torchvision can really be imported: a wheel built for another torch is found but fails with an error."""
@@ -42,13 +51,17 @@ def torchvision_imports() -> bool:
     return True
 
 
-def load_processor(folder: Path) -> ProcessorMixin:
+def load_processor(folder: Path, stock: type[ProcessorMixin] = Qwen2VLProcessor) -> ProcessorMixin:
     """The processor whose files lie in `folder` (both layouts: `processor_config.json` or `preprocessor_config.json`).
 
     Raises:
         OSError: a file is missing or cannot be read.
     """
     if torchvision_imports():
-        return Qwen2VLProcessor.from_pretrained(folder)
+        return stock.from_pretrained(folder)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    return QwenImageTextProcessor(image_processor, Qwen2Tokenizer.from_pretrained(folder))
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    if stock is Qwen2VLProcessor:
+        return QwenImageTextProcessor(image_processor, tokenizer)
+    template = stock.get_processor_dict(folder)[0].get("chat_template") or tokenizer.chat_template
+    return Qwen3TextProcessor(image_processor, tokenizer, template)

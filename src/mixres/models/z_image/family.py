@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from mixres.batch import Batch, TextEmbeds
 from mixres.geometry import PATCH, Grid, Size, pack_latents, unpack_latents
 from mixres.models import hub
-from mixres.models.family import AreaRule, ControlSizes, PatchState
+from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.id_family import SeparateTextFamily
 from mixres.models.stock_family import no_control_areas
 from mixres.models.z_image import layers
@@ -47,6 +47,7 @@ class ZImage(SeparateTextFamily):
     transformer_class = ZImageTransformer2DModel
     lora_presets = layers.LORA_PRESETS
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
+    patch, patch_state = staticmethod(patch_z_image_model_for_multi_resolution), staticmethod(patch_state)
     comfyui_prefix = layers.COMFYUI_PREFIX
     negative_prompt = ""
     comfyui_controls: ClassVar[str | None] = None
@@ -55,14 +56,6 @@ class ZImage(SeparateTextFamily):
         "vae/config.json": {"block_out_channels": (128, 256, 512, 512)},
         "scheduler/scheduler_config.json": {"shift": 3.0},
     }
-
-    def patch(self, transformer: Any) -> Any:
-        """See `StockFamily`."""
-        return patch_z_image_model_for_multi_resolution(transformer)
-
-    def patch_state(self, transformer: ZImageTransformer2DModel) -> PatchState:
-        """See `Family`."""
-        return patch_state(transformer)
 
     # Configuration files.
 
@@ -116,10 +109,6 @@ class ZImage(SeparateTextFamily):
         return TextEmbeds(embeds.cpu())
 
     # The transformer.
-
-    def untrained_modules(self, transformer: nn.Module) -> tuple[str, ...]:
-        """See `Family`. The last text tokens end in the last block, whose layers serve images too."""
-        return ()
 
     def predict_velocity(
         self,

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mixres.models.attention import JointRotary
 from mixres.models.blocks import repeated_blocks
+from mixres.models.mixed_call import argument_names, by_name
 from mixres.models.modulation import SampleRows, expand_rows
 from mixres.models.packing import PackedLengths, Runs, interleave, packed_lengths
-from mixres.models.position_ids import argument_names, by_name
 
 HELPERS = ("patchify_and_embed", "_prepare_sequence", "_build_unified_sequence", "unpatchify")
 _BLOCK_NAMES = argument_names(ZImageTransformerBlock.forward)
