@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -55,7 +56,21 @@ def load_pretrained(
     nn.Module.to(transformer, dtype)  # not diffusers' own, which warns about casts of pretrained weights
     transformer.to_empty(device=device)
     read_weights(transformer, folder)
-    return transformer.eval()
+    return with_buffers(transformer, device).eval()
+
+
+def with_buffers(transformer: Any, device: torch.device | str) -> Any:
+    """The transformer, with the values on `device` that its constructors compute and no file has.
+
+    On the meta device they are lost, and a cast of all weights would round them.
+    """
+    if next(transformer.buffers(), None) is not None:
+        with init_empty_weights(include_buffers=False):
+            fresh = type(transformer).from_config(transformer.config)
+        for name, buffer in fresh.named_buffers():
+            owner, _, own = name.rpartition(".")
+            setattr(transformer.get_submodule(owner), own, buffer.to(device))
+    return transformer
 
 
 def read_weights(transformer: nn.Module, folder: Path) -> None:
@@ -108,7 +123,7 @@ def own_rows(tensor: Tensor, length: int | None = None) -> range | None:
 
 def without_values(skeleton: Any, dtype: torch.dtype) -> Any:
     """The skeleton on the CPU in `dtype`, each weight one zero that is repeated."""
-    return skeleton._apply(lambda tensor: torch.zeros((), dtype=dtype).expand(tensor.shape))
+    return with_buffers(skeleton._apply(lambda tensor: torch.zeros((), dtype=dtype).expand(tensor.shape)), "cpu")
 
 
 def to_meta(transformer: Any) -> None:

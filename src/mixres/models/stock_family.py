@@ -20,7 +20,7 @@ from mixres.geometry import PATCH, Grid, Size, pack_latents, token_grid
 from mixres.models import hub
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
-from mixres.models.pretrained import load_pretrained, reading
+from mixres.models.pretrained import load_pretrained, reading, with_buffers
 from mixres.models.prompt_length import over_long
 from mixres.models.quantize import Method, quantization_config
 
@@ -288,6 +288,4 @@ def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device |
                 parameter.normal_(std=module.in_features**-0.5, generator=generator)
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
-        for buffer in module.buffers(recurse=False):  # what a constructor computed has no values on the meta device
-            buffer.zero_()
-    return transformer.eval()
+    return with_buffers(transformer, device).eval()

@@ -73,7 +73,7 @@ def image_inputs(
     grids = family.grids(size, sizes)
     latents = tuple(family.control_latents(pipeline, controls, sizes))
     noise = family.noise(grids[0], seed=seed, dtype=pipeline.transformer.dtype)
-    sample = Sample("", noise, latents, text.tokens, grids, pooled_embeds=text.pooled)
+    sample = Sample("", noise, latents, text.tokens, grids).with_text(text)
     return ImageInputs(sample, negative and sample.with_text(negative), guidance)
 
 
