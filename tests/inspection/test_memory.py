@@ -22,7 +22,7 @@ from mixres.training.setup import TrainState
 from mixres.verification.consistency import batches_of
 from mixres.verification.setup import one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE, FamilyCase
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
 DORA = "model.lora.use_dora=true"
@@ -87,9 +87,9 @@ def test_the_peak_is_that_of_a_real_step(small_run: Path, words: list[str]) -> N
     check_estimate(small_run, ["train.gradient_checkpointing=true", *larger, *words])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen_image_edit"])
+@pytest.mark.parametrize("name", [name for name in EVERY_CASE if name != "qwen_image_edit"])
 def test_every_family(name: str, small_run: Path, base_of: Callable[[FamilyCase], Path]) -> None:
-    case = CASES[name]
+    case = EVERY_CASE[name]
     base = f"model.pretrained_model_name_or_path={base_of(case)}"
     larger = ["data.resize.target.max_pixels=147456", "batch.layout=padded"]
     check_estimate(small_run, [base, *case.overrides(), *larger, EVERY_LAYER, *BF16])
