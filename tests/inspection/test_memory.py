@@ -87,7 +87,13 @@ def test_the_peak_is_that_of_a_real_step(small_run: Path, words: list[str]) -> N
     check_estimate(small_run, ["train.gradient_checkpointing=true", *larger, *words])
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY_CASE if name != "qwen_image_edit"])
+LATE = ("flux2_dev", "flux", "z_image")  # in the slow tier
+OTHERS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in LATE)) for name in EVERY_CASE if name != "qwen_image_edit"
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_family(name: str, small_run: Path, base_of: Callable[[FamilyCase], Path]) -> None:
     case = EVERY_CASE[name]
     base = f"model.pretrained_model_name_or_path={base_of(case)}"
