@@ -23,7 +23,7 @@ from peft import LoraConfig
 
 from mixres.models import position_ids
 from mixres.models.attention import JointRotary
-from mixres.models.blocks import compile_blocks
+from mixres.models.blocks import compile_blocks, fewer_blocks
 from mixres.models.flux2_multi_resolution_patch import patch_flux2_model_for_multi_resolution, patch_state
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution
 from mixres.models.z_image.packed import HELPERS
@@ -174,6 +174,14 @@ def test_the_mask_hides_exactly_the_padding_and_is_absent_without(kind: IdKind) 
     shared = call | {"txt_ids": call["txt_ids"][0]}  # text positions of all samples
     assert torch.equal(model(**shared)[0], model(**call)[0])
     mixes.assert_same(kind.run(model, other_sizes, "padded"), kind.run(kind.stock(), other_sizes, "alone"))
+
+
+def test_a_model_of_fewer_blocks_is_still_patched(any_kind: Kind) -> None:
+    """As `verify` and `inspect` run one that does not fit: hooks hang on first and last blocks."""
+    model, mix = any_kind.patched(adapters=True), mixes.random_mix(3)
+    with fewer_blocks(model, 3):
+        for layout in mixes.LAYOUTS:
+            mixes.assert_same(any_kind.run(model, mix, layout), any_kind.run(model, mix, "alone"))
 
 
 def test_exactly_the_valid_tokens_are_computed_in_a_packed_batch(kind: IdKind) -> None:
