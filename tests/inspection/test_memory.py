@@ -22,7 +22,7 @@ from mixres.training.setup import TrainState
 from mixres.verification.consistency import batches_of
 from mixres.verification.setup import one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE, FamilyCase
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
 DORA = "model.lora.use_dora=true"
@@ -87,33 +87,44 @@ def test_the_peak_is_that_of_a_real_step(small_run: Path, words: list[str]) -> N
     check_estimate(small_run, ["train.gradient_checkpointing=true", *larger, *words])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen_image_edit"])
+LATE = ("flux2_dev", "flux", "z_image")  # in the slow tier
+OTHERS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in LATE)) for name in EVERY_CASE if name != "qwen_image_edit"
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_family(name: str, small_run: Path, base_of: Callable[[FamilyCase], Path]) -> None:
-    case = CASES[name]
+    case = EVERY_CASE[name]
     base = f"model.pretrained_model_name_or_path={base_of(case)}"
     larger = ["data.resize.target.max_pixels=147456", "batch.layout=padded"]
     check_estimate(small_run, [base, *case.overrides(), *larger, EVERY_LAYER, *BF16])
 
 
-STOCK = "Qwen/Qwen-Image-Edit"
-SETTINGS: dict[str, tuple[list[str], bool | int]] = {
-    "no block recomputed": ([], False),
-    "every second recomputed": ([], 2),
-    "one block trains": (["model.lora.target_modules=[transformer_blocks.4.attn.to_q]"], False),
-    "all weights": (["model.lora=null"], True),
+STOCK, KONTEXT, KLEIN = (
+    "Qwen/Qwen-Image-Edit", "black-forest-labs/FLUX.1-Kontext-dev", "black-forest-labs/FLUX.2-klein-base-4B"
+)  # fmt: skip
+SETTINGS: dict[str, tuple[str, list[str], bool | int]] = {
+    "no block recomputed": (STOCK, [], False),
+    "every second recomputed": (STOCK, [], 2),
+    "one block trains": (STOCK, ["model.lora.target_modules=[transformer_blocks.4.attn.to_q]"], False),
+    "all weights": (STOCK, ["model.lora=null"], True),
+    "kontext": (KONTEXT, [], False),
+    "klein, recomputed": (KLEIN, [], True),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "checkpointing"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("base", "words", "checkpointing"), SETTINGS.values(), ids=SETTINGS)
 def test_equal_blocks_stand_for_each_other(
-    small_run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], checkpointing: bool | int
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, base: str, words: list[str], checkpointing: bool | int
 ) -> None:
-    """The stock widths with 6 blocks: the few that are run say of the others what running them says."""
-    config = load_config(small_run, [f"model.pretrained_model_name_or_path={STOCK}", *BF16, *words])
-    family = load_family(None, STOCK, synthetic=True)
+    """The stock widths with 6 blocks of a kind: the few that are run say of the others what running them says."""
+    config = load_config(small_run, [f"model.pretrained_model_name_or_path={base}", *BF16, *words])
+    family = load_family(None, base, synthetic=True)
     skeleton = family.transformer_skeleton()
-    del skeleton.transformer_blocks[6:]
+    for stack in (part for part in skeleton.children() if isinstance(part, torch.nn.ModuleList)):
+        del stack[5:-1]  # patches hang hooks on the last one
     monkeypatch.setattr(family, "transformer_skeleton", lambda *args, **named: skeleton)
     estimate = MemoryEstimate(config, family, ranks=1)
     batch = estimate.batch([((Grid(1, 32, 32), Grid(1, 20, 24)), 300)])

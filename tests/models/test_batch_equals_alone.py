@@ -149,6 +149,13 @@ def test_two_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) 
     assert_each_as_alone(case)
 
 
+@pytest.mark.parametrize("layouts", [("padded", "packed"), ("packed", "packed")], ids=" ".join)
+@WITHOUT_VARIANTS
+def test_two_microbatches_in_flight_are_each_recomputed_as_themselves(kind: Kind, layouts: tuple[str, str]) -> None:
+    """The first is recomputed when the second one's call has been made, and its backward pass too."""
+    assert_each_as_alone(Case((mixes.random_mix(1), mixes.random_mix(2)), layouts, kind, True, "lora"))
+
+
 @settings(drawn_alike, max_examples=20)
 @given(cases(*OTHERS, *VARIANTS))
 def test_two_microbatches_of_other_models_train_as_each_sample_alone(case: Case) -> None:

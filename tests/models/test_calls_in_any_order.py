@@ -1,100 +1,118 @@
 """A patched model that trains and samples in turns gives each call what a fresh model gives it, bit for bit."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline
 from PIL import Image
 from torch import Tensor, nn
 
 from mixres.batch import TextEmbeds
+from mixres.data.collate import collate
 from mixres.data.plan import Layout
-from mixres.geometry import Size
+from mixres.geometry import Grid, Size
+from mixres.models.family import Family
 from mixres.models.lora import trainable_parameters
-from mixres.models.qwen.edit import QwenImageEdit
 from mixres.training.denoising import image_inputs, make_images
-from support.steps import microbatch, with_adapters
+from support.family_cases import EVERY_CASE, FamilyCase
+from support.samples import make_sample
+from support.steps import with_adapters
 
 Values = list[Tensor]
+TARGETS, TEXTS = [Grid(1, 6, 9), Grid(1, 8, 5), Grid(1, 10, 6)], [9, 4, 6]
+CONTROLS = [Grid(1, 4, 4), Grid(1, 7, 6), Grid(1, 6, 10)]
 
 
-def make_pipeline(base: Path) -> QwenImageEditPipeline:
-    """The stock pipeline around a patched transformer with adapters on attention and modulation, set to train."""
-    model = QwenImageEdit(str(base)).load_transformer(dtype=torch.float32, device="cpu")
-    targets = ["to_q", "to_v", "img_mod.1", "norm_out.linear", "proj_out"]
-    model = with_adapters(model, target_modules=targets, untrained=()).train()
-    return QwenImageEdit(str(base)).load_sampling_pipeline(transformer=model, dtype=torch.float32, device="cpu")
+@dataclass(frozen=True)
+class Patched:
+    """The stock pipeline around a patched transformer with adapters on every linear layer, set to train."""
+
+    case: FamilyCase
+    family: Family
+    pipeline: Any
 
 
-def train(pipeline: QwenImageEditPipeline, numbers: list[int], layout: Layout, checkpointing: bool = False) -> Values:
+def patched(case: FamilyCase, base: Path) -> Patched:
+    family = case.at(base)
+    model: Any = family.load_transformer(dtype=torch.float32, device="cpu")
+    layers = {"target_modules": ["all"], "presets": family.lora_presets, "untrained": family.untrained_modules(model)}
+    model = with_adapters(model, **layers).train()
+    return Patched(case, family, family.load_sampling_pipeline(transformer=model, dtype=torch.float32, device="cpu"))
+
+
+def train(made: Patched, numbers: list[int], layout: Layout, checkpointing: bool = False) -> Values:
     """Velocity and gradients of one microbatch."""
-    model: nn.Module = pipeline.transformer
-    batch = microbatch(numbers, layout)
+    family, model = made.family, made.pipeline.transformer
+    channels, text_width = family.token_widths()
+    widths = {"channels": channels, "text_width": text_width, "pooled": family.pooled_width(), "dtype": torch.float32}
+    grids = [(TARGETS[n], *CONTROLS[: made.case.controls[n]]) for n in range(3)]
+    samples = [make_sample(grids[n], text=TEXTS[n], seed=n, **widths) for n in numbers]
+    batch = collate(samples, indices=numbers, weights=[1.0] * len(numbers), layout=layout)
     if checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
-    sigmas = torch.tensor([0.2, 0.9, 0.5, 0.7])[numbers]
-    velocity = QwenImageEdit("").predict_velocity(model, batch, batch.latents, sigmas)
+        model.enable_gradient_checkpointing()
+    sigmas = torch.tensor([0.2, 0.9, 0.7])[numbers]
+    guidance = 1 + sigmas if family.embedded_guidance() else None
+    velocity = family.predict_velocity(model, batch, batch.latents, sigmas, guidance)
     velocity.flatten(0, 1)[batch.target_index].square().mean().backward()
-    pipeline.transformer.disable_gradient_checkpointing()
+    model.disable_gradient_checkpointing()
     gradients = [p.grad.clone() for p in trainable_parameters(model).values() if p.grad is not None]
     assert gradients and all(gradient.any() for gradient in gradients)
     model.zero_grad(set_to_none=True)
     return [velocity.detach(), *gradients]
 
 
-def sample(pipeline: QwenImageEditPipeline, size: Size) -> Values:
+def sample(made: Patched, size: Size) -> Values:
     """What the transformer predicts in each denoising step, and the image."""
     seen: Values = []
 
-    def keep(module: nn.Module, args: object, output: tuple[Tensor]) -> None:
+    def keep(module: nn.Module, args: object, output: Sequence[Any]) -> None:
         assert not module.training, "dropout is off"
-        seen.append(output[0].clone())
+        seen.extend(image.clone() for image in output[0])
 
-    handle = pipeline.transformer.register_forward_hook(keep)
+    handle = made.pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)
-    control = Image.fromarray((torch.rand(40, 60, 3, generator=draw) * 255).byte().numpy())
-    family, text = (
-        QwenImageEdit("Qwen/Qwen-Image-Edit", synthetic=True),
-        TextEmbeds(torch.randn(11, 64, generator=draw)),
-    )
-    sizes = family.control_sizes(size, [Size(*control.size)], {"control_area": 64 * 64})
-    given = image_inputs(family, pipeline, controls=[control], text=text, size=size, sizes=sizes, seed=1)
-    (image,) = make_images(family, pipeline, [given], steps=2)
+    controls = [
+        Image.fromarray((torch.rand(96, 64, 3, generator=draw) * 255).byte().numpy())
+        for _ in range(max(made.case.controls))
+    ]
+    width = made.family.pooled_width()
+    pooled = torch.randn(width, generator=draw) if width else None
+    text = TextEmbeds(torch.randn(11, made.family.token_widths()[1], generator=draw), pooled)
+    sizes = made.case.sizes(size, controls)
+    given = image_inputs(made.family, made.pipeline, controls=controls, text=text, size=size, sizes=sizes, seed=1)
+    (image,) = make_images(made.family, made.pipeline, [given], steps=2)
     handle.remove()
-    assert len(seen) == 2 and pipeline.transformer.training
+    assert len(seen) == 2 and made.pipeline.transformer.training
     return [*seen, torch.from_numpy(np.array(image))]
 
 
-CALLS: dict[str, Callable[[QwenImageEditPipeline], Values]] = {
-    "padded": lambda p: train(p, [0, 1, 3], "padded"),
-    "padded, checkpointed": lambda p: train(p, [3, 0], "padded", checkpointing=True),
-    "packed": lambda p: train(p, [0, 1, 3], "packed"),
-    "packed, checkpointed": lambda p: train(p, [1, 3], "packed", checkpointing=True),
-    "single": lambda p: train(p, [1], "padded"),
-    "single, packed": lambda p: train(p, [1], "packed"),
-    "sampling, wide": lambda p: sample(p, Size(112, 48)),
-    "sampling, tall": lambda p: sample(p, Size(48, 80)),
+CALLS: dict[str, Callable[[Patched], Values]] = {
+    "padded": lambda made: train(made, [0, 1, 2], "padded"),
+    "padded, checkpointed": lambda made: train(made, [2, 0], "padded", checkpointing=True),
+    "packed": lambda made: train(made, [0, 1, 2], "packed"),
+    "packed, checkpointed": lambda made: train(made, [1, 2], "packed", checkpointing=True),
+    "single": lambda made: train(made, [1], "padded"),
+    "single, packed": lambda made: train(made, [1], "packed"),
+    "sampling, wide": lambda made: sample(made, Size(112, 48)),
+    "sampling, tall": lambda made: sample(made, Size(48, 80)),
 }
 
 
-@pytest.fixture(scope="module")
-def fresh(tiny_base: Path) -> dict[str, Values]:
-    """Each call on a model that has done nothing else."""
-    return {name: call(make_pipeline(tiny_base)) for name, call in CALLS.items()}
-
-
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["qwen_image_edit", "flux2_dev", "flux_kontext", "z_image"])
 def test_training_and_sampling_in_any_order_give_the_values_of_a_fresh_model(
-    tiny_base: Path, fresh: dict[str, Values], seed: int
+    name: str, base_of: Callable[[FamilyCase], Path]
 ) -> None:
-    pipeline = make_pipeline(tiny_base)
-    order = [*CALLS, *CALLS]
-    random.Random(seed).shuffle(order)
-    for name in order:
-        found = CALLS[name](pipeline)
-        for place, (here, there) in enumerate(zip(found, fresh[name], strict=True)):
-            assert torch.equal(here, there), (order, name, place)
+    case, base = EVERY_CASE[name], base_of(EVERY_CASE[name])
+    fresh = {call: act(patched(case, base)) for call, act in CALLS.items()}  # on a model that has done nothing else
+    for seed in range(2):
+        made, order = patched(case, base), [*CALLS, *CALLS]
+        random.Random(seed).shuffle(order)
+        for call in order:
+            found = CALLS[call](made)
+            for place, (here, there) in enumerate(zip(found, fresh[call], strict=True)):
+                assert torch.equal(here, there), (order, call, place)

@@ -33,6 +33,7 @@ from support import mixes
 from support.family_cases import EVERY_CASE as CASES, PROMPTS, FamilyCase
 from support.steps import with_adapters
 
+ADAPTERS = [(name, False) for name in CASES] + [(name, True) for name in ("zero_cond_t", "flux2_klein", "flux_kontext")]
 NAMES = [name for name, case in CASES.items() if not case.zero_cond_t]
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
 CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))
@@ -378,8 +379,8 @@ def trained_on(case: FamilyCase, transformer: nn.Module, batches: list[Batch], s
 
 @IN_FLOAT32
 @pytest.mark.parametrize(
-    ("case", "use_dora"), [*((case, False) for case in CASES.values()), (CASES["zero_cond_t"], True)],
-    ids=[*CASES, "zero_cond_t, dora"], indirect=["case"], scope="module",
+    ("case", "use_dora"), [(CASES[name], dora) for name, dora in ADAPTERS],
+    ids=[name + ", dora" * dora for name, dora in ADAPTERS], indirect=["case"], scope="module",
 )  # fmt: skip
 def test_a_batch_of_all_control_counts_is_its_samples_alone(
     case: FamilyCase, base: Path, encoders: Any, use_dora: bool, tmp_path: Path

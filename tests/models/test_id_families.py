@@ -111,6 +111,17 @@ def test_the_measure_sees_planted_problems(
             velocities(family, model, layout, samples)
 
 
+def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(family: Any, samples: list[Sample]) -> None:
+    """FLUX.1's single-stream blocks and the transformer have a `proj_out` each. A batch is still its samples alone."""
+    model = family.load_transformer(dtype=torch.float32, device="cpu", quantize="int8")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert (type(module.weight) is torch.nn.Parameter) is ("transformer_blocks." not in name), name
+    alone = [velocities(family, model, "padded", [sample])[0] for sample in samples]
+    for layout in ("padded", "packed"):
+        assert max(errors(velocities(family, model, layout, samples), alone)) < 1e-5
+
+
 def test_the_measure_sees_padding_in_the_loss(family: Any, model: Any, samples: list[Sample]) -> None:
     weight = model.proj_out.weight.requires_grad_(True)
 
@@ -127,36 +138,53 @@ def test_the_measure_sees_padding_in_the_loss(family: Any, model: Any, samples: 
     assert errors([gradient([samples], padding=True)], [alone])[0] > 1e-2
 
 
-def test_both_exports_of_a_lora_are_applied_as_trained_by_diffusers(
-    case: FamilyCase, family: Any, model: Any, samples: list[Sample], tmp_path: Path
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_every_export_is_applied_as_trained(
+    case: FamilyCase, family: Any, model: Any, samples: list[Sample], use_dora: bool, tmp_path: Path
 ) -> None:
-    """ComfyUI reads the names of the second; alpha is not r."""
+    """By diffusers, adapters and merged weights. ComfyUI reads the names of some; alpha is not r."""
     trained = family.load_transformer(dtype=torch.float32, device="cpu")
-    presets = family.lora_presets
-    add_lora(trained, r=2, lora_alpha=6, lora_dropout=0, target_modules=["all"], untrained=(), seed=0, presets=presets)
+    kind = {"r": 2, "lora_alpha": 6, "lora_dropout": 0, "use_dora": use_dora, "presets": family.lora_presets}
+    add_lora(trained, **kind, target_modules=["all"], untrained=(), seed=0)
     fill_adapters(trainable_parameters(trained), seed=0)
     recipe = {"format": 1, "family": family.name, "base": family.path, "control_area": 1024 * 1024}
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(lora_file(trainable_parameters(trained), trained, recipe))
     expected = velocities(family, trained, "packed", samples)
     assert min(errors(velocities(family, model, "packed", samples), expected)) > 1e-3
-    for form in ("diffusers", "comfyui"):
-        out = tmp_path / f"{form}.safetensors"
-        export.export(export.make_request(run=str(lora), format=form, out=str(out)))
+
+    def exported(form: str, *, merge: bool = False) -> Path:
+        out = tmp_path / (form if merge and form == "diffusers" else f"{form} {merge}.safetensors")
+        export.export(export.make_request(run=str(lora), format=form, out=str(out), merge=merge))
+        return out
+
+    merged = exported("diffusers", merge=True)
+    whole = family.load_transformer(trained=merged, dtype=torch.float32, device="cpu")
+    assert max(errors(velocities(family, whole, "packed", samples), expected)) < 1e-5
+    if family.comfyui_reads_layout:
+        single, weights = load_file(exported("comfyui", merge=True)), load_file(next(merged.glob("*.safetensors")))
+        assert single.keys() == weights.keys() and all(torch.equal(single[name], weights[name]) for name in weights)
+    else:
+        with pytest.raises(UserError, match=r"^--merge: ComfyUI does not load a whole flux2 .*: leave it out$"):
+            exported("comfyui", merge=True)
+    for form in ("diffusers",) if use_dora else ("diffusers", "comfyui"):
+        out = exported(form)
         stock: Any = case.load_stock(Path(family.path), torch.float32)
         stock.load_lora_weights(out)
         family.patch(stock.transformer)
         assert max(errors(velocities(family, stock.transformer, "packed", samples), expected)) < 2e-6, form
+    if use_dora:
+        fix = "add --merge" if family.comfyui_reads_layout else "write --format diffusers"
+        with pytest.raises(UserError, match=rf"^--format: ComfyUI does not apply the DoRA .*: {fix}$"):
+            exported("comfyui")
+        return
     # Every layer under a name that ComfyUI looks up, with the same sum B A: it takes alpha / r for 1.
-    exported, given = load_file(out), load_file(lora)
-    assert not any(tensor.endswith(".alpha") for tensor in exported)
+    stored, given = load_file(out), load_file(lora)
+    assert not any(tensor.endswith(".alpha") for tensor in stored)
     for tensor in given:
         if layer := re.fullmatch(r"transformer\.(.*)\.lora_A\.weight", tensor):
             names = [f"transformer.{layer[1]}", *filter(None, [family.comfyui_names.get(layer[1])])]
             for known in names:
-                down, up = (exported.pop(f"{known}.lora_{side}.weight") for side in "AB")
+                down, up = (stored.pop(f"{known}.lora_{side}.weight") for side in "AB")
                 torch.testing.assert_close(up @ down, 3 * given[tensor.replace("_A.", "_B.")] @ given[tensor])
-    assert not exported
-    if not family.comfyui_reads_layout:
-        with pytest.raises(UserError, match=r"^--merge: ComfyUI does not load a whole flux2 .*: leave it out$"):
-            export.make_request(run=str(lora), format="comfyui", out=str(tmp_path / "x.safetensors"), merge=True)
+    assert not stored

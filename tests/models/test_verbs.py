@@ -15,7 +15,8 @@ from mixres.cli import main
 from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-CASES = {name: EVERY_CASE[name].in_a_folder() for name in ("flux2_dev", "flux_kontext", "qwen_image_21", "z_image")}
+NAMES = ("flux2_klein", "flux2_dev", "flux_kontext", "flux", "qwen_image_21", "z_image")
+CASES = {name: EVERY_CASE[name].in_a_folder() for name in NAMES}
 
 
 def command(*words: str | Path) -> int:

@@ -23,8 +23,8 @@ from mixres.training.setup import (
     recipe,
     run_identity,
 )
-from support.family_cases import with_family
-from support.steps import new_accelerator
+from support.family_cases import EVERY_CASE, FamilyCase, with_family
+from support.steps import flow_of, microbatch, new_accelerator
 
 Setup = Callable[..., Config]
 
@@ -100,6 +100,20 @@ def test_guidance_and_steps_of_a_shift_are_refused_where_the_base_takes_none(set
         " takes no guidance: leave it out"
     )
     assert steps.startswith("flow.shift_steps: the shift of ") and steps.endswith(" not depend on steps: leave it out")
+
+
+def test_guidance_and_steps_of_a_shift_reach_the_training(setup: Setup, base_of: Callable[[FamilyCase], Path]) -> None:
+    """Of a base that takes both: 1 and the pipeline's 50 steps, unless the configuration says otherwise."""
+    base = f"model.pretrained_model_name_or_path={base_of(EVERY_CASE['flux2_dev'])}"
+    for words, guidance, steps in (([], 1.0, 50), (["model.guidance=3.5", "flow.shift_steps=4"], 3.5, 4)):
+        config, family = with_family(setup(base, *words))
+        objective = build_objective(config, family)
+        assert objective.shift_constants == family.flow_shift(steps)
+        given: list[torch.Tensor | None] = []
+        recorded = replace(objective, predict_velocity=lambda *call, given=given: given.append(call[-1]))
+        batch = microbatch([0, 1])
+        recorded.predict(torch.nn.Identity(), batch, flow_of(batch))
+        assert given[0] is not None and given[0].tolist() == [guidance] * 2
 
 
 def moved(one: dict[str, object], other: dict[str, object]) -> set[str]:

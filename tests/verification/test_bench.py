@@ -1,6 +1,7 @@
 """`bench` measures the same samples in every way, changes no weight, and counts the FLOPs that are needed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mixres.verification.consistency import BatchMode, batches_of
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import one_process, peak_memory, set_up, step_seconds
 from mixres.verification.synthetic import synthetic_samples
+from support.family_cases import EVERY_CASE, FamilyCase
 
 
 @pytest.fixture
@@ -119,10 +121,17 @@ def test_every_way_holds_the_plans_samples_within_the_budget(config: Config, cap
 TRAINED = {"lora": [], "all_weights": ["model.lora=null"], "over_int8": ["model.quantize=int8", "model.dtype=bfloat16"]}
 
 
-@pytest.mark.parametrize("overrides", TRAINED.values(), ids=TRAINED)
-def test_needed_flops_are_those_of_the_samples_alone_computed_once(small_run: Path, overrides: list[str]) -> None:
+KINDS = [*(("qwen_image_edit", words) for words in TRAINED.values()), ("flux2_dev", []), ("flux_kontext", [])]
+
+
+@pytest.mark.parametrize(("name", "overrides"), KINDS, ids=[*TRAINED, "flux2_dev", "flux_kontext"])
+def test_needed_flops_are_those_of_the_samples_alone_computed_once(
+    name: str, overrides: list[str], small_run: Path, base_of: Callable[[FamilyCase], Path]
+) -> None:
     AcceleratorState._reset_state(True)
-    config = load_config(small_run, overrides)
+    case = EVERY_CASE[name]
+    base = f"model.pretrained_model_name_or_path={base_of(case)}"
+    config = load_config(small_run, [base, *case.overrides(), *overrides])
     setting = set_up(config, family_of(config), one_process(config, "bench"))
     samples = synthetic_samples(config, setting.family, 4)
 

@@ -102,7 +102,9 @@ class DataConfig(Section):
     on_bad_item: Literal["error", "skip"] = Field("error", description="Stop at unusable records, or skip them.")
     empty_caption: Literal["error", "use_empty", "skip"] = Field("error", description="Records without a prompt.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained with an empty prompt.")
-    long_caption: Literal["error", "truncate"] = Field("error", description="Prompts of more than 1024 tokens.")
+    long_caption: Literal["error", "truncate"] = Field(
+        "error", description="Prompts of more tokens than the pipeline takes."
+    )
     first_frame: bool = Field(False, description="Train on the first image of animations and of multi-page files.")
     background: str = Field("white", pattern=COLOUR, description='Under transparency: white, gray, black or "#rrggbb".')
     follow_symlinks: bool = Field(False, description="Read links that lead out of the data folder.")
@@ -133,7 +135,7 @@ class FlowConfig(Section):
         None,
         ge=1,
         le=1000,
-        description="Denoising steps that FLUX.2's shift is for; null: the pipelines' default, 50.",
+        description="Denoising steps for a resolution shift that depends on them; null: the pipeline's default.",
     )
 
 

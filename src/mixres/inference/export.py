@@ -89,7 +89,8 @@ def make_request(**given: Any) -> Request:
     if asked.base is not None and not (merge and result.lora):
         raise UserError("--base: has no effect where no LoRA is merged into it: leave it out")
     if result.lora and result.lora.use_dora and not diffusers and not merge:
-        raise UserError(f"--format: ComfyUI does not apply the DoRA {result.path} as it was trained: add --merge")
+        use = "add --merge" if result.family.comfyui_reads_layout else "write --format diffusers"
+        raise UserError(f"--format: ComfyUI does not apply the DoRA {result.path} as it was trained: {use}")
     if not result.lora and (diffusers or not merge):
         use = "copy it, or write --format comfyui --merge" if result.family.comfyui_reads_layout else "copy it"
         raise UserError(f"{_KEY}: {result.path} holds all weights, in diffusers' format already: {use}")

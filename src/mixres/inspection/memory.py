@@ -164,11 +164,11 @@ class MemoryEstimate:
             return noise_batch(self._config, self._family, microbatch).to(self._device)
 
     def _step(self, batch: Batch, checkpointing: bool | int, lengths: Sequence[int]) -> StepBytes:
-        """Forward and backward with so many blocks of each run."""
+        """Forward and backward with so many blocks of each run, its last among them: patches hang hooks on it."""
         for stack, _ in self._runs:
             del stack[:]
         for (stack, blocks), length in zip(self._runs, lengths, strict=True):
-            stack.extend(blocks[:length])
+            stack.extend([*blocks[: length - 1], blocks[-1]] if length else [])
         self._model.disable_gradient_checkpointing()
         if checkpointing:
             recompute_blocks(self._model, every=int(checkpointing))

@@ -123,14 +123,6 @@ def test_every_preset_names_layers_that_there_are() -> None:
     assert reached["all"] == set(linear)
 
 
-def test_the_linear_layers_of_the_blocks_and_nothing_else_are_quantised(kontext: FluxKontext) -> None:
-    """Single-stream blocks and the transformer have a `proj_out` each."""
-    model = kontext.load_transformer(dtype=torch.bfloat16, device="cpu", quantize="int8")
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    for name, module in linear.items():
-        assert (type(module.weight) is torch.nn.Parameter) is ("transformer_blocks." not in name), name
-
-
 def test_a_base_without_embedded_guidance_has_a_constant_shift_and_takes_a_negative_prompt() -> None:
     """As FLUX.1-schnell."""
     family = Flux("")

@@ -11,6 +11,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
+from mixres.config.load import load_config
 from mixres.diffusion.flow_matching import resolution_shift
 from mixres.errors import UserError
 from mixres.geometry import Size
@@ -18,6 +19,7 @@ from mixres.models.family import ControlSizes
 from mixres.models.flux2.dev import Flux2Dev
 from mixres.models.flux2.family import Flux2Klein
 from mixres.models.registry import load_family
+from mixres.preprocessing.fill import family_of
 from support.family_cases import EVERY_CASE, PROMPTS, FamilyCase
 
 FAMILY = Flux2Klein("")
@@ -88,13 +90,13 @@ def test_every_preset_names_layers_that_there_are(kind: type[Flux2Klein]) -> Non
     assert covered(kind.lora_presets["all"]) == linear
 
 
-def test_a_distilled_klein_is_named(tmp_path: Path) -> None:
+def test_a_distilled_klein_is_named(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for distilled in (True, False):
-        (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": distilled}), encoding="utf-8")
-        notice = Flux2Klein(str(tmp_path)).training_notice()
-        assert notice == (
-            f"{tmp_path} is distilled: train on its -base; the LoRA works on this one too" if distilled else None
-        )
+        index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}
+        (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        family_of(load_config(small_run, [f"model.pretrained_model_name_or_path={tmp_path}"]))
+        line = f"model     {tmp_path} is distilled: train on its -base; the LoRA works on this one too"
+        assert capsys.readouterr().out.splitlines() == ([line] if distilled else [])
 
 
 def test_devs_encoder_fingerprint_holds_how_its_text_encoder_attends(

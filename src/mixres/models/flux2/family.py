@@ -51,7 +51,9 @@ class Flux2Klein(IdFamily):
     quantize_exclusions = layers.QUANTIZE_EXCLUSIONS
     patch, patch_state = staticmethod(patch_flux2_model_for_multi_resolution), staticmethod(patch_state)
     comfyui_prefix, comfyui_names = layers.COMFYUI_PREFIX, layers.COMFYUI_NAMES
-    comfyui_reads_layout = False  # it looks for biases that FLUX.1 has
+    # It knows FLUX by this layout, asks for FLUX.1's biases then, and has no names for the modulations. Source: as in
+    # `layers`, comfy/model_detection.py at 0b61ce5baa9e (`convert_diffusers_mmdit`).
+    comfyui_reads_layout = False
     negative_prompt = ""
     comfyui_controls: ClassVar[str | None] = "VAE Encode it for ReferenceLatent"
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
