@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from mixres.errors import UserError
 from mixres.geometry import Grid, Size, token_grid
 from mixres.models import hub
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
-from mixres.models.quantize import Method, quantization_config
+from mixres.models.quantize import Method, check_method, is_torchao, quantization_config, quantize_blocks
 
 
 class StockFamily(Family):
@@ -134,9 +134,7 @@ class StockFamily(Family):
     ) -> Any:
         """See `Family`."""
         if self._synthetic:
-            if quantize:
-                raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
-            return _filled_with_noise(self.transformer_skeleton(), dtype, device)
+            return _filled_with_noise(self.transformer_skeleton(), dtype, device, quantize)
         folder = trained or hub.pipeline_folder(self.path, ("transformer",), revision=self.revision) / "transformer"
         quantization = None
         if quantize:
@@ -216,15 +214,33 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The skeleton with weights on `device`."""
+def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device | str, quantize: Method | None) -> Any:
+    """The skeleton with weights on `device`. Those of one shape are the same: 20 B numbers are drawn for minutes.
+
+    Raises:
+        UserError: it cannot be quantised so.
+    """
+    if quantize:
+        check_method(quantize, torch.device(device))
+        if not is_torchao(quantize):
+            raise UserError(f"model.quantize: {quantize} needs weights, --synthetic has none: int8, fp8 or null")
     nn.Module.to(skeleton, dtype)  # not diffusers' own, which warns about casts of pretrained weights
-    transformer = skeleton.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for module in transformer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear) and name == "weight":
-                parameter.normal_(std=module.in_features**-0.5, generator=generator)
-            else:
-                parameter.fill_(0.0 if name == "bias" else 1.0)
-    return transformer.eval()
+    drawn: dict[torch.Size, Tensor] = {}
+
+    def fill(part: nn.Module) -> None:
+        for module in part.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.is_meta:
+                    continue
+                weights = torch.full_like(parameter, 0.0 if name == "bias" else 1.0, device=device)
+                if isinstance(module, nn.Linear) and name == "weight":
+                    if (shape := weights.shape) not in drawn:
+                        drawn[shape] = weights.normal_(std=module.in_features**-0.5, generator=generator).clone()
+                    weights.copy_(drawn[shape])
+                setattr(module, name, nn.Parameter(weights))
+
+    if quantize:
+        quantize_blocks(skeleton, quantize, dtype=dtype, before=fill)
+    fill(skeleton)
+    return skeleton.eval()
