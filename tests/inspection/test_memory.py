@@ -96,24 +96,29 @@ def test_every_family(name: str, small_run: Path, base_of: Callable[[FamilyCase]
 
 
 STOCK = "Qwen/Qwen-Image-Edit"
-SETTINGS: dict[str, tuple[list[str], bool | int]] = {
-    "no block recomputed": ([], False),
-    "every second recomputed": ([], 2),
-    "one block trains": (["model.lora.target_modules=[transformer_blocks.4.attn.to_q]"], False),
-    "all weights": (["model.lora=null"], True),
+SETTINGS: dict[str, tuple[str, list[str], bool | int]] = {
+    "no block recomputed": (STOCK, [], False),
+    "every second recomputed": (STOCK, [], 2),
+    "one block trains": (STOCK, ["model.lora.target_modules=[transformer_blocks.4.attn.to_q]"], False),
+    "all weights": (STOCK, ["model.lora=null"], True),
+    "FLUX.2": ("black-forest-labs/FLUX.2-klein-base-4B", [], False),
+    "FLUX.1": ("black-forest-labs/FLUX.1-Kontext-dev", [], True),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "checkpointing"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(("base", "words", "checkpointing"), SETTINGS.values(), ids=SETTINGS)
 def test_equal_blocks_stand_for_each_other(
-    small_run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], checkpointing: bool | int
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, base: str, words: list[str], checkpointing: bool | int
 ) -> None:
-    """The stock widths with 6 blocks: the few that are run say of the others what running them says."""
-    config = load_config(small_run, [f"model.pretrained_model_name_or_path={STOCK}", *BF16, *words])
-    family = load_family(None, STOCK, synthetic=True)
+    """The stock widths with 6 blocks of a kind: the few that are run say of the others what running them says."""
+    config = load_config(small_run, [f"model.pretrained_model_name_or_path={base}", *BF16, *words])
+    family = load_family(None, base, synthetic=True)
     skeleton = family.transformer_skeleton()
-    del skeleton.transformer_blocks[6:]
+    blocks = set(repeated_blocks(skeleton))
+    for stack in skeleton.modules():
+        if isinstance(stack, torch.nn.ModuleList) and not blocks.isdisjoint(stack):
+            del stack[5:-1]
     monkeypatch.setattr(family, "transformer_skeleton", lambda *args, **named: skeleton)
     estimate = MemoryEstimate(config, family, ranks=1)
     batch = estimate.batch([((Grid(1, 32, 32), Grid(1, 20, 24)), 300)])
