@@ -36,7 +36,8 @@ WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
     "bench": "mixres.verification.bench:bench",
     "quickstart": "mixres.quickstart.results:show_results",
 }
-_VALUED = ("--config", "--ranks")  # before a verb, the word after them is their value
+# Before a verb, the word after one of these is its value.
+_VALUED = ("--config", "--ranks", "--way", "--steps", "--seconds", "--peak-tflops")
 # Torch's settings of the allocator on CUDA, the older name last.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
@@ -115,9 +116,15 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
     inspect.add_argument("--decode", action="store_true", help="also show what the cache holds")
     inspect.add_argument("--ranks", metavar="N", type=int, help="plan for N processes (1)")
-    add("verify", "compare a batch of different sizes with its samples alone, on this model, data and device")
+    verify = add("verify", "compare a batch of different sizes with its samples alone, on this model, data and device")
     bench = add("bench", "time the ways to batch the same samples")
-    bench.add_argument("--synthetic", action="store_true", help="no weights, no data, no download")
+    for parser in (verify, bench):
+        parser.add_argument("--synthetic", action="store_true", help="no weights, no data, no download")
+    ways = ("one_by_one", "padded", "packed")
+    bench.add_argument("--way", action="append", choices=ways, help="only this one (several may be given)")
+    bench.add_argument("--steps", metavar="N", type=int, help="steps of the plan to time (4)")
+    bench.add_argument("--seconds", metavar="N", type=float, help="rounds for so long (120, and three at least)")
+    bench.add_argument("--peak-tflops", metavar="N", type=float, help="of the device in bf16, for MFU (by its name)")
     quickstart = add("quickstart", "write the quickstart's data into a folder, or show what its run has learnt")
     quickstart.usage = f"{name} quickstart DIR\n       {name} quickstart --config FILE [key=value ...]"
     _add_sample_options(add("sample", "make images with what a run has trained"))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from mixres.config.schema import Config
 from mixres.models.blocks import recompute_blocks
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
-from mixres.verification.bench import WAYS, bench, make_work, source_of
+from mixres.verification.bench import WAYS, bench, known_peak, make_work
 from mixres.verification.consistency import BatchMode, batches_of
 from mixres.verification.flops import FlopCounter
-from mixres.verification.setup import one_process, peak_memory, set_up, step_seconds
+from mixres.verification.setup import one_process, peak_memory, set_up, source_of, step_seconds
 from mixres.verification.synthetic import synthetic_samples
 from support.family_cases import EVERY_CASE, FamilyCase
 
@@ -58,6 +59,37 @@ def test_a_report_agrees_with_itself(
     assert packed["flops"] == pytest.approx(base["flops"]) and base["flops"] < padded["flops"]
     assert base["microbatches"] > padded["microbatches"] >= packed["microbatches"]
     assert 0 < report["trainer_step"]["low"] <= report["trainer_step"]["ratio"] <= report["trainer_step"]["high"]
+
+
+SETTINGS = {
+    "rounded": (["model.quantize=int8", "model.dtype=bfloat16"], {}, ["one_by_one", "padded", "packed"]),
+    "packed alone": ([], {"way": ["packed"]}, ["packed"]),
+    "compiled": (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
+@pytest.mark.parametrize(("overrides", "options", "ways"), SETTINGS.values(), ids=SETTINGS)
+def test_the_ways_asked_for_are_timed_in_the_seconds_given(
+    small_run: Path, tmp_path: Path, overrides: list[str], options: dict[str, Any], ways: list[str]
+) -> None:
+    """MFU is of the FLOPs of the samples alone, however they were batched, and whether blocks were compiled."""
+    AcceleratorState._reset_state(True)
+    config = load_config(small_run, [f"logging.output_dir={tmp_path / 'run'}", *overrides])
+    bench(config, synthetic=True, steps=1, seconds=1e-3, peak_tflops=0.5, **options)
+    report = json.loads((tmp_path / "run" / "reports" / "bench.json").read_text(encoding="utf-8"))
+    assert (report["steps"], report["rounds"], [row["name"] for row in report["rows"]]) == (1, 1, ways)
+    assert (report["compile"], report["quantize"]) == (config.train.compile, config.model.quantize)
+    assert (report["trainer_step"] is None) == (config.batch.layout not in ways)
+    for row in report["rows"]:
+        assert row["mfu"] * row["seconds"] == pytest.approx(report["rows"][0]["mfu"] * report["rows"][0]["seconds"])
+        assert row["mfu"] * row["seconds"] * 0.5e12 <= row["flops"]
+    assert report["rows"][0]["ratio"] == 1
+
+
+def test_a_device_is_known_by_the_longest_part_of_its_name() -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "Tesla V100")
+    assert [known_peak(name) for name in names] == [989, 756, 312, 362, None]
 
 
 def test_a_timed_step_changes_no_weight(config: Config) -> None:

@@ -17,20 +17,20 @@ from PIL import Image, ImageColor
 from mixres import cli
 from mixres.batch import Batch
 from mixres.config.load import load_config
-from mixres.data.cache import CacheEntry
-from mixres.data.records import EditRecord
+from mixres.data.plan import Lengths
 from mixres.diffusion import objective as objective_module
 from mixres.errors import UserError
-from mixres.geometry import Grid, Size
+from mixres.geometry import Grid, token_count
 from mixres.models import modulation, qwen_multi_resolution_patch as patch
-from mixres.models.family import ControlSizes, PatchState
+from mixres.models.family import PatchState
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.rope import MultiResolutionRope
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution, patch_state
-from mixres.preprocessing.fill import CachedSample, family_of
+from mixres.preprocessing.fill import family_of
 from mixres.verification import consistency, verify as verify_module
 from mixres.verification.batch_diagram import COLOURS, padded_segments, sequence_segments, token_layout
 from mixres.verification.consistency import Outcome, batches_of, errors
+from mixres.verification.setup import Source
 from mixres.verification.synthetic import synthetic_samples
 from mixres.verification.verify import most_different
 from support import mixes
@@ -73,6 +73,15 @@ def test_the_real_thing_passes_and_only_reports_are_written(
     with Image.open(tmp_path / "run" / "reports" / "verify.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or ()}
     assert {tuple(bytes.fromhex(colour[1:])) for colour in COLOURS.values()} <= colours
+
+
+def test_random_weights_and_samples_need_no_file(verify: Verify, copy_of_base: Path) -> None:
+    for weights in copy_of_base.rglob("*.safetensors"):
+        weights.unlink()
+    base = f"model.pretrained_model_name_or_path={copy_of_base}"
+    code, report = verify("--synthetic", base, "data.train=/nowhere", "batch.max_tokens=1024")
+    assert (code, report["passed"], report["synthetic"], len(report["cases"])) == (0, True, True, 2)
+    assert all(sample["name"].startswith("synthetic-") for sample in report["samples"])
 
 
 PRECISIONS = {
@@ -260,16 +269,15 @@ def test_the_patch_state_is_read_from_the_model() -> None:
 
 
 def test_the_most_different_samples_are_taken() -> None:
-    def item(name: str, text: int, target: tuple[int, int]) -> CachedSample:
-        record = EditRecord(name=name, target=Path(name), controls=(), prompt="", mask=None)
-        entry = CacheEntry(name, (Grid(1, *target), Grid(1, 2, 2)), text, False)
-        return CachedSample(record, Size(16, 16), ControlSizes((), ()), name, entry)
-
-    plain = [item(f"plain{n}", 10, (8, 8)) for n in range(5)]
-    special = item("tall", 9, (32, 2)), item("short", 3, (2, 2)), item("long", 12, (20, 20)), item("wordy", 90, (8, 7))
+    plain = {f"plain{n}": (10, (8, 8)) for n in range(5)}
+    special = {"tall": (9, (32, 2)), "short": (3, (2, 2)), "long": (12, (20, 20)), "wordy": (90, (8, 7))}
+    names, sizes = list(plain | special), (plain | special).values()
+    shapes = [(Grid(1, *target), Grid(1, 2, 2)) for _, target in sizes]
+    lengths = [Lengths(text, token_count(own), own[0].tokens) for (text, _), own in zip(sizes, shapes, strict=True)]
+    source = Source(lengths, names, shapes, read=None)  # type: ignore[arg-type] # nothing is read
 
     def chosen(max_tokens: int) -> list[str]:
-        return [item.key for item in most_different([*plain, *special], max_tokens)]
+        return [names[index] for index in most_different(source, max_tokens)]
 
     assert chosen(10_000) == ["short", "long", "tall", "wordy"]
     # 2 x (12 + 404) fit, three rows of that do not: the extremes in length come first.

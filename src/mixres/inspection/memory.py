@@ -40,7 +40,7 @@ from mixres.models.block_swap import frozen_matrices
 from mixres.models.blocks import recompute_blocks, repeated_blocks
 from mixres.models.family import Family
 from mixres.models.lora import add_lora, promote, train_all, trainable_parameters
-from mixres.models.quantize import empty_like, is_torchao, plain_tensors, quantize_skeleton, stored_bytes
+from mixres.models.quantize import empty_like, is_torchao, plain_tensors, quantize_blocks, stored_bytes
 from mixres.training.distributed import dist_env
 from mixres.training.optimizer import TRIAL_SIZE, optimizer_class, state_of_a_step
 from mixres.training.setup import build_objective
@@ -221,7 +221,7 @@ class MemoryEstimate:
         transformer = family.transformer_skeleton()
         nn.Module.to(transformer, dtype)  # not diffusers' own, which warns
         if model.quantize and is_torchao(model.quantize):
-            quantize_skeleton(transformer, model.quantize, dtype=dtype)
+            quantize_blocks(transformer, model.quantize, dtype=dtype)
         untrained = family.untrained_modules(transformer)
         if model.lora:
             settings = model.lora.model_dump(exclude={"pretrained_weight"})

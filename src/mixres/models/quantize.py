@@ -8,7 +8,7 @@ recomputed there (gradient checkpointing).
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -53,12 +53,16 @@ def empty_like(tensor: Any, device: torch.device) -> Any:
     return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 
 
-def quantize_skeleton(transformer: nn.Module, method: Method, *, dtype: torch.dtype) -> None:
-    """Quantise a transformer on the meta device by a method of torchao, as loading one with weights does."""
+def quantize_blocks(
+    transformer: nn.Module, method: Method, *, dtype: torch.dtype, before: Callable[[nn.Module], None] | None = None
+) -> None:
+    """Quantise the blocks where they are by a method of torchao, as loading them does; `before` is called with each."""
     from torchao.quantization import quantize_
 
     config = quantization_config(method, (), dtype=dtype, device="meta")
     for block in repeated_blocks(transformer):
+        if before:
+            before(block)
         quantize_(block, config.quant_type)
     transformer.hf_quantizer = SimpleNamespace(quantization_config=config)  # type: ignore[assignment] # peft reads it
 

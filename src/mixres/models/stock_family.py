@@ -22,7 +22,7 @@ from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance, Family
 from mixres.models.pretrained import load_pretrained, reading, with_buffers
 from mixres.models.prompt_length import over_long
-from mixres.models.quantize import Method, quantization_config
+from mixres.models.quantize import Method, check_method, is_torchao, quantization_config, quantize_blocks
 
 
 class StockFamily(Family):
@@ -211,9 +211,7 @@ class StockFamily(Family):
     ) -> Any:
         """See `Family`."""
         if self._synthetic:
-            if quantize:
-                raise UserError("model.quantize: bench --synthetic has no weights to be quantised: set it to null")
-            return _filled_with_noise(self.transformer_skeleton(), dtype, device)
+            return _filled_with_noise(self.transformer_skeleton(), dtype, device, quantize)
         quantization = None
         if quantize:
             quantization = quantization_config(quantize, self.quantize_exclusions, dtype=dtype, device=device)
@@ -277,15 +275,33 @@ def no_control_areas(label: str, area: AreaRule, text_area: int | None, *, stock
 
 
 @torch.no_grad()
-def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The skeleton with weights on `device`."""
+def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device | str, quantize: Method | None) -> Any:
+    """The skeleton with weights on `device`. Those of one shape are the same: 20 B numbers are drawn for minutes.
+
+    Raises:
+        UserError: it cannot be quantised so.
+    """
+    if quantize:
+        check_method(quantize, torch.device(device))
+        if not is_torchao(quantize):
+            raise UserError(f"model.quantize: {quantize} needs weights, --synthetic has none: int8, fp8 or null")
     nn.Module.to(skeleton, dtype)  # not diffusers' own, which warns about casts of pretrained weights
-    transformer = skeleton.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for module in transformer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.Linear) and name == "weight":
-                parameter.normal_(std=module.in_features**-0.5, generator=generator)
-            else:
-                parameter.fill_(0.0 if name == "bias" else 1.0)
-    return with_buffers(transformer, device).eval()
+    drawn: dict[torch.Size, Tensor] = {}
+
+    def fill(part: nn.Module) -> None:
+        for module in part.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.is_meta:
+                    continue
+                weights = torch.full_like(parameter, 0.0 if name == "bias" else 1.0, device=device)
+                if isinstance(module, nn.Linear) and name == "weight":
+                    if (shape := weights.shape) not in drawn:
+                        drawn[shape] = weights.normal_(std=module.in_features**-0.5, generator=generator).clone()
+                    weights.copy_(drawn[shape])
+                setattr(module, name, nn.Parameter(weights))
+
+    if quantize:
+        quantize_blocks(skeleton, quantize, dtype=dtype, before=fill)
+    fill(skeleton)
+    return with_buffers(skeleton, device).eval()

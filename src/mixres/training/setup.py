@@ -243,7 +243,7 @@ def make_plan(
     Raises:
         UserError: samples that are over `batch.max_tokens` alone, or no samples.
     """
-    rounding = _rounding(config, lengths)
+    rounding = row_rounding(config, lengths)
     return Plan(
         [rounding.lengths(length) for length in lengths],
         names=names,
@@ -257,7 +257,7 @@ def make_plan(
     )
 
 
-def _rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
+def row_rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
     """Compiled blocks want few different lengths; without them rows are padded to the longest alone."""
     return rounding_of(lengths) if config.train.compile else Rounding()
 
@@ -268,7 +268,7 @@ def build_loader(
     """The batches of `rank` from optimizer step `first` to the run's end."""
     samples = encoded.train
     keys, names = [sample.key for sample in samples], [sample.record.name for sample in samples]
-    rounding = _rounding(config, [sample.lengths for sample in samples])
+    rounding = row_rounding(config, [sample.lengths for sample in samples])
     dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 

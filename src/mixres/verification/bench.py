@@ -2,39 +2,40 @@
 
 Promise: all ways are timed in one process, interleaved step by step, on whole optimizer steps of the configuration's
 own plan (`run_step`: noise, forward, backward, clip, update). A figure is the median over rounds, with its lowest and
-highest. No weight changes: the learning rate is zero. Cost: about two minutes of rounds, but three rounds at least;
-one copy of each sample a way, on the CPU.
+highest. No weight changes: the learning rate is zero. Cost: two minutes of rounds unless others are given, but three
+rounds at least; one copy of each sample a way, on the CPU.
 
 The ways: `one_by_one` accumulates gradients over single samples; `padded` and `packed` are split as planned within
-`batch.max_tokens`.
+`batch.max_tokens`. With `train.compile` blocks and row lengths are those of training, and packed batches are left out.
 
-Reading a row: `ratio` is time over one_by_one's; `padding` the fraction of computed tokens that is padding; `flops`
-what a step computes, counted in the round that warms up; `mfu` what it needs (no padding, nothing computed twice) per
-second over the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the process grew.
+Reading a row: `ratio` is time over that of the first way; `padding` the fraction of computed tokens that is padding;
+`flops` what a step computes, counted in an uncompiled round before; `mfu` what it needs (no padding, nothing computed
+twice) per second over the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the
+process grew.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from mixres import atomic
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch
 from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.collate import collate
 from mixres.data.loader import samples_of
-from mixres.data.plan import Layout, Lengths, Microbatch, StepPlan
-from mixres.geometry import token_count
-from mixres.models.family import Family
-from mixres.models.registry import load_family
-from mixres.preprocessing.fill import encode_all, family_of
-from mixres.training.setup import TrainState, make_plan
+from mixres.data.plan import Layout, Microbatch, StepPlan
+from mixres.errors import Problems, UserError
+from mixres.training.setup import TrainState, make_plan, row_rounding
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
+    Source,
+    cached_source,
     machine,
     one_process,
     peak_memory,
@@ -42,23 +43,21 @@ from mixres.verification.setup import (
     report_path,
     set_up,
     step_seconds,
+    synthetic_source,
     versions,
 )
-from mixres.verification.synthetic import synthetic_samples
 
 BASELINE = "one_by_one"
 WAYS: dict[str, Layout] = {BASELINE: "padded", "padded": "padded", "packed": "packed"}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets (SXM)
+# Dense bf16 with sums in fp32, in TFLOP/s, from NVIDIA's data sheets and, of GeForce and RTX cards, the white papers of
+# their architectures. The longest part of a device's name counts; SXM where only the form differs.
+PEAK_TFLOPS = {
+    "A100": 312, "A10": 125, "L4": 121, "L40": 181, "L40S": 362, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "H200": 989, "H200 NVL": 835, "B200": 2250, "RTX 3090": 71, "RTX 4090": 165.2, "RTX 5090": 209.5,
+    "RTX A6000": 154.8,
+}  # fmt: skip
 MIN_ROUNDS, MAX_ROUNDS, BUDGET_S = 3, 15, 120.0
 MAX_STEPS = 4
-
-
-class Source(NamedTuple):
-    """Samples by index: those of the cache, or synthetic ones."""
-
-    lengths: Sequence[Lengths]
-    names: Sequence[str]
-    read: Callable[[int], Sample]
 
 
 class Step(NamedTuple):
@@ -71,42 +70,66 @@ class Step(NamedTuple):
 Work = dict[str, list[Step]]  # by way
 
 
-def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUNDS) -> None:
+def bench(
+    config: Config,
+    *,
+    synthetic: bool = False,
+    way: Sequence[str] = tuple(WAYS),
+    steps: int = MAX_STEPS,
+    seconds: float | None = None,
+    peak_tflops: float | None = None,
+    max_rounds: int = MAX_ROUNDS,
+) -> None:
     """Time, print a table and write `reports/bench.json`.
+
+    `way`: those to time. `seconds` of rounds, but one at least. `peak_tflops`: of the device, else by its name.
 
     Raises:
         UserError: configuration, base or data are wrong, or a sample is over `batch.max_tokens` alone.
     """
+    problems = Problems(
+        f"--{name}: given {value}, allowed: a number above 0"
+        for name, value in (("steps", steps), ("seconds", seconds), ("peak-tflops", peak_tflops))
+        if value is not None and not 0 < value < math.inf
+    )
+    problems.raise_if_any()
     accelerator = one_process(config, "bench")
-    device = accelerator.device
-    family, source = _synthetic_source(config) if synthetic else _cached_source(config, device)
-    work = make_work(config, source)
-    setup = set_up(config, family, accelerator)
+    device, compiled = accelerator.device, config.train.compile
+    family, source = (
+        synthetic_source(config, steps * config.batch.samples_per_step) if synthetic else cached_source(config, device)
+    )
+    ways = [name for name in WAYS if name in way and not (compiled and name == "packed")]
+    if not ways:
+        raise UserError("--way: packed batches cannot be compiled: choose another, or set train.compile to false")
+    every = make_work(config, source, steps)
+    work = {name: every[name] for name in ways}
+    setup = set_up(config, family, accelerator, compiled=True)
     log(f"model     {config.model.pretrained_model_name_or_path}, {precision_label(config)} on {device}")
-    first = {way: steps[0] for way, steps in work.items()}
-    _seconds(setup, first[BASELINE])  # the optimizer's state is made here
-    peaks = {way: peak_memory(device, partial(_seconds, setup, step)) for way, step in first.items()}
-    start, flops = time.perf_counter(), {way: FlopCounter() for way in work}
-    for way, steps in work.items():
-        with flops[way]:
-            for step in steps:
-                _seconds(setup, step)
-    fit = int(BUDGET_S / (time.perf_counter() - start))
-    seconds = _time_rounds(setup, work, min(max_rounds, max(MIN_ROUNDS, fit)))
+    base = _counted(setup, every[BASELINE])  # the optimizer's state is made here
+    flops = {name: base if name == BASELINE else _counted(setup, own) for name, own in work.items()}
+    if compiled:
+        _time_rounds(setup, work, 1)  # the first round compiles
+    start = time.perf_counter()
+    peaks = {name: peak_memory(device, partial(_seconds, setup, own[0])) for name, own in work.items()}
+    fit = int((seconds or BUDGET_S) / ((time.perf_counter() - start) * len(every[BASELINE])))
+    rounds = min(max_rounds, max(1 if seconds else MIN_ROUNDS, fit))
+    times = _time_rounds(setup, work, rounds)
     rows = [
         {
-            "name": way,
-            **_rates(steps, seconds[way], seconds[BASELINE]),
-            "flops": flops[way].computed / len(steps),
-            "mfu": _mfu(config, device, flops[BASELINE].needed / statistics.median(seconds[way])),
-            "peak_bytes": peaks[way],  # None where the system has no figure
+            "name": name,
+            **_rates(own, times[name], times[ways[0]]),
+            "flops": flops[name].computed / len(own),
+            "mfu": _mfu(config, device, base.needed / statistics.median(times[name]), peak_tflops),
+            "peak_bytes": peaks[name],  # None where the system has no figure
         }
-        for way, steps in work.items()
+        for name, own in work.items()
     ]
-    trainer = _trainer_step(setup, source, work[config.batch.layout] * min(MIN_ROUNDS, max_rounds))
     _log_table(rows)
-    log(f"trainer   a {config.batch.layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
-        f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
+    layout = config.batch.layout
+    trainer = _trainer_step(setup, source, work[layout] * min(MIN_ROUNDS, rounds)) if layout in work else None
+    if trainer:
+        log(f"trainer   a {layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
+            f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
     report = {
         "machine": machine(device),
         "versions": versions(),
@@ -117,8 +140,11 @@ def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUN
         "max_tokens": config.batch.max_tokens,
         "layout": config.batch.layout,
         "gradient_checkpointing": config.train.gradient_checkpointing,
-        "steps": len(work[BASELINE]),
-        "rounds": len(seconds[BASELINE]),
+        "compile": compiled,
+        "quantize": config.model.quantize,
+        "offload_blocks": config.train.offload.blocks,
+        "steps": len(every[BASELINE]),
+        "rounds": rounds,
         "rows": rows,
         "trainer_step": trainer,
     }
@@ -128,37 +154,8 @@ def bench(config: Config, *, synthetic: bool = False, max_rounds: int = MAX_ROUN
         f"{report['rounds']} rounds")  # fmt: skip
 
 
-def _cached_source(config: Config, device: torch.device) -> tuple[Family, Source]:
-    """The training samples from the cache, which is filled where they are missing."""
-    family = family_of(config)
-    encoded = encode_all(config, family, device=device)
-    samples, names = encoded.train, [sample.record.name for sample in encoded.train]
-
-    def read(index: int) -> Sample:
-        return encoded.cache.read(samples[index].key, name=names[index])
-
-    return family, Source([sample.lengths for sample in samples], names, read)
-
-
-def _synthetic_source(config: Config) -> tuple[Family, Source]:
-    """Random weights and samples in the shapes of the base: no weight, image or cache is read."""
-    model = config.model
-    family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision, synthetic=True)
-    return family, source_of(synthetic_samples(config, family, MAX_STEPS * config.batch.samples_per_step))
-
-
-def source_of(samples: Sequence[Sample]) -> Source:
-    """These samples, held in memory."""
-    empty = [0 if sample.empty_embeds is None else len(sample.empty_embeds) for sample in samples]
-    lengths = [
-        Lengths(len(sample.prompt_embeds), token_count(sample.img_shapes), len(sample.target_latents), own)
-        for sample, own in zip(samples, empty, strict=True)
-    ]
-    return Source(lengths, [sample.name for sample in samples], samples.__getitem__)
-
-
-def make_work(config: Config, source: Source) -> Work:
-    """The first steps of the run on one process, at most `MAX_STEPS` of one epoch, in every way.
+def make_work(config: Config, source: Source, steps: int = MAX_STEPS) -> Work:
+    """The first `steps` of the run on one process, of one epoch at most, in every way.
 
     Raises:
         UserError: a sample is over `batch.max_tokens` alone.
@@ -167,9 +164,9 @@ def make_work(config: Config, source: Source) -> Work:
     for way, layout in WAYS.items():
         plan = make_plan(config, source.lengths, source.names, layout=layout, world_size=1)
         work[way] = []
-        for step in map(plan.step, range(min(MAX_STEPS, plan.steps_per_epoch))):
+        for step in map(plan.step, range(min(steps, plan.steps_per_epoch))):
             microbatches = _single_samples(step) if way == BASELINE else step.ranks[0]
-            work[way].append(Step(step, list(_collated(source, microbatches, layout))))
+            work[way].append(Step(step, list(_collated(config, source, microbatches, layout))))
     return work
 
 
@@ -181,11 +178,21 @@ def _single_samples(step: StepPlan) -> list[Microbatch]:
     ]
 
 
-def _collated(source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
+def _collated(config: Config, source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
     """A batch for each microbatch; its samples are read when it is asked for."""
-    for microbatch in microbatches:
-        samples = samples_of(microbatch, source.read)
-        yield collate(samples, indices=microbatch.indices, weights=microbatch.weights, layout=layout)
+    rounding = row_rounding(config, source.lengths)
+    for indices, weights, dropped in microbatches:
+        samples = samples_of(Microbatch(indices, weights, dropped), source.read)
+        yield collate(samples, indices=indices, weights=weights, layout=layout, rounding=rounding)
+
+
+def _counted(setup: TrainState, steps: Sequence[Step]) -> FlopCounter:
+    """The FLOPs of these steps, uncompiled: a compiled block is one operation."""
+    counter = FlopCounter()
+    with torch.compiler.set_stance("force_eager"), counter:
+        for step in steps:
+            _seconds(setup, step)
+    return counter
 
 
 def _seconds(setup: TrainState, step: Step, batches: Iterable[Batch] | None = None) -> float:
@@ -199,14 +206,14 @@ def _time_rounds(setup: TrainState, work: Work, rounds: int) -> dict[str, list[f
     """Of each way the seconds of all steps, round by round."""
     seconds = {way: [0.0] * rounds for way in work}
     for number in range(rounds):
-        for k in range(len(work[BASELINE])):
-            for way, steps in work.items():
-                seconds[way][number] += _seconds(setup, steps[k])
+        for steps in zip(*work.values(), strict=True):
+            for way, step in zip(work, steps, strict=True):
+                seconds[way][number] += _seconds(setup, step)
     return seconds
 
 
 def _rates(steps: Sequence[Step], seconds: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """Of one way to batch: ratios to `one_by_one`, rates over the median round, all else a step."""
+    """Of one way to batch: ratios to the first way, rates over the median round, all else a step."""
     batches = [batch for step in steps for batch in step.batches]
     median = statistics.median(seconds)
     tokens, useful = sum(b.tokens_computed for b in batches), sum(b.tokens for b in batches)
@@ -224,12 +231,19 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 
-def _mfu(config: Config, device: torch.device, flops_per_s: float) -> float | None:
+def _mfu(config: Config, device: torch.device, flops_per_s: float, peak_tflops: float | None) -> float | None:
     """The fraction of the device's peak in bf16; None where that is not known."""
-    if device.type != "cuda" or (config.model.dtype != "bfloat16" and config.train.mixed_precision != "bf16"):
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops_per_s / peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    if peak_tflops is None:
+        if device.type != "cuda" or (config.model.dtype != "bfloat16" and config.train.mixed_precision != "bf16"):
+            return None
+        peak_tflops = known_peak(torch.cuda.get_device_name(device))
+    return None if peak_tflops is None else flops_per_s / (peak_tflops * 1e12)
+
+
+def known_peak(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a device by its name."""
+    known = [part for part in PEAK_TFLOPS if part in device_name]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
 def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> dict[str, float]:
@@ -237,7 +251,7 @@ def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> d
     layout, ratios = setup.config.batch.layout, []
     for step in steps:
         ready = _seconds(setup, step)
-        ratios.append(_seconds(setup, step, _collated(source, step.plan.ranks[0], layout)) / ready)
+        ratios.append(_seconds(setup, step, _collated(setup.config, source, step.plan.ranks[0], layout)) / ready)
     return _spread(ratios)
 
 

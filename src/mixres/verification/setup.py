@@ -9,25 +9,70 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from mixres import __version__
-from mixres.batch import Batch
+from mixres.batch import Batch, Sample
 from mixres.config.schema import Config
+from mixres.data.plan import Lengths
 from mixres.errors import UserError
+from mixres.geometry import Grid, token_count
 from mixres.models.family import Family
+from mixres.models.registry import load_family
+from mixres.preprocessing.fill import encode_all, family_of
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import TrainState, load_trained
 from mixres.training.step import run_step
+from mixres.verification.synthetic import synthetic_samples
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+class Source(NamedTuple):
+    """Samples by index: those of the cache, or synthetic ones."""
+
+    lengths: Sequence[Lengths]
+    names: Sequence[str]
+    img_shapes: Sequence[tuple[Grid, ...]]
+    read: Callable[[int], Sample]
+
+
+def cached_source(config: Config, device: torch.device) -> tuple[Family, Source]:
+    """The training samples from the cache, which is filled where they are missing."""
+    family = family_of(config)
+    encoded = encode_all(config, family, device=device)
+    samples, names = encoded.train, [sample.record.name for sample in encoded.train]
+    shapes = [sample.entry.img_shapes for sample in samples]
+
+    def read(index: int) -> Sample:
+        return encoded.cache.read(samples[index].key, name=names[index])
+
+    return family, Source([sample.lengths for sample in samples], names, shapes, read)
+
+
+def synthetic_source(config: Config, count: int) -> tuple[Family, Source]:
+    """Random weights and `count` samples in the shapes of the base: no weight, image or cache is read."""
+    model = config.model
+    family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision, synthetic=True)
+    return family, source_of(synthetic_samples(config, family, count))
+
+
+def source_of(samples: Sequence[Sample]) -> Source:
+    """These samples, held in memory."""
+    empty = [0 if sample.empty_embeds is None else len(sample.empty_embeds) for sample in samples]
+    lengths = [
+        Lengths(len(sample.prompt_embeds), token_count(sample.img_shapes), len(sample.target_latents), own)
+        for sample, own in zip(samples, empty, strict=True)
+    ]
+    names, shapes = [sample.name for sample in samples], [sample.img_shapes for sample in samples]
+    return Source(lengths, names, shapes, samples.__getitem__)
 
 
 def one_process(config: Config, verb: str) -> Accelerator:
@@ -47,14 +92,16 @@ def one_process(config: Config, verb: str) -> Accelerator:
     return accelerator
 
 
-def set_up(config: Config, family: Family, accelerator: Accelerator) -> TrainState:
+def set_up(config: Config, family: Family, accelerator: Accelerator, *, compiled: bool = False) -> TrainState:
     """Everything that a training step needs but the samples: the model, loaded as training would on one process.
+
+    Blocks are compiled only where that is asked for here as well: what is compiled are the lengths of a plan.
 
     Raises:
         UserError: the base cannot be loaded.
     """
-    # One process has nothing to split. Compiled blocks are for the lengths of a plan; these verbs batch otherwise.
-    train = config.train.model_copy(update={"parallel": "ddp", "compile": False})
+    # One process has nothing to split.
+    train = config.train.model_copy(update={"parallel": "ddp", "compile": compiled and config.train.compile})
     config = config.model_copy(update={"train": train})
     return load_trained(config, family, accelerator)
 

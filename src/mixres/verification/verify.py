@@ -26,15 +26,25 @@ from mixres.data.plan import computed_tokens
 from mixres.errors import UserError, WorkError
 from mixres.models.blocks import fewer_blocks, repeated_blocks
 from mixres.models.lora import fill_adapters
-from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import save_png
 from mixres.training.setup import TrainState
 from mixres.verification.batch_diagram import token_layout
 from mixres.verification.consistency import BatchMode, Outcome, batches_of, errors, in_dtype, reordered_sums, run
-from mixres.verification.setup import free_memory, one_process, precision_label, report_path, set_up, versions
+from mixres.verification.setup import (
+    Source,
+    cached_source,
+    free_memory,
+    one_process,
+    precision_label,
+    report_path,
+    set_up,
+    synthetic_source,
+    versions,
+)
 
 LAYOUTS: tuple[BatchMode, ...] = ("padded", "packed")
 ROUNDING_FACTOR = 1.5
+_SYNTHETIC = 16  # samples to choose from
 Bar = dict[str, float]  # the largest errors that pass, by measure
 
 
@@ -57,22 +67,22 @@ class Case:
     blocks: int | None = None
 
 
-def verify(config: Config) -> None:
+def verify(config: Config, *, synthetic: bool = False) -> None:
     """Compare, and write `reports/verify.json` and `reports/verify.png`.
+
+    `synthetic`: with random weights and samples in the shapes of the base, which show what kernels and patch do.
 
     Raises:
         UserError: configuration, base or data are wrong, or fewer than two samples fit one batch.
         WorkError: a case misses its bar, or a layout could not be judged in any precision; all is written by then.
     """
     accelerator = one_process(config, "verify")
-    family = family_of(config)
-    encoded = encode_all(config, family, device=accelerator.device)
-    chosen = most_different(encoded.train, config.batch.max_tokens)
+    family, source = synthetic_source(config, _SYNTHETIC) if synthetic else cached_source(config, accelerator.device)
+    samples = [source.read(index) for index in most_different(source, config.batch.max_tokens)]
     setup = set_up(config, family, accelerator)
     fill_adapters(setup.parameters, seed=config.train.seed)
     setup.transformer.eval()  # no dropout: it would differ from call to call
     model_report = _report_model(setup)
-    samples = [encoded.cache.read(item.key, name=item.record.name) for item in chosen]
     cases = _Comparison(setup, samples).cases()
     _log_table(cases)
     problem = _problem(cases, patched_and_adapted=model_report["whole"])
@@ -81,6 +91,7 @@ def verify(config: Config) -> None:
         "cases": [asdict(case) for case in cases],
         **model_report,
         "device": str(accelerator.device),
+        "synthetic": synthetic,
         "samples": [
             {"name": s.name, "img_shapes": [list(grid) for grid in s.img_shapes], "text_tokens": len(s.prompt_embeds)}
             for s in samples
@@ -95,32 +106,35 @@ def verify(config: Config) -> None:
         raise WorkError(f"verify failed: {problem}; see {path}")
 
 
-def most_different(items: Sequence[CachedSample], max_tokens: int) -> list[CachedSample]:
+def most_different(source: Source, max_tokens: int) -> list[int]:
     """The shortest, the longest, the widest or tallest and the longest text, as far as they fit one padded batch.
 
     Raises:
         UserError: no two samples do.
     """
 
-    def aspect(item: CachedSample) -> float:
-        _, rows, columns = item.entry.img_shapes[0]
+    def aspect(index: int) -> float:
+        _, rows, columns = source.img_shapes[index][0]
         return max(rows / columns, columns / rows)
 
-    rankings: tuple[Callable[[CachedSample], float], ...] = (
-        lambda item: item.lengths.total,
-        lambda item: -item.lengths.total,
-        lambda item: -aspect(item),
-        lambda item: -item.lengths.text,
+    lengths = source.lengths
+    rankings: tuple[Callable[[int], float], ...] = (
+        lambda index: lengths[index].total,
+        lambda index: -lengths[index].total,
+        lambda index: -aspect(index),
+        lambda index: -lengths[index].text,
     )
-    chosen: list[CachedSample] = []
+    chosen: list[int] = []
     for ranking in rankings:
-        for item in sorted(items, key=lambda item: (ranking(item), item.record.name)):
-            batch = [*chosen, item]
-            if item not in chosen and computed_tokens([i.lengths for i in batch], "padded") <= max_tokens:
+        for index in sorted(range(len(lengths)), key=lambda index: (ranking(index), source.names[index])):
+            batch = [*chosen, index]
+            if index not in chosen and computed_tokens([lengths[i] for i in batch], "padded") <= max_tokens:
                 chosen = batch
                 break
     if len(chosen) < 2:
-        raise UserError(f"batch.max_tokens: no two of {len(items)} training samples fit {max_tokens} tokens: raise it")
+        raise UserError(
+            f"batch.max_tokens: no two of {len(lengths)} training samples fit {max_tokens} tokens: raise it"
+        )
     return chosen
 
 
