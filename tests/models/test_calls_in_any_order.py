@@ -72,7 +72,7 @@ def sample(made: Patched, size: Size) -> Values:
 
     def keep(module: nn.Module, args: object, output: Sequence[Any]) -> None:
         assert not module.training, "dropout is off"
-        seen.extend(image.clone() for image in output[0])
+        seen.append(torch.cat([part.flatten() for part in output[0]]))  # a tensor, or a list of images
 
     handle = made.pipeline.transformer.register_forward_hook(keep)
     draw = torch.Generator().manual_seed(7)

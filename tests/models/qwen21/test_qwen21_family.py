@@ -22,6 +22,7 @@ from mixres.models.qwen21.family import QwenImage21
 from mixres.models.qwen21.layout import TABLE, positions
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of, run_cache
+from mixres.training.denoising import image_inputs, make_images
 from mixres.training.sample_sheets import Row, image_grid
 from support.family_cases import EVERY_CASE, PROMPTS
 
@@ -62,9 +63,8 @@ def test_a_cached_sample_makes_the_stock_image_byte_for_byte(
     transformer = family.load_transformer(dtype=dtype, device="cpu")
     sampling = family.load_sampling_pipeline(transformer=transformer, dtype=dtype, device="cpu")
     led = {} if guidance is None else {"negative": negative, "guidance": guidance}
-    made = family.sample_image(
-        sampling, controls=given, text=cached.text, size=size, sizes=sizes, steps=3, seed=5, **led
-    )
+    inputs = image_inputs(family, sampling, controls=given, text=cached.text, size=size, sizes=sizes, seed=5, **led)
+    (made,) = make_images(family, sampling, [inputs], steps=3)
     words = {} if guidance is None else {"negative_prompt": PROMPTS[1], "true_cfg_scale": guidance}
     resized = iter([SIZES[0], *SIZES])
     with pytest.MonkeyPatch.context() as patch:
