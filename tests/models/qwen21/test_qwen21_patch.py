@@ -202,6 +202,35 @@ def test_a_packed_row_has_the_blocks_of_each_sequence_in_their_order() -> None:
     assert torch.equal(image, torch.cat([samples[0][5], samples[0][1], samples[0][3]]))
 
 
+def test_both_kernels_of_a_layer_get_the_keys_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA's variable-length kernel is asked for, computed sequence by sequence."""
+
+    def kernel(query: Any, key: Any, value: Any, queries: Any, keys: Any, window: Any) -> Any:
+        parts = []
+        for b in range(len(queries[0]) - 1):
+            q = query[queries[0][b] : queries[0][b + 1]]
+            k, v = (x[keys[0][b] : keys[0][b + 1]] for x in (key, value))
+            assert len(q) <= queries[1] and len(k) <= keys[1]
+            mask = torch.ones(len(q), len(k), dtype=torch.bool)
+            if window == (-1, 0):  # to the last key of the last query
+                mask = mask.tril(len(k) - len(q))
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            parts.append(attended.transpose(0, 1))
+        return torch.cat(parts)
+
+    mix, processor = KIND.mix("main"), attention.Qwen21MultiResAttnProcessor()
+    pairs = zip(mix.shapes, KIND.text_runs(mix), strict=True)
+    runs = tuple(runs_of(positions([Grid(*grid) for grid in grids], text)) for grids, text in pairs)
+    none = torch.zeros(0, dtype=torch.int64)
+    plan = attention.BlockCausal(None, text=none, image=none, rows=None, samples=runs)
+    streams = [torch.randn(1, sum(blocks[-1].end for blocks in runs), 2, 8, dtype=torch.float64) for _ in range(3)]
+    expected = processor.attend_packed(*streams, plan)
+    monkeypatch.setattr(attention, "attend_varlen", kernel)
+    found = attention.attend_blocks(*(x[0] for x in streams), runs)[None]
+    assert (found - expected).norm() < 1e-14 * expected.norm()
+
+
 def test_the_lines_of_the_stock_forward_that_the_patch_follows() -> None:
     """A new diffusers that asks for its slots otherwise is seen here before anything is computed wrongly."""
     text, image = torch.tensor([0, 1, 6]), torch.tensor([2, 3, 4, 5])
