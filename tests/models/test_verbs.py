@@ -15,7 +15,12 @@ from mixres.cli import main
 from mixres.models.lora_file import FILE_NAME
 from support.family_cases import EVERY_CASE, FamilyCase
 
-NAMES = ("flux2_klein", "flux2_dev", "flux_kontext", "flux", "qwen_image_21", "z_image")
+NAMES = (
+    "flux2_klein",
+    "flux_kontext",
+    "qwen_image_21",
+    "z_image",
+)  # a base of each patch; Qwen-Image has its own tests
 CASES = {name: EVERY_CASE[name].in_a_folder() for name in NAMES}
 
 
