@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from mixres.errors import UserError
 from mixres.models import tensor_files
-from mixres.models.pretrained import load_pretrained, stored_dtype
+from mixres.models.pretrained import load_pretrained, stored_dtype, without_values
 from mixres.models.tensor_files import INDEX, write_model
 from support import mixes
+from support.kinds import KINDS
 
 KIND: Any = QwenImageTransformer2DModel
 NAME = "diffusion_pytorch_model.safetensors"
@@ -59,3 +60,17 @@ def test_weights_that_do_not_fit_are_one_line(folder: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(UserError, match="does not fit the files beside it"):
         load_pretrained(KIND, folder, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_a_constructor_computes_is_there(tmp_path: Path, dtype: torch.dtype) -> None:
+    """No file has it, and memory that weights are read into has anything: Qwen-Image-2.1 embeds timesteps by one."""
+    model = KINDS["qwen21"].stock()
+    model.save_pretrained(tmp_path)
+    stock = dict(type(model).from_pretrained(tmp_path, dtype=dtype).named_buffers())
+    with torch.device("meta"):
+        skeleton = type(model).from_config(model.config)
+    for ours in (load_pretrained(type(model), tmp_path, dtype=dtype, device="cpu"), without_values(skeleton, dtype)):
+        found = dict(ours.named_buffers())
+        assert found and found.keys() == stock.keys()
+        assert all(found[name].dtype == own.dtype and torch.equal(found[name], own) for name, own in stock.items())
