@@ -95,14 +95,18 @@ def test_float64_parameters_do_not_depend_on_the_topology(runs: Runs, alone: Pat
 def test_all_weights_evaluations_dropped_captions_and_a_weighted_set_do_not_depend_on_the_topology(
     runs: Runs, few_pairs: Path
 ) -> None:
-    """With the average, of weights outside the repeated blocks too: no step may continue with what it has gathered."""
+    """With the average, of weights outside the repeated blocks too: no step may continue with what it has gathered.
+
+    In groups every microbatch's gradients are reduced, and only the last one's sum goes from group to group.
+    """
     words = (
         *("model.lora=null", f"data.regularization={few_pairs / 'train'}", "loss.prior_loss_weight=0.2"),
         *("evaluate.every=2", "evaluate.sigmas=[0.2, 0.8]", "evaluate.use_ema=true", "train.ema_decay=0.5"),
         "data.caption_dropout=0.5",
     )
     one = runs.train("all-1", 1, *words)
-    for ranks, more in ((3, ()), (2, (FSDP2,))):
+    groups = (FSDP2, "train.shard_size=2", "train.cpu_offload=true", "batch.max_tokens=250")
+    for ranks, more in ((3, ()), (4, groups)):
         run = runs.train(f"all-{ranks}", ranks, *words, *more)
         assert distance(run, one) <= 1e-10
         assert [line["tokens"] for line in lines(run)] == [line["tokens"] for line in lines(one)]
