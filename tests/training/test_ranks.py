@@ -20,6 +20,7 @@ STEPS = 4
 CLIP = 0.002  # well below the gradients of these runs, so that every step is clipped
 PLANTED = "tests/support/planted.py"
 FSDP2 = "train.parallel=fsdp2"
+SMALL = "batch.max_tokens=150"  # two or three samples a microbatch
 GROUPS = ("train.shard_size=2", "train.shard_read=rows", "train.cpu_offload=true")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -72,10 +73,10 @@ def lines(run: Path, key: str = "loss") -> list[dict[str, Any]]:
 
 
 TOPOLOGIES = {
-    "packed in small microbatches": (1, ("batch.layout=packed", "batch.max_tokens=600")),
+    "packed in small microbatches": (1, ("batch.layout=packed", SMALL)),
     "ddp 3 padded": (3, ("batch.layout=padded",)),
-    "fsdp2 2": (2, ("batch.layout=packed", FSDP2, "batch.max_tokens=600")),
-    "fsdp2 4 in two groups, rows read, host memory": (4, (FSDP2, *GROUPS, "batch.max_tokens=600")),
+    "fsdp2 2": (2, ("batch.layout=packed", FSDP2, SMALL)),
+    "fsdp2 4 in two groups, rows read, host memory": (4, (FSDP2, *GROUPS, SMALL)),
     "ddp 6, more than samples": (6, ("batch.layout=packed",)),  # some ranks get a dummy microbatch
 }
 
@@ -85,6 +86,8 @@ def test_float64_parameters_do_not_depend_on_the_topology(runs: Runs, alone: Pat
     ranks, overrides = TOPOLOGIES[name]
     run = runs.train(name, ranks, *overrides)
     assert distance(run, alone) <= 1e-10
+    if SMALL in overrides and ranks <= 2:
+        assert all(line["microbatches"] >= 2 * ranks for line in lines(run))
     for here, there in zip(lines(run), lines(alone), strict=True):
         assert here["grad_norm"] > CLIP
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-10)
@@ -95,16 +98,21 @@ def test_float64_parameters_do_not_depend_on_the_topology(runs: Runs, alone: Pat
 def test_all_weights_evaluations_dropped_captions_and_a_weighted_set_do_not_depend_on_the_topology(
     runs: Runs, few_pairs: Path
 ) -> None:
-    """With the average, of weights outside the repeated blocks too: no step may continue with what it has gathered."""
+    """With the average, of weights outside the repeated blocks too: no step may continue with what it has gathered.
+
+    In groups every microbatch's gradients are reduced, and only the last one's sum goes from group to group.
+    """
     words = (
         *("model.lora=null", f"data.regularization={few_pairs / 'train'}", "loss.prior_loss_weight=0.2"),
         *("evaluate.every=2", "evaluate.sigmas=[0.2, 0.8]", "evaluate.use_ema=true", "train.ema_decay=0.5"),
-        "data.caption_dropout=0.5",
+        *("data.caption_dropout=0.5", "batch.samples_per_step=10"),
     )
     one = runs.train("all-1", 1, *words)
-    for ranks, more in ((3, ()), (2, (FSDP2,))):
+    groups = (FSDP2, "train.shard_size=2", "train.cpu_offload=true", SMALL)
+    for ranks, more in ((3, ()), (4, groups)):
         run = runs.train(f"all-{ranks}", ranks, *words, *more)
         assert distance(run, one) <= 1e-10
+        assert all(line["microbatches"] >= (2 * ranks if more else ranks) for line in lines(run))
         assert [line["tokens"] for line in lines(run)] == [line["tokens"] for line in lines(one)]
         here, there = lines(run, "eval/loss"), lines(one, "eval/loss")
         assert [line["step"] for line in here] == [0, 2, 4]

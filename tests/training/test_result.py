@@ -32,6 +32,8 @@ def test_the_old_result_stays_until_the_new_one_is_whole(setup: Callable[..., Co
         write_results(trained, run, step=2, keep=True)
     assert written() == before
     assert names(run) == ["transformer"]
+    (run / "transformer").rename(run / ".tmp-old-transformer")  # as a kill leaves it between the last two renames
+    (run / ".tmp-transformer").mkdir()
     write_results(trained, run, step=2, keep=True)
     assert written().keys() == before.keys() and names(run) == ["transformer"]
     weights = load_file(run / "transformer" / "diffusion_pytorch_model.safetensors")
