@@ -123,6 +123,10 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     "train.seed=3 --cache --config CONFIG": ("cache", {}),
     "cache --verify --config CONFIG train.seed=3": ("cache", {"verify": True}),
     "bench --synthetic --config CONFIG train.seed=3": ("bench", {"synthetic": True}),
+    "--way packed --seconds 2 bench --way padded --config CONFIG train.seed=3": (
+        "bench",
+        {"way": ["packed", "padded"], "seconds": 2.0},
+    ),
     "inspect --measure train.seed=3 --ranks 3 --config CONFIG": ("inspect", {"measure": True, "ranks": 3}),
     "--ranks 3 inspect --decode train.seed=3 --config CONFIG": ("inspect", {"decode": True, "ranks": 3}),
     "quickstart --config CONFIG train.seed=3": ("quickstart", {}),

@@ -60,12 +60,19 @@ def test_a_report_agrees_with_itself(
 SETTINGS = {
     "rounded": (["model.quantize=int8", "model.dtype=bfloat16"], {}, ["one_by_one", "padded", "packed"]),
     "packed alone": ([], {"way": ["packed"]}, ["packed"]),
-    "compiled": (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"]),
 }
+COMPILED = (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"])
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
-@pytest.mark.parametrize(("overrides", "options", "ways"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("overrides", "options", "ways"),
+    [
+        *(pytest.param(*setting, id=name) for name, setting in SETTINGS.items()),
+        pytest.param(*COMPILED, id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_the_ways_asked_for_are_timed_in_the_seconds_given(
     small_run: Path, tmp_path: Path, overrides: list[str], options: dict[str, Any], ways: list[str]
 ) -> None:
