@@ -97,7 +97,7 @@ ARGUMENTS = {
     "--conf=a": ["--conf=a: unknown option; see --help; did you mean '--config'?", "--config: not given"],
     "export --lora x": ["--lora: unknown option of export", "--format: not given", "--out: not given"],
     "--config": ["argument --config: expected one argument"],
-    "--synthetic --config CONFIG": ["--synthetic: is for the verb bench, not for train: leave it out"],
+    "--synthetic --config CONFIG": ["--synthetic: is for the verb verify or bench, not for train: leave it out"],
     "quickstart": ["quickstart: write DIR, a folder for the data, or --config FILE"],
     "trian a.b=1 --config CONFIG train.seed=-1 --dry": [
         "--dry: unknown option",
