@@ -70,7 +70,7 @@ GPU_CASES = (  # what matters most comes first
         samples=4,
     ),
     bench("edit_1mp_int8", 90, 8, *ONE_MP, *PACKED, "model.quantize=int8", samples=1),
-    bench("edit_1mp_swap_4_blocks", 120, 8, *ONE_MP, *PACKED, "train.offload.blocks=4", samples=1),
+    bench("edit_1mp_swap_4_blocks", 150, 8, *ONE_MP, *PACKED, "train.offload.blocks=4", samples=1),
     bench(
         "edit_1mp_compiled", 180, 8, *ONE_MP, "--way", "padded", "batch.layout=padded", "train.compile=true", samples=1
     ),
