@@ -97,7 +97,7 @@ ARGUMENTS = {
     "--conf=a": ["--conf=a: unknown option; see --help; did you mean '--config'?", "--config: not given"],
     "export --lora x": ["--lora: unknown option of export", "--format: not given", "--out: not given"],
     "--config": ["argument --config: expected one argument"],
-    "--synthetic --config CONFIG": ["--synthetic: is for the verb bench, not for train: leave it out"],
+    "--synthetic --config CONFIG": ["--synthetic: is for the verb verify or bench, not for train: leave it out"],
     "quickstart": ["quickstart: write DIR, a folder for the data, or --config FILE"],
     "trian a.b=1 --config CONFIG train.seed=-1 --dry": [
         "--dry: unknown option",
@@ -124,6 +124,10 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     "cache --verify --config CONFIG train.seed=3": ("cache", {"verify": True}),
     "cache --device cpu --config CONFIG train.seed=3": ("cache", {"device": "cpu"}),
     "bench --synthetic --config CONFIG train.seed=3": ("bench", {"synthetic": True}),
+    "--way packed --seconds 2 bench --way padded --config CONFIG train.seed=3": (
+        "bench",
+        {"way": ["packed", "padded"], "seconds": 2.0},
+    ),
     "inspect --measure train.seed=3 --ranks 3 --config CONFIG": ("inspect", {"measure": True, "ranks": 3}),
     "--ranks 3 inspect --decode train.seed=3 --config CONFIG": ("inspect", {"decode": True, "ranks": 3}),
     "quickstart --config CONFIG train.seed=3": ("quickstart", {}),

@@ -240,7 +240,7 @@ def _unknown_option(word: str, verb: str, known: dict[str, _Parser]) -> str:
     if "." in name:
         return f"{name}: unknown option; overrides have no dashes: write {name.lstrip('-')}={value or 'VALUE'}"
     if others := [other for other, parser in known.items() if name in parser._option_string_actions]:
-        return f"{name}: is for the verb {others[0]}, not for {verb}: leave it out"
+        return f"{name}: is for the verb {' or '.join(others)}, not for {verb}: leave it out"
     return f"{word}: unknown option; see --help{_nearest(name, own)}"
 
 

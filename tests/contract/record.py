@@ -54,8 +54,8 @@ VERBS = {
     "train": ["--config"],
     "cache": ["--config", "--verify", "--device"],
     "inspect": ["--config", "--decode", "--measure", "--ranks"],
-    "verify": ["--config"],
-    "bench": ["--config", "--synthetic"],
+    "verify": ["--config", "--synthetic"],
+    "bench": ["--config", "--synthetic", "--way", "--steps", "--seconds", "--peak-tflops"],
     "sample": [
         *("--lora", "--image", "--prompt", "--prompts", "--out", "--size", "--steps", "--seed", "--guidance"),
         *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.models.blocks import recompute_blocks
+from mixres.models.quantize import Method, plain_tensors
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.verification.bench import WAYS, bench, known_peak, make_work
@@ -64,12 +65,19 @@ def test_a_report_agrees_with_itself(
 SETTINGS = {
     "rounded": (["model.quantize=int8", "model.dtype=bfloat16"], {}, ["one_by_one", "padded", "packed"]),
     "packed alone": ([], {"way": ["packed"]}, ["packed"]),
-    "compiled": (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"]),
 }
+COMPILED = (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"])
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
-@pytest.mark.parametrize(("overrides", "options", "ways"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("overrides", "options", "ways"),
+    [
+        *(pytest.param(*setting, id=name) for name, setting in SETTINGS.items()),
+        pytest.param(*COMPILED, id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_the_ways_asked_for_are_timed_in_the_seconds_given(
     small_run: Path, tmp_path: Path, overrides: list[str], options: dict[str, Any], ways: list[str]
 ) -> None:
@@ -107,12 +115,16 @@ def test_the_stock_shape_needs_no_file() -> None:
     assert (family.pixels_per_token(), family.flow_shift()["max_shift"]) == (16, 0.9)
 
 
-def test_random_weights_are_those_of_the_base_in_shape(config: Config) -> None:
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_random_weights_are_those_of_the_base_in_shape(config: Config, quantize: Method | None) -> None:
     path = config.model.pretrained_model_name_or_path
     synthetic, real = load_family(None, path, synthetic=True), family_of(config)
-    kind = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "quantize": quantize}
     made, base = synthetic.load_transformer(**kind), real.load_transformer(**kind)
-    described = [{name: (t.shape, t.dtype) for name, t in m.state_dict().items()} for m in (made, base)]
+    described = [
+        {name: [(t.shape, t.dtype) for t in plain_tensors(p.data)] for name, p in model.named_parameters()}
+        for model in (made, base)
+    ]
     assert described[0] == described[1]
     position = torch.tensor([[1, 2, 3]]), torch.device("cpu")
     assert torch.equal(made.pos_embed.frequencies(*position), base.pos_embed.frequencies(*position))

@@ -168,7 +168,7 @@ class MemoryEstimate:
         for stack, _ in self._runs:
             del stack[:]
         for (stack, blocks), length in zip(self._runs, lengths, strict=True):
-            stack.extend([*blocks[: length - 1], blocks[-1]] if length else [])
+            stack.extend([*blocks[: length - 1], blocks[-1]] if length else [])  # patches hang hooks on the last one
         self._model.disable_gradient_checkpointing()
         if checkpointing:
             recompute_blocks(self._model, every=int(checkpointing))

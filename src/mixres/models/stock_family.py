@@ -294,11 +294,13 @@ def _filled_with_noise(skeleton: Any, dtype: torch.dtype, device: torch.device |
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.is_meta:
                     continue
-                weights = torch.full_like(parameter, 0.0 if name == "bias" else 1.0, device=device)
-                if isinstance(module, nn.Linear) and name == "weight":
-                    if (shape := weights.shape) not in drawn:
-                        drawn[shape] = weights.normal_(std=module.in_features**-0.5, generator=generator).clone()
+                weights = torch.empty_like(parameter, device=device)
+                if not isinstance(module, nn.Linear) or name == "bias":
+                    weights.fill_(0.0 if name == "bias" else 1.0)
+                elif (shape := weights.shape) in drawn:
                     weights.copy_(drawn[shape])
+                else:
+                    drawn[shape] = weights.normal_(std=module.in_features**-0.5, generator=generator)
                 setattr(module, name, nn.Parameter(weights))
 
     if quantize:
