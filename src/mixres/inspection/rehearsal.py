@@ -40,7 +40,7 @@ from mixres.models.block_swap import frozen_matrices
 from mixres.models.blocks import repeated_blocks
 from mixres.models.family import Family
 from mixres.models.quantize import empty_like, is_torchao, quantize_skeleton, stored_bytes
-from mixres.training.distributed import dist_env
+from mixres.training.distributed import dist_env, shard_mesh
 from mixres.training.optimizer import TRIAL_SIZE, make_state, optimizer_class, optimizer_tensors, state_of_a_step
 from mixres.training.result import write_results
 from mixres.training.resume import save_run
@@ -107,6 +107,8 @@ def fake_ranks(config: Config, count: int) -> Iterator[int]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
+        # Here, since a mesh computes with values.
+        shard_mesh(dist.group.WORLD, dist_env().device.type, config.train.shard_size or count)
         yield count
     finally:
         dist.destroy_process_group()
@@ -309,6 +311,10 @@ def rehearse(
         phases, host = _Phases(storages), [0]
         phases.peaks["load"] = (run.load_peak, 0, 0)
         with run:
+            # Before the step: what FSDP2 gathers is known from the second time on.
+            phases.begin("sample grid")
+            _sample(run, noise_batch(config, family, microbatch[:1]).to(run.device))
+            phases.end()
             batch = noise_batch(config, family, microbatch).to(run.device)
             storages.add(value for value in vars(batch).values() if isinstance(value, Tensor))
             if microbatches > 1 or ranks > splitting:
@@ -337,9 +343,6 @@ def rehearse(
                 )
             phases.end()
             wire = storages.wire
-            if config.sample.every:
-                phases.begin("sample grid")
-                _sample(run, noise_batch(config, family, microbatch[:1]).to(run.device))
             phases.begin("save")
             _save(run)
             phases.end()

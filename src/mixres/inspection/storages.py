@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -115,15 +116,15 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _received(func: Any, args: Any) -> int:
     """Bytes that a collective receives on each rank, as a ring of ranks does it."""
     name = func.overloadpacket.__name__
-    if name == "_allgather_base_":
-        return bytes_of(args[:1]) - bytes_of(args[1:2])
-    if name == "_reduce_scatter_base_":
-        return bytes_of(args[1:2]) - bytes_of(args[:1])
-    return 2 * bytes_of(args[0]) if name == "allreduce_" else 0
+    if name in ("_allgather_base_", "_reduce_scatter_base_"):
+        return abs(args[0].nbytes - args[1].nbytes)  # one is as many times the other as there are ranks
+    return 2 * sum(tensor.nbytes for tensor in args[0]) if name == "allreduce_" else 0
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    return (part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor))
+    for tensor in tensors:
+        for part in plain_tensors(tensor._local_tensor if isinstance(tensor, DTensor) else tensor):
+            yield part.untyped_storage()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
