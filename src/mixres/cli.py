@@ -36,7 +36,7 @@ WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
     "bench": "mixres.verification.bench:bench",
     "quickstart": "mixres.quickstart.results:show_results",
 }
-_VALUED = ("--config", "--ranks")  # before a verb, the word after them is their value
+_VALUED = ("--config", "--ranks", "--device-memory")  # before a verb, the word after them is their value
 # Torch's settings of the allocator on CUDA, the older name last.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
@@ -115,6 +115,9 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
     inspect.add_argument("--decode", action="store_true", help="also show what the cache holds")
     inspect.add_argument("--ranks", metavar="N", type=int, help="plan for N processes (1)")
+    inspect.add_argument("--rehearse", action="store_true", help="one step of one rank on tensors without values")
+    fits = "with --rehearse: what to change so that it fits, such as 24GB"
+    inspect.add_argument("--device-memory", metavar="SIZE", type=_bytes, help=fits)
     add("verify", "compare a batch of different sizes with its samples alone, on this model, data and device")
     bench = add("bench", "time the ways to batch the same samples")
     bench.add_argument("--synthetic", action="store_true", help="no weights, no data, no download")
@@ -123,6 +126,15 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_sample_options(add("sample", "make images with what a run has trained"))
     _add_export_options(add("export", "write what a run has trained for diffusers or ComfyUI"))
     return whole, verbs.choices
+
+
+def _bytes(text: str) -> int:
+    """Of a device's memory: a number of GB (10^9) or GiB (2^30)."""
+    number, unit = text.rstrip("GiB"), text.lstrip("0123456789.")
+    try:
+        return int(float(number) * {"GB": 10**9, "GiB": 2**30}[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 24GB or 24GiB") from None
 
 
 def _add_sample_options(parser: _Parser) -> None:

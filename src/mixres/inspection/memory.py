@@ -31,13 +31,14 @@ from mixres.config.schema import Config
 from mixres.geometry import Grid
 from mixres.inspection.rehearsal import FakeRun
 from mixres.inspection.storages import LiveStorages, bytes_of
-from mixres.models.blocks import recompute_blocks, repeated_blocks
+from mixres.models.blocks import block_lists, recompute_blocks, repeated_blocks
 from mixres.models.family import Family
 from mixres.verification.synthetic import SampleTokens, noise_batch
 
 _GATHERED_BLOCKS = 2  # with fsdp2: the block at work, and the next
 _KEPT_BLOCKS = 3  # of a run of equal ones: the first and the last may keep less than one between them
 _PROBE = 64  # tokens of the microbatches by which the bytes of one token are found
+
 
 class StepBytes(NamedTuple):
     """Bytes alive besides weights and gradients."""
@@ -66,7 +67,7 @@ class MemoryEstimate:
             parameter.grad = gradient
         self._known = [*parameters, *gradients]
         blocks = repeated_blocks(self._model)
-        self._blocks, self._runs = len(blocks), list(_runs_of_equal(self._model, blocks))
+        self._blocks, self._runs = len(blocks), list(_runs_of_equal(self._model))
         train = config.train
         ranks = min(ranks, train.shard_size or ranks) if train.parallel == "fsdp2" else 1
         on_host = train.cpu_offload and ranks > 1
@@ -167,12 +168,11 @@ class MemoryEstimate:
         return bytes_of(block.parameters())
 
 
-def _runs_of_equal(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[nn.ModuleList, list[nn.Module]]]:
+def _runs_of_equal(model: nn.Module) -> Iterator[tuple[nn.ModuleList, list[nn.Module]]]:
     """Each run of neighbours whose parameters are alike, and the list that holds them, in the order of the model."""
 
     def kind(block: nn.Module) -> list[Any]:
         return [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
 
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and not set(blocks).isdisjoint(stack):
-            yield from ((stack, list(run)) for _, run in groupby(list(stack), key=kind))
+    for stack in block_lists(model):
+        yield from ((stack, list(run)) for _, run in groupby(list(stack), key=kind))

@@ -186,14 +186,16 @@ class FakeRun:
             return dict.fromkeys(resident, 0), swapped + waiting, correction - waiting + learnt
         return resident, swapped, correction
 
+    @property
+    def frozen_bytes(self) -> list[int]:
+        """Of the matrices of each block that are not trained."""
+        blocks = repeated_blocks(self.trained.transformer)
+        return [bytes_of(matrix for _, _, matrix in frozen_matrices(block)) for block in blocks]
+
     def _swapped_bytes(self) -> tuple[int, int]:
         """Bytes of frozen matrices that wait in host memory, and of the slots on the device for some of them."""
-        keep = self.config.train.offload.blocks
-        if keep is None:
-            return 0, 0
-        blocks = repeated_blocks(self.trained.transformer)
-        sizes = [bytes_of(matrix for _, _, matrix in frozen_matrices(block)) for block in blocks]
-        return sum(sizes), min(keep, len(sizes)) * max(sizes)
+        keep, sizes = self.config.train.offload.blocks, self.frozen_bytes
+        return (0, 0) if keep is None else (sum(sizes), min(keep, len(sizes)) * max(sizes))
 
     def _saved_by_bitsandbytes(self) -> int:
         """Bytes that nf4 and bnb_int8 take off the weights."""
@@ -357,6 +359,8 @@ def rehearse(
         "flops": flops.computed * microbatches,
         "flops_needed": flops.needed * microbatches,
         "wire_bytes": wire,
+        "blocks": len(run.frozen_bytes),
+        "block_bytes": max(run.frozen_bytes),
     }
 
 
@@ -401,5 +405,10 @@ def _figures(run: FakeRun, phases: _Phases, born: Sequence[tuple[int, int]]) -> 
             held = {**held, "optimizer": 0, "ema": 0}
         total = max(peak + run.correction, sum(held.values()))
         found[name] = {"bytes": total, **held, "activations": total - sum(held.values())}
-    fullest = max(found, key=lambda name: found[name]["bytes"])
-    return {"peak_bytes": found[fullest]["bytes"], "peak_phase": fullest, "phases": found}
+    return peak_of(found)
+
+
+def peak_of(phases: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """The highest of these peaks, and which it is."""
+    fullest = max(phases, key=lambda name: phases[name]["bytes"])
+    return {"peak_bytes": phases[fullest]["bytes"], "peak_phase": fullest, "phases": phases}

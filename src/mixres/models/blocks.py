@@ -22,17 +22,23 @@ def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
     return [module for module in transformer.modules() if type(module).__name__ in kinds]
 
 
+def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
+    """The lists of the model that hold its repeated blocks, in its order."""
+    repeated = repeated_blocks(transformer)
+    return [module for module in transformer.modules() if _holds(module, repeated)]
+
+
 @contextmanager
 def fewer_blocks(transformer: nn.Module, count: int) -> Iterator[None]:
     """Within it the transformer has about `count` of its repeated blocks, but two of each list at least.
 
     The first ones of each list, and its last: patches hang hooks on it, and its text stream ends there.
     """
-    repeated = repeated_blocks(transformer)
-    stacks = {stack: list(stack) for stack in transformer.modules() if _holds(stack, repeated)}
+    stacks = {stack: list(stack) for stack in block_lists(transformer)}
+    repeated = sum(map(len, stacks.values()))
     try:
         for stack, blocks in stacks.items():
-            kept = min(len(blocks), max(2, len(blocks) * count // len(repeated)))
+            kept = min(len(blocks), max(2, len(blocks) * count // repeated))
             del stack[kept - 1 : -1]
         yield
     finally:
