@@ -19,7 +19,7 @@ from mixres.models.blocks import block_lists
 from mixres.models.family import Family
 from mixres.verification.synthetic import SampleTokens
 
-_KEPT = 4  # blocks of each list: the first and the last may differ from those between them, and prefetch ends there
+_KEPT = 3  # blocks of each list: the first and the last may differ from those between them, and prefetch ends there
 _SLOTS = 2  # of offloaded blocks: from two on they are copied ahead
 
 Change = Mapping[str, Any]  # of a section of the configuration, keys with dots

@@ -7,7 +7,7 @@ most `MAX_STEPS` steps), and seconds of counting memory; no weights but with `me
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,12 +65,7 @@ def inspect(
     family, problems = family_of(config), Problems()
     foresee = partial(rehearsed, ranks=ranks, device_memory=device_memory)
     if rehearse and not any(Path(path).exists() for path in config.data.train):
-        check_early(_checkable_here(config), family)
-        log(f"data      none at {', '.join(config.data.train)}: the largest sizes that the configuration allows")
-        report = {"notices": [], "rehearsal": foresee(config, family, largest_microbatch(config, family))}
-        for line in summary_lines(report):
-            log(line)
-        atomic.write_json(report_path(config, "inspect.json"), report)
+        _rehearse_without_data(config, family, foresee)
         return
     problems.collect(check_early, config if measure else _checkable_here(config), family)
     estimate = not problems.lines
@@ -93,6 +88,15 @@ def inspect(
             f"the largest microbatch does not fit {report['measured']['device']}: lower batch.max_tokens, set "
             "train.gradient_checkpointing=true, or lower data.resize.target.max_pixels"
         )
+
+
+def _rehearse_without_data(config: Config, family: Family, foresee: Callable[..., Figures]) -> None:
+    check_early(_checkable_here(config), family)
+    log(f"data      none at {', '.join(config.data.train)}: the largest sizes that the configuration allows")
+    report = {"rehearsal": foresee(config, family, largest_microbatch(config, family)), "notices": []}
+    for line in summary_lines(report):
+        log(line)
+    atomic.write_json(report_path(config, "inspect.json"), report)
 
 
 def _checkable_here(config: Config) -> Config:

@@ -58,7 +58,7 @@ class MemoryEstimate:
 
     def __init__(self, config: Config, family: Family, *, ranks: int) -> None:
         self._config, self._family, self._run = config, family, FakeRun(config, family)
-        self._model = self._run.trained.transformer
+        self._model: Any = self._run.trained.transformer
         parameters, trained = list(self._model.parameters()), list(self._run.trained.parameters.values())
         self.trained, self.parameters = sum(p.numel() for p in trained), sum(p.numel() for p in parameters)
         with self._run.fake:

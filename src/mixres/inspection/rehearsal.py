@@ -80,7 +80,7 @@ class _Weightless:
         return None
 
     def load_transformer(self, *, dtype: torch.dtype, device: torch.device, quantize: Any) -> Any:
-        with unset_fake_temporarily():  # type: ignore[no-untyped-call]
+        with unset_fake_temporarily():
             transformer = self._family.transformer_skeleton()
             nn.Module.to(transformer, dtype)  # not diffusers' own, which warns
             if quantize:
@@ -128,7 +128,7 @@ class FakeRun:
         self.config, self.device = config, dist_env().device
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         # Its memory of what it has made are weak references, with which `Module.to` refuses to change a parameter.
-        self.fake.fake_tensor_converter.set_tensor_memo = lambda tensor, made: None  # type: ignore[method-assign]
+        vars(self.fake.fake_tensor_converter)["set_tensor_memo"] = lambda tensor, made: None
         self.storages = LiveStorages(device=self.device)
         autocasts = config.train.mixed_precision == "bf16" and ranks == 1  # else FSDP2's own policy
         self._stack = ExitStack()

@@ -46,7 +46,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these, as far as they are not counted yet."""
-        for storage in _storages(tensor for tensor in tensors if tensor.device.type == self._device):
+        for storage in _storages(tensor for tensor in tensors if _device_of(tensor).type == self._device):
             self._track(storage)
         self._look()
 
@@ -90,15 +90,17 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return plain(storage, size)
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
         torch.UntypedStorage.resize_ = self._plain  # type: ignore[method-assign]
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # the operations that it is made of come here again
+        if func.namespace == "prim":  # such as asking for a device
+            return func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return bool(self.value) if dtype is torch.bool else (float if dtype.is_floating_point else int)(self.value)
@@ -117,8 +119,12 @@ def _received(func: Any, args: Any) -> int:
     """Bytes that a collective receives on each rank, as a ring of ranks does it."""
     name = func.overloadpacket.__name__
     if name in ("_allgather_base_", "_reduce_scatter_base_"):
-        return abs(args[0].nbytes - args[1].nbytes)  # one is as many times the other as there are ranks
+        return int(abs(args[0].nbytes - args[1].nbytes))  # one is as many times the other as there are ranks
     return 2 * sum(tensor.nbytes for tensor in args[0]) if name == "allreduce_" else 0
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device  # the property is an operation
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:

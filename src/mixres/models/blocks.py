@@ -17,9 +17,9 @@ from mixres.errors import UserError
 
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks that diffusers declares as repeated, in the order of the model."""
+    """The blocks that diffusers declares as repeated, in the order of the model. FSDP2 gives them classes of its own."""
     kinds = set(transformer._repeated_blocks)  # type: ignore[arg-type]
-    return [module for module in transformer.modules() if type(module).__name__ in kinds]
+    return [m for m in transformer.modules() if not kinds.isdisjoint(kind.__name__ for kind in type(m).__mro__)]
 
 
 def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:

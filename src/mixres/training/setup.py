@@ -164,7 +164,7 @@ def _unsplit(config: Config, family: Family, dtype: torch.dtype) -> tuple[Any, b
     Else its weights are the files, mapped. Adapters begin in the precision of the base, so that has to be the files'.
     """
     folder = family.transformer_folder()
-    stored = folder and stored_dtype(folder)
+    stored = None if folder is None else stored_dtype(folder)
     if stored is None or config.train.shard_read == "rows" or (config.model.lora and stored != dtype):
         return without_values(family.transformer_skeleton(), dtype), True
     return family.load_transformer(dtype=stored, device="cpu"), False
