@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -130,11 +131,11 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _bytes(text: str) -> int:
     """Of a device's memory: a number of GB (10^9) or GiB (2^30)."""
-    number, unit = text.rstrip("GiB"), text.lstrip("0123456789.")
-    try:
-        return int(float(number) * {"GB": 10**9, "GiB": 2**30}[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 24GB or 24GiB") from None
+    written = re.fullmatch(r"(\d+(?:\.\d+)?)(GB|GiB)", text)
+    size = int(float(written[1]) * {"GB": 10**9, "GiB": 2**30}[written[2]]) if written else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 24GB or 24GiB")
+    return size
 
 
 def _add_sample_options(parser: _Parser) -> None:

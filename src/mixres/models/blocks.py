@@ -17,7 +17,7 @@ from mixres.errors import UserError
 
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks that diffusers declares as repeated, in the order of the model. FSDP2 gives them classes of its own."""
+    """The blocks that diffusers declares as repeated, in the order of the model, also those that FSDP2 has split."""
     kinds = set(transformer._repeated_blocks)  # type: ignore[arg-type]
     return [m for m in transformer.modules() if not kinds.isdisjoint(kind.__name__ for kind in type(m).__mro__)]
 
