@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "src"))
+from mixres.inspection.fitting import with_more_blocks  # noqa: E402
+
 RESULTS, PAGE = REPOSITORY / "docs" / "hardware.json", REPOSITORY / "docs" / "settings.md"
 BEGIN, END = "<!-- hardware table: begin -->", "<!-- hardware table: end -->"
 MEMORY = (12, 16, 24, 48, 80, 141)  # GB
@@ -59,7 +62,6 @@ def rehearsals(recipe: Path) -> Iterator[tuple[dict[str, Any], Any]]:
 
 def measure() -> None:
     """Rehearse what the results lack."""
-    sys.path.insert(0, str(REPOSITORY / "src"))
     from mixres.verification.setup import versions
 
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
@@ -87,8 +89,7 @@ def cell(rows: Sequence[dict[str, Any]], ranks: int, memory: int) -> str:
         names = ["1 sample" if change.startswith("batch.max_tokens") else change for change in changes]
         slots = [name for name in names if name.startswith("train.offload.blocks")]
         if slots:
-            more = min((memory * 10**9 - peak) // row["block_bytes"], row["blocks"] - 3)
-            names[names.index(slots[0])] = f"blocks {2 + more}"
+            names[names.index(slots[0])] = f"blocks {with_more_blocks(row, memory * 10**9)[0]}"
         return f"{', '.join(names) or 'as it is'}"
     return "no"
 

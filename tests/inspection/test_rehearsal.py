@@ -17,6 +17,7 @@ from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.verification.synthetic import largest_microbatch
 from support.family_cases import CASES, FamilyCase
+from support.jobs import REPOSITORY
 from support.rehearsed_step import real_peak, sizes
 from training.test_split_loading import large_base, on_two_ranks  # noqa: F401 - a fixture
 
@@ -41,7 +42,7 @@ def check(file: Path, words: Sequence[str], *, count: int = 2) -> None:
 STEPS = {
     "adapters": [],
     "padded, recomputed": ["batch.layout=padded", "train.gradient_checkpointing=true", *BF16],
-    "dora, every layer": ["model.lora.use_dora=true", EVERY_LAYER, *BF16],
+    "dora": ["model.lora.use_dora=true", *BF16],
     "all weights, average": [ALL, "train.ema_decay=0.9"],
     "all weights, bf16": [ALL, *BF16],
     "over int8": ["model.quantize=int8", "train.gradient_checkpointing=true", *BF16],
@@ -53,6 +54,7 @@ def test_the_peak_is_that_of_a_real_step(small_run: Path, tmp_path: Path, words:
     check(small_run, [f"logging.output_dir={tmp_path}", *LARGER, *words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name != "qwen_image_edit"])
 def test_every_family(name: str, small_run: Path, tmp_path: Path, base_of: Callable[[FamilyCase], Path]) -> None:
     case = CASES[name]
@@ -61,10 +63,15 @@ def test_every_family(name: str, small_run: Path, tmp_path: Path, base_of: Calla
     check(small_run, words)
 
 
+FIVE_BLOCKS = f"model.pretrained_model_name_or_path={REPOSITORY / 'src/mixres/assets/tiny_base'}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_few_blocks_stand_for_all(small_run: Path) -> None:
     """Also of ranks that split weights, and where every second block is recomputed."""
     for words, ranks in (([], 1), (["train.gradient_checkpointing=2"], 1), (["train.parallel=fsdp2", ALL], 2)):
-        config = load_config(small_run, [*BF16, *words])
+        config = load_config(small_run, [FIVE_BLOCKS, *BF16, *words])
         family = family_of(config)
         microbatch = largest_microbatch(config, family)
         whole = rehearse(config, family, microbatch, ranks=ranks)
@@ -74,6 +81,8 @@ def test_few_blocks_stand_for_all(small_run: Path) -> None:
             assert quick["phases"][name]["bytes"] == pytest.approx(phase["bytes"], rel=1e-3), name
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_share_what_is_split_and_send_the_rest(small_run: Path) -> None:
     def of(ranks: int, *words: str) -> dict[str, Any]:
         config = load_config(small_run, [*BF16, "train.ema_decay=0.9", *words])
@@ -98,23 +107,22 @@ def test_ranks_share_what_is_split_and_send_the_rest(small_run: Path) -> None:
 
 
 def test_blocks_in_host_memory_leave_the_device(small_run: Path) -> None:
-    config = load_config(small_run, ["train.gradient_checkpointing=true", *BF16])
-    family = family_of(config)
-    plain, swapped = (
-        rehearse(load_config(small_run, ["train.gradient_checkpointing=true", *BF16, *words]), family,
-                 largest_microbatch(config, family))
-        for words in ([], ["train.offload={blocks: 2, activations: true}"])
-    )  # fmt: skip
+    def of(*words: str) -> dict[str, Any]:
+        config = load_config(small_run, [FIVE_BLOCKS, "train.gradient_checkpointing=true", *BF16, *words])
+        family = family_of(config)
+        return rehearse(config, family, largest_microbatch(config, family))
+
+    plain, swapped = of(), of("train.offload={blocks: 2, activations: true}")
     gone = plain["phases"]["save"]["weights"] - swapped["phases"]["save"]["weights"]
     assert gone == (plain["blocks"] - 2) * plain["block_bytes"]
     assert swapped["host_bytes"] > plain["blocks"] * plain["block_bytes"]
     assert plain["peak_bytes"] - swapped["peak_bytes"] > gone
-    assert with_more_blocks(swapped, swapped["peak_bytes"] + plain["block_bytes"]) == (
-        3,
-        swapped["peak_bytes"] + plain["block_bytes"],
-    )
+    roomy = swapped["peak_bytes"] + plain["block_bytes"]
+    assert with_more_blocks(swapped, roomy) == (3, roomy)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_verb_needs_neither_data_nor_weights_and_says_what_helps(
     small_run: Path, copy_of_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,8 +125,8 @@ def climb(
 
 def with_more_blocks(found: Mapping[str, Any], memory: int) -> tuple[int, int]:
     """How many blocks to keep on a device of `memory` bytes instead of `_SLOTS`, and the peak with them."""
-    room = max(0, memory - found["peak_bytes"]) // found["block_bytes"]
-    more = min(room, found["blocks"] - _SLOTS - 1)
+    room = (memory - found["peak_bytes"]) // found["block_bytes"]
+    more = max(0, min(room, found["blocks"] - _SLOTS - 1))
     return _SLOTS + more, found["peak_bytes"] + more * found["block_bytes"]
 
 

@@ -367,17 +367,14 @@ def rehearse(
 @torch.no_grad()
 def _sample(run: FakeRun, batch: Batch) -> None:
     """One call of the transformer, as a sample grid makes many."""
-    trained, sampled = run.trained, run.config.sample
-    half = torch.autocast(run.device.type, getattr(torch, run.config.model.dtype), cache_enabled=False)
-    promoted = next(trained.transformer.parameters()).dtype != getattr(torch, run.config.model.dtype)
+    trained, dtype = run.trained, getattr(torch, run.config.model.dtype)
     with ExitStack() as stack:
-        if sampled.use_ema and trained.ema:
+        if run.config.sample.use_ema and trained.ema:
             stack.enter_context(trained.ema.averaged())
-        if promoted:
-            stack.enter_context(half)
+        if next(trained.transformer.parameters()).dtype != dtype:  # all weights train
+            stack.enter_context(torch.autocast(run.device.type, dtype, cache_enabled=False))
         trained.transformer.eval()
-        sigmas = torch.full((1,), 0.5)
-        flow: Any = SimpleNamespace(noisy_latents=batch.latents, sigmas=sigmas)
+        flow: Any = SimpleNamespace(noisy_latents=batch.latents, sigmas=torch.full((1,), 0.5))
         trained.objective.predict(trained.transformer, batch, flow)
         trained.transformer.train()
 
