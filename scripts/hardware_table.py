@@ -1,4 +1,4 @@
-"""Rehearse every recipe of configs/ and write which devices it fits: docs/hardware.json and the table of a page.
+"""Rehearse every recipe of configs/ but the quickstart's and write which devices it fits: docs/hardware.json and the table of a page.
 
     python scripts/hardware_table.py            # rehearse what docs/hardware.json lacks, then write the table
     python scripts/hardware_table.py --table    # the table alone, from docs/hardware.json
@@ -67,7 +67,7 @@ def measure() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     found["versions"] = versions()
     known = {(row["recipe"], str(row["changes"]), row["ranks"]) for row in found["rows"]}
-    for recipe in sorted((REPOSITORY / "configs").glob("*.yaml")):
+    for recipe in sorted(path for path in (REPOSITORY / "configs").glob("*.yaml") if path.stem != "quickstart"):
         for row, work in rehearsals(recipe):
             if (recipe.stem, str(row["changes"]), row["ranks"]) in known:
                 continue

@@ -20,7 +20,7 @@ from mixres.training.optimizer import optimizer_tensors
 from mixres.training.setup import load_trained
 from mixres.training.step import run_step
 from mixres.verification.synthetic import SampleTokens, noise_batch, synthetic_samples
-from support.counting import allocated_at_peak
+from support.counting import allocated_at_peak, peak_of
 
 
 def sizes(config: Config, family: Family, count: int) -> list[SampleTokens]:
@@ -29,7 +29,10 @@ def sizes(config: Config, family: Family, count: int) -> list[SampleTokens]:
 
 
 def real_peak(config: Config, family: Family, count: int) -> int:
-    """Bytes at the peak of a step of one microbatch of `count` samples, by the allocator's record."""
+    """Bytes at the peak of a step of one microbatch of `count` samples, by the allocator's record.
+
+    Of split weights tensor by tensor: that record lacks what gloo's threads free.
+    """
     half = "no" if is_split(config.train.parallel) else config.train.mixed_precision
     accelerator = make_accelerator(mixed_precision=half, report_to="none", folder=Path(config.logging.output_dir))
     trained = load_trained(config, family, accelerator)
@@ -41,7 +44,8 @@ def real_peak(config: Config, family: Family, count: int) -> int:
     step()  # the optimizer's state and position tables are there from now on
     state = optimizer_tensors(optimizer, trained.parameters).values()
     held = (*trained.transformer.parameters(), *state, *(v for v in vars(batch).values() if isinstance(v, Tensor)))
-    return bytes_of(held) + allocated_at_peak(step)
+    work = peak_of if is_split(config.train.parallel) else allocated_at_peak
+    return bytes_of(held) + work(step)
 
 
 def main(file: Path, ways: list[tuple[str, list[str]]]) -> None:

@@ -3,18 +3,14 @@
 Promise: bytes of the configured model with its adapters, precision, quantisation and recomputation, for the largest
 microbatch. No layer is known here by name, and no GPU is needed. Cost: seconds.
 
-How. Torch's fake tensors (`FakeTensorMode`) have a shape, a type and a device, but no values. The model is built of
-them, and forward and backward run as in training. A storage is the memory behind a tensor and all its views.
-`LiveStorages` sees every operation, and counts each storage from the operation that makes it until nothing holds it.
+How. The model of `FakeRun` (see `rehearsal.py`, which also says what is not counted) runs forward and backward.
 
 Equal blocks. Neighbouring blocks with equal parameters are a run, and each block of it adds the same bytes. Forward and
 backward are counted with a few blocks of each run, and again with some more: the difference stands for all others.
 Where every n-th block is recomputed (gradient checkpointing), runs grow by n blocks at a time. What is kept between
 forward and backward and the peak of either are extended separately, which gives the figures of the whole model.
 
-Not counted: what a kernel allocates inside itself, the encoders (they are gone by then), the allocator's rounding, the
-library's own few hundred MB on a GPU, and copies that an optimizer makes while it updates. Weights of nf4 and bnb_int8
-are counted by formula, as bitsandbytes' kernels have no fake form. `inspect --measure` runs the real thing.
+`inspect --rehearse` runs all blocks and the other phases, `inspect --measure` the real thing.
 """
 
 from collections.abc import Iterator, Sequence
