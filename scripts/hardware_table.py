@@ -1,4 +1,4 @@
-"""Rehearse every recipe of configs/ but the quickstart's and write which devices it fits: docs/hardware.json and the table of a page.
+"""Rehearse every recipe of configs/ but the quickstart: docs/hardware.json, and the table of a page of what fits where.
 
     python scripts/hardware_table.py            # rehearse what docs/hardware.json lacks, then write the table
     python scripts/hardware_table.py --table    # the table alone, from docs/hardware.json
