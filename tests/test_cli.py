@@ -130,6 +130,10 @@ CALLS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "inspect --measure train.seed=3 --ranks 3 --config CONFIG": ("inspect", {"measure": True, "ranks": 3}),
     "--ranks 3 inspect --decode train.seed=3 --config CONFIG": ("inspect", {"decode": True, "ranks": 3}),
+    "--device-memory 24GiB inspect --rehearse train.seed=3 --config CONFIG": (
+        "inspect",
+        {"rehearse": True, "device_memory": 24 * 2**30},
+    ),
     "quickstart --config CONFIG train.seed=3": ("quickstart", {}),
 }
 

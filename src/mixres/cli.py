@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -37,7 +38,7 @@ WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
     "quickstart": "mixres.quickstart.results:show_results",
 }
 # Before a verb, the word after one of these is its value.
-_VALUED = ("--config", "--ranks", "--way", "--steps", "--seconds", "--peak-tflops")
+_VALUED = ("--config", "--ranks", "--way", "--steps", "--seconds", "--peak-tflops", "--device-memory")
 # Torch's settings of the allocator on CUDA, the older name last.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
@@ -116,6 +117,9 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
     inspect.add_argument("--decode", action="store_true", help="also show what the cache holds")
     inspect.add_argument("--ranks", metavar="N", type=int, help="plan for N processes (1)")
+    inspect.add_argument("--rehearse", action="store_true", help="one step of one rank on tensors without values")
+    fits = "with --rehearse: what to change so that it fits, such as 24GB"
+    inspect.add_argument("--device-memory", metavar="SIZE", type=_bytes, help=fits)
     verify = add("verify", "compare a batch of different sizes with its samples alone, on this model, data and device")
     bench = add("bench", "time the ways to batch the same samples")
     for parser in (verify, bench):
@@ -130,6 +134,15 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_sample_options(add("sample", "make images with what a run has trained"))
     _add_export_options(add("export", "write what a run has trained for diffusers or ComfyUI"))
     return whole, verbs.choices
+
+
+def _bytes(text: str) -> int:
+    """Of a device's memory: a number of GB (10^9) or GiB (2^30)."""
+    written = re.fullmatch(r"(\d+(?:\.\d+)?)(GB|GiB)", text)
+    size = int(float(written[1]) * {"GB": 10**9, "GiB": 2**30}[written[2]]) if written else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 24GB or 24GiB")
+    return size
 
 
 def _add_sample_options(parser: _Parser) -> None:

@@ -53,7 +53,7 @@ PUBLIC = {
 VERBS = {
     "train": ["--config"],
     "cache": ["--config", "--verify", "--device"],
-    "inspect": ["--config", "--decode", "--measure", "--ranks"],
+    "inspect": ["--config", "--decode", "--device-memory", "--measure", "--ranks", "--rehearse"],
     "verify": ["--config", "--synthetic"],
     "bench": ["--config", "--synthetic", "--way", "--steps", "--seconds", "--peak-tflops"],
     "sample": [

@@ -3,6 +3,7 @@ and they use the words of the glossary in CONTRIBUTING.md.
 """
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -175,3 +176,11 @@ def test_pages_and_descriptions_of_keys_use_the_words_of_the_glossary() -> None:
     assert not {name: words for name, text in texts.items() if name != "log.md" and (words := avoided(text))}
     planted = "A look at pictures: it goes on, and `filler` is told.\n> a fault\n"
     assert avoided(planted) == ["A look", "pictures", "goes on", "told"]
+
+
+def test_the_table_of_devices_is_that_of_the_rehearsals() -> None:
+    hardware = script("hardware_table")
+    page, found = hardware.PAGE.read_text(encoding="utf-8"), json.loads(hardware.RESULTS.read_text(encoding="utf-8"))
+    assert hardware.page_with_table(page, found) == page, "run scripts/hardware_table.py --table"
+    recipes = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} - {"quickstart"}
+    assert {row["recipe"] for row in found["rows"]} <= recipes

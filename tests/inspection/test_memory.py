@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.profiler import ProfilerActivity, profile
 
 from mixres.batch import Batch
 from mixres.config.load import load_config
 from mixres.geometry import Grid
 from mixres.inspection import memory
-from mixres.inspection.memory import MemoryEstimate, bytes_of, optimizer_bytes
+from mixres.inspection.memory import MemoryEstimate
+from mixres.inspection.rehearsal import FakeRun, optimizer_bytes
+from mixres.inspection.storages import bytes_of
 from mixres.models.blocks import repeated_blocks
 from mixres.models.lora import fill_adapters
 from mixres.models.registry import load_family
@@ -22,6 +23,7 @@ from mixres.training.setup import TrainState
 from mixres.verification.consistency import batches_of
 from mixres.verification.setup import one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
+from support.counting import allocated_at_peak
 from support.family_cases import EVERY_CASE, FamilyCase
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
@@ -34,7 +36,7 @@ def estimate_of(file: Path, *words: str, ranks: int = 1) -> MemoryEstimate:
     return MemoryEstimate(config, family_of(config), ranks=ranks)
 
 
-def allocated_at_peak(setting: TrainState, batch: Batch) -> int:
+def activations_at_peak(setting: TrainState, batch: Batch) -> int:
     """Bytes that forward and backward take beside weights and gradients, by the allocator's own record."""
 
     def step() -> None:
@@ -43,15 +45,8 @@ def allocated_at_peak(setting: TrainState, batch: Batch) -> int:
         torch.autograd.backward(loss)
 
     step()  # gradients and position tables are there from now on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak + bytes_of(value for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    held = bytes_of(value for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    return held + allocated_at_peak(step)
 
 
 def check_estimate(file: Path, words: Sequence[str]) -> None:
@@ -64,7 +59,7 @@ def check_estimate(file: Path, words: Sequence[str]) -> None:
     assert (estimate.trained, estimate.parameters) == setting.counts
     batch = estimate.batch([(sample.img_shapes, len(sample.prompt_embeds)) for sample in samples])
     counted = max(estimate.count(batch, config.train.gradient_checkpointing)[1:])
-    real = allocated_at_peak(setting, batches_of(samples, config.batch.layout)[0])
+    real = activations_at_peak(setting, batches_of(samples, config.batch.layout)[0])
     assert counted == pytest.approx(real, rel=0.1)
 
 
@@ -195,5 +190,7 @@ def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list
         trained.optimizer.step()
     state = optimizer_tensors(trained.optimizer, trained.parameters).values()
     numbers = [parameter.numel() for parameter in trained.parameters.values()]
-    assert optimizer_bytes(config, numbers) == bytes_of(tensor for tensor in state if tensor.dim())
+    held = bytes_of(tensor for tensor in state if tensor.dim())
+    assert optimizer_bytes(config, numbers) == held  # for classes that are not faked
+    assert FakeRun(config, family_of(config)).resident["optimizer"] == held
     assert {True, False} == {count >= 4096 for count in numbers}

@@ -7,7 +7,8 @@ most `MAX_STEPS` steps), and seconds of counting memory; no weights but with `me
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mixres import atomic
@@ -17,6 +18,7 @@ from mixres.data.plan import Plan, computed_tokens
 from mixres.errors import Problems, UserError, WorkError
 from mixres.inspection import memory_probe
 from mixres.inspection.buckets import bucketing
+from mixres.inspection.fitting import rehearsed
 from mixres.inspection.input_preview import chosen, decoded_of, preview_grid
 from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.report import page, summary_lines
@@ -30,24 +32,41 @@ from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import save_png
 from mixres.training.setup import check_early, make_plan
 from mixres.verification.setup import precision_label, report_path, versions
+from mixres.verification.synthetic import largest_microbatch
 
 MAX_STEPS = 20_000  # that are planned for the sums over a run
 
 
-def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bool = False) -> None:
+def inspect(
+    config: Config,
+    *,
+    ranks: int = 1,
+    measure: bool = False,
+    decode: bool = False,
+    rehearse: bool = False,
+    device_memory: int | None = None,
+) -> None:
     """Report on data and plan for `ranks` processes in `inspect.json`, `inspect.html` and `inputs.png`.
 
     `measure` computes the largest microbatch on the device; `decode` shows what the cache holds beside the images.
+    `rehearse` runs it on tensors without values, where there is no data yet as large as the configuration allows, and
+    says what to change so that it fits `device_memory` bytes.
 
     Raises:
         UserError: everything that would keep the run from training; the reports of what is usable are written.
         WorkError: the largest microbatch does not fit the device; the reports are written.
     """
+    if device_memory and not rehearse:
+        raise UserError("--device-memory: is for --rehearse: add it, or leave this out")
     if (started := dist_env().world_size) > 1:
         raise UserError(f"inspect: works on one process, {started} were started: python train.py inspect --ranks N")
     if ranks < 1:
         raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
     family, problems = family_of(config), Problems()
+    foresee = partial(rehearsed, ranks=ranks, device_memory=device_memory)
+    if rehearse and not any(Path(path).exists() for path in config.data.train):
+        _rehearse_without_data(config, family, foresee)
+        return
     problems.collect(check_early, config if measure else _checkable_here(config), family)
     estimate = not problems.lines
     make_folder(Path(config.cache.cache_dir))
@@ -60,6 +79,8 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
     report = run.report()
     if measure and not problems.lines:
         report["measured"] = run.measured()
+    if rehearse and run.plan and run.memory:
+        report["rehearsal"] = foresee(config, family, run.largest, microbatches=run.microbatches)
     _write(config, family, found, report, decode=decode)
     problems.raise_if_any()
     if report["measured"] and not report["measured"]["fits"]:
@@ -67,6 +88,15 @@ def inspect(config: Config, *, ranks: int = 1, measure: bool = False, decode: bo
             f"the largest microbatch does not fit {report['measured']['device']}: lower batch.max_tokens, set "
             "train.gradient_checkpointing=true, or lower data.resize.target.max_pixels"
         )
+
+
+def _rehearse_without_data(config: Config, family: Family, foresee: Callable[..., Figures]) -> None:
+    check_early(_checkable_here(config), family)
+    log(f"data      none at {', '.join(config.data.train)}: the largest sizes that the configuration allows")
+    report = {"rehearsal": foresee(config, family, largest_microbatch(config, family)), "notices": []}
+    for line in summary_lines(report):
+        log(line)
+    atomic.write_json(report_path(config, "inspect.json"), report)
 
 
 def _checkable_here(config: Config) -> Config:
@@ -108,6 +138,7 @@ class _DryRun:
             largest = self.sums["run"].largest
             self.lengths = self.plan.lengths_in(largest)
             grids = [self.entries[planned[i]].img_shapes for i in largest.indices]
+            self.microbatches = max(len(rank) for rank in self.plan.step(0).ranks)
             self.largest = [(own, length.text) for own, length in zip(grids, self.lengths, strict=True)]
 
     def _planned(self, indices: Sequence[int]) -> Plan | None:

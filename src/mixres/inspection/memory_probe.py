@@ -12,9 +12,9 @@ from typing import Any
 
 from mixres.config.schema import Config
 from mixres.errors import WorkError
-from mixres.inspection.memory import SampleTokens, noise_batch
 from mixres.models.family import Family
 from mixres.verification.setup import one_process, peak_memory, set_up, step_seconds
+from mixres.verification.synthetic import SampleTokens, noise_batch
 
 _ROUNDS = 3
 

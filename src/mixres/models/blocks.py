@@ -17,9 +17,15 @@ from mixres.errors import UserError
 
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks that diffusers declares as repeated, in the order of the model."""
+    """The blocks that diffusers declares as repeated, in the order of the model, also those that FSDP2 has split."""
     kinds = set(transformer._repeated_blocks)  # type: ignore[arg-type]
-    return [module for module in transformer.modules() if type(module).__name__ in kinds]
+    return [m for m in transformer.modules() if not kinds.isdisjoint(kind.__name__ for kind in type(m).__mro__)]
+
+
+def block_lists(transformer: nn.Module) -> list[nn.ModuleList]:
+    """The lists of the model that hold its repeated blocks, in its order."""
+    repeated = repeated_blocks(transformer)
+    return [module for module in transformer.modules() if _holds(module, repeated)]
 
 
 @contextmanager
@@ -28,11 +34,11 @@ def fewer_blocks(transformer: nn.Module, count: int) -> Iterator[None]:
 
     The first ones of each list, and its last: patches hang hooks on it, and its text stream ends there.
     """
-    repeated = repeated_blocks(transformer)
-    stacks = {stack: list(stack) for stack in transformer.modules() if _holds(stack, repeated)}
+    stacks = {stack: list(stack) for stack in block_lists(transformer)}
+    repeated = sum(map(len, stacks.values()))
     try:
         for stack, blocks in stacks.items():
-            kept = min(len(blocks), max(2, len(blocks) * count // len(repeated)))
+            kept = min(len(blocks), max(2, len(blocks) * count // repeated))
             del stack[kept - 1 : -1]
         yield
     finally:

@@ -217,8 +217,8 @@ class Family(Protocol):
     ) -> Any:
         """The stock transformer, or that in the folder `trained`, patched to take samples of different sizes."""
 
-    def transformer_folder(self) -> Path:
-        """Where the weights of the base's transformer are."""
+    def transformer_folder(self) -> Path | None:
+        """Where the weights of the base's transformer are; None: there are none to read."""
 
     def patch_state(self, transformer: Any, /) -> PatchState:
         """How much of the patch a transformer carries: adapters or an attention backend must have removed nothing."""

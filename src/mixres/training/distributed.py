@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -190,9 +190,7 @@ def shard(model: nn.Module, device: torch.device, *, size: int, half: bool, cpu_
     """
     # The model's output is a view; it is read, never changed in place, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    ranks = dist.get_world_size()
-    copies = () if size == ranks else (ranks // size,)
-    mesh = init_device_mesh(device.type, (*copies, size), mesh_dim_names=(*("replicate" for _ in copies), "shard"))
+    mesh = shard_mesh(dist.group.WORLD, device.type, size)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy()
     repeated: set[str] = set(model._no_split_modules)  # type: ignore[arg-type]
@@ -204,6 +202,14 @@ def shard(model: nn.Module, device: torch.device, *, size: int, half: bool, cpu_
         module.set_force_sum_reduction_for_comms(True)  # else the factor becomes an operation gloo does not have
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])  # in backward FSDP2 does so by itself
+
+
+@functools.lru_cache(maxsize=1)
+def shard_mesh(world: dist.ProcessGroup, device_type: str, size: int) -> DeviceMesh:
+    """All ranks, in rows of `size` that split weights. All must call it the first time."""
+    ranks = world.size()
+    copies = () if size == ranks else (ranks // size,)
+    return init_device_mesh(device_type, (*copies, size), mesh_dim_names=(*("replicate" for _ in copies), "shard"))
 
 
 def replicate(model: nn.Module, accelerator: Accelerator) -> nn.Module:

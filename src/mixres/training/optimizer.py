@@ -175,7 +175,7 @@ def restore_optimizer(
     group = optimizer.param_groups[0]
     parts = {key for key in tensors if "." in key.partition("|")[0]}
     if parts:  # only the optimizer itself can make the quantised tensors that these are copied into
-        _make_state(optimizer)
+        make_state(optimizer)
     by_name = dict(zip(names, group["params"], strict=True))
     counts_on_device = bool(group.get("fused") or group.get("capturable"))  # else torch keeps step counts on the CPU
     for key, value in [*tensors.items(), *scalars["entries"].items()]:
@@ -190,7 +190,7 @@ def restore_optimizer(
     group.update(scalars["group"])
 
 
-def _make_state(optimizer: Optimizer) -> None:
+def make_state(optimizer: Optimizer) -> None:
     """Make the optimizer's state by a step with gradients of zero at learning rate 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

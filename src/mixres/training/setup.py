@@ -123,7 +123,7 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
     """
     model, train, dtype = config.model, config.train, getattr(torch, config.model.dtype)
     offload, device = train.offload, accelerator.device
-    split, rows = is_split(train.parallel), False
+    split, rows = train.parallel == "fsdp2" and accelerator.num_processes > 1, False
     if split:
         transformer, rows = _unsplit(config, family, dtype)
     else:
@@ -163,7 +163,8 @@ def _unsplit(config: Config, family: Family, dtype: torch.dtype) -> tuple[Any, b
 
     Else its weights are the files, mapped. Adapters begin in the precision of the base, so that has to be the files'.
     """
-    stored = stored_dtype(family.transformer_folder())
+    folder = family.transformer_folder()
+    stored = None if folder is None else stored_dtype(folder)
     if stored is None or config.train.shard_read == "rows" or (config.model.lora and stored != dtype):
         return without_values(family.transformer_skeleton(), dtype), True
     return family.load_transformer(dtype=stored, device="cpu"), False
@@ -183,7 +184,8 @@ def _split(config: Config, family: Family, accelerator: Accelerator, transformer
     )
     if rows:
         materialize(transformer, torch.device("cpu") if train.cpu_offload else accelerator.device)
-        read_weights(transformer, family.transformer_folder())
+        if folder := family.transformer_folder():
+            read_weights(transformer, folder)
         if lora and lora.pretrained_weight is None:
             measure_magnitudes(transformer)
 

@@ -77,7 +77,7 @@ def run_step(
     own_loss, grad_norm = torch.stack(losses).sum(), float(norm)
     own = [tokens, tokens_computed, stop_requested, not math.isfinite(grad_norm)]
     sums = accelerator.reduce(torch.cat([own_loss[None], own_loss.new_tensor(own)]), "sum")
-    loss, tokens_of_all, computed_of_all, stopping, bad = sums.tolist()
+    loss, tokens_of_all, computed_of_all, stopping, bad = map(float, sums.cpu())
 
     skipped: tuple[str, ...] = ()
     if bad or not math.isfinite(loss):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
@@ -33,9 +32,11 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(hasattr(value, "__tensor_flatten__") for value in tree_iter((args, kwargs))):
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # the operations that it is made of come here again
         result = func(*args, **kwargs)
+        if func.namespace == "prim":  # such as asking for a device
+            return result
         kernel = getattr(func, "overloadpacket", func)
         formula = flop_registry.get(_LIKE.get(kernel, kernel))
         if formula is not None:

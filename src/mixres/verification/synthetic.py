@@ -11,18 +11,24 @@ controls that the family takes alternate, up to 3 where it takes any.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from mixres.batch import Sample
+from mixres.batch import Batch, Sample
 from mixres.config.schema import Config
+from mixres.data.collate import collate
 from mixres.geometry import Grid, Size, control_area, target_size
 from mixres.models.family import Family
 from mixres.preprocessing.training_data import stated_areas
 
 _TEXT_PIXELS = 28 * 28
 _MAX_CONTROLS = 3
+_PROMPT = 150  # tokens of the longest prompts that are drawn
+
+SampleTokens = tuple[tuple[Grid, ...], int]  # of one sample: token grids, target first, and text tokens
 
 
 def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample]:
@@ -39,7 +45,7 @@ def synthetic_samples(config: Config, family: Family, count: int) -> list[Sample
         grids = draw_sizes(config, draw, family, controls=fewest + number % counts)
         areas = [text_area if isinstance(text_area, int) else g.tokens * pixels_per_token**2 for g in grids[1:]]
         empty = sum(pixels // _TEXT_PIXELS for pixels in areas)
-        text, empty = (family.padded_text,) * 2 if family.padded_text else (draw.randint(10, 150) + empty, empty)
+        text, empty = (family.padded_text,) * 2 if family.padded_text else (draw.randint(10, _PROMPT) + empty, empty)
         sample = noise_sample(config, family, f"synthetic-{number}", grids, text, noise=noise)
         if config.data.caption_dropout:
             width, dtype = sample.prompt_embeds.shape[1], sample.prompt_embeds.dtype
@@ -60,6 +66,29 @@ def noise_sample(
     # Where controls stand within the text, all of it is behind them.
     before = (0,) * len(controls)
     return Sample(name, target, tuple(controls), embeds, grids, pooled_embeds=pooled, text_before=before)
+
+
+def noise_batch(config: Config, family: Family, microbatch: Sequence[SampleTokens]) -> Batch:
+    """A microbatch of these sizes; its values are noise."""
+    draw = partial(noise_sample, config, family, noise=torch.Generator().manual_seed(config.train.seed))
+    samples = [draw(f"largest-{number}", *sizes) for number, sizes in enumerate(microbatch)]
+    return collate(samples, indices=range(len(samples)), weights=[1.0] * len(samples), layout=config.batch.layout)
+
+
+def largest_microbatch(config: Config, family: Family) -> list[SampleTokens]:
+    """As many of the largest samples as `batch` allows: a square target of `max_pixels` with a control where the family
+    takes one, and a prompt of 150 tokens, or as many as every prompt has.
+    """
+    rule, control_rule = config.data.resize.target, config.data.resize.control
+    target = target_size(_size(rule.max_pixels, 1), **rule.model_dump())
+    sources = [_size(control_area(control_rule.area, target), 1)] * (family.controls[1] != 0)
+    aligned = [control_rule.align != "never"] * len(sources)
+    sizes = family.control_sizes(target, sources, stated_areas(config, family), aligned)
+    grids = family.grids(target, sizes)
+    seen = 0 if family.prompts_alone else sum(size.width * size.height // _TEXT_PIXELS for size in sizes.text)
+    text = family.padded_text or _PROMPT + seen
+    tokens = sum(grid.tokens for grid in grids) + text
+    return [(grids, text)] * max(1, min(config.batch.samples_per_step, config.batch.max_tokens // tokens))
 
 
 def _pooled(config: Config, family: Family, noise: torch.Generator) -> torch.Tensor | None:
