@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from accelerate.state import AcceleratorState
 
 from mixres.config.load import load_config
 from mixres.config.schema import Config
-from mixres.models.blocks import recompute_blocks
+from mixres.models.blocks import compile_blocks, recompute_blocks
 from mixres.models.quantize import Method, plain_tensors
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
+from mixres.training import setup as training_setup
 from mixres.verification.bench import WAYS, bench, known_peak, make_work
 from mixres.verification.consistency import BatchMode, batches_of
 from mixres.verification.flops import FlopCounter
@@ -65,23 +67,21 @@ def test_a_report_agrees_with_itself(
 SETTINGS = {
     "rounded": (["model.quantize=int8", "model.dtype=bfloat16"], {}, ["one_by_one", "padded", "packed"]),
     "packed alone": ([], {"way": ["packed"]}, ["packed"]),
+    "compiled": (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"]),
 }
-COMPILED = (["train.compile=true", "batch.layout=padded"], {"way": ["padded", "packed"]}, ["padded"])
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
-@pytest.mark.parametrize(
-    ("overrides", "options", "ways"),
-    [
-        *(pytest.param(*setting, id=name) for name, setting in SETTINGS.items()),
-        pytest.param(*COMPILED, id="compiled", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "options", "ways"), SETTINGS.values(), ids=SETTINGS)
 def test_the_ways_asked_for_are_timed_in_the_seconds_given(
-    small_run: Path, tmp_path: Path, overrides: list[str], options: dict[str, Any], ways: list[str]
+    small_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    options: dict[str, Any],
+    ways: list[str],
 ) -> None:
     """MFU is of the FLOPs of the samples alone, however they were batched, and whether blocks were compiled."""
+    monkeypatch.setattr(training_setup, "compile_blocks", partial(compile_blocks, backend="aot_eager"))  # in seconds
     AcceleratorState._reset_state(True)
     config = load_config(small_run, [f"logging.output_dir={tmp_path / 'run'}", *overrides])
     bench(config, synthetic=True, steps=1, seconds=1e-3, peak_tflops=0.5, **options)
