@@ -16,7 +16,7 @@ from mixres.inspection.rehearsal import rehearse
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.verification.synthetic import largest_microbatch
-from support.family_cases import CASES, FamilyCase
+from support.family_cases import EVERY_CASE, FamilyCase
 from support.jobs import REPOSITORY
 from support.rehearsed_step import real_peak, sizes
 from training.test_split_loading import large_base, on_two_ranks  # noqa: F401 - a fixture
@@ -55,9 +55,9 @@ def test_the_peak_is_that_of_a_real_step(small_run: Path, tmp_path: Path, words:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name != "qwen_image_edit"])
+@pytest.mark.parametrize("name", [name for name in EVERY_CASE if name != "qwen_image_edit"])
 def test_every_family(name: str, small_run: Path, tmp_path: Path, base_of: Callable[[FamilyCase], Path]) -> None:
-    case = CASES[name]
+    case = EVERY_CASE[name]
     base = f"model.pretrained_model_name_or_path={base_of(case)}"
     words = [base, f"logging.output_dir={tmp_path}", *case.overrides(), LARGER[0], EVERY_LAYER, *BF16]
     check(small_run, words)

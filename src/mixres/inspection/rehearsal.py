@@ -258,7 +258,8 @@ def optimizer_bytes(config: Config, numbers: Sequence[int]) -> int:
 
 def _state_bytes(config: Config, size: int) -> int:
     kind = optimizer_class(config.optimizer.class_path, config.optimizer.init_args)
-    state = state_of_a_step(kind, config.optimizer.init_args, device=dist_env().device, size=size)
+    with torch.compiler.set_stance("force_eager"):  # torchao would compile its update for a minute
+        state = state_of_a_step(kind, config.optimizer.init_args, device=dist_env().device, size=size)
     return bytes_of(value for value in state.values() if isinstance(value, Tensor) and value.dim())
 
 
