@@ -15,7 +15,7 @@ from mixres.config.schema import Config
 from mixres.inspection.storages import bytes_of
 from mixres.models.family import Family
 from mixres.preprocessing.fill import family_of
-from mixres.training.distributed import gather, is_split, make_accelerator
+from mixres.training.distributed import dist_env, gather, is_split, make_accelerator
 from mixres.training.optimizer import optimizer_tensors
 from mixres.training.setup import load_trained
 from mixres.training.step import run_step
@@ -54,7 +54,8 @@ def main(file: Path, ways: list[tuple[str, list[str]]]) -> None:
         config = load_config(file, words)
         found[name] = real_peak(config, family_of(config), 1)
     everyone = gather(found)
-    sys.stdout.write(json.dumps(everyone))
+    if dist_env().rank == 0:
+        sys.stdout.write(json.dumps(everyone))
 
 
 if __name__ == "__main__":
