@@ -190,7 +190,7 @@ def test_the_mask_hides_exactly_the_padding_and_is_absent_without(kind: IdKind) 
 
 def test_a_model_of_fewer_blocks_is_still_patched(any_kind: Kind) -> None:
     """As `verify` and `inspect` run one that does not fit: hooks hang on first and last blocks."""
-    model, mix = any_kind.patched(adapters=True), mixes.random_mix(3)
+    model, mix = any_kind.patched(adapters=True), any_kind.fitted(mixes.random_mix(3))
     with fewer_blocks(model, 3):
         for layout in mixes.LAYOUTS:
             mixes.assert_same(any_kind.run(model, mix, layout), any_kind.run(model, mix, "alone"))
