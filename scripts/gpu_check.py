@@ -134,8 +134,6 @@ def device() -> dict[str, Any]:
 def run(case: Case, left: float, folder: Path) -> dict[str, Any]:
     """The case in a process of its own, and what became of it."""
     outcome = {"name": case.name, "samples": case.samples, "command": " ".join(case.command), "report": None}
-    # To be compared with what a rehearsal of the same configuration foresees, once there is one.
-    outcome["rehearsed_bytes"] = None
     if not case.limit:
         return outcome | {"outcome": "not run", "reason": "there is no CUDA device"}
     if left < STARTS_S:
