@@ -110,7 +110,9 @@ def trained_of(
     return trained
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in ("zero_cond_t", "qwen_image"))) for name in CASES]
+)
 def trained(request: pytest.FixtureRequest, trained_of: Callable[[str], Result]) -> Result:
     return trained_of(request.param)
 
@@ -174,6 +176,7 @@ def test_the_image_says_how_it_was_made(edit: Result, tmp_path: Path) -> None:
         assert difference(edit.stock_image(stock, **other), expected) > 1
 
 
+@pytest.mark.slow
 def test_transparent_images_lie_on_the_colour_of_the_training(edit: Result, tmp_path: Path) -> None:
     """As if it had been laid on it before; without a word in the result it is white."""
     with Image.open(edit.images[0]) as image:
@@ -289,6 +292,7 @@ def test_an_image_that_changed_after_the_start_is_one_line(edit: Result, tmp_pat
         sample(request)
 
 
+@pytest.mark.slow
 def test_a_transformer_trained_as_a_whole_is_sampled_beside_its_base(
     edit: Result, small_run: Path, tmp_path: Path
 ) -> None:

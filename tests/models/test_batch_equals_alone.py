@@ -143,7 +143,7 @@ def assert_each_as_alone(case: Case) -> None:
         mixes.assert_same(mixes.backward(patched, out, value), kind.run(stock, mix, "alone"))
 
 
-@settings(drawn_alike, max_examples=30)
+@settings(drawn_alike, max_examples=20)
 @given(cases(*QWEN))
 def test_two_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)
@@ -156,7 +156,7 @@ def test_two_microbatches_in_flight_are_each_recomputed_as_themselves(kind: Kind
     assert_each_as_alone(Case((mixes.random_mix(1), mixes.random_mix(2)), layouts, kind, True, "lora"))
 
 
-@settings(drawn_alike, max_examples=20)
+@settings(drawn_alike, max_examples=16)
 @given(cases(*OTHERS, *VARIANTS))
 def test_two_microbatches_of_other_models_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)

@@ -225,15 +225,15 @@ def test_an_image_from_cached_embeddings_is_the_stock_image(
     sampling = sampling_of(case, base)
     assert sampling.text_encoder is None and getattr(sampling, "tokenizer", None) is None
     size = case.fitted(Size(64, 80))
-    for count in sorted(set(case.controls)):
-        for aligned in (size, None):
-            sizes = case.sizes(size, images(count), aligned=aligned is not None)
-            text = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).text
-            call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes, "size": size, "seed": 7}
-            expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
-            (made,) = sampled(case.at(base), sampling, [call])
-            assert made.size == tuple(size)
-            assert largest_difference(made, expected) <= 1
+    count = max(case.controls)  # others are in the batches below
+    for aligned in (size, None):
+        sizes = case.sizes(size, images(count), aligned=aligned is not None)
+        text = encode(case, encoders, images(count), PROMPTS[0], sizes=sizes).text
+        call: dict[str, Any] = {"controls": images(count), "text": text, "sizes": sizes, "size": size, "seed": 7}
+        expected = stock_image(stock, case, case.areas, images(count), size, prompt=PROMPTS[0], aligned=aligned)
+        (made,) = sampled(case.at(base), sampling, [call])
+        assert made.size == tuple(size)
+        assert largest_difference(made, expected) <= 1
     # The bound means something: another prompt, seed, guidance, control or area is an image farther away.
     negative = encode(case, encoders, images(count), PROMPTS[1]).text
     changes: list[dict[str, Any]] = [case.guidance(negative)]

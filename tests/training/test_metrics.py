@@ -117,6 +117,7 @@ def test_a_tracker_that_fails_anywhere_stops_nothing(tmp_path: Path, caplog: pyt
     assert all(reason in message for reason, message in zip(reasons, caplog.messages, strict=True))
 
 
+@pytest.mark.slow
 def test_wandb_out_of_reach_continues_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

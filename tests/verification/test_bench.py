@@ -71,7 +71,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("overrides", "options", "ways"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("overrides", "options", "ways"),
+    [pytest.param(*way, id=name, marks=[pytest.mark.slow] * (name == "compiled")) for name, way in SETTINGS.items()],
+)
 def test_the_ways_asked_for_are_timed_in_the_seconds_given(
     small_run: Path,
     tmp_path: Path,

@@ -92,7 +92,13 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize(("overrides", "label"), PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        pytest.param(*way, id=name, marks=[pytest.mark.slow] * (name in ("offloaded", "all_weights")))
+        for name, way in PRECISIONS.items()
+    ],
+)
 def test_lower_precision_is_held_against_float64(verify: Verify, overrides: tuple[str, ...], label: str) -> None:
     code, report = verify(*overrides)
     assert code == 0
@@ -193,7 +199,9 @@ def test_without_room_for_float64_bfloat16_is_held_against_the_samples_alone(
 TINY = Path(verify_module.__file__).parents[1] / "assets" / "tiny_base"
 
 
-@pytest.mark.parametrize("bug", [None, no_mask, batch_size_in_the_loss])
+@pytest.mark.parametrize(
+    "bug", [None, *(pytest.param(bug, marks=pytest.mark.slow) for bug in (no_mask, batch_size_in_the_loss))]
+)
 def test_what_does_not_fit_whole_is_held_against_float64_over_fewer_blocks(
     verify: Verify, bug: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
