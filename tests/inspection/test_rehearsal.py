@@ -187,10 +187,10 @@ def test_a_billion_parameters_on_one_and_two_ranks(small_run: Path, large_base: 
 
 @pytest.mark.slow
 def test_few_blocks_of_the_stock_shape(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FLUX.1's two lists of blocks at the stock width, cut to 5 and 6 blocks."""
-    words = ["model.pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev", *BF16]
+    """Kontext's two lists of blocks at the stock width, cut to 5 and 6 blocks."""
+    words = ["model.pretrained_model_name_or_path=black-forest-labs/FLUX.1-Kontext-dev", *BF16]
     config = load_config(small_run, words)
-    family: Any = load_family(None, "black-forest-labs/FLUX.1-dev", synthetic=True)
+    family: Any = load_family(None, "black-forest-labs/FLUX.1-Kontext-dev", synthetic=True)
     microbatch = largest_microbatch(config, family)
     shorter: Any = fitting._Shorter(family, (5, 6))
     assert rehearse_quickly(config, shorter, microbatch) == rehearse(config, shorter, microbatch)
