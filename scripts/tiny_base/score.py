@@ -18,6 +18,7 @@ from mixres.models.family import ControlSizes
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.quickstart.data import HELD_OUT_SIZES
 from mixres.quickstart.results import psnr
+from mixres.training.denoising import image_inputs, make_images
 
 STEPS = 8
 SEED = 7
@@ -43,16 +44,16 @@ def score_base(base: Path, edits: Sequence[str] = tuple(EDITS)) -> list[Score]:
     crops = held_out_crops([(size.height, size.width) for size in HELD_OUT_SIZES], SEED)
     scores = []
     for name in edits:
-        rows = [_score(encoders, sampling, EDITS[name], crop) for crop in crops]
+        rows = [_score(QwenImageEdit(str(base)), encoders, sampling, EDITS[name], crop) for crop in crops]
         scores.append(Score(name, *(round(sum(column) / len(rows), 2) for column in zip(*rows, strict=True))))
     return scores
 
 
-def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list[float]:
+def _score(family: QwenImageEdit, encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list[float]:
     control, target = to_image(crop), to_image(edit.apply(crop))
     size = Size(*target.size)
     aligned = ControlSizes((size,), (size,))
-    sample = QwenImageEdit("").encode(
+    sample = family.encode(
         encoders,
         name="crop",
         target=target,
@@ -61,16 +62,9 @@ def _score(encoders: object, sampling: object, edit: Edit, crop: Tensor) -> list
         prompt=edit.prompts[0],
         sizes=aligned,
     )
-    image = QwenImageEdit("").sample_image(
-        sampling,
-        controls=[control],
-        text=sample.text,
-        size=size,
-        steps=STEPS,
-        seed=SEED,
-        sizes=aligned,
-    )
-    ceiling = QwenImageEdit("").decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
+    given = image_inputs(family, sampling, controls=[control], text=sample.text, size=size, sizes=aligned, seed=SEED)
+    (image,) = make_images(family, sampling, [given], steps=STEPS)
+    ceiling = family.decode_latents(sampling, sample.target_latents, sample.img_shapes[0])
     return [psnr(shown, target) for shown in (control, image, ceiling)]
 
 

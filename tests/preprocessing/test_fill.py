@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -233,7 +234,8 @@ def test_killed_ranks_leave_entries_that_the_next_ranks_keep(
         seen = files(root)
         assert wanted <= len(seen) < ALL
     with start(stdout=subprocess.PIPE) as job:
-        assert f", {len(seen)} found" in job.communicate()[0]
+        found = re.search(r", (\d+) found", job.communicate()[0])
+        assert found and int(found[1]) >= len(seen), "one rank may find what the other has just written"
     assert job.returncode == 0
     assert seen.items() <= files(root).items()
     assert_undisturbed(root, filled_cache)
