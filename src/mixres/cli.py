@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        reason = str(error).partition("\n")[0].strip()
-        return _ended(1, f"error: data.num_workers: {reason} Where memory is short, lower it")
+        reason = str(error).partition("\n")[0].strip().removesuffix(".")
+        return _ended(1, f"error: data.num_workers: {reason}. Where memory is short, lower it")
     except Stopped as stop:
         return _ended(Stopped.exit_code, str(stop))
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from mixres.models.lora_file import FILE_NAME
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.quickstart import data
 from mixres.quickstart.results import psnr
+from mixres.training.denoising import image_inputs, make_images
 from mixres.training.drift import Drift, measure_drift
 from mixres.training.sample_sheets import HeldOutSampler
 from support.jobs import environment
@@ -77,8 +78,19 @@ class Trained:
 
     def made(self, items: Sequence[CachedSample]) -> list[Made]:
         found = []
+        sampler, cache = self.sampler, self.encoded.cache
         for item in items:
-            image, target = self.sampler.predict(item), self.sampler.read(item.record.target)
+            given = image_inputs(
+                sampler.family,
+                sampler.pipeline,
+                controls=[sampler.read(path) for path in item.record.controls],
+                text=cache.read(item.key, name=item.record.name).text,
+                size=item.target_size,
+                sizes=item.control_sizes,
+                seed=0,
+            )
+            (image,) = make_images(sampler.family, sampler.pipeline, [given], steps=sampler.config.sample.steps)
+            target = sampler.read(item.record.target)
             target = target.resize(item.target_size, Image.Resampling.LANCZOS)
             found.append(Made(item.target_size, psnr(image, target), measure_drift(image, target)))
         return found

@@ -108,11 +108,13 @@ def test_a_killed_process_of_the_loader_is_one_line(jobs: Jobs) -> None:
     folder = jobs.root / "loader"
     with jobs.started("loader", ENDLESS, WORKERS) as process:
         wait_for_steps(folder, 3, process)
-        send(children(process.pid)[-1], signal.SIGKILL)
+        killed = children(process.pid)[-1]
+        send(killed, signal.SIGKILL)
         assert process.wait(timeout=STOP_S) == 1
     assert ending(folder) == ("failed", 1)
     (line,) = [line for line in jobs.output("loader").splitlines() if line.startswith("mixres: error: ")]
-    assert line.startswith("mixres: error: data.num_workers: ") and "is killed by signal: Killed" in line
+    # torch words it in two ways: the queue of results ended, or the signal came first.
+    assert line.startswith("mixres: error: data.num_workers: DataLoader worker (pid") and str(killed) in line
     assert newest(folder).step >= 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ GPU_CHECK = script("gpu_check")
 def check(docs: Path, *options: str) -> tuple["subprocess.CompletedProcess[str]", dict[str, dict[str, Any]]]:
     """The command on the CPU, and its cases by name."""
     command = ["bash", "scripts/gpu_check.sh", "--docs", str(docs), *options]
-    hidden = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    hidden = environment() | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=REPOSITORY, env=hidden, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     result = json.loads((docs / "benchmarks" / "cpu.json").read_text())
     return done, {case["name"]: case for case in result["cases"]}
 
@@ -26,7 +28,6 @@ def check(docs: Path, *options: str) -> tuple["subprocess.CompletedProcess[str]"
 @pytest.mark.timeout(300)
 def test_every_case_has_an_outcome_and_the_page_its_tables(tmp_path: Path) -> None:
     done, cases = check(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
     outcomes = {name: case["outcome"] for name, case in cases.items()}
     measured = dict.fromkeys(("batch_equals_alone", "tiny", "tiny_int8"), "done")
     assert outcomes == {"gpu_tests": "not run", **measured, "too_large": "failed"}
