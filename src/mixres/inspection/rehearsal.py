@@ -31,6 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mixres.batch import Batch
 from mixres.config.schema import Config
@@ -114,6 +116,22 @@ def fake_ranks(config: Config, count: int) -> Iterator[int]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _shapes_apart() -> Iterator[None]:
+    """Within it, DTensor infers shapes outside all modes: it makes whole tensors for that, which are not to count."""
+    plain = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def apart(propagator: ShardingPropagator, schema: Any) -> Any:
+        with _disable_current_modes():
+            return plain(propagator, schema)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = plain  # type: ignore[method-assign]
+
+
 class FakeRun:
     """Model, optimizer and objective of a configuration on fake tensors, after a first update.
 
@@ -142,6 +160,7 @@ class FakeRun:
     def __enter__(self) -> LiveStorages:
         self._stack.enter_context(self.fake)
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # torchao would compile its update
+        self._stack.enter_context(_shapes_apart())
         return self._stack.enter_context(self.storages)  # type: ignore[no-any-return]
 
     def __exit__(self, *raised: Any) -> None:
