@@ -2,8 +2,9 @@
 
 Each case is a command in a process of its own with a time limit: one that runs out of memory ends no other. A case for
 which too little time is left is listed as not run. The results go to `benchmarks/<device>.json` beside the page
-`benchmarks.md`, whose tables are written anew from all such files. Without a CUDA device the same code runs on a few
-tiny shapes, on a copy of the page in build/gpu_check.
+`benchmarks.md`, whose tables are written anew from all such files. Beside the cases, a process that uses no CUDA device
+rehearses their peaks of memory. Without a CUDA device the same code runs on a few tiny shapes, on a copy of the page in
+build/gpu_check.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -90,6 +92,8 @@ CPU_CASES = (
     bench("tiny_int8", 60, 1, *TINY, *PACKED, "model.quantize=int8", config="quickstart", samples=1),
     bench("too_large", 60, 1, *TINY, "batch.max_tokens=8", config="quickstart", samples=1),
 )
+
+CASES = {"gpu": GPU_CASES, "cpu": CPU_CASES}
 
 
 def unmet() -> Iterator[str]:
@@ -172,6 +176,63 @@ def gpu_tests() -> list[str]:
     return [*command, *map(str, files), *(() if with_bitsandbytes else ("-k", "not nf4 and not bnb and not 8bit"))]
 
 
+def rehearse(cases: Sequence[Case]) -> None:
+    """Print for each case, as a line of JSON, the bytes at the peak of a step in each of its ways.
+
+    They are those of the first step's largest microbatch, as `mixres.inspection.rehearsal` counts them.
+    """
+    sys.path.insert(0, str(REPOSITORY / "src"))
+    from mixres.cli import parsers
+    from mixres.config.load import load_config
+    from mixres.errors import UserError
+    from mixres.inspection.fitting import rehearse_quickly
+    from mixres.verification.bench import WAYS, make_work
+    from mixres.verification.setup import synthetic_source
+
+    for case in cases:
+        verb, *words = case.command or ("",)
+        if verb != "bench":
+            continue
+        given = parsers()[1][verb].parse_intermixed_args(words)
+        config = load_config(REPOSITORY / given.config, given.words)
+        family, source = synthetic_source(config, config.batch.samples_per_step)
+        found = {}
+        try:
+            work = make_work(config, source, 1)
+        except UserError:  # as the case itself reports
+            continue
+        for way in given.way or WAYS:
+            batches = work[way][0].batches
+            largest = max(batches, key=lambda batch: batch.tokens_computed)
+            sizes = list(zip(largest.img_shapes, largest.text_lengths, strict=True))
+            own = config.model_copy(update={"batch": config.batch.model_copy(update={"layout": WAYS[way]})})
+            phases = rehearse_quickly(own, family, sizes, microbatches=len(batches))["phases"]
+            found[way] = max(phases[name]["bytes"] for name in ("forward", "backward", "optimizer"))
+        print(json.dumps({"name": case.name, "bytes": found}), flush=True)
+
+
+@contextmanager
+def rehearsing(cases: str, log: Path, end: float) -> Iterator[Callable[[], dict[str, dict[str, int]]]]:
+    """Rehearse beside what is done here, on processors alone. Yields what waits for the bytes by case and way."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--rehearse", cases]
+    with (
+        log.open("w+") as out,
+        subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.DEVNULL) as job,
+    ):
+
+        def found() -> dict[str, dict[str, int]]:
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(timeout=max(0, end - time.monotonic()))
+            out.seek(0)
+            return {each["name"]: each["bytes"] for each in map(json.loads, out.read().splitlines())}
+
+        try:
+            yield found
+        finally:
+            job.kill()
+
+
 def line(outcome: dict[str, Any]) -> str:
     """What became of a case, in one line."""
     found = f"{outcome['name']:<28} {outcome['outcome']:<8}"
@@ -189,7 +250,7 @@ def rows(outcome: dict[str, Any]) -> Iterator[str]:
             row["name"],
             f"{row['seconds'] / outcome['samples']:.3f}",
             "-" if row["mfu"] is None else f"{row['mfu']:.2f}",
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.1f}",
+            *("-" if row.get(name) is None else f"{row[name] / GIB:.1f}" for name in ("peak_bytes", "rehearsed_bytes")),
             f"{row['padding']:.1%}",
             BARS.get(outcome["name"], ""),
         )
@@ -201,7 +262,7 @@ def section(result: dict[str, Any]) -> str:
     machine, cases = result["device"], result["cases"]
     memory = f", {machine['memory_bytes'] / GIB:.0f} GiB" if machine["memory_bytes"] else ""
     lines = [f"### {machine['name']}", "", f"{result['date']}, torch {machine['torch']}{memory}.", ""]
-    head = ("case", "way", "s a sample", "MFU", "peak GiB", "padding", "to compare")
+    head = ("case", "way", "s a sample", "MFU", "peak GiB", "rehearsed GiB", "padding", "to compare")
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [row for outcome in cases for row in rows(outcome)]
     others = [x for x in cases if not (x["report"] or {}).get("rows")]
@@ -223,7 +284,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.5, help="for all cases together (8.5)")
     parser.add_argument("--only", action="append", metavar="CASE", help="only this case (several may be given)")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="where benchmarks.md is (docs; CPU: build/gpu_check)")
+    parser.add_argument("--rehearse", choices=CASES, help="only print what rehearsals of these cases count")
     given = parser.parse_args(argv)
+    if given.rehearse:
+        rehearse(CASES[given.rehearse])
+        return 0
     end = time.monotonic() + 60 * given.minutes
     if lacking := list(unmet()):
         print("gpu_check: this machine lacks packages, carry them with --wheels DIR:", *lacking, sep="\n  ")
@@ -236,14 +301,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.copyfile(REPOSITORY / "docs" / "benchmarks.md", docs / "benchmarks.md")
     result = {"device": machine, "date": date.today().isoformat(), "minutes": given.minutes, "cases": []}
     file = docs / "benchmarks" / f"{re.sub(r'[^a-z0-9]+', '_', machine['name'].lower()).strip('_')}.json"
-    with tempfile.TemporaryDirectory() as folder:
-        for case in GPU_CASES if on_cuda else CPU_CASES:
+
+    def write() -> None:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    kind = "gpu" if on_cuda else "cpu"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        rehearsing(kind, Path(folder) / "rehearsed.jsonl", end) as rehearsed,
+    ):
+        for case in CASES[kind]:
             if given.only and case.name not in given.only:
                 continue
             outcome = run(case, end - time.monotonic(), Path(folder))
             result["cases"].append(outcome)
             print(line(outcome), *rows(outcome), sep="\n", flush=True)
-            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # what there is, if it is stopped
+            write()  # what there is, if it is stopped
+        counted = rehearsed()
+    for outcome in result["cases"]:
+        for row in (outcome["report"] or {}).get("rows", ()):
+            row["rehearsed_bytes"] = counted.get(outcome["name"], {}).get(row["name"])
+    write()
     write_page(docs)
     print(f"written   {file}, {docs / 'benchmarks.md'}")
     failed = [x["name"] for x in result["cases"][:2] if x["outcome"] == "failed"]

@@ -69,8 +69,9 @@ FIVE_BLOCKS = f"model.pretrained_model_name_or_path={REPOSITORY / 'src/mixres/as
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_few_blocks_stand_for_all(small_run: Path) -> None:
-    """Also of ranks that split weights, and where every second block is recomputed."""
-    for words, ranks in (([], 1), (["train.gradient_checkpointing=2"], 1), (["train.parallel=fsdp2", ALL], 2)):
+    """Also of ranks that split weights, where every second block is recomputed, and where one waits in host memory."""
+    half, swapped = "train.gradient_checkpointing=2", ["train.gradient_checkpointing=true", "train.offload.blocks=4"]
+    for words, ranks in (([], 1), ([half], 1), (swapped, 1), (["train.parallel=fsdp2", ALL], 2)):
         config = load_config(small_run, [FIVE_BLOCKS, *BF16, *words])
         family = family_of(config)
         microbatch = largest_microbatch(config, family)

@@ -34,6 +34,8 @@ def test_every_case_has_an_outcome_and_the_page_its_tables(tmp_path: Path) -> No
     assert cases["batch_equals_alone"]["report"]["passed"]
     assert "batch.max_tokens" in cases["too_large"]["reason"]
     assert [row["name"] for row in cases["tiny"]["report"]["rows"]] == ["one_by_one", "padded", "packed"]
+    peaks = [row["rehearsed_bytes"] for case in ("tiny", "tiny_int8") for row in cases[case]["report"]["rows"]]
+    assert peaks[2] > peaks[0] > 10**7 and peaks[3] > 10**7, peaks
     page = (tmp_path / "benchmarks.md").read_text()
     for case, way in (("tiny", "one_by_one"), ("tiny", "padded"), ("tiny", "packed"), ("tiny_int8", "packed")):
         assert f"| {case} | {way} | " in page and f"| {case} | {way} | " in done.stdout

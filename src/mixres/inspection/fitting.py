@@ -45,7 +45,8 @@ def rehearse_quickly(config: Config, family: Family, microbatch: Sequence[Sample
     """What `rehearse` gives, from a few blocks."""
     whole = [len(stack) for stack in block_lists(family.transformer_skeleton())]
     period = max(1, int(config.train.gradient_checkpointing))
-    missing = [max(0, length - _KEPT) // period for length in whole]
+    kept = max(_KEPT, config.train.offload.blocks or 0)  # with fewer no block would wait in host memory
+    missing = [max(0, length - kept) // period for length in whole]
     short = [length - count * period for length, count in zip(whole, missing, strict=True)]
 
     def figures(lengths: Sequence[int]) -> dict[str, Any]:
