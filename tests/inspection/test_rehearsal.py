@@ -18,7 +18,7 @@ from mixres.preprocessing.fill import family_of
 from mixres.verification.synthetic import largest_microbatch
 from support.family_cases import EVERY_CASE, FamilyCase
 from support.jobs import REPOSITORY
-from support.rehearsed_step import real_peak, sizes
+from support.rehearsed_step import real_grid_peak, real_peak, sizes
 from training.test_split_loading import large_base, on_two_ranks  # noqa: F401 - a fixture
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
@@ -33,7 +33,7 @@ def step_peak(found: dict[str, Any]) -> int:
 
 def check(file: Path, words: Sequence[str], *, count: int = 2) -> None:
     AcceleratorState._reset_state(True)
-    config = load_config(file, list(words))
+    config = load_config(file, ["sample.every=0", *words])
     family = family_of(config)
     rehearsed = rehearse(config, family, sizes(config, family, count))
     assert step_peak(rehearsed) == pytest.approx(real_peak(config, family, count), rel=0.1)
@@ -52,6 +52,20 @@ STEPS = {
 @pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
 def test_the_peak_is_that_of_a_real_step(small_run: Path, tmp_path: Path, words: list[str]) -> None:
     check(small_run, [f"logging.output_dir={tmp_path}", *LARGER, *words])
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_grid_is_that_of_a_real_image(small_run: Path, tmp_path: Path) -> None:
+    """The VAE decodes at the peak here: its blocks are wider than the transformer's."""
+    AcceleratorState._reset_state(True)
+    config = load_config(small_run, [f"logging.output_dir={tmp_path}", LARGER[0]])
+    family = family_of(config)
+    rehearsed = rehearse(config, family, sizes(config, family, 1))["phases"]
+    assert rehearsed["sample grid"]["bytes"] == pytest.approx(real_grid_peak(config, family), rel=0.1)
+    quiet = config.model_copy(update={"sample": config.sample.model_copy(update={"every": 0})})
+    without = rehearse(quiet, family, sizes(config, family, 1))["phases"]
+    assert without["sample grid"]["bytes"] < 0.9 * rehearsed["sample grid"]["bytes"]
+    assert without["save"]["bytes"] == rehearsed["save"]["bytes"] - rehearsed["save"]["vae"]
 
 
 @pytest.mark.slow
@@ -111,7 +125,8 @@ def test_ranks_share_what_is_split_and_send_the_rest(small_run: Path) -> None:
 
 def test_blocks_in_host_memory_leave_the_device(small_run: Path) -> None:
     def of(*words: str) -> dict[str, Any]:
-        config = load_config(small_run, [FIVE_BLOCKS, "train.gradient_checkpointing=true", *BF16, *words])
+        words = ("train.gradient_checkpointing=true", "sample.every=0", *words)
+        config = load_config(small_run, [FIVE_BLOCKS, *BF16, *words])
         family = family_of(config)
         return rehearse(config, family, largest_microbatch(config, family))
 

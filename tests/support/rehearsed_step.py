@@ -15,8 +15,9 @@ from mixres.config.schema import Config
 from mixres.inspection.storages import bytes_of
 from mixres.models.family import Family
 from mixres.preprocessing.fill import family_of
+from mixres.training.denoising import ImageInputs, from_noise, make_images
 from mixres.training.distributed import dist_env, gather, is_split, make_accelerator
-from mixres.training.optimizer import optimizer_tensors
+from mixres.training.optimizer import make_state, optimizer_tensors
 from mixres.training.setup import load_trained
 from mixres.training.step import run_step
 from mixres.verification.synthetic import SampleTokens, noise_batch, synthetic_samples
@@ -46,6 +47,21 @@ def real_peak(config: Config, family: Family, count: int) -> int:
     held = (*trained.transformer.parameters(), *state, *(v for v in vars(batch).values() if isinstance(v, Tensor)))
     work = peak_of if is_split(config.train.parallel) else allocated_at_peak
     return bytes_of(held) + work(step)
+
+
+def real_grid_peak(config: Config, family: Family) -> int:
+    """Bytes at the peak of an image as a sample grid makes it, tensor by tensor."""
+    folder = Path(config.logging.output_dir)
+    trained = load_trained(config, family, make_accelerator(mixed_precision="no", report_to="none", folder=folder))
+    make_state(trained.optimizer)
+    dtype = next(trained.transformer.parameters()).dtype
+    pipeline = family.load_sampling_pipeline(transformer=trained.transformer, dtype=dtype, device="cpu")
+    sample = from_noise(family, pipeline, synthetic_samples(config, family, 1)[0], seed=1)
+    inputs = [ImageInputs(sample, guidance=1.0)]
+    make = partial(make_images, family, pipeline, inputs, steps=2)
+    make()  # position tables are there from now on
+    state = optimizer_tensors(trained.optimizer, trained.parameters).values()
+    return bytes_of([*trained.transformer.parameters(), *state, *pipeline.vae.parameters()]) + peak_of(make)
 
 
 def main(file: Path, ways: list[tuple[str, list[str]]]) -> None:

@@ -87,10 +87,14 @@ class _Weightless:
             nn.Module.to(transformer, dtype)  # not diffusers' own, which warns
             if quantize:
                 quantize_blocks(transformer, quantize, dtype=dtype)
-        for module in transformer.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(empty_like(parameter.detach(), device), parameter.requires_grad))
-        return transformer
+        return _without_values(transformer, device)
+
+
+def _without_values(model: nn.Module, device: torch.device) -> nn.Module:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(empty_like(parameter.detach(), device), parameter.requires_grad))
+    return model
 
 
 @contextmanager
@@ -334,8 +338,9 @@ def rehearse(
         phases.peaks["load"] = (run.load_peak, 0, 0)
         with run:
             # Before the step: what FSDP2 gathers is known from the second time on.
+            decoder = _decoder(run, family)
             phases.begin("sample grid")
-            _sample(run, noise_batch(config, family, microbatch[:1]).to(run.device))
+            _sample(run, noise_batch(config, family, microbatch[:1]).to(run.device), decoder)
             phases.end()
             batch = noise_batch(config, family, microbatch).to(run.device)
             storages.add(value for value in vars(batch).values() if isinstance(value, Tensor))
@@ -371,7 +376,7 @@ def rehearse(
     if splitting == 1 and ranks > 1:  # a ring of ranks sends each gradient twice
         wire = 2 * run.resident["gradients"] * (ranks - 1) // ranks
     return {
-        **_figures(run, phases, born),
+        **_figures(run, phases, born, decoder),
         "host_bytes": run.host_bytes + sum(host),
         "ranks": ranks,
         "tokens": batch.tokens_computed,
@@ -384,9 +389,20 @@ def rehearse(
     }
 
 
+def _decoder(run: FakeRun, family: Family) -> Any:
+    """What decodes latents, as sample grids keep it, up to the image itself; None where there are no grids."""
+    if not run.config.sample.every:
+        return None
+    with unset_fake_temporarily():
+        vae = family.vae_skeleton().requires_grad_(False)
+        nn.Module.to(vae, next(run.trained.transformer.parameters()).dtype)
+    processor = SimpleNamespace(postprocess=lambda pixels, output_type: [None])
+    return SimpleNamespace(vae=_without_values(vae, run.device), image_processor=processor)
+
+
 @torch.no_grad()
-def _sample(run: FakeRun, batch: Batch) -> None:
-    """One call of the transformer, as a sample grid makes many."""
+def _sample(run: FakeRun, batch: Batch, decoder: Any) -> None:
+    """One call of the transformer, as a sample grid makes many, and the VAE's."""
     trained, dtype = run.trained, getattr(torch, run.config.model.dtype)
     with ExitStack() as stack:
         if run.config.sample.use_ema and trained.ema:
@@ -397,6 +413,9 @@ def _sample(run: FakeRun, batch: Batch) -> None:
         flow: Any = SimpleNamespace(noisy_latents=batch.latents, sigmas=torch.full((1,), 0.5))
         trained.objective.predict(trained.transformer, batch, flow)
         trained.transformer.train()
+        if decoder:
+            latents = batch.latents.flatten(0, 1)[: batch.target_lengths[0]]
+            trained.family.decode_latents(decoder, latents, batch.img_shapes[0][0])
 
 
 def _save(run: FakeRun) -> None:
@@ -409,17 +428,18 @@ def _save(run: FakeRun) -> None:
         write_results(trained, Path(folder), step=1, keep=False)
 
 
-def _figures(run: FakeRun, phases: _Phases, born: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _figures(run: FakeRun, phases: _Phases, born: Sequence[tuple[int, int]], decoder: Any) -> dict[str, Any]:
     """The peak of each phase on the device, and by what holds it there."""
     resident, found = run.resident, {}
     between = {name: count for name, count in resident.items() if name != "gradients"}
+    between["vae"] = bytes_of(decoder.vae.parameters()) if decoder else 0
     for name, (peak, operation, gathered) in phases.peaks.items():
         gradients = 0
         if name in ("forward", "backward", "optimizer") and resident["gradients"]:
             gradients = sum(size for size, birth in born if birth <= operation)
         held = {**between, "gradients": gradients, "gathered": gathered}
         if name == "load":
-            held = {**held, "optimizer": 0, "ema": 0}
+            held = {**held, "optimizer": 0, "ema": 0, "vae": 0}
         total = max(peak + run.correction, sum(held.values()))
         found[name] = {"bytes": total, **held, "activations": total - sum(held.values())}
     return peak_of(found)

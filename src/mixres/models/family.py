@@ -153,6 +153,9 @@ class Family(Protocol):
     def grids(self, target: Size, sizes: ControlSizes) -> tuple[Grid, ...]:
         """Token grids of a target of this size and of its controls, target first."""
 
+    def vae_skeleton(self) -> Any:
+        """The VAE on the meta device, from its configuration."""
+
     def load_preprocessors(self) -> Any:
         """The stock pipeline with tokenizer and image processor, without any weight."""
 

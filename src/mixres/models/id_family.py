@@ -19,6 +19,12 @@ from mixres.geometry import PATCH, Grid, Size, control_area, pack_latents, unpac
 from mixres.models.family import AreaRule, ControlSizes
 from mixres.models.stock_family import StockFamily
 
+# Of FLUX.1's base, and of Z-Image's (their vae/config.json), where they differ from the class's defaults.
+AUTOENCODER = {
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 16,
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
 TEXT_TOKENS = 512  # of every prompt: the pipelines pad to it, and the transformer attends to the padding too
 _ENTRY_OVERHEAD = 5 * 1024  # bytes: the header, the rest of the last block of the disk, a part of folder and index
 _PROMPTS = 2  # of an entry at most: its own, and the empty one
@@ -29,7 +35,6 @@ class SeparateTextFamily(StockFamily):
 
     label: ClassVar[str]  # what messages call it
     prompts_alone = True
-    vae_class: ClassVar[Any]
 
     # What a family adds.
 
@@ -88,11 +93,9 @@ class SeparateTextFamily(StockFamily):
         return ControlSizes(vae=tuple(target if same else self.control_size(size, area) for size, same in pairs))
 
     def load_preprocessors(self) -> Any:
-        """See `Family`. The VAE has shapes and no values; prompts need no tokenizer to be counted."""
-        with torch.device("meta"):
-            vae = self.vae_class.from_config(self._config("vae/config.json"))
+        """See `Family`. Prompts need no tokenizer to be counted."""
         absent = dict.fromkeys((*self.components, "transformer", "scheduler"))
-        return self.pipeline_class(**{**absent, "vae": vae})
+        return self.pipeline_class(**{**absent, "vae": self.vae_skeleton()})
 
     def previews(
         self,

@@ -37,6 +37,7 @@ class StockFamily(Family):
     components: ClassVar[tuple[str, ...]]  # those that encode
     tokenizer_folder: ClassVar[str] = "tokenizer"  # of the tokenizer that `max_prompt_tokens` counts
     transformer_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
     init_parts: ClassVar[tuple[str, ...]] = ()  # components, `own_parts` all, without which the pipeline is not made
     keeps_alpha: ClassVar[bool] = False
     block_causal: ClassVar[bool] = False
@@ -180,6 +181,11 @@ class StockFamily(Family):
         return {}
 
     # Parts.
+
+    def vae_skeleton(self) -> Any:
+        """See `Family`."""
+        with torch.device("meta"):
+            return self.vae_class.from_config(self._config("vae/config.json"))
 
     def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         """See `Family`."""

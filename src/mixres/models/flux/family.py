@@ -20,7 +20,7 @@ from mixres.geometry import Size, control_size
 from mixres.models.family import AreaRule, ControlSizes, EmbeddedGuidance
 from mixres.models.flux import layers
 from mixres.models.flux_multi_resolution_patch import patch_flux_model_for_multi_resolution, patch_state
-from mixres.models.id_family import TEXT_TOKENS, IdFamily
+from mixres.models.id_family import AUTOENCODER, TEXT_TOKENS, IdFamily
 from mixres.models.stock_family import no_control_areas
 
 STOCK_CONTROL_AREA = 1024 * 1024  # pixels of Kontext's reference
@@ -45,7 +45,7 @@ class FluxFamily(IdFamily):
     negative_prompt = ""  # where a base without embedded guidance is led away from one
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "transformer/config.json": {"guidance_embeds": True},
-        "vae/config.json": {"block_out_channels": (128, 256, 512, 512)},
+        "vae/config.json": AUTOENCODER,
         "scheduler/scheduler_config.json": {"use_dynamic_shifting": True},
     }
     sampling_guidance: ClassVar[float]  # of the model card

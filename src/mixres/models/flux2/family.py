@@ -152,7 +152,7 @@ class Flux2Klein(IdFamily):
         packed = latents.to(device=vae.device, dtype=vae.dtype)
         mean, variance = (x.view(1, -1, 1, 1).to(packed) for x in (vae.bn.running_mean, vae.bn.running_var))
         rows = packed.T.reshape(1, -1, grid.rows, grid.columns)
-        unpacked = pipeline._unpatchify_latents(rows * torch.sqrt(variance + vae.config.batch_norm_eps) + mean)
-        pixels = vae.decode(unpacked, return_dict=False)[0]
+        patches = rows * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
+        pixels = vae.decode(self.pipeline_class._unpatchify_latents(patches), return_dict=False)[0]
         image: Image.Image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         return image

@@ -144,14 +144,13 @@ class QwenFamily(StockFamily):
         return ControlSizes(vae, tuple(resized("text_area")) if "text_area" in rules else vae)
 
     def load_preprocessors(self) -> Any:
-        """See `Family`. The VAE has shapes and no values."""
+        """See `Family`."""
         words = [name for name in self.components if name in ("tokenizer", "processor")]
         folder = hub.pipeline_folder(self.path, words, revision=self.revision)
-        with torch.device("meta"):
-            vae = self.vae_class.from_config(self._config("vae/config.json"))
         parts = self.own_parts(folder, words)
         if "tokenizer" in words:
             parts["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        vae = self.vae_skeleton()
         return self.pipeline_class(**parts, vae=vae, text_encoder=None, transformer=None, scheduler=None)
 
     def text_tokens(self, preprocessors: Any, *, prompt: str, sizes: ControlSizes) -> int:

@@ -25,7 +25,7 @@ from mixres.batch import Batch, TextEmbeds
 from mixres.geometry import PATCH, Grid, Size, pack_latents, unpack_latents
 from mixres.models import hub
 from mixres.models.family import AreaRule, ControlSizes
-from mixres.models.id_family import SeparateTextFamily
+from mixres.models.id_family import AUTOENCODER, SeparateTextFamily
 from mixres.models.stock_family import no_control_areas
 from mixres.models.z_image import layers
 from mixres.models.z_image_multi_resolution_patch import patch_state, patch_z_image_model_for_multi_resolution
@@ -53,7 +53,7 @@ class ZImage(SeparateTextFamily):
     comfyui_controls: ClassVar[str | None] = None
     stock_configs: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "transformer/config.json": {},
-        "vae/config.json": {"block_out_channels": (128, 256, 512, 512)},
+        "vae/config.json": AUTOENCODER,
         "scheduler/scheduler_config.json": {"shift": 3.0},
     }
 
