@@ -17,24 +17,26 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mixres import atomic
 from mixres.batch import TextEmbeds
 from mixres.console import counted, log, progress
 from mixres.data.images import WHITE, BadImageError, read_image
 from mixres.data.records import printable
 from mixres.errors import WorkError
 from mixres.inference.artifact import renamed
+from mixres.inference.compare import BASE, TARGET, Comparison, comparison_grid, comparison_page
 from mixres.inference.sample_request import LIMITS, RECORD, ImageJob, Request, settings_of
 from mixres.models.family import ControlSizes
 from mixres.preprocessing.fill import release
 from mixres.training.denoising import ImageInputs, image_inputs, make_images, microbatches
-from mixres.training.sample_sheets import Row, image_grid, save_png
+from mixres.training.sample_sheets import save_png
 
 _GRID_ROWS = 12
 Embeds = tuple[TextEmbeds, TextEmbeds | None]  # of a prompt and, with guidance, of the negative one
 
 
 def sample(request: Request) -> None:
-    """Make all images of `request`, and with `compare` the grids that show them side by side.
+    """Make all images of `request`, and with `compare` the grids and pages that show them side by side.
 
     Raises:
         UserError: the base's weights cannot be loaded.
@@ -46,7 +48,7 @@ def sample(request: Request) -> None:
     with renamed("--base"):
         _make_images(request)
     if request.options.compare:
-        _write_grids(request)
+        _write_comparisons(request)
     log(f"images    {printable(folder)}")
 
 
@@ -172,21 +174,27 @@ def _save(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts:
     save_png(image, path, captions, **texts)
 
 
-def _write_grids(request: Request) -> None:
-    """Controls, the image without the trained weights and the one with them; some rows a grid."""
+def _write_comparisons(request: Request) -> None:
+    """A grid and a page for some images each: their controls, both of them, and their targets."""
     for first in range(0, len(request.jobs), _GRID_ROWS):
         jobs = request.jobs[first : first + _GRID_ROWS]
         path = jobs[0].path.with_name(f"compare-{jobs[0].path.name}")
-        if path.exists():  # the same command made it of the same images
+        page = path.with_suffix(".html")
+        if path.exists() and page.exists():  # the same command made them of the same images
             continue
         columns = max(len(job.controls) for job in jobs)
-        rows = []
-        for job in jobs:
-            controls = _read(request, job.controls)
-            made = [Image.open(path) for path in map(job.file, request.passes)]
-            empty = [None] * (columns - len(job.controls))
-            note = f"{job.path.name}, {job.size}, seed {job.seed}"
-            rows.append(Row((*controls, *empty, *made), job.prompt, note))
-        headings = [f"image {number}" for number in range(1, columns + 1)]
-        grid = image_grid((*headings, "without", "with"), rows)
-        _save(grid, path, [row.caption for row in rows])
+        inputs = ["input"] if columns == 1 else [f"input {number}" for number in range(1, columns + 1)]
+        rows = [_comparison(request, job, inputs) for job in jobs]
+        if not path.exists():
+            _save(comparison_grid(rows), path, [row.prompt for row in rows])
+        if not page.exists():
+            atomic.write_text(page, comparison_page(rows, f"{rows[0].name} to {rows[-1].name}"))
+
+
+def _comparison(request: Request, job: ImageJob, inputs: Sequence[str]) -> Comparison:
+    trained = "LoRA" if request.result.lora else "trained"
+    images = dict(zip(inputs, _read(request, job.controls), strict=False))
+    images |= {name: Image.open(job.file(which)) for name, which in ((BASE, False), (trained, True))}
+    if job.target:
+        (images[TARGET],) = _read(request, [job.target])
+    return Comparison(job.path.name, images, job.prompt, f"{job.size}, seed {job.seed}")
