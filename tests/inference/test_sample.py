@@ -331,8 +331,8 @@ def test_a_command_that_is_killed_is_finished_by_the_same_one(edit: Result, tmp_
 
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp_path: Path) -> None:
-    """Each is loaded once, whatever the number of images."""
-    family, seen, order = edit.case.at(edit.base), list[Any](), list[str]()
+    """Each is loaded once, whatever the number of images; prompts are encoded of those that are to be made."""
+    family, seen, order, encoded = edit.case.at(edit.base), list[Any](), list[str](), list[str]()
 
     def encoders(**named: Any) -> Any:
         order.append("encoders")
@@ -342,16 +342,27 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp
 
     def transformer(**named: Any) -> Any:
         order.append("transformer")
-        assert [reference() for reference in seen] == [None]
+        assert {reference() for reference in seen} == {None}
         return family.load_transformer(**named)
 
+    def encode_prompt(encoders: Any, *, prompt: str, **named: Any) -> Any:
+        encoded.append(prompt)
+        return family.encode_prompt(encoders, prompt=prompt, **named)
+
     watched = copy(family)
-    vars(watched).update(load_encoders=encoders, load_transformer=transformer)
+    vars(watched).update(load_encoders=encoders, load_transformer=transformer, encode_prompt=encode_prompt)
     shutil.copyfile(edit.images[0], tmp_path / "a.png")
     file = edit.lines(tmp_path, *({"prompt": word, "path_control": "a.png"} for word in ("red", "blue")))
-    request = edit.request(tmp_path / "out", prompts=file, size="64x48", steps="2", compare=True)
+    request = edit.request(tmp_path / "out", prompts=file, size="64x48", steps="2", compare=True, batch_tokens="1")
     sample(replace(request, family=watched))
-    assert order == ["encoders", "transformer"]
+    assert (order, encoded) == (["encoders", "transformer"], ["red", "blue"])
+    (tmp_path / "out" / "0002.png").unlink()
+    sample(replace(request, family=watched))
+    assert encoded[2:] == ["blue"]
+    (tmp_path / "out" / "0002.png").unlink()
+    whole = {"family": watched, "options": request.options.model_copy(update={"batch_tokens": 10**6})}
+    sample(replace(request, **whole))
+    assert encoded[3:] == ["red", "blue"], "one batch, which is made as it was"
 
 
 def test_an_image_that_changed_after_the_start_is_one_line(edit: Result, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 Promise: the images are those of a process without mixres, for the same base, LoRA, controls, prompt and seed, over the
 base quantised as under the LoRA in training. Each PNG records its settings. What an interrupted command has made is
 kept: the same command makes the rest. Cost: one decode of each control; the text encoder once a prompt with its
-controls and size, then released; then one forward call a step and batch, twice the tokens with guidance, two passes
-with `compare`. Embeddings wait in memory, 10 MB a prompt for Qwen-Image-Edit.
+controls and size, of the images that are to be made, then released; then one forward call a step and batch, twice the
+tokens with guidance, two passes with `compare`. Embeddings wait in memory, 10 MB a prompt for Qwen-Image-Edit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +23,7 @@ from mixres.console import counted, log, progress
 from mixres.data.images import WHITE, BadImageError, read_image
 from mixres.data.records import printable
 from mixres.errors import WorkError
+from mixres.geometry import token_count
 from mixres.inference.artifact import renamed
 from mixres.inference.compare import BASE, TARGET, Comparison, comparison_grid, comparison_page
 from mixres.inference.sample_request import LIMITS, RECORD, ImageJob, Request, settings_of
@@ -54,13 +55,16 @@ def sample(request: Request) -> None:
 
 def _make_images(request: Request) -> None:
     """Make and save every image that is not there yet."""
-    result, wanted = request.result, [(job, trained) for trained in request.passes for job in request.jobs]
-    missing = [(job, trained) for job, trained in wanted if not job.file(trained).exists()]
-    if len(missing) < len(wanted):
-        log(f"image     {len(wanted) - len(missing)} of {len(wanted)} are there already")
+    result, every = request.result, [(job, trained) for trained in request.passes for job in request.jobs]
+    missing = [(job, trained) for job, trained in every if not job.file(trained).exists()]
+    if len(missing) < len(every):
+        log(f"image     {len(every) - len(missing)} of {len(every)} are there already")
     if not missing:
         return
-    embeds, pipeline = _encode(request), None
+    # In the batches of an unbroken command: in others the numbers would round otherwise.
+    batches = [request.jobs[part.start : part.stop] for part in _microbatches(request)]
+    gone = {job for job, _ in missing}
+    embeds, pipeline = _encode(request, [job for batch in batches if gone & set(batch) for job in batch]), None
     with progress(len(missing), "sample", "image") as stepped:
         for trained in dict.fromkeys(trained for _, trained in missing):
             if pipeline is None or not result.lora:
@@ -72,14 +76,24 @@ def _make_images(request: Request) -> None:
                 pipeline.load_lora_weights(result.path)
             if request.options.offload:
                 pipeline.enable_model_cpu_offload(device=request.device)
-            inputs = [_inputs(request, pipeline, *each) for each in zip(request.jobs, embeds, strict=True)]
-            for part in microbatches([each.tokens for each in inputs], request.options.batch_tokens):
-                jobs = request.jobs[part.start : part.stop]
-                gone = [job for job in jobs if (job, trained) in missing]
-                if gone:  # in the batch of an unbroken command: in another one the numbers would round otherwise
-                    made = _make(request, pipeline, jobs, inputs[part.start : part.stop], len(gone), stepped)
-                    for job in gone:
+            for jobs in batches:
+                if wanted := [job for job in jobs if (job, trained) in missing]:
+                    inputs = [_inputs(request, pipeline, job, embeds[job]) for job in jobs]
+                    made = _make(request, pipeline, jobs, inputs, len(wanted), stepped)
+                    for job in wanted:
                         _save_image(request, job, made[job], trained)
+
+
+def _microbatches(request: Request) -> list[range]:
+    """Which images are made together; before anything is encoded, so that what is there already needs no encoder."""
+    family = request.family
+    preprocessors, tokens = family.load_preprocessors(), []
+    for job in request.jobs:
+        image = token_count(family.grids(job.size, job.control_sizes))
+        texts = [job.prompt] if job.negative is None else [job.prompt, job.negative]
+        lengths = (family.text_tokens(preprocessors, prompt=text, sizes=job.control_sizes) for text in texts)
+        tokens.append(sum(image + length for length in lengths))
+    return list(microbatches(tokens, request.options.batch_tokens))
 
 
 def _make(
@@ -105,8 +119,8 @@ def _save_image(request: Request, job: ImageJob, image: Image.Image, trained: bo
     log(f"image     {job.file(trained).name}: {job.size}, {request.options.steps} steps")
 
 
-def _encode(request: Request) -> list[Embeds]:
-    """The embeddings of each image; the text encoder is gone then."""
+def _encode(request: Request, jobs: Sequence[ImageJob]) -> dict[ImageJob, Embeds]:
+    """The embeddings of these images; the text encoder is gone then."""
     family, device = request.family, request.device
     encoders = family.load_encoders(dtype=getattr(torch, request.dtype), device=device)
 
@@ -114,11 +128,11 @@ def _encode(request: Request) -> list[Embeds]:
     def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> TextEmbeds:
         return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, sizes=sizes)
 
-    encoded: list[Embeds] = []
-    for job in counted(request.jobs, "encode", "prompt", enabled=True):
+    encoded: dict[ImageJob, Embeds] = {}
+    for job in counted(jobs, "encode", "prompt", enabled=True):
         seen = ((), ControlSizes()) if family.prompts_alone else (job.controls, job.control_sizes)
         negative = None if job.negative is None else embeds(job.negative, *seen)
-        encoded.append((embeds(job.prompt, *seen), negative))
+        encoded[job] = embeds(job.prompt, *seen), negative
     return encoded
 
 
