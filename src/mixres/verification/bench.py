@@ -130,10 +130,8 @@ def bench(
     _log_table(rows)
     layout = config.batch.layout
     trainer = _trainer_step(setup, source, work[layout] * min(MIN_ROUNDS, rounds)) if layout in work else None
-    if trainer:
-        log(f"trainer   a {layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
-            f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
-    sampling = _sampling(setup, source.encoded) if source.encoded and {BASELINE, "packed"} <= set(ways) else None
+    both = {BASELINE, "packed"} <= set(ways)  # sampling packs
+    sampling = _sampling(setup, source.encoded, rounds) if source.encoded and both else None
     report = {
         "machine": machine(device),
         "versions": versions(),
@@ -264,10 +262,13 @@ def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> d
     for step in steps:
         ready = _seconds(setup, step)
         ratios.append(_seconds(setup, step, _collated(setup.config, source, step.plan.ranks[0], layout)) / ready)
-    return _spread(ratios)
+    found = _spread(ratios)
+    log(f"trainer   a {layout} step that reads and collates its samples takes {found['ratio']:.3f} x "
+        f"one on batches made before ({found['low']:.3f} to {found['high']:.3f})")  # fmt: skip
+    return found
 
 
-def _sampling(setup: TrainState, encoded: CachedData) -> dict[str, Any] | None:
+def _sampling(setup: TrainState, encoded: CachedData, rounds: int) -> dict[str, Any] | None:
     """The images of a sample grid, of training samples of several sizes: in batches, and one by one, in turn.
 
     `ratio` is time in batches over time one by one. None: the device has no memory for them beside the training.
@@ -279,7 +280,7 @@ def _sampling(setup: TrainState, encoded: CachedData) -> dict[str, Any] | None:
         sampler = HeldOutSampler(config, setup.family, setup.transformer, CachedData(encoded.cache, [], encoded.train))
         images = range(len(sampler.items))
         sampler.predictions(images[:1])  # what is loaded and chosen once
-        for _ in range(MIN_ROUNDS):
+        for _ in range(rounds):
             for way, parts in (("batched", [images]), (BASELINE, [[image] for image in images])):
                 start = time.perf_counter()
                 for part in parts:
@@ -294,7 +295,7 @@ def _sampling(setup: TrainState, encoded: CachedData) -> dict[str, Any] | None:
         f"({ratios['low']:.3f} to {ratios['high']:.3f}): {rates['batched']:.3g} and {rates[BASELINE]:.3g} images/s, "
         f"{SAMPLING_STEPS} steps")  # fmt: skip
     alone = {"images_per_s": rates["batched"], f"{BASELINE}_images_per_s": rates[BASELINE]}
-    return {"images": len(images), "steps": SAMPLING_STEPS, "rounds": MIN_ROUNDS, **ratios, **alone}
+    return {"images": len(images), "steps": SAMPLING_STEPS, **ratios, **alone}
 
 
 def _log_table(rows: Sequence[dict[str, Any]]) -> None:
