@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from mixres.inference.card import fenced, histogram
 from mixres.models.lora_file import FILE_NAME, with_recipe
 from mixres.models.registry import FAMILIES
 from mixres.training.trainer import train
-from support.local_hub import CUT, TOKEN, LocalHub, local_hub
+from support.jobs import environment
+from support.local_hub import CUT, HANG, TOKEN, LocalHub, local_hub
 from support.lora_files import write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client itself
@@ -231,6 +234,25 @@ def test_the_client_asks_again_where_a_fault_passes(run: Path, hub: LocalHub, tm
     hub.faults = {"preupload": [500, 503], "/lfs/objects": [504], "/lfs/": [CUT, 500]}
     assert export(run, tmp_path / "swap", *GIVEN, "--push", NAME) == 0
     assert hub.stored(NAME) == files_of(tmp_path / "swap") and not any(hub.faults.values())
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_killed_is_finished_by_the_same_command(run: Path, tmp_path: Path) -> None:
+    """In processes of their own, which find the Hub and the login in their environment."""
+    with local_hub() as hub:
+        named = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        words = [str(run), "--card", "--out", str(tmp_path / "swap"), *GIVEN, "--push", NAME]
+        command = [sys.executable, "train.py", "export", *words]
+        hub.faults = {"commit/main": [HANG] * 10}
+        with subprocess.Popen(command, env=environment() | named) as process:
+            assert hub.hung.wait(90)
+            process.kill()
+        arrived, made, sent = set(hub.objects), files_of(tmp_path / "swap"), len(hub.calls)
+        assert arrived and hub.stored(NAME) == {}
+        hub.faults.clear()
+        assert subprocess.run(command, env=environment() | named, check=False).returncode == 0
+        assert hub.stored(NAME) == made == files_of(tmp_path / "swap")
+        assert not {call.removeprefix("PUT /lfs/") for call in hub.calls[sent:]} & arrived
 
 
 def test_without_login_with_a_public_repository_or_a_wrong_card_it_is_wrong_input(

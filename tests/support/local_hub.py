@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import yaml
 
 TOKEN, USER = "hf_of_alice", "alice"
 LICENCES = ("apache-2.0", "mit", "other")
-CUT = 0  # a fault: the connection ends in the middle of what is sent
+CUT, HANG = 0, 1  # faults: the connection ends in the middle of what is sent; no answer comes
 
 
 @dataclass
@@ -27,6 +27,7 @@ class LocalHub:
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by SHA-256
     faults: dict[str, list[int]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    hung: Event = field(default_factory=Event)
 
     def stored(self, name: str) -> dict[str, bytes]:
         files: dict[str, bytes] = self.repositories[name]["files"]
@@ -89,7 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(length)
-        if fault:
+        if fault and fault[0] == HANG:
+            hub.hung.set()
+            Event().wait(60)
+        elif fault:
             self.answer(fault.pop(0), {"error": "as asked"})
         elif path.startswith("/lfs/"):
             oid = path.removeprefix("/lfs/")
