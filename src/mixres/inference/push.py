@@ -35,8 +35,8 @@ def push(folder: Path, repository: str, *, private: bool) -> None:
             where a `private` one is asked for.
         WorkError: the Hub cannot be reached, or the upload broke off.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    names = [path.relative_to(folder).as_posix() for path in files]
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name.as_posix(): path for name, path in found.items() if not any(part[0] == "." for part in name.parts)}
     api = HfApi(library_name="mixres", library_version=__version__)
     with _explained(folder, repository):
         user = api.whoami()["name"]
@@ -45,11 +45,11 @@ def push(folder: Path, repository: str, *, private: bool) -> None:
             raise UserError(f"--private: {repository} is there and is public: name another, or make it private first")
         new = f"new, {'private' if private else 'public unless the organisation has it otherwise'}"
         log(f"upload    to {api.endpoint}/{repository} ({seen or new}), as {user}:")
-        for path, name in zip(files, names, strict=True):
+        for name, path in files.items():
             log(f"          {name}, {readable_size(path.stat().st_size)}")
         if seen is None:
             api.create_repo(repository, private=private or None, exist_ok=True)
-        operations = [CommitOperationAdd(*each) for each in zip(names, map(str, files), strict=True)]
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         done = api.create_commit(repository, operations, commit_message="LoRA trained with mixres")
     log(f"uploaded  {done.commit_url}")
 
