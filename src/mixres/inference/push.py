@@ -20,7 +20,6 @@ from huggingface_hub.errors import (
 from mixres import __version__
 from mixres.console import log
 from mixres.errors import UserError, WorkError
-from mixres.preprocessing.fill import readable_size
 
 _LOGIN = "log in by `hf auth login`, or set HF_TOKEN to a token that may write"
 # What the client raises for a connection, a reply or a disk, beside errors of its own: its HTTP library has changed.
@@ -46,7 +45,7 @@ def push(folder: Path, repository: str, *, private: bool) -> None:
         new = f"new, {'private' if private else 'public unless the organisation has it otherwise'}"
         log(f"upload    to {api.endpoint}/{repository} ({seen or new}), as {user}:")
         for name, path in files.items():
-            log(f"          {name}, {readable_size(path.stat().st_size)}")
+            log(f"          {name}, {path.stat().st_size:,} bytes")
         if seen is None:
             api.create_repo(repository, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
