@@ -211,7 +211,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("faults", "code", "start"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    ("faults", "code", "start"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in ("no right", "gone", "busy for long")))
+        for name, case in FAULTS.items()
+    ],
+)
 def test_where_an_upload_fails_nothing_is_lost_and_the_same_command_resumes(
     faults: dict[str, list[int]], code: int, start: str, run: Path, hub: LocalHub, tmp_path: Path, capsys: Any
 ) -> None:
