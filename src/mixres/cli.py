@@ -174,8 +174,16 @@ def _add_export_options(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN|FILE", nargs="?", help=run)
     option("--format", metavar="NAME", help="diffusers or comfyui: whose names the file has")
     parser.add_argument("--merge", action="store_true", help="the base's weights with the LoRA in them, not the LoRA")
-    option("--out", metavar="FILE", help="a .safetensors file; a folder for diffusers with --merge")
-    option("--base", metavar="PATH", help="to merge: the base, if it has moved since the run")
+    option("--out", metavar="FILE", help="a .safetensors file; a folder for diffusers with --merge, and with --card")
+    option("--base", metavar="PATH", help="to merge: the base, if it has moved; with --card: its name on the Hub")
+    parser.add_argument("--card", action="store_true", help="a folder for the Hub: the LoRA with a model card")
+    option("--license", metavar="ID", help="with --card: what you publish it under, such as apache-2.0")
+    option("--license-link", metavar="URL", help="with --card: the text of a licence that the Hub has no name for")
+    parser.add_argument(
+        "--trigger", metavar="TEXT", action="append", help="with --card: a prompt to try; may be repeated"
+    )
+    option("--push", metavar="ORG/NAME", help="with --card: upload the folder to the Hub, with your own login")
+    parser.add_argument("--private", action="store_true", help="with --push: a private repository")
 
 
 def _run(argv: Sequence[str]) -> None:

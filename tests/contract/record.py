@@ -60,7 +60,10 @@ VERBS = {
         *("--lora", "--image", "--prompt", "--prompts", "--out", "--size", "--steps", "--seed", "--guidance"),
         *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),
     ],
-    "export": ["--format", "--merge", "--out", "--base"],
+    "export": [
+        *("--format", "--merge", "--out", "--base"),
+        *("--card", "--license", "--license-link", "--trigger", "--push", "--private"),
+    ],
 }
 RECIPES = ("qwen_image_edit_lora", "qwen_image_edit_plus_lora", "qwen_image_lora")
 TOLERANCE, TOLERANCE_ELSEWHERE = 1e-6, 1e-5  # of losses and gradient norms, relative

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from mixres.quickstart.data import PROMPTS
-from mixres.training.sample_sheets import _font
+from mixres.training.sample_sheets import _fonts
 from support.pages import DOCS, script
 
 MIXED, POSITIONS = script("mixed_batch_figures"), script("position_figures")
@@ -33,7 +33,7 @@ def test_the_quickstarts_sheet_shows_its_prompts_in_both_languages(prompt: str) 
     with Image.open(DOCS / "images" / "quickstart.png") as image:
         dark = np.asarray(image.convert("L"))[:, :320] < 128
     drawn = Image.new("L", (200, 24), 255)
-    ImageDraw.Draw(drawn).text((0, 0), prompt, fill=0, font=_font())
+    ImageDraw.Draw(drawn).text((0, 0), prompt, fill=0, font=_fonts()[0])
     expected = np.asarray(drawn.crop(ImageOps.invert(drawn).getbbox()))
     windows = np.lib.stride_tricks.sliding_window_view(dark, expected.shape)[:, :20]
     assert (windows[..., expected < 64].all(axis=-1) & ~windows[..., expected > 250].any(axis=-1)).any()

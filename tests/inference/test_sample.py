@@ -1,5 +1,6 @@
 """`mixres sample` on every family: the images of the stock pipeline, what they say of themselves, what is refused."""
 
+import base64
 import json
 import random
 import re
@@ -11,6 +12,8 @@ import weakref
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from mixres import __version__, cli
 from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
+from mixres.inference.compare import Comparison, comparison_page
 from mixres.inference.sample import sample
 from mixres.inference.sample_request import make_request
 from mixres.models.hub import file_digest
@@ -141,7 +145,7 @@ def test_the_image_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_pat
     assert cli.main([*trained.words("--compare"), "--out", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), stock_edit.calculate_dimensions, stock_plus.VAE_IMAGE_SIZE) == before[1:]
-    names = ["0001-without.png", "0001.png", "compare-0001.png"]
+    names = ["0001-without.png", "0001.png", "compare-0001.html", "compare-0001.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     without, stock = trained.stock_image(trained.stock(lora=False)), trained.stock()
     assert difference(tmp_path / names[0], without) <= 1
@@ -150,7 +154,7 @@ def test_the_image_is_the_stock_pipelines_with_the_lora(trained: Result, tmp_pat
     # The bound means something: each of these is an image farther away.
     others = [without, *(trained.stock_image(stock, **other) for other in ({"seed": 8}, {"prompt": NEGATIVE}))]
     assert min(difference(other, expected) for other in others) > 3
-    with Image.open(tmp_path / names[2]) as grid:
+    with Image.open(tmp_path / names[3]) as grid:
         assert grid.width == 12 + (max(trained.case.controls) + 2) * (224 + 12)
         assert grid.text == {"caption-0": PROMPT}
 
@@ -225,19 +229,85 @@ def test_the_same_command_makes_what_is_missing(
     file = edit.lines(tmp_path, *({"path_control": "a.png", "seed": seed, "size": "64x48"} for seed in (1, 2, 1)))
     words = ["sample", "--lora", str(edit.folder), "--prompts", file, "--steps", "2", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--compare"]) == 0
-    (grid,) = (tmp_path / "out").glob("compare-*.png")
+    sheets = [path.name for path in (tmp_path / "out").glob("compare-*")]
+    assert sorted(sheets) == ["compare-0001.html", "compare-0001.png"]
     made = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
-    for gone in (["0002.png"], ["0001-without.png", "0003.png", grid.name], []):
+    for gone in (["0002.png"], ["0001-without.png", "0003.png", *sheets], sheets[:1], []):
         for name in gone:
             (tmp_path / "out" / name).unlink()
         assert cli.main([*words, "--compare"]) == 0
-        assert f"image     {6 - len([x for x in gone if x != grid.name])} of 6 are there" in capsys.readouterr().out
+        assert f"image     {6 - len(set(gone) - set(sheets))} of 6 are there" in capsys.readouterr().out
         assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == made
     assert cli.main(words) == 0, "the same images without comparison"
     assert cli.main([*words, "--guidance", "2"]) == 0
     new = sorted(path.name for path in (tmp_path / "out").iterdir() if path not in made)
     assert new == ["0004.png", "0005.png", "0006.png"]
+
+
+class Page(HTMLParser):
+    """What a page holds: its texts, the elements by name, and every address in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts, self.elements, self.addresses = list[str](), dict[str, list[dict[str, Any]]](), list[str]()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.setdefault(tag, []).append(dict(attrs))
+        self.addresses += [str(value) for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+
+def decoded(address: str) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+
+
+def test_large_images_are_smaller_in_a_page() -> None:
+    image = Image.merge("RGB", [Image.linear_gradient("L").resize((2000, 900))] * 3)
+    names = {"input": image.resize((64, 32)), "base": image, "LoRA": image.rotate(180)}
+    page = Page(comparison_page([Comparison("a.png", names, "b", "c")], "d"))
+    small, base, made = (decoded(shown["src"]) for shown in page.elements["img"] if shown["alt"])
+    assert (small.size, base.size, made.size) == ((64, 32), (1600, 720), (1600, 720))
+    assert difference(small, names["input"]) == 0 and difference(base, image.resize(base.size)) <= 8
+    assert difference(base, made) > 200
+
+
+def test_a_comparison_has_inputs_base_lora_and_target(
+    trained_of: Callable[[str], Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The grid's columns, and a page of its own with the same images, that no prompt can change."""
+    plus, prompt = trained_of("qwen_image_edit_plus"), """</p><script>alert('a')</script>"&amp;'{{ 7 * 7 }}"""
+    for number, path in enumerate(plus.images):
+        shutil.copyfile(path, tmp_path / f"{number}.png")
+    first = {"prompt": prompt, "path_control": "0.png", "path_target": "2.png"}
+    rows = (first, {"prompt": NEGATIVE, "path_control": "1.png", "path_control_1": "0.png"})
+    call = ["sample", "--lora", str(plus.folder), "--compare", *CALL, "--out", str(out := tmp_path / "out")]
+    assert cli.main([*call, "--prompts", plus.lines(tmp_path, *rows)]) == 0
+    headings = ["input 1", "input 2", "base", "LoRA", "target"]
+    with Image.open(out / "compare-0001.png") as grid:
+        assert grid.width == 12 + len(headings) * (224 + 12)
+        assert [grid.text[f"caption-{number}"] for number in range(2)] == [prompt, NEGATIVE]
+    page = Page((out / "compare-0001.html").read_text())
+    assert {prompt, NEGATIVE} <= set(page.texts) and len(page.elements["script"]) == 1
+    assert page.addresses and all(text.startswith("data:image/webp;base64,") for text in page.addresses)
+    assert "http" not in re.sub("http-equiv", "", (out / "compare-0001.html").read_text().lower())
+    shown = [image for image in page.elements["img"] if image["alt"]]
+    assert [image["alt"] for image in shown] == [
+        f"{file}: {name}"
+        for file, own in (("0001.png", ["input 1", *headings[2:]]), ("0002.png", headings[:4])) for name in own
+    ]  # fmt: skip
+    for image, path in zip(shown, (plus.images[0], out / "0001-without.png", out / "0001.png"), strict=False):
+        assert difference(decoded(image["src"]), path) == 0
+    assert [one["type"] for one in page.elements["input"]] == ["range"] * 2 and len(page.elements["select"]) == 4
+    (tmp_path / "2.png").unlink()
+    file = plus.lines(tmp_path, first)
+    capsys.readouterr()
+    assert cli.main([*call, "--prompts", file]) == 2
+    assert "'path_target': 2.png" in capsys.readouterr().err
+    assert cli.main([*call[:3], *call[4:], "--prompts", file]) == 0, "only to compare it is opened"
 
 
 @pytest.mark.slow
@@ -261,8 +331,8 @@ def test_a_command_that_is_killed_is_finished_by_the_same_one(edit: Result, tmp_
 
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp_path: Path) -> None:
-    """Each is loaded once, whatever the number of images."""
-    family, seen, order = edit.case.at(edit.base), list[Any](), list[str]()
+    """Each is loaded once, whatever the number of images; prompts are encoded of those that are to be made."""
+    family, seen, order, encoded = edit.case.at(edit.base), list[Any](), list[str](), list[str]()
 
     def encoders(**named: Any) -> Any:
         order.append("encoders")
@@ -272,16 +342,27 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(edit: Result, tmp
 
     def transformer(**named: Any) -> Any:
         order.append("transformer")
-        assert [reference() for reference in seen] == [None]
+        assert {reference() for reference in seen} == {None}
         return family.load_transformer(**named)
 
+    def encode_prompt(encoders: Any, *, prompt: str, **named: Any) -> Any:
+        encoded.append(prompt)
+        return family.encode_prompt(encoders, prompt=prompt, **named)
+
     watched = copy(family)
-    vars(watched).update(load_encoders=encoders, load_transformer=transformer)
+    vars(watched).update(load_encoders=encoders, load_transformer=transformer, encode_prompt=encode_prompt)
     shutil.copyfile(edit.images[0], tmp_path / "a.png")
     file = edit.lines(tmp_path, *({"prompt": word, "path_control": "a.png"} for word in ("red", "blue")))
-    request = edit.request(tmp_path / "out", prompts=file, size="64x48", steps="2", compare=True)
+    request = edit.request(tmp_path / "out", prompts=file, size="64x48", steps="2", compare=True, batch_tokens="1")
     sample(replace(request, family=watched))
-    assert order == ["encoders", "transformer"]
+    assert (order, encoded) == (["encoders", "transformer"], ["red", "blue"])
+    (tmp_path / "out" / "0002.png").unlink()
+    sample(replace(request, family=watched))
+    assert encoded[2:] == ["blue"]
+    (tmp_path / "out" / "0002.png").unlink()
+    whole = {"family": watched, "options": request.options.model_copy(update={"batch_tokens": 10**6})}
+    sample(replace(request, **whole))
+    assert encoded[3:] == ["red", "blue"], "one batch, which is made as it was"
 
 
 def test_an_image_that_changed_after_the_start_is_one_line(edit: Result, tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_a_report_agrees_with_itself(
     assert packed["flops"] == pytest.approx(base["flops"]) and base["flops"] < padded["flops"]
     assert base["microbatches"] > padded["microbatches"] >= packed["microbatches"]
     assert 0 < report["trainer_step"]["low"] <= report["trainer_step"]["ratio"] <= report["trainer_step"]["high"]
+    sampling = report["sampling"]
+    assert (sampling is None) == synthetic
+    if sampling:
+        assert (sampling["images"], sampling["steps"]) == (6, 4)
+        assert 0 < sampling["low"] <= sampling["ratio"] <= sampling["high"]
+        assert min(sampling["images_per_s"], sampling["one_by_one_images_per_s"]) > 0
 
 
 SETTINGS = {

@@ -28,11 +28,21 @@ from mixres.console import log
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
 from mixres.inference.artifact import TRANSFORMER, RunResult, find_base, find_result, renamed
+from mixres.inference.card import CARD, UNNAMED, Card, CardOptions, run_folder
 from mixres.inference.options import options
+from mixres.inference.push import push
 from mixres.models.family import Family
 from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
-from mixres.models.lora_file import RECIPE_FILE, RECIPE_KEY, LoraHeader, layer_tensors, lora_file
+from mixres.models.lora_file import (
+    FILE_NAME,
+    RECIPE_FILE,
+    RECIPE_KEY,
+    LoraHeader,
+    layer_tensors,
+    lora_file,
+    with_recipe,
+)
 from mixres.models.registry import load_family
 from mixres.models.tensor_files import CONFIG, INDEX, ModelFiles, read_model_files, write_tensors
 from mixres.preprocessing.training_data import check_folder
@@ -64,6 +74,8 @@ class Request:
     model: ModelFiles | None  # what the LoRA is merged into; None: it alone is written
     format: str
     out: Path
+    card: Card | None = None  # of the folder that is written in place of a file
+    written: bool = False  # that folder is there already, and is uploaded as it is
 
 
 class _Options(BaseModel):
@@ -83,6 +95,10 @@ def make_request(**given: Any) -> Request:
     Raises:
         UserError: the first that is wrong.
     """
+    if given.get("card"):
+        return _card_request(given)
+    if idle := sorted(CardOptions.model_fields.keys() - _Options.model_fields.keys() & given.keys()):
+        raise UserError([f"--{name.replace('_', '-')}: is for --card: add that, or leave this out" for name in idle])
     asked = options(_Options, given, run=_KEY)
     result, lora = _find_source(Path(asked.run).expanduser())
     diffusers, merge = asked.format == "diffusers", asked.merge
@@ -102,6 +118,26 @@ def make_request(**given: Any) -> Request:
     needed = sum(tensor.nbytes for tensor in model.tensors.values()) if model else len(lora)
     _check_out(out, needed, suffix="" if diffusers and merge else _SUFFIX)
     return Request(result, lora, model, asked.format, out)
+
+
+def _card_request(given: Mapping[str, Any]) -> Request:
+    if idle := sorted({"format", "merge"} & given.keys()):
+        fixed = "--card writes the LoRA for diffusers and for ComfyUI: leave it out"
+        raise UserError([f"--{name}: has no effect, {fixed}" for name in idle])
+    asked = options(CardOptions, given, run=_KEY)
+    if asked.private and not asked.push:
+        raise UserError("--private: is for --push ORG/NAME: add that, or leave this out")
+    path, out = Path(asked.run).expanduser(), asked.out.expanduser()
+    result, lora = _find_source(path)
+    if not result.lora:
+        raise UserError(f"{_KEY}: {result.path} holds all weights, and a card is written for a LoRA: upload it by hand")
+    card = Card(asked, result, run_folder(path, result))
+    lora = with_recipe(lora, card.recipe)
+    own = [(out / FILE_NAME).read_bytes()] if (out / FILE_NAME).is_file() and (out / CARD).is_file() else []
+    written = asked.push is not None and own == [lora]  # perhaps by the same command, and perhaps edited since
+    if not written:
+        _check_out(out, 2 * len(lora), suffix="")
+    return Request(result, lora, None, "diffusers", out, card, written)
 
 
 def _find_source(path: Path) -> tuple[RunResult, bytes]:
@@ -173,15 +209,15 @@ def export(request: Request) -> None:
     """
     result, model, out = request.result, request.model, request.out
     log(f"source    {result.path}, step {result.recipe.get('step')}")
+    if request.card:
+        _write_card(request, request.card)
+        return
     adapters = layer_tensors(result.lora, request.lora) if result.lora else {}
     with placed(out) as partial:
         if model:
             _write_merged(partial, request, model, adapters)
-        elif result.lora and request.format == "comfyui":
-            tensors = comfyui_tensors(adapters, result.lora.lora_alpha, result.family)
-            write_tensors(partial, tensors, tensors.__getitem__, _metadata(result.recipe), shown=True)
         else:
-            atomic.write_bytes(partial, request.lora)
+            _write_lora(partial, request.format, request, result.recipe)
     log(f"result    {out}")
     log(f"use       {_USE[request.format, model is not None].format(out=str(out))}")
     rule, how = result.recipe.get("target_size"), result.family.comfyui_controls
@@ -189,6 +225,32 @@ def export(request: Request) -> None:
         limit = f"at most {rule['max_pixels']} pixels, sides multiples of {rule['multiple_of']}"
         log(f"          scale the image to edit as in training ({limit}; mixres sample logs the size)")
         log(f"          {how}; give the sampler an empty latent of that size")
+
+
+def _write_card(request: Request, card: Card) -> None:
+    out, asked = request.out, card.asked
+    if request.written:
+        log(f"card      {out} is there already with this LoRA: it is uploaded as it is")
+    else:
+        with placed(out) as partial:
+            partial.mkdir()
+            for form, name in card.names.items():
+                _write_lora(partial / name, form, request, card.recipe)
+            card.write(partial)
+        log(f"result    {out}: look at {CARD} before you upload it")
+        if card.base == UNNAMED:
+            log("          the card names no base, for it was a folder: --base ORG/NAME names it")
+    if asked.push:
+        push(out, asked.push, private=asked.private)
+
+
+def _write_lora(path: Path, form: str, request: Request, stated: Mapping[str, Any]) -> None:
+    lora = request.result.lora
+    if lora and form == "comfyui":
+        tensors = comfyui_tensors(layer_tensors(lora, request.lora), lora.lora_alpha, request.result.family)
+        write_tensors(path, tensors, tensors.__getitem__, _metadata(stated), shown=True)
+    else:
+        atomic.write_bytes(path, request.lora)
 
 
 def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: Adapters) -> None:

@@ -3,8 +3,8 @@
 Promise: the images are those of a process without mixres, for the same base, LoRA, controls, prompt and seed, over the
 base quantised as under the LoRA in training. Each PNG records its settings. What an interrupted command has made is
 kept: the same command makes the rest. Cost: one decode of each control; the text encoder once a prompt with its
-controls and size, then released; then one forward call a step and batch, twice the tokens with guidance, two passes
-with `compare`. Embeddings wait in memory, 10 MB a prompt for Qwen-Image-Edit.
+controls and size, of the images that are to be made, then released; then one forward call a step and batch, twice the
+tokens with guidance, two passes with `compare`. Embeddings wait in memory, 10 MB a prompt for Qwen-Image-Edit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,24 +17,27 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mixres import atomic
 from mixres.batch import TextEmbeds
 from mixres.console import counted, log, progress
 from mixres.data.images import WHITE, BadImageError, read_image
 from mixres.data.records import printable
 from mixres.errors import WorkError
+from mixres.geometry import token_count
 from mixres.inference.artifact import renamed
+from mixres.inference.compare import BASE, TARGET, Comparison, comparison_grid, comparison_page
 from mixres.inference.sample_request import LIMITS, RECORD, ImageJob, Request, settings_of
 from mixres.models.family import ControlSizes
 from mixres.preprocessing.fill import release
 from mixres.training.denoising import ImageInputs, image_inputs, make_images, microbatches
-from mixres.training.sample_sheets import Row, image_grid, save_png
+from mixres.training.sample_sheets import save_png
 
 _GRID_ROWS = 12
 Embeds = tuple[TextEmbeds, TextEmbeds | None]  # of a prompt and, with guidance, of the negative one
 
 
 def sample(request: Request) -> None:
-    """Make all images of `request`, and with `compare` the grids that show them side by side.
+    """Make all images of `request`, and with `compare` the grids and pages that show them side by side.
 
     Raises:
         UserError: the base's weights cannot be loaded.
@@ -46,19 +49,22 @@ def sample(request: Request) -> None:
     with renamed("--base"):
         _make_images(request)
     if request.options.compare:
-        _write_grids(request)
+        _write_comparisons(request)
     log(f"images    {printable(folder)}")
 
 
 def _make_images(request: Request) -> None:
     """Make and save every image that is not there yet."""
-    result, wanted = request.result, [(job, trained) for trained in request.passes for job in request.jobs]
-    missing = [(job, trained) for job, trained in wanted if not job.file(trained).exists()]
-    if len(missing) < len(wanted):
-        log(f"image     {len(wanted) - len(missing)} of {len(wanted)} are there already")
+    result, every = request.result, [(job, trained) for trained in request.passes for job in request.jobs]
+    missing = [(job, trained) for job, trained in every if not job.file(trained).exists()]
+    if len(missing) < len(every):
+        log(f"image     {len(every) - len(missing)} of {len(every)} are there already")
     if not missing:
         return
-    embeds, pipeline = _encode(request), None
+    # In the batches of an unbroken command: in others the numbers would round otherwise.
+    batches = [request.jobs[part.start : part.stop] for part in _microbatches(request)]
+    gone = {job for job, _ in missing}
+    embeds, pipeline = _encode(request, [job for batch in batches if gone & set(batch) for job in batch]), None
     with progress(len(missing), "sample", "image") as stepped:
         for trained in dict.fromkeys(trained for _, trained in missing):
             if pipeline is None or not result.lora:
@@ -70,14 +76,24 @@ def _make_images(request: Request) -> None:
                 pipeline.load_lora_weights(result.path)
             if request.options.offload:
                 pipeline.enable_model_cpu_offload(device=request.device)
-            inputs = [_inputs(request, pipeline, *each) for each in zip(request.jobs, embeds, strict=True)]
-            for part in microbatches([each.tokens for each in inputs], request.options.batch_tokens):
-                jobs = request.jobs[part.start : part.stop]
-                gone = [job for job in jobs if (job, trained) in missing]
-                if gone:  # in the batch of an unbroken command: in another one the numbers would round otherwise
-                    made = _make(request, pipeline, jobs, inputs[part.start : part.stop], len(gone), stepped)
-                    for job in gone:
+            for jobs in batches:
+                if wanted := [job for job in jobs if (job, trained) in missing]:
+                    inputs = [_inputs(request, pipeline, job, embeds[job]) for job in jobs]
+                    made = _make(request, pipeline, jobs, inputs, len(wanted), stepped)
+                    for job in wanted:
                         _save_image(request, job, made[job], trained)
+
+
+def _microbatches(request: Request) -> list[range]:
+    """Which images are made together; before anything is encoded, so that what is there already needs no encoder."""
+    family = request.family
+    preprocessors, tokens = family.load_preprocessors(), []
+    for job in request.jobs:
+        image = token_count(family.grids(job.size, job.control_sizes))
+        texts = [job.prompt] if job.negative is None else [job.prompt, job.negative]
+        lengths = (family.text_tokens(preprocessors, prompt=text, sizes=job.control_sizes) for text in texts)
+        tokens.append(sum(image + length for length in lengths))
+    return list(microbatches(tokens, request.options.batch_tokens))
 
 
 def _make(
@@ -103,8 +119,8 @@ def _save_image(request: Request, job: ImageJob, image: Image.Image, trained: bo
     log(f"image     {job.file(trained).name}: {job.size}, {request.options.steps} steps")
 
 
-def _encode(request: Request) -> list[Embeds]:
-    """The embeddings of each image; the text encoder is gone then."""
+def _encode(request: Request, jobs: Sequence[ImageJob]) -> dict[ImageJob, Embeds]:
+    """The embeddings of these images; the text encoder is gone then."""
     family, device = request.family, request.device
     encoders = family.load_encoders(dtype=getattr(torch, request.dtype), device=device)
 
@@ -112,11 +128,11 @@ def _encode(request: Request) -> list[Embeds]:
     def embeds(prompt: str, controls: tuple[Path, ...], sizes: ControlSizes) -> TextEmbeds:
         return family.encode_prompt(encoders, controls=_read(request, controls), prompt=prompt, sizes=sizes)
 
-    encoded: list[Embeds] = []
-    for job in counted(request.jobs, "encode", "prompt", enabled=True):
+    encoded: dict[ImageJob, Embeds] = {}
+    for job in counted(jobs, "encode", "prompt", enabled=True):
         seen = ((), ControlSizes()) if family.prompts_alone else (job.controls, job.control_sizes)
         negative = None if job.negative is None else embeds(job.negative, *seen)
-        encoded.append((embeds(job.prompt, *seen), negative))
+        encoded[job] = embeds(job.prompt, *seen), negative
     return encoded
 
 
@@ -172,21 +188,27 @@ def _save(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts:
     save_png(image, path, captions, **texts)
 
 
-def _write_grids(request: Request) -> None:
-    """Controls, the image without the trained weights and the one with them; some rows a grid."""
+def _write_comparisons(request: Request) -> None:
+    """A grid and a page for some images each: their controls, both of them, and their targets."""
     for first in range(0, len(request.jobs), _GRID_ROWS):
         jobs = request.jobs[first : first + _GRID_ROWS]
         path = jobs[0].path.with_name(f"compare-{jobs[0].path.name}")
-        if path.exists():  # the same command made it of the same images
+        page = path.with_suffix(".html")
+        if path.exists() and page.exists():  # the same command made them of the same images
             continue
         columns = max(len(job.controls) for job in jobs)
-        rows = []
-        for job in jobs:
-            controls = _read(request, job.controls)
-            made = [Image.open(path) for path in map(job.file, request.passes)]
-            empty = [None] * (columns - len(job.controls))
-            note = f"{job.path.name}, {job.size}, seed {job.seed}"
-            rows.append(Row((*controls, *empty, *made), job.prompt, note))
-        headings = [f"image {number}" for number in range(1, columns + 1)]
-        grid = image_grid((*headings, "without", "with"), rows)
-        _save(grid, path, [row.caption for row in rows])
+        inputs = ["input"] if columns == 1 else [f"input {number}" for number in range(1, columns + 1)]
+        rows = [_comparison(request, job, inputs) for job in jobs]
+        if not path.exists():
+            _save(comparison_grid(rows), path, [row.prompt for row in rows])
+        if not page.exists():
+            atomic.write_text(page, comparison_page(rows, f"{rows[0].name} to {rows[-1].name}"))
+
+
+def _comparison(request: Request, job: ImageJob, inputs: Sequence[str]) -> Comparison:
+    trained = "LoRA" if request.result.lora else "trained"
+    images = dict(zip(inputs, _read(request, job.controls), strict=False))
+    images |= {name: Image.open(job.file(which)) for name, which in ((BASE, False), (trained, True))}
+    if job.target:
+        (images[TARGET],) = _read(request, [job.target])
+    return Comparison(job.path.name, images, job.prompt, f"{job.size}, seed {job.seed}")

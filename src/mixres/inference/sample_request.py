@@ -4,7 +4,8 @@ Promise: every bad line of a prompts file is reported at once. The same command 
 found by the settings that its PNG records.
 
 Lines of a prompts file have the keys of a data manifest (`prompt`, `path_control`, `path_control_1`, ...), so that a
-manifest of held-out data can be given as it is: its targets and masks are not opened. `seed` and `size` may be added.
+manifest of held-out data can be given as it is: its masks are not opened, and its targets only to compare. `seed` and
+`size` may be added.
 """
 
 import json
@@ -37,7 +38,7 @@ from mixres.training.distributed import device_named
 
 LIMITS = Limits()
 
-_NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.png")  # all that `sample` writes
+_NUMBERED = re.compile(r"(?:compare-)?(\d{4,})(?:-without)?\.(?:png|html)")  # all that `sample` writes
 RECORD = "mixres"  # what the settings are called in a PNG file
 
 
@@ -95,6 +96,7 @@ class _Row(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     prompt: _Prompt
     controls: Annotated[tuple[Path, ...], Field(alias="path_control")]
+    target: Annotated[Path | None, Field(alias="path_target")] = None  # to compare with
     seed: _Seed | None = None
     size: _Size | None = None
     align_control: bool | None = None
@@ -108,6 +110,7 @@ class ImageJob:
     prompt: str
     negative: str | None  # with guidance
     controls: tuple[Path, ...]
+    target: Path | None  # to compare with
     control_sizes: ControlSizes
     size: Size
     restored_size: Size | None  # to which the image is scaled at last
@@ -164,7 +167,7 @@ def make_request(**given: Any) -> Request:
     guidance, negative = _guidance(family, asked)
     problems = Problems()
     if asked.prompts:
-        rows = _read_rows(asked.prompts.expanduser(), problems)
+        rows = _read_rows(asked.prompts.expanduser(), problems, targets=asked.compare)
     else:
         images = tuple(Path(image).expanduser() for image in asked.image)
         rows = {"--image, --prompt": _Row.model_validate({"prompt": asked.prompt, "path_control": images})}
@@ -183,6 +186,7 @@ def make_request(**given: Any) -> Request:
                 row.prompt,
                 negative,
                 row.controls,
+                row.target,
                 control_sizes,
                 size,
                 controls[0] if asked.restore_size and controls else None,
@@ -223,7 +227,7 @@ def _default_size(family: Family, result: RunResult, controls: Sequence[Size]) -
     return trained or family.default_size(controls[-1] if controls else None)
 
 
-def _read_rows(file: Path, problems: Problems) -> dict[str, _Row]:
+def _read_rows(file: Path, problems: Problems, *, targets: bool) -> dict[str, _Row]:
     """The good lines of `file` in their order, by their place; what is wrong with the others is noted."""
     try:
         lines, root = list(json_rows(file)), file.parent.resolve()
@@ -232,30 +236,32 @@ def _read_rows(file: Path, problems: Problems) -> dict[str, _Row]:
     if not lines:
         problems.add(f"--prompts: {printable(file)} has no lines: write one for each image")
     places = {f"{printable(file)}:{number}": line for number, line in lines}
-    rows = {at: problems.collect(_read_row, line, file.parent, root, at) for at, line in places.items()}
+    rows = {at: problems.collect(_read_row, line, file.parent, root, at, targets) for at, line in places.items()}
     return {at: row for at, row in rows.items() if row}
 
 
-def _read_row(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path, at: str) -> _Row | None:
+def _read_row(line: Mapping[str, Any] | BadRowError, folder: Path, root: Path, at: str, targets: bool) -> _Row | None:
     if isinstance(line, BadRowError):
         raise UserError(f"{at}: {line}")
-    problems, controls = Problems(f"{at}: {problem}" for problem in key_problems(line)), []
-    for key in control_keys(line):
+    problems, paths = Problems(f"{at}: {problem}" for problem in key_problems(line)), {}
+    wanted = ["path_target"] if targets and line.get("path_target") is not None else []
+    for key in (*control_keys(line), *wanted):
         try:
-            controls.append(file_below(folder, root, key, line.get(key), fix="put the file itself there"))
+            paths[key] = file_below(folder, root, key, line.get(key), fix="put the file itself there")
         except BadRowError as error:
             problems.add(f"{at}: {error}")
     values = {key: value for key, value in line.items() if not key.startswith("path")}
-    values["path_control"] = tuple(controls)
+    values["path_target"] = paths.pop("path_target", None)
+    values["path_control"] = tuple(paths.values())
     row = problems.collect(validated, _Row, values, lambda key: f"{at}: '{printable(key)}'")
     problems.raise_if_any()
     return row
 
 
 def _control_sizes(rows: Mapping[str, _Row], problems: Problems) -> dict[Path, Size]:
-    """The upright size of every control that can be used; each is decoded once."""
+    """The upright size of every control and target that can be used; each is decoded once."""
     sizes = {}
-    for path, at in {path: at for at, row in rows.items() for path in row.controls}.items():
+    for path, at in {path: at for at, row in rows.items() for path in (*row.controls, row.target) if path}.items():
         try:
             sizes[path] = inspect_image(path, LIMITS).size
         except BadImageError as error:

@@ -45,10 +45,17 @@ def lora_file(parameters: Mapping[str, Tensor], transformer: nn.Module, recipe: 
     return _ordered(save({f"{_PREFIX}.{k}": v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
 
 
-def _ordered(file: bytes) -> bytes:
+def with_recipe(file: bytes, recipe: Mapping[str, Any]) -> bytes:
+    """The same LoRA with another recipe in its metadata."""
+    return _ordered(file, {RECIPE_KEY: json.dumps(dict(recipe), sort_keys=True)})
+
+
+def _ordered(file: bytes, changes: Mapping[str, str] = {}) -> bytes:
     """The same safetensors file with its header sorted: the library writes metadata in an order of chance."""
     (length,) = struct.unpack("<Q", file[:8])
-    header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    values = json.loads(file[8 : 8 + length])
+    values["__metadata__"] |= changes
+    header = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + file[8 + length :]
 

@@ -5,7 +5,10 @@ beside it or in its metadata. Cost: a LoRA once in memory on the rank that write
 """
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +16,19 @@ from mixres import atomic
 from mixres.errors import WorkError
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.models.tensor_files import write_model
+from mixres.preprocessing.fill import CachedSample
 from mixres.training.distributed import full_tensor
 from mixres.training.setup import TrainState, recipe
+
+TRAINING_SET = "training_set.json"
+
+
+def training_set(samples: Sequence[CachedSample]) -> dict[str, Any]:
+    """What a model card reports of them: how many, and how many of each size, without a name."""
+    own = [sample for sample in samples if not sample.regularization]
+    sizes = Counter(sample.target_size for sample in own)
+    counted = {str(size): sizes[size] for size in sorted(sizes)}
+    return {"samples": len(own), "regularization": len(samples) - len(own), "sizes": counted}
 
 
 def write_results(trained: TrainState, folder: Path, *, step: int, keep: bool) -> Path:

@@ -6,7 +6,7 @@ Cost: `sample.steps` forward calls for as many rows as fit into `batch.max_token
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -199,7 +199,8 @@ def grid_writer(
 
 def image_grid(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
     """A grid of images: rows under column headings, each image scaled to fit its cell with its aspect kept."""
-    font = _font()
+    fonts = _fonts()
+    font = fonts[0]
     width = _GAP + len(headings) * (_CELL + _GAP)
     heights = [max(_fitted(image).height for image in row.images if image) + _CAPTION + 6 for row in rows]
     canvas = Image.new("RGB", (width, _HEAD + sum(heights) + _GAP), "white")
@@ -212,7 +213,8 @@ def image_grid(headings: Sequence[str], rows: Sequence[Row]) -> Image.Image:
             if image:
                 canvas.paste(_fitted(image), (_left(column), top))
         base = top + height - _CAPTION
-        draw.text((_GAP, base), _drawable(row.caption, font), fill="black", font=font)
+        caption, own = _drawable(row.caption, fonts)
+        draw.text((_GAP, base), caption, fill="black", font=own)
         draw.text((_GAP, base + 17), row.note, fill="gray", font=font)
         top += height
     return canvas
@@ -243,23 +245,23 @@ def _fitted(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.fromarray(board).convert("RGBA"), image).convert("RGB")
 
 
-def _font() -> Any:
-    """The first font that is found, or Pillow's own."""
-    names = list(_SYSTEM_FONTS)
+def _fonts() -> list[Any]:
+    """The fonts that are found, Pillow's own last."""
+    names, found = list(_SYSTEM_FONTS), []
     if find_spec("pylopdf_fonts_zh_cn"):  # Noto Sans SC, from the extra `demo`
         from pylopdf_fonts_zh_cn import sans_path
 
         names.insert(0, str(sans_path()))
     for name in names:
-        try:
-            return ImageFont.truetype(name, _FONT_SIZE)
-        except OSError:
-            continue
-    return ImageFont.load_default(_FONT_SIZE)
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, _FONT_SIZE))
+    return [*found, ImageFont.load_default(_FONT_SIZE)]
 
 
-def _drawable(text: str, font: Any) -> str:
-    """The text, or where the font lacks its script, where to find it: boxes and code points would show nothing."""
-    missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
-    lacks = any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text)
-    return "(no font here draws this prompt: it stands in the file's metadata)" if lacks else text
+def _drawable(text: str, fonts: Sequence[Any]) -> tuple[str, Any]:
+    """The text and the first font that has its script, or where to find it: boxes would show nothing."""
+    for font in fonts:
+        missing = font.getmask("\uffff").getbbox(), font.getmask("\U0010fffe").getbbox()
+        if not any(ord(c) > 0x2FF and font.getmask(c).getbbox() in missing for c in text):
+            return text, font
+    return "(no font here draws this prompt: it stands in the file's metadata)", fonts[0]

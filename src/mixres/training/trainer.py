@@ -35,7 +35,7 @@ from mixres.training.distributed import (
 )
 from mixres.training.metrics import MetricsLog, Tracker
 from mixres.training.optimizer import Schedule
-from mixres.training.result import write_results
+from mixres.training.result import TRAINING_SET, training_set, write_results
 from mixres.training.resume import Skips, changes, check_order, checkpoint_to_resume, restore_run, save_run
 from mixres.training.run_folder import RunFolder
 from mixres.training.sample_sheets import grid_writer
@@ -99,6 +99,7 @@ def train(config: Config) -> None:
         check_order(checkpoint, identity)
         if run.is_main:
             atomic.write_text(folder / FROZEN, dump_config(config))
+            atomic.write_json(folder / TRAINING_SET, training_set(encoded.train))
 
         # Model, optimizer, objective, schedule, batches.
         trained = load_trained(config, family, accelerator)

@@ -11,7 +11,7 @@ The ways: `one_by_one` accumulates gradients over single samples; `padded` and `
 Reading a row: `ratio` is time over that of the first way; `padding` the fraction of computed tokens that is padding;
 `flops` what a step computes, counted in an uncompiled round before; `mfu` what it needs (no padding, nothing computed
 twice) per second over the device's dense bf16 peak; `peak_bytes` on CUDA all that is allocated, on a CPU how far the
-process grew.
+process grew. `sampling` is no way to train: sample grids of the same model, their images in batches and one by one.
 """
 
 import math
@@ -31,6 +31,8 @@ from mixres.data.collate import collate
 from mixres.data.loader import samples_of
 from mixres.data.plan import Layout, Microbatch, StepPlan
 from mixres.errors import Problems, UserError
+from mixres.preprocessing.fill import CachedData
+from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import TrainState, make_plan, row_rounding
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
@@ -58,6 +60,7 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 MIN_ROUNDS, MAX_ROUNDS, BUDGET_S = 3, 15, 120.0
 MAX_STEPS = 4
+SAMPLING_STEPS = 4
 
 
 class Step(NamedTuple):
@@ -127,31 +130,38 @@ def bench(
     _log_table(rows)
     layout = config.batch.layout
     trainer = _trainer_step(setup, source, work[layout] * min(MIN_ROUNDS, rounds)) if layout in work else None
-    if trainer:
-        log(f"trainer   a {layout} step that reads and collates its samples takes {trainer['ratio']:.3f} x "
-            f"one on batches made before ({trainer['low']:.3f} to {trainer['high']:.3f})")  # fmt: skip
+    both = {BASELINE, "packed"} <= set(ways)  # sampling packs
+    sampling = _sampling(setup, source.encoded, rounds) if source.encoded and both else None
     report = {
         "machine": machine(device),
         "versions": versions(),
-        "model": config.model.pretrained_model_name_or_path,
         "synthetic": synthetic,
-        "precision": precision_label(config),
-        "samples_per_step": config.batch.samples_per_step,
-        "max_tokens": config.batch.max_tokens,
-        "layout": config.batch.layout,
-        "gradient_checkpointing": config.train.gradient_checkpointing,
+        **_settings(config),
         "compile": compiled,
-        "quantize": config.model.quantize,
-        "offload_blocks": config.train.offload.blocks,
         "steps": len(every[BASELINE]),
         "rounds": rounds,
         "rows": rows,
         "trainer_step": trainer,
+        "sampling": sampling,
     }
     path = report_path(config, "bench.json")
     atomic.write_json(path, report)
     log(f"report    {path}: {report['steps']} steps of {config.batch.samples_per_step} samples, "
         f"{report['rounds']} rounds")  # fmt: skip
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "model": config.model.pretrained_model_name_or_path,
+        "precision": precision_label(config),
+        "samples_per_step": config.batch.samples_per_step,
+        "max_tokens": config.batch.max_tokens,
+        "layout": config.batch.layout,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
+        "quantize": config.model.quantize,
+        "offload_blocks": config.train.offload.blocks,
+    }
 
 
 def make_work(config: Config, source: Source, steps: int = MAX_STEPS) -> Work:
@@ -252,7 +262,40 @@ def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> d
     for step in steps:
         ready = _seconds(setup, step)
         ratios.append(_seconds(setup, step, _collated(setup.config, source, step.plan.ranks[0], layout)) / ready)
-    return _spread(ratios)
+    found = _spread(ratios)
+    log(f"trainer   a {layout} step that reads and collates its samples takes {found['ratio']:.3f} x "
+        f"one on batches made before ({found['low']:.3f} to {found['high']:.3f})")  # fmt: skip
+    return found
+
+
+def _sampling(setup: TrainState, encoded: CachedData, rounds: int) -> dict[str, Any] | None:
+    """The images of a sample grid, of training samples of several sizes: in batches, and one by one, in turn.
+
+    `ratio` is time in batches over time one by one. None: the device has no memory for them beside the training.
+    """
+    sample = setup.config.sample.model_copy(update={"steps": SAMPLING_STEPS})
+    config = setup.config.model_copy(update={"sample": sample})
+    times: dict[str, list[float]] = {"batched": [], BASELINE: []}
+    try:
+        sampler = HeldOutSampler(config, setup.family, setup.transformer, CachedData(encoded.cache, [], encoded.train))
+        images = range(len(sampler.items))
+        sampler.predictions(images[:1])  # what is loaded and chosen once
+        for _ in range(rounds):
+            for way, parts in (("batched", [images]), (BASELINE, [[image] for image in images])):
+                start = time.perf_counter()
+                for part in parts:
+                    sampler.predictions(part)
+                times[way].append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        log("sampling  not measured: there is no memory left for it")
+        return None
+    ratios = _spread([batched / alone for batched, alone in zip(*times.values(), strict=True)])
+    rates = {way: len(images) / statistics.median(seconds) for way, seconds in times.items()}
+    log(f"sampling  {len(images)} images in batches take {ratios['ratio']:.3f} x their time one by one "
+        f"({ratios['low']:.3f} to {ratios['high']:.3f}): {rates['batched']:.3g} and {rates[BASELINE]:.3g} images/s, "
+        f"{SAMPLING_STEPS} steps")  # fmt: skip
+    alone = {"images_per_s": rates["batched"], f"{BASELINE}_images_per_s": rates[BASELINE]}
+    return {"images": len(images), "steps": SAMPLING_STEPS, **ratios, **alone}
 
 
 def _log_table(rows: Sequence[dict[str, Any]]) -> None:

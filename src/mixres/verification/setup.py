@@ -25,7 +25,7 @@ from mixres.errors import UserError
 from mixres.geometry import Grid, token_count
 from mixres.models.family import Family
 from mixres.models.registry import load_family
-from mixres.preprocessing.fill import encode_all, family_of
+from mixres.preprocessing.fill import CachedData, encode_all, family_of
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import TrainState, load_trained
@@ -42,6 +42,7 @@ class Source(NamedTuple):
     names: Sequence[str]
     img_shapes: Sequence[tuple[Grid, ...]]
     read: Callable[[int], Sample]
+    encoded: CachedData | None = None  # where they are of the cache
 
 
 def cached_source(config: Config, device: torch.device) -> tuple[Family, Source]:
@@ -54,7 +55,7 @@ def cached_source(config: Config, device: torch.device) -> tuple[Family, Source]
     def read(index: int) -> Sample:
         return encoded.cache.read(samples[index].key, name=names[index])
 
-    return family, Source([sample.lengths for sample in samples], names, shapes, read)
+    return family, Source([sample.lengths for sample in samples], names, shapes, read, encoded)
 
 
 def synthetic_source(config: Config, count: int) -> tuple[Family, Source]:
