@@ -23,7 +23,7 @@ from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
 from mixres.inference.artifact import find_base, find_result
 from mixres.inference.export import export, make_request, merged_weight, placed
-from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
+from mixres.models.lora_file import FILE_NAME, MAGNITUDE, RECIPE_FILE, RECIPE_KEY
 from mixres.models.qwen.layers import LORA_PRESETS
 from mixres.models.tensor_files import INDEX, write_tensors
 from mixres.training.trainer import train
@@ -112,7 +112,8 @@ def test_the_merged_weight_is_what_layer_and_adapter_compute_with(dora: bool) ->
     for parameter in model.parameters():
         parameter.data = parameter.data + 0.3 * torch.rand_like(parameter) * parameter.requires_grad
     magnitude = layer.lora_magnitude_vector["default"].weight if dora else None
-    merged = merged_weight(weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight, magnitude, alpha=7)
+    adapter = {f"lora_{side}.weight": getattr(layer, f"lora_{side}")["default"].weight for side in "AB"}
+    merged = merged_weight(weight, adapter | ({MAGNITUDE: magnitude} if dora else {}), alpha=7)
     x = torch.randn(4, 5, dtype=torch.float64)
     with torch.no_grad():
         assert apart(x @ merged.T, model(x)) <= 1e-14 < apart(x @ weight.T, model(x))

@@ -31,8 +31,7 @@ def write_lora(folder: Path, base: Path, *overrides: str, dtype: str = "float32"
     config = load_config(file, [f"model.dtype={dtype}", *overrides])
     family = family_of(config)
     transformer = family.load_transformer(dtype=getattr(torch, dtype), device="cpu")
-    assert config.model.lora
-    settings: dict[str, Any] = config.model.lora.model_dump() | {"presets": family.lora_presets}
+    settings: dict[str, Any] = config.model.adapter_settings() | {"presets": family.lora_presets}
     add_lora(transformer, **settings, untrained=family.untrained_modules(transformer), seed=1)
     add_noise(trainable_parameters(transformer))
     path = folder / FILE_NAME
