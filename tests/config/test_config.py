@@ -327,7 +327,9 @@ CLASHES = {
     "DoRA layers cannot be compiled: set one to false": (*PADDED, "model.lora.use_dora=true"),
     "lokr layers cannot be compiled: set false": (*PADDED, "model.adapter=lokr"),
     "loha has no dropout: set 0": ("model.adapter=loha", "model.lora.lora_dropout=0.1"),
-    "lokr has no lengths of rows: set false, or model.adapter: dora": ("model.adapter=lokr", "model.lora.use_dora=true"),
+    "lokr has no lengths of rows: set false, or model.adapter: dora": (
+        *("model.adapter=lokr", "model.lora.use_dora=true"),
+    ),
     "loha needs weights of their own shape: use int8, fp8 or null": ("model.adapter=loha", "model.quantize=nf4"),
     "without model.lora there are no adapters: leave one of the two out": ("model.adapter=dora", "model.lora=null"),
     "offloading recomputes all blocks: set true": ("train.offload.blocks=2", "train.gradient_checkpointing=2"),

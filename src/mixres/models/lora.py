@@ -151,9 +151,8 @@ def _add(
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer) and without_casts:
             module.cast_input_dtype_enabled = _WithoutAutocast()
-        if isinstance(module, LoKrLayer) and module.lokr_w1 and module.lokr_w2:
-            # Two whole factors have no rank to divide by: LyCORIS and what reads its files scale them by 1.
-            module.alpha["default"], module.scaling["default"] = r, 1.0
+        if isinstance(module, LoKrLayer):
+            _as_lycoris(module, {"r": r, "factor": factor, "decompose_both": decompose_both})
     for parameter in trainable_parameters(transformer).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
@@ -180,9 +179,10 @@ def check_pretrained(
     header, problems = read_header(pretrained_weight, names=_linear_layers(transformer)), []
     if adapter != header.adapter and {adapter, header.adapter} & {*LYCORIS}:
         raise UserError(f"model.adapter: {adapter} does not fit {header.path}, which has {header.adapter}: write that")
+    whole = bool(header.shapes) and not any(part.endswith("_b") for own in header.shapes.values() for part in own)
     for name, own in {"r": r, "lora_alpha": lora_alpha, "use_dora": use_dora}.items():
         theirs = getattr(header, name)
-        if own != theirs:
+        if own != theirs and not (whole and name != "use_dora"):  # whole factors are of any rank that makes them so
             what = f"model.lora.{name}: {as_written(own)} does not fit {header.path}"
             problems.append(f"{what}, which has {as_written(theirs)}: write {as_written(theirs)}")
     layers = _chosen(transformer, expanded(target_modules, presets), untrained)
@@ -194,7 +194,9 @@ def check_pretrained(
             f"{TARGETS_KEY}: the adapters of {header.path} are for others: write those it was made with; "
             f"{'; '.join(parts)}"
         )
-    if adapter == "lokr" and not (missing or extra or problems):
+    if problem := base_problem(transformer, header):
+        problems.append(f"{KEY}: {header.path} is for another base: {problem}; name one of this base")
+    if adapter == "lokr" and not problems:
         settings = {"r": r, "factor": factor, "decompose_both": decompose_both}
         splits = {name: adapter_shapes("lokr", layer, settings) for name, layer in layers.items()}
         if differing := [name for name in splits if splits[name] != header.shapes[name]]:
@@ -203,8 +205,6 @@ def check_pretrained(
                 f"model.lora.factor: {factor} splits {name} into {_listed(splits[name])}, {header.path} has "
                 f"{_listed(header.shapes[name])}: write the factor and decompose_both it was made with"
             )
-    if problem := base_problem(transformer, header):
-        problems.append(f"{KEY}: {header.path} is for another base: {problem}; name one of this base")
     if problems:
         raise UserError(problems)
 
@@ -219,6 +219,26 @@ def base_problem(transformer: nn.Module, header: LoraHeader) -> str | None:
         if (linear.in_features, linear.out_features) != (inputs, outputs):
             return f"its {name} is {linear.in_features} x {linear.out_features}, the adapter's {inputs} x {outputs}"
     return None
+
+
+def _as_lycoris(layer: Any, settings: Mapping[str, Any]) -> None:
+    """Split and scale a layer's LoKr as LyCORIS does, so that other programs compute the same from its file.
+
+    peft's first factor can be the larger one, where a side of the weight is less than `factor` squared. Two whole
+    factors have no rank to divide by: their scale is 1.
+    """
+    name, r = "default", settings["r"]
+    shapes = adapter_shapes("lokr", layer, settings)
+    parts = {part: getattr(layer, part) for part in layer.adapter_layer_names}
+    if any(part not in shapes or tuple(own[name].shape) != shapes[part] for part, own in parts.items() if name in own):
+        for own in parts.values():
+            own.clear()
+        sides = _split_sides(layer, settings["factor"])
+        layer.create_adapter_parameters(name, r, sides, "lokr_w1" in shapes, "lokr_w2" in shapes, False)
+        layer.reset_adapter_parameters_lycoris_way(name)
+        layer._move_adapter_to_device_of_base_layer(name)
+    if {"lokr_w1", "lokr_w2"} == shapes.keys():
+        layer.alpha[name], layer.scaling[name] = r, 1.0
 
 
 class _WithoutAutocast:
@@ -263,13 +283,19 @@ def adapter_shapes(kind: Adapter, linear: nn.Linear, settings: Mapping[str, Any]
         length = {"lora_magnitude_vector": (outputs,)} if kind == "dora" else {}
         return {"lora_A": (r, inputs), "lora_B": (outputs, r), **length}
     shapes: dict[str, tuple[int, ...]] = {}
-    sides = zip(factorization(outputs, settings["factor"]), factorization(inputs, settings["factor"]), strict=True)
+    sides = zip(*_split_sides(linear, settings["factor"]), strict=True)
     for name, (rows, columns) in zip(("lokr_w1", "lokr_w2"), sides, strict=True):
         if r < max(rows, columns) / 2 and (name == "lokr_w2" or settings["decompose_both"]):
             shapes |= {f"{name}_a": (rows, r), f"{name}_b": (r, columns)}
         else:
             shapes[name] = (rows, columns)
     return shapes
+
+
+def _split_sides(linear: nn.Linear, factor: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Outputs and inputs as products of two, the smaller one first."""
+    (a, b), (c, d) = (sorted(factorization(side, factor)) for side in (linear.out_features, linear.in_features))
+    return (a, b), (c, d)
 
 
 def _listed(shapes: Mapping[str, Sequence[int]]) -> str:
