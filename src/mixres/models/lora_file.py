@@ -59,6 +59,8 @@ def lora_file(parameters: Mapping[str, Tensor], transformer: nn.Module, recipe: 
     config = _peft_config(transformer).to_dict()
     if kind_of(transformer) in LYCORIS:
         tensors = _lycoris_tensors(parameters, transformer)
+        # All names in full, where peft leaves the shortest endings: the tensors' names have lost their dots.
+        config["target_modules"] = {name.rsplit(".", 2)[0] for name in parameters}
     else:
         found: dict[str, Tensor] = get_peft_model_state_dict(transformer, state_dict=dict(parameters))
         tensors = {f"{_PREFIX}.{name}": tensor for name, tensor in found.items()}
