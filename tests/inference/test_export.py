@@ -305,7 +305,8 @@ def run_of(small_run: Path, small_cache: Path, tmp_path: Path) -> Callable[..., 
 def test_run_average_and_checkpoints_make_the_files_of_their_steps(
     run_of: Callable[..., Path], tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    run = run_of("train.max_train_steps=4", "train.ema_decay=0.5", *overrides_of(kind))
+    words = ("train.max_train_steps=4", "train.ema_decay=0.5", *overrides_of(kind))
+    run = run_of(*words)
     form = "lycoris" if kind in ("lokr", "loha") else "diffusers"
     last, earlier = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 2))
     sources = {run: run, run / "ema": run / "ema", run / FILE_NAME: run, last: run, run / "checkpoints/latest": run}
@@ -323,6 +324,13 @@ def test_run_average_and_checkpoints_make_the_files_of_their_steps(
     attach(pipeline, read_header(str(out)))
     merged = run_export(earlier, tmp_path / "merged", "diffusers", merge=True)
     assert apart(output(QwenImageTransformer2DModel.from_pretrained(merged)), output(pipeline.transformer)) <= 1e-5
+
+    if kind == "lokr":
+        unbroken = (run / FILE_NAME).read_bytes()
+        shutil.rmtree(last)
+        (run / FILE_NAME).unlink()
+        run_of(*words)
+        assert (run / FILE_NAME).read_bytes() == unbroken, "resumed from the earlier one"
 
     frozen = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"\br: \d+", "r: 2", frozen))

@@ -115,7 +115,8 @@ def attach(pipeline: Any, header: LoraHeader) -> None:
         pipeline.load_lora_weights(header.path)
         return
     kept = {name: getattr(header, name) for name in ("r", "lora_alpha", "factor", "decompose_both")}
-    _add(pipeline.transformer, header.layers, header.adapter, **kept)
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+        _add(pipeline.transformer, header.layers, header.adapter, **kept)
     load_adapters(header, trainable_parameters(pipeline.transformer))
     pipeline.transformer.requires_grad_(False)
 
