@@ -33,7 +33,7 @@ from support.steps import with_adapters
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
-SOME = ("lora", "dora", "lokr", "loha")
+SOME = ("lora", "dora", "lokr, whole", "loha")
 
 
 def with_table(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
@@ -70,7 +70,7 @@ def test_autocast_casts_the_inputs_of_adapters_and_nobody_before_it(changes: dic
     cast = run()
     for one, other in zip((*own[0], *own[1]), (*cast[0], *cast[1]), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
-    # LoHa's product is in the precision of autocast already.
+    # A product, LoHa's among them, is in the precision of autocast already.
     assert (own[2] < cast[2]) == (changes.get("adapter", "lora") in ("lora", "lokr"))
 
 

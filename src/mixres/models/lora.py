@@ -14,13 +14,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.lokr.layer import LoKrLayer, factorization
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mixres.config.problems import as_written
@@ -154,6 +156,8 @@ def _add(
             module.cast_input_dtype_enabled = _WithoutAutocast()
         if isinstance(module, LoKrLayer):
             _as_lycoris(module, {"r": r, "factor": factor, "decompose_both": decompose_both})
+        if isinstance(module, LycorisLayer):
+            module.forward = MethodType(_forward, module)
     for parameter in trainable_parameters(transformer).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
@@ -240,6 +244,33 @@ def _as_lycoris(layer: Any, settings: Mapping[str, Any]) -> None:
         layer._move_adapter_to_device_of_base_layer(name)
     if {"lokr_w1", "lokr_w2"} == shapes.keys():
         layer.alpha[name], layer.scaling[name] = r, 1.0
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """Of a layer with a LoKr or LoHa: peft's own draws a number in training, and leaves the adapter out where it is 0.
+
+    A LoKr's weight is never made: (W1 kron W2) x is W2 X W1^T, of x as a matrix X. A LoHa's has to be.
+    """
+    result: Tensor = layer.base_layer(x)
+    if layer.disable_adapters or layer.merged:
+        return result
+    for name in layer.active_adapters:
+        if isinstance(layer, LoKrLayer):
+            one, two = (
+                whole[name] if name in (whole := getattr(layer, part)) else _product(layer, part, name)
+                for part in ("lokr_w1", "lokr_w2")
+            )
+            rows = layer._cast_input_dtype(x, two.dtype).unflatten(-1, (one.shape[1], two.shape[1]))
+            change = (one @ (rows @ two.mT)).flatten(-2) * layer.scaling[name]
+        else:
+            change = layer._get_delta_activations(name, x)
+        result = result + change
+    return result.to(x.dtype)
+
+
+def _product(layer: Any, part: str, name: str) -> Tensor:
+    product: Tensor = getattr(layer, f"{part}_a")[name] @ getattr(layer, f"{part}_b")[name]
+    return product
 
 
 class _WithoutAutocast:
