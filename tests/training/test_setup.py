@@ -117,7 +117,7 @@ def test_guidance_and_steps_of_a_shift_reach_the_training(setup: Setup, base_of:
 
 
 def moved(one: dict[str, object], other: dict[str, object]) -> set[str]:
-    return {key for key in one if one[key] != other[key]}
+    return {key for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 def frozen(setup: Setup, encoded: CachedData, *overrides: str) -> dict[str, object]:

@@ -47,7 +47,7 @@ from mixres.training.optimizer import check_step, make_optimizer, optimizer_clas
 
 # Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
 _LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
-_LOKR_IDENTITY = ("factor", "decompose_both")
+_LOKR_IDENTITY = ("factor", "decompose_both")  # and which of a LoKr, in both
 _LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its file records
 
 
@@ -282,15 +282,15 @@ def run_identity(config: Config, family: Family, own: Sequence[str], regularizat
 
     `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.
     """
-    lora = _lora_values(config, family)
+    lora, kind = _lora_values(config, family), config.model.adapter
     return {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": _revision(config),
         "model.dtype": config.model.dtype,
         "model.quantize": config.model.quantize,
         **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
-        **({"model.adapter": config.model.adapter} if config.model.adapter in LYCORIS else {}),
-        **{f"model.lora.{name}": lora.get(name) for name in _LOKR_IDENTITY if config.model.adapter == "lokr"},
+        **({"model.adapter": kind} if kind in LYCORIS else {}),  # checkpoints of earlier versions have none
+        **{f"model.lora.{name}": lora.get(name) for name in _LOKR_IDENTITY if kind == "lokr"},
         "optimizer.class_path": config.optimizer.class_path,
         "train.seed": config.train.seed,
         "train.ema_decay": config.train.ema_decay,
@@ -322,6 +322,8 @@ def _revision(config: Config) -> str | None:
 
 def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
     """What a LoRA file or a trained transformer records of its training, so that sampling needs no configuration."""
+    adapter = config.model.adapter
+    stated = _LORA_STATED | ({*_LOKR_IDENTITY} if adapter == "lokr" else set())
     return {
         "format": 1,
         "mixres": __version__,
@@ -330,8 +332,8 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "revision": _revision(config),
         "quantize": config.model.quantize,
         "background": config.data.background,
-        **{name: value for name, value in _lora_values(config, family).items() if name in _LORA_STATED},
-        **({"adapter": config.model.adapter} if config.model.adapter in LYCORIS else {}),
+        **({"adapter": adapter} if adapter in LYCORIS else {}),
+        **{name: value for name, value in _lora_values(config, family).items() if name in stated},
         **control_rules(config, family),
         "target_size": config.data.resize.target.model_dump(),
         "step": step,
