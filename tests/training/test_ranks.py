@@ -81,12 +81,16 @@ TOPOLOGIES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("lokr", 3), ("loha", 2)])
-def test_float64_parameters_of_other_adapters_do_not_depend_on_it_either(runs: Runs, kind: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ranks", "more"), [("lokr", 3, (FSDP2, "train.shard_read=rows")), ("loha", 2, ("train.parallel=ddp",))]
+)
+def test_float64_parameters_of_other_adapters_do_not_depend_on_it_either(
+    runs: Runs, kind: str, ranks: int, more: tuple[str, ...]
+) -> None:
     """Rows of a LoKr's small factor are fewer than ranks: some hold none."""
     words = (f"model.adapter={kind}", "model.lora.factor=2", "train.ema_decay=0.5")
     alone = runs.train(kind, 1, *words, "batch.layout=padded")
-    split = runs.train(f"{kind}-split", ranks, *words, FSDP2, "train.shard_read=rows", "batch.layout=packed", SMALL)
+    split = runs.train(f"{kind}-split", ranks, *words, *more, "batch.layout=packed", SMALL)
     assert distance(split, alone) <= 1e-10
     averages = [load_file(run / "ema" / LORA) for run in (split, alone)]
     assert averages[0].keys() == averages[1].keys()
