@@ -181,7 +181,9 @@ def read_header(given: str, *, key: str = KEY, names: Iterable[str] = ()) -> Lor
         raise UserError(f"{key}: {path} is no LoRA of one rank in diffusers' format for a transformer; name another")
     (r,) = ranks
     # Where nothing is stated diffusers takes the rank for lora_alpha.
-    return LoraHeader(path, r, float(stated.get(f"{_PREFIX}.lora_alpha", r)), magnitudes > 0, layers, recipe)
+    kind: Adapter = "dora" if magnitudes else "lora"
+    alpha = float(stated.get(f"{_PREFIX}.lora_alpha", r))
+    return LoraHeader(path, r, alpha, kind == "dora", layers, recipe, adapter=kind)
 
 
 def load_adapters(header: LoraHeader, parameters: Mapping[str, nn.Parameter]) -> None:
