@@ -132,7 +132,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     quickstart = add("quickstart", "write the quickstart's data into a folder, or show what its run has learnt")
     quickstart.usage = f"{name} quickstart DIR\n       {name} quickstart --config FILE [key=value ...]"
     _add_sample_options(add("sample", "make images with what a run has trained"))
-    _add_export_options(add("export", "write what a run has trained for diffusers or ComfyUI"))
+    _add_export_options(add("export", "write what a run has trained for other programs"))
     return whole, verbs.choices
 
 
@@ -172,7 +172,7 @@ def _add_export_options(parser: _Parser) -> None:
     option = partial(parser.add_argument, action=_Once)
     run = "what was trained: a run folder, its ema/, one of its checkpoints/, a .safetensors file"
     parser.add_argument("run", metavar="RUN|FILE", nargs="?", help=run)
-    option("--format", metavar="NAME", help="diffusers or comfyui: whose names the file has")
+    option("--format", metavar="NAME", help="diffusers, comfyui, or lycoris of a LoKr or LoHa: whose names it has")
     parser.add_argument("--merge", action="store_true", help="the base's weights with the LoRA in them, not the LoRA")
     option("--out", metavar="FILE", help="a .safetensors file; a folder for diffusers with --merge, and with --card")
     option("--base", metavar="PATH", help="to merge: the base, if it has moved; with --card: its name on the Hub")

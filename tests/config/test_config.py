@@ -325,6 +325,13 @@ CLASHES = {
     "compiled blocks cannot be split: use ddp, or set false": (*PADDED, "train.parallel=fsdp2"),
     "quantised layers cannot be compiled: set one to its default": (*PADDED, "model.quantize=int8"),
     "DoRA layers cannot be compiled: set one to false": (*PADDED, "model.lora.use_dora=true"),
+    "lokr layers cannot be compiled: set false": (*PADDED, "model.adapter=lokr"),
+    "loha has no dropout: set 0": ("model.adapter=loha", "model.lora.lora_dropout=0.1"),
+    "lokr has no lengths of rows: set false, or model.adapter: dora": (
+        *("model.adapter=lokr", "model.lora.use_dora=true"),
+    ),
+    "loha needs weights of their own shape: use int8, fp8 or null": ("model.adapter=loha", "model.quantize=nf4"),
+    "without model.lora there are no adapters: leave one of the two out": ("model.adapter=dora", "model.lora=null"),
     "offloading recomputes all blocks: set true": ("train.offload.blocks=2", "train.gradient_checkpointing=2"),
     "compiled blocks cannot be offloaded: set one to its default": (*PADDED, "train.offload.activations=true"),
     "split blocks cannot be offloaded: use ddp, or offload none": ("train.offload.blocks=2", "train.parallel=fsdp2"),
@@ -332,6 +339,24 @@ CLASHES = {
     "cannot be swapped: use int8, fp8 or null": ("train.offload.blocks=2", "model.quantize=nf4"),
     "one of them must be above 0": ("data.mask_weight.foreground=0", "data.mask_weight.background=0"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "adapter", "dora"),
+    [
+        ((), "lora", False),
+        (("model.adapter=dora",), "dora", True),
+        (("model.lora.use_dora=true",), "dora", True),
+        (("model.adapter=dora", "model.lora.use_dora=false"), "dora", True),
+        (("model.adapter=lokr", "model.lora.factor=-1"), "lokr", False),
+    ],
+)
+def test_the_old_key_of_dora_and_the_new_one_mean_each_other(
+    tmp_path: Path, given: tuple[str, ...], adapter: str, dora: bool
+) -> None:
+    model = load(tmp_path, REQUIRED, *given).model
+    assert model.lora and (model.adapter, model.lora.use_dora) == (adapter, dora)
+    assert model.adapter_settings()["adapter"] == adapter
 
 
 @pytest.mark.parametrize(("fix", "overrides"), CLASHES.items(), ids=CLASHES)

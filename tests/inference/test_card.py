@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from mixres import cli
 from mixres.config.load import load_config
 from mixres.inference.card import fenced, histogram
-from mixres.models.lora_file import FILE_NAME, with_recipe
+from mixres.models.lora_file import FILE_NAME, read_header, with_recipe
 from mixres.models.registry import FAMILIES
 from mixres.training.trainer import train
 from support.jobs import environment
@@ -167,7 +167,7 @@ def test_cards_of_all_families_are_what_the_hub_takes(family: Any, run: Path, tm
         compile(block, "README.md", "exec")
 
 
-def test_a_base_without_a_name_is_left_open_and_a_dora_is_for_diffusers(
+def test_a_base_without_a_name_is_left_open_and_each_adapter_has_its_files(
     run: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(run, tmp_path / "swap", "--license", "mit") == 0
@@ -178,6 +178,15 @@ def test_a_base_without_a_name_is_left_open_and_a_dora_is_for_diffusers(
     assert export(dora, tmp_path / "kept", "--license", "mit") == 0
     assert sorted(files_of(tmp_path / "kept")) == ["README.md", FILE_NAME]
     assert "dora" in ModelCard.load(tmp_path / "kept" / "README.md").data.tags
+    lokr = write_lora(tmp_path / "lokr", tiny_base, "model.adapter=lokr", "model.lora.lora_alpha=6")
+    assert export(lokr, tmp_path / "kron", "--license", "mit") == 0
+    assert sorted(files_of(tmp_path / "kron")) == ["README.md", "kron_comfyui.safetensors", FILE_NAME]
+    assert read_header(str(tmp_path / "kron" / FILE_NAME)).adapter == "lokr"
+    card = ModelCard.load(tmp_path / "kron" / "README.md")
+    assert {"lycoris", "lokr"} <= set(card.data.tags) and "lora" not in card.data.tags
+    assert "create_lycoris_from_weights" in card.text and "load_lora_weights" not in card.text
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        compile(block, "README.md", "exec")
 
 
 # --- The way to the Hub ----------------------------------------------------------------------------------------------

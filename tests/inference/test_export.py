@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,14 +23,16 @@ from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
 from mixres.inference.artifact import find_base, find_result
 from mixres.inference.export import export, make_request, merged_weight, placed
-from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, RECIPE_KEY
+from mixres.models.lora import attach
+from mixres.models.lora_file import FILE_NAME, MAGNITUDE, RECIPE_FILE, RECIPE_KEY, read_header
 from mixres.models.qwen.layers import LORA_PRESETS
 from mixres.models.tensor_files import INDEX, write_tensors
 from mixres.training.trainer import train
 from support.family_cases import CASES
 from support.jobs import longest_file
-from support.lora_files import write_lora
+from support.lora_files import overrides_of, write_lora
 
+OTHERS = [("all", "lokr"), ("attention", "lokr, both"), ("attention+mlp", "lokr, whole"), ("all", "loha")]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -101,36 +103,48 @@ def split(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- Merged ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_merged_weight_is_what_layer_and_adapter_compute_with(dora: bool) -> None:
+MERGED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lora": (LoraConfig, {"lora_alpha": 7}),
+    "dora": (LoraConfig, {"lora_alpha": 7, "use_dora": True}),
+    "loha": (LoHaConfig, {"alpha": 6}),  # peft rounds alpha / r to float32
+    "lokr": (LoKrConfig, {"alpha": 7, "decompose_factor": 2}),
+    "lokr, both": (LoKrConfig, {"alpha": 7, "decompose_factor": 8, "decompose_both": True}),
+}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_the_merged_weight_is_what_layer_and_adapter_compute_with(kind: str) -> None:
     """peft's own layer in float64, neither square nor of alpha = r."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 11, bias=False)).double()
-    weight = model[0].weight.detach().clone()
-    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=7, target_modules=["0"], use_dora=dora), model)
-    layer = model[0]
-    for parameter in model.parameters():
+    model = nn.Sequential(nn.Linear(80, 112, bias=False)).double()
+    weight, (config, given) = model[0].weight.detach().clone(), MERGED[kind]
+    inject_adapter_in_model(config(r=4 if kind == "loha" else 3, target_modules=["0"], **given), model)
+    adapter = {}
+    for name, parameter in model.named_parameters():
         parameter.data = parameter.data + 0.3 * torch.rand_like(parameter) * parameter.requires_grad
-    magnitude = layer.lora_magnitude_vector["default"].weight if dora else None
-    merged = merged_weight(weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight, magnitude, alpha=7)
-    x = torch.randn(4, 5, dtype=torch.float64)
+        adapter[name.removeprefix("0.").replace(".default", "")] = parameter.detach()
+    if kind == "dora":
+        adapter[MAGNITUDE] = adapter.pop(f"{MAGNITUDE}.weight")
+    merged = merged_weight(weight, adapter, alpha=given.get("alpha", 7))
+    x = torch.randn(4, 80, dtype=torch.float64)
     with torch.no_grad():
         assert apart(x @ merged.T, model(x)) <= 1e-14 < apart(x @ weight.T, model(x))
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("preset", LORA_PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "kind"), [*((preset, kind) for preset in LORA_PRESETS for kind in ("lora", "dora")), *OTHERS]
+)
 def test_merged_weights_give_the_outputs_of_base_and_adapters(
-    tiny_base: Path, tmp_path: Path, preset: str, dora: bool
+    tiny_base: Path, tmp_path: Path, preset: str, kind: str
 ) -> None:
     """Both through the stock pipeline's own loading: the LoRA file, and a pipeline whose transformer is the export."""
-    overrides = [f"model.lora.target_modules=[{preset}]", f"model.lora.use_dora={str(dora).lower()}"]
+    overrides = [f"model.lora.target_modules=[{preset}]", *overrides_of(kind)]
     file = write_lora(tmp_path / "lora", tiny_base, *overrides)
     shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("transformer"))
     folder = run_export(file, tmp_path / "base" / "transformer", "diffusers", merge=True)
     pipeline = stock(tiny_base)
     before = output(pipeline.transformer)
-    pipeline.load_lora_weights(file)
+    attach(pipeline, read_header(str(file)))
     trained, merged = output(pipeline.transformer), output(stock(tmp_path / "base").transformer)
     assert apart(trained, before) > 0.01
     assert apart(merged, trained) <= 1e-5
@@ -139,7 +153,7 @@ def test_merged_weights_give_the_outputs_of_base_and_adapters(
     recipe = metadata(file)[RECIPE_KEY] | {"merged": True}
     assert metadata(single) == metadata(folder / WEIGHTS) == {RECIPE_KEY: recipe}
     assert json.loads((folder / RECIPE_FILE).read_text()) == recipe
-    if dora:
+    if kind == "dora":
         with pytest.raises(UserError, match=r"^--format: ComfyUI does not apply the DoRA .*: add --merge$"):
             run_export(file, tmp_path / "comfyui.safetensors", "comfyui")
 
@@ -287,38 +301,48 @@ def run_of(small_run: Path, small_cache: Path, tmp_path: Path) -> Callable[..., 
     return run
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", pytest.param("loha", marks=pytest.mark.slow)])
 def test_run_average_and_checkpoints_make_the_files_of_their_steps(
-    run_of: Callable[..., Path], tiny_base: Path, tmp_path: Path, dora: bool
+    run_of: Callable[..., Path], tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    run = run_of("train.max_train_steps=4", "train.ema_decay=0.5", f"model.lora.use_dora={str(dora).lower()}")
+    words = ("train.max_train_steps=4", "train.ema_decay=0.5", *overrides_of(kind))
+    run = run_of(*words)
+    form = "lycoris" if kind in ("lokr", "loha") else "diffusers"
     last, earlier = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 2))
     sources = {run: run, run / "ema": run / "ema", run / FILE_NAME: run, last: run, run / "checkpoints/latest": run}
     for number, (given, file) in enumerate(sources.items()):
-        out = run_export(given, tmp_path / f"{number}.safetensors", "diffusers")
+        out = run_export(given, tmp_path / f"{number}.safetensors", form)
         assert out.read_bytes() == (file / FILE_NAME).read_bytes()
     assert (run / FILE_NAME).read_bytes() != (run / "ema" / FILE_NAME).read_bytes()
 
-    out = run_export(earlier, tmp_path / "earlier.safetensors", "diffusers")
+    out = run_export(earlier, tmp_path / "earlier.safetensors", form)
     assert metadata(out)[RECIPE_KEY]["step"] == 2
     first, end = load_file(out), load_file(run / FILE_NAME)
-    assert shapes(first) == shapes(end) and not any(torch.equal(first[name], end[name]) for name in first)
+    trained = [name for name in first if not name.endswith(".alpha")]
+    assert shapes(first) == shapes(end) and not any(torch.equal(first[name], end[name]) for name in trained)
     pipeline = stock(tiny_base)
-    pipeline.load_lora_weights(out)
+    attach(pipeline, read_header(str(out)))
     merged = run_export(earlier, tmp_path / "merged", "diffusers", merge=True)
     assert apart(output(QwenImageTransformer2DModel.from_pretrained(merged)), output(pipeline.transformer)) <= 1e-5
+
+    if kind == "lokr":
+        unbroken = (run / FILE_NAME).read_bytes()
+        shutil.rmtree(last)
+        (run / FILE_NAME).unlink()
+        run_of(*words)
+        assert (run / FILE_NAME).read_bytes() == unbroken, "resumed from the earlier one"
 
     frozen = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"\br: \d+", "r: 2", frozen))
     with pytest.raises(UserError, match=r"does not fit the config.yaml of its run: export the run's result"):
-        run_export(earlier, tmp_path / "edited.safetensors", "diffusers")
+        run_export(earlier, tmp_path / "edited.safetensors", form)
     (run / "config.yaml").write_text(frozen)
 
     weights = last / "trainable.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(UserError, match=r"is damaged \(trainable.safetensors is not what was saved\)"):
-        run_export(last, tmp_path / "a.safetensors", "diffusers")
+        run_export(last, tmp_path / "a.safetensors", form)
     assert not (tmp_path / "a.safetensors").exists()
 
 

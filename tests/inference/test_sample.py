@@ -25,6 +25,7 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit as stock_edit,
     pipeline_qwenimage_edit_plus as stock_plus,
 )
+from lycoris import create_lycoris_from_weights
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,9 +44,10 @@ from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS
 from mixres.training.setup import recipe
 from support.family_cases import CASES, FamilyCase
 from support.jobs import environment
-from support.lora_files import write_lora
+from support.lora_files import overrides_of, write_lora
 
 PROMPT, NEGATIVE = "swap red and blue", "交换红色和蓝色"
+ADAPTERS = {"zero_cond_t": "dora", "qwen_image_edit_plus": "lokr", "qwen_image": "loha"}
 SIZE = (96, 64)
 CALL = ("--size", "96x64", "--steps", "2", "--seed", "7")
 
@@ -58,6 +60,7 @@ class Result:
     base: Path
     folder: Path
     images: list[Path]
+    kind: str = "lora"  # a row of `KINDS`
 
     def words(self, *more: str) -> list[str]:
         images = [word for path in self.images[: max(self.case.controls)] for word in ("--image", str(path))]
@@ -77,7 +80,9 @@ class Result:
 
     def stock(self, lora: bool = True) -> Any:
         pipeline = self.case.load_stock(self.base, torch.float32)
-        if lora:
+        if lora and self.kind in ("lokr", "loha"):
+            create_lycoris_from_weights(1.0, str(self.folder / FILE_NAME), pipeline.transformer)[0].apply_to()
+        elif lora:
             pipeline.load_lora_weights(self.folder / FILE_NAME)
         return pipeline
 
@@ -98,17 +103,17 @@ class Result:
 def trained_of(
     base_of: Callable[[FamilyCase], Path], demo_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Result]:
-    """By the name of a row of `CASES`; the LoRA is a DoRA for one of them."""
+    """By the name of a row of `CASES`, of which some have another adapter; a LoKr and a LoHa lycoris-lora loads."""
     made: dict[str, Result] = {}
 
     def trained(name: str) -> Result:
         if name not in made:
             case, folder = CASES[name], tmp_path_factory.mktemp("run")
             base = base_of(case)
-            words = (*case.overrides(), f"model.lora.use_dora={str(case.zero_cond_t).lower()}")
-            write_lora(folder, base, *words)
+            kind = ADAPTERS.get(name, "lora")
+            write_lora(folder, base, *case.overrides(), *overrides_of(kind))
             images = sorted((demo_data / "control_images").glob("*.png"))[1:4]  # none is square
-            made[name] = Result(case, base, folder, images)
+            made[name] = Result(case, base, folder, images, kind)
         return made[name]
 
     return trained

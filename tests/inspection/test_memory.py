@@ -68,6 +68,7 @@ STEPS = {  # others, of the same model on fake tensors, are in test_rehearsal.py
     "float64, dropout": ["model.dtype=float64", "train.gradient_checkpointing=false", "model.lora.lora_dropout=0.1"],
     "dora, every layer, recomputed": [DORA, EVERY_LAYER, *BF16],
     "over fp8, recomputed": ["model.quantize=fp8", *BF16],
+    "loha, recomputed": ["model.adapter=loha", *BF16],
 }
 
 

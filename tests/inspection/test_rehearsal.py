@@ -43,6 +43,7 @@ STEPS = {
     "adapters": [],
     "padded, recomputed": ["batch.layout=padded", "train.gradient_checkpointing=true", *BF16],
     "dora": ["model.lora.use_dora=true", *BF16],
+    "lokr": ["model.adapter=lokr", *BF16],
     "all weights, average": [ALL, "train.ema_decay=0.9"],
     "all weights, bf16": [ALL, *BF16],
     "over int8": ["model.quantize=int8", "train.gradient_checkpointing=true", *BF16],

@@ -23,17 +23,20 @@ from mixres.data.collate import collate
 from mixres.errors import UserError
 from mixres.geometry import Size, token_count
 from mixres.models.family import Family
-from mixres.models.lora import trainable_parameters
-from mixres.models.lora_file import FILE_NAME, lora_file
+from mixres.models.lora import attach, trainable_parameters
+from mixres.models.lora_file import FILE_NAME, lora_file, read_header
 from mixres.models.qwen import rope
 from mixres.models.qwen.family import QwenFamily
 from mixres.training import denoising
 from mixres.training.denoising import image_inputs, make_images
 from support import mixes
 from support.family_cases import EVERY_CASE as CASES, PROMPTS, FamilyCase
+from support.lora_files import KINDS
 from support.steps import with_adapters
 
-ADAPTERS = [(name, False) for name in CASES] + [(name, True) for name in ("zero_cond_t", "flux2_klein", "flux_kontext")]
+ADAPTERS = [(name, "lora") for name in CASES]
+ADAPTERS += [(name, "dora") for name in ("zero_cond_t", "flux2_klein", "flux_kontext")]
+ADAPTERS += [("zero_cond_t", "lokr"), ("z_image", "loha")]
 NAMES = [name for name, case in CASES.items() if not case.zero_cond_t]
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
 CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))
@@ -379,11 +382,11 @@ def trained_on(case: FamilyCase, transformer: nn.Module, batches: list[Batch], s
 
 @IN_FLOAT32
 @pytest.mark.parametrize(
-    ("case", "use_dora"), [(CASES[name], dora) for name, dora in ADAPTERS],
-    ids=[name + ", dora" * dora for name, dora in ADAPTERS], indirect=["case"], scope="module",
+    ("case", "kind"), [(CASES[name], kind) for name, kind in ADAPTERS],
+    ids=[f"{name}, {kind}" for name, kind in ADAPTERS], indirect=["case"], scope="module",
 )  # fmt: skip
 def test_a_batch_of_all_control_counts_is_its_samples_alone(
-    case: FamilyCase, base: Path, encoders: Any, use_dora: bool, tmp_path: Path
+    case: FamilyCase, base: Path, encoders: Any, kind: str, tmp_path: Path
 ) -> None:
     """And the stock pipeline with the adapters' file gives the same."""
     samples = [
@@ -393,7 +396,7 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(
     assert [len(s.control_latents) for s in samples] == list(case.controls)
     transformer = case.at(base).load_transformer(dtype=torch.float32, device="cpu")
     layers = {"target_modules": ["attention"], "presets": case.at("").lora_presets}
-    with_adapters(transformer, use_dora=use_dora, untrained=case.at("").untrained_modules(transformer), **layers)
+    with_adapters(transformer, **KINDS[kind], untrained=case.at("").untrained_modules(transformer), **layers)
     sigmas = torch.tensor([0.9, 0.2, 0.5])
     alone = trained_on(case, transformer, [batch_of([sample], "padded") for sample in samples], sigmas)
     assert all(gradient is not None and gradient.any() for gradient in alone.gradients.values())
@@ -404,7 +407,7 @@ def test_a_batch_of_all_control_counts_is_its_samples_alone(
     stock = case.load_stock(base, torch.float32)
     for loaded in (False, True):
         if loaded:
-            stock.load_lora_weights(tmp_path)
+            attach(stock, read_header(str(tmp_path)))
         for sample, sigma, expected in zip(samples, sigmas, alone.outputs, strict=True):
             batch = batch_of([sample], "padded")
             with torch.no_grad():

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,11 +28,12 @@ from mixres.models.lora_file import FILE_NAME, lora_file, read_header
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.qwen.layers import ATTENTION, LORA_PRESETS, untrained_modules
 from support import mixes
-from support.lora_files import add_noise
+from support.lora_files import KINDS, add_noise
 from support.steps import with_adapters
 
 RECIPE = {"base": "somewhere", "control_area": 4096, "prompt": "交换"}
 LAST = "transformer_blocks.1."
+SOME = ("lora", "dora", "lokr, whole", "loha")
 
 
 def with_table(base: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
@@ -45,7 +48,7 @@ def skeleton(tiny_base: Path) -> QwenImageTransformer2DModel:
     return QwenImageEdit(str(tiny_base)).transformer_skeleton()
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("changes", [KINDS[kind] for kind in SOME], ids=SOME)
 def test_autocast_casts_the_inputs_of_adapters_and_nobody_before_it(changes: dict[str, Any]) -> None:
     """The same bits as with peft's casts to float32, and fewer copies; DoRA and calls without autocast keep them."""
     model = with_adapters(mixes.patched_model().to(torch.bfloat16), **changes)
@@ -67,7 +70,8 @@ def test_autocast_casts_the_inputs_of_adapters_and_nobody_before_it(changes: dic
     cast = run()
     for one, other in zip((*own[0], *own[1]), (*cast[0], *cast[1]), strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
-    assert (own[2] < cast[2]) != bool(changes)
+    # A product, LoHa's among them, is in the precision of autocast already.
+    assert (own[2] < cast[2]) == (changes.get("adapter", "lora") in ("lora", "lokr"))
 
 
 class CountedCasts(TorchDispatchMode):
@@ -135,21 +139,24 @@ def test_what_reaches_no_loss_gets_no_adapter_and_the_table_counts_the_others(ti
     assert not [name for name in trained if name.startswith(untrained_modules(transformer))]
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("base_dtype", "dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_adapters_are_float32_or_better(
-    tiny_base: Path, base_dtype: torch.dtype, dtype: torch.dtype, use_dora: bool
+    tiny_base: Path, base_dtype: torch.dtype, dtype: torch.dtype, kind: str
 ) -> None:
-    """On every layer; DoRA's lengths too."""
-    transformer, table = with_table(tiny_base, base_dtype, target_modules=["all"], use_dora=use_dora)
+    """On every layer; DoRA's lengths too. As many as the table counts, and at first they change nothing."""
+    transformer, table = with_table(tiny_base, base_dtype, target_modules=["all"], **KINDS[kind])
     trained = trainable_parameters(transformer)
     assert {p.dtype for p in trained.values()} == {dtype}
     assert {p.dtype for name, p in transformer.named_parameters() if name not in trained} == {base_dtype}
-    lengths = [name for name in trained if "lora_magnitude_vector" in name]
-    assert len(trained) == (3 * len(lengths) if use_dora else 2 * sum(row.modules for row in table))
+    layers = sum(row.modules for row in table)
+    assert len({name.rpartition(".lo")[0] or name.rpartition(".hada")[0] for name in trained}) == layers
+    for layer in transformer.modules():
+        if isinstance(layer, (LoKrLayer, LoHaLayer)):
+            assert not layer.get_delta_weight("default").any()
     assert sum(row.parameters for row in table) == sum(p.numel() for p in trained.values())
 
 
@@ -181,10 +188,11 @@ def test_all_weights_are_float32_and_what_reaches_no_loss_stays_frozen(tiny_base
     assert frozen
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+@pytest.fixture(scope="module", params=KINDS)
 def filled(tiny_base: Path, request: pytest.FixtureRequest) -> QwenImageTransformer2DModel:
-    """Adapters whose B is not zero any more, and lengths that are not the base's."""
-    transformer = with_table(tiny_base, use_dora=request.param)[0]
+    """Adapters that change the output, and lengths that are not the base's."""
+    transformer = with_table(tiny_base, **KINDS[request.param])[0]
+    transformer.kind = KINDS[request.param]
     add_noise(trainable_parameters(transformer))
     return transformer
 
@@ -203,8 +211,8 @@ def test_equal_adapters_make_equal_bytes(file: Path, filled: QwenImageTransforme
 
 
 def settings(transformer: QwenImageTransformer2DModel) -> dict[str, Any]:
-    use_dora = transformer.peft_config["default"].use_dora
-    return {"r": 4, "lora_alpha": 8.0, "use_dora": use_dora, "target_modules": ["attention"], "presets": LORA_PRESETS}
+    common = {"r": 4, "lora_alpha": 8.0, "use_dora": False, "target_modules": ["attention"], "presets": LORA_PRESETS}
+    return common | transformer.kind
 
 
 @pytest.mark.parametrize("from_folder", [False, True])
@@ -222,20 +230,44 @@ def test_training_continues_from_a_file(
 def test_every_setting_that_does_not_fit_a_file_is_named_with_the_one_that_does(
     skeleton: nn.Module, filled: QwenImageTransformer2DModel, file: Path
 ) -> None:
-    dora = settings(filled)["use_dora"]
+    dora, r = settings(filled)["use_dora"], settings(filled)["r"]
     wrong = {"r": 8, "lora_alpha": 4.0, "use_dora": not dora, "target_modules": ["to_q", "img_mlp.net.2"]}
+    wrong = settings(filled) | wrong | {"presets": {}}
     with pytest.raises(UserError) as caught:
         check_pretrained(skeleton, str(file), **wrong, untrained=untrained_modules(skeleton))
     lines = [message.replace(str(file), "FILE") for message in caught.value.messages]
-    assert lines[:3] == [
-        "model.lora.r: 8 does not fit FILE, which has 4: write 4",
+    ranked = [
+        f"model.lora.r: 8 does not fit FILE, which has {r}: write {r}",
         "model.lora.lora_alpha: 4.0 does not fit FILE, which has 8.0: write 8.0",
+    ]
+    assert lines[:-1] == [
+        *(ranked if r == 4 else []),  # whole factors have no rank
         f"model.lora.use_dora: {json.dumps(not dora)} does not fit FILE, which has {json.dumps(dora)}: write "
         f"{json.dumps(dora)}",
     ]
-    assert lines[3].startswith("model.lora.target_modules: the adapters of FILE are for others: ")
-    assert "it has none for transformer_blocks.0.img_mlp.net.2 and 1 more" in lines[3]
-    assert "it has one for transformer_blocks.0.attn.add_k_proj and 11 more" in lines[3]
+    assert lines[-1].startswith("model.lora.target_modules: the adapters of FILE are for others: ")
+    assert "it has none for transformer_blocks.0.img_mlp.net.2 and 1 more" in lines[-1]
+    assert "it has one for transformer_blocks.0.attn.add_k_proj and 11 more" in lines[-1]
+
+
+def test_a_file_of_another_kind_or_split_is_refused(
+    skeleton: nn.Module, filled: QwenImageTransformer2DModel, file: Path
+) -> None:
+    def refused(**changes: Any) -> str:
+        given = settings(filled) | {"untrained": untrained_modules(skeleton)} | changes
+        with pytest.raises(UserError) as caught:
+            check_pretrained(skeleton, str(file), **given)
+        (line,) = caught.value.messages
+        return line.replace(str(file), "FILE")
+
+    kind = read_header(str(file)).adapter
+    other = "loha" if kind == "lokr" else "lokr"
+    expected = f"model.adapter: {other} does not fit FILE, which has {kind}: write that"
+    assert refused(adapter=other, use_dora=False) == expected
+    if kind == "lokr":
+        line = refused(factor=2)
+        assert line.startswith("model.lora.factor: 2 splits transformer_blocks.0.attn.") and "lokr_w1 2 x 2" in line
+        assert line.endswith(": write the factor and decompose_both it was made with")
 
 
 def test_a_lora_of_a_base_of_another_size_is_refused(filled: QwenImageTransformer2DModel, file: Path) -> None:

@@ -23,12 +23,20 @@ from mixres.models.quantize import Method, check_method, quantization_config
 from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS
 from mixres.models.qwen_multi_resolution_patch import patch_qwen_model_for_multi_resolution
 from support import mixes
+from support.lora_files import KINDS
 from support.steps import with_adapters
 
 Load = Callable[..., QwenImageTransformer2DModel]
 ANYWHERE = ("int8", "fp8")
 ON_CUDA = [pytest.param(method, "cuda", marks=pytest.mark.gpu) for method in ("nf4", "bnb_int8")]
 METHODS = pytest.mark.parametrize(("method", "device"), [*((method, "cpu") for method in ANYWHERE), *ON_CUDA])
+
+ADAPTERS = [
+    *((method, "cpu", kind) for method in ANYWHERE for kind in ("lora", "dora")),
+    ("int8", "cpu", "lokr"),
+    ("fp8", "cpu", "loha"),
+    *(pytest.param(*each.values, kind, marks=each.marks) for each in ON_CUDA for kind in ("lora", "dora")),
+]
 
 
 def load_quantised(folder: Path, method: Method, device: str) -> Any:
@@ -44,21 +52,20 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     for zero, folder in folders.items():
         mixes.stock_model(zero).save_pretrained(folder)
 
-    def loaded(method: Method, device: str, *, zero_cond_t: bool = False, use_dora: bool = False) -> Any:
+    def loaded(method: Method, device: str, *, zero_cond_t: bool = False, **changes: Any) -> Any:
         model = load_quantised(folders[zero_cond_t], method, device)
-        return with_adapters(model, use_dora=use_dora)
+        return with_adapters(model, **changes)
 
     return loaded
 
 
-@METHODS
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("method", "device", "adapter"), ADAPTERS)
 def test_a_quantised_batch_trains_as_quantised_samples_alone(
-    method: Method, device: str, use_dora: bool, load: Load
+    method: Method, device: str, adapter: str, load: Load
 ) -> None:
     for zero_cond_t, mix in ((False, mixes.random_mix(3)), (True, mixes.random_mix(4))):
         mix = mix.to(device, torch.float32)
-        kind = {"zero_cond_t": zero_cond_t, "use_dora": use_dora}
+        kind = {"zero_cond_t": zero_cond_t, **KINDS[adapter]}
         alone = mixes.run(load(method, device, **kind), mix, "alone")
         patched = patch_qwen_model_for_multi_resolution(load(method, device, **kind))
         for change in ("none", "recomputed", *(["swapped"] if method in ANYWHERE else [])):

@@ -1,5 +1,6 @@
 """LoRA files whose adapters do something, without a run that trains them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,22 @@ from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import FILE_NAME, lora_file
 from mixres.preprocessing.fill import family_of
 from mixres.training.setup import recipe
+
+# Settings of every kind of adapter on layers of 128: LoKr's large factor, or both, of rank 4, or none.
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True, "adapter": "dora"},
+    "lokr": {"adapter": "lokr", "factor": 4},
+    "lokr, whole": {"adapter": "lokr", "factor": 4, "r": 512},
+    "lokr, both": {"adapter": "lokr", "factor": 16, "decompose_both": True},
+    "loha": {"adapter": "loha"},
+}
+
+
+def overrides_of(kind: str) -> list[str]:
+    """The settings of a row of `KINDS` as overrides of a configuration."""
+    given = KINDS[kind]
+    return [f"model.{'' if key == 'adapter' else 'lora.'}{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def add_noise(parameters: dict[str, nn.Parameter]) -> None:
@@ -31,8 +48,7 @@ def write_lora(folder: Path, base: Path, *overrides: str, dtype: str = "float32"
     config = load_config(file, [f"model.dtype={dtype}", *overrides])
     family = family_of(config)
     transformer = family.load_transformer(dtype=getattr(torch, dtype), device="cpu")
-    assert config.model.lora
-    settings: dict[str, Any] = config.model.lora.model_dump() | {"presets": family.lora_presets}
+    settings: dict[str, Any] = config.model.adapter_settings() | {"presets": family.lora_presets}
     add_lora(transformer, **settings, untrained=family.untrained_modules(transformer), seed=1)
     add_noise(trainable_parameters(transformer))
     path = folder / FILE_NAME

@@ -55,7 +55,7 @@ def old_way(config: Any, family: Any, accelerator: Any) -> nn.Module:
     transformer = family.load_transformer(dtype=torch.bfloat16, device=accelerator.device)
     transformer._apply(torch.clone)  # what `.to` does on a device that is no CPU
     if config.model.lora:
-        add_lora(transformer, **config.model.lora.model_dump(), untrained=(), seed=0, presets=family.lora_presets)
+        add_lora(transformer, **config.model.adapter_settings(), untrained=(), seed=0, presets=family.lora_presets)
     else:
         train_all(transformer, untrained=())
         promote(transformer, torch.bfloat16)
@@ -68,7 +68,7 @@ def differing(config: Any, family: Any, split: nn.Module) -> list[str]:
     whole = family.load_transformer(dtype=torch.bfloat16, device="cpu")  # mapped
     if config.model.lora:
         untrained, presets = family.untrained_modules(whole), family.lora_presets
-        add_lora(whole, **config.model.lora.model_dump(), untrained=untrained, seed=config.train.seed, presets=presets)
+        add_lora(whole, **config.model.adapter_settings(), untrained=untrained, seed=config.train.seed, presets=presets)
     pairs = zip(split.named_parameters(), whole.named_parameters(), strict=True)
     found = []
     for (name, ours), (other, theirs) in pairs:

@@ -81,6 +81,22 @@ TOPOLOGIES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "ranks", "more"), [("lokr", 3, (FSDP2, "train.shard_read=rows")), ("loha", 2, ("train.parallel=ddp",))]
+)
+def test_float64_parameters_of_other_adapters_do_not_depend_on_it_either(
+    runs: Runs, kind: str, ranks: int, more: tuple[str, ...]
+) -> None:
+    """Rows of a LoKr's small factor are fewer than ranks: some hold none."""
+    words = (f"model.adapter={kind}", "model.lora.factor=2", "train.ema_decay=0.5")
+    alone = runs.train(kind, 1, *words, "batch.layout=padded")
+    split = runs.train(f"{kind}-split", ranks, *words, *more, "batch.layout=packed", SMALL)
+    assert distance(split, alone) <= 1e-10
+    averages = [load_file(run / "ema" / LORA) for run in (split, alone)]
+    assert averages[0].keys() == averages[1].keys()
+    assert all(torch.allclose(averages[0][name], averages[1][name], rtol=1e-9, atol=1e-13) for name in averages[0])
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_float64_parameters_do_not_depend_on_the_topology(runs: Runs, alone: Path, name: str) -> None:
     ranks, overrides = TOPOLOGIES[name]

@@ -117,7 +117,7 @@ def test_guidance_and_steps_of_a_shift_reach_the_training(setup: Setup, base_of:
 
 
 def moved(one: dict[str, object], other: dict[str, object]) -> set[str]:
-    return {key for key in one if one[key] != other[key]}
+    return {key for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 def frozen(setup: Setup, encoded: CachedData, *overrides: str) -> dict[str, object]:
@@ -136,6 +136,8 @@ def frozen(setup: Setup, encoded: CachedData, *overrides: str) -> dict[str, obje
         ("model.lora.lora_alpha=8", {"model.lora.lora_alpha"}),
         ("model.lora.target_modules=to_q", {"model.lora.target_modules"}),
         ("model.lora.use_dora=true", {"model.lora.use_dora"}),
+        ("model.adapter=loha model.lora.factor=4", {"model.adapter"}),
+        ("model.adapter=lokr", {"model.adapter", "model.lora.factor", "model.lora.decompose_both"}),
         ("model.lora.pretrained_weight=earlier", {"model.lora.pretrained_weight"}),
         ("optimizer.class_path=torch.optim.SGD", {"optimizer.class_path"}),
         ("model.lora=null", {f"model.lora.{name}" for name in ("r", "lora_alpha", "target_modules", "use_dora")}),

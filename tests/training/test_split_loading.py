@@ -27,6 +27,7 @@ LOADS = {
     "dora": [LORA, DORA],
     "all weights": [ALL],
     "dora, rows": [LORA, DORA, ROWS],
+    "lokr, rows": [LORA, "model.adapter=lokr", ROWS],
     "all weights, rows": [ALL, ROWS],
     "old lora": [LORA],
     "old all weights": [ALL],

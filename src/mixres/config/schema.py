@@ -30,6 +30,11 @@ Sigma = Annotated[float, Field(gt=0, le=1)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
+# LoRA and DoRA have weights that diffusers reads; the others are files of LyCORIS.
+Adapter = Literal["lora", "dora", "lokr", "loha"]
+LYCORIS = ("lokr", "loha")
+
+
 class Section(BaseModel):
     """What all sections share: no unknown keys, no coercion, no NaN, no change after loading."""
 
@@ -43,7 +48,12 @@ class LoraConfig(Section):
     target_modules: Texts = Field(
         ("attention",), description="Layers with adapters: attention, attention+mlp, all, or name endings that match."
     )
-    use_dora: bool = Field(False, description="DoRA: also learn the length of each output's weights (Liu 2024).")
+    use_dora: bool = Field(False, description="The same as model.adapter: dora.")
+    factor: Literal[-1] | Annotated[int, Field(ge=2, le=4096)] = Field(
+        8,
+        description="lokr: each side of a weight is split into this, or nearly, times the rest; -1: halfway.",
+    )
+    decompose_both: bool = Field(False, description="lokr: give the small factor of each weight a low rank too.")
     pretrained_weight: Text | None = Field(None, description="A LoRA file, or its folder; training continues from it.")
 
 
@@ -60,7 +70,27 @@ class ModelConfig(Section):
     guidance: float | None = Field(
         None, ge=0, le=100, description="Guidance in training where the transformer takes it; null: the family's, 1.0."
     )
+    adapter: Adapter = Field(
+        "lora", description="lora; dora learns the lengths of rows too; lokr, loha: Kronecker and Hadamard products."
+    )
     lora: LoraConfig | None = Field(LoraConfig(), description="The adapters to train; null trains all weights.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, given: Any) -> Any:
+        """`adapter: dora` and `lora.use_dora: true`, the older key, mean each other."""
+        if not isinstance(given, dict) or not isinstance(lora := given.get("lora", {}), dict):
+            return given
+        if given.get("adapter") == "dora":
+            return {**given, "lora": {**lora, "use_dora": True}}
+        if lora.get("use_dora") is True and given.get("adapter", "lora") == "lora":
+            return {**given, "adapter": "dora"}
+        return given
+
+    def adapter_settings(self) -> dict[str, Any]:
+        """What `models.lora` takes of the adapters, which there are."""
+        assert self.lora is not None
+        return self.lora.model_dump() | {"adapter": self.adapter}
 
 
 class MaskWeightConfig(Section):
@@ -311,8 +341,23 @@ class Config(Section):
             yield ("train.compile", "model.quantize"), "quantised layers cannot be compiled: set one to its default"
         if train.compile and lora and lora.use_dora:
             yield ("train.compile", "model.lora.use_dora"), "DoRA layers cannot be compiled: set one to false"
+        if model.adapter != "lora" and lora is None:
+            yield ("model.adapter", "model.lora"), "without model.lora there are no adapters: leave one of the two out"
+        if model.adapter in LYCORIS and lora:
+            yield from self._lycoris_clashes(model.adapter, lora)
         if train.compile and self.batch.layout == "packed":
             yield ("train.compile", "batch.layout"), "each packed batch would be compiled anew: use padded"
+
+    def _lycoris_clashes(self, kind: str, lora: LoraConfig) -> Iterator[Clash]:
+        key, model = "model.adapter", self.model
+        if lora.use_dora:
+            yield (key, "model.lora.use_dora"), f"{kind} has no lengths of rows: set false, or model.adapter: dora"
+        if lora.lora_dropout:
+            yield (key, "model.lora.lora_dropout"), f"{kind} has no dropout: set 0"
+        if model.quantize in ("nf4", "bnb_int8"):
+            yield (key, "model.quantize"), f"{kind} needs weights of their own shape: use int8, fp8 or null"
+        if self.train.compile:
+            yield (key, "train.compile"), f"{kind} layers cannot be compiled: set false"
 
     def _split_clashes(self) -> Iterator[Clash]:
         train, split = self.train, self.train.parallel == "fsdp2"

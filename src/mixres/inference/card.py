@@ -20,12 +20,14 @@ from pydantic import BaseModel, Field
 
 from mixres import __version__
 from mixres.config.load import FROZEN, load_run_config, public_config
+from mixres.config.schema import LYCORIS, Adapter
 from mixres.errors import UserError
 from mixres.inference.artifact import RunResult
 from mixres.models.lora_file import FILE_NAME
 from mixres.training.result import TRAINING_SET
 
 CARD, GRID = "README.md", "samples.png"
+_LABELS: dict[Adapter, str] = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 UNNAMED = "BASE"  # stands for a base that has no name on the Hub
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _PLACES = ("cache", "checkpoint", "logging", "resume", "resume_allow_changes")  # of the trainer's machine and its runs
@@ -74,9 +76,16 @@ class Card:
 
     @property
     def names(self) -> dict[str, str]:
-        """By format the name of the LoRA file; a DoRA has none for ComfyUI, which would apply it in another way."""
+        """By format the name of the file; a DoRA has none for ComfyUI, which would apply it in another way."""
+        native = "lycoris" if self.kind in LYCORIS else "diffusers"
         own = f"{self.asked.out.expanduser().name}_comfyui.safetensors"
-        return {"diffusers": FILE_NAME} if self._is_dora else {"diffusers": FILE_NAME, "comfyui": own}
+        return {native: FILE_NAME, **({} if self.kind == "dora" else {"comfyui": own})}
+
+    @property
+    def kind(self) -> Adapter:
+        """That of the adapters."""
+        assert self.result.lora is not None
+        return self.result.lora.adapter
 
     def write(self, folder: Path) -> None:
         """Model card and sample grid; the LoRA is there already."""
@@ -92,7 +101,8 @@ class Card:
             named["base_model"] = self.base
         if asked.trigger:
             named["instance_prompt"] = asked.trigger[0]
-        tags = ["diffusers", "lora", *(["dora"] if self._is_dora else []), family.name.replace("_", "-"), "mixres"]
+        kinds = ["lycoris" if self.kind in LYCORIS else "lora", *([self.kind] if self.kind != "lora" else [])]
+        tags = ["diffusers", *kinds, family.name.replace("_", "-"), "mixres"]
         kind = "text-to-image" if family.controls[1] == 0 else "image-to-image"
         data = ModelCardData(**named, library_name="diffusers", pipeline_tag=kind, tags=tags)
         samples = self._training_set()
@@ -104,6 +114,7 @@ class Card:
             is_named=self.base != UNNAMED,
             repository=asked.push,
             names=self.names,
+            label=_LABELS[self.kind],
             recipe=self.recipe,
             size=self.recipe.get("target_size"),
             family=family,
@@ -115,10 +126,6 @@ class Card:
             version=__version__,
         )
         card.save(folder / CARD)
-
-    @property
-    def _is_dora(self) -> bool:
-        return bool(self.result.lora and self.result.lora.use_dora)
 
     def _settings(self) -> dict[str, Any] | None:
         """The configuration of the run, without what concerns its machine alone."""

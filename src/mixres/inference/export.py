@@ -1,4 +1,4 @@
-"""The verb `export`: what a run has trained, as files for diffusers and ComfyUI.
+"""The verb `export`: what a run has trained, as files for diffusers, ComfyUI and LyCORIS.
 
 Promise: result, base, format and place are checked before anything is written. Files are whole or absent, and nothing
 that exists is overwritten. The merged weight of a layer is the one that layer and adapter together compute with, worked
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.config.load import load_run_config
+from mixres.config.schema import LYCORIS
 from mixres.console import log
 from mixres.data.records import printable
 from mixres.errors import UserError, WorkError
@@ -36,11 +37,15 @@ from mixres.models.hub import pipeline_folder
 from mixres.models.lora import add_lora, trainable_parameters
 from mixres.models.lora_file import (
     FILE_NAME,
+    MAGNITUDE,
     RECIPE_FILE,
     RECIPE_KEY,
+    Adapters,
     LoraHeader,
+    header_of,
     layer_tensors,
     lora_file,
+    weight_change,
     with_recipe,
 )
 from mixres.models.registry import load_family
@@ -51,18 +56,15 @@ from mixres.training.setup import recipe
 
 _SUFFIX = ".safetensors"
 _KEY = "RUN"
-_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
-
 _UNQUANTISED = ("F64", "F32", "F16", "BF16")
 
 _USE = {  # by format and whether it is merged
     ("diffusers", False): "pipeline.load_lora_weights({out!r})",
     ("diffusers", True): "load {out!r} by from_pretrained, as the pipeline's transformer",
+    ("lycoris", False): "lycoris.create_lycoris_from_weights(1.0, {out!r}, transformer)",
     ("comfyui", False): "put it in ComfyUI/models/loras",
     ("comfyui", True): "put it in ComfyUI/models/diffusion_models",
 }
-# By layer: A `(r, inputs)`, B `(outputs, r)` and, of a DoRA, the magnitudes `(outputs,)`.
-Adapters = Mapping[str, tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Request:
 
 class _Options(BaseModel):
     run: str
-    format: Literal["diffusers", "comfyui"]
+    format: Literal["diffusers", "comfyui", "lycoris"]
     out: Path
     merge: bool = False
     base: str | None = None
@@ -102,12 +104,14 @@ def make_request(**given: Any) -> Request:
     asked = options(_Options, given, run=_KEY)
     result, lora = _find_source(Path(asked.run).expanduser())
     diffusers, merge = asked.format == "diffusers", asked.merge
+    if result.lora:
+        _check_format(result.lora, asked.format, merge=merge)
     if asked.base is not None and not (merge and result.lora):
         raise UserError("--base: has no effect where no LoRA is merged into it: leave it out")
     if result.lora and result.lora.use_dora and not diffusers and not merge:
         use = "add --merge" if result.family.comfyui_reads_layout else "write --format diffusers"
         raise UserError(f"--format: ComfyUI does not apply the DoRA {result.path} as it was trained: {use}")
-    if not result.lora and (diffusers or not merge):
+    if not result.lora and (asked.format != "comfyui" or not merge):
         use = "copy it, or write --format comfyui --merge" if result.family.comfyui_reads_layout else "copy it"
         raise UserError(f"{_KEY}: {result.path} holds all weights, in diffusers' format already: {use}")
     if merge and not diffusers and not result.family.comfyui_reads_layout:
@@ -140,6 +144,16 @@ def _card_request(given: Mapping[str, Any]) -> Request:
     return Request(result, lora, None, "diffusers", out, card, written)
 
 
+def _check_format(lora: LoraHeader, form: str, *, merge: bool) -> None:
+    """That the format has a place for adapters of this kind."""
+    if lora.adapter in LYCORIS and form == "diffusers" and not merge:
+        what = f"--format: not all pipelines of diffusers load the {lora.adapter} {lora.path}"
+        raise UserError(f"{what}: add --merge, or write --format lycoris")
+    if form == "lycoris" and (merge or lora.adapter not in LYCORIS):
+        what = "merged weights have" if merge else f"{lora.path} is a {lora.adapter}, which has"
+        raise UserError(f"--format: {what} no format of LyCORIS: write diffusers or comfyui")
+
+
 def _find_source(path: Path) -> tuple[RunResult, bytes]:
     """What was trained, and its LoRA file."""
     if not (path / MANIFEST).is_file():
@@ -148,14 +162,14 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
     if problem := problem_of(path):
         raise UserError(f"{_KEY}: {path} is damaged ({problem}): name another checkpoint")
     config = load_run_config(path.resolve().parents[1])
-    settings, model = config.model.lora, config.model
-    if settings is None:
+    model = config.model
+    if model.lora is None:
         raise UserError(f"{_KEY}: {path} is of a run that trains all weights: name its result")
     family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision)
     checkpoint, skeleton = Checkpoint(path), family.transformer_skeleton()
     add_lora(
         skeleton,
-        **settings.model_dump(exclude={"pretrained_weight"}),
+        **(model.adapter_settings() | {"pretrained_weight": None}),
         untrained=family.untrained_modules(skeleton),
         seed=config.train.seed,
         presets=family.lora_presets,
@@ -165,10 +179,7 @@ def _find_source(path: Path) -> tuple[RunResult, bytes]:
     if expected != {name: weight.shape for name, weight in weights.items()}:
         raise UserError(f"{_KEY}: {path} does not fit the config.yaml of its run: export the run's result")
     stated = recipe(config, family, checkpoint.step)
-    names = [name.removesuffix(_DOWN) for name in weights if name.endswith(_DOWN)]
-    layers = {name: (weights[name + _DOWN].shape[1], weights[name + _UP].shape[0]) for name in names}
-    header = LoraHeader(path, settings.r, settings.lora_alpha, settings.use_dora, layers, stated)
-    return RunResult(path, header, stated), lora_file(weights, skeleton, stated)
+    return RunResult(path, header_of(skeleton, path, stated), stated), lora_file(weights, skeleton, stated)
 
 
 def _find_model(result: RunResult, base: str | None) -> ModelFiles:
@@ -266,7 +277,7 @@ def _write_merged(partial: Path, request: Request, model: ModelFiles, adapters: 
         with safe_open(file_of[name], "pt") as file:
             weight: Tensor = file.get_tensor(name)
         adapter = adapters.get(name.removesuffix(".weight"))
-        return merged_weight(weight, *adapter, alpha=alpha).to(weight.dtype) if adapter else weight
+        return merged_weight(weight, adapter, alpha=alpha).to(weight.dtype) if adapter else weight
 
     if request.format == "comfyui":
         write_tensors(partial, model.tensors | markers, merged, _metadata(stated), shown=True)
@@ -284,14 +295,15 @@ def _metadata(stated: Mapping[str, Any]) -> dict[str, str]:
     return {"format": "pt", RECIPE_KEY: json.dumps(stated, sort_keys=True)}
 
 
-def merged_weight(weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | None, *, alpha: float) -> Tensor:
+def merged_weight(weight: Tensor, adapter: Mapping[str, Tensor], *, alpha: float) -> Tensor:
     """`(outputs, inputs)`: the layer's weight with the adapter in it, in float32 or better.
 
-    Source: LoRA, Hu et al. 2021 (arXiv 2106.09685): W + alpha/r B A. DoRA, Liu et al. 2024 (arXiv 2402.09353), equation
-    5, with the rows of diffusers' weights for the paper's columns: m (W + alpha/r B A) / |W + alpha/r B A|.
+    Source: `weight_change`; for DoRA, Liu et al. 2024 (arXiv 2402.09353), equation 5, with the rows of diffusers'
+    weights for the paper's columns: m (W + alpha/r B A) / |W + alpha/r B A|.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    exact = weight.to(wide) + alpha / len(down) * (up.to(wide) @ down.to(wide))
+    exact = weight.to(wide) + weight_change({part: tensor.to(wide) for part, tensor in adapter.items()}, alpha)
+    magnitude = adapter.get(MAGNITUDE)
     if magnitude is None:
         return exact
     lengths = torch.linalg.vector_norm(exact, dim=1)
@@ -299,19 +311,22 @@ def merged_weight(weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | 
 
 
 def comfyui_tensors(adapters: Adapters, alpha: float, family: Family) -> dict[str, Tensor]:
-    """The tensors of a LoRA (no DoRA) by the names that ComfyUI's loader looks for, which diffusers reads too.
+    """The tensors of adapters (no DoRA) by the names that ComfyUI's loader looks for; diffusers reads a LoRA too.
 
-    Without `.alpha` both take alpha / r for 1. A layer that ComfyUI knows by another name is there under both names:
-    each program leaves out what it does not know. Source (read, nothing copied): Comfy-Org/ComfyUI, comfy/lora.py at
-    17358c8f73b5 (`load_lora`), comfy/weight_adapter/lora.py at 6f98b150e065.
+    Without `.alpha` both take alpha / r for 1, and ComfyUI also where a LoKr has two whole factors. A layer that
+    ComfyUI knows by another name is there under both names: each program leaves out what it does not know. Source
+    (read, nothing copied): Comfy-Org/ComfyUI, comfy/lora.py at 17358c8f73b5 (`load_lora`), in comfy/weight_adapter
+    lora.py at 6f98b150e065, lokr.py at 2bffe2f4ce57, and loha.py at 17adbb5cacc2 (comfyanonymous/ComfyUI).
     """
     number = torch.tensor(alpha, dtype=torch.float32)  # which all programs read
     tensors: dict[str, Tensor] = {}
-    for layer, (down, up, magnitude) in adapters.items():
-        assert magnitude is None, layer
-        scaled = up if family.comfyui_alpha else up * (alpha / len(down))
-        parts = {"lora_A.weight": down, "lora_B.weight": scaled}
-        parts |= {"alpha": number} if family.comfyui_alpha else {}
+    for layer, adapter in adapters.items():
+        assert MAGNITUDE not in adapter, layer
+        parts = dict(adapter)
+        if "lora_B.weight" in parts and not family.comfyui_alpha:
+            parts["lora_B.weight"] = parts["lora_B.weight"] * (alpha / len(parts["lora_A.weight"]))
+        else:
+            parts.setdefault("alpha", number)
         names = [f"{family.comfyui_prefix}.{layer}", *filter(None, [family.comfyui_names.get(layer)])]
         tensors |= {f"{name}.{part}": tensor for name in names for part, tensor in parts.items()}
     return tensors

@@ -28,6 +28,7 @@ from mixres.inference.artifact import renamed
 from mixres.inference.compare import BASE, TARGET, Comparison, comparison_grid, comparison_page
 from mixres.inference.sample_request import LIMITS, RECORD, ImageJob, Request, settings_of
 from mixres.models.family import ControlSizes
+from mixres.models.lora import attach
 from mixres.preprocessing.fill import release
 from mixres.training.denoising import ImageInputs, image_inputs, make_images, microbatches
 from mixres.training.sample_sheets import save_png
@@ -73,7 +74,7 @@ def _make_images(request: Request) -> None:
                 pipeline = _load(request, result.path if trained and not result.lora else None)
             if trained and result.lora:
                 pipeline.remove_all_hooks()  # loading would put them back, for a device of its own choice
-                pipeline.load_lora_weights(result.path)
+                attach(pipeline, result.lora)
             if request.options.offload:
                 pipeline.enable_model_cpu_offload(device=request.device)
             for jobs in batches:

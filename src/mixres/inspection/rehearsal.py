@@ -41,6 +41,7 @@ from mixres.inspection.storages import LiveStorages, bytes_of
 from mixres.models.block_swap import frozen_matrices
 from mixres.models.blocks import repeated_blocks
 from mixres.models.family import Family
+from mixres.models.lora_file import ADAPTER_PARTS
 from mixres.models.quantize import empty_like, is_torchao, quantize_blocks, stored_bytes
 from mixres.training.distributed import dist_env, shard_mesh
 from mixres.training.optimizer import TRIAL_SIZE, make_state, optimizer_class, optimizer_tensors, state_of_a_step
@@ -226,7 +227,7 @@ class FakeRun:
         if method is None or is_torchao(method):
             return 0
         blocks = repeated_blocks(self.trained.transformer)
-        linears = [m for block in blocks for name, m in block.named_modules() if ".lora_" not in name]
+        linears = [m for b in blocks for name, m in b.named_modules() if not any(p in name for p in ADAPTER_PARTS)]
         weights = [m.weight for m in linears if type(m) is nn.Linear]
         return sum(w.numel() * w.itemsize - stored_bytes(method, *w.shape) for w in weights)
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mixres.errors import UserError
 from mixres.models import hub
+from mixres.models.lora_file import ADAPTER_PARTS
 from mixres.models.tensor_files import read_model_files
 
 _READERS = 4  # threads; on a network disk each waits for its own pages
@@ -81,7 +82,11 @@ def read_weights(transformer: nn.Module, folder: Path) -> None:
     Raises:
         UserError: a file is damaged, or has not the names and shapes of the transformer.
     """
-    own = {n.replace(".base_layer.", "."): p for n, p in transformer.named_parameters() if ".lora_" not in n}
+    own = {
+        n.replace(".base_layer.", "."): p
+        for n, p in transformer.named_parameters()
+        if not any(part in n for part in ADAPTER_PARTS)
+    }
     model = read_model_files(folder, hub.KEY)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.tensors.items()}
     differing = [name for name, parameter in own.items() if shapes.get(name) != tuple(parameter.shape)]

@@ -19,6 +19,8 @@ from tqdm import tqdm
 from mixres import atomic
 from mixres.config.schema import Config
 from mixres.errors import UserError
+from mixres.models.lora import attach
+from mixres.models.lora_file import read_header
 from mixres.preprocessing.fill import CachedSample, encode_all, family_of
 from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid, save_png
 
@@ -71,7 +73,7 @@ def show_results(config: Config) -> list[str]:
     sampler = HeldOutSampler(config, family, transformer, encoded)
     items = encoded.held_out
     before = [sampler.predict(item) for item in tqdm(items, desc="base", unit="image", disable=None)]
-    sampler.pipeline.load_lora_weights(run, weight_name=_LORA)
+    attach(sampler.pipeline, read_header(str(run / _LORA)))
     after = [sampler.predict(item) for item in tqdm(items, desc="LoRA", unit="image", disable=None)]
     compared = [_compare(sampler, *each) for each in zip(items, before, after, strict=True)]
     results = [result for result, _ in compared]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mixres import __version__
 from mixres.batch import Batch
-from mixres.config.schema import Config
+from mixres.config.schema import LYCORIS, Config
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import MAX_LENGTHS, Layout, Lengths, Plan, Rounding, rounding_of
 from mixres.diffusion.flow_matching import TimestepSampler
@@ -47,6 +47,7 @@ from mixres.training.optimizer import check_step, make_optimizer, optimizer_clas
 
 # Keys of model.lora that a resumed run keeps: what a checkpoint's weights are and what they began as.
 _LORA_IDENTITY = ("r", "lora_alpha", "target_modules", "use_dora", "pretrained_weight")
+_LOKR_IDENTITY = ("factor", "decompose_both")  # and which of a LoKr, in both
 _LORA_STATED = {"r", "lora_alpha", "target_modules", "use_dora"}  # and what its file records
 
 
@@ -107,7 +108,8 @@ def check_early(config: Config, family: Family) -> None:
             untrained, presets = family.untrained_modules(skeleton), family.lora_presets
             check_targets(skeleton, model.lora.target_modules, untrained=untrained, presets=presets)
             if model.lora.pretrained_weight is not None:
-                settings = model.lora.model_dump(exclude={"lora_dropout"})
+                settings = model.adapter_settings()
+                del settings["lora_dropout"]
                 check_pretrained(skeleton, **settings, untrained=untrained, presets=presets)
     problems.raise_if_any()
 
@@ -131,7 +133,7 @@ def load_trained(config: Config, family: Family, accelerator: Accelerator) -> Tr
         transformer = family.load_transformer(dtype=dtype, device=where, quantize=model.quantize)
     untrained = family.untrained_modules(transformer)
     if model.lora:
-        settings = model.lora.model_dump()
+        settings = model.adapter_settings()
         presets, seed = family.lora_presets, train.seed
         table = add_lora(transformer, **settings, untrained=untrained, seed=seed, presets=presets)
     else:
@@ -186,7 +188,7 @@ def _split(config: Config, family: Family, accelerator: Accelerator, transformer
         materialize(transformer, torch.device("cpu") if train.cpu_offload else accelerator.device)
         if folder := family.transformer_folder():
             read_weights(transformer, folder)
-        if lora and lora.pretrained_weight is None:
+        if lora and lora.use_dora and lora.pretrained_weight is None:
             measure_magnitudes(transformer)
 
 
@@ -280,13 +282,15 @@ def run_identity(config: Config, family: Family, own: Sequence[str], regularizat
 
     `own`, `regularization`: the keys of the entries of the training samples and of the regularisation set.
     """
-    lora = _lora_values(config, family)
+    lora, kind = _lora_values(config, family), config.model.adapter
     return {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
         "model.revision": _revision(config),
         "model.dtype": config.model.dtype,
         "model.quantize": config.model.quantize,
         **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
+        **({"model.adapter": kind} if kind in LYCORIS else {}),  # checkpoints of earlier versions have none
+        **{f"model.lora.{name}": lora.get(name) for name in _LOKR_IDENTITY if kind == "lokr"},
         "optimizer.class_path": config.optimizer.class_path,
         "train.seed": config.train.seed,
         "train.ema_decay": config.train.ema_decay,
@@ -318,6 +322,8 @@ def _revision(config: Config) -> str | None:
 
 def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
     """What a LoRA file or a trained transformer records of its training, so that sampling needs no configuration."""
+    adapter = config.model.adapter
+    stated = _LORA_STATED | ({*_LOKR_IDENTITY} if adapter == "lokr" else set())
     return {
         "format": 1,
         "mixres": __version__,
@@ -326,7 +332,8 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "revision": _revision(config),
         "quantize": config.model.quantize,
         "background": config.data.background,
-        **{name: value for name, value in _lora_values(config, family).items() if name in _LORA_STATED},
+        **({"adapter": adapter} if adapter in LYCORIS else {}),
+        **{name: value for name, value in _lora_values(config, family).items() if name in stated},
         **control_rules(config, family),
         "target_size": config.data.resize.target.model_dump(),
         "step": step,

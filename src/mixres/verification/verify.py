@@ -20,7 +20,7 @@ from torch import nn
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.config.schema import Config
+from mixres.config.schema import LYCORIS, Config
 from mixres.console import log
 from mixres.data.plan import computed_tokens
 from mixres.errors import UserError, WorkError
@@ -256,7 +256,8 @@ def _adapters(setup: TrainState) -> dict[str, Any]:
     assert wanted is not None
     transformer: Any = setup.transformer
     carried = transformer.peft_config["default"]
-    rank, alpha, targets = carried.r, float(carried.lora_alpha), {row.pattern: row.modules for row in table}
+    alpha = float(carried.alpha if setup.config.model.adapter in LYCORIS else carried.lora_alpha)
+    rank, targets = carried.r, {row.pattern: row.modules for row in table}
     trained, _ = setup.counts
     agrees = (rank, alpha) == (wanted.r, wanted.lora_alpha) and all(targets.values())
     agrees = agrees and trained == sum(row.parameters for row in table)
