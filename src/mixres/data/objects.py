@@ -223,13 +223,10 @@ def _reason(url: str, error: BaseException) -> tuple[str, bool]:
     if status in (401, 403) or any("Credentials" in name for name in names) or isinstance(error, PermissionError):
         renew = f"; renew the credentials ({CREDENTIALS[scheme]})" if scheme in CREDENTIALS else "; make it readable"
         return f"may not be read: access is refused, or credentials are missing or have expired{renew}", True
-    if status in (0, 404) and isinstance(error, FileNotFoundError | IsADirectoryError):
-        away = [part for part in chain[1:] if type(part).__name__.startswith(("Client", "Server", "Timeout"))]
-        if not away or status == 404:
-            return (
-                "there is no such object; correct it" if scheme != "file" else "there is no such file; correct it",
-                True,
-            )
+    # fsspec calls every HTTP request for the size of an object that fails a missing file.
+    missing = isinstance(error, FileNotFoundError | IsADirectoryError)
+    if missing and (status == 404 or not chain[1:] or not scheme.startswith("http")):
+        return f"there is no such {'file' if scheme == 'file' else 'object'}; correct it", True
     what = without_secrets(" ".join(str(chain[-1]).split())) or type(chain[-1]).__name__
     tries = f" after {TRIES} tries" if url.startswith("http") else ""
     return f"cannot be read{tries}: {what}; look at the network and the store, and run the same command again", False
