@@ -21,7 +21,7 @@ def one_line(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """`text` whose URLs have lost user, password and query string, as signed ones hold keys there."""
-    text = re.sub(r"(\w://)[^\s/'\"]*@", r"\1***@", text)
+    text = re.sub(r"(\bhttps?://)[^\s'\"]*@|(\w://)[^\s/'\"]*@", r"\1\2***@", text)
     return re.sub(r"(\bhttps?://[^\s?'\"]*)\?[^\s'\")\]]*", r"\1?***", text)
 
 

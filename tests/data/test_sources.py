@@ -252,7 +252,9 @@ def test_expired_credentials_of_s3_are_named_without_them(
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_a_missing_package_is_named_with_its_extra(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parquet_of(pairs, tmp_path / "x.parquet")
     fsspec.filesystem("memory").clear_instance_cache()
     for module, extra, source in (

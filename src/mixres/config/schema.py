@@ -3,6 +3,7 @@
 Promise: a `Config` that exists is valid and never changes.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -32,7 +33,7 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(min_length=
 
 def _no_secret(text: str) -> str:
     scheme, is_url, rest = text.partition("://")
-    if is_url and ("@" in rest.partition("/")[0] or (scheme in ("http", "https") and "?" in rest)):
+    if is_url and ("@" in rest.partition("/")[0] or (scheme in ("http", "https") and re.search("[?@]", rest))):
         fix = "config.yaml keeps them; give credentials in the environment"
         raise PydanticCustomError("secret", f"Input should be a URL without user, password and query string: {fix}")
     return text
