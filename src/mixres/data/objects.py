@@ -217,10 +217,11 @@ def _reason(url: str, error: BaseException) -> tuple[str, bool]:
     chain = [error]
     while (cause := chain[-1].__cause__) and cause not in chain:
         chain.append(cause)
-    status = next((code for part in chain if isinstance(code := getattr(part, "status", None), int)), 0)
-    names = {type(part).__name__ for part in chain}
+    codes = [getattr(part, "status", getattr(getattr(part, "response", None), "status_code", None)) for part in chain]
+    status = next((code for code in codes if isinstance(code, int)), 0)
+    refused = any("Credentials" in type(part).__name__ or str(part).startswith("Forbidden") for part in chain)
     scheme = url.partition("://")[0] if is_url(url) else "file"
-    if status in (401, 403) or any("Credentials" in name for name in names) or isinstance(error, PermissionError):
+    if status in (401, 403) or refused or isinstance(error, PermissionError):
         renew = f"; renew the credentials ({CREDENTIALS[scheme]})" if scheme in CREDENTIALS else "; make it readable"
         return f"may not be read: access is refused, or credentials are missing or have expired{renew}", True
     # fsspec calls every HTTP request for the size of an object that fails a missing file.

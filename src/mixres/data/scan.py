@@ -116,19 +116,18 @@ def _records_of_objects(
         return records_from_parquet(stored, columns=columns, empty_caption=empty_caption)
 
     objects, wrong = find_objects(source), Problems()
-    found = list(
-        _in_threads(
-            lambda stored: wrong.collect(read, stored), objects, "index", "shard", progress and len(objects) > 1
-        )
-    )
-    wrong.raise_if_any()
+    bar, remote = progress and len(objects) > 1, is_url(source)
+    found = _in_threads(lambda stored: wrong.collect(read, stored), objects, "index", "shard", bar, remote=remote)
     parts = [part for part in found if part]
+    wrong.raise_if_any()
     return [record for records, _ in parts for record in records], [x for _, problems in parts for x in problems]
 
 
-def _in_threads(work: Callable[[T], R], items: Sequence[T], verb: str, unit: str, progress: bool) -> Iterator[R]:
-    """What `work` makes of the items, in their order, with progress."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+def _in_threads(
+    work: Callable[[T], R], items: Sequence[T], verb: str, unit: str, progress: bool, *, remote: bool
+) -> Iterator[R]:
+    """What `work` makes of the items, in their order, with progress; `remote`: they wait more than they compute."""
+    pool = ThreadPoolExecutor(8 if remote else min(8, os.cpu_count() or 1))
     try:
         results = pool.map(work, items)  # all are queued now, whoever counts
         for _, result in zip(counted(items, verb, unit, enabled=progress), results, strict=True):
@@ -248,8 +247,10 @@ def _inspect(
             return BadImageError(str(error)), True  # the one raised holds frames, and they the bytes of the file
 
     found = {}
+    remote = any(is_url(str(job.path)) for job in jobs)
+    results = _in_threads(inspect, jobs, "scan", "file", progress, remote=remote)
     try:
-        for job, (facts, is_new) in zip(jobs, _in_threads(inspect, jobs, "scan", "file", progress), strict=True):
+        for job, (facts, is_new) in zip(jobs, results, strict=True):
             found[job] = facts
             decoded += is_new
     finally:  # also where a store went away: what was read of it need not be read again

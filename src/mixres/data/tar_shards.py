@@ -153,8 +153,8 @@ def _members(shard: StoredObject, folder: Path | None) -> list[Member]:
 def _read_headers(shard: StoredObject) -> Iterator[Member]:
     """All files of the shard.
 
-    `tarfile` takes a header that it cannot read, and an end without its mark, for the end of the archive: both are told
-    from it by what stands there.
+    `tarfile` takes a header that it cannot read, and an end without its mark, for the end of the archive; what
+    stands there decides.
 
     Raises:
         _DamagedError: with the reason.
