@@ -230,6 +230,20 @@ def test_a_store_that_keeps_failing_ends_the_work_with_one_line(
     server.faults = []
 
 
+def test_what_was_scanned_before_a_store_went_away_is_not_read_again(
+    pairs: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    server.files["/x.tar"], memo = tar_of(members_of(pairs)), tmp_path / "scan.json"
+    total = scanned(f"{server.url}/x.tar").decoded
+    server.served.clear()
+    find_records(f"{server.url}/x.tar")
+    server.faults = [*[None] * (len(server.served) + total // 2), *[403] * 20]
+    with pytest.raises(WorkError, match="may not be read"):
+        scanned(f"{server.url}/x.tar", memo=memo)
+    server.faults = []
+    assert 0 < scanned(f"{server.url}/x.tar", memo=memo).decoded <= total - total // 2 < total
+
+
 def test_an_object_that_changed_since_it_was_listed_is_named(pairs: Path, server: FaultyServer) -> None:
     server.files["/x.tar"] = tar_of(members_of(pairs))
     image = find_records(f"{server.url}/x.tar")[0][-1].target
@@ -256,13 +270,14 @@ def test_a_missing_package_is_named_with_its_extra(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parquet_of(pairs, tmp_path / "x.parquet")
-    fsspec.filesystem("memory").clear_instance_cache()
     for module, extra, source in (
         ("aiohttp", "http", "https://x/x.tar"),
+        ("gcsfs", "gcs", "gs://x/x.tar"),
         ("pyarrow", "parquet", f"{tmp_path}/x.parquet"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            assert refused(source)[0].endswith(f"pip install 'mixres[{extra}]'")
+            (message,) = refused(source)
+            assert f"'{module}' is not installed" in message and message.endswith(f"pip install 'mixres[{extra}]'")
     assert refused("ftp://x/x.tar")[0].startswith("ROOT: is no URL that is read; write one of: s3, gs, hf, https")
     assert refused("s3://pairs/folder")[0].startswith("ROOT: a URL names .tar or .parquet files")

@@ -21,7 +21,8 @@ from mixres.data.records import EmbeddedStatus, printable
 from mixres.errors import UserError, WorkError, without_secrets
 
 SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
-EXTRAS = {"s3": "s3", "gs": "gcs", "https": "http", "http": "http"}  # hf and memory need no package of their own
+# By scheme the package and the extra that has it; hf and memory need none of their own.
+EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "https": ("aiohttp", "http"), "http": ("aiohttp", "http")}
 CREDENTIALS = {
     "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -194,9 +195,10 @@ def _filesystem(url: str) -> Any:
             headers = {"Accept-Encoding": "identity"}  # ranges are those of the object itself
             options = {"client_kwargs": {"timeout": timeout, "trust_env": True, "headers": headers}}
         return fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        fix = f"pip install 'mixres[{EXTRAS.get(scheme, scheme)}]'"
-        raise UserError(f"{printable(url)}: '{error.name}' is not installed, which reads {scheme}://: {fix}") from None
+    except ImportError:
+        package, extra = EXTRAS[scheme]
+        fix = f"pip install 'mixres[{extra}]'"
+        raise UserError(f"{printable(url)}: '{package}' is not installed, which reads {scheme}://: {fix}") from None
 
 
 def _tried(url: str, call: Any) -> Any:
