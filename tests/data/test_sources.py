@@ -190,10 +190,13 @@ def test_a_damaged_parquet_file_or_row_is_named(pairs: Path, tmp_path: Path) -> 
     file.write_bytes(data[:4] + b"\0" * 1000 + data[1004:])
     problems = problems_of(file)
     assert len(problems) == 2 * 3 and all("its row group does not read" in problem for problem in problems), problems
+    write_parquet(file, {"path_target": [image], "target": [image], "prompt": ["x"]})
+    assert refused(file)[0].startswith("ROOT: has two columns for 'path_target', 'path_target' is one")
     write_parquet(file, {"target": ["a.png"], "prompt": ["x"]})
     assert refused(file)[0].startswith("ROOT: the column 'target' holds string, not images; ")
     write_parquet(file, {"image": [image], "prompt": ["x"]})
     assert refused(file)[0].endswith("(columns: image, prompt; name them in data.columns)")
+    assert refused(file, columns={"mask": "maks"})[0].startswith("ROOT: has no column 'maks', which data.columns names")
 
 
 def test_a_store_that_fails_for_a_while_is_asked_again(pairs: Path, server: FaultyServer) -> None:

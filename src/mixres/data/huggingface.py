@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixres.data.manifest import ALIGN, BadRowError, column_key, column_problems, records_from_rows
+from mixres.data.manifest import ALIGN, BadRowError, absent_columns, column_key, column_problems, records_from_rows
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
@@ -95,13 +95,15 @@ def _columns(root: Path, named: Mapping[str, str]) -> dict[str, Any]:
         raise UserError(f"{shown}: is a Hugging Face data set, and 'datasets' is not installed: {fix}") from None
     try:
         table = datasets.load_from_disk(str(root.resolve()), keep_in_memory=False).data
-        columns = {column_key(named, str(name)) or str(name): table.column(name) for name in table.column_names}
+        columns = {str(name): table.column(name) for name in table.column_names}
     except Exception as error:  # whatever arrow says of bytes that are not its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{shown}: the data set cannot be read: {reason}; save it again") from error
+    absent = absent_columns(list(columns), named)
+    columns |= {column_key(named, name) or name: columns[name] for name in named.values() if name in columns}
     wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name in _PLAIN}
     checked = [name for name in columns if name in wanted or not name.startswith("path")]
-    if reasons := list(column_problems(checked)):
+    if reasons := [*absent, *column_problems(checked)]:
         raise UserError([f"{shown}: {reason}" for reason in reasons])
     return wanted
 

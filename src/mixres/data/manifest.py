@@ -232,6 +232,12 @@ def _csv_problems(columns: Sequence[str]) -> Iterator[str]:
     yield from column_problems(columns)
 
 
+def absent_columns(names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """What is wrong with `data.columns` for a table with columns of these `names`."""
+    wanted = [name for name in columns.values() if name not in names]
+    return [f"has no column '{printable(name)}', which data.columns names; correct it" for name in wanted]
+
+
 def column_problems(columns: Sequence[str]) -> Iterator[str]:
     """What is wrong with the columns of a whole table: one that every row needs is missing, or as `key_problems`."""
     for key in ("path_target", *control_keys(dict.fromkeys(columns, ""))):

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 from mixres.data.images import BadImageError
-from mixres.data.manifest import ALIGN, Row, column_key, column_problems, records_from_rows
+from mixres.data.manifest import ALIGN, Row, absent_columns, column_key, column_problems, records_from_rows
 from mixres.data.objects import StoredObject
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError, WorkError
@@ -105,8 +105,11 @@ def _columns(table: StoredObject, schema: Any, columns: Mapping[str, str]) -> di
     Raises:
         UserError: one that every row needs is missing, or holds no bytes.
     """
-    by_key = {key: name for name in schema.names if (key := column_key(columns, name))}
-    if reasons := list(column_problems(list(by_key))):
+    keyed = [(key, name) for name in schema.names if (key := column_key(columns, name))]
+    by_key = dict(keyed)
+    reasons = [*absent_columns(schema.names, columns), *column_problems(list(by_key))]
+    reasons += [f"has two columns for '{key}', '{name}' is one" for key, name in keyed if by_key[key] != name]
+    if reasons:
         hint = f" (columns: {', '.join(map(printable, schema.names))}; name them in data.columns)"
         raise UserError([f"{printable(table)}: {reason}{hint}" for reason in reasons])
     for name in (name for key, name in by_key.items() if key not in _PLAIN):
