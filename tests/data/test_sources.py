@@ -256,12 +256,18 @@ def test_an_object_that_changed_since_it_was_listed_is_named(pairs: Path, server
     assert refused(f"{server.url}/none.tar") == ["ROOT: there is no such object; correct it"]
 
 
-def test_expired_credentials_of_s3_are_named_without_them(
-    server: FaultyServer, s3: str, monkeypatch: pytest.MonkeyPatch
+def test_faults_of_s3_are_retried_and_expired_credentials_named_without_them(
+    pairs: Path, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**ACCESS, "AWS_ENDPOINT_URL": server.url, "AWS_MAX_ATTEMPTS": "1"}.items():
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").clear_instance_cache()
+    server.files["/pairs/x.tar"] = tar_of(members_of(pairs))
+    server.faults = [None, "reset", "cut", None, "cut"]
+    assert facts(scanned("s3://pairs/x.tar")) == facts(scanned(pairs)) and not server.faults
+    server.faults = [None, None, None, *[403] * 20]
+    with pytest.raises(WorkError, match=r"^s3://pairs/x\.tar: may not be read: "):
+        scanned("s3://pairs/x.tar")
     server.faults = [403] * 20
     (message,) = refused("s3://pairs/x.tar")
     assert message.startswith("ROOT: may not be read: access is refused") and "AWS_PROFILE" in message

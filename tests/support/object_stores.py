@@ -93,7 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(1)
         if isinstance(fault, int) or data is None:
-            body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+            code = {403: "ExpiredToken", 503: "SlowDown"}.get(fault if isinstance(fault, int) else 404, "NoSuchKey")
+            body = f"<Error><Code>{code}</Code><Message>As S3 words it.</Message></Error>".encode()
             self._send(fault if isinstance(fault, int) else 404, body, len(body))
             return
         status, part = 200, data
