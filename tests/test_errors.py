@@ -1,6 +1,6 @@
 import pytest
 
-from mixres.errors import Problems, UserError, WorkError
+from mixres.errors import Problems, UserError, WorkError, without_secrets
 
 
 def test_a_message_is_one_printable_line() -> None:
@@ -29,3 +29,9 @@ def test_problems_raises_everything_wrong_at_once() -> None:
     Problems().raise_if_any()
     with pytest.raises(ZeroDivisionError), Problems().collecting():
         _ = 1 // 0
+
+
+def test_urls_in_messages_lose_their_secrets() -> None:
+    text = "GET https://me:pw@x/a?sig=1&key=2, 's3://k:s@b/a-?.tar' and hf://datasets/a/b@main/c of https://y/z?q"
+    shown = "GET https://***@x/a?*** 's3://***@b/a-?.tar' and hf://datasets/a/b@main/c of https://y/z?***"
+    assert without_secrets(text) == shown

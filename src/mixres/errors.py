@@ -3,6 +3,7 @@
 Promise: a message is always exactly one printable line, whatever file name or value stands in it.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -16,6 +17,12 @@ def one_line(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """`text` whose URLs have lost user, password and query string, as signed ones hold keys there."""
+    text = re.sub(r"(\bhttps?://)[^\s'\"]*@|(\w://)[^\s/'\"]*@", r"\1\2***@", text)
+    return re.sub(r"(\bhttps?://[^\s?'\"]*)\?[^\s'\")\]]*", r"\1?***", text)
 
 
 class UserError(Exception):

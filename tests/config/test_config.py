@@ -289,6 +289,8 @@ WRONG = {
     "model.lora.target_modules=[to_q, 5]": TEXT,
     "data.held_out=0": f"{LIST}, or should be greater than 0",
     "data.held_out=[a, 3]": f"{TEXT}, or {NUMBER}",
+    "data.columns={trget: jpg}": "should match pattern",
+    "data.columns={target: 5}": TEXT,
     "train.gradient_checkpointing=0": f"{TRUTH}, or should be greater than or equal to 1",
     "optimizer.init_args.lr=-1": "allowed: a number >= 0",
     "optimizer.init_args.lr='1e-4'": "allowed: a number >= 0",
@@ -385,6 +387,19 @@ def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypat
     assert hint in messages
     (clash,) = problems(tmp_path, REQUIRED, "model.dtype=float64", "train.mixed_precision=${oc.env:NONE,bf16}")
     assert 'train.mixed_precision: given "${oc.env:NONE,bf16}"' in clash
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:p/s3cret@x/a.tar", "https://x/a.tar?X-Amz-Signature=s3cret", "s3://s3cret:s3cret@x/a.tar"]
+)
+def test_a_url_with_credentials_is_refused_without_them(tmp_path: Path, url: str) -> None:
+    for key in ("data.train", "data.held_out", "data.regularization"):
+        for value in (url, f"[folder, '{url}']"):
+            (message,) = problems(tmp_path, REQUIRED, f"{key}={value}")
+            assert message.startswith(f"{key}: given ") and "s3cret" not in message
+            assert "should be a URL without user, password and query string: config.yaml keeps them" in message
+    plain = ("s3://x/a-?.tar", "hf://datasets/me/set@main/*.parquet", "https://x/a-{0..9}.tar")
+    assert load(tmp_path, REQUIRED, f"data.train={list(plain)}").data.train == plain
 
 
 def test_shipped_configs_are_valid_and_frozen() -> None:

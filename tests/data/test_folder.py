@@ -198,7 +198,7 @@ def test_sources_that_cannot_be_read_are_named_with_the_problems_of_the_others(t
     where = f"put targets and captions into {T}/, control images into {C}/ beside it"
     assert [message.replace(str(tmp_path), "ROOT") for message in caught.value.messages] == [
         "data.train: ROOT/none: no such folder or manifest; correct the path",
-        "data.train: ROOT/data.txt: is neither a folder nor a .jsonl or .csv manifest; name one",
+        "data.train: ROOT/data.txt: is neither a folder nor a .jsonl, .csv, .tar or .parquet file; name one",
         "data.train: ROOT/torn.csv: cannot be read: Input/output error; make it readable",
         f"data.train: ROOT/half/{T}: no such folder; {where}",
         f"data.train: ROOT/empty/{T}: holds no image ({FORMATS}); add some",

@@ -67,6 +67,15 @@ def test_rows_are_records_and_their_bytes_those_that_were_saved(tmp_path: Path) 
         assert item.digests[0] == xxhash.xxh3_128_hexdigest(saved[0]), "the same key in the cache as the file"
 
 
+def test_columns_have_the_names_that_the_configuration_gives(tmp_path: Path) -> None:
+    """A column that has the name of a role is left alone, as ever, unless it is named."""
+    folder = save(tmp_path / "set", row(target="text", text="darker"))
+    (item,), problems = scanned(folder, columns={"prompt": "text"})
+    assert (item.record.prompt, item.target_size, problems) == ("darker", (90, 60), [])
+    with pytest.raises(UserError, match=r"has no column 'txt', which data\.columns names"):
+        find_records(str(folder), columns={"prompt": "txt"})
+
+
 def test_arrow_files_that_change_places_change_the_state_of_their_images(tmp_path: Path) -> None:
     """None of them has changed itself, and an image of equal size then stands under the name of another."""
     folder = save(tmp_path / "set", row(), row(), shards=2)

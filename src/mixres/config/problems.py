@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from mixres.config.aliases import OTHER_NAMES
 from mixres.config.schema import Config
+from mixres.errors import without_secrets
 
 KeyPath = tuple[str | int, ...]
 Problem = tuple[KeyPath, str]  # the key, () for none, and the line
@@ -41,7 +42,7 @@ class Source:
             return "a section"  # whose values may be secrets
         if isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
             return "a nested list"
-        text = json.dumps(value, ensure_ascii=False)
+        text = without_secrets(json.dumps(value, ensure_ascii=False))
         if "${oc.env" in text:
             text += " (what an environment variable holds is text)"
         return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

@@ -3,6 +3,7 @@
 Promise: a `Config` that exists is valid and never changes.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -33,6 +34,20 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(as_tuple), Field(min_length=
 # LoRA and DoRA have weights that diffusers reads; the others are files of LyCORIS.
 Adapter = Literal["lora", "dora", "lokr", "loha"]
 LYCORIS = ("lokr", "loha")
+
+
+def _no_secret(text: str) -> str:
+    scheme, is_url, rest = text.partition("://")
+    if is_url and ("@" in rest.partition("/")[0] or (scheme in ("http", "https") and re.search("[?@]", rest))):
+        fix = "config.yaml keeps them; give credentials in the environment"
+        raise PydanticCustomError("secret", f"Input should be a URL without user, password and query string: {fix}")
+    return text
+
+
+Sources = Annotated[
+    tuple[Annotated[Text, AfterValidator(_no_secret)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+]
+Role = Annotated[str, Field(pattern=r"^(target|control|control_[1-9]\d{0,3}|mask|prompt|align_control)$")]
 
 
 class Section(BaseModel):
@@ -124,11 +139,18 @@ class LimitsConfig(Section):
 
 
 class DataConfig(Section):
-    train: Texts = Field(description="Training data: a folder, a manifest, a saved data set, or a list of them.")
-    held_out: Texts | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    train: Sources = Field(
+        description="Training data: a folder, a manifest, a saved data set, tar or parquet files by path, URL or glob, "
+        "or a list of them."
+    )
+    held_out: Sources | Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Samples for grids and evaluation, never trained: given as data.train, or a fraction of it."
     )
-    regularization: Texts | None = Field(None, description="Samples that keep what the base knows; as data.train.")
+    regularization: Sources | None = Field(None, description="Samples that keep what the base knows; as data.train.")
+    columns: dict[Role, Text] = Field(
+        {},
+        description="Columns of tar, parquet and saved sets by role, as {target: jpg}; others have their role's name.",
+    )
     on_bad_item: Literal["error", "skip"] = Field("error", description="Stop at unusable records, or skip them.")
     empty_caption: Literal["error", "use_empty", "skip"] = Field("error", description="Records without a prompt.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Fraction of samples trained with an empty prompt.")

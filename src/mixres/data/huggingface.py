@@ -8,12 +8,13 @@ Columns are those of a manifest: `path_target`, `path_control`, ... hold the ima
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixres.data.manifest import ALIGN, BadRowError, column_problems, records_from_rows
+from mixres.data.manifest import ALIGN, BadRowError, absent_columns, column_key, column_problems, records_from_rows
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
 from mixres.errors import UserError
 
@@ -44,22 +45,26 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / STATE).is_file() or (folder / SPLITS).is_file()
 
 
-def records_from_saved_dataset(root: Path, *, empty_caption: EmptyCaption) -> tuple[list[EditRecord], list[Problem]]:
+def records_from_saved_dataset(
+    root: Path, *, columns: Mapping[str, str] = {}, empty_caption: EmptyCaption
+) -> tuple[list[EditRecord], list[Problem]]:
     """All records of the data set at `root` in the order of its rows, and all problems (`path` is `folder:row`).
+
+    `columns`: names of columns by role.
 
     Raises:
         UserError: it cannot be read, holds several splits, or `datasets` is not installed.
     """
     arrow_files = _arrow_files(root)
-    columns = _columns(root)
+    found = _columns(root, columns)
     status = _status(arrow_files)
-    plain = {name: columns.pop(name) for name in _PLAIN if name in columns}
+    plain = {name: found.pop(name) for name in _PLAIN if name in found}
 
     def values(row: int) -> dict[str, Any]:
-        images = {key: value for key, column in columns.items() if (value := column[row]).is_valid}
+        images = {key: value for key, column in found.items() if (value := column[row]).is_valid}
         return images | {name: column[row].as_py() for name, column in plain.items()}
 
-    rows = ((row, values(row)) for row in range(len(columns["path_target"])))
+    rows = ((row, values(row)) for row in range(len(found["path_target"])))
     return records_from_rows(root, rows, partial(_image, status), empty_caption)
 
 
@@ -80,8 +85,8 @@ def _arrow_files(root: Path) -> list[Path]:
     return [root / name for name in names]
 
 
-def _columns(root: Path) -> dict[str, Any]:
-    """The prompts and the columns of images by name, memory-mapped."""
+def _columns(root: Path, named: Mapping[str, str]) -> dict[str, Any]:
+    """The prompts and the columns of images by the keys of a manifest, memory-mapped."""
     shown = printable(root)
     try:
         import datasets  # optional, and slow to import
@@ -94,9 +99,11 @@ def _columns(root: Path) -> dict[str, Any]:
     except Exception as error:  # whatever arrow says of bytes that are not its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{shown}: the data set cannot be read: {reason}; save it again") from error
+    absent = absent_columns(list(columns), named)
+    columns |= {column_key(named, name) or name: columns[name] for name in named.values() if name in columns}
     wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name in _PLAIN}
     checked = [name for name in columns if name in wanted or not name.startswith("path")]
-    if reasons := list(column_problems(checked)):
+    if reasons := [*absent, *column_problems(checked)]:
         raise UserError([f"{shown}: {reason}" for reason in reasons])
     return wanted
 

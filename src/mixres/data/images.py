@@ -121,17 +121,20 @@ def _read_bytes(path: Picture, limits: Limits) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a named pipe would block for ever
             raise BadImageError("is not a regular file; take it out")
-        if status.st_size > limits.max_bytes:
-            raise BadImageError(
-                f"{status.st_size} bytes, more than data.limits.max_bytes = {limits.max_bytes}; save it smaller, "
-                "or raise the limit"
-            )
+        _check_bytes(status.st_size, limits)
         data = path.read_bytes()
+        _check_bytes(len(data), limits)  # that of a row in a table is not known before
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror or error}; make it readable") from error
     if not data:
         raise BadImageError("is empty (0 bytes); copy it again")
     return data
+
+
+def _check_bytes(count: int, limits: Limits) -> None:
+    if count > limits.max_bytes:
+        fix = "save it smaller, or raise the limit"
+        raise BadImageError(f"{count} bytes, more than data.limits.max_bytes = {limits.max_bytes}; {fix}")
 
 
 def _decode(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:

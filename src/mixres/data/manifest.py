@@ -25,6 +25,7 @@ SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
 ALIGN = "align_control"
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
+_IMAGE_KEY = re.compile(rf"path_target|path_control|path_mask|{_CONTROL_KEY.pattern}")
 
 
 class BadRowError(Exception):
@@ -46,7 +47,7 @@ def records_from_manifest(
 
 
 def records_from_rows(
-    source: Path, rows: Iterable[tuple[int, Row]], image: ImageOf, empty_caption: EmptyCaption
+    source: Path | str, rows: Iterable[tuple[int | str, Row]], image: ImageOf, empty_caption: EmptyCaption
 ) -> tuple[list[EditRecord], list[Problem]]:
     """All records of numbered rows, and all problems; `image` makes one of `source:row`, a key and its value."""
     records: list[EditRecord] = []
@@ -101,6 +102,23 @@ def _align(row: Mapping[str, Any]) -> bool | None:
     if not isinstance(value, bool) and given is not None:
         raise BadRowError(f"'{ALIGN}' is neither true nor false; write one of them")
     return value
+
+
+def column_key(columns: Mapping[str, str], *names: str) -> str | None:
+    """The key of a manifest for a column of one of these names, with or without `path_`; None where nothing knows it.
+
+    `columns`: names of columns by role, such as `target`; a role that is named there has no other column.
+    """
+    for name in names:
+        named = next((role for role, column in columns.items() if column == name), None)
+        role = named or name.removeprefix("path_")
+        if role in columns and not named:
+            continue
+        if role in ("prompt", ALIGN):
+            return role
+        if _IMAGE_KEY.fullmatch(f"path_{role}"):
+            return f"path_{role}"
+    return None
 
 
 def key_problems(row: Mapping[str, Any]) -> Iterator[str]:
@@ -212,6 +230,12 @@ def _csv_problems(columns: Sequence[str]) -> Iterator[str]:
     for key in sorted({key for key in columns if columns.count(key) > 1}):
         yield f"the column '{printable(key)}' stands twice; take one out"
     yield from column_problems(columns)
+
+
+def absent_columns(names: Sequence[str], columns: Mapping[str, str]) -> list[str]:
+    """What is wrong with `data.columns` for a table with columns of these `names`."""
+    wanted = [name for name in columns.values() if name not in names]
+    return [f"has no column '{printable(name)}', which data.columns names; correct it" for name in wanted]
 
 
 def column_problems(columns: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ Cost: one small read a caption.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -35,6 +35,26 @@ class Picture(Protocol):
 
     def stat(self) -> Status: ...
     def read_bytes(self) -> bytes: ...
+
+
+class ReadOnce:
+    """A picture whose bytes are read once and kept, to be hashed and decoded."""
+
+    def __init__(self, picture: Picture) -> None:
+        self._picture = picture
+
+    def __str__(self) -> str:
+        return str(self._picture)
+
+    def stat(self) -> Status:
+        return self._picture.stat()
+
+    def read_bytes(self) -> bytes:
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        return self._picture.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,7 @@ class BadCaptionError(ValueError):
     """This caption cannot be used; the message is the reason."""
 
 
-def printable(path: Picture | str) -> str:
+def printable(path: object) -> str:
     """`path` on one line: a newline, a control character or a byte that is not UTF-8 shows as its escape."""
     return one_line(str(path))
 

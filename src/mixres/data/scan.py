@@ -1,4 +1,4 @@
-"""Folders, manifests and saved data sets -> records, and the scan that decodes every image before any training.
+"""Folders, manifests, data sets, tar and parquet files -> records, and the scan that decodes every image first.
 
 Promise: all problems of all sources are found in one pass and returned together; what the scan returns has been decoded
 in full, with its upright sizes and the digests of its bytes. Cost: the scan reads and decodes every file once, 5 ms
@@ -8,10 +8,10 @@ A later scan with the same memo looks at the state of each file and decodes thos
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import xxhash
 
@@ -20,10 +20,19 @@ from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
 from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image
 from mixres.data.manifest import SUFFIXES, records_from_manifest
+from mixres.data.objects import StoredObject, find_objects, is_url
+from mixres.data.parquet import records_from_parquet
 from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, printable
 from mixres.data.scan_cache import ScanMemo
-from mixres.errors import UserError
+from mixres.data.tar_shards import records_from_shard
+from mixres.errors import Problems, UserError
 from mixres.geometry import Size
+
+SHARDS = (".tar", ".parquet")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+INDEX = "shard_index"  # beside the memo
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ScannedRecord(NamedTuple):
@@ -54,27 +63,77 @@ class _Job(NamedTuple):
 
 
 def find_records(
-    source: str, *, follow_symlinks: bool = False, empty_caption: EmptyCaption = "error"
+    source: str,
+    *,
+    follow_symlinks: bool = False,
+    empty_caption: EmptyCaption = "error",
+    columns: Mapping[str, str] = {},
+    index: Path | None = None,
+    progress: bool = False,
 ) -> tuple[list[EditRecord], list[Problem]]:
-    """All records of a folder (sorted by name), a manifest or a saved data set (in their order), and all problems.
+    """All records of a folder (sorted by name) or of another source (in its order), and all problems.
+
+    `columns`: names of columns by role. `index`: a folder that keeps where the members of tar files lie. `progress`: as
+    `console.counted` shows it.
 
     Raises:
         UserError: `source` itself is no data source, or cannot be read.
+        WorkError: a store cannot be reached.
     """
+    if source.lower().endswith((*SHARDS, *COMPRESSED)) and not Path(source).is_dir():
+        return _records_of_objects(source, columns=columns, empty_caption=empty_caption, index=index, progress=progress)
     path = Path(source)
     reason = "no such folder or manifest; correct the path"
+    if is_url(source):
+        raise UserError(f"{printable(source)}: a URL names .tar or .parquet files; name them, or a glob of them")
     try:
         if path.is_dir() and is_saved_dataset(path):
-            return records_from_saved_dataset(path, empty_caption=empty_caption)
+            return records_from_saved_dataset(path, columns=columns, empty_caption=empty_caption)
         if path.is_dir():
             return records_from_folder(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
         if path.is_file() and path.suffix.lower() in SUFFIXES:
             return records_from_manifest(path, follow_symlinks=follow_symlinks, empty_caption=empty_caption)
         if path.exists():
-            reason = "is neither a folder nor a .jsonl or .csv manifest; name one"
+            reason = "is neither a folder nor a .jsonl, .csv, .tar or .parquet file; name one"
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}; make it readable"
     raise UserError(f"{printable(source)}: {reason}")
+
+
+def is_there(source: str) -> bool:
+    """Whether there may be data at `source`; stores are not asked."""
+    return source.lower().endswith(SHARDS) or Path(source).exists()
+
+
+def _records_of_objects(
+    source: str, *, columns: Mapping[str, str], empty_caption: EmptyCaption, index: Path | None, progress: bool
+) -> tuple[list[EditRecord], list[Problem]]:
+    """Those of all shards that `source` names, several at a time."""
+
+    def read(stored: StoredObject) -> tuple[list[EditRecord], list[Problem]]:
+        if not stored.url.lower().endswith(".parquet"):
+            return records_from_shard(stored, columns=columns, empty_caption=empty_caption, index=index)
+        return records_from_parquet(stored, columns=columns, empty_caption=empty_caption)
+
+    objects, wrong = find_objects(source), Problems()
+    bar, remote = progress and len(objects) > 1, is_url(source)
+    found = _in_threads(lambda stored: wrong.collect(read, stored), objects, "index", "shard", bar, remote=remote)
+    parts = [part for part in found if part]
+    wrong.raise_if_any()
+    return [record for records, _ in parts for record in records], [x for _, problems in parts for x in problems]
+
+
+def _in_threads(
+    work: Callable[[T], R], items: Sequence[T], verb: str, unit: str, progress: bool, *, remote: bool
+) -> Iterator[R]:
+    """What `work` makes of the items, in their order, with progress; `remote`: they wait more than they compute."""
+    pool = ThreadPoolExecutor(8 if remote else min(8, os.cpu_count() or 1))
+    try:
+        results = pool.map(work, items)  # all are queued now, whoever counts
+        for _, result in zip(counted(items, verb, unit, enabled=progress), results, strict=True):
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
 
 
 def scan(
@@ -83,14 +142,16 @@ def scan(
     limits: Limits,
     key: str = "",
     empty_caption: EmptyCaption = "error",
+    columns: Mapping[str, str] = {},
     min_side: int = 16,
     progress: bool = True,
     memo: Path | None = None,
 ) -> Scan:
     """All usable records of all sources in their order, and every problem.
 
-    `key`: what named the sources, for messages. `min_side`: pixels along the shorter side that still make one token.
-    `progress`: as `console.counted` shows it. `memo`: a file that keeps what the scan found for the next one.
+    `key`: what named the sources, for messages. `columns`: names of columns by role. `min_side`: pixels along the
+    shorter side that still make one token. `progress`: as `console.counted` shows it. `memo`: a file that keeps what
+    the scan found for the next one.
 
     Raises:
         UserError: there are sources that are no data source; a message for each, and the problems of the others.
@@ -102,7 +163,14 @@ def scan(
     unusable = 0
     for source in sources:
         try:
-            found = find_records(source, follow_symlinks=limits.follow_symlinks, empty_caption=empty_caption)
+            found = find_records(
+                source,
+                follow_symlinks=limits.follow_symlinks,
+                empty_caption=empty_caption,
+                columns=columns,
+                index=memo.parent / INDEX if memo else None,
+                progress=progress,
+            )
         except UserError as error:
             messages += [f"{key}: {message}" if key else message for message in error.messages]
         else:
@@ -179,16 +247,15 @@ def _inspect(
             return BadImageError(str(error)), True  # the one raised holds frames, and they the bytes of the file
 
     found = {}
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    remote = any(is_url(str(job.path)) for job in jobs)
+    results = _in_threads(inspect, jobs, "scan", "file", progress, remote=remote)
     try:
-        results = pool.map(inspect, jobs)  # all are queued now, whoever counts
-        for job, (facts, is_new) in zip(counted(jobs, "scan", "file", enabled=progress), results, strict=True):
+        for job, (facts, is_new) in zip(jobs, results, strict=True):
             found[job] = facts
             decoded += is_new
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
-    with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time
-        memo.save()
+    finally:  # also where a store went away: what was read of it need not be read again
+        with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time
+            memo.save()
     return found, decoded
 
 

@@ -14,6 +14,7 @@ from PIL import __version__ as pillow_version
 
 from mixres import atomic
 from mixres.data.images import BadImageError, ImageFacts, Limits, check_size
+from mixres.data.objects import is_url
 from mixres.data.records import Picture, Status
 from mixres.geometry import Size
 
@@ -47,7 +48,7 @@ class ScanMemo:
 
     def add(self, image: Picture, is_mask: bool, status: Status, facts: ImageFacts) -> None:
         """Remember what a decode said; `status` was taken before the image was read."""
-        if max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_NS < self._started_ns:
+        if is_settled(status, self._started_ns):
             self._new[_key(image, is_mask)] = [*_state(status), *facts.size, *facts[1:]]
 
     def save(self) -> None:
@@ -57,8 +58,13 @@ class ScanMemo:
             atomic.write_json(self.path, {"version": VERSION, "rows": self._rows | self._new}, indent=None)
 
 
+def is_settled(status: Status, now_ns: int | None = None) -> bool:
+    """Whether a later write would have other times than these."""
+    return max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_NS < (now_ns or time.time_ns())
+
+
 def _key(image: Picture, is_mask: bool) -> str:
-    return f"{'mask' if is_mask else 'image'} {Path(str(image)).absolute()}"
+    return f"{'mask' if is_mask else 'image'} {image if is_url(str(image)) else Path(str(image)).absolute()}"
 
 
 def _state(status: Status) -> list[int]:

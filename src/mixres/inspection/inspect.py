@@ -15,6 +15,7 @@ from mixres import atomic
 from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.plan import Plan, computed_tokens
+from mixres.data.scan import is_there
 from mixres.errors import Problems, UserError, WorkError
 from mixres.inspection import memory_probe
 from mixres.inspection.buckets import bucketing
@@ -64,7 +65,7 @@ def inspect(
         raise UserError(f"--ranks: given {ranks}, allowed: an integer >= 1")
     family, problems = family_of(config), Problems()
     foresee = partial(rehearsed, ranks=ranks, device_memory=device_memory)
-    if rehearse and not any(Path(path).exists() for path in config.data.train):
+    if rehearse and not any(map(is_there, config.data.train)):
         _rehearse_without_data(config, family, foresee)
         return
     problems.collect(check_early, config if measure else _checkable_here(config), family)

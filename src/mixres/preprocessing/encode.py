@@ -18,6 +18,7 @@ from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.data.cache import CacheEntry, entry_key
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
+from mixres.data.records import ReadOnce
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
 from mixres.models.family import ControlSizes, Family
@@ -186,12 +187,12 @@ def encode_inputs(config: Config, family: Family, scanned: ScannedRecord) -> dic
         WorkError: a file no longer has the bytes that the scan read and the key is made of.
     """
     limits, record = image_limits(config), scanned.record
-    files = (record.target, *record.controls, *([record.mask] if record.mask else []))
+    files = [ReadOnce(path) for path in (record.target, *record.controls, *([record.mask] if record.mask else []))]
     again = "has changed since the scan: run the same command again"
     try:
         read = partial(read_image, limits=limits, keep_alpha=family.keeps_alpha)
-        target, *controls = (read(path) for path in (record.target, *record.controls))
-        mask = read_mask(record.mask, limits) if record.mask else None
+        target, *controls = (read(path) for path in files[: 1 + len(record.controls)])
+        mask = read_mask(files[-1], limits) if record.mask else None
         digests = [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
     except (BadImageError, OSError) as error:
         raise WorkError(f"{record.name}: a file {again} ({error})") from error

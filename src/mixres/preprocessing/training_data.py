@@ -156,6 +156,7 @@ def scan_of(config: Config, key: str, *, is_main: bool, **rules: int) -> Scan:
         key=f"data.{key}",
         limits=image_limits(config),
         empty_caption=config.data.empty_caption,
+        columns=config.data.columns,
         progress=is_main,
         memo=Path(config.cache.cache_dir) / SCAN_MEMO,
         **rules,

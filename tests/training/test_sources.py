@@ -1,0 +1,53 @@
+"""The same run from a folder, a tar shard, a parquet file and an S3 store."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+from safetensors.torch import load_file
+
+from support.jobs import LORA, Jobs
+from support.object_stores import ACCESS, members_of, parquet_of, s3_server, tar_of
+
+WORDS = ("train.max_train_steps=3", "logging.report_to=none")
+
+
+def losses(folder: Path) -> list[str]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.dumps(json.loads(line)["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_the_same_run_from_every_source_has_the_same_losses_bit_for_bit(
+    small_run: Path, few_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fills a cache of its own; the keys are the same too. No credential stands in what a run leaves."""
+    pairs = few_pairs / "train"
+    members = members_of(pairs)
+    (tmp_path / "x.tar").write_bytes(tar_of(members))
+    parquet_of(pairs, tmp_path / "x.parquet")
+    with s3_server() as url:
+        for name, value in {**ACCESS, "AWS_ENDPOINT_URL": url}.items():
+            monkeypatch.setenv(name, value)
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
+        names = list(members)
+        for number, part in enumerate((names[:12], names[12:])):
+            store.pipe(f"pairs/{number}.tar", tar_of({name: members[name] for name in part}))
+        runs = {}
+        for name, source in {
+            "folder": pairs,
+            "tar": tmp_path / "x.tar",
+            "parquet": tmp_path / "x.parquet",
+            "s3": "s3://pairs/*.tar",
+        }.items():
+            jobs = Jobs(small_run, tmp_path / name / "cache", tmp_path / name)
+            runs[name] = jobs.here("run", f"data.train={source}", *WORDS)
+    entries = {name: sorted(file.name for file in (tmp_path / name / "cache").glob("??/*")) for name in runs}
+    for name, run in runs.items():
+        assert len(entries[name]) == 10 and entries[name] == entries["folder"]
+        assert losses(run) == losses(runs["folder"]) and len(set(losses(run))) == 3
+        weights, wanted = load_file(run / LORA), load_file(runs["folder"] / LORA)
+        assert all(weights[key].equal(wanted[key]) for key in wanted)
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in written if ACCESS["AWS_SECRET_ACCESS_KEY"].encode() in file.read_bytes()]
