@@ -199,6 +199,9 @@ class TrainConfig(Section):
 
 class CacheConfig(Section):
     cache_dir: Text = Field("./cache", description="Folder of the encoded samples; runs may share it.")
+    shard_gb: float = Field(
+        0.0, ge=0, le=100, description="GB at which a shard of new entries is closed, such as 1.0; 0: a file an entry."
+    )
 
 
 class CheckpointConfig(Section):
