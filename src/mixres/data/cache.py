@@ -22,6 +22,7 @@ Format 1 is still read, never written. Instead of img_shapes it has the sizes in
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -103,15 +104,15 @@ class Cache:
 
     def lookup(self, key: str) -> CacheEntry | None:
         """The lengths of entry `key`; None where there is none, or one whose length or header is not as written."""
-        if place := self.shards.places.get(key):
-            return _entry_from_row(key, place.row, place.size)
+        if place := self.shards.known(key):
+            return _entry_from_note(key, place.note)
         path = self.path(key)
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             self._forget(key)
             found = self.shards.find(key)
-            return _entry_from_row(key, found.row, found.size) if found else None
+            return _entry_from_note(key, found.note) if found else None
         entry = _entry_from_row(key, self._index.get(key), size)
         if entry is None:
             entry = _read_header(path, key)
@@ -183,7 +184,7 @@ class Cache:
         """The bytes of every entry that is there, by key."""
         files = {key: path.stat().st_size for key, path in self.files().items()}
         self.shards.refresh()
-        return files | {key: place.size for key, place in self.shards.places.items()}
+        return files | self.shards.sizes()
 
     def read(self, key: str, name: str | None = None) -> Sample:
         """The sample under `key`, called `name` (by default its key): equal samples of other names share an entry.
@@ -227,7 +228,7 @@ class Cache:
         try:
             return data, *self._parsed(data, key)
         except _UNFIT as error:
-            place, path = self.shards.places.get(key), self.path(key)
+            place, path = self.shards.known(key), self.path(key)
             if place:
                 path = self.shards.folder / place.shard / path.name
                 self.shards.drop(key)
@@ -277,7 +278,7 @@ class Cache:
 
     def _store(self, entry: CacheEntry, data: bytes) -> None:
         if self.shards.size:
-            self.shards.append(entry.key, data, _row(entry, len(data)))
+            self.shards.append(entry.key, data, _note(entry))
             return
         path = self.path(entry.key)
         if not path.parent.is_dir():
@@ -305,7 +306,9 @@ class Cache:
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)
-        self._index[entry.key] = _row(entry, size)
+        shapes = entry.img_shapes or None
+        row = [size, entry.text_tokens, entry.has_mask, shapes, entry.empty_tokens, *entry.prompts]
+        self._index[entry.key] = row
         self._changed = True
 
     def _forget(self, key: str) -> None:
@@ -404,8 +407,20 @@ def _read_index(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _row(entry: CacheEntry, size: int) -> list[Any]:
-    return [size, entry.text_tokens, entry.has_mask, entry.img_shapes or None, entry.empty_tokens, *entry.prompts]
+def _note(entry: CacheEntry) -> str:
+    """The lengths of an entry in the index of a shard: `text_tokens has_mask empty_tokens grids prompts...`."""
+    grids = ",".join("x".join(map(str, grid)) for grid in entry.img_shapes)
+    return " ".join((str(entry.text_tokens), str(int(entry.has_mask)), str(entry.empty_tokens), grids, *entry.prompts))
+
+
+def _entry_from_note(key: str, note: str) -> CacheEntry:
+    text_tokens, has_mask, empty_tokens, grids, *prompts = note.split(" ")
+    return CacheEntry(key, _grids(grids), int(text_tokens), has_mask == "1", int(empty_tokens), tuple(prompts))
+
+
+@functools.lru_cache(maxsize=2**16)  # many entries have the same
+def _grids(text: str) -> tuple[Grid, ...]:
+    return tuple(Grid(*map(int, grid.split("x"))) for grid in text.split(",")) if text else ()
 
 
 def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:

@@ -43,16 +43,16 @@ def compact(cache: Cache) -> Compacted:
 def _compact(cache: Cache) -> Compacted:
     shards, files = cache.shards, cache.files()
     shards.refresh()
-    live = Counter(place.shard for place in shards.places.values())
+    live = Counter(shards.shard_of.values())
     unfit = {name for name, count in shards.counts.items() if live[name] < count}
     small = {name for name in shards.counts if (shards.folder / name).stat().st_size < shards.size / 2}
     if files or len(small | unfit) > 1:  # one small shard alone is the last one
         unfit |= small
     by_shard: dict[str, list[str]] = {name: [] for name in sorted(unfit | shards.unreadable)}
-    for key, place in shards.places.items():
-        if place.shard in by_shard:
-            by_shard[place.shard].append(key)
-    kept = {key for key, place in shards.places.items() if place.shard not in by_shard}
+    for key, name in shards.shard_of.items():
+        if name in by_shard:
+            by_shard[name].append(key)
+    kept = {key for key, name in shards.shard_of.items() if name not in by_shard}
     work = [*((shards.folder / name, keys) for name, keys in by_shard.items()), *((p, [k]) for k, p in files.items())]
     sources: list[Path] = []  # what they hold is in the shard that is open, or in closed ones
     damaged: list[DamagedEntry] = []

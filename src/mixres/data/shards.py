@@ -6,8 +6,10 @@ is killed loses its open shard: at most `size` bytes and an entry, encoded in `C
 read is one `pread` of one entry; at most `MAX_OPEN` shards are open at once.
 
 File: members `ab/<key>.safetensors`, then `index.json`, the end of the archive, and 32 bytes: offset and length of the
-index's text, its xxh3_64, `MAGIC`. The index holds by key the entry's offset in the shard and its row of the cache's
-index. An empty file `<shard>.<key>.damaged` removes one entry.
+index's text, its xxh3_64, `MAGIC`. The index holds by key one string: the entry's offset in the shard, its bytes, and
+what the cache notes of it. An empty file `<shard>.<key>.damaged` removes one entry.
+
+A million entries are a million strings here, read when they are asked for: 0.4 GB.
 """
 
 import contextlib
@@ -32,21 +34,18 @@ MAX_OPEN = 64
 MAGIC = b"mixres-1"
 _BLOCK = tarfile.BLOCKSIZE
 _TRAILER = struct.Struct("<QQQ8s")
-_SETTLED_S = 2.0  # a folder that changed less than this ago may change again under the same time
+_SETTLED_S = 0.1  # a folder that changed less than this ago may change again under the same time: clocks have ticks
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
 class Place(NamedTuple):
-    """Where an entry lies, and its row of the cache's index, which begins with its bytes."""
+    """Where an entry lies, and what the cache notes of it."""
 
     shard: str
     offset: int
-    row: list[Any]
-
-    @property
-    def size(self) -> int:
-        return int(self.row[0])
+    size: int
+    note: str
 
 
 def member_name(key: str) -> str:
@@ -59,7 +58,8 @@ class Shards:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
-        self.places: dict[str, Place] = {}
+        self.shard_of: dict[str, str] = {}  # by key
+        self._rows: dict[str, dict[str, str]] = {}  # by shard and key
         self.counts: dict[str, int] = {}  # entries by shard, those that another shard holds too among them
         self.unreadable: set[str] = set()
         self._damaged: set[str] = set()
@@ -68,15 +68,30 @@ class Shards:
         self._open: _OpenShard | None = None
         self.refresh()
 
+    def __del__(self) -> None:
+        for file in [*self._files.values(), *([self._open.file] if self._open else [])]:
+            file.close()
+
     def __getstate__(self) -> dict[str, Any]:
         assert self._open is None, "its writer closes it first"
         return self.__dict__ | {"_files": {}}
 
     def find(self, key: str) -> Place | None:
         """Where the entry lies; one that is not known is looked for among shards that have come since."""
-        if key not in self.places:
+        if key not in self.shard_of:
             self.refresh()
-        return self.places.get(key)
+        return self.known(key)
+
+    def known(self, key: str) -> Place | None:
+        """As `find`, without a look at the folder."""
+        if (shard := self.shard_of.get(key)) is None:
+            return None
+        offset, size, note = self._rows[shard][key].split(" ", 2)
+        return Place(shard, int(offset), int(size), note)
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of all entries, by key."""
+        return {key: int(self._rows[shard][key].split(" ", 2)[1]) for key, shard in self.shard_of.items()}
 
     def refresh(self) -> None:
         """See what other processes added and removed since the last time. Cost: one `stat` where there is nothing."""
@@ -84,19 +99,20 @@ class Shards:
             changed = self.folder.stat().st_mtime_ns
             if self._listed == (changed, True):
                 return
-            names = [path.name for path in self.folder.iterdir()]
+            with os.scandir(self.folder) as found:
+                names = [entry.name for entry in found]
         except FileNotFoundError:
             changed, names = 0, []
         self._listed = changed, time.time() - changed / 1e9 > _SETTLED_S
         shards = {name for name in names if name.endswith(".tar")}
         damaged = {name for name in names if name.endswith(".damaged")}
         if damaged != self._damaged or not shards >= self.counts.keys() | self.unreadable:
-            self.places, self.counts, self._damaged = {}, {}, damaged
+            self.shard_of, self._rows, self.counts, self._damaged = {}, {}, {}, damaged
             self.unreadable.clear()
-            self.places |= self._open.places if self._open else {}
-        shapes: dict[str, Any] = {}
+            if self._open:
+                self._take(self._open.path.name, self._open.rows)
         for name in sorted(shards - self.counts.keys() - self.unreadable):
-            self._load(name, shapes)
+            self._load(name)
 
     def read(self, key: str) -> bytes:
         """The entry's bytes, unchecked; fewer where the shard was cut short.
@@ -104,7 +120,8 @@ class Shards:
         Raises:
             FileNotFoundError: the shard has been removed since it was found.
         """
-        place = self.places[key]
+        place = self.known(key)
+        assert place is not None, key
         if self._open and place.shard == self._open.path.name:
             return os.pread(self._open.file.fileno(), place.size, place.offset)
         file = self._files.pop(place.shard, None) or (self.folder / place.shard).open("rb", buffering=0)
@@ -113,7 +130,7 @@ class Shards:
             self._files.pop(next(iter(self._files))).close()
         return os.pread(file.fileno(), place.size, place.offset)
 
-    def append(self, key: str, data: bytes, row: list[Any]) -> None:
+    def append(self, key: str, data: bytes, note: str) -> None:
         """Put an entry into the open shard, from which this process alone reads until it is closed.
 
         Raises:
@@ -123,9 +140,11 @@ class Shards:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic.sync_directory(self.folder.parent)
             self._open = _OpenShard(self.folder)
+            self._rows[self._open.path.name] = self._open.rows
         shard = self._open
         try:
-            self.places[key] = shard.append(key, data, row)
+            shard.append(key, data, note)
+            self.shard_of[key] = shard.path.name
         except OSError:
             with contextlib.suppress(OSError):  # the first refusal is the one to report
                 self.close()
@@ -141,19 +160,22 @@ class Shards:
         """
         shard, self._open = self._open, None
         refused: OSError | None = None
-        while shard and shard.places and (refused is None or refused.errno in _NO_ROOM):
+        if shard:
+            del self._rows[shard.path.name]
+        while shard and shard.rows and (refused is None or refused.errno in _NO_ROOM):
             try:
                 name = shard.close()
             except OSError as error:
                 refused = error
-                key, _ = shard.places.popitem()
-                self.places.pop(key, None)
+                key, _ = shard.rows.popitem()
+                del self.shard_of[key]
                 continue
-            self.counts[name] = len(shard.places)
-            self.places |= {key: place._replace(shard=name) for key, place in shard.places.items()}
+            self.counts[name] = len(shard.rows)
+            self._take(name, shard.rows)
             shard = None
         if shard:
-            self.places = {key: place for key, place in self.places.items() if place.shard != shard.path.name}
+            for key in shard.rows:
+                del self.shard_of[key]
             shard.remove()
         if refused:
             raise refused
@@ -169,12 +191,11 @@ class Shards:
         Raises:
             OSError: the folder cannot be written.
         """
-        place = self.places.pop(key)
-        if self._open and place.shard == self._open.path.name:
-            del self._open.places[key]
-        else:
+        shard = self.shard_of.pop(key)
+        del self._rows[shard][key]
+        if not (self._open and shard == self._open.path.name):
             # The next look at the folder sees it, and where another shard holds the entry too.
-            (self.folder / f"{place.shard.removesuffix('.tar')}.{key}.damaged").touch()
+            (self.folder / f"{shard.removesuffix('.tar')}.{key}.damaged").touch()
 
     def remove(self, name: str) -> None:
         """Delete a shard and what was noted of its entries; those of them that lie elsewhere too are found there.
@@ -189,18 +210,22 @@ class Shards:
         self.counts.pop(name, None)
         self.unreadable.discard(name)
 
-    def _load(self, name: str, shapes: dict[str, Any]) -> None:
+    def _take(self, name: str, rows: dict[str, str]) -> None:
+        self._rows[name] = rows
+        self.shard_of |= dict.fromkeys(rows, name)
+
+    def _load(self, name: str) -> None:
         try:
             with (self.folder / name).open("rb") as file:
                 rows = _read_index(file)
-            removed = {marker.split(".")[-2] for marker in self._damaged if marker.startswith(name[:-3])}
-            for key, (offset, row) in rows.items():
-                if key not in removed:
-                    row[3] = shapes.setdefault(str(row[3]), row[3])  # many entries have the same
-                    self.places[key] = Place(name, offset, row)
-            self.counts[name] = len(rows)
         except _UNFIT:
             self.unreadable.add(name)
+            return
+        self.counts[name] = len(rows)
+        for marker in self._damaged:
+            if marker.startswith(name[: -len("tar")]):
+                rows.pop(marker.split(".")[-2], None)
+        self._take(name, rows)
 
 
 class _OpenShard:
@@ -209,24 +234,22 @@ class _OpenShard:
     def __init__(self, folder: Path) -> None:
         host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
         self.name = f"{host}-{os.getpid()}-{os.urandom(4).hex()}.tar"
-        self.path = folder / f"{atomic.TMP_PREFIX}{self.name}"
+        self.path = folder / f"{atomic.TMP_PREFIX}{self.name.removesuffix('.tar')}"
         self.file = self.path.open("xb+", buffering=0)
-        self.places: dict[str, Place] = {}
+        self.rows: dict[str, str] = {}
         self.end, self.begun = 0, time.monotonic()
 
-    def append(self, key: str, data: bytes, row: list[Any]) -> Place:
-        assert row[0] == len(data), row
-        place = Place(self.path.name, self.end + _BLOCK, row)
-        self._write(self.end, _member(member_name(key), data))
-        self.places[key], self.end = place, place.offset + -(-len(data) // _BLOCK) * _BLOCK
-        return place
+    def append(self, key: str, data: bytes, note: str) -> None:
+        member = _member(member_name(key), data)
+        self._write(self.end, member)
+        self.rows[key] = f"{self.end + _BLOCK} {len(data)} {note}"
+        self.end += len(member)
 
     def close(self) -> str:
         """Write the index and give the shard its name, which is returned."""
-        *_, last = self.places.values()
-        self.end = last.offset + -(-last.size // _BLOCK) * _BLOCK
-        rows = {key: place[1:] for key, place in self.places.items()}
-        index = json.dumps({"format": 1, "entries": rows}, separators=(",", ":")).encode()
+        offset, size = map(int, self.rows[next(reversed(self.rows))].split()[:2])
+        self.end = offset + -(-size // _BLOCK) * _BLOCK
+        index = json.dumps({"format": 1, "entries": self.rows}, separators=(",", ":")).encode()
         trailer = _TRAILER.pack(self.end + _BLOCK, len(index), xxhash.xxh3_64_intdigest(index), MAGIC)
         self.file.truncate(self.end)  # what was begun behind the last entry makes room
         self._write(self.end, _member("index.json", index) + bytes(2 * _BLOCK) + trailer)
@@ -257,7 +280,7 @@ def _member(name: str, data: bytes) -> bytes:
     return b"".join((info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % _BLOCK)))
 
 
-def _read_index(file: BinaryIO) -> dict[str, Any]:
+def _read_index(file: BinaryIO) -> dict[str, str]:
     """What the end of a shard states.
 
     Raises:
@@ -271,5 +294,5 @@ def _read_index(file: BinaryIO) -> dict[str, Any]:
     text = file.read(length)
     if xxhash.xxh3_64_intdigest(text) != digest:
         raise ValueError("the checksum of its index is wrong")
-    rows: dict[str, Any] = json.loads(text)["entries"]
+    rows: dict[str, str] = json.loads(text)["entries"]
     return rows
