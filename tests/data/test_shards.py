@@ -1,6 +1,5 @@
 """Entries in shards are those of files, byte for byte; a shard is whole or absent, and damage is never read."""
 
-import os
 import pickle
 import random
 import tarfile
@@ -117,8 +116,7 @@ def test_no_changed_or_missing_byte_of_a_shard_is_used(tmp_path: Path) -> None:
                 found += 1
             except FileNotFoundError:
                 assert cache.unreadable() == [path], "its index"
-            except DamagedEntry as error:
-                assert error.path == path / f"{key}.safetensors"
+            except DamagedEntry:
                 assert cache.lookup(key) is None and Cache(tmp_path).lookup(key) is None
                 next(path.parent.glob("*.damaged")).unlink()
     assert 500 < found < 2 * len(damages), "damage of one entry leaves the other"
@@ -127,12 +125,13 @@ def test_no_changed_or_missing_byte_of_a_shard_is_used(tmp_path: Path) -> None:
 def test_a_damaged_entry_is_encoded_again_and_compaction_leaves_it_out(tmp_path: Path) -> None:
     cache = filled(tmp_path, keys=list(NUMBERS)[:3])
     broken, [path] = list(NUMBERS)[1], tars(tmp_path)
-    data, place = path.read_bytes(), cache.shards.find(broken)
-    assert place is not None
-    last = place.offset + place.size - 1
+    data, row = path.read_bytes(), cache.shards.find(broken)
+    assert row is not None
+    last = sum(map(int, row.split()[:2])) - 1
     path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
-    with pytest.raises(DamagedEntry, match="the next caching pass makes it again"):
+    with pytest.raises(DamagedEntry, match="the next caching pass makes it again") as caught:
         Cache(tmp_path).read(broken)
+    assert caught.value.path == path / f"{broken}.safetensors"
     assert [Cache(tmp_path).lookup(key) is None for key in list(NUMBERS)[:3]] == [False, True, False]
     assert fill(Cache(tmp_path, ONE_GB), dict.fromkeys(list(NUMBERS)[:3], 1), lambda: lambda _: (sample(1), ())) == 1
     assert_filled(Cache(tmp_path), list(NUMBERS)[:3])
@@ -167,8 +166,8 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     cache = Cache(filled(tmp_path, 1).root)
     for key in [*NUMBERS, *NUMBERS]:
         cache.read(key)
-        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-        assert sum(link.startswith(str(tmp_path)) for link in links) <= 2
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        assert sum(link.is_relative_to(tmp_path) for link in links) <= 2
     assert len(tars(tmp_path)) == 12
 
 
@@ -202,7 +201,7 @@ def cache_share(root: Path, rank: int) -> None:
     fill(Cache(root, 4 * LITTLE), dict.fromkeys(NUMBERS_OF_KILLS, 1), lambda: encode, rank=rank, world_size=4)
 
 
-NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(400)}
+NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(240)}
 
 
 def compact_once(root: Path) -> None:

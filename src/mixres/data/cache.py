@@ -104,15 +104,14 @@ class Cache:
 
     def lookup(self, key: str) -> CacheEntry | None:
         """The lengths of entry `key`; None where there is none, or one whose length or header is not as written."""
-        if place := self.shards.known(key):
-            return _entry_from_note(key, place.note)
+        if row := self.shards.known(key):
+            return _entry_from_shard(key, row)
         path = self.path(key)
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             self._forget(key)
-            found = self.shards.find(key)
-            return _entry_from_note(key, found.note) if found else None
+            return _entry_from_shard(key, row) if (row := self.shards.find(key)) else None
         entry = _entry_from_row(key, self._index.get(key), size)
         if entry is None:
             entry = _read_header(path, key)
@@ -228,9 +227,9 @@ class Cache:
         try:
             return data, *self._parsed(data, key)
         except _UNFIT as error:
-            place, path = self.shards.known(key), self.path(key)
-            if place:
-                path = self.shards.folder / place.shard / path.name
+            shard, path = self.shards.shard_of.get(key), self.path(key)
+            if shard:
+                path = self.shards.folder / shard / path.name
                 self.shards.drop(key)
             else:
                 path.unlink(missing_ok=True)
@@ -413,8 +412,8 @@ def _note(entry: CacheEntry) -> str:
     return " ".join((str(entry.text_tokens), str(int(entry.has_mask)), str(entry.empty_tokens), grids, *entry.prompts))
 
 
-def _entry_from_note(key: str, note: str) -> CacheEntry:
-    text_tokens, has_mask, empty_tokens, grids, *prompts = note.split(" ")
+def _entry_from_shard(key: str, row: str) -> CacheEntry:
+    _, _, text_tokens, has_mask, empty_tokens, grids, *prompts = row.split(" ")
     return CacheEntry(key, _grids(grids), int(text_tokens), has_mask == "1", int(empty_tokens), tuple(prompts))
 
 

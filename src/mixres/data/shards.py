@@ -22,7 +22,7 @@ import struct
 import tarfile
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -37,15 +37,6 @@ _TRAILER = struct.Struct("<QQQ8s")
 _SETTLED_S = 0.1  # a folder that changed less than this ago may change again under the same time: clocks have ticks
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
-
-
-class Place(NamedTuple):
-    """Where an entry lies, and what the cache notes of it."""
-
-    shard: str
-    offset: int
-    size: int
-    note: str
 
 
 def member_name(key: str) -> str:
@@ -76,22 +67,20 @@ class Shards:
         assert self._open is None, "its writer closes it first"
         return self.__dict__ | {"_files": {}}
 
-    def find(self, key: str) -> Place | None:
-        """Where the entry lies; one that is not known is looked for among shards that have come since."""
+    def find(self, key: str) -> str | None:
+        """The entry's row in the index; one that is not known is looked for among shards that have come since."""
         if key not in self.shard_of:
             self.refresh()
         return self.known(key)
 
-    def known(self, key: str) -> Place | None:
+    def known(self, key: str) -> str | None:
         """As `find`, without a look at the folder."""
-        if (shard := self.shard_of.get(key)) is None:
-            return None
-        offset, size, note = self._rows[shard][key].split(" ", 2)
-        return Place(shard, int(offset), int(size), note)
+        shard = self.shard_of.get(key)
+        return self._rows[shard][key] if shard else None
 
     def sizes(self) -> dict[str, int]:
         """The bytes of all entries, by key."""
-        return {key: int(self._rows[shard][key].split(" ", 2)[1]) for key, shard in self.shard_of.items()}
+        return {key: _place(self._rows[shard][key])[1] for key, shard in self.shard_of.items()}
 
     def refresh(self) -> None:
         """See what other processes added and removed since the last time. Cost: one `stat` where there is nothing."""
@@ -120,15 +109,15 @@ class Shards:
         Raises:
             FileNotFoundError: the shard has been removed since it was found.
         """
-        place = self.known(key)
-        assert place is not None, key
-        if self._open and place.shard == self._open.path.name:
-            return os.pread(self._open.file.fileno(), place.size, place.offset)
-        file = self._files.pop(place.shard, None) or (self.folder / place.shard).open("rb", buffering=0)
-        self._files[place.shard] = file
+        shard = self.shard_of[key]
+        offset, size = _place(self._rows[shard][key])
+        if self._open and shard == self._open.path.name:
+            return os.pread(self._open.file.fileno(), size, offset)
+        file = self._files.pop(shard, None) or (self.folder / shard).open("rb", buffering=0)
+        self._files[shard] = file
         if len(self._files) > MAX_OPEN:
             self._files.pop(next(iter(self._files))).close()
-        return os.pread(file.fileno(), place.size, place.offset)
+        return os.pread(file.fileno(), size, offset)
 
     def append(self, key: str, data: bytes, note: str) -> None:
         """Put an entry into the open shard, from which this process alone reads until it is closed.
@@ -247,7 +236,7 @@ class _OpenShard:
 
     def close(self) -> str:
         """Write the index and give the shard its name, which is returned."""
-        offset, size = map(int, self.rows[next(reversed(self.rows))].split()[:2])
+        offset, size = _place(self.rows[next(reversed(self.rows))])
         self.end = offset + -(-size // _BLOCK) * _BLOCK
         index = json.dumps({"format": 1, "entries": self.rows}, separators=(",", ":")).encode()
         trailer = _TRAILER.pack(self.end + _BLOCK, len(index), xxhash.xxh3_64_intdigest(index), MAGIC)
@@ -272,6 +261,11 @@ class _OpenShard:
         except OSError as error:
             error.filename = str(self.path.with_name(self.name))
             raise
+
+
+def _place(row: str) -> tuple[int, int]:
+    offset, size, _ = row.split(" ", 2)
+    return int(offset), int(size)
 
 
 def _member(name: str, data: bytes) -> bytes:
