@@ -42,6 +42,7 @@ from torch import Tensor
 from mixres import atomic
 from mixres.batch import Sample, TextEmbeds, image_shapes_from_embeddings
 from mixres.data.shards import FOLDER, Shards, member_name
+from mixres.errors import WorkError
 from mixres.geometry import Grid, token_count
 
 FORMAT = 2
@@ -218,7 +219,8 @@ class Cache:
 
         Raises:
             FileNotFoundError: there is no such entry.
-            DamagedEntry: the file is not what was written.
+            DamagedEntry: what is stored is not what was written.
+            WorkError: the same, and the folder cannot be written.
         """
         return self._checked(key)[1:]
 
@@ -228,13 +230,18 @@ class Cache:
             return data, *self._parsed(data, key)
         except _UNFIT as error:
             shard, path = self.shards.shard_of.get(key), self.path(key)
-            if shard:
-                path = self.shards.folder / shard / path.name
-                self.shards.drop(key)
-            else:
-                path.unlink(missing_ok=True)
+            reason = str(error) if type(error) is ValueError else "it is no cache entry"
+            try:
+                if shard:
+                    path = self.shards.folder / shard / path.name
+                    self.shards.drop(key)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as refused:
+                kept = f"{path}: {reason}, and it cannot be removed ({refused.strerror})"
+                raise WorkError(f"{kept}: make {self.root} writable and run the same command again") from refused
             self._forget(key)
-            raise DamagedEntry(path, str(error) if type(error) is ValueError else "it is no cache entry") from error
+            raise DamagedEntry(path, reason) from error
 
     def save_index(self) -> None:
         """Put the lengths of all entries seen by this object, and those other processes saved, into the index file.
