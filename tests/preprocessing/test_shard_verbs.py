@@ -4,13 +4,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mixres import cli
+from mixres.preprocessing.encode import entry_bytes, foreseen_entries
+from mixres.preprocessing.fill import keyed_records
 from support.caching import Caching
-from support.family_cases import EVERY_CASE
+from support.family_cases import EVERY_CASE, with_family
 from support.jobs import REPOSITORY, Jobs, environment, metrics
 from support.samples import assert_same
 
@@ -68,6 +71,23 @@ def test_prompts_and_samples_that_use_them_lie_in_shards(caching: Caching, base_
     for one, other in zip(files, caching.samples(*words), strict=True):
         assert_same(one, other)
     assert len(list((caching.cache / "shards" / "shards").glob("*.tar"))) == 2, "one of prompts, one of samples"
+
+
+def test_text_in_8_bits_has_entries_of_its_own_and_takes_what_is_foreseen(caching: Caching) -> None:
+    caching.keep_few()
+    exact, rounded = caching.samples(), caching.samples("cache.text=float8")
+    for one, other in zip(exact, rounded, strict=True):
+        assert_same(replace(one, prompt_embeds=other.prompt_embeds), other)
+        assert one.prompt_embeds.dtype == other.prompt_embeds.dtype
+        assert 0 < (one.prompt_embeds - other.prompt_embeds).norm() < 0.04 * one.prompt_embeds.norm()
+    assert caching() == caching("cache.text=float8") == (0, 3)
+    spare = []
+    for words in ([], ["cache.text=float8"]):
+        config, family = with_family(caching.config(*words))
+        found = keyed_records(config, family, is_main=False)
+        sizes = entry_bytes(config, family, foreseen_entries(config, family, found.by_key))
+        spare += [min(size - found.cache.path(key).stat().st_size for key, size in sizes.items())]
+    assert spare[0] >= spare[1] >= max(0, spare[0] - 250), "names and scales in the header, no more"
 
 
 @pytest.mark.slow

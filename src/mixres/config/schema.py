@@ -202,6 +202,9 @@ class CacheConfig(Section):
     shard_gb: float = Field(
         0.0, ge=0, le=100, description="GB at which a shard of new entries is closed, such as 1.0; 0: a file an entry."
     )
+    text: Literal["float8"] | None = Field(
+        None, description="float8 stores text embeddings in 8 bits (e4m3, a scale a token); null in model.dtype."
+    )
 
 
 class CheckpointConfig(Section):

@@ -12,6 +12,8 @@ controls stand within the text, `text_before` (controls,), the text tokens befor
 Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
 has_mask, empty_tokens and `payload`, the hash over all tensors.
 
+Embeddings in 8 bits have scales (T,) beside them, `prompt_embeds_scale` and `empty_embeds_scale`: see `float8`.
+
 Where embeddings depend on the prompt alone, they lie in an entry of their own, once for all samples with that prompt:
 `prompt_embeds` and `pooled_embeds`, without img_shapes. The entry of a sample then has `prompts` in place of its
 embeddings: the keys of its prompt and, for caption dropout, of the empty one.
@@ -41,6 +43,7 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample, TextEmbeds, image_shapes_from_embeddings
+from mixres.data.float8 import from_float8, to_float8
 from mixres.data.shards import FOLDER, Shards, member_name
 from mixres.errors import WorkError
 from mixres.geometry import Grid, token_count
@@ -87,11 +90,12 @@ class Cache:
 
     The index only saves opening files: it is checked against each file's size, and an entry that it lacks is found by
     its header. Any number of processes may read and write; two that write one key write the same bytes. All entries
-    are read, wherever they lie; new ones go to shards of `shard_size` bytes, or with 0 to a file each.
+    are read, whatever they are; new ones go to shards of `shard_size` bytes, or with 0 to a file each, with
+    `float8_text` embeddings in 8 bits.
     """
 
-    def __init__(self, root: Path | str, shard_size: int = 0) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path | str, shard_size: int = 0, *, float8_text: bool = False) -> None:
+        self.root, self.float8_text = Path(root), float8_text
         self.shards = Shards(self.root / FOLDER, shard_size)
         self._index = _read_index(self.root / INDEX)
         self._changed = False
@@ -137,23 +141,17 @@ class Cache:
             entry = CacheEntry(key, (), len(value.tokens), False)
         if prompts:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in _TEXTS}
+        if self.float8_text:
+            tensors = to_float8(tensors)
         self._store(entry, save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))}))
         return entry
 
     def close(self) -> None:
-        """Let other processes see what this one has written.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written.
-        """
+        """Let other processes see what this one has written. Raises as `write`."""
         self.shards.close()
 
     def copy(self, key: str) -> None:
-        """Write a checked entry once more, byte for byte: from its file, or another shard, into the open shard.
-
-        Raises:
-            As `read_entry` and `write`.
-        """
+        """Write a checked entry once more, byte for byte, into the open shard. Raises as `read_entry` and `write`."""
         data, entry, _ = self._checked(key)
         self._store(entry, data)
 
@@ -308,7 +306,7 @@ class Cache:
         needed = [name for name, has in {**texts, "edit_mask": entry.has_mask}.items() if has]
         if absent := [name for name in needed if name not in tensors]:
             raise ValueError(f"it has no {absent[0]}")
-        return entry, tensors
+        return entry, from_float8(tensors)
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)

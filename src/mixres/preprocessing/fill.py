@@ -156,7 +156,7 @@ def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedReco
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
     with_empty = frozenset(keys if dropout else ())
-    cache = Cache(root, shard_size(config))
+    cache = Cache(root, shard_size(config), float8_text=config.cache.text == "float8")
     held_out_keys = entry_keys(config, family, held_out)
     return KeyedRecords(cache, train, held_out, keys + held_out_keys, prompts, with_empty)
 

@@ -326,6 +326,7 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "revision": _revision(config),
         "quantize": config.model.quantize,
         "background": config.data.background,
+        **({"text": config.cache.text} if config.cache.text else {}),
         **{name: value for name, value in _lora_values(config, family).items() if name in _LORA_STATED},
         **control_rules(config, family),
         "target_size": config.data.resize.target.model_dump(),
