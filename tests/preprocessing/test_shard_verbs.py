@@ -98,6 +98,11 @@ def test_the_losses_are_the_same_from_files_and_from_shards(caching: Caching, tm
     words = ("data.num_workers=2", "train.max_train_steps=6")
     one, other = Jobs(caching.file, files, tmp_path / "runs"), Jobs(caching.file, folder, tmp_path / "runs")
     from_files, from_shards = one.here("files", *words), other.here("shards", *words)
+    one.here("files", *words, "cache.text=float8", code=2)
+    assert (
+        "cache.text: checkpoint step-00000006 was made with null, this run has float8"
+        in caching.capsys.readouterr().err
+    )
     assert len(metrics(from_files)) > 5 and metrics(from_files) == metrics(from_shards)
     assert (from_files / "pytorch_lora_weights.safetensors").read_bytes() == (
         from_shards / "pytorch_lora_weights.safetensors"

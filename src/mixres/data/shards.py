@@ -98,6 +98,8 @@ class Shards:
         if damaged != self._damaged or not shards >= self.counts.keys() | self.unreadable:
             self.shard_of, self._rows, self.counts, self._damaged = {}, {}, {}, damaged
             self.unreadable.clear()
+            for name in self._files.keys() - shards:
+                self._files.pop(name).close()  # an open file keeps its space on the disk
             if self._open:
                 self._take(self._open.path.name, self._open.rows)
         for name in sorted(shards - self.counts.keys() - self.unreadable):
@@ -157,14 +159,14 @@ class Shards:
             except OSError as error:
                 refused = error
                 key, _ = shard.rows.popitem()
-                del self.shard_of[key]
+                self.shard_of.pop(key, None)
                 continue
             self.counts[name] = len(shard.rows)
             self._take(name, shard.rows)
             shard = None
         if shard:
             for key in shard.rows:
-                del self.shard_of[key]
+                self.shard_of.pop(key, None)
             shard.remove()
         if refused:
             raise refused
@@ -180,11 +182,11 @@ class Shards:
         Raises:
             OSError: the folder cannot be written.
         """
-        shard = self.shard_of.pop(key)
-        del self._rows[shard][key]
+        shard = self.shard_of[key]
         if not (self._open and shard == self._open.path.name):
             # The next look at the folder sees it, and where another shard holds the entry too.
             (self.folder / f"{shard.removesuffix('.tar')}.{key}.damaged").touch()
+        del self.shard_of[key], self._rows[shard][key]
 
     def remove(self, name: str) -> None:
         """Delete a shard and what was noted of its entries; those of them that lie elsewhere too are found there.

@@ -292,6 +292,7 @@ def run_identity(config: Config, family: Family, own: Sequence[str], regularizat
         "train.ema_decay": config.train.ema_decay,
         "batch.samples_per_step": config.batch.samples_per_step,
         "data.caption_dropout": config.data.caption_dropout,
+        **({"cache.text": config.cache.text} if config.cache.text else {}),  # as saved before there was the key
         "data.train": _fingerprint(own),
         "data.regularization": _fingerprint(regularization),
     }
