@@ -179,7 +179,8 @@ def encode(
     if rank == 0:
         cache.sweep()
     wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
-    entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
+    with _collector_paused():
+        entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
     missing = {key: scanned for key, scanned in records.items() if key not in entries}
     foreseen = foreseen_prompts(family, {text: key for text, key in prompts.items() if key not in entries})
     foreseen |= foreseen_entries(config, family, missing, with_empty) if missing else {}
@@ -201,8 +202,21 @@ def encode(
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
     found_records = zip(keys, [*train, *held_out], strict=True)
-    samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
+    with _collector_paused():
+        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
     return CachedData(cache, samples[: len(train)], samples[len(train) :])
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A million entries are no garbage: while they are made, Python's collector would look at them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Encoder:
