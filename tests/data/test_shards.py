@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import signal
 import tarfile
 import time
 from collections.abc import Sequence
@@ -161,6 +162,25 @@ def test_compaction_leaves_each_entry_once_and_readers_find_it(tmp_path: Path) -
     assert compact(Cache(tmp_path, 8 * LITTLE))[:2] == (0, 0), "there is nothing left to do"
 
 
+def test_two_runs_at_once_do_not_wait_and_their_copies_become_one(tmp_path: Path) -> None:
+    """The second one runs while the first one encodes entry 3, and sees nothing of its open shard."""
+
+    def second(key: str) -> tuple[Sample, Sequence[str]]:
+        return sample(NUMBERS[key]), ()
+
+    def encode(key: str) -> tuple[Sample, Sequence[str]]:
+        if NUMBERS[key] == 3:
+            assert fill(Cache(tmp_path, ONE_GB), SIZES, lambda: second) == 12
+        return second(key)
+
+    first = Cache(tmp_path, ONE_GB)
+    assert fill(first, SIZES, lambda: encode) == 4, "it encodes the entry in flight and no more"
+    assert len(members(tmp_path)) == 12 + 4
+    compact(Cache(tmp_path, ONE_GB))
+    assert members(tmp_path) == sorted(NUMBERS)
+    assert_filled(first)
+
+
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
     cache = Cache(filled(tmp_path, 1).root)
@@ -201,7 +221,7 @@ def cache_share(root: Path, rank: int) -> None:
     fill(Cache(root, 4 * LITTLE), dict.fromkeys(NUMBERS_OF_KILLS, 1), lambda: encode, rank=rank, world_size=4)
 
 
-NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(240)}
+NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(600)}
 
 
 def compact_once(root: Path) -> None:
@@ -216,11 +236,12 @@ def test_thirty_kills_of_four_writers_lose_their_open_shards_alone(tmp_path: Pat
     [writer.start() for writer in writers]
     known: set[str] = set()
     for _ in range(30):
-        time.sleep(draw.uniform(0.01, 0.1))
+        time.sleep(draw.uniform(0.01, 0.08))
         rank = draw.randrange(4)
         writers[rank].kill()
         writers[rank].join()
-        there = {key for key in NUMBERS_OF_KILLS if Cache(tmp_path).lookup(key)}
+        assert writers[rank].exitcode == -signal.SIGKILL, "it was at work"
+        there = set(Cache(tmp_path).held())
         assert known <= there, "what was closed stays"
         known = there
         writers[rank] = fork.Process(target=cache_share, args=(tmp_path, rank))
@@ -235,7 +256,7 @@ def test_thirty_kills_of_four_writers_lose_their_open_shards_alone(tmp_path: Pat
         job.join(draw.uniform(0.0, 0.2))
         job.kill()
         job.join()
-        assert all(Cache(tmp_path).lookup(key) for key in NUMBERS_OF_KILLS)
+        assert Cache(tmp_path).held().keys() == NUMBERS_OF_KILLS.keys()
     compact_once(tmp_path)
     assert members(tmp_path) == sorted(NUMBERS_OF_KILLS)
     cache = Cache(tmp_path)
