@@ -184,7 +184,8 @@ def encode(
     missing = {key: scanned for key, scanned in records.items() if key not in entries}
     foreseen = foreseen_prompts(family, {text: key for text, key in prompts.items() if key not in entries})
     foreseen |= foreseen_entries(config, family, missing, with_empty) if missing else {}
-    _check_lengths(config, family, found, entries | foreseen)
+    with _collector_paused():
+        _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
     check_space(cache.root, sizes.values())
 
