@@ -111,7 +111,9 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     add("train", "fill the cache where it is not full, then train (also where no verb is given)")
     cache = add("cache", "encode every sample of the configuration into the cache (also spelled --cache)")
-    cache.add_argument("--verify", action="store_true", help="read and check every entry, encode nothing")
+    instead = cache.add_mutually_exclusive_group()
+    instead.add_argument("--verify", action="store_true", help="read and check every entry, encode nothing")
+    instead.add_argument("--compact", action="store_true", help="move single files and small shards into full shards")
     cache.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)", action=_Once)
     inspect = add("inspect", "show problems, sizes, tokens, plan and memory of a run before it starts")
     inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
@@ -276,11 +278,15 @@ def _call(work: str, *given: Any, **options: Any) -> None:
         print(line)
 
 
-def _cache(config: "Config", *, verify: bool = False, device: str | None = None) -> None:
+def _cache(config: "Config", *, verify: bool = False, compact: bool = False, device: str | None = None) -> None:
     from mixres.training.distributed import device_named, dist_env
 
     rank, world_size, _ = dist_env()
-    if verify:
+    if compact:
+        from mixres.preprocessing.compact_cache import compact_cache
+
+        compact_cache(config, world_size=world_size)
+    elif verify:
         from mixres.preprocessing.verify_cache import verify_cache
 
         verify_cache(config, world_size=world_size)

@@ -87,6 +87,28 @@ def test_special_values_and_odd_tensors_survive(tmp_path: Path) -> None:
     assert_same(Cache(tmp_path).read(OTHER), shared)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_text_in_8_bits_is_near_and_all_else_exact(tmp_path: Path, dtype: torch.dtype) -> None:
+    sample = make_sample(text=64, text_width=128, empty=3, mask=True, pooled=4, dtype=dtype)
+    text = sample.prompt_embeds * torch.logspace(-6, 6, 64, dtype=dtype)[:, None]  # tokens of all sizes
+    text[3], text[:, 5] = 0.0, text[:, 5] * 1000  # one without values; and large ones, as text encoders have
+    sample = replace(sample, prompt_embeds=text)
+    exact, rounded = Cache(tmp_path / "exact"), Cache(tmp_path / "float8", float8_text=True)
+    assert rounded.write(KEY, sample) == exact.write(KEY, sample)
+    for cache in (rounded, Cache(tmp_path / "float8")):
+        read = cache.read(KEY)
+        assert_same(replace(read, prompt_embeds=text, empty_embeds=sample.empty_embeds), sample)
+        error = (read.prompt_embeds.double() - text.double()).abs()
+        bound = torch.maximum(text.double().abs() / 16, text.double().abs().amax(-1, keepdim=True) * 2**-17)
+        assert bool((error <= bound).all()) and bool((error > 0).any())
+    cache.float8_text = True
+    cache.write(OTHER, read)
+    assert_same(cache.read(OTHER), read)
+    sizes = [cache.path(KEY).stat().st_size for cache in (exact, rounded)]
+    saved = 67 * 128 * (dtype.itemsize - 1) - 67 * dtype.itemsize
+    assert saved - 300 < sizes[0] - sizes[1] <= saved, "the rest is names in the header"
+
+
 def test_any_change_of_a_part_changes_the_key() -> None:
     parts: dict[str, Any] = {"controls": ["d2", "d3"], "prompt": "蓝色", "mask": None, "sizes": {"a": 16, "b": False}}
     changes: list[dict[str, Any]] = [

@@ -251,6 +251,12 @@ class TrainConfig(Section):
 
 class CacheConfig(Section):
     cache_dir: Text = Field("./cache", description="Folder of the encoded samples; runs may share it.")
+    shard_gb: float = Field(
+        0.0, ge=0, le=100, description="GB at which a shard of new entries is closed, such as 1.0; 0: a file an entry."
+    )
+    text: Literal["float8"] | None = Field(
+        None, description="float8 stores text embeddings in 8 bits (e4m3, a scale a token); null in model.dtype."
+    )
 
 
 class CheckpointConfig(Section):

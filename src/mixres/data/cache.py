@@ -1,9 +1,9 @@
-"""Samples on disk: one safetensors file each, found by a key over everything that made it.
+"""Samples on disk: one safetensors file each, or in shards of such, found by a key over everything that made it.
 
 Promise: what is read is bit for bit what was written, under the key that was asked for, or `DamagedEntry` is raised
 and the file is gone; a kill at any instant leaves no partial entry; equal samples make byte-equal files. Only
-safetensors and JSON are opened. Cost: a write is two fsyncs; a lookup is one `stat`; the first read of an entry in a
-process hashes it once (xxh3, several GB/s).
+safetensors, JSON and the headers of shards are opened. Cost: a write is two fsyncs; a lookup is one `stat`; the first
+read of an entry in a process hashes it once (xxh3, several GB/s). In shards a lookup costs no call of the system.
 
 File: tensors `target_latents` (S_target, P), `control_latents_0` (S_control, P), ..., `prompt_embeds` (T, D) and, where
 there is a mask, `edit_mask` (S_target,), in their own dtypes; for caption dropout `empty_embeds` (T_empty, D) too.
@@ -11,6 +11,8 @@ Where the transformer takes pooled prompts, `pooled_embeds` (W,) and `empty_pool
 controls stand within the text, `text_before` (controls,), the text tokens before each.
 Metadata: one string `mixres`, "<hash of the rest> <JSON>", the JSON with format, key, img_shapes, text_tokens,
 has_mask, empty_tokens and `payload`, the hash over all tensors.
+
+Embeddings in 8 bits have scales (T,) beside them, `prompt_embeds_scale` and `empty_embeds_scale`: see `float8`.
 
 Where embeddings depend on the prompt alone, they lie in an entry of their own, once for all samples with that prompt:
 `prompt_embeds` and `pooled_embeds`, without img_shapes. The entry of a sample then has `prompts` in place of its
@@ -20,7 +22,11 @@ Format 1 is still read, never written. Instead of img_shapes it has the sizes in
 `height_control`, `width_control`, `height_control_1`, `width_control_1`, ...; 16 pixels are a token.
 """
 
+import contextlib
+import errno
+import functools
 import json
+import os
 import re
 import struct
 import time
@@ -37,18 +43,22 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample, TextEmbeds, image_shapes_from_embeddings
+from mixres.data.float8 import from_float8, to_float8
+from mixres.data.shards import FOLDER, Shards, member_name
+from mixres.errors import WorkError
 from mixres.geometry import Grid, token_count
 
 FORMAT = 2
 INDEX = "index.json"
 _TEXTS = ("prompt_embeds", "empty_embeds", "pooled_embeds", "empty_pooled_embeds")  # tensors of a sample's prompts
 _MAX_HEADER_BYTES = 2**20
+_KEY = re.compile("[0-9a-f]{32}")
 # What reading a file raises that is not what `Cache.write` made. Only the message of a plain ValueError is ours.
 _UNFIT = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class DamagedEntry(Exception):  # noqa: N818 - the state, not a mistake of the caller
-    """A cache entry is not what was written. Its file has been deleted; the next caching pass makes it again."""
+    """A cache entry is not what was written. It has been removed; the next caching pass makes it again."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}; the entry has been removed and the next caching pass makes it again")
@@ -76,32 +86,37 @@ class CacheEntry(NamedTuple):
 
 
 class Cache:
-    """The entries under `root`, at `root/ab/<key>.safetensors`, and an index of their lengths.
+    """The entries under `root`, at `root/ab/<key>.safetensors` or in shards in `root/shards`, and an index of lengths.
 
     The index only saves opening files: it is checked against each file's size, and an entry that it lacks is found by
-    its header. Any number of processes may read and write; two that write one key write the same bytes.
+    its header. Any number of processes may read and write; two that write one key write the same bytes. All entries
+    are read, whatever they are; new ones go to shards of `shard_size` bytes, or with 0 to a file each, with
+    `float8_text` embeddings in 8 bits.
     """
 
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path | str, shard_size: int = 0, *, float8_text: bool = False) -> None:
+        self.root, self.float8_text = Path(root), float8_text
+        self.shards = Shards(self.root / FOLDER, shard_size)
         self._index = _read_index(self.root / INDEX)
         self._changed = False
         self._removed: set[str] = set()
         self._verified: set[str] = set()
 
     def path(self, key: str) -> Path:
-        """Where the entry `key` lies, or would lie."""
-        assert re.fullmatch("[0-9a-f]{32}", key), key
-        return self.root / key[:2] / f"{key}.safetensors"
+        """Where the entry `key` lies, or would lie, as a file of its own."""
+        assert _KEY.fullmatch(key), key
+        return self.root / member_name(key)
 
     def lookup(self, key: str) -> CacheEntry | None:
         """The lengths of entry `key`; None where there is none, or one whose length or header is not as written."""
+        if row := self.shards.known(key):
+            return _entry_from_shard(key, row)
         path = self.path(key)
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             self._forget(key)
-            return None
+            return _entry_from_shard(key, row) if (row := self.shards.find(key)) else None
         entry = _entry_from_row(key, self._index.get(key), size)
         if entry is None:
             entry = _read_header(path, key)
@@ -112,11 +127,12 @@ class Cache:
         """Store a sample or a prompt; whatever lay under `key` is replaced in one rename.
 
         `prompts` are the keys of the entries that hold the embeddings of a sample, which its own leaves out then.
+        In a shard the entry is this process's own until the shard is closed, as `close` does.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; no part of the entry is left.
         """
-        path, tensors = self.path(key), _tensors(value)
+        tensors = _tensors(value)
         if isinstance(value, Sample):
             empty = 0 if value.empty_embeds is None else len(value.empty_embeds)
             lengths = len(value.prompt_embeds), value.edit_mask is not None, empty
@@ -125,13 +141,48 @@ class Cache:
             entry = CacheEntry(key, (), len(value.tokens), False)
         if prompts:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in _TEXTS}
-        data = save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))})
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic.sync_directory(self.root)
-        atomic.write_bytes(path, data)
-        self._remember(entry, len(data))
+        if self.float8_text:
+            tensors = to_float8(tensors)
+        self._store(entry, save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))}))
         return entry
+
+    def close(self) -> None:
+        """Let other processes see what this one has written. Raises as `write`."""
+        self.shards.close()
+
+    def copy(self, key: str) -> None:
+        """Write a checked entry once more, byte for byte, into the open shard. Raises as `read_entry` and `write`."""
+        data, entry, _ = self._checked(key)
+        self._store(entry, data)
+
+    def remove(self, sources: Sequence[Path]) -> int:
+        """Delete files and shards whose entries lie in other shards too; returns how many.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        for path in sources:
+            if path.parent == self.shards.folder:
+                self.shards.remove(path.name)
+            else:
+                path.unlink(missing_ok=True)
+                self._forget(path.stem)
+        return len(sources)
+
+    def files(self) -> dict[str, Path]:
+        """The entries that have a file of their own, by key."""
+        found = {path.stem: path for path in self.root.glob("??/*.safetensors")}
+        return {key: path for key, path in found.items() if _KEY.fullmatch(key)}
+
+    def unreadable(self) -> list[Path]:
+        """Shards without an index that can be read: their entries count as missing."""
+        return sorted(self.shards.folder / name for name in self.shards.unreadable)
+
+    def held(self) -> dict[str, int]:
+        """The bytes of every entry that is there, by key."""
+        files = {key: path.stat().st_size for key, path in self.files().items()}
+        self.shards.refresh()
+        return files | self.shards.sizes()
 
     def read(self, key: str, name: str | None = None) -> Sample:
         """The sample under `key`, called `name` (by default its key): equal samples of other names share an entry.
@@ -166,15 +217,29 @@ class Cache:
 
         Raises:
             FileNotFoundError: there is no such entry.
-            DamagedEntry: the file is not what was written.
+            DamagedEntry: what is stored is not what was written.
+            WorkError: the same, and the folder cannot be written.
         """
-        path = self.path(key)
+        return self._checked(key)[1:]
+
+    def _checked(self, key: str) -> tuple[bytes, CacheEntry, dict[str, Tensor]]:
+        data = self._bytes(key)
         try:
-            return self._read(path, key)
+            return data, *self._parsed(data, key)
         except _UNFIT as error:
+            shard, path = self.shards.shard_of.get(key), self.path(key)
+            reason = str(error) if type(error) is ValueError else "it is no cache entry"
+            try:
+                if shard:
+                    path = self.shards.folder / shard / path.name
+                    self.shards.drop(key)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as refused:
+                kept = f"{path}: {reason}, and it cannot be removed ({refused.strerror})"
+                raise WorkError(f"{kept}: make {self.root} writable and run the same command again") from refused
             self._forget(key)
-            path.unlink(missing_ok=True)
-            raise DamagedEntry(path, str(error) if type(error) is ValueError else "it is no cache entry") from error
+            raise DamagedEntry(path, reason) from error
 
     def save_index(self) -> None:
         """Put the lengths of all entries seen by this object, and those other processes saved, into the index file.
@@ -197,7 +262,8 @@ class Cache:
     def sweep(self, max_age: float = 3600.0) -> int:
         """Delete the temporary files that killed writers left more than `max_age` seconds ago; returns how many."""
         removed = 0
-        for path in [*self.root.glob(f"{atomic.TMP_PREFIX}*"), *self.root.glob(f"??/{atomic.TMP_PREFIX}*")]:
+        folders = (self.root, self.shards.folder, *self.root.glob("??"))
+        for path in (path for folder in folders for path in folder.glob(f"{atomic.TMP_PREFIX}*")):
             try:
                 if time.time() - path.stat().st_mtime > max_age:
                     path.unlink()
@@ -206,8 +272,26 @@ class Cache:
                 continue
         return removed
 
-    def _read(self, path: Path, key: str) -> tuple[CacheEntry, dict[str, Tensor]]:
-        data = path.read_bytes()
+    def _bytes(self, key: str) -> bytes:
+        """Of a shard or a file; another process may be moving it from one to the other."""
+        for _ in range(2):
+            with contextlib.suppress(FileNotFoundError):
+                return self.shards.read(key) if self.shards.find(key) else self.path(key).read_bytes()
+            self.shards.refresh()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path(key)))
+
+    def _store(self, entry: CacheEntry, data: bytes) -> None:
+        if self.shards.size:
+            self.shards.append(entry.key, data, _note(entry))
+            return
+        path = self.path(entry.key)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.sync_directory(self.root)
+        atomic.write_bytes(path, data)
+        self._remember(entry, len(data))
+
+    def _parsed(self, data: bytes, key: str) -> tuple[CacheEntry, dict[str, Tensor]]:
         stated = _parse_header(data, len(data), key)
         tensors = load_tensors(data)
         if key not in self._verified:
@@ -222,7 +306,7 @@ class Cache:
         needed = [name for name, has in {**texts, "edit_mask": entry.has_mask}.items() if has]
         if absent := [name for name in needed if name not in tensors]:
             raise ValueError(f"it has no {absent[0]}")
-        return entry, tensors
+        return entry, from_float8(tensors)
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)
@@ -325,6 +409,22 @@ def _read_index(path: Path) -> dict[str, Any]:
         return dict(index["entries"]) if index["format"] == FORMAT else {}
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return {}
+
+
+def _note(entry: CacheEntry) -> str:
+    """The lengths of an entry in the index of a shard: `text_tokens has_mask empty_tokens grids prompts...`."""
+    grids = ",".join("x".join(map(str, grid)) for grid in entry.img_shapes)
+    return " ".join((str(entry.text_tokens), str(int(entry.has_mask)), str(entry.empty_tokens), grids, *entry.prompts))
+
+
+def _entry_from_shard(key: str, row: str) -> CacheEntry:
+    _, _, text_tokens, has_mask, empty_tokens, grids, *prompts = row.split(" ")
+    return CacheEntry(key, _grids(grids), int(text_tokens), has_mask == "1", int(empty_tokens), tuple(prompts))
+
+
+@functools.lru_cache(maxsize=2**16)  # many entries have the same
+def _grids(text: str) -> tuple[Grid, ...]:
+    return tuple(Grid(*map(int, grid.split("x"))) for grid in text.split(",")) if text else ()
 
 
 def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:

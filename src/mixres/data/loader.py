@@ -54,6 +54,8 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
             samples = samples_of(microbatch, lambda i: self.cache.read(self.keys[i], name=self.names[i]))
         except (DamagedEntry, FileNotFoundError) as error:
             return WorkError(f"{error}: run the same command again")
+        except WorkError as error:
+            return error
         indices, weights, _ = microbatch
         return collate(samples, indices=indices, weights=weights, layout=self.layout, rounding=self.rounding)
 

@@ -60,6 +60,7 @@ def entry_keys(
             files=scanned.digests,
             prompt=scanned.record.prompt,
             **({"empty_prompt": True} if empty_prompt else {}),
+            **_text(config),
             **(background if scanned.flattened else {}),
             **_aligned_sizes(config, family, scanned),
         )
@@ -82,8 +83,12 @@ def prompt_keys(config: Config, family: Family, prompts: Sequence[str]) -> dict[
     if not prompts:
         return {}
     encoders = family.encoder_fingerprint(_memo(config))
-    stated = {"encoding": ENCODING, "encoders": encoders, "dtype": config.model.dtype}
+    stated = {"encoding": ENCODING, "encoders": encoders, "dtype": config.model.dtype, **_text(config)}
     return {prompt: entry_key(**stated, prompt_alone=prompt) for prompt in prompts}
+
+
+def _text(config: Config) -> dict[str, str]:
+    return {"text": config.cache.text} if config.cache.text else {}
 
 
 def _memo(config: Config) -> Path:
@@ -101,15 +106,21 @@ def _aligned_sizes(config: Config, family: Family, scanned: ScannedRecord) -> di
 
 def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
     """The bytes that the files of such entries take, at most."""
-    return {
-        key: family.entry_bytes(
+    dtype = getattr(torch, config.model.dtype)
+    sizes = {}
+    for key, entry in entries.items():
+        text_tokens = 0 if family.prompts_alone and entry.img_shapes else entry.text_tokens + entry.empty_tokens
+        size = partial(
+            family.entry_bytes,
             image_tokens=entry.image_tokens,
-            text_tokens=0 if family.prompts_alone and entry.img_shapes else entry.text_tokens + entry.empty_tokens,
             mask_tokens=entry.target_tokens if entry.has_mask else 0,
-            dtype=getattr(torch, config.model.dtype),
+            dtype=dtype,
         )
-        for key, entry in entries.items()
-    }
+        sizes[key] = size(text_tokens=text_tokens)
+        if config.cache.text:  # a byte a value, and a scale a token
+            sizes[key] -= (sizes[key] - size(text_tokens=0)) * (dtype.itemsize - 1) // dtype.itemsize
+            sizes[key] += text_tokens * dtype.itemsize
+    return sizes
 
 
 def foreseen_entries(

@@ -9,7 +9,8 @@ prompt; see `fill` for what is encoded twice.
 import gc
 import random
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,7 +156,14 @@ def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedReco
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
     with_empty = frozenset(keys if dropout else ())
-    return KeyedRecords(Cache(root), train, held_out, keys + entry_keys(config, family, held_out), prompts, with_empty)
+    cache = Cache(root, shard_size(config), float8_text=config.cache.text == "float8")
+    held_out_keys = entry_keys(config, family, held_out)
+    return KeyedRecords(cache, train, held_out, keys + held_out_keys, prompts, with_empty)
+
+
+def shard_size(config: Config) -> int:
+    """In bytes; 0 where each entry has a file."""
+    return round(config.cache.shard_gb * 10**9)
 
 
 def encode(
@@ -171,11 +179,13 @@ def encode(
     if rank == 0:
         cache.sweep()
     wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
-    entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
+    with _collector_paused():
+        entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
     missing = {key: scanned for key, scanned in records.items() if key not in entries}
     foreseen = foreseen_prompts(family, {text: key for text, key in prompts.items() if key not in entries})
     foreseen |= foreseen_entries(config, family, missing, with_empty) if missing else {}
-    _check_lengths(config, family, found, entries | foreseen)
+    with _collector_paused():
+        _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
     check_space(cache.root, sizes.values())
 
@@ -193,8 +203,21 @@ def encode(
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
     found_records = zip(keys, [*train, *held_out], strict=True)
-    samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
+    with _collector_paused():
+        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
     return CachedData(cache, samples[: len(train)], samples[len(train) :])
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A million entries are no garbage: while they are made, Python's collector would look at them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Encoder:
@@ -255,8 +278,8 @@ def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, w
     Each of `world_size` ranks encodes its own share of the keys. Then it encodes what is still missing of the other
     shares, in an order of its own, so that nobody waits for a rank that is slow or dead. No collective operation is
     open meanwhile. Cost: at the end a rank may encode an entry that another one is encoding, at most the few that are
-    in flight then; two runs over one folder may encode every entry twice. Both write the same bytes, and the last
-    rename wins.
+    in flight then, or in the open shards; two runs over one folder may encode every entry twice. Both write the same
+    bytes, and the last rename wins.
 
     `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here.
 
@@ -266,24 +289,36 @@ def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, w
     own = [key for key in sizes if int(key, 16) % world_size == rank]
     others = [key for key in sizes if int(key, 16) % world_size != rank]
     random.Random(rank).shuffle(others)  # ranks that help the same slow one should not take the same keys
-    encode_entry, encoded = None, 0
+    encode_entry, encoded, previous = None, 0, None
     for share in filter(None, (own, others)):
-        for key in counted(share, "encode", "sample", enabled=rank == 0):
-            if cache.lookup(key) is not None:
-                continue
-            encode_entry = encode_entry or load()
-            value, prompts = encode_entry(key)
-            try:
-                cache.write(key, value, prompts)
-            except OSError as error:
-                left = [size for key, size in sizes.items() if cache.lookup(key) is None]
-                raise WorkError(
-                    f"cache.cache_dir: {cache.root} cannot be written ({error.strerror or error}): make room, about "
-                    f"{readable_size(sum(left))} for the {len(left)} entries to come, and run the same command again; "
-                    "those that are there stay"
-                ) from error
-            encoded += 1
+        try:
+            for key in counted(share, "encode", "sample", enabled=rank == 0):
+                if cache.lookup(key) is not None:
+                    continue
+                encode_entry = encode_entry or load()
+                value, prompts = encode_entry(key)
+                with _writing(cache, sizes):
+                    if isinstance(previous, TextEmbeds) and isinstance(value, Sample):
+                        cache.close()  # the other ranks read the prompts for samples of theirs
+                    cache.write(key, value, prompts)
+                previous, encoded = value, encoded + 1
+        finally:  # also where a record is refused: what was encoded before it stays
+            with _writing(cache, sizes):
+                cache.close()
     return encoded
+
+
+@contextmanager
+def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        left = [size for key, size in sizes.items() if cache.lookup(key) is None]
+        raise WorkError(
+            f"cache.cache_dir: {cache.root} cannot be written ({error.strerror or error}): make room, about "
+            f"{readable_size(sum(left))} for the {len(left)} entries to come, and run the same command again; "
+            "those that are there stay"
+        ) from error
 
 
 def _cached(config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:

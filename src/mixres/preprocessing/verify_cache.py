@@ -38,9 +38,10 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
     save_index(cache)
     counts = f"{len(names) - damaged - missing} valid, {damaged} damaged, {missing} missing"
     log(f"cache     {len(names)} entries in {cache.root}: {counts}")
-    others = [path for path in cache.root.glob("??/*.safetensors") if path.stem not in names]
-    if others:
-        size = readable_size(sum(path.stat().st_size for path in others))
+    for path in cache.unreadable():
+        log(f"cache     {path}: damaged, its index cannot be read; its entries are missing, --compact removes it")
+    if others := [size for key, size in cache.held().items() if key not in names]:
+        size = readable_size(sum(others))
         log(f"cache     {len(others)} more entries there ({size}) are of other data or configurations")
     if damaged or missing:
         raise WorkError(f"cache.cache_dir: {cache.root}: {counts}: run `cache` without --verify to encode them")

@@ -296,6 +296,7 @@ def run_identity(config: Config, family: Family, own: Sequence[str], regularizat
         "train.ema_decay": config.train.ema_decay,
         "batch.samples_per_step": config.batch.samples_per_step,
         "data.caption_dropout": config.data.caption_dropout,
+        **({"cache.text": config.cache.text} if config.cache.text else {}),  # as saved before there was the key
         "data.train": _fingerprint(own),
         "data.regularization": _fingerprint(regularization),
     }
@@ -333,6 +334,7 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "quantize": config.model.quantize,
         "background": config.data.background,
         **({"adapter": adapter} if adapter in LYCORIS else {}),
+        **({"text": config.cache.text} if config.cache.text else {}),
         **{name: value for name, value in _lora_values(config, family).items() if name in stated},
         **control_rules(config, family),
         "target_size": config.data.resize.target.model_dump(),

@@ -1,0 +1,76 @@
+"""Small shards and single files -> full shards, each entry once; what is damaged or unreadable is left out.
+
+Promise: an entry is checked and lies in a closed shard before what held it is deleted, so a kill at any instant loses
+none; readers find it in its new place. Cost: one read and one write of what moves, a shard's room on the disk.
+"""
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from mixres.console import counted
+from mixres.data.cache import Cache, DamagedEntry
+from mixres.errors import UserError
+
+
+class Compacted(NamedTuple):
+    """What one pass did."""
+
+    moved: int  # entries
+    sources: int  # files and shards that were deleted
+    damaged: list[DamagedEntry]
+
+
+def compact(cache: Cache) -> Compacted:
+    """Move the entries of single files and of shards under half of the size into shards of that size.
+
+    A shard with entries that are damaged, or that another shard holds too, is written anew without them.
+
+    Raises:
+        UserError: another process is compacting this cache.
+        OSError: the disk is full or the folder cannot be written; every entry is where it was, or in its new place.
+    """
+    try:
+        with FileLock(cache.root / ".compact.lock", timeout=0):
+            return _compact(cache)
+    except Timeout as error:
+        raise UserError(f"cache.cache_dir: another process is compacting {cache.root}: wait for its end") from error
+
+
+def _compact(cache: Cache) -> Compacted:
+    shards, files = cache.shards, cache.files()
+    shards.refresh()
+    live = Counter(shards.shard_of.values())
+    unfit = {name for name, count in shards.counts.items() if live[name] < count}
+    small = {name for name in shards.counts if (shards.folder / name).stat().st_size < shards.size / 2}
+    if files or len(small | unfit) > 1:  # one small shard alone is the last one
+        unfit |= small
+    by_shard: dict[str, list[str]] = {name: [] for name in sorted(unfit | shards.unreadable)}
+    for key, name in shards.shard_of.items():
+        if name in by_shard:
+            by_shard[name].append(key)
+    kept = {key for key, name in shards.shard_of.items() if name not in by_shard}
+    work = [*((shards.folder / name, keys) for name, keys in by_shard.items()), *((p, [k]) for k, p in files.items())]
+    sources: list[Path] = []  # what they hold is in the shard that is open, or in closed ones
+    damaged: list[DamagedEntry] = []
+    moved = deleted = 0
+    for source, keys in counted(work, "compact", "source", enabled=True):
+        for key in keys:
+            try:
+                cache.read_entry(key) if key in kept else cache.copy(key)
+                moved += key not in kept
+                kept.add(key)
+            except DamagedEntry as error:
+                damaged.append(error)
+                kept.discard(key)
+                with contextlib.suppress(FileNotFoundError, DamagedEntry):  # a file may hold what its shard has lost
+                    cache.copy(key)
+        sources.append(source)
+        if shards.closed:
+            deleted += cache.remove(sources)
+            sources = []
+    cache.close()
+    return Compacted(moved, deleted + cache.remove(sources), damaged)

@@ -1,0 +1,265 @@
+"""Entries in shards are those of files, byte for byte; a shard is whole or absent, and damage is never read."""
+
+import pickle
+import random
+import signal
+import tarfile
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from mixres.batch import Sample
+from mixres.data import shards as shards_module
+from mixres.data.cache import Cache, DamagedEntry, entry_key
+from mixres.data.compact import compact
+from mixres.errors import UserError, WorkError
+from mixres.geometry import Grid
+from mixres.preprocessing.fill import fill
+from support.jobs import longest_file
+from support.samples import assert_same, make_sample
+
+NUMBERS = {entry_key(i=i): i for i in range(12)}
+SIZES = dict.fromkeys(NUMBERS, 10_000)
+ONE_GB = 10**9
+LITTLE = 3000  # bytes: two or three entries
+
+
+def sample(number: int) -> Sample:
+    return make_sample((Grid(1, 2 + number % 3, 3), Grid(1, 2, 2)), mask=number % 2 == 0, empty=2, seed=number)
+
+
+def filled(root: Path, size: int = ONE_GB, keys: Sequence[str] = tuple(NUMBERS)) -> Cache:
+    cache = Cache(root, size)
+    for key in keys:
+        cache.write(key, sample(NUMBERS[key]))
+    cache.close()
+    return cache
+
+
+def assert_filled(cache: Cache, keys: Sequence[str] = tuple(NUMBERS)) -> None:
+    for key in keys:
+        assert cache.lookup(key) is not None
+        assert_same(cache.read(key), sample(NUMBERS[key]))
+
+
+def tars(root: Path) -> list[Path]:
+    return sorted((root / "shards").glob("*.tar"))
+
+
+def members(root: Path) -> list[str]:
+    """Keys of all entries, as `tar` lists them."""
+    names = []
+    for path in tars(root):
+        with tarfile.open(path) as archive:
+            names += archive.getnames()
+    return sorted(Path(name).stem for name in names if name != "index.json")
+
+
+def test_shards_hold_the_files_of_the_entries_and_both_are_read(tmp_path: Path) -> None:
+    single, cache = filled(tmp_path / "files", 0), filled(tmp_path / "shards", LITTLE)
+    assert 3 < len(tars(cache.root)) < 12 and not list(cache.root.glob("??"))
+    for path in tars(cache.root):
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path / "out", filter="data")
+    for key in NUMBERS:
+        assert single.path(key).read_bytes() == Cache(tmp_path / "out").path(key).read_bytes()
+        assert single.lookup(key) == cache.lookup(key) == Cache(cache.root).lookup(key)
+    for reader in (cache, Cache(cache.root), pickle.loads(pickle.dumps(cache)), Cache(tmp_path / "out")):
+        assert_filled(reader)
+    both = filled(tmp_path / "both", 0, list(NUMBERS)[:5])
+    assert fill(Cache(both.root, LITTLE), SIZES, lambda: lambda key: (sample(NUMBERS[key]), ())) == 7
+    assert len(both.files()) == 5 and both.held() == single.held()
+    assert_filled(both)
+    assert_filled(Cache(both.root))
+
+
+def test_an_open_shard_is_its_writers_own_until_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, other = Cache(tmp_path, ONE_GB), Cache(tmp_path)
+    key, later, prompt, *of_prompt = list(NUMBERS)[:5]
+    writer.write(key, sample(0))
+    assert_same(writer.read(key), sample(0))
+    assert other.lookup(key) is None and not tars(tmp_path)
+    writer.close()
+    assert_same(other.read(key), sample(0))
+    monkeypatch.setattr(shards_module, "CLOSE_AFTER_S", 0.0)
+    writer.write(later, sample(1))
+    assert_same(other.read(later), sample(1))
+    monkeypatch.undo()
+    seen = []
+
+    def encode(key: str) -> tuple[object, Sequence[str]]:
+        if key == prompt:
+            return sample(2).text, ()
+        seen.append(other.lookup(prompt))
+        return sample(3), ()
+
+    fill(writer, {prompt: 1} | dict.fromkeys(of_prompt, 1), lambda: encode)  # type: ignore[arg-type,return-value]
+    assert seen[1] is not None, "other ranks read prompts while this one encodes its samples"
+
+
+def test_no_changed_or_missing_byte_of_a_shard_is_used(tmp_path: Path) -> None:
+    keys = list(NUMBERS)[:2]
+    [path] = tars(filled(tmp_path, keys=keys).root)
+    whole = path.read_bytes()
+    damages = [whole[:length] for length in range(0, len(whole), 61)] + [whole + b"\0", bytes(len(whole))]
+    damages += [whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :] for i in range(0, len(whole), 7)]
+    found = 0
+    for data in damages:
+        path.write_bytes(data)
+        cache = Cache(tmp_path)
+        for key in keys:
+            try:
+                assert_same(cache.read(key), sample(NUMBERS[key]))
+                found += 1
+            except FileNotFoundError:
+                assert cache.unreadable() == [path], "its index"
+            except DamagedEntry:
+                assert cache.lookup(key) is None and Cache(tmp_path).lookup(key) is None
+                next(path.parent.glob("*.damaged")).unlink()
+    assert 500 < found < 2 * len(damages), "damage of one entry leaves the other"
+
+
+def test_a_damaged_entry_is_encoded_again_and_compaction_leaves_it_out(tmp_path: Path) -> None:
+    cache = filled(tmp_path, keys=list(NUMBERS)[:3])
+    broken, [path] = list(NUMBERS)[1], tars(tmp_path)
+    data, row = path.read_bytes(), cache.shards.find(broken)
+    assert row is not None
+    last = sum(map(int, row.split()[:2])) - 1
+    path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
+    with pytest.raises(DamagedEntry, match="the next caching pass makes it again") as caught:
+        Cache(tmp_path).read(broken)
+    assert caught.value.path == path / f"{broken}.safetensors"
+    assert [Cache(tmp_path).lookup(key) is None for key in list(NUMBERS)[:3]] == [False, True, False]
+    assert fill(Cache(tmp_path, ONE_GB), dict.fromkeys(list(NUMBERS)[:3], 1), lambda: lambda _: (sample(1), ())) == 1
+    assert_filled(Cache(tmp_path), list(NUMBERS)[:3])
+    assert compact(Cache(tmp_path, ONE_GB)).moved == 3
+    assert [path.suffix for path in (tmp_path / "shards").iterdir()] == [".tar"]
+    assert members(tmp_path) == sorted(list(NUMBERS)[:3])
+    assert_filled(Cache(tmp_path), list(NUMBERS)[:3])
+
+
+def test_compaction_leaves_each_entry_once_and_readers_find_it(tmp_path: Path) -> None:
+    keys = list(NUMBERS)
+    filled(tmp_path, LITTLE, keys[:7])
+    filled(tmp_path, LITTLE, keys[3:9])  # some twice
+    filled(tmp_path, 0, keys[8:])  # one in a file too
+    spoiled = tars(filled(tmp_path / "other", keys=keys[:2]).root)[0]
+    (tmp_path / "shards" / spoiled.name).write_bytes(spoiled.read_bytes()[:-100])
+    reader, held = Cache(tmp_path), Cache(tmp_path).held()
+    assert_filled(reader)
+    with pytest.raises(UserError, match="another process is compacting"), FileLock(tmp_path / ".compact.lock"):
+        compact(Cache(tmp_path, 8 * LITTLE))
+    done = compact(Cache(tmp_path, 8 * LITTLE))
+    assert (done.moved, done.damaged) == (12, [])
+    assert members(tmp_path) == sorted(keys) and not Cache(tmp_path).files()
+    for cache in (reader, Cache(tmp_path)):
+        assert_filled(cache)
+        assert cache.held() == held
+    assert compact(Cache(tmp_path, 8 * LITTLE))[:2] == (0, 0), "there is nothing left to do"
+
+
+def test_two_runs_at_once_do_not_wait_and_their_copies_become_one(tmp_path: Path) -> None:
+    """The second one runs while the first one encodes entry 3, and sees nothing of its open shard."""
+
+    def second(key: str) -> tuple[Sample, Sequence[str]]:
+        return sample(NUMBERS[key]), ()
+
+    def encode(key: str) -> tuple[Sample, Sequence[str]]:
+        if NUMBERS[key] == 3:
+            assert fill(Cache(tmp_path, ONE_GB), SIZES, lambda: second) == 12
+        return second(key)
+
+    first = Cache(tmp_path, ONE_GB)
+    assert fill(first, SIZES, lambda: encode) == 4, "it encodes the entry in flight and no more"
+    assert len(members(tmp_path)) == 12 + 4
+    compact(Cache(tmp_path, ONE_GB))
+    assert members(tmp_path) == sorted(NUMBERS)
+    assert_filled(first)
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
+    cache = Cache(filled(tmp_path, 1).root)
+    for key in [*NUMBERS, *NUMBERS]:
+        cache.read(key)
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        assert sum(link.is_relative_to(tmp_path) for link in links) <= 2
+    assert len(tars(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("limit", [8192, 9100])  # within an entry, and within the index
+def test_a_full_disk_is_one_line_and_loses_no_whole_entry(tmp_path: Path, limit: int) -> None:
+    """The kernel refuses long files: a write that fails in the middle."""
+    encoded = []
+
+    def encode(key: str) -> tuple[Sample, Sequence[str]]:
+        encoded.append(key)
+        return sample(NUMBERS[key]), ()
+
+    with longest_file(limit), pytest.raises(WorkError, match=r"cannot be written \(File too large\): make room") as e:
+        fill(Cache(tmp_path, ONE_GB), SIZES, lambda: encode)
+    there = [key for key in NUMBERS if Cache(tmp_path).lookup(key)]
+    assert f"for the {12 - len(there)} entries to come" in str(e.value)
+    assert len(encoded) - 3 <= len(there) < len(encoded) < 12
+    assert [path.suffix for path in (tmp_path / "shards").iterdir()] == [".tar"], "no temporary file is left"
+    assert_filled(Cache(tmp_path), there)
+    assert fill(Cache(tmp_path, ONE_GB), SIZES, lambda: encode) == 12 - len(there)
+    assert_filled(Cache(tmp_path))
+
+
+def cache_share(root: Path, rank: int) -> None:
+    """A rank whose encoding takes a moment."""
+
+    def encode(key: str) -> tuple[Sample, Sequence[str]]:
+        time.sleep(0.02)
+        return sample(NUMBERS_OF_KILLS[key]), ()
+
+    fill(Cache(root, 4 * LITTLE), dict.fromkeys(NUMBERS_OF_KILLS, 1), lambda: encode, rank=rank, world_size=4)
+
+
+NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(600)}
+
+
+def compact_once(root: Path) -> None:
+    compact(Cache(root, 40 * LITTLE))
+
+
+@pytest.mark.slow
+def test_thirty_kills_of_four_writers_lose_their_open_shards_alone(tmp_path: Path) -> None:
+    """At random instants: one of four processes that cache, then the one that compacts. A new one takes its place."""
+    fork, draw = get_context("fork"), random.Random(0)
+    writers = [fork.Process(target=cache_share, args=(tmp_path, rank)) for rank in range(4)]
+    [writer.start() for writer in writers]
+    known: set[str] = set()
+    for _ in range(30):
+        time.sleep(draw.uniform(0.01, 0.08))
+        rank = draw.randrange(4)
+        writers[rank].kill()
+        writers[rank].join()
+        assert writers[rank].exitcode == -signal.SIGKILL, "it was at work"
+        there = set(Cache(tmp_path).held())
+        assert known <= there, "what was closed stays"
+        known = there
+        writers[rank] = fork.Process(target=cache_share, args=(tmp_path, rank))
+        writers[rank].start()
+    [writer.join(60) for writer in writers]
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    torn = list((tmp_path / "shards").glob(".tmp-*"))
+    assert torn and all(path.stat().st_size <= 5 * LITTLE for path in torn)
+    for _ in range(30):
+        job = fork.Process(target=compact_once, args=(tmp_path,))
+        job.start()
+        job.join(draw.uniform(0.0, 0.2))
+        job.kill()
+        job.join()
+        assert Cache(tmp_path).held().keys() == NUMBERS_OF_KILLS.keys()
+    compact_once(tmp_path)
+    assert members(tmp_path) == sorted(NUMBERS_OF_KILLS)
+    cache = Cache(tmp_path)
+    for key, number in NUMBERS_OF_KILLS.items():
+        assert_same(cache.read(key), sample(number))
+    assert cache.sweep(max_age=-1) >= len(torn) and not list((tmp_path / "shards").glob(".tmp-*"))
