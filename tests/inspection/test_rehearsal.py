@@ -22,7 +22,7 @@ from support.rehearsed_step import real_grid_peak, real_peak, sizes
 from training.test_split_loading import large_base, on_two_ranks  # noqa: F401 - a fixture
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
-LARGER = ["data.resize.target.max_pixels=147456", "data.resize.control.area=147456"]
+LARGER = ["data.resize.target.max_pixels=65536", "data.resize.control.area=65536"]
 EVERY_LAYER, ALL = "model.lora.target_modules=all", "model.lora=null"
 SGD = ["optimizer.class_path=torch.optim.SGD"]
 
@@ -50,7 +50,9 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "words", [pytest.param(w, marks=[pytest.mark.slow] * (i > 2)) for i, w in enumerate(STEPS.values())], ids=STEPS
+)
 def test_the_peak_is_that_of_a_real_step(small_run: Path, tmp_path: Path, words: list[str]) -> None:
     check(small_run, [f"logging.output_dir={tmp_path}", *LARGER, *words])
 
@@ -124,6 +126,7 @@ def test_ranks_share_what_is_split_and_send_the_rest(small_run: Path) -> None:
     assert offloaded["peak_bytes"] < split["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_blocks_in_host_memory_leave_the_device(small_run: Path) -> None:
     def of(*words: str) -> dict[str, Any]:
         words = ("train.gradient_checkpointing=true", "sample.every=0", *words)
