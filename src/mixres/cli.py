@@ -114,6 +114,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     instead = cache.add_mutually_exclusive_group()
     instead.add_argument("--verify", action="store_true", help="read and check every entry, encode nothing")
     instead.add_argument("--compact", action="store_true", help="move single files and small shards into full shards")
+    share = "only this part of the entries, such as 3/16, for jobs of an array that do not know each other"
+    instead.add_argument("--shard", metavar="I/N", type=_part, help=share)
     cache.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)", action=_Once)
     inspect = add("inspect", "show problems, sizes, tokens, plan and memory of a run before it starts")
     inspect.add_argument("--measure", action="store_true", help="compute the largest microbatch")
@@ -136,6 +138,15 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_sample_options(add("sample", "make images with what a run has trained"))
     _add_export_options(add("export", "write what a run has trained for other programs"))
     return whole, verbs.choices
+
+
+def _part(text: str) -> tuple[int, int]:
+    """The I-th of N parts."""
+    written = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    number, count = (int(written[1]), int(written[2])) if written else (0, 0)
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: write I/N, from 1/16 to 16/16")
+    return number, count
 
 
 def _bytes(text: str) -> int:
@@ -278,7 +289,14 @@ def _call(work: str, *given: Any, **options: Any) -> None:
         print(line)
 
 
-def _cache(config: "Config", *, verify: bool = False, compact: bool = False, device: str | None = None) -> None:
+def _cache(
+    config: "Config",
+    *,
+    verify: bool = False,
+    compact: bool = False,
+    device: str | None = None,
+    shard: tuple[int, int] | None = None,
+) -> None:
     from mixres.training.distributed import device_named, dist_env
 
     rank, world_size, _ = dist_env()
@@ -293,4 +311,4 @@ def _cache(config: "Config", *, verify: bool = False, compact: bool = False, dev
     else:
         from mixres.preprocessing.fill import run_cache
 
-        run_cache(config, device=device_named(device), rank=rank, world_size=world_size)
+        run_cache(config, device=device_named(device), rank=rank, world_size=world_size, shard=shard)

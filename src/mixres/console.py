@@ -29,10 +29,11 @@ def log(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def counted(items: Collection[T], verb: str, unit: str, *, enabled: bool) -> Iterator[T]:
+def counted(items: Collection[T], verb: str, unit: str, *, enabled: bool, note: Callable[[], str] = str) -> Iterator[T]:
     """The items one by one, with progress: a bar on a terminal, a line now and then elsewhere.
 
-    Rate and time left are those since the first item was done: what it had to load is no part of them.
+    Rate and time left are those since the first item was done: what it had to load is no part of them. `note` adds to
+    the line what else there is to know.
     """
     lines = enabled and not sys.stderr.isatty()
     started = logged = time.perf_counter()
@@ -42,10 +43,14 @@ def counted(items: Collection[T], verb: str, unit: str, *, enabled: bool) -> Ite
         now = time.perf_counter()
         if done == 1:
             started = now
-        elif lines and done < len(items) and now - logged >= LINE_EVERY_S:
+        elif enabled and done < len(items) and now - logged >= LINE_EVERY_S:
             logged = now
             rate = (done - 1) / (now - started)
-            log(f"{verb:<9} {done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}")
+            line = f"{done}/{len(items)}, {rate:.2f} {unit}/s, left {clock((len(items) - done) / rate)}"
+            if lines:
+                log("; ".join(filter(None, [f"{verb:<9} {line}", note()])))
+            else:
+                bar.set_postfix_str(note())
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from mixres import console
 from mixres.batch import Sample
 from mixres.data.cache import Cache, entry_key
 from mixres.errors import UserError, WorkError
@@ -89,6 +90,32 @@ def test_a_rank_encodes_its_share_and_then_what_the_others_have_not(tmp_path: Pa
         assert sorted(encoder.encoded) == [*range(12)]
         orders.append([number for number in encoder.encoded if number in share(2, 3)])
     assert orders[0] != orders[1]
+
+
+def test_parts_that_know_nothing_of_each_other_make_the_whole(tmp_path: Path) -> None:
+    encoded = []
+    for rank in (2, 0, 1):
+        encoder = Encoder()
+        assert fill(Cache(tmp_path), SIZES, encoder.load, rank=rank, world_size=3, alone=True) == len(share(rank, 3))
+        encoded += encoder.encoded
+    assert sorted(encoded) == [*range(12)]
+    assert entries(tmp_path).keys() == NUMBERS.keys()
+
+
+def test_rank_0_reports_what_all_ranks_have_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0)
+
+    def encode(number: int) -> Sample:
+        if number == share(0, 2)[1]:  # the other rank meanwhile
+            fill(Cache(tmp_path), SIZES, Encoder().load, rank=1, world_size=2, alone=True)
+        return sample(number)
+
+    fill(Cache(tmp_path), SIZES, Encoder(encode).load, rank=0, world_size=2)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "of all" in line]
+    own, of_all, rates = len(share(0, 2)), len(share(1, 2)) + 2, r"\S+ sample/s, left \d+:\d\d"
+    assert re.fullmatch(rf"encode    2/{own}, {rates}; of all {of_all}/12, {rates}", shown[0])
 
 
 def test_a_rank_that_dies_while_encoding_is_replaced_and_what_it_wrote_stays(tmp_path: Path) -> None:

@@ -31,6 +31,30 @@ def shards(caching: Caching) -> list[Path]:
     return sorted((caching.cache / "shards").glob("*.tar"))
 
 
+def test_a_part_of_the_entries_is_encoded_and_nothing_of_the_others(
+    caching: Caching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = sorted(caching.cache.glob("??/*.safetensors"))[::2]
+    for path in removed:
+        path.unlink()
+    encoded = []
+    for part in ("2/2", "1/2"):
+        code, out, err = run(caching, "--shard", part)
+        last = out.splitlines()[-1]
+        assert (code, err) == (0, "") and last.startswith(f"cache     shard {part}: ")
+        encoded.append(int(last.split()[3]))
+        assert last.endswith(f"{ALL - len(removed) + sum(encoded[:-1])} of all {ALL} entries had been there")
+    assert encoded == [sum(int(path.stem, 16) % 2 == rest for path in removed) for rest in (1, 0)]
+    assert caching() == (0, ALL)
+    for wrong in ("0/2", "3/2", "2", "1/0"):
+        code, _, err = run(caching, "--shard", wrong)
+        assert code == 2 and f"'{wrong}' is no part: write I/N, from 1/16 to 16/16" in err
+    assert run(caching, "--shard", "1/2", "--verify")[0] == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = "mixres: error: --shard: is for one process, 2 were started, which share all entries: leave it out\n"
+    assert run(caching, "--shard", "1/2") == (2, "", line)
+
+
 def test_compaction_moves_every_file_and_what_is_damaged_is_encoded_again(caching: Caching) -> None:
     before = caching.samples()
     code, out, err = run(caching, "--compact", SHARD)

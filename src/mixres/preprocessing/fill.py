@@ -9,6 +9,7 @@ prompt; see `fill` for what is encoded twice.
 import gc
 import random
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
-from mixres.console import counted, log
+from mixres.console import clock, counted, log
 from mixres.data.cache import Cache, CacheEntry, DamagedEntry
 from mixres.data.plan import Lengths, over_budget
 from mixres.data.records import EditRecord
@@ -44,6 +45,7 @@ from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_o
 T = TypeVar("T")
 Encode = Callable[[str], tuple[Sample | TextEmbeds, Sequence[str]]]  # the entry of a key, and keys of its prompts
 Load = Callable[[], Encode]
+_LOOKS = 0.05  # of the time
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,33 @@ class CachedData:
     held_out: list[CachedSample]
 
 
-def run_cache(config: Config, *, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1) -> None:
+def run_cache(
+    config: Config,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    shard: tuple[int, int] | None = None,
+) -> None:
     """The verb `cache`: fill the cache, report what was done. Several processes share the work.
+
+    `shard`: encode the i-th of n parts of the entries and nothing of the others, which other commands do.
 
     Raises:
         UserError: data, base or sizes are wrong, every problem at once; or the disk has too little space.
         WorkError: the disk is full, or a file has changed since the scan.
     """
+    if shard and world_size > 1:
+        raise UserError(
+            f"--shard: is for one process, {world_size} were started, which share all entries: leave it out"
+        )
     family = family_of(config, is_main=rank == 0)
-    encode_all(config, family, device=torch.device(device), rank=rank, world_size=world_size)
+    if shard:
+        found = keyed_records(config, family, is_main=True)
+        number, count = shard
+        _fill(config, family, found, device=torch.device(device), rank=number - 1, world_size=count, alone=True)
+    else:
+        encode_all(config, family, device=torch.device(device), rank=rank, world_size=world_size)
 
 
 def family_of(config: Config, *, is_main: bool = True) -> Family:
@@ -174,9 +194,28 @@ def encode(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    cache, train, held_out, keys, prompts, with_empty = found
-    records = found.by_key
-    if rank == 0:
+    _fill(config, family, found, device=device, rank=rank, world_size=world_size)
+    cache, train, held_out, keys, *_ = found
+    found_records = zip(keys, [*train, *held_out], strict=True)
+    with _collector_paused():
+        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
+    return CachedData(cache, samples[: len(train)], samples[len(train) :])
+
+
+def _fill(
+    config: Config,
+    family: Family,
+    found: KeyedRecords,
+    *,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    alone: bool = False,
+) -> None:
+    """`fill` with the entries of these records that are missing, checked before anything is encoded."""
+    cache, prompts, with_empty, records = found.cache, found.prompts, found.with_empty, found.by_key
+    is_main = alone or rank == 0
+    if is_main:
         cache.sweep()
     wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
     with _collector_paused():
@@ -190,11 +229,15 @@ def encode(
     check_space(cache.root, sizes.values())
 
     load = partial(_Encoder, config, family, found, missing, device)
-    encoded = fill(cache, sizes, load, rank=rank, world_size=world_size)
+    encoded = fill(cache, sizes, load, rank=rank, world_size=world_size, alone=alone)
     if encoded:
         release(device)
-    if rank == 0:
+    if is_main:
         save_index(cache)
+    if alone:
+        of_all = f"{len(entries)} of all {len(wanted)} entries had been there"
+        log(f"cache     shard {rank + 1}/{world_size}: {encoded} encoded; {of_all}")
+    elif rank == 0:
         others = f", {len(sizes) - encoded} by other processes" if encoded < len(sizes) else ""
         of_them = f", {len(prompts)} of them prompts," if prompts else ""
         log(
@@ -202,10 +245,6 @@ def encode(
         )
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
-    found_records = zip(keys, [*train, *held_out], strict=True)
-    with _collector_paused():
-        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
-    return CachedData(cache, samples[: len(train)], samples[len(train) :])
 
 
 @contextmanager
@@ -272,14 +311,16 @@ def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries:
     problems.raise_if_any()
 
 
-def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, world_size: int = 1) -> int:
+def fill(
+    cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, world_size: int = 1, alone: bool = False
+) -> int:
     """Return when every key of `sizes` is in the cache; how many entries this process encoded.
 
     Each of `world_size` ranks encodes its own share of the keys. Then it encodes what is still missing of the other
     shares, in an order of its own, so that nobody waits for a rank that is slow or dead. No collective operation is
     open meanwhile. Cost: at the end a rank may encode an entry that another one is encoding, at most the few that are
     in flight then, or in the open shards; two runs over one folder may encode every entry twice. Both write the same
-    bytes, and the last rename wins.
+    bytes, and the last rename wins. `alone`: only the own share.
 
     `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here.
 
@@ -287,12 +328,13 @@ def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, w
         WorkError: the disk is full or cannot be written; what was written stays.
     """
     own = [key for key in sizes if int(key, 16) % world_size == rank]
-    others = [key for key in sizes if int(key, 16) % world_size != rank]
+    others = [] if alone else [key for key in sizes if int(key, 16) % world_size != rank]
+    of_all = _OfAll(cache, sizes) if others else str
     random.Random(rank).shuffle(others)  # ranks that help the same slow one should not take the same keys
     encode_entry, encoded, previous = None, 0, None
     for share in filter(None, (own, others)):
         try:
-            for key in counted(share, "encode", "sample", enabled=rank == 0):
+            for key in counted(share, "encode", "sample", enabled=alone or rank == 0, note=of_all):
                 if cache.lookup(key) is not None:
                     continue
                 encode_entry = encode_entry or load()
@@ -306,6 +348,29 @@ def fill(cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, w
             with _writing(cache, sizes):
                 cache.close()
     return encoded
+
+
+class _OfAll:
+    """How many of the entries there are by now, whoever encoded them, and when all will be there.
+
+    Looking for them takes at most `_LOOKS` of the time.
+    """
+
+    def __init__(self, cache: Cache, keys: Collection[str]) -> None:
+        self._cache, self._missing, self._count = cache, list(keys), len(keys)
+        self._started = time.perf_counter()
+        self._next, self._note = self._started, ""
+
+    def __call__(self) -> str:
+        before = time.perf_counter()
+        if before >= self._next:
+            self._missing = [key for key in self._missing if self._cache.lookup(key) is None]
+            now = time.perf_counter()
+            self._next = now + (now - before) / _LOOKS
+            done, rate = self._count - len(self._missing), (self._count - len(self._missing)) / (now - self._started)
+            left = f", left {clock(len(self._missing) / rate)}" if rate else ""
+            self._note = f"of all {done}/{self._count}, {rate:.2f} sample/s{left}"
+        return self._note
 
 
 @contextmanager
