@@ -35,3 +35,5 @@ def test_urls_in_messages_lose_their_secrets() -> None:
     text = "GET https://me:pw@x/a?sig=1&key=2, 's3://k:s@b/a-?.tar' and hf://datasets/a/b@main/c of https://y/z?q"
     shown = "GET https://***@x/a?*** 's3://***@b/a-?.tar' and hf://datasets/a/b@main/c of https://y/z?***"
     assert without_secrets(text) == shown
+    text = "s3://AKIA:ab/cd@b/x.tar, HTTPS://h/x?sig=S az://c/x.tar?sv=1&sig=S s3://b/a-?.tar"
+    assert without_secrets(text) == "s3://***@b/x.tar, HTTPS://h/x?*** az://c/x.tar?*** s3://b/a-?.tar"

@@ -20,9 +20,14 @@ def one_line(text: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` whose URLs have lost user, password and query string, as signed ones hold keys there."""
-    text = re.sub(r"(\bhttps?://)[^\s'\"]*@|(\w://)[^\s/'\"]*@", r"\1\2***@", text)
-    return re.sub(r"(\bhttps?://[^\s?'\"]*)\?[^\s'\")\]]*", r"\1?***", text)
+    """`text` whose URLs have lost user, password and query string, as signed ones hold keys there.
+
+    A password may hold slashes, as those of AWS do.
+    """
+    user = r"(https?://)[^\s'\"]*@|(\w://)(?:[^\s/'\"]*|[^\s/'\"]*:[^\s'\"]*)@"
+    text = re.sub(user, r"\1\2***@", text, flags=re.IGNORECASE)
+    query = r"(https?://[^\s?'\"]*|\w://[^\s?'\"]*(?=\?[^\s'\")\]]*=))\?[^\s'\")\]]*"
+    return re.sub(query, r"\1?***", text, flags=re.IGNORECASE)
 
 
 class UserError(Exception):

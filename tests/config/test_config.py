@@ -390,7 +390,16 @@ def test_no_message_holds_the_value_behind_a_reference(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "url", ["https://me:p/s3cret@x/a.tar", "https://x/a.tar?X-Amz-Signature=s3cret", "s3://s3cret:s3cret@x/a.tar"]
+    "url",
+    [
+        "https://me:p/s3cret@x/a.tar",
+        "https://x/a.tar?X-Amz-Signature=s3cret",
+        "s3://s3cret:s3cret@x/a.tar",
+        "s3://AKIA:ab/s3cret@x/a.tar",
+        "HTTPS://x/a.tar?sig=s3cret",
+        "az://x/a.tar?sv=1&sig=s3cret",
+        "filecache::https://x/a.tar?s3cret",
+    ],
 )
 def test_a_url_with_credentials_is_refused_without_them(tmp_path: Path, url: str) -> None:
     for key in ("data.train", "data.held_out", "data.regularization"):

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from mixres import atomic
 from mixres.batch import Sample
 from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key
+from mixres.data.float8 import from_float8, to_float8
 from mixres.geometry import Grid
 from support.samples import assert_same, make_sample, same_bits
 
@@ -107,6 +108,12 @@ def test_text_in_8_bits_is_near_and_all_else_exact(tmp_path: Path, dtype: torch.
     sizes = [cache.path(KEY).stat().st_size for cache in (exact, rounded)]
     saved = 67 * 128 * (dtype.itemsize - 1) - 67 * dtype.itemsize
     assert saved - 300 < sizes[0] - sizes[1] <= saved, "the rest is names in the header"
+
+
+def test_a_token_that_is_not_finite_stays_so_in_8_bits() -> None:
+    text = torch.tensor([[torch.inf, 1000.0], [torch.nan, 2.0], [-torch.inf, 0.0], [0.5, 0.0]], dtype=torch.bfloat16)
+    read = from_float8(to_float8({"prompt_embeds": text}))["prompt_embeds"]
+    assert read[:3].isnan().all() and torch.equal(read[3], text[3])
 
 
 def test_any_change_of_a_part_changes_the_key() -> None:

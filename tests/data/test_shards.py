@@ -1,5 +1,6 @@
 """Entries in shards are those of files, byte for byte; a shard is whole or absent, and damage is never read."""
 
+import errno
 import pickle
 import random
 import signal
@@ -160,6 +161,73 @@ def test_compaction_leaves_each_entry_once_and_readers_find_it(tmp_path: Path) -
         assert_filled(cache)
         assert cache.held() == held
     assert compact(Cache(tmp_path, 8 * LITTLE))[:2] == (0, 0), "there is nothing left to do"
+
+
+def spoil(cache: Cache, key: str) -> None:
+    """Change the last byte of an entry where this cache finds it."""
+    row = cache.shards.find(key)
+    assert row is not None
+    path = cache.shards.folder / cache.shards.shard_of[key]
+    data, last = bytearray(path.read_bytes()), sum(map(int, row.split()[:2])) - 1
+    data[last] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [0, LITTLE], ids=["in files", "in other shards"])
+def test_compaction_keeps_the_good_one_of_two_copies(tmp_path: Path, size: int) -> None:
+    """Of each entry one copy is damaged, in turn the one that is found first and the other."""
+    first, second = Cache(tmp_path, LITTLE), Cache(tmp_path, size)
+    for cache in (first, second):  # neither sees the other's
+        for key, number in NUMBERS.items():
+            cache.write(key, sample(number))
+    for cache in (first, second):
+        cache.close()
+    for key, number in NUMBERS.items():
+        cache = (Cache(tmp_path), first)[number % 2]
+        if size or number % 2:
+            spoil(cache, key)
+    assert compact(Cache(tmp_path, ONE_GB)).damaged
+    assert members(tmp_path) == sorted(NUMBERS)
+    assert_filled(Cache(tmp_path))
+
+
+def test_an_entry_written_twice_into_one_shard_is_whole(tmp_path: Path) -> None:
+    filled(tmp_path, keys=[*NUMBERS, next(iter(NUMBERS))])
+    assert_filled(Cache(tmp_path))
+
+
+def test_a_shard_that_cannot_be_read_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filled(tmp_path)
+    [path] = tars(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_read_index", refuse)
+        with pytest.raises(WorkError, match=rf"{path}: cannot be read \(Permission denied\): make it readable"):
+            Cache(tmp_path, ONE_GB)
+    assert path.exists()
+    assert_filled(cache)
+
+
+def test_a_reader_follows_what_another_machine_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is removed elsewhere stays open here; a network file system calls it stale, and shows folders late."""
+    reader = Cache(filled(tmp_path, LITTLE).root)
+    assert_filled(reader)
+    compact(Cache(tmp_path, ONE_GB))
+    reader.shards._listed = (tmp_path / "shards").stat().st_mtime_ns, True
+    plain, stale = shards_module.os.pread, OSError(errno.ESTALE, "Stale file handle")
+    gone = {file.fileno() for file in reader.shards._files.values()}
+
+    def pread(number: int, *where: int) -> bytes:
+        if number in gone:
+            gone.discard(number)
+            raise stale
+        return plain(number, *where)
+
+    monkeypatch.setattr(shards_module.os, "pread", pread)
+    assert_filled(reader)
 
 
 def test_two_runs_at_once_do_not_wait_and_their_copies_become_one(tmp_path: Path) -> None:

@@ -184,9 +184,13 @@ def test_a_damaged_parquet_file_or_row_is_named(pairs: Path, tmp_path: Path) -> 
         "ROOT:1: has no 'path_target'; add it",
         "ROOT:2:target: the row does not hold the bytes of its image; write the file with its images in it",
     ]
+    rows["control"], rows["target"] = [{"bytes": None, "path": "a.png"}] * 3, [{"bytes": image, "path": None}] * 3
+    write_parquet(file, rows)
+    without = "the row does not hold the bytes of its image; write the file with its images in it"
+    assert problems_of(file) == [f"ROOT:{row}:control: {without} (belongs to ROOT:{row})" for row in range(3)]
     file.write_bytes(data[:-100])
     (problem,) = problems_of(file)
-    assert problem.startswith("ROOT: is damaged, it does not read: ")
+    assert problem.startswith("ROOT: does not read: ")
     file.write_bytes(data[:4] + b"\0" * 1000 + data[1004:])
     problems = problems_of(file)
     assert len(problems) == 2 * 3 and all("its row group does not read" in problem for problem in problems), problems
@@ -204,6 +208,13 @@ def test_a_store_that_fails_for_a_while_is_asked_again(pairs: Path, server: Faul
     for faults in ([503, 503, "reset", 503], ["reset"] * 4, [None, "cut", 429, 500]):
         server.faults = list(faults)
         assert facts(scanned(f"{server.url}/x.tar")) == wanted
+
+
+def test_a_glob_over_http_asks_for_each_size_and_a_range_counts_up(pairs: Path, server: FaultyServer) -> None:
+    server.files["/d/x.tar"], wanted = tar_of(members_of(pairs)), facts(scanned(pairs))
+    server.files["/d/"] = b'<a href="x.tar">x</a> <a href="y.txt">y</a>'
+    assert facts(scanned(f"{server.url}/d/*.tar")) == wanted
+    assert refused(f"{server.url}/d/{{5..1}}.tar") == ["ROOT: {5..1} counts down: write {1..5}"]
 
 
 def test_a_store_that_keeps_failing_ends_the_work_with_one_line(

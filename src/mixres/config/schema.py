@@ -38,7 +38,9 @@ LYCORIS = ("lokr", "loha")
 
 def _no_secret(text: str) -> str:
     scheme, is_url, rest = text.partition("://")
-    if is_url and ("@" in rest.partition("/")[0] or (scheme in ("http", "https") and re.search("[?@]", rest))):
+    host = rest.partition("/")[0]
+    web = scheme.lower().endswith(("http", "https"))  # such as filecache::https
+    if is_url and (re.search(r"@|:(?!\d+$)", host) or re.search(r"\?.*=", rest) or (web and re.search("[?@]", rest))):
         fix = "config.yaml keeps them; give credentials in the environment"
         raise PydanticCustomError("secret", f"Input should be a URL without user, password and query string: {fix}")
     return text

@@ -30,7 +30,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +149,17 @@ class Cache:
     def close(self) -> None:
         """Let other processes see what this one has written. Raises as `write`."""
         self.shards.close()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Close the open shard at the end, however that comes. Raises as `write`."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # what ended the block is what to report
+                self.close()
+            raise
+        self.close()
 
     def copy(self, key: str) -> None:
         """Write a checked entry once more, byte for byte, into the open shard. Raises as `read_entry` and `write`."""
@@ -277,7 +288,7 @@ class Cache:
         for _ in range(2):
             with contextlib.suppress(FileNotFoundError):
                 return self.shards.read(key) if self.shards.find(key) else self.path(key).read_bytes()
-            self.shards.refresh()
+            self.shards.refresh(again=True)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path(key)))
 
     def _store(self, entry: CacheEntry, data: bytes) -> None:

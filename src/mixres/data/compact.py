@@ -4,7 +4,6 @@ Promise: an entry is checked and lies in a closed shard before what held it is d
 none; readers find it in its new place. Cost: one read and one write of what moves, a shard's room on the disk.
 """
 
-import contextlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -48,29 +47,29 @@ def _compact(cache: Cache) -> Compacted:
     small = {name for name in shards.counts if (shards.folder / name).stat().st_size < shards.size / 2}
     if files or len(small | unfit) > 1:  # one small shard alone is the last one
         unfit |= small
-    by_shard: dict[str, list[str]] = {name: [] for name in sorted(unfit | shards.unreadable)}
-    for key, name in shards.shard_of.items():
-        if name in by_shard:
-            by_shard[name].append(key)
+    by_shard = {name: shards.held_by(name) for name in sorted(unfit | shards.unreadable)}
     kept = {key for key, name in shards.shard_of.items() if name not in by_shard}
     work = [*((shards.folder / name, keys) for name, keys in by_shard.items()), *((p, [k]) for k, p in files.items())]
     sources: list[Path] = []  # what they hold is in the shard that is open, or in closed ones
     damaged: list[DamagedEntry] = []
     moved = deleted = 0
-    for source, keys in counted(work, "compact", "source", enabled=True):
-        for key in keys:
-            try:
-                cache.read_entry(key) if key in kept else cache.copy(key)
-                moved += key not in kept
-                kept.add(key)
-            except DamagedEntry as error:
-                damaged.append(error)
-                kept.discard(key)
-                with contextlib.suppress(FileNotFoundError, DamagedEntry):  # a file may hold what its shard has lost
-                    cache.copy(key)
-        sources.append(source)
-        if shards.closed:
-            deleted += cache.remove(sources)
-            sources = []
-    cache.close()
+    with cache.writing():
+        for source, keys in counted(work, "compact", "source", enabled=True):
+            for key in keys:
+                while True:  # a file or another shard may hold what this one has lost
+                    try:
+                        cache.read_entry(key) if key in kept else cache.copy(key)
+                    except DamagedEntry as error:
+                        damaged.append(error)
+                        kept.discard(key)
+                        continue
+                    except FileNotFoundError:  # the last copy was damaged, or another process has found it so
+                        break
+                    moved += key not in kept
+                    kept.add(key)
+                    break
+            sources.append(source)
+            if shards.closed:
+                deleted += cache.remove(sources)
+                sources = []
     return Compacted(moved, deleted + cache.remove(sources), damaged)

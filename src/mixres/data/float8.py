@@ -1,6 +1,7 @@
 """Text embeddings in 8 bits a value: e4m3 with a power of two for each token.
 
-Promise: a value changes by at most 1/16 of itself, or by 2^-17 of the largest of its token where that is more. What is
+Promise: a value changes by at most 1/16 of itself, or by 2^-17 of the largest of its token where that is more; a token
+with a value that is not finite becomes NaN as a whole. What is
 read back is exact in bfloat16 and wider: rounding it once more changes nothing. Cost: a byte a value, and a scale of
 the embeddings' own dtype a token, which keeps that dtype.
 """
@@ -20,7 +21,10 @@ def to_float8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in NAMES:
         if name in tensors:
             wide = tensors[name].double()
-            mantissas, exponents = torch.frexp(wide.abs().amax(-1) / torch.finfo(FORMAT).max)
+            largest = wide.abs().amax(-1)
+            finite = largest.isfinite()
+            wide = wide.where(finite[:, None], torch.nan)  # there is no infinity in 8 bits
+            mantissas, exponents = torch.frexp(largest.where(finite, 1.0) / torch.finfo(FORMAT).max)
             scales = torch.ldexp(torch.ones_like(mantissas), exponents - (mantissas == 0.5).int())
             rounded |= {name: (wide / scales[:, None]).to(FORMAT), f"{name}_scale": scales.to(tensors[name].dtype)}
     return rounded

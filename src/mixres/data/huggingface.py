@@ -100,7 +100,9 @@ def _columns(root: Path, named: Mapping[str, str]) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{shown}: the data set cannot be read: {reason}; save it again") from error
     absent = absent_columns(list(columns), named)
-    columns |= {column_key(named, name) or name: columns[name] for name in named.values() if name in columns}
+    keys = {name: column_key(named, name) or name for name in named.values() if name in columns}
+    others = {name: column for name, column in columns.items() if name not in {*keys, *keys.values()}}
+    columns = others | {key: columns[name] for name, key in keys.items()}
     wanted = {name: column for name, column in columns.items() if name.startswith("path_") or name in _PLAIN}
     checked = [name for name in columns if name in wanted or not name.startswith("path")]
     if reasons := [*absent, *column_problems(checked)]:

@@ -56,6 +56,9 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
             return WorkError(f"{error}: run the same command again")
         except WorkError as error:
             return error
+        except OSError as error:
+            where = f"{error.filename or self.cache.root}: cannot be read ({error.strerror or error})"
+            return WorkError(f"{where}: run the same command again")
         indices, weights, _ = microbatch
         return collate(samples, indices=indices, weights=weights, layout=self.layout, rounding=self.rounding)
 

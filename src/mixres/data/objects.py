@@ -56,6 +56,8 @@ class StoredObject:
         Raises:
             WorkError: they cannot be had, or there are fewer: the object has changed.
         """
+        if start == end:
+            return b""
         try:
             data: bytes = _tried(self.url, lambda: _filesystem(self.url).cat_file(self.url, start=start, end=end))
         except FileNotFoundError:
@@ -124,6 +126,8 @@ def find_objects(source: str) -> list[StoredObject]:
 def _counted_up(source: str) -> Iterator[str]:
     if match := _BRACES.search(source):
         first, last = match.groups()
+        if int(first) > int(last):
+            raise UserError(f"{printable(source)}: {match[0]} counts down: write {{{last}..{first}}}")
         for number in range(int(first), int(last) + 1):
             yield from _counted_up(f"{source[: match.start()]}{number:0{len(first)}d}{source[match.end() :]}")
     else:
@@ -139,6 +143,8 @@ def _listed(url: str) -> list[StoredObject]:
         else:
             infos = {url: _tried(url, lambda: filesystem.info(url))}
         files = [(path, info) for path, info in sorted(infos.items()) if info.get("type", "file") == "file"]
+        if is_glob and url.lower().startswith("http"):  # a listing over HTTP has names alone
+            files = [(path, _tried(url, lambda path=path: filesystem.info(path))) for path, _ in files]
         found = [_stored(url if path == url else _address(url, path), info) for path, info in files]
     except Exception as error:  # each store has errors of its own
         reason, of_user = _reason(url, error)
@@ -183,9 +189,10 @@ def _filesystem(url: str) -> Any:
     """
     import fsspec  # here, so that a run on local folders does not wait for it
 
-    scheme = url.partition("://")[0] if is_url(url) else "file"
+    scheme = url.partition("://")[0].lower() if is_url(url) else "file"
     if scheme not in (*SCHEMES, "file"):
-        raise UserError(f"{printable(url)}: is no URL that is read; write one of: {', '.join(SCHEMES)}")
+        shown = without_secrets(printable(url))
+        raise UserError(f"{shown}: is no URL that is read; write one of: {', '.join(SCHEMES)}")
     options = {}
     try:
         if scheme in ("https", "http"):

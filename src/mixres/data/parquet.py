@@ -22,6 +22,7 @@ from mixres.errors import UserError, WorkError
 
 GROUPS = 2
 _PLAIN = ("prompt", ALIGN)
+_ARROW = (ValueError, OSError, NotImplementedError, LookupError)  # arrow's own errors are among them
 _lock = Lock()  # a row group is read once, however many threads ask for its images
 
 
@@ -61,8 +62,8 @@ class ParquetImage:
                 value = _row_group(self.table, self.group, self.columns).column(self.name)[self.row].as_py()
             except WorkError:
                 raise
-            except (ValueError, OSError) as error:  # arrow's own errors are one of them
-                raise BadImageError(f"its row group does not read: {_line(error)}; copy the file again") from error
+            except _ARROW as error:
+                raise BadImageError(f"its row group does not read: {_line(error)}; {_fix(error)}") from error
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             raise BadImageError("the row does not hold the bytes of its image; write the file with its images in it")
@@ -88,8 +89,8 @@ def records_from_parquet(
             file = _opened(table)
             by_key = _columns(table, file.schema_arrow, columns)
             rows = list(_rows(file, by_key))
-    except (ValueError, OSError) as error:  # arrow's own errors are one of them
-        reason = f"is damaged, it does not read: {_line(error)}; copy it again"
+    except _ARROW as error:
+        reason = f"does not read: {_line(error)}; {_fix(error)}"
         return [], [Problem(printable(table), reason, example=printable(table))]
     images = tuple(name for key, name in by_key.items() if key not in _PLAIN)
 
@@ -139,9 +140,12 @@ def _rows(file: Any, by_key: Mapping[str, str]) -> Iterator[tuple[int, Row]]:
 def _there(file: Any, group: int, name: str, count: int) -> list[bool]:
     """In which rows a column has an image: by its statistics, where they suffice, else by reading it."""
     chunks = (file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns))
-    found = next(chunk for chunk in chunks if chunk.path_in_schema in (name, f"{name}.bytes")).statistics
-    if found and found.has_null_count and found.null_count in (0, count):
-        return [found.null_count == 0] * count
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema in (name, f"{name}.bytes"))
+    found = chunk.statistics
+    if found and found.has_null_count and found.null_count == 0:
+        return [True] * count
+    if found and found.has_null_count and found.null_count == count and chunk.path_in_schema == name:
+        return [False] * count  # a struct without bytes may hold a path, which is no image but is meant as one
     return [value.is_valid for value in file.read_row_group(group, columns=[name]).column(name)]
 
 
@@ -155,6 +159,12 @@ def _opened(table: StoredObject) -> Any:
 @lru_cache(maxsize=GROUPS)
 def _row_group(table: StoredObject, group: int, columns: tuple[str, ...]) -> Any:
     return _opened(table).read_row_group(group, columns=list(columns))
+
+
+def _fix(error: Exception) -> str:
+    if isinstance(error, NotImplementedError):  # another compression, or images of a row group beyond 2 GB
+        return "write it anew, with smaller row groups"
+    return "copy the file again"
 
 
 def _line(error: Exception) -> str:

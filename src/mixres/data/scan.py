@@ -25,7 +25,7 @@ from mixres.data.parquet import records_from_parquet
 from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, printable
 from mixres.data.scan_cache import ScanMemo
 from mixres.data.tar_shards import records_from_shard
-from mixres.errors import Problems, UserError
+from mixres.errors import Problems, UserError, without_secrets
 from mixres.geometry import Size
 
 SHARDS = (".tar", ".parquet")
@@ -85,7 +85,7 @@ def find_records(
     path = Path(source)
     reason = "no such folder or manifest; correct the path"
     if is_url(source):
-        raise UserError(f"{printable(source)}: a URL names .tar or .parquet files; name them, or a glob of them")
+        raise UserError(f"{without_secrets(printable(source))}: a URL names .tar or .parquet files; name some")
     try:
         if path.is_dir() and is_saved_dataset(path):
             return records_from_saved_dataset(path, columns=columns, empty_caption=empty_caption)

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from mixres import atomic
+from mixres.errors import WorkError
 
 FOLDER = "shards"
 CLOSE_AFTER_S = 300.0  # an open shard is closed then, full or not: it bounds what a kill costs on a slow device
@@ -36,7 +37,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _TRAILER = struct.Struct("<QQQ8s")
 _SETTLED_S = 0.1  # a folder that changed less than this ago may change again under the same time: clocks have ticks
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
+_UNFIT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
 def member_name(key: str) -> str:
@@ -82,11 +83,17 @@ class Shards:
         """The bytes of all entries, by key."""
         return {key: _place(self._rows[shard][key])[1] for key, shard in self.shard_of.items()}
 
-    def refresh(self) -> None:
-        """See what other processes added and removed since the last time. Cost: one `stat` where there is nothing."""
+    def refresh(self, *, again: bool = False) -> None:
+        """See what other processes added and removed since the last time. Cost: one `stat` where there is nothing.
+
+        `again`: also where the folder's time is the same, which network file systems keep for a while.
+
+        Raises:
+            WorkError: a shard cannot be read, whatever is in it.
+        """
         try:
             changed = self.folder.stat().st_mtime_ns
-            if self._listed == (changed, True):
+            if self._listed == (changed, True) and not again:
                 return
             with os.scandir(self.folder) as found:
                 names = [entry.name for entry in found]
@@ -119,7 +126,13 @@ class Shards:
         self._files[shard] = file
         if len(self._files) > MAX_OPEN:
             self._files.pop(next(iter(self._files))).close()
-        return os.pread(file.fileno(), size, offset)
+        try:
+            return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            self._files.pop(shard).close()
+            if error.errno == errno.ESTALE:  # how a network file system says that another machine has removed it
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder / shard)) from error
+            raise
 
     def append(self, key: str, data: bytes, note: str) -> None:
         """Put an entry into the open shard, from which this process alone reads until it is closed.
@@ -201,14 +214,24 @@ class Shards:
         self.counts.pop(name, None)
         self.unreadable.discard(name)
 
+    def held_by(self, name: str) -> list[str]:
+        """Keys of the entries of a shard, those that another shard holds too among them."""
+        return list(self._rows.get(name, ()))
+
     def _take(self, name: str, rows: dict[str, str]) -> None:
         self._rows[name] = rows
         self.shard_of |= dict.fromkeys(rows, name)
 
     def _load(self, name: str) -> None:
+        path = self.folder / name
         try:
-            with (self.folder / name).open("rb") as file:
+            with path.open("rb") as file:
                 rows = _read_index(file)
+        except FileNotFoundError:  # another process has removed it since
+            return
+        except OSError as error:  # which says nothing of what is in it
+            fix = "make it readable, and run the same command again"
+            raise WorkError(f"{path}: cannot be read ({error.strerror or error}): {fix}") from error
         except _UNFIT:
             self.unreadable.add(name)
             return
@@ -233,6 +256,7 @@ class _OpenShard:
     def append(self, key: str, data: bytes, note: str) -> None:
         member = _member(member_name(key), data)
         self._write(self.end, member)
+        self.rows.pop(key, None)  # the last row is that of the last member
         self.rows[key] = f"{self.end + _BLOCK} {len(data)} {note}"
         self.end += len(member)
 
@@ -280,8 +304,11 @@ def _read_index(file: BinaryIO) -> dict[str, str]:
     """What the end of a shard states.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: it is not one that was written.
+        OSError: it cannot be read.
+        ValueError, LookupError, TypeError: it is not one that was written.
     """
+    if file.seek(0, os.SEEK_END) < _TRAILER.size:
+        raise ValueError("it has no index")
     file.seek(-_TRAILER.size, os.SEEK_END)
     offset, length, digest, magic = _TRAILER.unpack(file.read())
     if magic != MAGIC or offset + length > file.tell():

@@ -33,7 +33,7 @@ def compact_cache(config: Config, *, world_size: int = 1) -> None:
         done = compact(cache)
     except OSError as error:
         raise WorkError(
-            f"cache.cache_dir: {root} cannot be written ({error.strerror or error}): make room for a shard, "
+            f"cache.cache_dir: {error.filename or root}: {error.strerror or error}: make room for a shard, "
             f"{readable_size(shard_size(config))}, and run the same command again; nothing is lost"
         ) from error
     for entry in done.damaged:
