@@ -98,16 +98,14 @@ def read_source(path: Path, overrides: Sequence[str], older: Mapping[str, Any] =
     Problems are collected in the result; where they concern a value, it is None in `resolved`.
     """
     source = Source(written=merged(defaults(), older))
-    file: dict[str, Any] = _read_file(path, source)
-    given: dict[str, Any] = reduce(merged, _read_overrides(overrides, source), {})
-    for values in (file, given):
-        source.written = merged(_without_other_name(source.written, values), values)
+    for layer in ([_read_file(path, source)], [*_read_overrides(overrides, source)]):
+        source.written = reduce(merged, layer, _without_other_name(source.written, reduce(merged, layer, {})))
     _resolve(source)
     _add_other_name(source)
     return source
 
 
-def _without_other_name(below: Mapping[str, Any], values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_other_name(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What `values` are laid over: without the other name of a DoRA where they give one of the two alone."""
     model, own = below["model"], values.get("model")
     if not (isinstance(model, dict) and isinstance(own, dict)):
@@ -128,9 +126,10 @@ def _add_other_name(source: Source) -> None:
         return
     adapter = model.setdefault("adapter", "dora" if lora.get("use_dora") is True else "lora")
     dora = lora.setdefault("use_dora", adapter == "dora")
-    source.written["model"].setdefault("adapter", adapter)
-    if isinstance(written := source.written["model"]["lora"], dict):  # not a reference
-        written.setdefault("use_dora", dora)
+    if isinstance(written := source.written["model"], dict):  # not a reference
+        written.setdefault("adapter", adapter)
+        if isinstance(written["lora"], dict):
+            written["lora"].setdefault("use_dora", dora)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no type information
