@@ -332,6 +332,7 @@ CLASHES = {
     "lokr has no lengths of rows: set false, or model.adapter: dora": (
         *("model.adapter=lokr", "model.lora.use_dora=true"),
     ),
+    "they are two names of one setting: leave one of them out": ("model.adapter=dora", "model.lora.use_dora=false"),
     "loha needs weights of their own shape: use int8, fp8 or null": ("model.adapter=loha", "model.quantize=nf4"),
     "without model.lora there are no adapters: leave one of the two out": ("model.adapter=dora", "model.lora=null"),
     "offloading recomputes all blocks: set true": ("train.offload.blocks=2", "train.gradient_checkpointing=2"),
@@ -349,7 +350,6 @@ CLASHES = {
         ((), "lora", False),
         (("model.adapter=dora",), "dora", True),
         (("model.lora.use_dora=true",), "dora", True),
-        (("model.adapter=dora", "model.lora.use_dora=false"), "dora", True),
         (("model.adapter=lokr", "model.lora.factor=-1"), "lokr", False),
     ],
 )
@@ -359,6 +359,30 @@ def test_the_old_key_of_dora_and_the_new_one_mean_each_other(
     model = load(tmp_path, REQUIRED, *given).model
     assert model.lora and (model.adapter, model.lora.use_dora) == (adapter, dora)
     assert model.adapter_settings()["adapter"] == adapter
+
+
+@pytest.mark.parametrize("written", ["adapter: dora", "lora: {use_dora: true}", "adapter: '${oc.env:KIND,dora}'", None])
+@pytest.mark.parametrize(
+    ("override", "adapter", "dora"),
+    [
+        ("model.adapter=dora", "dora", True),
+        ("model.adapter=lora", "lora", False),
+        ("model.adapter=lokr", "lokr", False),
+        ("model.lora.use_dora=true", "dora", True),
+        ("model.lora.use_dora=false", "lora", False),
+    ],
+)
+def test_an_override_of_one_name_of_dora_replaces_both(
+    tmp_path: Path, written: str | None, override: str, adapter: str, dora: bool
+) -> None:
+    """Of a file that names either, and of one that a run has left, which holds both."""
+    left = dump_config(load(tmp_path, REQUIRED, "model.adapter=dora"))
+    file = REQUIRED.replace("base}", f"base, {written}}}") if written else left
+    if written and "KIND" in written and override == "model.lora.use_dora=false":
+        assert "model.adapter: given" in problems(tmp_path, file, override)[0]
+        return
+    model = load(tmp_path, file, override).model
+    assert model.lora and (model.adapter, model.lora.use_dora) == (adapter, dora)
 
 
 @pytest.mark.parametrize(("fix", "overrides"), CLASHES.items(), ids=CLASHES)

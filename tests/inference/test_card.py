@@ -119,6 +119,24 @@ def test_the_loras_are_those_of_the_run_and_say_so(run: Path, tmp_path: Path) ->
         assert recipe_of(file) == recipe_of(expected) | {"base": "Qwen/Qwen-Image-Edit"}
 
 
+def test_a_bare_name_is_a_path_and_the_commit_is_of_its_own_base(run: Path, tmp_path: Path) -> None:
+    """A commit of the base that trained is none of another one's."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    stated = recipe_of(run / FILE_NAME) | {"base": "alice/qwen", "revision": "a" * 40}
+    (copy / FILE_NAME).write_bytes(with_recipe((run / FILE_NAME).read_bytes(), stated))
+    values = yaml.safe_load((copy / "config.yaml").read_text())
+    values["model"] |= {"pretrained_model_name_or_path": "alice/qwen", "revision": "main"}
+    values["model"]["lora"]["pretrained_weight"] = "alice_private.safetensors"
+    (copy / "config.yaml").write_text(yaml.safe_dump(values))
+    for words, commit, branch in (([], "a" * 40, "main"), (["--base", "Qwen/Qwen-Image-Edit"], None, None)):
+        out = tmp_path / f"out{len(words)}"
+        assert export(copy, out, "--license", "mit", *words) == 0
+        card = (out / "README.md").read_text()
+        (block,) = re.findall(r"```yaml\n(.*?)\n```", card, re.DOTALL)
+        assert yaml.safe_load(block)["model"]["revision"] == branch and "alice_private" not in card
+        assert recipe_of(out / FILE_NAME)["revision"] == commit and ("a" * 40 in card) == bool(commit)
+
+
 def test_the_card_counts_the_training_set(run: Path, few_pairs: Path, tmp_path: Path) -> None:
     assert export(run, tmp_path / "swap", *GIVEN) == 0
     card = (tmp_path / "swap" / "README.md").read_text()
@@ -184,6 +202,7 @@ def test_a_base_without_a_name_is_left_open_and_each_adapter_has_its_files(
     assert read_header(str(tmp_path / "kron" / FILE_NAME)).adapter == "lokr"
     card = ModelCard.load(tmp_path / "kron" / "README.md")
     assert {"lycoris", "lokr"} <= set(card.data.tags) and "lora" not in card.data.tags
+    assert 'network.apply_to()\nnetwork.to("cuda")\n' in card.text and "(W + dW) - W in bfloat16" in card.text
     assert "create_lycoris_from_weights" in card.text and "load_lora_weights" not in card.text
     for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
         compile(block, "README.md", "exec")
@@ -295,6 +314,10 @@ WRONG = {
     "licence": ([*CARD, "--license", "My own"], ["--license: given My own, should match pattern"]),
     "base": ([*CARD, "--license", "mit", "--base", "/a"], ["--base: given /a, should match pattern"]),
     "repository": ([*CARD, "--license", "mit", "--push", "swap"], ["--push: given swap, should match pattern"]),
+    "dots": (
+        [*CARD, "--license", "mit", "--push", "org/my..lora"],
+        ["--push: given org/my..lora, which the Hub"],
+    ),
     "private": ([*CARD, "--license", "mit", "--private"], ["--private: is for --push ORG/NAME"]),
     "format": ([*CARD, "--merge", "--format", "comfyui"], ["--format: has no effect", "--merge: has no effect"]),
     "no card": (["RUN", "--license", "mit", "--push", NAME], ["--license: is for --card", "--push: is for --card"]),
@@ -321,7 +344,9 @@ def test_a_request_that_cannot_be_met_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_run_of_an_earlier_version_has_a_card_too(run: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_has_a_card_too(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And the average of a run, and a file from which no run is known."""
     old = shutil.copytree(run, tmp_path / "old")
     (old / "training_set.json").unlink()
@@ -332,3 +357,13 @@ def test_a_run_of_an_earlier_version_has_a_card_too(run: Path, tmp_path: Path) -
         card = (tmp_path / f"{number}" / "README.md").read_text()
         assert ("<summary>Configuration" in card) == known
         assert "training images" not in card and "samples.png" not in card
+    # The file of another program, one of a run that cannot be read beside a file, and one of the run itself.
+    (tmp_path / "config.yaml").write_text("port: 8188")
+    assert export(lone, tmp_path / "foreign", "--license", "mit") == 0
+    assert "without the configuration" not in capsys.readouterr().out
+    (tmp_path / "run_status.json").write_text("{}")
+    assert export(lone, tmp_path / "unread", "--license", "mit") == 0
+    assert f"without the configuration: {tmp_path / 'config.yaml'} cannot be loaded" in capsys.readouterr().out
+    (old / "config.yaml").write_text("port: 8188")
+    assert export(old, tmp_path / "refused", "--license", "mit") == 2
+    assert f"mixres: error: RUN: {old / 'config.yaml'}: port: unknown key" in capsys.readouterr().err

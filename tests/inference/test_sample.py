@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit_plus as stock_plus,
 )
 from lycoris import create_lycoris_from_weights
+from peft.tuners.lokr.layer import LoKrLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,13 +36,16 @@ from mixres import __version__, cli
 from mixres.config.load import load_config
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
+from mixres.inference import sample_request
 from mixres.inference.compare import Comparison, comparison_page
 from mixres.inference.sample import sample
 from mixres.inference.sample_request import make_request
 from mixres.models.hub import file_digest
-from mixres.models.lora_file import FILE_NAME, RECIPE_FILE
+from mixres.models.lora import attach
+from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, read_header
 from mixres.models.quantize import quantization_config
 from mixres.models.qwen.layers import QUANTIZE_EXCLUSIONS
+from mixres.training.sample_sheets import save_png
 from mixres.training.setup import recipe
 from support.family_cases import CASES, FamilyCase
 from support.jobs import environment
@@ -248,6 +253,67 @@ def test_the_same_command_makes_what_is_missing(
     assert cli.main([*words, "--guidance", "2"]) == 0
     new = sorted(path.name for path in (tmp_path / "out").iterdir() if path not in made)
     assert new == ["0004.png", "0005.png", "0006.png"]
+
+
+def make_blanks(request: Any, *passes: bool) -> None:
+    """Images of one colour in place of those that the command would make."""
+    for job in request.jobs:
+        for trained in passes or request.passes:
+            recorded = sample_request.settings_of(request, job, trained)
+            save_png(Image.new("RGB", (64, 48)), job.file(trained), mixres=recorded)
+
+
+def test_the_image_of_another_lora_is_not_taken_for_its_own(edit: Result, tmp_path: Path) -> None:
+    """The image without it is the same for both; an interrupted command is finished, whatever it has made."""
+    out, loras = tmp_path / "out", [str(edit.folder), str(changed(edit, tmp_path, step=8))]
+    out.mkdir()
+    for lora, name in zip(loras, ("0001.png", "0002.png"), strict=True):
+        request = edit.request(out, lora=lora, compare=True)
+        assert [job.path.name for job in request.jobs] == [name]
+        make_blanks(request)
+        sample(request)
+        for left in ((True, False), (True,), (False,)):
+            for file in (request.jobs[0].file(trained) for trained in (True, False)):
+                file.unlink(missing_ok=True)
+            make_blanks(request, *left)
+            assert edit.request(out, lora=lora, compare=True).jobs == request.jobs
+        make_blanks(request)
+        assert edit.request(out, lora=lora).jobs == request.jobs, "the same image without comparison"
+
+
+def test_a_command_that_has_grown_has_a_new_grid_and_page(edit: Result, tmp_path: Path) -> None:
+    shutil.copyfile(edit.images[0], tmp_path / "a.png")
+    lines: list[dict[str, Any]] = [{"path_control": "a.png"}, {"path_control": "a.png", "seed": 3}]
+    (out := tmp_path / "out").mkdir()
+    for own, shown in ((lines[:1], 1), (lines, 2), ([lines[0] | {"path_target": "a.png"}, lines[1]], 2)):
+        request = edit.request(out, prompts=edit.lines(tmp_path, *own), size="64x48", compare=True)
+        make_blanks(request)
+        sample(request)
+        with Image.open(out / "compare-0001.png") as grid:
+            targets = any("path_target" in line for line in own)
+            assert (len(grid.text), grid.width) == (shown, 12 + (3 + targets) * (224 + 12))
+        page = (out / "compare-0001.html").read_text()
+        assert (page.count("0002.png: LoRA"), "0001.png: target" in page) == (shown - 1, targets)
+
+
+def test_an_exported_lokr_is_sampled_as_the_file_of_the_run(
+    trained_of: Callable[[str], Result], tmp_path: Path
+) -> None:
+    """It has the recipe alone. Methods that training refuses under a LoKr are refused here too."""
+    plus, out = trained_of("qwen_image_edit_plus"), tmp_path / "comfyui.safetensors"
+    assert cli.main(["export", str(plus.folder), "--format", "comfyui", "--out", str(out)]) == 0
+    layers = []
+    for file in (plus.folder / FILE_NAME, out):
+        model: Any = plus.case.at(plus.base).load_transformer(dtype=torch.float32, device=torch.device("cpu"))
+        attach(SimpleNamespace(transformer=model), read_header(str(file)))
+        layers.append({n: (m.scaling["default"], m.get_delta_weight("default")) for n, m in model.named_modules()
+                       if isinstance(m, LoKrLayer)})  # fmt: skip
+    ours, theirs = layers
+    assert ours.keys() == theirs.keys() and ours
+    assert all(ours[name][0] == theirs[name][0] and torch.equal(ours[name][1], theirs[name][1]) for name in ours)
+    for method in ("nf4", "bnb_int8"):
+        reason = refusal(plus, tmp_path / "out", quantize=method)
+        assert reason.startswith(f"--quantize: {method} does not fit ") and reason.endswith(": use int8, fp8 or null")
 
 
 class Page(HTMLParser):

@@ -168,6 +168,10 @@ def test_a_base_on_the_hub_is_known_by_its_commit(
     for revision in ("null", "main", commit):
         given = with_family(setup("model.pretrained_model_name_or_path=me/tiny", f"model.revision={revision}"))
         assert run_identity(*given, [], [])["model.revision"] == recipe(*given, 5)["revision"] == commit
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alice").symlink_to(tiny_base.parent)  # a folder that looks like a name of the Hub
+    words = (f"model.pretrained_model_name_or_path=alice/{tiny_base.name}", "model.revision=main")
+    assert recipe(*with_family(setup(*words)), 5)["revision"] is None
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from mixres.models.quantize import Method, plain_tensors
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import family_of
 from mixres.training import setup as training_setup
+from mixres.verification import bench as bench_module
 from mixres.verification.bench import WAYS, bench, known_peak, make_work
 from mixres.verification.consistency import BatchMode, batches_of
 from mixres.verification.flops import FlopCounter
@@ -102,6 +103,19 @@ def test_the_ways_asked_for_are_timed_in_the_seconds_given(
         assert row["mfu"] * row["seconds"] == pytest.approx(report["rows"][0]["mfu"] * report["rows"][0]["seconds"])
         assert row["mfu"] * row["seconds"] * 0.5e12 <= row["flops"]
     assert report["rows"][0]["ratio"] == 1
+
+
+def test_a_report_outlives_what_fails_in_sampling(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(setup: Any, encoded: Any, rounds: int) -> None:
+        raise RuntimeError(f"after {rounds} rounds")
+
+    monkeypatch.setattr(bench_module, "_sampling", fail)
+    with pytest.raises(RuntimeError, match=f"after {bench_module.MIN_ROUNDS} rounds"):
+        bench(config, way=["one_by_one", "packed"], steps=1, max_rounds=4)
+    report = json.loads((tmp_path / "run" / "reports" / "bench.json").read_text(encoding="utf-8"))
+    assert (report["rounds"], len(report["rows"]), report["sampling"]) == (4, 2, None)
 
 
 def test_a_device_is_known_by_the_longest_part_of_its_name() -> None:

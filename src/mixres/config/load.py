@@ -10,6 +10,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,11 +98,38 @@ def read_source(path: Path, overrides: Sequence[str], older: Mapping[str, Any] =
     Problems are collected in the result; where they concern a value, it is None in `resolved`.
     """
     source = Source(written=merged(defaults(), older))
-    source.written = merged(source.written, _read_file(path, source))
-    for values in _read_overrides(overrides, source):
-        source.written = merged(source.written, values)
+    for layer in ([_read_file(path, source)], [*_read_overrides(overrides, source)]):
+        source.written = reduce(merged, layer, _without_other_name(source.written, reduce(merged, layer, {})))
     _resolve(source)
+    _add_other_name(source)
     return source
+
+
+def _without_other_name(below: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What `values` are laid over: without the other name of a DoRA where they give one of the two alone."""
+    model, own = below["model"], values.get("model")
+    if not (isinstance(model, dict) and isinstance(own, dict)):
+        return below
+    lora, own_lora = model.get("lora"), own.get("lora", {})
+    adapter, dora = "adapter" in own, isinstance(own_lora, dict) and "use_dora" in own_lora
+    if adapter and not dora and isinstance(lora, dict):
+        model = model | {"lora": {name: value for name, value in lora.items() if name != "use_dora"}}
+    if dora and not adapter and model.get("adapter") in ("lora", "dora"):
+        model = {name: value for name, value in model.items() if name != "adapter"}
+    return {**below, "model": model}
+
+
+def _add_other_name(source: Source) -> None:
+    """Both names of a DoRA where one is given alone."""
+    model = source.resolved["model"]
+    if not isinstance(model, dict) or not isinstance(lora := model.get("lora"), dict):
+        return
+    adapter = model.setdefault("adapter", "dora" if lora.get("use_dora") is True else "lora")
+    dora = lora.setdefault("use_dora", adapter == "dora")
+    if isinstance(written := source.written["model"], dict):  # not a reference
+        written.setdefault("adapter", adapter)
+        if isinstance(written["lora"], dict):
+            written["lora"].setdefault("use_dora", dora)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no type information

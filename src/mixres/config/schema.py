@@ -95,12 +95,12 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_kind(cls, given: Any) -> Any:
-        """`adapter: dora` and `lora.use_dora: true`, the older key, mean each other."""
+        """`adapter: dora` and `lora.use_dora: true`, the older key, mean each other where one is given alone."""
         if not isinstance(given, dict) or not isinstance(lora := given.get("lora", {}), dict):
             return given
-        if given.get("adapter") == "dora":
+        if given.get("adapter") == "dora" and "use_dora" not in lora:
             return {**given, "lora": {**lora, "use_dora": True}}
-        if lora.get("use_dora") is True and given.get("adapter", "lora") == "lora":
+        if lora.get("use_dora") is True and "adapter" not in given:
             return {**given, "adapter": "dora"}
         return given
 
@@ -375,6 +375,8 @@ class Config(Section):
             yield ("model.adapter", "model.lora"), "without model.lora there are no adapters: leave one of the two out"
         if model.adapter in LYCORIS and lora:
             yield from self._lycoris_clashes(model.adapter, lora)
+        elif lora and lora.use_dora != (model.adapter == "dora"):
+            yield ("model.adapter", "model.lora.use_dora"), "they are two names of one setting: leave one of them out"
         if train.compile and self.batch.layout == "packed":
             yield ("train.compile", "batch.layout"), "each packed batch would be compiled anew: use padded"
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field
 
-from mixres.config.schema import COLOUR, TargetSizeConfig
+from mixres.config.schema import COLOUR, LYCORIS, TargetSizeConfig
 from mixres.data.images import WHITE
 from mixres.errors import UserError
 from mixres.geometry import Align, Size, aligned_controls, control_area, same_aspect, target_size
@@ -166,10 +166,13 @@ def find_quantization(
     """How the base is quantised: as `given`, or else as under the LoRA in training.
 
     Raises:
-        UserError: the method does not work on this device.
+        UserError: the method does not work on this device, or under these adapters.
     """
     stated: Method | None = result.recipe.get("quantize") if result.lora else None
     method = stated if given is None else None if given == "null" else given
+    if method in ("nf4", "bnb_int8") and result.lora and result.lora.adapter in LYCORIS:
+        what = f"{method} does not fit {result.path}, a {result.lora.adapter}, which needs weights of their own shape"
+        raise UserError(f"{key}: {what}: use int8, fp8 or null")
     if method:
         what = key if given else f"{key}: not given, and {result.path} was trained with {method}"
         with renamed(what, of=quantize.KEY):

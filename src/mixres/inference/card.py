@@ -15,18 +15,23 @@ from typing import Annotated, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from mixres import __version__
 from mixres.config.load import FROZEN, load_run_config, public_config
 from mixres.config.schema import LYCORIS, Adapter
+from mixres.console import log
 from mixres.errors import UserError
 from mixres.inference.artifact import RunResult
 from mixres.models.lora_file import FILE_NAME
 from mixres.training.result import TRAINING_SET
+from mixres.training.run_folder import STATUS
 
 CARD, GRID = "README.md", "samples.png"
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 _LABELS: dict[Adapter, str] = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa"}
 UNNAMED = "BASE"  # stands for a base that has no name on the Hub
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -36,7 +41,17 @@ _LOCAL = re.compile(r"[/\\~]|\$\{")
 
 
 _REPOSITORY = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$"
-_Repository = Annotated[str, Field(pattern=_REPOSITORY)]
+
+
+def _checked_repository(name: str) -> str:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"given {name}, which the Hub does not take: correct it. {error}") from error
+    return name
+
+
+_Repository = Annotated[str, Field(pattern=_REPOSITORY), AfterValidator(_checked_repository)]
 
 
 class CardOptions(BaseModel):
@@ -72,7 +87,9 @@ class Card:
     @property
     def recipe(self) -> dict[str, Any]:
         """What the published LoRA records of its training."""
-        return {**_without_paths(self.result.recipe), "base": self.base}
+        own = self.result.recipe
+        other = {} if self.base == own["base"] else {"revision": None}  # it was of that repository
+        return {**_without_paths(own), "base": self.base, **other}
 
     @property
     def names(self) -> dict[str, str]:
@@ -139,6 +156,10 @@ class Card:
                 values["data"].pop(name, None)
         values = _without_paths(values)
         values["model"]["pretrained_model_name_or_path"] = self.base
+        if self.base != self.result.recipe["base"]:
+            values["model"]["revision"] = None
+        if (lora := values["model"]["lora"]) and lora["pretrained_weight"]:
+            lora["pretrained_weight"] = "PATH"  # perhaps a bare name
         return dict(values)
 
     def _training_set(self) -> dict[str, Any] | None:
@@ -166,9 +187,17 @@ class Card:
 def run_folder(path: Path, result: RunResult) -> Path | None:
     """The folder of the run that has left `path`: its own, or one above an average, a checkpoint or a file."""
     for folder in (path, *path.resolve().parents[:2]):
-        if (folder / FROZEN).is_file():
+        # The mark of a run: other programs have a config.yaml too.
+        if not (folder / FROZEN).is_file() or not any((folder / mark).exists() for mark in (STATUS, CHECKPOINTS)):
+            continue
+        try:
             base = load_run_config(folder).model.pretrained_model_name_or_path
-            return folder if base == result.recipe["base"] else None
+        except UserError as error:
+            if folder == path:
+                raise UserError([f"RUN: {folder / FROZEN}: {message}" for message in error.messages]) from error
+            log(f"card      without the configuration: {folder / FROZEN} cannot be loaded ({error.messages[0]})")
+            return None
+        return folder if base == result.recipe["base"] else None
     return None
 
 

@@ -116,8 +116,11 @@ def _make(
 def _save_image(request: Request, job: ImageJob, image: Image.Image, trained: bool) -> None:
     if job.restored_size:
         image = image.resize(job.restored_size, Image.Resampling.LANCZOS)
-    _save(image, job.file(trained), **{RECORD: settings_of(request, job, trained)})
-    log(f"image     {job.file(trained).name}: {job.size}, {request.options.steps} steps")
+    path = job.file(trained)
+    if path.exists():
+        raise WorkError(f"{path} is there by now and is not overwritten: choose another --out")
+    save_png(image, path, **{RECORD: settings_of(request, job, trained)})
+    log(f"image     {path.name}: {job.size}, {request.options.steps} steps")
 
 
 def _encode(request: Request, jobs: Sequence[ImageJob]) -> dict[ImageJob, Embeds]:
@@ -183,27 +186,17 @@ def _read(request: Request, controls: Sequence[Path]) -> list[Image.Image]:
     return images
 
 
-def _save(image: Image.Image, path: Path, captions: Sequence[str] = (), **texts: str) -> None:
-    if path.exists():
-        raise WorkError(f"{path} is there by now and is not overwritten: choose another --out")
-    save_png(image, path, captions, **texts)
-
-
 def _write_comparisons(request: Request) -> None:
     """A grid and a page for some images each: their controls, both of them, and their targets."""
     for first in range(0, len(request.jobs), _GRID_ROWS):
         jobs = request.jobs[first : first + _GRID_ROWS]
         path = jobs[0].path.with_name(f"compare-{jobs[0].path.name}")
-        page = path.with_suffix(".html")
-        if path.exists() and page.exists():  # the same command made them of the same images
-            continue
         columns = max(len(job.controls) for job in jobs)
         inputs = ["input"] if columns == 1 else [f"input {number}" for number in range(1, columns + 1)]
         rows = [_comparison(request, job, inputs) for job in jobs]
-        if not path.exists():
-            _save(comparison_grid(rows), path, [row.prompt for row in rows])
-        if not page.exists():
-            atomic.write_text(page, comparison_page(rows, f"{rows[0].name} to {rows[-1].name}"))
+        # Always: the same command may have got more images since, or targets.
+        save_png(comparison_grid(rows), path, [row.prompt for row in rows])
+        atomic.write_text(path.with_suffix(".html"), comparison_page(rows, f"{rows[0].name} to {rows[-1].name}"))
 
 
 def _comparison(request: Request, job: ImageJob, inputs: Sequence[str]) -> Comparison:

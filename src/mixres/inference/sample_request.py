@@ -293,8 +293,10 @@ def _numbered(request: Request, folder: Path) -> Iterator[ImageJob]:
     recorded = _recorded(folder)
     last = max(recorded, default=0)
     for job in request.jobs:
-        own = [json.loads(settings_of(request, job, trained)) for trained in request.passes]
-        number = next((number for number, made in recorded.items() if any(each in made for each in own)), None)
+        own = [json.loads(settings_of(request, job, trained)) for trained in (False, True)]
+        # All that is there: the image without the trained weights is that of other commands too.
+        same = (number for number, made in recorded.items() if made and all(each in own for each in made))
+        number = next(same, None)
         if number is None:
             last = number = last + 1
         recorded.pop(number, None)
@@ -307,6 +309,8 @@ def _recorded(folder: Path) -> dict[int, list[Any]]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := _NUMBERED.fullmatch(path.name):
             settings = found.setdefault(int(match[1]), [])
+            if path.name.startswith("compare-"):
+                continue
             with suppress(OSError, ValueError), Image.open(path) as image:
                 settings.append(json.loads(image.info[RECORD]) if RECORD in image.info else None)
     return found

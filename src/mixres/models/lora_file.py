@@ -276,6 +276,9 @@ def _lycoris_header(
     rank, alpha = next(iter(scales), (-(-largest // 2), float(-(-largest // 2))))
     found = {layer: parts[stem] for layer, stem in stems.items()}
     layers = {layer: _sides(own) for layer, own in found.items()}
+    if not stated and isinstance(recipe, dict):  # an exported file has the recipe alone
+        names_of = {"r": "r", "alpha": "lora_alpha", "decompose_factor": "factor", "decompose_both": "decompose_both"}
+        stated = {name: recipe[own] for name, own in names_of.items() if isinstance(recipe.get(own), int | float)}
     return LoraHeader(
         path,
         int(stated.get("r", rank)),

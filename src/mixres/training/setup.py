@@ -285,7 +285,7 @@ def run_identity(config: Config, family: Family, own: Sequence[str], regularizat
     lora, kind = _lora_values(config, family), config.model.adapter
     return {
         "model.pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
-        "model.revision": _revision(config),
+        "model.revision": _commit(config) or config.model.revision,
         "model.dtype": config.model.dtype,
         "model.quantize": config.model.quantize,
         **{f"model.lora.{name}": lora.get(name) for name in _LORA_IDENTITY},
@@ -315,10 +315,9 @@ def _fingerprint(keys: Sequence[str]) -> str | None:
     return f"{len(keys)} samples of fingerprint {digest}" if keys else None
 
 
-def _revision(config: Config) -> str | None:
-    """The commit where the base is on the Hub: a branch may be another one tomorrow."""
-    path, revision = config.model.pretrained_model_name_or_path, config.model.revision
-    return hub.commit(path, revision=revision) or revision
+def _commit(config: Config) -> str | None:
+    """Of the base where it is on the Hub: a branch may be another one tomorrow. A folder has none."""
+    return hub.commit(config.model.pretrained_model_name_or_path, revision=config.model.revision)
 
 
 def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
@@ -330,7 +329,7 @@ def recipe(config: Config, family: Family, step: int) -> dict[str, Any]:
         "mixres": __version__,
         "family": family.name,
         "base": config.model.pretrained_model_name_or_path,
-        "revision": _revision(config),
+        "revision": _commit(config),
         "quantize": config.model.quantize,
         "background": config.data.background,
         **({"adapter": adapter} if adapter in LYCORIS else {}),

@@ -131,7 +131,6 @@ def bench(
     layout = config.batch.layout
     trainer = _trainer_step(setup, source, work[layout] * min(MIN_ROUNDS, rounds)) if layout in work else None
     both = {BASELINE, "packed"} <= set(ways)  # sampling packs
-    sampling = _sampling(setup, source.encoded, rounds) if source.encoded and both else None
     report = {
         "machine": machine(device),
         "versions": versions(),
@@ -142,10 +141,13 @@ def bench(
         "rounds": rounds,
         "rows": rows,
         "trainer_step": trainer,
-        "sampling": sampling,
+        "sampling": None,
     }
     path = report_path(config, "bench.json")
     atomic.write_json(path, report)
+    if source.encoded and both:  # last: where it fails, the report above stays
+        report["sampling"] = _sampling(setup, source.encoded, min(MIN_ROUNDS, rounds))
+        atomic.write_json(path, report)
     log(f"report    {path}: {report['steps']} steps of {config.batch.samples_per_step} samples, "
         f"{report['rounds']} rounds")  # fmt: skip
 
