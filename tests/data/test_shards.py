@@ -9,9 +9,11 @@ import time
 from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from threading import RLock
 
 import pytest
 from filelock import FileLock
+from tqdm import tqdm
 
 from mixres.batch import Sample
 from mixres.data import shards as shards_module
@@ -286,6 +288,7 @@ def cache_share(root: Path, rank: int) -> None:
         time.sleep(0.02)
         return sample(NUMBERS_OF_KILLS[key]), ()
 
+    tqdm.set_lock(RLock())  # its own is shared with its parent: one that is killed within it would stop them all
     fill(Cache(root, 4 * LITTLE), dict.fromkeys(NUMBERS_OF_KILLS, 1), lambda: encode, rank=rank, world_size=4)
 
 
@@ -293,6 +296,7 @@ NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(600)}
 
 
 def compact_once(root: Path) -> None:
+    tqdm.set_lock(RLock())  # as above
     compact(Cache(root, 40 * LITTLE))
 
 

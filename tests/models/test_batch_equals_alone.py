@@ -164,7 +164,7 @@ def test_two_microbatches_of_other_models_train_as_each_sample_alone(case: Case)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@settings(drawn_alike, max_examples=300)
+@settings(drawn_alike, max_examples=150)
 @given(cases(*KINDS))
 def test_many_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)

@@ -11,11 +11,20 @@ from torch.profiler import ProfilerActivity, profile
 from mixres.inspection.storages import LiveStorages
 
 
+class _Outside(LiveStorages):
+    """Without what a kernel makes inside itself, seen where a view of it is taken: gloo reduces in a copy."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.is_view and not any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def peak_of(work: Callable[[], Any]) -> int:
     """Bytes alive at once of those that `work` takes: no allocator rounds, no other thread disturbs."""
     gc.collect()
     there = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor) and not value.is_meta]
-    with LiveStorages(value.to_local() if isinstance(value, DTensor) else value for value in there) as storages:
+    with _Outside(value.to_local() if isinstance(value, DTensor) else value for value in there) as storages:
         work()
     return storages.peak
 

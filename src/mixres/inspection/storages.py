@@ -108,8 +108,6 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "c10d":
             self.wire += _received(func, args)
         result = func(*args, **(kwargs or {}))
-        if func.is_view:  # of memory that is counted, or that a kernel made inside itself
-            return result
         if isinstance(result, Tensor):
             self.add((result,))
         else:
