@@ -22,7 +22,7 @@ from support.rehearsed_step import real_grid_peak, real_peak, sizes
 from training.test_split_loading import large_base, on_two_ranks  # noqa: F401 - a fixture
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
-LARGER = ["data.resize.target.max_pixels=65536", "data.resize.control.area=65536"]
+LARGER = ["data.resize.target.max_pixels=147456", "data.resize.control.area=147456"]
 EVERY_LAYER, ALL = "model.lora.target_modules=all", "model.lora=null"
 SGD = ["optimizer.class_path=torch.optim.SGD"]
 
