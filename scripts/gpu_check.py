@@ -94,6 +94,7 @@ CPU_CASES = (
 )
 
 CASES = {"gpu": GPU_CASES, "cpu": CPU_CASES}
+Peaks = dict[str, dict[str, int]]  # bytes by case and way
 
 
 def unmet() -> Iterator[str]:
@@ -212,16 +213,18 @@ def rehearse(cases: Sequence[Case]) -> None:
 
 
 @contextmanager
-def rehearsing(cases: str, log: Path, end: float) -> Iterator[Callable[[], dict[str, dict[str, int]]]]:
+def rehearsing(
+    kind: str, cases: Sequence[Case], log: Path, end: float
+) -> Iterator[Callable[[], dict[str, dict[str, int]]]]:
     """Rehearse beside what is done here, on processors alone. Yields what waits for the bytes by case and way."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--rehearse", cases]
+    command = [sys.executable, __file__, "--rehearse", kind, *(f"--only={case.name}" for case in cases)]
     with (
         log.open("w+") as out,
         subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.DEVNULL) as job,
     ):
 
-        def found() -> dict[str, dict[str, int]]:
+        def found() -> Peaks:
             with suppress(subprocess.TimeoutExpired):
                 job.wait(timeout=max(0, end - time.monotonic()))
             out.seek(0)
@@ -286,8 +289,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, metavar="DIR", help="where benchmarks.md is (docs; CPU: build/gpu_check)")
     parser.add_argument("--rehearse", choices=CASES, help="only print what rehearsals of these cases count")
     given = parser.parse_args(argv)
+
+    def chosen(kind: str) -> list[Case]:
+        return [case for case in CASES[kind] if not given.only or case.name in given.only]
+
     if given.rehearse:
-        rehearse(CASES[given.rehearse])
+        rehearse(chosen(given.rehearse))
         return 0
     end = time.monotonic() + 60 * given.minutes
     if lacking := list(unmet()):
@@ -308,11 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = "gpu" if on_cuda else "cpu"
     with (
         tempfile.TemporaryDirectory() as folder,
-        rehearsing(kind, Path(folder) / "rehearsed.jsonl", end) as rehearsed,
+        rehearsing(kind, chosen(kind), Path(folder) / "rehearsed.jsonl", end) as rehearsed,
     ):
-        for case in CASES[kind]:
-            if given.only and case.name not in given.only:
-                continue
+        for case in chosen(kind):
             outcome = run(case, end - time.monotonic(), Path(folder))
             result["cases"].append(outcome)
             print(line(outcome), *rows(outcome), sep="\n", flush=True)
