@@ -142,11 +142,11 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         f"       {name} quickstart DIR                  the data alone, in DIR\n"
         f"       {name} quickstart --config FILE [...]  the results of a run"
     )
+    _add_sample_options(add("sample", "make images with what a run has trained"))
+    _add_export_options(add("export", "write what a run has trained for other programs"))
     init = add("init", "write a recipe, to be filled in, into the working directory; without NAME list them")
     init.add_argument("name", metavar="NAME", nargs="?", help="such as qwen_image_edit_lora")
     init.add_argument("--out", metavar="FILE", help="another file than NAME.yaml", action=_Once)
-    _add_sample_options(add("sample", "make images with what a run has trained"))
-    _add_export_options(add("export", "write what a run has trained for other programs"))
     return whole, verbs.choices
 
 
@@ -253,6 +253,8 @@ def _run(argv: Sequence[str]) -> None:
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
     if verb == "init":
+        if "out" in options and "name" not in options:
+            raise UserError("--out: names the file of a recipe, and NAME is not given: write it")
         return partial(_init, **options)
     if verb not in WITH_CONFIG:
         where = "sample_request" if verb == "sample" else verb
@@ -321,7 +323,7 @@ def _init(name: str | None = None, out: str | None = None) -> None:
     from mixres.config.recipes import recipes
 
     if name:
-        _call("mixres.config.recipes:write_recipe", name, out and Path(out))
+        _call("mixres.config.recipes:write_recipe", name, Path(out) if out else None)
     else:
         print(*recipes(), sep="\n")
 
