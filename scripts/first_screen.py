@@ -1,20 +1,26 @@
-"""Draws the figure on the README's first screen: four photographs of four sizes in one packed batch.
+"""Draws the README's figure, four photographs of four sizes in one packed batch, and writes its tables.
 
 Usage: `python scripts/first_screen.py`.
 
-Promise: sizes and tokens come from the code that trains; the photographs are those of the quickstart, whose licences
-are listed there. It takes seconds.
+Promise: sizes and tokens come from the code that trains, every number of a table from a file of results. The
+photographs are those of the quickstart, whose licences are listed there. It takes seconds.
 """
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from mixres.geometry import Size, target_size, token_grid
 from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS
 
-OUT = Path(__file__).parents[1] / "docs" / "images" / "four_sizes.png"
+REPOSITORY = Path(__file__).resolve().parents[1]
+README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
+OUT = DOCS / "images" / "four_sizes.png"
 AREA, PIXELS_PER_TOKEN = 1024 * 1024, 16
 # A photograph and the region of it that stands for a file of that size: left, top, width, height.
 SHOWN = {
@@ -80,16 +86,70 @@ def figure() -> Image.Image:
         for middle, count in ((edges[1] + edges[2], tokens), (edges[2] + edges[3], tokens)):
             text(middle / 2, row + 20, f"{count:,}", 14, "white", "mm")
         left, begin = left + shown.width + space, end
-    label = "one packed row: of each sample its text, its target and its control, in tokens; attention stays within a sample"
+    label = "one packed row: text, target and control of each sample, in tokens; attention stays within a sample"
     text(MARGIN, row + 52, label, 15, MUTED)
     text(WIDTH - MARGIN, row + 52, f"{total:,} tokens", 15, MUTED, "ra")
-    return image
+    return image.quantize(255, dither=Image.Dither.NONE)
+
+
+def results(name: str) -> Any:
+    """A file of results, as JSON."""
+    return json.loads((DOCS / name).read_text(encoding="utf-8"))
+
+
+def rows_of(*rows: Sequence[str]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the held-out pairs, in dB."""
+    columns = {"copy": "copied input", "base": "base alone", "lora": "base + LoRA", "ceiling": "the VAE's own"}
+    means = {name: f"{fmean(row[name] for row in found):.1f}" for name in columns}
+    means["lora"] = f"**{means['lora']}**"
+    return rows_of(list(columns.values()), list(means.values()))
+
+
+def hardware_table(found: Mapping[str, Any]) -> str:
+    """Peaks in GB, by recipe and setting."""
+    columns = {
+        "as it is": ([], 1),
+        "`model.quantize=int8`": (["model.quantize=int8"], 1),
+        "and `train.offload.blocks=2`": (["model.quantize=int8", "train.offload.blocks=2"], 1),
+        "8 GPUs, `train.parallel=fsdp2`": (["train.parallel=fsdp2"], 8),
+    }
+    lines = [["recipe", *columns]]
+    for recipe in sorted({row["recipe"] for row in found["rows"]}):
+        # The ladders of a recipe may begin with a smaller microbatch, which the first column has not.
+        peaks = {
+            (tuple(x for x in row["changes"] if not x.startswith("batch.")), row["ranks"]): row["peak_bytes"]
+            for row in reversed(found["rows"])
+            if row["recipe"] == recipe
+        } | {((), 1): next(r["peak_bytes"] for r in found["rows"] if r["recipe"] == recipe and not r["changes"])}
+        cells = [peaks.get((tuple(changes), ranks)) for changes, ranks in columns.values()]
+        lines.append([f"`{recipe}`", *(f"{peak / 1e9:.1f}" if peak else "" for peak in cells)])
+    return rows_of(*lines)
+
+
+def page_with_tables(page: str) -> str:
+    """The README with the tables of the results in the repository between their markers."""
+    tables = {
+        "quickstart": quickstart_table(results("results/quickstart.json")),
+        "hardware": hardware_table(results("hardware.json")),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+    return page
 
 
 def main() -> int:
-    """Write the figure."""
-    figure().quantize(255, dither=Image.Dither.NONE).save(OUT, optimize=True)
-    sys.stdout.write(f"{OUT}\n")
+    """Write figure and tables."""
+    figure().save(OUT, optimize=True)
+    README.write_text(page_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write(f"{OUT}\n{README}\n")
     return 0
 
 

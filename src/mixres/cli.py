@@ -60,10 +60,7 @@ class _Once(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console may not have the characters of a prompt
+    _prepare_output()
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -86,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _prepare_output() -> None:
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may not have the characters of a prompt
+
+
 def _ended(code: int, *lines: str) -> int:
     for line in lines:
         print(f"mixres: {line}", file=sys.stderr)
@@ -98,7 +102,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     whole = _Parser(
         prog=name,
         usage=f"{name} [VERB] --config FILE [key=value ...]\n       {name} sample --lora RUN --out DIR [options]\n"
-        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart\n       {name} init NAME",
+        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart | init NAME",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=EXIT_CODES,
     )
@@ -109,7 +113,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         parser = verbs.add_parser(verb, help=meaning, description=meaning, epilog=EXIT_CODES, allow_abbrev=False)
         if verb in WITH_CONFIG:
             parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the file's keys")
-            parser.add_argument("--config", metavar="FILE", help="the YAML configuration, or the name of a recipe, see init")
+            parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a recipe, see init")
         return parser
 
     add("train", "fill the cache where it is not full, then train (also where no verb is given)")
@@ -228,11 +232,7 @@ def _run(argv: Sequence[str]) -> None:
     given, unknown = known[verb].parse_known_intermixed_args(words)
     problems += [_unknown_option(word, verb, known) for word in unknown]
     options = {name: value for name, value in vars(given).items() if value is not None and value is not False}
-    file, words = options.pop("config", None), options.pop("words", [])
-    if file:
-        from mixres.config.recipes import config_file
-
-        file = str(config_file(file))
+    file, words = _config_file(options.pop("config", None)), options.pop("words", [])
     try:
         work = _prepared(verb, file, words, options)
     except UserError as error:
@@ -248,6 +248,12 @@ def _run(argv: Sequence[str]) -> None:
 
     end_with_launcher()  # before the seconds that torch takes to be imported: a launcher may be killed in them
     work()
+
+
+def _config_file(given: str | None) -> str | None:
+    from mixres.config.recipes import config_file
+
+    return str(config_file(given)) if given else None
 
 
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:

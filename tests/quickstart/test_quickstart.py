@@ -103,7 +103,9 @@ def test_the_wheel_alone_gives_what_the_clone_gives(clone: Path, installed: Path
     short = ("train.max_train_steps=20", "sample.every=0")
 
     def run(folder: Path, *command: str | Path) -> str:
-        return subprocess.run(command, cwd=folder, env=without_venv(), check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, cwd=folder, env=without_venv(), check=True, capture_output=True, text=True
+        ).stdout
 
     there = run(tmp_path, installed / "python", "-c", "import mixres; print(mixres.__file__)")
     assert Path(there.strip()).is_relative_to(installed.parent)

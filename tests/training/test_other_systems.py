@@ -31,4 +31,4 @@ def test_what_is_absent_there_fails(planted: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", run], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1 and planted.split()[-1].split('.')[-1] in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and planted.split()[-1].split(".")[-1] in done.stderr.splitlines()[-1]
