@@ -39,7 +39,7 @@ def test_segments_of_cuda_memory_grow_unless_the_user_has_set_the_allocator(
     assert found == ({own: "max_split_size_mb:128"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
-VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export")
+VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export", "init")
 
 
 def under_a_launcher(*arguments: str, rank: str = "0") -> int:
@@ -98,7 +98,13 @@ ARGUMENTS = {
     "export --lora x": ["--lora: unknown option of export", "--format: not given", "--out: not given"],
     "--config": ["argument --config: expected one argument"],
     "--synthetic --config CONFIG": ["--synthetic: is for the verb verify or bench, not for train: leave it out"],
-    "quickstart": ["quickstart: write DIR, a folder for the data, or --config FILE"],
+    "quickstart one two": ["quickstart: write one DIR, a folder for the data, or overrides of its keys, or nothing"],
+    "quickstart train.seed=-1": ["train.seed: given -1"],
+    "init --out CONFIG": ["--out: names the file of a recipe, and NAME is not given: write it"],
+    "init quickstrat": ["quickstrat: no recipe has that name; there are: accelerate/multi_gpu, "],
+    "init quickstart --out CONFIG": ["CONFIG: exists already: give another name with --out, or move it away"],
+    "init quickstart --out CONFIG/x": ["--out CONFIG/x: cannot be written: Not a directory; name another file"],
+    "inspect --config quickstrat": ["--config quickstrat: cannot be read: No such file or directory; name another"],
     "trian a.b=1 --config CONFIG train.seed=-1 --dry": [
         "--dry: unknown option",
         "trian: unknown verb",
@@ -172,3 +178,25 @@ def test_a_bug_comes_out_as_it_is(bug: Exception, config: Path, monkeypatch: pyt
     monkeypatch.setattr(trainer, "train", Mock(side_effect=bug))
     with pytest.raises(type(bug), match="bug"):
         cli.main(["--config", str(config)])
+
+
+def test_a_recipe_is_read_by_its_name_and_written_with_its_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = REPOSITORY / "configs"
+    assert cli.main(["init"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == sorted(str(file.relative_to(configs).with_suffix("")) for file in configs.rglob("*.yaml"))
+    monkeypatch.chdir(tmp_path)
+    for name in listed:
+        assert cli.main(["init", name]) == 0
+        written = tmp_path / f"{Path(name).name}.yaml"
+        assert written.read_bytes() == (configs / f"{name}.yaml").read_bytes()
+        assert str(written.name) in capsys.readouterr().out
+    seen: list[Any] = []
+    monkeypatch.setattr(trainer, "train", seen.append)
+    assert cli.main(["--config", "quickstart"]) == cli.main(["--config", "quickstart.yaml"]) == 0
+    assert seen[0] == seen[1]
+    Path("quickstart").write_bytes((tmp_path / "quickstart.yaml").read_bytes().replace(b"3e-3", b"3e-4"))
+    assert cli.main(["--config", "quickstart"]) == 0
+    assert seen[2] != seen[1], "a file of that name is read first"

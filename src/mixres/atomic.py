@@ -65,7 +65,9 @@ def write_json(path: Path | str, obj: Any, *, indent: int | None = 2) -> None:
 
 
 def sync_directory(path: Path | str) -> None:
-    """Put the names in directory `path` on disk."""
+    """Put the names in directory `path` on disk. Windows opens no directory, and writes names by itself."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

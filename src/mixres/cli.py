@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import itertools
 import logging
 import os
@@ -59,8 +60,7 @@ class _Once(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; an exception that is a bug comes out as it is."""
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _prepare_output()
     try:
         _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -83,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _prepare_output() -> None:
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may not have the characters of a prompt
+
+
 def _ended(code: int, *lines: str) -> int:
     for line in lines:
         print(f"mixres: {line}", file=sys.stderr)
@@ -95,7 +102,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     whole = _Parser(
         prog=name,
         usage=f"{name} [VERB] --config FILE [key=value ...]\n       {name} sample --lora RUN --out DIR [options]\n"
-        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart DIR",
+        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart | init NAME",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=EXIT_CODES,
     )
@@ -106,7 +113,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         parser = verbs.add_parser(verb, help=meaning, description=meaning, epilog=EXIT_CODES, allow_abbrev=False)
         if verb in WITH_CONFIG:
             parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the file's keys")
-            parser.add_argument("--config", metavar="FILE", help="the YAML configuration, see configs/")
+            parser.add_argument("--config", metavar="FILE", help="a YAML file, or the name of a recipe, see init")
         return parser
 
     add("train", "fill the cache where it is not full, then train (also where no verb is given)")
@@ -133,10 +140,17 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     bench.add_argument("--steps", metavar="N", type=int, help="steps of the plan to time (4)")
     bench.add_argument("--seconds", metavar="N", type=float, help="rounds for so long (120, and three at least)")
     bench.add_argument("--peak-tflops", metavar="N", type=float, help="of the device in bf16, for MFU (by its name)")
-    quickstart = add("quickstart", "write the quickstart's data into a folder, or show what its run has learnt")
-    quickstart.usage = f"{name} quickstart DIR\n       {name} quickstart --config FILE [key=value ...]"
+    quickstart = add("quickstart", "train a LoRA on a tiny base: data, training, results; or one of the first and last")
+    quickstart.usage = (
+        f"{name} quickstart [key=value ...]      data, training and results, in build/quickstart\n"
+        f"       {name} quickstart DIR                  the data alone, in DIR\n"
+        f"       {name} quickstart --config FILE [...]  the results of a run"
+    )
     _add_sample_options(add("sample", "make images with what a run has trained"))
     _add_export_options(add("export", "write what a run has trained for other programs"))
+    init = add("init", "write a recipe, to be filled in, into the working directory; without NAME list them")
+    init.add_argument("name", metavar="NAME", nargs="?", help="such as qwen_image_edit_lora")
+    init.add_argument("--out", metavar="FILE", help="another file than NAME.yaml", action=_Once)
     return whole, verbs.choices
 
 
@@ -218,7 +232,7 @@ def _run(argv: Sequence[str]) -> None:
     given, unknown = known[verb].parse_known_intermixed_args(words)
     problems += [_unknown_option(word, verb, known) for word in unknown]
     options = {name: value for name, value in vars(given).items() if value is not None and value is not False}
-    file, words = options.pop("config", None), options.pop("words", [])
+    file, words = _config_file(options.pop("config", None)), options.pop("words", [])
     try:
         work = _prepared(verb, file, words, options)
     except UserError as error:
@@ -236,19 +250,34 @@ def _run(argv: Sequence[str]) -> None:
     work()
 
 
+def _config_file(given: str | None) -> str | None:
+    from mixres.config.recipes import config_file
+
+    return str(config_file(given)) if given else None
+
+
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
+    if verb == "init":
+        if "out" in options and "name" not in options:
+            raise UserError("--out: names the file of a recipe, and NAME is not given: write it")
+        return partial(_init, **options)
     if verb not in WITH_CONFIG:
         where = "sample_request" if verb == "sample" else verb
         make_request = pkgutil.resolve_name(f"mixres.inference.{where}:make_request")
         return partial(_call, f"mixres.inference.{verb}:{verb}", make_request(**options))
+    from mixres.config.load import load_config
+    from mixres.config.recipes import config_file
+
     if verb == "quickstart" and not file:
+        folders = [word for word in words if "=" not in word]
+        if not folders:
+            return partial(_quickstart, load_config(config_file("quickstart"), words))
         if len(words) != 1:
-            raise UserError("quickstart: write DIR, a folder for the data, or --config FILE, to show what was learnt")
+            raise UserError("quickstart: write one DIR, a folder for the data, or overrides of its keys, or nothing")
         return partial(_call, "mixres.quickstart.data:write_demo", Path(words[0]))
     if not file:
-        raise UserError("--config: not given; write --config FILE, for example --config configs/quickstart.yaml")
-    from mixres.config.load import load_config
+        raise UserError("--config: not given; write --config FILE, or the name of a recipe: mixres init lists them")
 
     return partial(_call, WITH_CONFIG[verb], load_config(Path(file), words), **options)
 
@@ -287,6 +316,22 @@ def _call(work: str, *given: Any, **options: Any) -> None:
     """`work` is `module:function`, imported only now: for wrong input nothing of torch is. Its lines are printed."""
     for line in pkgutil.resolve_name(work)(*given, **options) or ():
         print(line)
+
+
+def _quickstart(config: "Config") -> None:
+    """The same as `make quickstart`, in one process."""
+    _call("mixres.quickstart.data:write_demo", Path("build/quickstart"))
+    _call(WITH_CONFIG["train"], config)
+    _call(WITH_CONFIG["quickstart"], config)
+
+
+def _init(name: str | None = None, out: str | None = None) -> None:
+    from mixres.config.recipes import recipes
+
+    if name:
+        _call("mixres.config.recipes:write_recipe", name, Path(out) if out else None)
+    else:
+        print(*recipes(), sep="\n")
 
 
 def _cache(

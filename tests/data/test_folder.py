@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
 
 import pytest
 
+from mixres.data.folder import _stem
 from mixres.data.images import Limits
 from mixres.data.records import EditRecord
 from mixres.data.scan import find_records, scan
@@ -36,6 +37,12 @@ def test_order_is_that_of_the_names_and_ten_controls_count_as_numbers(tmp_path: 
     stems = ["10", "9", "B2", "a", "b", f"e{NFD}", "ez", "sub/c"]
     assert names(records) == [f"{stem}.png" for stem in stems], "as they stand on disk, not in form NFC"
     assert [path.stem for path in records[3].controls] == ["a", *(f"a_control_{number}" for number in range(1, 12))]
+
+
+def test_stems_are_the_same_on_windows() -> None:
+    """Else the order of the records, and with it the plan, would differ: a backslash comes after letters."""
+    path, folder = "d\\training_images\\sub\\a.b.png", "d\\training_images"
+    assert _stem(PureWindowsPath("C:\\", path), PureWindowsPath("C:\\", folder)) == "sub/a.b"
 
 
 def test_stems_that_look_like_masks_or_controls_but_are_targets(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ BAD_PATHS = {
     "name too long": ("m" * 300, "cannot be opened: File name too long; make it readable, or correct the path"),
     "inner dots": ("sub/../../secret.png", OUTSIDE),
     "absolute": ("/etc/passwd", OUTSIDE),
+    "absolute, of Windows": ("C:\\pictures\\a.png", OUTSIDE),
+    "inner dots, of Windows": ("sub\\..\\..\\secret.png", OUTSIDE),
     "link out": ("link.png", "is a link out of the manifest's folder; set data.follow_symlinks=true"),
     "linked folder": ("linked/secret.png", "is a link out of"),
     "NUL": ("a\0.png", "a\\x00.png holds characters that no path has; correct it"),
@@ -141,6 +143,14 @@ def test_csv_rows_are_numbered_by_their_first_line_and_blank_lines_are_none(root
     for end, count, reasons in ((ROW.rstrip(), 2, [absent]), (b't.png,c.png,"open\n' + ROW, 1, [absent, unclosed])):
         records, problems = found(table(root, two + end))
         assert (len(records), problems) == (count, reasons)
+
+
+def test_paths_written_on_windows(root: Path) -> None:
+    write_image(root / "sub\\own.png")
+    rows = [GOOD | {"path_target": path} for path in ("sub\\a, b.png", "sub\\own.png")]
+    records, problems = found(json_lines(root, *rows))
+    assert problems == []
+    assert [record.target for record in records] == [root / "sub/a, b.png", root / "sub\\own.png"], "a name here"
 
 
 def test_links_may_be_followed_but_never_dots(root: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mixres.errors import UserError
+from mixres.models import hub
 from mixres.models.qwen.edit import QwenImageEdit
 from mixres.models.registry import load_family
 from support.family_cases import EVERY_CASE as CASES, FamilyCase
@@ -61,7 +62,19 @@ def test_weights_that_cannot_be_had_are_one_line_and_soon(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("empty_hub_cache")
-@pytest.mark.parametrize("path", ["./no/such", "/no/such", "~/no_such_base", "one/two/three"])
+def test_the_tiny_base_is_found_by_its_name_unless_a_folder_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = hub.PACKAGED["mixres/tiny_base"]
+    assert hub.pipeline_folder("mixres/tiny_base", ("vae",)) == own
+    assert hub.commit("mixres/tiny_base") is None
+    shutil.copytree(own, tmp_path / "mixres/tiny_base")
+    monkeypatch.chdir(tmp_path)
+    assert hub.pipeline_folder("mixres/tiny_base", ("vae",)) == Path("mixres/tiny_base")
+
+
+@pytest.mark.usefixtures("empty_hub_cache")
+@pytest.mark.parametrize("path", ["./no/such", "/no/such", "~/no_such_base", "one/two/three", "C:\\bases\\one"])
 def test_a_folder_that_is_not_there_asks_no_hub(path: str) -> None:
     with pytest.raises(UserError, match=f"{KEY}there is no folder"):
         LOADERS["transformer"](path)

@@ -14,11 +14,14 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+def without_venv() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+
+
 def make(folder: Path, *words: str) -> str:
     """What it printed."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     command = ["make", f"PYTHON={sys.executable}", *words]
-    done = subprocess.run(command, cwd=folder, env=inherited, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=without_venv(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -73,3 +76,49 @@ def test_it_has_learnt_the_edit(quickstart: tuple[Path, str]) -> None:
     )
     assert lora >= max(copy, base) + 15, (copy, base, lora)
     assert lora >= ceiling - 6, (lora, ceiling)
+
+
+@pytest.fixture(scope="module")
+def installed(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bin/` of an environment with the wheel, which finds in the clone's what the wheel and its extra `demo` ask for.
+
+    The editable install of the clone's own environment is not found: nested .pth files are not read.
+    """
+    make(clone, ".venv/.installed-demo")
+    root = tmp_path_factory.mktemp("installed")
+    build = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", root, clone)
+    subprocess.run(build, check=True, env=without_venv())
+    subprocess.run((sys.executable, "-m", "venv", root / "venv"), check=True)
+    (wheel,) = root.glob("*.whl")
+    python = root / "venv" / "bin" / "python"
+    subprocess.run((python, "-m", "pip", "install", "--quiet", "--no-deps", wheel), check=True, env=without_venv())
+    (libraries,) = clone.glob(".venv/lib/python*/site-packages")
+    (own,) = root.glob("venv/lib/python*/site-packages")
+    (own / "libraries.pth").write_text(f"{libraries}\n")
+    return python.parent
+
+
+def test_the_wheel_alone_gives_what_the_clone_gives(clone: Path, installed: Path, tmp_path: Path) -> None:
+    """`mixres quickstart` in an empty folder: the LoRA and the results of the three commands of `make quickstart`."""
+    short = ("train.max_train_steps=20", "sample.every=0")
+
+    def run(folder: Path, *command: str | Path) -> str:
+        return subprocess.run(
+            command, cwd=folder, env=without_venv(), check=True, capture_output=True, text=True
+        ).stdout
+
+    there = run(tmp_path, installed / "python", "-c", "import mixres; print(mixres.__file__)")
+    assert Path(there.strip()).is_relative_to(installed.parent)
+    printed = run(tmp_path, installed / "mixres", "quickstart", *short)
+    assert "\nresult  " in printed and "\nimages  " in printed
+    words = ("--config", "configs/quickstart.yaml", *short, "logging.output_dir=build/short")
+    own, threads = clone / ".venv/bin", ("--num_cpu_threads_per_process", str(os.cpu_count()))
+    run(clone, own / "mixres", "quickstart", "build/quickstart")
+    run(clone, own / "accelerate", "launch", *threads, "train.py", *words)
+    run(clone, own / "mixres", "quickstart", *words)
+    for file in ("pytorch_lora_weights.safetensors", "results.json"):
+        assert (tmp_path / "build/quickstart/run" / file).read_bytes() == (clone / "build/short" / file).read_bytes()
+    run(tmp_path, installed / "mixres", "init", "qwen_image_edit_lora")
+    assert (tmp_path / "qwen_image_edit_lora.yaml").is_file()
+    again = run(tmp_path, installed / "accelerate", "launch", "-m", "mixres", "--config", "quickstart", *short)
+    assert "20 steps were done before" in again

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from unicodedata import normalize
 
 from mixres.data.images import SUFFIXES
@@ -80,7 +80,7 @@ def records_from_folder(
         ]
         target = files.targets[0]
         prompt, found = prompt_of_file(target, next(iter(files.captions), None), empty_caption)
-        name = printable(target.relative_to(root))
+        name = printable(target.relative_to(root).as_posix())
         found = [*(Problem(printable(target), reason) for reason in reasons), *found]
         problems += [problem._replace(example=name) for problem in found]
         if not found:
@@ -100,9 +100,12 @@ def _check_folders(root: Path, follow_symlinks: bool) -> None:
     problems.raise_if_any()
 
 
-def _stem(path: Path, folder: Path) -> str:
-    """The path without suffix, relative to the folder; `relative_to` would take as long as all the rest."""
-    return str(path).removesuffix(path.suffix)[len(str(folder)) + 1 :]
+def _stem(path: PurePath, folder: PurePath) -> str:
+    """The path without suffix, relative to the folder, with `/` on every system: records stand in the order of it.
+
+    `relative_to` would take as long as all the rest.
+    """
+    return path.as_posix().removesuffix(path.suffix)[len(folder.as_posix()) + 1 :]
 
 
 def _list_files(

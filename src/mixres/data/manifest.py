@@ -9,6 +9,7 @@ may quote as RFC 4180 does; an empty field is no value.
 """
 
 import codecs
+import contextlib
 import csv
 import json
 import os
@@ -25,6 +26,7 @@ SUFFIXES = (".jsonl", ".csv")
 MAX_LINE_BYTES = 2**22
 ALIGN = "align_control"
 _CONTROL_KEY = re.compile(r"path_control_([1-9]\d{0,3})")
+_DRIVE = re.compile("[A-Za-z]:/")
 _IMAGE_KEY = re.compile(rf"path_target|path_control|path_mask|{_CONTROL_KEY.pattern}")
 
 
@@ -270,7 +272,8 @@ def file_below(
     shown = f"'{key}': {printable(value)}"
     if "\0" in value or has_surrogate(value):
         raise BadRowError(f"{shown} holds characters that no path has; correct it")
-    if Path(value).is_absolute() or Path(os.path.normpath(value)).parts[:1] == ("..",):
+    value = _with_slashes(root, value)
+    if Path(value).is_absolute() or _DRIVE.match(value) or Path(os.path.normpath(value)).parts[:1] == ("..",):
         raise BadRowError(f"{shown} is not below the manifest's folder; move it there")
     try:
         path = _existing(root, value)
@@ -282,6 +285,14 @@ def file_below(
         reason = getattr(error, "strerror", None) or error
         raise BadRowError(f"{shown} cannot be opened: {reason}; make it readable, or correct the path") from error
     return path
+
+
+def _with_slashes(root: Path, value: str) -> str:
+    """A path as Windows writes it, readable on every system; other systems allow backslashes in names too."""
+    with contextlib.suppress(OSError):  # a name too long: reported where the file is opened
+        if "\\" in value and not _existing(root, value).exists():
+            return value.replace("\\", "/")
+    return value
 
 
 def _existing(root: Path, value: str) -> Path:

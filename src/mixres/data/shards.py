@@ -121,13 +121,13 @@ class Shards:
         shard = self.shard_of[key]
         offset, size = _place(self._rows[shard][key])
         if self._open and shard == self._open.path.name:
-            return os.pread(self._open.file.fileno(), size, offset)
+            return _read_at(self._open.file, size, offset)
         file = self._files.pop(shard, None) or (self.folder / shard).open("rb", buffering=0)
         self._files[shard] = file
         if len(self._files) > MAX_OPEN:
             self._files.pop(next(iter(self._files))).close()
         try:
-            return os.pread(file.fileno(), size, offset)
+            return _read_at(file, size, offset)
         except OSError as error:
             self._files.pop(shard).close()
             if error.errno == errno.ESTALE:  # how a network file system says that another machine has removed it
@@ -269,6 +269,8 @@ class _OpenShard:
         self.file.truncate(self.end)  # what was begun behind the last entry makes room
         self._write(self.end, _member("index.json", index) + bytes(2 * _BLOCK) + trailer)
         os.fsync(self.file.fileno())
+        if os.name == "nt":  # which renames no open file
+            self.file.close()
         self.path.replace(self.path.with_name(self.name))
         self.file.close()
         atomic.sync_directory(self.path.parent)
@@ -281,12 +283,19 @@ class _OpenShard:
     def _write(self, offset: int, data: bytes) -> None:
         view = memoryview(data)
         try:
+            self.file.seek(offset)
             while view:
-                written = os.pwrite(self.file.fileno(), view, offset)
-                view, offset = view[written:], offset + written
+                view = view[self.file.write(view) :]
         except OSError as error:
             error.filename = str(self.path.with_name(self.name))
             raise
+
+
+def _read_at(file: BinaryIO, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):  # one call, and threads may share the file
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)
 
 
 def _place(row: str) -> tuple[int, int]:

@@ -23,6 +23,8 @@ from mixres.errors import UserError
 
 KEY = "model.pretrained_model_name_or_path"
 _OPENED = (".safetensors", ".json", ".txt", ".jinja")  # tokenizer text: merges.txt
+# Bases that ship with mixres, by the name that stands for them in a configuration.
+PACKAGED = {"mixres/tiny_base": Path(__file__).parents[1] / "assets" / "tiny_base"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "processor", "scheduler")
 _CONFIGS = ("*/config.json", "*/scheduler_config.json")
@@ -68,7 +70,7 @@ def commit(path: str, *, revision: str | None = None) -> str | None:
         UserError: the pipeline cannot be had.
     """
     folder = _locate(path, revision, _CONFIGS)
-    return None if Path(path).expanduser().is_dir() else folder.name
+    return None if _local(path).is_dir() else folder.name
 
 
 def fingerprint(
@@ -103,14 +105,19 @@ def fingerprint(
 
 
 def _locate(path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    folder = Path(path).expanduser()
+    folder = _local(path)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{KEY}: {path!r} has no model_index.json, so it is no diffusers pipeline folder: name one")
         return folder
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
         raise UserError(f"{KEY}: there is no folder {path!r}: correct the path")
     return _snapshot(path, revision, ("model_index.json", *patterns))
+
+
+def _local(path: str) -> Path:
+    folder = Path(path).expanduser()
+    return folder if folder.is_dir() else PACKAGED.get(path, folder)
 
 
 @functools.lru_cache(maxsize=32)  # one process asks the Hub once, and sees one commit even if the branch moves

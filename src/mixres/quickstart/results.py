@@ -26,10 +26,10 @@ from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid, save_
 
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line
 _NEXT = (
-    "next      your own pairs on this base:  python train.py --config configs/quickstart.yaml data.train=my_pairs "
+    "next      your own pairs on this base:  mixres train --config quickstart data.train=my_pairs "
     "data.held_out=null train.max_train_steps=20 logging.output_dir=output/smoke_test "
     "cache.cache_dir=output/smoke_test_cache",
-    "          proof that batching is exact: python train.py verify --config configs/quickstart.yaml",
+    "          proof that batching is exact: mixres verify --config quickstart",
 )
 _LORA = "pytorch_lora_weights.safetensors"
 

@@ -30,6 +30,7 @@ from mixres.models.tensor_files import write_tensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_NO_LINKS = (errno.EPERM, errno.EINVAL, errno.ENOTSUP)  # EINVAL: Windows without the right to make them
 _BLOCK_BYTES = 1 << 24
 _HEADROOM = 1.2  # free space asked for, as a multiple of the tensors
 _NAME = re.compile(r"step-(\d{8,})")
@@ -215,10 +216,16 @@ class Checkpoints:
             _remove(gone)
 
     def _point_latest(self, final: Path) -> None:
+        """A link for people; the run itself reads the folders. Windows and FAT disks may have none."""
         link = self.root / f"{atomic.TMP_PREFIX}latest"
         link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(self.root / "latest")
+        try:
+            link.symlink_to(final.name)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        else:
+            link.replace(self.root / "latest")
 
 
 def problem_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:

@@ -29,6 +29,8 @@ _ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on 
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and accelerate launch set
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
+# Those that this system has: Windows has SIGINT and SIGTERM.
+_DEATH, _CHILD = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGCHLD"))
 
 
 class RunFolder:
@@ -64,10 +66,10 @@ class RunFolder:
         }
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in filter(None, (signal.SIGTERM, signal.SIGINT, _DEATH)):
             self._handlers[number] = signal.signal(number, self._on_signal)
-        if end_with_launcher():
-            self._handlers[signal.SIGUSR1] = signal.SIG_IGN  # it may still come while the process is ending
+        if end_with_launcher() and _DEATH:
+            self._handlers[_DEATH] = signal.SIG_IGN  # it may still come while the process is ending
         try:
             if self.is_main:
                 self._take_folder()
@@ -107,11 +109,12 @@ class RunFolder:
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         state, code = _ending(error)
         # Torch raises from a signal handler when a worker of its loader has died, wherever the process is just then.
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        handler = signal.signal(_CHILD, signal.SIG_DFL) if _CHILD else None
         try:
             self.update(state=state, exit_code=code, reason=None if error is None else str(error) or repr(error))
         finally:
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+            if _CHILD:
+                signal.signal(_CHILD, handler or signal.SIG_DFL)
         self._let_go()
 
     def update(self, **changes: Any) -> None:
@@ -148,7 +151,7 @@ class RunFolder:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested:
-            if number != signal.SIGUSR1 and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
+            if number != _DEATH and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
                 os._exit(128 + number)  # the second one: at once, without touching a file
             return
         self.stop_requested, self._asked_at = True, time.monotonic()
@@ -163,9 +166,10 @@ def end_with_launcher() -> bool:
     that died before is not noticed. Where there is no prctl nothing is sent.
     """
     launched = any(name in os.environ for name in LAUNCHERS)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if launched and prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGUSR1), 0, 0, 0)
+    if launched and _DEATH and hasattr(os, "fork"):  # where there is no fork, no handle stands for the process itself
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, int(_DEATH), 0, 0, 0)
     return launched
 
 

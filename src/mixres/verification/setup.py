@@ -184,7 +184,7 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> int | None:
     try:  # give freed memory back, and reset Linux's high-water mark
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # another system
         return None
     before = _proc_bytes("/proc/self/status", "VmRSS")
     work()

@@ -1,0 +1,157 @@
+"""Draws the README's figure, four photographs of four sizes in one packed batch, and writes its tables.
+
+Usage: `python scripts/first_screen.py`.
+
+Promise: sizes and tokens come from the code that trains, every number of a table from a file of results. The
+photographs are those of the quickstart, whose licences are listed there. It takes seconds.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mixres.geometry import Size, target_size, token_grid
+from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
+OUT = DOCS / "images" / "four_sizes.png"
+AREA, PIXELS_PER_TOKEN = 1024 * 1024, 16
+# A photograph and the region of it that stands for a file of that size: left, top, width, height.
+SHOWN = {
+    "coffee": (0, 0, 600, 400),
+    "astronaut": (64, 0, 320, 480),
+    "chelsea": (0, 0, 451, 300),
+    "china": (0, 80, 640, 240),
+}
+COLOURS = {"coffee": "#b5651d", "astronaut": "#2f6fb0", "chelsea": "#3f8f4f", "china": "#8a4fb0"}
+PROMPT_TOKENS = {"coffee": 74, "astronaut": 95, "chelsea": 70, "china": 81}
+WIDTH, MARGIN, GAP, SCALE, DRAWN = 1280, 24, 24, 0.58, 2  # DRAWN: pixels of the file for one of the figure
+INK, MUTED = "#1f2328", "#57606a"
+TEXT_ENCODER_PIXELS = 28 * 28  # of a control that one text token holds
+
+
+def lengths(name: str) -> tuple[Size, int, int]:
+    """The size at which the region is trained, and the tokens of its text and of each of its two images."""
+    size = target_size(Size(*SHOWN[name][2:]), max_pixels=AREA, multiple_of=16)
+    text = PROMPT_TOKENS[name] + size.width * size.height // TEXT_ENCODER_PIXELS
+    return size, text, token_grid(size, PIXELS_PER_TOKEN).tokens
+
+
+def figure() -> Image.Image:
+    """Photographs at one scale, each above its part of the packed row."""
+    photographs = {photo.name: photo for photo in (*TRAIN_PHOTOGRAPHS, *HELD_OUT_PHOTOGRAPHS)}
+    tallest = round(max(region[3] for region in SHOWN.values()) * SCALE)
+    floor, row, height = tallest + 84, tallest + 190, tallest + 300
+    image = Image.new("RGB", (WIDTH * DRAWN, height * DRAWN), "white")
+    draw = ImageDraw.Draw(image, "RGBA")
+
+    def text(x: float, y: float, words: str, size: int = 15, colour: str = INK, anchor: str = "la") -> None:
+        draw.text((x * DRAWN, y * DRAWN), words, colour, ImageFont.load_default(size * DRAWN), anchor=anchor)
+
+    def shape(*points: tuple[float, float], fill: str) -> None:
+        draw.polygon([(x * DRAWN, y * DRAWN) for x, y in points], fill=fill)
+
+    def box(left: float, top: float, right: float, bottom: float, fill: str) -> None:
+        draw.rectangle((left * DRAWN, top * DRAWN, right * DRAWN - 1, bottom * DRAWN - 1), fill=fill)
+
+    parts = {name: lengths(name) for name in SHOWN}
+    total = sum(words + 2 * tokens for _, words, tokens in parts.values())
+    text(MARGIN, 18, "Four images of four sizes, one batch: nothing is cropped, nothing is padded", 22)
+    used = sum(region[2] for region in SHOWN.values()) * SCALE
+    space = (WIDTH - 2 * MARGIN - used) / (len(SHOWN) - 1)
+    left, begin = float(MARGIN), float(MARGIN)
+    for name, (x, y, width, tall) in SHOWN.items():
+        shown = Size(round(width * SCALE), round(tall * SCALE))
+        photo = photographs[name].read().convert("RGB").crop((x, y, x + width, y + tall))
+        photo = photo.resize((shown.width * DRAWN, shown.height * DRAWN), Image.Resampling.LANCZOS)
+        image.paste(photo, (round(left) * DRAWN, (floor - shown.height) * DRAWN))
+        text(left, floor + 8, f"{width} x {tall}", 16)
+        _, words, tokens = parts[name]
+        part = (words + 2 * tokens) / total * (WIDTH - 2 * MARGIN)
+        end = begin + part
+        corners = ((left, floor + 34), (left + shown.width, floor + 34), (end, row), (begin, row))
+        shape(*corners, fill=f"{COLOURS[name]}30")
+        box(left, floor + 30, left + shown.width, floor + 34, COLOURS[name])
+        edges = [begin, begin + part * words / (words + 2 * tokens)]
+        edges += [edges[1] + (end - edges[1]) / 2, end]
+        for number, shade in enumerate(("", "d0", "a0")):
+            box(edges[number] + 1, row, edges[number + 1] - 1, row + 40, "white")
+            box(edges[number] + 1, row, edges[number + 1] - 1, row + 40, COLOURS[name] + shade)
+        for middle, count in ((edges[1] + edges[2], tokens), (edges[2] + edges[3], tokens)):
+            text(middle / 2, row + 20, f"{count:,}", 14, "white", "mm")
+        left, begin = left + shown.width + space, end
+    label = "one packed row: text, target and control of each sample, in tokens; attention stays within a sample"
+    text(MARGIN, row + 52, label, 15, MUTED)
+    text(WIDTH - MARGIN, row + 52, f"{total:,} tokens", 15, MUTED, "ra")
+    return image.quantize(255, dither=Image.Dither.NONE)
+
+
+def results(name: str) -> Any:
+    """A file of results, as JSON."""
+    return json.loads((DOCS / name).read_text(encoding="utf-8"))
+
+
+def rows_of(*rows: Sequence[str]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the held-out pairs, in dB."""
+    columns = {"copy": "copied input", "base": "base alone", "lora": "base + LoRA", "ceiling": "the VAE's own"}
+    means = {name: f"{fmean(row[name] for row in found):.1f}" for name in columns}
+    means["lora"] = f"**{means['lora']}**"
+    return rows_of(list(columns.values()), list(means.values()))
+
+
+def hardware_table(found: Mapping[str, Any]) -> str:
+    """Peaks in GB, by recipe and setting."""
+    columns = {
+        "as it is": ([], 1),
+        "`model.quantize=int8`": (["model.quantize=int8"], 1),
+        "and `train.offload.blocks=2`": (["model.quantize=int8", "train.offload.blocks=2"], 1),
+        "8 GPUs, `train.parallel=fsdp2`": (["train.parallel=fsdp2"], 8),
+    }
+    lines = [["recipe", *columns]]
+    for recipe in sorted({row["recipe"] for row in found["rows"]}):
+        # The ladders of a recipe may begin with a smaller microbatch, which the first column has not.
+        peaks = {
+            (tuple(x for x in row["changes"] if not x.startswith("batch.")), row["ranks"]): row["peak_bytes"]
+            for row in reversed(found["rows"])
+            if row["recipe"] == recipe
+        } | {((), 1): next(r["peak_bytes"] for r in found["rows"] if r["recipe"] == recipe and not r["changes"])}
+        cells = [peaks.get((tuple(changes), ranks)) for changes, ranks in columns.values()]
+        lines.append([f"`{recipe}`", *(f"{peak / 1e9:.1f}" if peak else "" for peak in cells)])
+    return rows_of(*lines)
+
+
+def page_with_tables(page: str) -> str:
+    """The README with the tables of the results in the repository between their markers."""
+    tables = {
+        "quickstart": quickstart_table(results("results/quickstart.json")),
+        "hardware": hardware_table(results("hardware.json")),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def main() -> int:
+    """Write figure and tables."""
+    figure().save(OUT, optimize=True)
+    README.write_text(page_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write(f"{OUT}\n{README}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
