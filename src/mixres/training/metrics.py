@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mixres import atomic
+from mixres.training.run_folder import METRICS
 
-FILE_NAME = "metrics.jsonl"
 # wandb's own defaults block for 90 s where there is no network, and at the end for as long as there is none.
 _WANDB_TIMEOUT_S, _WANDB_FINISH_S = 20, 10
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class MetricsLog:
         self._pending, self._warned, self.evaluated = b"", False, False
         if folder is None:
             return
-        path = folder / FILE_NAME
+        path = folder / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines() if step else []
             kept = [line for line in lines if 0 <= _step_of(line) <= step]

@@ -1,0 +1,142 @@
+"""The verb `report`: one page that shows a run in any state, and stands alone.
+
+Promise: the page is under 20 MB whatever the run; the run is read only. Cost: of each sample grid a small copy is
+encoded, about 0.1 s, as long as there are at most `_MAX_GRIDS`.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+
+from mixres import atomic
+from mixres.console import amount, clock, log
+from mixres.errors import UserError, one_line
+from mixres.pages.page import data_uri, template, webp
+from mixres.report.charts import HEIGHT, charts, shown
+from mixres.report.run import Run, column, moment, number, read_run
+
+PAGE = "report.html"
+PREVIEW = "reports/inputs.png"
+_MAX_GRIDS, _GRID_BYTES = 100, 13 * 2**20  # in one page; in base64 a third is added
+_SHAPES = ((1600, 80), (1200, 70), (900, 60), (600, 50), (300, 40), (150, 30))  # side and quality, until it fits
+_MAX_SKIPS, _MAX_FILES = 20, 200
+_WINDOW = 100  # steps that rates are a mean over
+
+
+def report(folder: Path, *, serve: bool = False, port: int | None = None) -> None:
+    """Write the page of the run into its folder; then, with `serve`, keep it fresh on 127.0.0.1 until Ctrl-C.
+
+    Raises:
+        UserError: the folder cannot be written, or the port is in use.
+    """
+    if serve:
+        from mixres.report.serve import serve_run
+
+        serve_run(folder, port, lambda: page(read_run(folder), embed=False))
+        return
+    path, text = folder / PAGE, page(read_run(folder))
+    try:
+        atomic.write_bytes(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; --serve shows the page without a file") from error
+    log(f"report    {path}, {len(text) / 1e6:.1f} MB")
+
+
+def page(run: Run, *, embed: bool = True) -> bytes:
+    """The page of a run; `embed`: with its images in it, else with their addresses, for a server of the folder."""
+    filters = {"figure": shown, "clock": clock, "moment": moment, "amount": amount, "size": _size, "href": _href}
+    grids, preview = run.grids, run.folder / PREVIEW
+    if embed and len(grids) > _MAX_GRIDS:
+        grids = [grids[round(k)] for k in np.linspace(0, len(grids) - 1, _MAX_GRIDS)]
+    each = _GRID_BYTES // max(1, len(grids))
+    text = template("mixres.report", "report.html.j2", **filters).render(
+        run=run,
+        title=one_line(run.folder.resolve().name),
+        now=time.time(),
+        live=not embed,
+        height=HEIGHT,
+        tiles=_tiles(run),
+        charts=charts(run),
+        grids=[
+            {"step": step, "file": f"samples/{path.name}", "image": _image(path, run, each, embed=embed)}
+            for step, path in grids
+        ],
+        prompts=_prompts(run.grids[-1][1]) if run.grids else [],
+        preview=_image(preview, run, 2**20, embed=embed) if preview.is_file() else None,
+        recipe=run.text("config.yaml"),
+        skipped=[line for line in run.steps if line.get("skipped")],
+        max_skips=_MAX_SKIPS,
+        files=run.files(),
+        max_files=_MAX_FILES,
+    )
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate is a byte of a name that is not UTF-8
+
+
+def _tiles(run: Run) -> list[dict[str, Any]]:
+    """The few numbers at the top: name, value, and what stands below it."""
+    steps, total = run.steps, number(run.status, "max_train_steps") or 0
+    of = f"of {total:,.0f}" if total else ""
+    tiles: list[dict[str, Any]] = [{"name": "Step", "value": f"{run.last:,}", "note": of, "part": run.last / total if total else None}]
+    losses, recent = column(steps, "loss"), steps[-_WINDOW:]
+    if np.isfinite(losses[-_WINDOW:]).any():
+        tiles.append(
+            {"name": "Training loss", "value": shown(float(np.nanmean(losses[-_WINDOW:]))), "note": f"mean of the last {amount(len(recent), 'step')}"}
+        )
+    held_out = [(line["step"], value) for line in run.evaluations if (value := number(line, "eval/loss")) is not None]
+    if held_out:
+        best = min(held_out, key=lambda each: each[1])
+        note = f"at step {held_out[-1][0]:,}; lowest {shown(best[1])} at {best[0]:,}"
+        tiles.append({"name": "Held-out loss", "value": shown(held_out[-1][1]), "note": note})
+    seconds, samples, tokens = (float(np.nansum(column(recent, key))) for key in ("seconds", "samples", "tokens"))
+    if seconds > 0:
+        rates = {"name": "Samples a second", "value": shown(samples / seconds), "note": f"{shown(tokens / seconds)} tokens a second"}
+        spent = clock(float(np.nansum(column(steps, "seconds"))))
+        left = clock(seconds / len(recent) * (total - run.last)) if run.state == "running" and total > run.last else None
+        tiles += [rates, {"name": "Time in steps", "value": spent, "note": f"{left} left" if left else ""}]
+    skipped = sum(bool(line.get("skipped")) for line in steps)
+    if steps:
+        note = "not finite, nothing was updated" if skipped else "all numbers were finite"
+        tiles.append({"name": "Skipped steps", "value": f"{skipped:,}", "note": note, "bad": bool(skipped)})
+    return tiles
+
+
+def _image(path: Path, run: Run, most: int, *, embed: bool) -> dict[str, Any] | None:
+    """Address and size of an image; None where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if not embed:
+                return {"src": _href(path.relative_to(run.folder).as_posix()), "width": image.width, "height": image.height}
+            image = image.convert("RGB")
+        for side, quality in _SHAPES:
+            if len(encoded := webp(image, side, quality=quality)) <= most:
+                break
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's for damaged files
+        return None
+    return {"src": data_uri(encoded), "width": image.width, "height": image.height}
+
+
+def _prompts(path: Path) -> Sequence[str]:
+    """What was asked for in the rows of a grid, from its metadata."""
+    try:
+        with Image.open(path) as image:
+            texts = {name: str(text) for name, text in image.info.items() if str(name).startswith("caption-")}
+    except (OSError, ValueError, SyntaxError):
+        return []
+    return [texts[name] for name in sorted(texts, key=lambda name: (len(name), name))]
+
+
+def _size(count: float) -> str:
+    """Bytes for a reader, in units of 1000."""
+    power = min(int(math.log10(count) // 3), 3) if count >= 1 else 0
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
+def _href(name: str) -> str:
+    return quote(os.fsencode(name))
