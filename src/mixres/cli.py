@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
-from mixres.errors import Stopped, UserError, WorkError
+from mixres.errors import Problems, Stopped, UserError, WorkError
 
 if TYPE_CHECKING:
     from mixres.config.schema import Config
@@ -95,7 +95,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     whole = _Parser(
         prog=name,
         usage=f"{name} [VERB] --config FILE [key=value ...]\n       {name} sample --lora RUN --out DIR [options]\n"
-        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart DIR",
+        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} report RUN [--serve]\n"
+        f"       {name} quickstart DIR",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=EXIT_CODES,
     )
@@ -137,6 +138,10 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     quickstart.usage = f"{name} quickstart DIR\n       {name} quickstart --config FILE [key=value ...]"
     _add_sample_options(add("sample", "make images with what a run has trained"))
     _add_export_options(add("export", "write what a run has trained for other programs"))
+    watch = add("report", "write one page that shows a run, whatever state it is in")
+    watch.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+    watch.add_argument("--serve", action="store_true", help="show it on 127.0.0.1 instead, fresh until Ctrl-C")
+    watch.add_argument("--port", metavar="N", type=int, help="with --serve: 0 is any that is free (8765)", action=_Once)
     return whole, verbs.choices
 
 
@@ -238,6 +243,8 @@ def _run(argv: Sequence[str]) -> None:
 
 def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[str, Any]) -> Callable[[], None]:
     """What the verb does, once everything that was given has been checked."""
+    if verb == "report":
+        return partial(_call, "mixres.report.page:report", **{**options, "run": _run_to_show(**options)})
     if verb not in WITH_CONFIG:
         where = "sample_request" if verb == "sample" else verb
         make_request = pkgutil.resolve_name(f"mixres.inference.{where}:make_request")
@@ -251,6 +258,22 @@ def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[s
     from mixres.config.load import load_config
 
     return partial(_call, WITH_CONFIG[verb], load_config(Path(file), words), **options)
+
+
+def _run_to_show(run: str | None = None, *, serve: bool = False, port: int | None = None) -> Path:
+    problems = Problems()
+    if port is not None and not serve:
+        problems.add("--port: is for --serve: add it, or leave this out")
+    if port is not None and not 0 <= port < 2**16:
+        problems.add(f"--port: given {port}, allowed: 0 to 65535")
+    if run is None:
+        problems.add("report: write RUN, a run folder (logging.output_dir of its configuration)")
+    else:
+        from mixres.report.run import check_run
+
+        problems.collect(check_run, Path(run))
+    problems.raise_if_any()
+    return Path(run or "")
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:

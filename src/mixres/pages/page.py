@@ -21,12 +21,15 @@ def template(package: str, name: str, **filters: Callable[..., Any]) -> Template
     return environment.get_template(name)
 
 
-def webp(image: Image.Image, max_side: int, *, quality: int, exact: int = 0) -> bytes:
-    """The image at no more than `max_side` pixels a side; one of at most `exact` pixels without any loss."""
+def webp(image: Image.Image, max_side: int, *, quality: int, exact: int = 0, method: int = 4) -> bytes:
+    """The image at no more than `max_side` pixels a side; one of at most `exact` pixels without any loss.
+
+    `method` is WebP's effort, from 0, fast, to 6.
+    """
     image = image.copy()
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     file = BytesIO()
-    image.save(file, format="WEBP", quality=quality, lossless=image.width * image.height <= exact)
+    image.save(file, format="WEBP", quality=quality, method=method, lossless=image.width * image.height <= exact)
     return file.getvalue()
 
 

@@ -82,6 +82,7 @@ def charts(run: Run) -> list[Chart]:
     other = [key for key in other if not key.startswith(("eval/resolution_", "eval/sigma_"))]
     with np.errstate(divide="ignore", invalid="ignore"):
         rate, samples = column(run.steps, "tokens") / seconds, column(run.steps, "samples") / seconds
+        parts = column(run.steps, "microbatches")
         padding = 100 * (1 - column(run.steps, "tokens") / column(run.steps, "tokens_computed"))
     numbered = [int(line["step"]) for line in (*run.steps, *evaluations)]
     first = min(numbered, default=0)
@@ -97,8 +98,11 @@ def charts(run: Run) -> list[Chart]:
         chart("Learning rate", each("lr", smooth=False), from_zero=True),
         chart("Tokens a second, without padding", each(rate), from_zero=True),
         chart("Samples a second", each(samples), from_zero=True),
-        chart("Padding, per cent of the tokens computed", each(padding), from_zero=True),
-        chart("Microbatches a step", each("microbatches"), from_zero=True),
+        *(
+            chart(title, each(values), from_zero=True)
+            for title, values in (("Padding, per cent of the tokens computed", padding), ("Microbatches a step", parts))
+            if len(set(values[np.isfinite(values)])) > 1  # what never changes is no curve
+        ),
     ]
     return [found for found in everything if found]
 
@@ -193,10 +197,14 @@ def _axis(low: float, high: float) -> tuple[float, float, list[tuple[float, str]
 
 
 def _log_axis(low: float, high: float) -> tuple[float, float, list[tuple[float, str]]]:
-    start, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = -(-(end - start) // 5)
-    ticks = [((k - start) / (end - start), shown(10.0**k)) for k in range(start, end + 1, every)]
-    return 10.0**start, 10.0**end, ticks
+    """As `_axis`, of powers of ten, with what lies between them where those are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = max(1, len(powers) // 5)
+    between = (1, 2, 5) if len(powers) <= 3 else (1,)
+    values = [k * 10.0**power for power in powers if power % every == 0 for k in between]
+    start, end = max(v for v in [10.0 ** powers[0], *values] if v <= low), min(v for v in [*values, 10.0 ** powers[-1]] if v >= high)
+    ticks = [(math.log(v / start) / math.log(end / start), shown(v)) for v in values if start <= v <= end]
+    return start, end, ticks
 
 
 def _nice(step: float) -> float:

@@ -24,14 +24,14 @@ from mixres.report.run import Run, column, moment, number, read_run
 
 PAGE = "report.html"
 PREVIEW = "reports/inputs.png"
-_MAX_GRIDS, _GRID_BYTES = 100, 13 * 2**20  # in one page; in base64 a third is added
+_MAX_GRIDS, _GRID_BYTES = 100, 9 * 2**20  # in one page; in base64 a third is added
 _SHAPES = ((1600, 80), (1200, 70), (900, 60), (600, 50), (300, 40), (150, 30))  # side and quality, until it fits
 _MAX_SKIPS, _MAX_FILES = 20, 200
 _WINDOW = 100  # steps that rates are a mean over
 
 
-def report(folder: Path, *, serve: bool = False, port: int | None = None) -> None:
-    """Write the page of the run into its folder; then, with `serve`, keep it fresh on 127.0.0.1 until Ctrl-C.
+def report(run: Path, *, serve: bool = False, port: int | None = None) -> None:
+    """Write the page of the run into its folder; with `serve`, show it on 127.0.0.1 instead, fresh until Ctrl-C.
 
     Raises:
         UserError: the folder cannot be written, or the port is in use.
@@ -39,9 +39,9 @@ def report(folder: Path, *, serve: bool = False, port: int | None = None) -> Non
     if serve:
         from mixres.report.serve import serve_run
 
-        serve_run(folder, port, lambda: page(read_run(folder), embed=False))
+        serve_run(run, port, lambda: page(read_run(run), embed=False))
         return
-    path, text = folder / PAGE, page(read_run(folder))
+    path, text = run / PAGE, page(read_run(run))
     try:
         atomic.write_bytes(path, text)
     except OSError as error:
@@ -55,21 +55,22 @@ def page(run: Run, *, embed: bool = True) -> bytes:
     grids, preview = run.grids, run.folder / PREVIEW
     if embed and len(grids) > _MAX_GRIDS:
         grids = [grids[round(k)] for k in np.linspace(0, len(grids) - 1, _MAX_GRIDS)]
+    shapes = list(_SHAPES)  # one grid is as large as the next
     each = _GRID_BYTES // max(1, len(grids))
     text = template("mixres.report", "report.html.j2", **filters).render(
         run=run,
-        title=one_line(run.folder.resolve().name),
+        title=one_line("/".join(run.folder.resolve().parts[-2:]).removeprefix("//")),
         now=time.time(),
         live=not embed,
         height=HEIGHT,
         tiles=_tiles(run),
         charts=charts(run),
         grids=[
-            {"step": step, "file": f"samples/{path.name}", "image": _image(path, run, each, embed=embed)}
+            {"step": step, "file": f"samples/{path.name}", "image": _image(path, run, each, embed=embed, shapes=shapes)}
             for step, path in grids
         ],
         prompts=_prompts(run.grids[-1][1]) if run.grids else [],
-        preview=_image(preview, run, 2**20, embed=embed) if preview.is_file() else None,
+        preview=_image(preview, run, 2**20, embed=embed, shapes=list(_SHAPES)) if preview.is_file() else None,
         recipe=run.text("config.yaml"),
         skipped=[line for line in run.steps if line.get("skipped")],
         max_skips=_MAX_SKIPS,
@@ -92,7 +93,8 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     held_out = [(line["step"], value) for line in run.evaluations if (value := number(line, "eval/loss")) is not None]
     if held_out:
         best = min(held_out, key=lambda each: each[1])
-        note = f"at step {held_out[-1][0]:,}; lowest {shown(best[1])} at {best[0]:,}"
+        lowest = "the lowest" if best == held_out[-1] else f"lowest {shown(best[1])} at {best[0]:,}"
+        note = f"at step {held_out[-1][0]:,}; {lowest}"
         tiles.append({"name": "Held-out loss", "value": shown(held_out[-1][1]), "note": note})
     seconds, samples, tokens = (float(np.nansum(column(recent, key))) for key in ("seconds", "samples", "tokens"))
     if seconds > 0:
@@ -107,19 +109,19 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     return tiles
 
 
-def _image(path: Path, run: Run, most: int, *, embed: bool) -> dict[str, Any] | None:
-    """Address and size of an image; None where it cannot be read."""
+def _image(path: Path, run: Run, most: int, *, embed: bool, shapes: list[tuple[int, int]]) -> dict[str, Any] | None:
+    """Address and size of an image; None where it cannot be read. Of `shapes` those that are too large go."""
     try:
         with Image.open(path) as image:
+            size = {"width": image.width, "height": image.height}
             if not embed:
-                return {"src": _href(path.relative_to(run.folder).as_posix()), "width": image.width, "height": image.height}
+                return {"src": _href(path.relative_to(run.folder).as_posix()), **size}
             image = image.convert("RGB")
-        for side, quality in _SHAPES:
-            if len(encoded := webp(image, side, quality=quality)) <= most:
-                break
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's for damaged files
         return None
-    return {"src": data_uri(encoded), "width": image.width, "height": image.height}
+    while len(encoded := webp(image, shapes[0][0], quality=shapes[0][1], method=2)) > most and len(shapes) > 1:
+        shapes.pop(0)
+    return {"src": data_uri(encoded), **size}
 
 
 def _prompts(path: Path) -> Sequence[str]:

@@ -1,0 +1,87 @@
+"""How large the page of a long run is, and how long it takes to write and to open: docs/results/report.json.
+
+The run is made up: 20,000 steps, 100 sample grids of six rows each, held-out losses of six sizes and nine noise levels.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from browser import Browser
+from PIL import Image
+
+from mixres.report.page import PAGE, report
+from mixres.training.sample_sheets import Row, image_grid, save_png
+
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "report.json"
+STEPS, GRIDS, ROWS = 20_000, 100, 6
+SIDES, SIGMAS = (256, 384, 512, 768, 1024, 1536), tuple(k / 10 for k in range(1, 10))
+
+
+def make_run(folder: Path, *, steps: int = STEPS, grids: int = GRIDS, state: str = "done") -> Path:
+    """A run folder as training leaves it, with numbers and images that are made up."""
+    draw = np.random.default_rng(7)
+    (folder / "samples").mkdir(parents=True)
+    lines: list[dict[str, Any]] = []
+    every = max(1, steps // GRIDS)
+    for step in range(steps + 1):
+        level = 0.3 + 2 * np.exp(-6 * step / steps)
+        if step:
+            noise, count = draw.lognormal(sigma=0.4, size=3), int(draw.integers(20_000, 33_000))
+            lines.append({"step": step, "epoch": step // 500, "loss": level * noise[0], "grad_norm": 0.2 * noise[1],
+                          "lr": 1e-4 * min(1, step / 200), "samples": 8, "tokens": count, "tokens_computed": count + 900,
+                          "microbatches": int(draw.integers(1, 4)), "seconds": 2 * noise[2]})  # fmt: skip
+        if step % every == 0:
+            losses = {f"eval/resolution_{side}": level * (1 + k / 9) for k, side in enumerate(SIDES)}
+            losses |= {f"eval/sigma_{sigma}": level * (1.5 - sigma) for sigma in SIGMAS}
+            lines.append({"step": step, "eval/loss": level, **losses})
+            lines.append({"step": step, "eval/drift_px": level / 9, "eval/scale_pct": level / 50})
+    if steps > 10:
+        lines[10] |= {"loss": None, "grad_norm": None, "skipped": ["a.png", "b.png"]}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    status = {"state": state, "exit_code": 0, "reason": None, "verb": "train", "step": steps, "max_train_steps": steps,
+              "host": "here", "pid": 1, "started": 0.0, "updated": 1.0}  # fmt: skip
+    (folder / "run_status.json").write_text(json.dumps(status), encoding="utf-8")
+    (folder / "config.yaml").write_text("model:\n  family: auto\n", encoding="utf-8")
+    # Photographs compress worse than anything drawn: noise on waves of a few pixels comes near.
+    y, x = np.mgrid[:ROWS * 160, :672]
+    for number in range(1, grids + 1):
+        waves = [np.sin(x / (5 + k + number % 7)) + np.cos(y / (7 + k)) for k in range(3)]
+        pixels = 128 + 45 * np.stack(waves, -1) + draw.normal(scale=9, size=(*x.shape, 3))
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        rows = [Row(tuple(picture.crop((224 * c, 160 * r, 224 * c + 224, 160 * r + 160)) for c in range(3)), "make it rain", "")
+                for r in range(ROWS)]  # fmt: skip
+        grid = image_grid(("control", "target", "prediction"), rows)
+        save_png(grid, folder / "samples" / f"step-{number * every:08d}.png", ["make it rain"] * ROWS)
+    return folder
+
+
+def main() -> None:
+    """Measure, and write what was measured."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_run(Path(name) / "run")
+        started = time.perf_counter()
+        report(folder)
+        written = time.perf_counter() - started
+        path = folder / PAGE
+        with Browser() as browser:
+            opened = []
+            for _ in range(5):
+                started = time.perf_counter()
+                browser.open(path.as_uri(), width=1600)
+                browser.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+                opened.append(time.perf_counter() - started)
+            assert not browser.errors, browser.errors
+        found = {"steps": STEPS, "grids": GRIDS, "page_mb": round(path.stat().st_size / 1e6, 2),
+                 "write_s": round(written, 2), "open_s": [round(seconds, 3) for seconds in sorted(opened)]}  # fmt: skip
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
