@@ -1,4 +1,4 @@
-"""Chromium without a window, driven over its own DevTools protocol through a pipe: for tests of pages and pictures of them."""
+"""Chromium without a window, driven over its own DevTools protocol through a pipe: to test pages and to draw them."""
 
 import base64
 import json
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MISSING = "Chromium is not installed, and pages are tested in it: apt-get install chromium (or brew install --cask chromium)"
+MISSING = (
+    "Chromium is not installed, and pages are tested in it: apt-get install chromium (or brew install --cask chromium)"
+)
 
 
 class Browser:
@@ -26,12 +28,12 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         read_commands, self._out = os.pipe()
         self._in, write_answers = os.pipe()
-        words = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--no-first-run", "--hide-scrollbars", "--disable-extensions", f"--user-data-dir={self._profile.name}"]  # fmt: skip
+        options = "headless=new remote-debugging-pipe no-sandbox disable-gpu disable-dev-shm-usage no-first-run"
+        words = [f"--{word}" for word in [*options.split(), "hide-scrollbars", f"user-data-dir={self._profile.name}"]]
         # The browser reads from descriptor 3 and writes to 4.
         shell = f'exec "$@" 3<&{read_commands} 4>&{write_answers}'
-        self._process = subprocess.Popen(["sh", "-c", shell, "sh", program, *words, "about:blank"], stderr=subprocess.DEVNULL,
-                                         pass_fds=(read_commands, write_answers))  # fmt: skip
+        command, pipes = ["bash", "-c", shell, "bash", program, *words, "about:blank"], (read_commands, write_answers)
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=pipes)
         os.close(read_commands)
         os.close(write_answers)
         self._session = ""
@@ -82,8 +84,9 @@ class Browser:
     def press(self, key: str) -> None:
         """One key, to whatever has the focus."""
         codes = {"Tab": 9, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Enter": 13}
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+        for kind in ("rawKeyDown", *(["char"] * (key == "Enter")), "keyUp"):
+            text = {"text": "\r"} if kind == "char" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **text)
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """The page, or what of it is in the window, as a PNG."""

@@ -4,6 +4,7 @@ The run is made up: 20,000 steps, 100 sample grids of six rows each, held-out lo
 """
 
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -22,41 +23,44 @@ STEPS, GRIDS, ROWS = 20_000, 100, 6
 SIDES, SIGMAS = (256, 384, 512, 768, 1024, 1536), tuple(k / 10 for k in range(1, 10))
 
 
-def make_run(folder: Path, *, steps: int = STEPS, grids: int = GRIDS, state: str = "done") -> Path:
+def make_run(folder: Path, *, steps: int = STEPS, grids: int = GRIDS, prompt: str = "make it rain") -> Path:
     """A run folder as training leaves it, with numbers and images that are made up."""
     draw = np.random.default_rng(7)
     (folder / "samples").mkdir(parents=True)
     lines: list[dict[str, Any]] = []
-    every = max(1, steps // GRIDS)
+    every = max(1, steps // max(1, grids))
     for step in range(steps + 1):
         level = 0.3 + 2 * np.exp(-6 * step / steps)
         if step:
             noise, count = draw.lognormal(sigma=0.4, size=3), int(draw.integers(20_000, 33_000))
             lines.append({"step": step, "epoch": step // 500, "loss": level * noise[0], "grad_norm": 0.2 * noise[1],
-                          "lr": 1e-4 * min(1, step / 200), "samples": 8, "tokens": count, "tokens_computed": count + 900,
-                          "microbatches": int(draw.integers(1, 4)), "seconds": 2 * noise[2]})  # fmt: skip
+                          "lr": 1e-4 * min(1, step / 200), "samples": 8, "tokens": count,
+                          "tokens_computed": count + 900, "microbatches": int(draw.integers(1, 4)), "seconds": 2 * noise[2]})  # fmt: skip
+        if step == 10:
+            lines[-1] |= {"loss": None, "grad_norm": None, "skipped": [prompt, "b.png"]}
         if step % every == 0:
             losses = {f"eval/resolution_{side}": level * (1 + k / 9) for k, side in enumerate(SIDES)}
             losses |= {f"eval/sigma_{sigma}": level * (1.5 - sigma) for sigma in SIGMAS}
             lines.append({"step": step, "eval/loss": level, **losses})
             lines.append({"step": step, "eval/drift_px": level / 9, "eval/scale_pct": level / 50})
-    if steps > 10:
-        lines[10] |= {"loss": None, "grad_norm": None, "skipped": ["a.png", "b.png"]}
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    status = {"state": state, "exit_code": 0, "reason": None, "verb": "train", "step": steps, "max_train_steps": steps,
+    status = {"state": "done", "exit_code": 0, "reason": None, "verb": "train", "step": steps, "max_train_steps": steps,
               "host": "here", "pid": 1, "started": 0.0, "updated": 1.0}  # fmt: skip
     (folder / "run_status.json").write_text(json.dumps(status), encoding="utf-8")
     (folder / "config.yaml").write_text("model:\n  family: auto\n", encoding="utf-8")
     # Photographs compress worse than anything drawn: noise on waves of a few pixels comes near.
-    y, x = np.mgrid[:ROWS * 160, :672]
-    for number in range(1, grids + 1):
-        waves = [np.sin(x / (5 + k + number % 7)) + np.cos(y / (7 + k)) for k in range(3)]
+    y, x = np.mgrid[: ROWS * 160, :672]
+    drawn = []
+    for number in range(min(grids, 5)):
+        waves = [np.sin(x / (5 + k + number)) + np.cos(y / (7 + k)) for k in range(3)]
         pixels = 128 + 45 * np.stack(waves, -1) + draw.normal(scale=9, size=(*x.shape, 3))
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        rows = [Row(tuple(picture.crop((224 * c, 160 * r, 224 * c + 224, 160 * r + 160)) for c in range(3)), "make it rain", "")
-                for r in range(ROWS)]  # fmt: skip
-        grid = image_grid(("control", "target", "prediction"), rows)
-        save_png(grid, folder / "samples" / f"step-{number * every:08d}.png", ["make it rain"] * ROWS)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        cells = [[image.crop((c, r, c + 224, r + 160)) for c in range(0, 672, 224)] for r in range(0, ROWS * 160, 160)]
+        grid = image_grid(("control", "target", "prediction"), [Row(tuple(row), prompt, "") for row in cells])
+        drawn.append(folder / "samples" / f"step-{(number + 1) * every:08d}.png")
+        save_png(grid, drawn[-1], [prompt] * ROWS)
+    for number in range(len(drawn), grids):
+        shutil.copyfile(drawn[number % 5], folder / "samples" / f"step-{(number + 1) * every:08d}.png")
     return folder
 
 

@@ -51,4 +51,3 @@ def comparison_page(rows: Sequence[Comparison], title: str) -> str:
         width, height = row.images[names[left + 1]].size
         shown.append({"row": row, "images": images, "left": left, "right": left + 1, "size": (width, height)})
     return template("mixres.inference", "compare.html.j2").render(title=title, rows=shown)
-

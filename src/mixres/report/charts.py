@@ -4,6 +4,7 @@ Promise: of many steps the first, the last, the lowest and the highest of every 
 lost; the x of a point is its step exactly, its y right to 1e-5 of the axis. What is missing leaves a gap.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ def charts(run: Run) -> list[Chart]:
         keys = sorted({key for line in evaluations for key in line if key.startswith(prefix)}, key=_natural)
         return [_points(evaluations, key, f"{key.removeprefix(prefix)}{unit}") for key in keys]
 
-    shift = [_points(evaluations, key, name) for key, name in _NAMES.items() if any(key in line for line in evaluations)]
+    shift = [
+        _points(evaluations, key, name) for key, name in _NAMES.items() if any(key in line for line in evaluations)
+    ]
     known = {"eval/loss", *_NAMES}
     other = sorted({key for line in evaluations for key in line if key.startswith("eval/")} - known)
     other = [key for key in other if not key.startswith(("eval/resolution_", "eval/sigma_"))]
@@ -91,7 +94,7 @@ def charts(run: Run) -> list[Chart]:
         chart("Training loss", each(loss), marks=skipped),
         chart("Held-out loss", [_points(evaluations, "eval/loss", "all samples")]),
         chart("Held-out loss by size, side in pixels", evaluated("eval/resolution_")),
-        chart("Held-out loss by noise level, sigma", evaluated("eval/sigma_")),
+        chart("Held-out loss by sigma", evaluated("eval/sigma_")),
         chart("Shift and scale of sample grids", shift),
         *(chart(key, [_points(evaluations, key, key)]) for key in other),
         chart("Gradient norm, before the clip", each("grad_norm"), marks=skipped),
@@ -124,7 +127,7 @@ def thinned(values: np.ndarray, parts: int = _PARTS) -> np.ndarray:
         return np.arange(len(values))
     kept: set[int] = set()
     edges = np.linspace(0, len(values), parts + 1).astype(int)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         there = start + np.flatnonzero(np.isfinite(values[start:end]))
         if len(there):
             part = values[there]
@@ -202,7 +205,10 @@ def _log_axis(low: float, high: float) -> tuple[float, float, list[tuple[float, 
     every = max(1, len(powers) // 5)
     between = (1, 2, 5) if len(powers) <= 3 else (1,)
     values = [k * 10.0**power for power in powers if power % every == 0 for k in between]
-    start, end = max(v for v in [10.0 ** powers[0], *values] if v <= low), min(v for v in [*values, 10.0 ** powers[-1]] if v >= high)
+    start, end = (
+        max(v for v in [10.0 ** powers[0], *values] if v <= low),
+        min(v for v in [*values, 10.0 ** powers[-1]] if v >= high),
+    )
     ticks = [(math.log(v / start) / math.log(end / start), shown(v)) for v in values if start <= v <= end]
     return start, end, ticks
 

@@ -7,7 +7,7 @@ encoded, about 0.1 s, as long as there are at most `_MAX_GRIDS`.
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -45,13 +45,22 @@ def report(run: Path, *, serve: bool = False, port: int | None = None) -> None:
     try:
         atomic.write_bytes(path, text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; --serve shows the page without a file") from error
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; --serve shows the page without a file"
+        ) from error
     log(f"report    {path}, {len(text) / 1e6:.1f} MB")
 
 
 def page(run: Run, *, embed: bool = True) -> bytes:
     """The page of a run; `embed`: with its images in it, else with their addresses, for a server of the folder."""
-    filters = {"figure": shown, "clock": clock, "moment": moment, "amount": amount, "size": _size, "href": _href}
+    filters: dict[str, Callable[..., Any]] = {
+        "figure": shown,
+        "clock": clock,
+        "moment": moment,
+        "amount": amount,
+        "size": _size,
+        "href": _href,
+    }
     grids, preview = run.grids, run.folder / PREVIEW
     if embed and len(grids) > _MAX_GRIDS:
         grids = [grids[round(k)] for k in np.linspace(0, len(grids) - 1, _MAX_GRIDS)]
@@ -84,11 +93,17 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     """The few numbers at the top: name, value, and what stands below it."""
     steps, total = run.steps, number(run.status, "max_train_steps") or 0
     of = f"of {total:,.0f}" if total else ""
-    tiles: list[dict[str, Any]] = [{"name": "Step", "value": f"{run.last:,}", "note": of, "part": run.last / total if total else None}]
+    tiles: list[dict[str, Any]] = [
+        {"name": "Step", "value": f"{run.last:,}", "note": of, "part": run.last / total if total else None}
+    ]
     losses, recent = column(steps, "loss"), steps[-_WINDOW:]
     if np.isfinite(losses[-_WINDOW:]).any():
         tiles.append(
-            {"name": "Training loss", "value": shown(float(np.nanmean(losses[-_WINDOW:]))), "note": f"mean of the last {amount(len(recent), 'step')}"}
+            {
+                "name": "Training loss",
+                "value": shown(float(np.nanmean(losses[-_WINDOW:]))),
+                "note": f"mean of the last {amount(len(recent), 'step')}",
+            }
         )
     held_out = [(line["step"], value) for line in run.evaluations if (value := number(line, "eval/loss")) is not None]
     if held_out:
@@ -98,9 +113,15 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
         tiles.append({"name": "Held-out loss", "value": shown(held_out[-1][1]), "note": note})
     seconds, samples, tokens = (float(np.nansum(column(recent, key))) for key in ("seconds", "samples", "tokens"))
     if seconds > 0:
-        rates = {"name": "Samples a second", "value": shown(samples / seconds), "note": f"{shown(tokens / seconds)} tokens a second"}
+        rates = {
+            "name": "Samples a second",
+            "value": shown(samples / seconds),
+            "note": f"{shown(tokens / seconds)} tokens a second",
+        }
         spent = clock(float(np.nansum(column(steps, "seconds"))))
-        left = clock(seconds / len(recent) * (total - run.last)) if run.state == "running" and total > run.last else None
+        left = (
+            clock(seconds / len(recent) * (total - run.last)) if run.state == "running" and total > run.last else None
+        )
         tiles += [rates, {"name": "Time in steps", "value": spent, "note": f"{left} left" if left else ""}]
     skipped = sum(bool(line.get("skipped")) for line in steps)
     if steps:
@@ -112,11 +133,11 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
 def _image(path: Path, run: Run, most: int, *, embed: bool, shapes: list[tuple[int, int]]) -> dict[str, Any] | None:
     """Address and size of an image; None where it cannot be read. Of `shapes` those that are too large go."""
     try:
-        with Image.open(path) as image:
-            size = {"width": image.width, "height": image.height}
+        with Image.open(path, formats=("PNG",)) as file:
+            size = {"width": file.width, "height": file.height}
             if not embed:
                 return {"src": _href(path.relative_to(run.folder).as_posix()), **size}
-            image = image.convert("RGB")
+            image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's for damaged files
         return None
     while len(encoded := webp(image, shapes[0][0], quality=shapes[0][1], method=2)) > most and len(shapes) > 1:
@@ -127,7 +148,7 @@ def _image(path: Path, run: Run, most: int, *, embed: bool, shapes: list[tuple[i
 def _prompts(path: Path) -> Sequence[str]:
     """What was asked for in the rows of a grid, from its metadata."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             texts = {name: str(text) for name, text in image.info.items() if str(name).startswith("caption-")}
     except (OSError, ValueError, SyntaxError):
         return []

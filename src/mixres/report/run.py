@@ -1,7 +1,7 @@
-"""A run as its folder has it, whatever state it is in: read without a lock, an import of torch, or a word to the trainer.
+"""A run as its folder has it, whatever state it is in.
 
 Promise: what is damaged, half written or not there is left out, never an error; nothing outside the folder is read.
-Cost: one pass over `metrics.jsonl`.
+Cost: one pass over `metrics.jsonl`, no torch; the trainer is not asked.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from mixres.config.load import FROZEN
-from mixres.errors import UserError, one_line
+from mixres.errors import UserError
 from mixres.training.run_folder import LOCK, METRICS, STATUS
 
 Line = Mapping[str, Any]
@@ -30,7 +29,10 @@ _NOT_LISTED = ("samples", "checkpoints", "wandb")  # shown in another way, or an
 
 @dataclass(frozen=True)
 class Run:
-    """What is in a run folder. `state`: that of the status file, `killed` or `elsewhere` for some that say `running`."""
+    """What is in a run folder. `state` is that of the status file; some that are `running` there are `killed`.
+
+    Of those on another machine nothing is known: they are `elsewhere`.
+    """
 
     folder: Path
     state: str
