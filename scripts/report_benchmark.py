@@ -1,9 +1,14 @@
 """How large the page of a long run is, and how long it takes to write and to open: docs/results/report.json.
 
-The run is made up: 20,000 steps, 100 sample grids of six rows each, held-out losses of six sizes and nine noise levels.
+    python scripts/report_benchmark.py              # measure, and write the numbers into docs/watching.md
+    python scripts/report_benchmark.py RUN          # instead: docs/images/report.png, the page of that run
+
+The run that is measured is made up: 20,000 steps, 100 sample grids of six rows each, held-out losses of six sizes at
+nine sigmas. Chromium has to be installed.
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +23,9 @@ from PIL import Image
 from mixres.report.page import PAGE, report
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "report.json"
+DOCS = Path(__file__).parents[1] / "docs"
+RESULT, WATCHING = DOCS / "results" / "report.json", DOCS / "watching.md"
+BEGIN, END = "<!-- report benchmark: begin -->", "<!-- report benchmark: end -->"
 STEPS, GRIDS, ROWS = 20_000, 100, 6
 SIDES, SIGMAS = (256, 384, 512, 768, 1024, 1536), tuple(k / 10 for k in range(1, 10))
 
@@ -33,9 +40,9 @@ def make_run(folder: Path, *, steps: int = STEPS, grids: int = GRIDS, prompt: st
         level = 0.3 + 2 * np.exp(-6 * step / steps)
         if step:
             noise, count = draw.lognormal(sigma=0.4, size=3), int(draw.integers(20_000, 33_000))
-            lines.append({"step": step, "epoch": step // 500, "loss": level * noise[0], "grad_norm": 0.2 * noise[1],
-                          "lr": 1e-4 * min(1, step / 200), "samples": 8, "tokens": count,
-                          "tokens_computed": count + 900, "microbatches": int(draw.integers(1, 4)), "seconds": 2 * noise[2]})  # fmt: skip
+            line = {"step": step, "epoch": step // 500, "loss": level * noise[0], "grad_norm": 0.2 * noise[1]}
+            line |= {"lr": 1e-4 * min(1, step / 200), "samples": 8, "tokens": count, "tokens_computed": count + 900}
+            lines.append(line | {"microbatches": int(draw.integers(1, 4)), "seconds": 2 * noise[2]})
         if step == 10:
             lines[-1] |= {"loss": None, "grad_norm": None, "skipped": [prompt, "b.png"]}
         if step % every == 0:
@@ -64,27 +71,49 @@ def make_run(folder: Path, *, steps: int = STEPS, grids: int = GRIDS, prompt: st
     return folder
 
 
-def main() -> None:
-    """Measure, and write what was measured."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = make_run(Path(name) / "run")
+def measure() -> dict[str, Any]:
+    """Size, and seconds to write and to open until all is painted, the fastest of five first."""
+    with tempfile.TemporaryDirectory() as name, Browser() as browser:
+        path = make_run(Path(name) / "run") / PAGE
         started = time.perf_counter()
-        report(folder)
-        written = time.perf_counter() - started
-        path = folder / PAGE
+        report(path.parent)
+        written, opened = time.perf_counter() - started, []
+        for _ in range(5):
+            started = time.perf_counter()
+            browser.open(path.as_uri(), width=1600)
+            browser.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+            opened.append(round(time.perf_counter() - started, 2))
+        assert not browser.errors, browser.errors
+        size, version = path.stat().st_size, browser.call("Browser.getVersion")["product"]
+    return {"steps": STEPS, "grids": GRIDS, "page_mb": round(size / 1e6, 1), "write_s": round(written, 1),
+            "open_s": sorted(opened), "browser": version, "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+
+
+def page_with_numbers(text: str, found: dict[str, Any]) -> str:
+    """The page with what was measured between its markers."""
+    before, _, rest = text.partition(BEGIN)
+    fastest, *_, slowest = found["open_s"]
+    numbers = (
+        f"The page of a run of {found['steps']:,} steps with {found['grids']} grids has {found['page_mb']} MB. It took "
+        f"{found['write_s']} s to\nwrite, and opened in {fastest} to {slowest} s in "
+        f"{found['browser'].replace('/', ' ')} on two CPU cores at a load of {found['load']}."
+    )
+    return f"{before}{BEGIN}\n\n{numbers}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    """Measure, or draw."""
+    if sys.argv[1:]:
+        run = Path(sys.argv[1])
+        report(run)
         with Browser() as browser:
-            opened = []
-            for _ in range(5):
-                started = time.perf_counter()
-                browser.open(path.as_uri(), width=1600)
-                browser.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
-                opened.append(time.perf_counter() - started)
-            assert not browser.errors, browser.errors
-        found = {"steps": STEPS, "grids": GRIDS, "page_mb": round(path.stat().st_size / 1e6, 2),
-                 "write_s": round(written, 2), "open_s": [round(seconds, 3) for seconds in sorted(opened)]}  # fmt: skip
+            browser.open((run / PAGE).absolute().as_uri(), width=1400, height=1430)
+            browser.screenshot(DOCS / "images" / "report.png", whole=False)
+        return
+    found = measure()
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(found) + "\n")
+    WATCHING.write_text(page_with_numbers(WATCHING.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 if __name__ == "__main__":
