@@ -107,7 +107,7 @@ def main() -> None:
         run = Path(sys.argv[1])
         report(run)
         with Browser() as browser:
-            browser.open((run / PAGE).absolute().as_uri(), width=1400, height=1430)
+            browser.open((run / PAGE).absolute().as_uri(), width=1600, height=1470)
             browser.screenshot(DOCS / "images" / "report.png", whole=False)
         return
     found = measure()

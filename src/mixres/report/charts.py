@@ -203,7 +203,7 @@ def _log_axis(low: float, high: float) -> tuple[float, float, list[tuple[float, 
     """As `_axis`, of powers of ten, with what lies between them where those are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = max(1, len(powers) // 5)
-    between = (1, 2, 5) if len(powers) <= 3 else (1,)
+    between = (1, 2, 5) if len(powers) <= 4 else (1,)
     values = [k * 10.0**power for power in powers if power % every == 0 for k in between]
     start, end = (
         max(v for v in [10.0 ** powers[0], *values] if v <= low),
