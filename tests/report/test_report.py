@@ -126,7 +126,10 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_is_missing_or_torn_is_left_out(run: Path, name: str) -> None:
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('[]\n{"step": "x", "loss": 1}\n{"step": 121, "loss": "x", "seconds": NaN}\n{"step": 122, "lo')
+        file.write('[]\n{"step": "x", "loss": 1}\n{"step": -1, "loss": 1}\n{"step": true, "loss": 1}\n')
+        file.write(
+            f'{{"step": 121, "loss": "x", "seconds": NaN, "skipped": 1, "tokens": 1{"0" * 400}}}\n{{"step": 122, "lo'
+        )
     (run / "samples" / "step-00000120.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (run / "samples" / "step-00000080.png").unlink()
     (run / "samples" / "step-00000080.png").symlink_to(Path(__file__).parents[2] / "docs" / "images" / "quickstart.png")

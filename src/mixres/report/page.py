@@ -20,7 +20,7 @@ from mixres.console import amount, clock, log
 from mixres.errors import UserError, one_line
 from mixres.pages.page import data_uri, template, webp
 from mixres.report.charts import HEIGHT, charts, shown
-from mixres.report.run import Run, column, moment, number, read_run
+from mixres.report.run import Run, column, inside, moment, number, read_run
 
 PAGE = "report.html"
 PREVIEW = "reports/inputs.png"
@@ -61,7 +61,7 @@ def page(run: Run, *, embed: bool = True) -> bytes:
         "size": _size,
         "href": _href,
     }
-    grids, preview = run.grids, run.folder / PREVIEW
+    grids, preview = run.grids, next(inside(run.folder, PREVIEW), None)
     if embed and len(grids) > _MAX_GRIDS:
         grids = [grids[round(k)] for k in np.linspace(0, len(grids) - 1, _MAX_GRIDS)]
     shapes = list(_SHAPES)  # one grid is as large as the next
@@ -79,9 +79,9 @@ def page(run: Run, *, embed: bool = True) -> bytes:
             for step, path in grids
         ],
         prompts=_prompts(run.grids[-1][1]) if run.grids else [],
-        preview=_image(preview, run, 2**20, embed=embed, shapes=list(_SHAPES)) if preview.is_file() else None,
+        preview=_image(preview, run, 2**20, embed=embed, shapes=list(_SHAPES)) if preview else None,
         recipe=run.text("config.yaml"),
-        skipped=[line for line in run.steps if line.get("skipped")],
+        skipped=[line for line in run.steps if isinstance(line.get("skipped"), list)],
         max_skips=_MAX_SKIPS,
         files=run.files(),
         max_files=_MAX_FILES,

@@ -1,12 +1,12 @@
 """A run as its folder has it, whatever state it is in.
 
-Promise: what is damaged, half written or not there is left out, never an error; nothing outside the folder is read.
+Promise: what is damaged, half written or not there is left out, never an error; images and texts of links that lead
+out of the folder are not shown.
 Cost: one pass over `metrics.jsonl`, no torch; the trainer is not asked.
 """
 
 import contextlib
 import json
-import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -24,6 +24,7 @@ from mixres.training.run_folder import LOCK, METRICS, STATUS
 
 Line = Mapping[str, Any]
 _SIGNS = (STATUS, METRICS, FROZEN, "reports")  # of a run folder, each where something was done in it
+_LARGEST = 1e300  # beyond it a number is none
 _NOT_LISTED = ("samples", "checkpoints", "wandb")  # shown in another way, or another program's
 
 
@@ -75,7 +76,7 @@ class Run:
     def files(self) -> list[tuple[str, int, float]]:
         """Every other file with its bytes and time: those of a checkpoint or of another program are not among them."""
         found = []
-        for path in _inside(self.folder, "*", "reports/*", "ema/*", "transformer/*"):
+        for path in inside(self.folder, "*", "reports/*", "ema/*", "transformer/*"):
             if path.name.startswith(".") or path.relative_to(self.folder).parts[0] in _NOT_LISTED:
                 continue
             with contextlib.suppress(OSError):
@@ -86,7 +87,7 @@ class Run:
     def text(self, name: str) -> str | None:
         """The text of a file in the folder."""
         try:
-            return next(_inside(self.folder, name)).read_text(encoding="utf-8", errors="replace")
+            return next(inside(self.folder, name)).read_text(encoding="utf-8", errors="replace")
         except (OSError, StopIteration):
             return None
 
@@ -117,7 +118,7 @@ def read_run(folder: Path) -> Run:
             steps[line["step"]] = line
         else:  # evaluation and drift of a step are lines of their own
             evaluations.setdefault(line["step"], {}).update(line)
-    grids = [(int(path.stem[5:]), path) for path in _inside(folder, "samples/step-*.png") if path.stem[5:].isdecimal()]
+    grids = [(int(path.stem[5:]), path) for path in inside(folder, "samples/step-*.png") if path.stem[5:].isdecimal()]
     return Run(
         folder,
         state_of(folder, status),
@@ -132,13 +133,13 @@ def read_run(folder: Path) -> Run:
 def number(line: Line, key: str) -> float | None:
     """The finite number that `line` has at `key`."""
     value = line.get(key)
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
     return value if valid else None
 
 
 def column(lines: list[Line], key: str) -> np.ndarray:
     """The values of one key, NaN where a line has none."""
-    return np.array([math.nan if (value := number(line, key)) is None else value for line in lines], dtype=float)
+    return np.array([np.nan if (value := number(line, key)) is None else value for line in lines], dtype=float)
 
 
 def moment(seconds: float) -> str:
@@ -182,11 +183,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for row in text.splitlines():
         with contextlib.suppress(ValueError):  # a row that is just being written, or that a kill cut short
             line = json.loads(row)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
+            if isinstance(line, dict) and type(step := line.get("step")) is int and 0 <= step < 2**53:
                 yield line
 
 
-def _inside(folder: Path, *patterns: str) -> Iterator[Path]:
+def inside(folder: Path, *patterns: str) -> Iterator[Path]:
     """The files of the folder by their names; a link to a file outside is none."""
     root = folder.resolve()
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
