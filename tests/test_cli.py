@@ -39,7 +39,7 @@ def test_segments_of_cuda_memory_grow_unless_the_user_has_set_the_allocator(
     assert found == ({own: "max_split_size_mb:128"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
-VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export", "init")
+VERBS = ("train", "cache", "inspect", "verify", "bench", "quickstart", "sample", "export", "report", "init")
 
 
 def under_a_launcher(*arguments: str, rank: str = "0") -> int:

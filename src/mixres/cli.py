@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
-from mixres.errors import Stopped, UserError, WorkError
+from mixres.errors import Problems, Stopped, UserError, WorkError
 
 if TYPE_CHECKING:
     from mixres.config.schema import Config
@@ -102,7 +102,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     whole = _Parser(
         prog=name,
         usage=f"{name} [VERB] --config FILE [key=value ...]\n       {name} sample --lora RUN --out DIR [options]\n"
-        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} quickstart | init NAME",
+        f"       {name} export RUN --format NAME --out FILE [options]\n       {name} report RUN [--serve]\n"
+        f"       {name} quickstart | init NAME",
         description="mixres: train diffusion transformers on images of their native, mixed resolutions.",
         epilog=EXIT_CODES,
     )
@@ -148,6 +149,10 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     _add_sample_options(add("sample", "make images with what a run has trained"))
     _add_export_options(add("export", "write what a run has trained for other programs"))
+    watch = add("report", "write one page that shows a run, whatever state it is in")
+    watch.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+    watch.add_argument("--serve", action="store_true", help="show it on 127.0.0.1 instead, fresh until Ctrl-C")
+    watch.add_argument("--port", metavar="N", type=int, help="with --serve: 0 is any that is free (8765)", action=_Once)
     init = add("init", "write a recipe, to be filled in, into the working directory; without NAME list them")
     init.add_argument("name", metavar="NAME", nargs="?", help="such as qwen_image_edit_lora")
     init.add_argument("--out", metavar="FILE", help="another file than NAME.yaml", action=_Once)
@@ -262,6 +267,8 @@ def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[s
         if "out" in options and "name" not in options:
             raise UserError("--out: names the file of a recipe, and NAME is not given: write it")
         return partial(_init, **options)
+    if verb == "report":
+        return partial(_call, "mixres.report.page:report", **{**options, "run": _run_to_show(**options)})
     if verb not in WITH_CONFIG:
         where = "sample_request" if verb == "sample" else verb
         make_request = pkgutil.resolve_name(f"mixres.inference.{where}:make_request")
@@ -280,6 +287,22 @@ def _prepared(verb: str, file: str | None, words: Sequence[str], options: dict[s
         raise UserError("--config: not given; write --config FILE, or the name of a recipe: mixres init lists them")
 
     return partial(_call, WITH_CONFIG[verb], load_config(Path(file), words), **options)
+
+
+def _run_to_show(run: str | None = None, *, serve: bool = False, port: int | None = None) -> Path:
+    problems = Problems()
+    if port is not None and not serve:
+        problems.add("--port: is for --serve: add it, or leave this out")
+    if port is not None and not 0 <= port < 2**16:
+        problems.add(f"--port: given {port}, allowed: 0 to 65535")
+    if run is None:
+        problems.add("report: write RUN, a run folder (logging.output_dir of its configuration)")
+    else:
+        from mixres.report.run import check_run
+
+        problems.collect(check_run, Path(run))
+    problems.raise_if_any()
+    return Path(run or "")
 
 
 def _record_refusal(error: UserError, verb: str, file: Path, words: Sequence[str]) -> None:

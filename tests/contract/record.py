@@ -60,6 +60,7 @@ VERBS = {
         *("--lora", "--image", "--prompt", "--prompts", "--out", "--size", "--steps", "--seed", "--guidance"),
         *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),
     ],
+    "report": ["--serve", "--port"],
     "export": [
         *("--format", "--merge", "--out", "--base"),
         *("--card", "--license", "--license-link", "--trigger", "--push", "--private"),

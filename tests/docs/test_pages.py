@@ -184,3 +184,10 @@ def test_the_table_of_devices_is_that_of_the_rehearsals() -> None:
     assert hardware.page_with_table(page, found) == page, "run scripts/hardware_table.py --table"
     recipes = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} - {"quickstart"}
     assert {row["recipe"] for row in found["rows"]} == recipes
+
+
+def test_the_numbers_of_the_page_of_a_run_are_those_that_were_measured() -> None:
+    benchmark = script("report_benchmark")
+    page, found = PAGES["watching.md"], json.loads(benchmark.RESULT.read_text(encoding="utf-8"))
+    assert benchmark.page_with_numbers(page, found) == page, "run scripts/report_benchmark.py"
+    assert found["page_mb"] < 20 and found["open_s"][-1] < 2

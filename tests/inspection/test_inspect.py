@@ -131,11 +131,22 @@ def shown_by(text: str) -> dict[str, str]:
     assert tags.isdisjoint({"script", "link", "iframe", "object", "embed"})
     for name, value in (pair for element in elements for pair in element.items()):
         assert not name.startswith("on")
-        assert name not in ("src", "href", "action", "data") or value.startswith("data:image/png;base64,")
+        assert name not in ("src", "href", "action", "data") or re.match("data:image/(png|webp);base64,", value)
     assert "@import" not in text and "url(" not in text
     pairs = [(key, "".join(element.itertext())) for element in elements if (key := element.get("data-key"))]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
+
+
+def galleries(text: str) -> dict[str, list[tuple[str, list[str | None]]]]:
+    """By section, the names under the thumbnails, each with its images; None for one that cannot be read."""
+    found: dict[str, list[tuple[str, list[str | None]]]] = {}
+    for section in ElementTree.fromstring(text).iter("section"):
+        for figure in section.iter("figure"):
+            words = list(figure.find("figcaption").itertext())
+            images = [element.get("src") for element in figure.find("div")]
+            found.setdefault(section.get("id"), []).append((words[-2].strip(), images))
+    return found
 
 
 def check_page(text: str, report: dict[str, Any]) -> None:
@@ -160,6 +171,9 @@ def test_the_page_shows_every_figure_and_needs_nothing(inspect: Inspect, tmp_pat
     assert set(re.findall('<section id="(.*?)">', text)) == {key for key, figures in report.items() if figures}
     sheet = (tmp_path / "run" / "reports" / "inputs.png").read_bytes()
     assert base64.b64encode(sheet).decode() in text
+    shown_rows = galleries(text)["tokens"]
+    assert {name for name, _ in shown_rows} == {row["name"] for row in report["tokens"]["extremes"]}
+    assert all(len(images) == 2 and all(images) for _, images in shown_rows), "target and control"
     files = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert files == {"inputs.png", "inspect.html", "inspect.json"}
     assert [row["caption"] for row in report["inputs"]].count("交换红色和蓝色") >= 1, "the picture's font lacks it"
@@ -212,7 +226,11 @@ def test_all_problems_are_told_and_the_rest_is_reported(
     assert 1 <= len(over) < 8
     assert (report["items"]["training_examples"], report["plan"]["examples"]) == (8, 8 - len(over))
     assert "memory" not in report or report["memory"] is None
-    check_page((tmp_path / "run" / "reports" / "inspect.html").read_text(encoding="utf-8"), report)
+    text = (tmp_path / "run" / "reports" / "inspect.html").read_text(encoding="utf-8")
+    check_page(text, report)
+    without_caption, cut = galleries(text)["faults"]
+    assert (cut[0], without_caption[0]) == (f"{targets[0]}", f"{targets[1]}")
+    assert (cut[1], len(without_caption[1])) == ([None], 1) and without_caption[1] != [None]
     assert inspect("--ranks", "0")[0] == 2
     assert "--ranks: given 0, allowed: an integer >= 1" in capsys.readouterr().err
 

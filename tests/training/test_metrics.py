@@ -22,7 +22,8 @@ from PIL import Image
 from skimage import data
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from mixres.training.metrics import FILE_NAME, MetricsLog, Tracker
+from mixres.training.metrics import MetricsLog, Tracker
+from mixres.training.run_folder import METRICS
 from support.jobs import longest_file, metrics
 
 TORN = ['{"step": 6, "lo', '{"step": 3', "\x00\x00\x00", "[]", "null", '{"loss": 1}']
@@ -37,7 +38,7 @@ EVALUATED = [
 def test_what_is_beyond_the_resumed_step_or_cut_short_goes_and_an_evaluation_at_it_is_known(
     tmp_path: Path, step: int, kept: int, evaluated: bool, torn: str
 ) -> None:
-    file, lines = tmp_path / FILE_NAME, [json.dumps(values) for values in EVALUATED]
+    file, lines = tmp_path / METRICS, [json.dumps(values) for values in EVALUATED]
     with MetricsLog(tmp_path, step=0) as log:
         for number, values in enumerate(EVALUATED, 1):
             log.write(values)

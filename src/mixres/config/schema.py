@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 COLOUR = r"^(white|gray|black|#[0-9A-Fa-f]{6})$"
+TrackerName = Literal["none", "wandb", "tensorboard", "trackio"]
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Area = Annotated[int, Field(ge=1024, le=2**28)]
 
@@ -283,7 +284,7 @@ class EvaluateConfig(Section):
 
 class LoggingConfig(Section):
     output_dir: Text = Field("./output", description="The run folder: config, metrics, checkpoints, samples, result.")
-    report_to: Literal["none", "wandb", "tensorboard"] = Field("none", description="Tracker besides metrics.jsonl.")
+    report_to: TrackerName = Field("none", description="Tracker besides metrics.jsonl.")
     tracker_project_name: Text = Field("mixres", description="Project name in the tracker.")
 
 

@@ -4,14 +4,12 @@ Promise: the page stands alone. It asks no network for anything, and texts in it
 the page, at no more than 1600 pixels a side, small ones exactly.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from mixres.pages.page import data_uri, template, webp
 from mixres.training.sample_sheets import Row, image_grid
 
 BASE, TARGET = "base", "target"
@@ -42,22 +40,14 @@ def comparison_grid(rows: Sequence[Comparison]) -> Image.Image:
 
 def comparison_page(rows: Sequence[Comparison], title: str) -> str:
     """An HTML page with a slider between two images of each row, at first the base's and the last but the target."""
-    environment = Environment(
-        loader=PackageLoader("mixres.inference", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     shown = []
     for row in rows:
         names = list(row.images)
         left = names.index(BASE)
-        images = [(name, _embedded(image)) for name, image in row.images.items()]
+        images = [
+            (name, data_uri(webp(image, _MAX_SIDE, quality=_QUALITY, exact=_EXACT)))
+            for name, image in row.images.items()
+        ]
         width, height = row.images[names[left + 1]].size
         shown.append({"row": row, "images": images, "left": left, "right": left + 1, "size": (width, height)})
-    return environment.get_template("compare.html.j2").render(title=title, rows=shown)
-
-
-def _embedded(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
-    file = BytesIO()
-    image.save(file, format="WEBP", quality=_QUALITY, lossless=image.width * image.height <= _EXACT)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return template("mixres.inference", "compare.html.j2").render(title=title, rows=shown)

@@ -22,13 +22,14 @@ from mixres.inspection.buckets import bucketing
 from mixres.inspection.fitting import rehearsed
 from mixres.inspection.input_preview import chosen, decoded_of, preview_grid
 from mixres.inspection.memory import MemoryEstimate
-from mixres.inspection.report import page, summary_lines
+from mixres.inspection.report import Thumbnails, page, summary_lines
 from mixres.inspection.statistics import Figures, item_figures, notices, plan_sums, size_figures, token_figures
+from mixres.inspection.thumbnails import of_extremes, of_problems
 from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries, foreseen_prompts, lone_prompts, text_problems
 from mixres.preprocessing.fill import family_of, lengths_of, make_folder
-from mixres.preprocessing.training_data import ScannedData, scan_records, tell
+from mixres.preprocessing.training_data import ScannedData, image_limits, scan_records, tell
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import save_png
 from mixres.training.setup import check_early, make_plan
@@ -221,6 +222,15 @@ class _DryRun:
         return figures
 
 
+def _thumbnails(config: Config, found: ScannedData, report: Figures) -> Thumbnails:
+    limits, extremes = image_limits(config), report.get("tokens", {}).get("extremes", ())
+    faulty = "faults" if found.stop(config) else "left_out"
+    return {
+        "tokens": of_extremes(extremes, found.train, limits),
+        faulty: of_problems(found.problems, limits),
+    }
+
+
 def _write(config: Config, family: Family, found: ScannedData, report: Figures, *, decode: bool) -> None:
     paths = [report_path(config, name) for name in ("inspect.json", "inspect.html", "inputs.png")]
     preview = None
@@ -234,5 +244,5 @@ def _write(config: Config, family: Family, found: ScannedData, report: Figures, 
     for line in summary_lines(report):
         log(line)
     atomic.write_json(paths[0], report)
-    atomic.write_text(paths[1], page(report, preview))
+    atomic.write_text(paths[1], page(report, preview, _thumbnails(config, found, report)))
     log(f"report    {', '.join(map(str, paths))}")

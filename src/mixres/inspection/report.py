@@ -1,36 +1,30 @@
 """The figures of `inspect` for a reader: a few lines for a terminal, and one HTML page that stands alone.
 
 Promise: the page shows every figure of the report, each in an element with `data-key` set to its place in
-`inspect.json`. Texts are escaped; charts and the input preview are in the page: no script, no network, no other file.
+`inspect.json`. Texts are escaped; charts and images are in the page: no script, no network, no other file.
 """
 
-import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
-
 from mixres.console import amount, clock
+from mixres.inspection.thumbnails import Thumbnail
+from mixres.pages.page import data_uri, template
 from mixres.preprocessing.fill import readable_size
 
-
-def template(name: str) -> Template:
-    """A template of this package, with the filters that write figures."""
-    loader, escape = PackageLoader("mixres.inspection", ""), select_autoescape(["html.j2"])
-    environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined)
-    environment.filters |= {"figure": shown, "spec": format, "size": readable_size, "amount": amount, "clock": clock}
-    return environment.get_template(name)
+Thumbnails = Mapping[str, Sequence[Thumbnail]]  # by the section that they stand in
 
 
-def page(report: Mapping[str, Any], preview: bytes | None) -> str:
+def page(report: Mapping[str, Any], preview: bytes | None, thumbnails: Thumbnails | None = None) -> str:
     """The HTML page of a report; `preview` is a PNG of what the encoders see."""
-    encoded = preview and base64.b64encode(preview).decode()
-    return template("report.html.j2").render(report=report, preview=encoded)
+    encoded = preview and data_uri(preview, "png")
+    return _template("report.html.j2").render(report=report, preview=encoded, thumbnails=thumbnails or {})
 
 
 def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """The report in a terminal's lines."""
-    return template("summary.txt.j2").render(report=report).strip().splitlines()
+    return _template("summary.txt.j2").render(report=report).strip().splitlines()
 
 
 def shown(value: Any, key: str = "") -> str:
@@ -46,3 +40,8 @@ def shown(value: Any, key: str = "") -> str:
             return f"{100 * value:.4g} %"
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}".removesuffix(".0")
     return str(value)
+
+
+_template = partial(
+    template, "mixres.inspection", figure=shown, spec=format, size=readable_size, amount=amount, clock=clock
+)

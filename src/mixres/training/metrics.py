@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mixres import atomic
+from mixres.training.run_folder import METRICS
 
-FILE_NAME = "metrics.jsonl"
 # wandb's own defaults block for 90 s where there is no network, and at the end for as long as there is none.
 _WANDB_TIMEOUT_S, _WANDB_FINISH_S = 20, 10
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class MetricsLog:
         self._pending, self._warned, self.evaluated = b"", False, False
         if folder is None:
             return
-        path = folder / FILE_NAME
+        path = folder / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines() if step else []
             kept = [line for line in lines if 0 <= _step_of(line) <= step]
@@ -74,7 +74,7 @@ def _step_of(line: str) -> int:
 
 
 class Tracker:
-    """wandb or TensorBoard through accelerate; `none` does nothing."""
+    """wandb, TensorBoard or trackio through accelerate; `none` does nothing."""
 
     def __init__(self, accelerator: Accelerator, kind: str, project: str, config: Mapping[str, Any]) -> None:
         self._accelerator = accelerator if kind != "none" else None
@@ -82,7 +82,8 @@ class Tracker:
             if kind == "wandb":
                 self._start_wandb(accelerator, project, config)
             elif kind != "none":
-                accelerator.init_trackers(project)
+                own = {"trackio": {"config": dict(config), "embed": False}} if kind == "trackio" else {}
+                accelerator.init_trackers(project, None, own)
         except Exception as error:  # as in `log`
             _log.warning("the tracker could not be started (%s): the run continues without it", error)
             self._accelerator = None
@@ -129,7 +130,12 @@ class Tracker:
         for tracker in self._accelerator.trackers if self._accelerator else ():
             form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             with self._tolerant():
-                tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **form)
+                if tracker.name == "trackio":  # accelerate has no images for it
+                    import trackio
+
+                    tracker.log({name: trackio.Image(image.convert("RGB"))}, step=step)
+                else:
+                    tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step=step, **form)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from mixres import atomic
 from mixres.console import log
 from mixres.errors import Stopped, UserError
 
-STATUS = "run_status.json"
+STATUS, METRICS, LOCK = "run_status.json", "metrics.jsonl", ".lock"
 _LOCK_WAIT_S = 40.0  # a launcher may return while its trainer is still saving
 _SILENT_S = 1.0
 _ONE_REQUEST_S = 0.2  # signals this near together are one: a launcher sends on what a process group has already got
@@ -48,7 +48,7 @@ class RunFolder:
         self.stop_requested = False
         self._stop_at_once = True
         self._asked_at = 0.0
-        self._lock = FileLock(folder / ".lock")
+        self._lock = FileLock(folder / LOCK)
         self._handlers: dict[signal.Signals, Any] = {}
         now = time.time()
         self._status: dict[str, Any] = {
