@@ -61,6 +61,7 @@ VERBS = {
         *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),
     ],
     "report": ["--serve", "--port"],
+    "init": ["--out"],
     "export": [
         *("--format", "--merge", "--out", "--base"),
         *("--card", "--license", "--license-link", "--trigger", "--push", "--private"),
