@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from mixres.batch import Sample
-from mixres.data import shards as shards_module
+from mixres.data import shard_store, shards as shards_module
 from mixres.data.cache import Cache, DamagedEntry, entry_key
 from mixres.data.compact import compact
 from mixres.errors import UserError, WorkError
@@ -119,7 +119,7 @@ def test_no_changed_or_missing_byte_of_a_shard_is_used(tmp_path: Path) -> None:
                 assert_same(cache.read(key), sample(NUMBERS[key]))
                 found += 1
             except FileNotFoundError:
-                assert cache.unreadable() == [path], "its index"
+                assert cache.unreadable() == [str(path)], "its index"
             except DamagedEntry:
                 assert cache.lookup(key) is None and Cache(tmp_path).lookup(key) is None
                 next(path.parent.glob("*.damaged")).unlink()
@@ -135,7 +135,7 @@ def test_a_damaged_entry_is_encoded_again_and_compaction_leaves_it_out(tmp_path:
     path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
     with pytest.raises(DamagedEntry, match="the next caching pass makes it again") as caught:
         Cache(tmp_path).read(broken)
-    assert caught.value.path == path / f"{broken}.safetensors"
+    assert caught.value.path == f"{path}/{broken}.safetensors"
     assert [Cache(tmp_path).lookup(key) is None for key in list(NUMBERS)[:3]] == [False, True, False]
     assert fill(Cache(tmp_path, ONE_GB), dict.fromkeys(list(NUMBERS)[:3], 1), lambda: lambda _: (sample(1), ())) == 1
     assert_filled(Cache(tmp_path), list(NUMBERS)[:3])
@@ -169,7 +169,7 @@ def spoil(cache: Cache, key: str) -> None:
     """Change the last byte of an entry where this cache finds it."""
     row = cache.shards.find(key)
     assert row is not None
-    path = cache.shards.folder / cache.shards.shard_of[key]
+    path = cache.root / "shards" / cache.shards.shard_of[key]
     data, last = bytearray(path.read_bytes()), sum(map(int, row.split()[:2])) - 1
     data[last] ^= 1
     path.write_bytes(data)
@@ -218,9 +218,9 @@ def test_a_reader_follows_what_another_machine_has_moved(tmp_path: Path, monkeyp
     reader = Cache(filled(tmp_path, LITTLE).root)
     assert_filled(reader)
     compact(Cache(tmp_path, ONE_GB))
-    reader.shards._listed = (tmp_path / "shards").stat().st_mtime_ns, True
-    plain, stale = shards_module.os.pread, OSError(errno.ESTALE, "Stale file handle")
-    gone = {file.fileno() for file in reader.shards._files.values()}
+    reader.shards.store._listed = (tmp_path / "shards").stat().st_mtime_ns, True
+    plain, stale = shard_store.os.pread, OSError(errno.ESTALE, "Stale file handle")
+    gone = {file.fileno() for file in reader.shards.store._files.values()}
 
     def pread(number: int, *where: int) -> bytes:
         if number in gone:
@@ -228,7 +228,7 @@ def test_a_reader_follows_what_another_machine_has_moved(tmp_path: Path, monkeyp
             raise stale
         return plain(number, *where)
 
-    monkeypatch.setattr(shards_module.os, "pread", pread)
+    monkeypatch.setattr(shard_store.os, "pread", pread)
     assert_filled(reader)
 
 
@@ -252,7 +252,7 @@ def test_two_runs_at_once_do_not_wait_and_their_copies_become_one(tmp_path: Path
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
+    monkeypatch.setattr(shard_store, "MAX_OPEN", 2)
     cache = Cache(filled(tmp_path, 1).root)
     for key in [*NUMBERS, *NUMBERS]:
         cache.read(key)

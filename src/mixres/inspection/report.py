@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 
 from mixres.console import amount, clock
-from mixres.preprocessing.fill import readable_size
+from mixres.preprocessing.cache_folder import readable_size
 
 
 def template(name: str) -> Template:
