@@ -274,20 +274,17 @@ def test_a_full_disk_is_one_line_and_loses_no_whole_entry(tmp_path: Path, limit:
     assert_filled(Cache(tmp_path))
 
 
-NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(600)}
-
-
-def cache_share(opened: Callable[[int], Cache], rank: int) -> None:
+def cache_share(opened: Callable[[int], Cache], rank: int, numbers: dict[str, int], seconds: float) -> None:
     """A rank whose encoding takes a moment."""
 
     def encode(key: str) -> tuple[Sample, Sequence[str]]:
-        time.sleep(0.02)
-        return sample(NUMBERS_OF_KILLS[key]), ()
+        time.sleep(seconds)
+        return sample(numbers[key]), ()
 
     tqdm.set_lock(RLock())  # its own is shared with its parent: one that is killed within it would stop them all
     cache = opened(4 * LITTLE)
     cache.shards.store.finish()
-    fill(cache, dict.fromkeys(NUMBERS_OF_KILLS, 1), lambda: encode, rank=rank, world_size=4)
+    fill(cache, dict.fromkeys(numbers, 1), lambda: encode, rank=rank, world_size=4)
 
 
 def compact_once(opened: Callable[[int], Cache]) -> None:
@@ -295,10 +292,16 @@ def compact_once(opened: Callable[[int], Cache]) -> None:
     compact(opened(40 * LITTLE))
 
 
-def kill_and_compare(opened: Callable[[int], Cache], scratch: Path, kills: int, pause_s: float) -> None:
-    """At random instants: one of four processes that cache, then the one that compacts. A new one takes its place."""
+def kill_and_compare(
+    opened: Callable[[int], Cache], scratch: Path, entries: int, kills: int, pause_s: float, encode_s: float
+) -> list[str]:
+    """At random instants: one of four processes that cache, then the one that compacts. A new one takes its place.
+
+    Returns the keys.
+    """
     fork, draw = get_context("fork"), random.Random(0)
-    writers = [fork.Process(target=cache_share, args=(opened, rank)) for rank in range(4)]
+    numbers = {entry_key(killed=i): i for i in range(entries)}
+    writers = [fork.Process(target=cache_share, args=(opened, rank, numbers, encode_s)) for rank in range(4)]
     [writer.start() for writer in writers]
     known: set[str] = set()
     for _ in range(kills):
@@ -310,32 +313,33 @@ def kill_and_compare(opened: Callable[[int], Cache], scratch: Path, kills: int, 
         there = set(opened(ONE_GB).held())
         assert known <= there, "what was closed stays"
         known = there
-        writers[rank] = fork.Process(target=cache_share, args=(opened, rank))
+        writers[rank] = fork.Process(target=cache_share, args=(opened, rank, numbers, encode_s))
         writers[rank].start()
     [writer.join(60) for writer in writers]
     assert [writer.exitcode for writer in writers] == [0] * 4
     torn = list(scratch.glob(".tmp-*"))
     assert torn and all(path.stat().st_size <= 5 * LITTLE for path in torn)
-    assert opened(ONE_GB).held().keys() == NUMBERS_OF_KILLS.keys()
+    assert opened(ONE_GB).held().keys() == numbers.keys()
     for _ in range(kills):
         job = fork.Process(target=compact_once, args=(opened,))
         job.start()
         job.join(draw.uniform(0.0, 2.5 * pause_s))
         job.kill()
         job.join()
-        assert opened(ONE_GB).held().keys() == NUMBERS_OF_KILLS.keys()
+        assert opened(ONE_GB).held().keys() == numbers.keys()
     opened(ONE_GB).shards.store.finish()
     compact_once(opened)
     cache = opened(ONE_GB)
-    for key, number in NUMBERS_OF_KILLS.items():
+    for key, number in numbers.items():
         assert_same(cache.read(key), sample(number))
     assert cache.sweep(max_age=-1) >= len(torn) and not list(scratch.glob(".tmp-*"))
+    return sorted(numbers)
 
 
 @pytest.mark.slow
 def test_thirty_kills_of_four_writers_lose_their_open_shards_alone(tmp_path: Path) -> None:
-    kill_and_compare(lambda size: Cache(tmp_path, size), tmp_path / "shards", 30, 0.08)
-    assert members(tmp_path) == sorted(NUMBERS_OF_KILLS)
+    keys = kill_and_compare(lambda size: Cache(tmp_path, size), tmp_path / "shards", 600, 30, 0.08, 0.02)
+    assert members(tmp_path) == keys
 
 
 @pytest.mark.slow
@@ -348,8 +352,9 @@ def test_kills_of_four_writers_to_a_store_lose_their_open_shards_alone(
         for name, value in {**ACCESS, "AWS_ENDPOINT_URL": url}.items():
             monkeypatch.setenv(name, value)
         opened = opener("s3://pairs/cache", tmp_path)
-        kills = int(os.environ.get("MIXRES_KILLS", "6"))
-        kill_and_compare(lambda size: opened(size=size), tmp_path / "a/waiting", kills, 0.4)
+        kills = int(os.environ.get("MIXRES_KILLS", "5"))
+        waiting = tmp_path / "a/waiting"
+        keys = kill_and_compare(lambda size: opened(size=size), waiting, 150, kills, 0.4, kills / 100)
         fsspec.filesystem("s3").get("s3://pairs/cache/shards/", f"{tmp_path}/shards/", recursive=True)
     fsspec.filesystem("s3").clear_instance_cache()
-    assert members(tmp_path) == sorted(NUMBERS_OF_KILLS)
+    assert members(tmp_path) == keys
