@@ -166,6 +166,7 @@ def in_a_process(work: Callable[[], object]) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_for_a_while_is_asked_again(at_s3: Open, faulty: FaultyServer) -> None:
     faulty.faults = [503, None, "reset", None, "slow", 503]
     filled(at_s3())
