@@ -245,9 +245,10 @@ class LocalCopies:
         path = self.folder / name
         try:
             data = path.read_bytes()
-            os.utime(path)
-        except OSError:  # absent, deleted meanwhile, or on a disk that is read-only or broken
+        except OSError:  # absent, deleted meanwhile, or on a disk that is broken
             return None
+        with contextlib.suppress(OSError):  # it was used now
+            os.utime(path)
         return data
 
     def keep(self, name: str, data: bytes) -> None:

@@ -11,7 +11,6 @@ from mixres.errors import UserError, WorkError
 from mixres.preprocessing.cache_folder import (
     cache_folder,
     open_cache,
-    place_of,
     readable_size,
     save_index,
     shard_size,
@@ -37,8 +36,9 @@ def compact_cache(config: Config, *, world_size: int = 1) -> None:
     try:
         done = compact(cache)
     except OSError as error:
+        key, place = "cache.local_dir" if cache.remote else "cache.cache_dir", error.filename or cache.root
         raise WorkError(
-            f"{place_of(cache)}: {error.filename or 'it'}: {error.strerror or error}: make room for a shard, "
+            f"{key}: {place}: {error.strerror or error}: make room for a shard, "
             f"{readable_size(shard_size(config))}, and run the same command again; nothing is lost"
         ) from error
     for entry in done.damaged:
