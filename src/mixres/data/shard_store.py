@@ -225,7 +225,7 @@ class UrlStore:
             if path.exists():  # else another process has uploaded it
                 raise UserError(f"{url}: there is no such bucket: create it, or correct cache.cache_dir") from error
         except (UserError, WorkError) as error:
-            raise type(error)(f"{error}; nothing is lost: the shard waits in {path} and is uploaded then") from error
+            raise type(error)(f"{error}; nothing is lost: {path} waits for it") from error
         path.unlink(missing_ok=True)
 
 
