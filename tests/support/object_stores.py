@@ -172,6 +172,8 @@ def s3_server() -> Iterator[str]:
         try:
             store = fsspec.filesystem("s3", key="testing", secret="testing", endpoint_url=url, skip_instance_cache=True)
             store.mkdir("pairs")
+            store.clear_instance_cache()  # fsspec keeps file systems whose address the environment gave
             yield url
         finally:
             server.kill()
+            store.clear_instance_cache()
