@@ -22,9 +22,9 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/quickstart/test_quickstart.py
 	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/quickstart/test_quickstart.py --numprocesses 2 --dist loadfile
 
-# Forty kills at random instants, half of them in the middle of a save; many minutes.
+# Forty kills at random instants, half of them in the middle of a save, and forty of a cache in a store; many minutes.
 chaos: $(VENV)/.installed-test
-	MIXRES_KILLS=40 $(BIN)/python -m pytest -m slow tests/training/test_chaos.py
+	MIXRES_KILLS=40 $(BIN)/python -m pytest -m slow tests/training/test_chaos.py tests/data/test_shards.py -k kill
 
 # The documentation site, to look at; `make test` builds it too.
 docs: $(VENV)/.installed-test

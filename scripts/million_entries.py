@@ -39,7 +39,9 @@ def write_indexes(root: Path, keys: list[str]) -> None:
         for i in range(first, min(len(keys), first + IN_A_SHARD)):
             shard.rows[keys[i]] = f"{offset} {ENTRY_BYTES} {texts[i]} 0 0 {','.join(grids[j] for j in pairs[i])}"
             offset += 512 - (-ENTRY_BYTES // 512) * 512
-        shard.close()
+        shard.finish()
+        shard.path.rename(folder / shard.name)
+        shard.file.close()
 
 
 def timed(what: str, work: Callable[[], T]) -> T:

@@ -7,7 +7,8 @@ either. Cost: two fsyncs a file. A killed writer may leave a temporary file; eve
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,19 @@ def write_json(path: Path | str, obj: Any, *, indent: int | None = 2) -> None:
     text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     # A lone surrogate (a file name that is not UTF-8) becomes \udcXX, which is also how JSON spells it.
     write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def sweep(folders: Iterable[Path], max_age: float) -> int:
+    """Delete the temporary files that killed writers left there more than `max_age` seconds ago; returns how many."""
+    removed = 0
+    for path in (path for folder in folders for path in folder.glob(f"{TMP_PREFIX}*")):
+        try:
+            if time.time() - path.stat().st_mtime > max_age:
+                path.unlink()
+                removed += 1
+        except OSError:  # another process swept it, or the disk is read-only
+            continue
+    return removed
 
 
 def sync_directory(path: Path | str) -> None:

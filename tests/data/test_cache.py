@@ -16,7 +16,8 @@ from safetensors.torch import save
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.data.cache import FORMAT, INDEX, Cache, CacheEntry, DamagedEntry, entry_key
+from mixres.data.cache import INDEX, Cache, CacheEntry, DamagedEntry, entry_key
+from mixres.data.entry_header import FORMAT
 from mixres.data.float8 import from_float8, to_float8
 from mixres.geometry import Grid
 from support.samples import assert_same, make_sample, same_bits

@@ -1,52 +1,45 @@
 """Entries in shards are those of files, byte for byte; a shard is whole or absent, and damage is never read."""
 
 import errno
+import os
 import pickle
 import random
 import signal
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from threading import RLock
 
+import fsspec
 import pytest
 from filelock import FileLock
 from tqdm import tqdm
 
 from mixres.batch import Sample
-from mixres.data import shards as shards_module
+from mixres.data import shard_store, shards as shards_module
 from mixres.data.cache import Cache, DamagedEntry, entry_key
 from mixres.data.compact import compact
 from mixres.errors import UserError, WorkError
-from mixres.geometry import Grid
 from mixres.preprocessing.fill import fill
 from support.jobs import longest_file
-from support.samples import assert_same, make_sample
-
-NUMBERS = {entry_key(i=i): i for i in range(12)}
-SIZES = dict.fromkeys(NUMBERS, 10_000)
-ONE_GB = 10**9
-LITTLE = 3000  # bytes: two or three entries
-
-
-def sample(number: int) -> Sample:
-    return make_sample((Grid(1, 2 + number % 3, 3), Grid(1, 2, 2)), mask=number % 2 == 0, empty=2, seed=number)
+from support.object_stores import ACCESS, s3_server
+from support.samples import assert_same
+from support.shard_caches import (
+    LITTLE,
+    NUMBERS,
+    ONE_GB,
+    SIZES,
+    assert_filled,
+    filled as fill_with_samples,
+    opener,
+    sample,
+)
 
 
 def filled(root: Path, size: int = ONE_GB, keys: Sequence[str] = tuple(NUMBERS)) -> Cache:
-    cache = Cache(root, size)
-    for key in keys:
-        cache.write(key, sample(NUMBERS[key]))
-    cache.close()
-    return cache
-
-
-def assert_filled(cache: Cache, keys: Sequence[str] = tuple(NUMBERS)) -> None:
-    for key in keys:
-        assert cache.lookup(key) is not None
-        assert_same(cache.read(key), sample(NUMBERS[key]))
+    return fill_with_samples(Cache(root, size), keys)
 
 
 def tars(root: Path) -> list[Path]:
@@ -119,7 +112,7 @@ def test_no_changed_or_missing_byte_of_a_shard_is_used(tmp_path: Path) -> None:
                 assert_same(cache.read(key), sample(NUMBERS[key]))
                 found += 1
             except FileNotFoundError:
-                assert cache.unreadable() == [path], "its index"
+                assert cache.unreadable() == [str(path)], "its index"
             except DamagedEntry:
                 assert cache.lookup(key) is None and Cache(tmp_path).lookup(key) is None
                 next(path.parent.glob("*.damaged")).unlink()
@@ -135,7 +128,7 @@ def test_a_damaged_entry_is_encoded_again_and_compaction_leaves_it_out(tmp_path:
     path.write_bytes(data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :])
     with pytest.raises(DamagedEntry, match="the next caching pass makes it again") as caught:
         Cache(tmp_path).read(broken)
-    assert caught.value.path == path / f"{broken}.safetensors"
+    assert caught.value.path == f"{path}/{broken}.safetensors"
     assert [Cache(tmp_path).lookup(key) is None for key in list(NUMBERS)[:3]] == [False, True, False]
     assert fill(Cache(tmp_path, ONE_GB), dict.fromkeys(list(NUMBERS)[:3], 1), lambda: lambda _: (sample(1), ())) == 1
     assert_filled(Cache(tmp_path), list(NUMBERS)[:3])
@@ -169,7 +162,7 @@ def spoil(cache: Cache, key: str) -> None:
     """Change the last byte of an entry where this cache finds it."""
     row = cache.shards.find(key)
     assert row is not None
-    path = cache.shards.folder / cache.shards.shard_of[key]
+    path = cache.root / "shards" / cache.shards.shard_of[key]
     data, last = bytearray(path.read_bytes()), sum(map(int, row.split()[:2])) - 1
     data[last] ^= 1
     path.write_bytes(data)
@@ -218,9 +211,9 @@ def test_a_reader_follows_what_another_machine_has_moved(tmp_path: Path, monkeyp
     reader = Cache(filled(tmp_path, LITTLE).root)
     assert_filled(reader)
     compact(Cache(tmp_path, ONE_GB))
-    reader.shards._listed = (tmp_path / "shards").stat().st_mtime_ns, True
-    plain, stale = shards_module.os.pread, OSError(errno.ESTALE, "Stale file handle")
-    gone = {file.fileno() for file in reader.shards._files.values()}
+    reader.shards.store._listed = (tmp_path / "shards").stat().st_mtime_ns, True
+    plain, stale = shard_store.os.pread, OSError(errno.ESTALE, "Stale file handle")
+    gone = {file.fileno() for file in reader.shards.store._files.values()}
 
     def pread(number: int, *where: int) -> bytes:
         if number in gone:
@@ -228,7 +221,7 @@ def test_a_reader_follows_what_another_machine_has_moved(tmp_path: Path, monkeyp
             raise stale
         return plain(number, *where)
 
-    monkeypatch.setattr(shards_module.os, "pread", pread)
+    monkeypatch.setattr(shard_store.os, "pread", pread)
     assert_filled(reader)
 
 
@@ -252,7 +245,7 @@ def test_two_runs_at_once_do_not_wait_and_their_copies_become_one(tmp_path: Path
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "MAX_OPEN", 2)
+    monkeypatch.setattr(shard_store, "MAX_OPEN", 2)
     cache = Cache(filled(tmp_path, 1).root)
     for key in [*NUMBERS, *NUMBERS]:
         cache.read(key)
@@ -281,57 +274,87 @@ def test_a_full_disk_is_one_line_and_loses_no_whole_entry(tmp_path: Path, limit:
     assert_filled(Cache(tmp_path))
 
 
-def cache_share(root: Path, rank: int) -> None:
+def cache_share(opened: Callable[[int], Cache], rank: int, numbers: dict[str, int], seconds: float) -> None:
     """A rank whose encoding takes a moment."""
 
     def encode(key: str) -> tuple[Sample, Sequence[str]]:
-        time.sleep(0.02)
-        return sample(NUMBERS_OF_KILLS[key]), ()
+        time.sleep(seconds)
+        return sample(numbers[key]), ()
 
     tqdm.set_lock(RLock())  # its own is shared with its parent: one that is killed within it would stop them all
-    fill(Cache(root, 4 * LITTLE), dict.fromkeys(NUMBERS_OF_KILLS, 1), lambda: encode, rank=rank, world_size=4)
+    cache = opened(4 * LITTLE)
+    cache.shards.store.finish()
+    fill(cache, dict.fromkeys(numbers, 1), lambda: encode, rank=rank, world_size=4)
 
 
-NUMBERS_OF_KILLS = {entry_key(killed=i): i for i in range(600)}
-
-
-def compact_once(root: Path) -> None:
+def compact_once(opened: Callable[[int], Cache]) -> None:
     tqdm.set_lock(RLock())  # as above
-    compact(Cache(root, 40 * LITTLE))
+    compact(opened(40 * LITTLE))
 
 
-@pytest.mark.slow
-def test_thirty_kills_of_four_writers_lose_their_open_shards_alone(tmp_path: Path) -> None:
-    """At random instants: one of four processes that cache, then the one that compacts. A new one takes its place."""
+def kill_and_compare(
+    opened: Callable[[int], Cache], scratch: Path, entries: int, kills: int, pause_s: float, encode_s: float
+) -> list[str]:
+    """At random instants: one of four processes that cache, then the one that compacts. A new one takes its place.
+
+    Returns the keys.
+    """
     fork, draw = get_context("fork"), random.Random(0)
-    writers = [fork.Process(target=cache_share, args=(tmp_path, rank)) for rank in range(4)]
+    numbers = {entry_key(killed=i): i for i in range(entries)}
+    writers = [fork.Process(target=cache_share, args=(opened, rank, numbers, encode_s)) for rank in range(4)]
     [writer.start() for writer in writers]
     known: set[str] = set()
-    for _ in range(30):
-        time.sleep(draw.uniform(0.01, 0.08))
+    for _ in range(kills):
+        time.sleep(draw.uniform(pause_s / 8, pause_s))
         rank = draw.randrange(4)
         writers[rank].kill()
         writers[rank].join()
         assert writers[rank].exitcode == -signal.SIGKILL, "it was at work"
-        there = set(Cache(tmp_path).held())
+        there = set(opened(ONE_GB).held())
         assert known <= there, "what was closed stays"
         known = there
-        writers[rank] = fork.Process(target=cache_share, args=(tmp_path, rank))
+        writers[rank] = fork.Process(target=cache_share, args=(opened, rank, numbers, encode_s))
         writers[rank].start()
     [writer.join(60) for writer in writers]
     assert [writer.exitcode for writer in writers] == [0] * 4
-    torn = list((tmp_path / "shards").glob(".tmp-*"))
-    assert torn and all(path.stat().st_size <= 5 * LITTLE for path in torn)
-    for _ in range(30):
-        job = fork.Process(target=compact_once, args=(tmp_path,))
+    torn = list(scratch.glob(".tmp-*"))
+    assert torn or kills < 30, "few may all come while a process starts"
+    assert all(path.stat().st_size <= 5 * LITTLE for path in torn)
+    assert opened(ONE_GB).held().keys() == numbers.keys()
+    for _ in range(kills):
+        job = fork.Process(target=compact_once, args=(opened,))
         job.start()
-        job.join(draw.uniform(0.0, 0.2))
+        job.join(draw.uniform(0.0, 2.5 * pause_s))
         job.kill()
         job.join()
-        assert Cache(tmp_path).held().keys() == NUMBERS_OF_KILLS.keys()
-    compact_once(tmp_path)
-    assert members(tmp_path) == sorted(NUMBERS_OF_KILLS)
-    cache = Cache(tmp_path)
-    for key, number in NUMBERS_OF_KILLS.items():
+        assert opened(ONE_GB).held().keys() == numbers.keys()
+    opened(ONE_GB).shards.store.finish()
+    compact_once(opened)
+    cache = opened(ONE_GB)
+    for key, number in numbers.items():
         assert_same(cache.read(key), sample(number))
-    assert cache.sweep(max_age=-1) >= len(torn) and not list((tmp_path / "shards").glob(".tmp-*"))
+    assert cache.sweep(max_age=-1) >= len(torn) and not list(scratch.glob(".tmp-*"))
+    return sorted(numbers)
+
+
+@pytest.mark.slow
+def test_thirty_kills_of_four_writers_lose_their_open_shards_alone(tmp_path: Path) -> None:
+    keys = kill_and_compare(lambda size: Cache(tmp_path, size), tmp_path / "shards", 600, 30, 0.08, 0.03)
+    assert members(tmp_path) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kills_of_four_writers_to_a_store_lose_their_open_shards_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MIXRES_KILLS of each kind, as `make chaos` has it."""
+    with s3_server() as url:
+        for name, value in {**ACCESS, "AWS_ENDPOINT_URL": url}.items():
+            monkeypatch.setenv(name, value)
+        opened = opener("s3://pairs/cache", tmp_path)
+        kills = int(os.environ.get("MIXRES_KILLS", "5"))
+        waiting = tmp_path / "a/waiting"
+        keys = kill_and_compare(lambda size: opened(size=size), waiting, 150, kills, 0.8, kills / 40)
+        fsspec.filesystem("s3").get("s3://pairs/cache/shards/", f"{tmp_path}/shards/", recursive=True)
+    assert members(tmp_path) == keys

@@ -178,6 +178,12 @@ def test_pages_and_descriptions_of_keys_use_the_words_of_the_glossary() -> None:
     assert avoided(planted) == ["A look", "pictures", "goes on", "told"]
 
 
+def test_the_table_of_reads_from_the_cache_is_that_of_its_results() -> None:
+    reads = script("cache_throughput")
+    page, found = reads.PAGE.read_text(encoding="utf-8"), json.loads(reads.RESULTS.read_text(encoding="utf-8"))
+    assert reads.page_with_table(page, found) == page, "run scripts/cache_throughput.py --table"
+
+
 def test_the_table_of_devices_is_that_of_the_rehearsals() -> None:
     hardware = script("hardware_table")
     page, found = hardware.PAGE.read_text(encoding="utf-8"), json.loads(hardware.RESULTS.read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ from mixres.batch import Sample
 from mixres.data.cache import Cache, entry_key
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Grid
-from mixres.preprocessing.fill import check_space, encode_all, fill, make_folder, spread
+from mixres.preprocessing.cache_folder import check_space, make_folder
+from mixres.preprocessing.fill import encode_all, fill, spread
 from support.caching import Caching
 from support.family_cases import with_family
 from support.jobs import REPOSITORY, environment, longest_file, torchrun
@@ -168,9 +169,9 @@ def test_a_failed_write_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 
 def test_space_is_compared_with_what_the_disk_has(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    check_space(tmp_path, [free // 4, free // 4])
+    check_space(Cache(tmp_path), [free // 4, free // 4])
     with pytest.raises(UserError) as caught:
-        check_space(tmp_path, [2 * free, 10**12, 10**12])
+        check_space(Cache(tmp_path), [2 * free, 10**12, 10**12])
     needed = f"cache.cache_dir: {tmp_path} needs about {(2 * free + 2 * 10**12) / 1e9:.1f} GB for 3 entries, "
     assert caught.value.messages[0].startswith(needed)
 

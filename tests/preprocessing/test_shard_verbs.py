@@ -81,6 +81,9 @@ def test_what_compaction_needs_is_asked_for_in_a_line(caching: Caching, monkeypa
     assert run(caching, "--compact") == (2, "", line)
     code, _, err = run(caching, "--compact", "--verify", SHARD)
     assert code == 2 and "--verify" in err
+    monkeypatch.setattr(caching, "cache", "https://host/cache")
+    line = "mixres: error: cache.cache_dir: https:// cannot be written: name a folder, or use s3://, gs:// or hf://\n"
+    assert run(caching, "--compact") == run(caching) == (2, "", line)
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = "mixres: error: --compact: works on one process, 2 were started: python train.py cache --compact\n"
     assert run(caching, "--compact", SHARD) == (2, "", line)

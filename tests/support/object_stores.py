@@ -1,7 +1,10 @@
 """Pairs as tar shards and parquet files, a web server that fails on request, and a local S3 server."""
 
+import http.client
 import io
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -57,12 +60,16 @@ def write_parquet(file: Path, columns: Mapping[str, list[object]]) -> Path:
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves `files` in ranges; each of `faults` spoils one request: a status, or "reset", "slow" or "cut"."""
+    """Serves `files` in ranges; each of `faults` spoils one request: a status, or "reset", "slow" or "cut".
+
+    With the address of another server, requests are handed on to that, but for those of the methods `refused`.
+    """
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, behind: str = "") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.behind, self.refused = behind.removeprefix("http://"), set[str]()
         self.files: dict[str, bytes] = {}
         self.faults: list[int | str | None] = []
         self.served: list[tuple[str, int]] = []  # method and bytes
@@ -84,14 +91,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 - the names of the base class
+
     def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.faults.pop(0) if self.server.faults else None
+        if self.command in self.server.refused:
+            fault = 403
         data = self.server.files.get(self.path)
         if fault == "reset":
             self._close()
             return
         if fault == "slow":
             time.sleep(1)
+        if self.server.behind and not isinstance(fault, int):
+            self._hand_on(body)
+            return
         if isinstance(fault, int) or data is None:
             code = {403: "ExpiredToken", 503: "SlowDown"}.get(fault if isinstance(fault, int) else 404, "NoSuchKey")
             body = f"<Error><Code>{code}</Code><Message>As S3 words it.</Message></Error>".encode()
@@ -103,6 +118,17 @@ class _Handler(BaseHTTPRequestHandler):
             status, part = 206, data[int(first) : int(last) + 1]
         self._send(status, part[:-1] if fault == "cut" else part, len(part), {"ETag": f'"{hash(data)}"'})
 
+    def _hand_on(self, body: bytes) -> None:
+        connection = http.client.HTTPConnection(self.server.behind)
+        kept = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        connection.request(self.command, self.path, body, kept)
+        answer = connection.getresponse()
+        data, length = answer.read(), int(answer.headers.get("Content-Length", 0))
+        names = ("ETag", "Content-Type", "Content-Range", "Last-Modified")
+        kept = {name: value for name in names if (value := answer.headers[name])}
+        self._send(answer.status, data, length, kept)
+        connection.close()
+
     def _close(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
@@ -112,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(length), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
             if len(body) < length:
                 self._close()
@@ -120,8 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_server() -> Iterator[FaultyServer]:
-    server = FaultyServer()
+def faulty_server(behind: str = "") -> Iterator[FaultyServer]:
+    server = FaultyServer(behind)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server
@@ -132,18 +158,22 @@ def faulty_server() -> Iterator[FaultyServer]:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The address of an empty S3 store (moto's) with the bucket `pairs`; it takes any credentials."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
+    """The address of an empty S3 store (moto's) with the bucket `pairs`; it takes any credentials.
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        store = fsspec.filesystem(
-            "s3", key="testing", secret="testing", endpoint_url=f"http://{host}:{port}", skip_instance_cache=True
-        )
-        store.mkdir("pairs")
-        yield f"http://{host}:{port}"
-    finally:
-        server.stop()
+    It is a process of its own, so tests may fork, and its time is not theirs.
+    """
+    import fsspec
+
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        url = next(line.split()[-1] for line in server.stderr if "Running on" in line)
+        threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop it
+        try:
+            store = fsspec.filesystem("s3", key="testing", secret="testing", endpoint_url=url, skip_instance_cache=True)
+            store.mkdir("pairs")
+            store.clear_instance_cache()  # fsspec keeps file systems whose address the environment gave
+            yield url
+        finally:
+            server.kill()
+            store.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""The same run from a folder, a tar shard, a parquet file and an S3 store."""
+"""The same run from a folder, a tar shard, a parquet file and an S3 store, and from a cache at a URL."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ import fsspec
 import pytest
 from safetensors.torch import load_file
 
-from support.jobs import LORA, Jobs
+from mixres import cli
+from support.jobs import COMMON, LORA, Jobs, metrics
 from support.object_stores import ACCESS, members_of, parquet_of, s3_server, tar_of
 
 WORDS = ("train.max_train_steps=3", "logging.report_to=none")
@@ -49,5 +50,49 @@ def test_the_same_run_from_every_source_has_the_same_losses_bit_for_bit(
         assert losses(run) == losses(runs["folder"]) and len(set(losses(run))) == 3
         weights, wanted = load_file(run / LORA), load_file(runs["folder"] / LORA)
         assert all(weights[key].equal(wanted[key]) for key in wanted)
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [file for file in written if ACCESS["AWS_SECRET_ACCESS_KEY"].encode() in file.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_same_run_from_a_cache_at_a_url_has_the_same_losses_bit_for_bit(
+    small_run: Path,
+    few_pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Losses, held-out losses and grids, of files and of shards at a URL that another machine has written."""
+    common = [*COMMON[1:2], *COMMON[3:], f"data.held_out={few_pairs / 'held_out'}", "evaluate.every=2"]
+    shared = ["cache.cache_dir=s3://pairs/cache", "cache.shard_gb=1e-4", "data.num_workers=2"]
+    machines = [[*shared, f"cache.local_dir={tmp_path / name}"] for name in "ab"]
+
+    def verb(*words: str) -> tuple[int, str]:
+        code = cli.main([*words[:2], *jobs.words("verb")[:2], *words[2:]])
+        return code, capsys.readouterr().out
+
+    with s3_server() as url:
+        for name, value in {**ACCESS, "AWS_ENDPOINT_URL": url}.items():
+            monkeypatch.setenv(name, value)
+        jobs = Jobs(small_run, tmp_path / "files", tmp_path / "runs", common)
+        files = jobs.here("files", *WORDS)
+        code, out = verb("cache", *machines[0])
+        assert code == 0 and "13 entries in s3://pairs/cache: 13 encoded, 0 found" in out
+        at_url = jobs.here("b", *machines[1], *WORDS)
+        assert "13 entries in s3://pairs/cache: 0 encoded, 13 found" in capsys.readouterr().out
+        code, out = verb("cache", "--verify", *machines[1])
+        assert code == 0 and "13 entries in s3://pairs/cache: 13 valid, 0 damaged, 0 missing" in out
+        code, out = verb("cache", "--compact", *machines[1], "cache.shard_gb=0")
+        assert code == 0 and "13 entries (" in out and "13 moved" in out
+        code, out = verb("cache", "--shard=2/3", *machines[0])
+        assert code == 0 and "13 of all 13 entries had been there" in out
+        assert verb("inspect", "--ranks=2", *machines[0], f"logging.output_dir={tmp_path / 'runs/i'}")[0] == 0
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
+        assert [name.rpartition(".")[2] for name in store.ls("pairs/cache/shards", detail=False)] == ["tar"]
+    assert len(metrics(files)) > 3 and metrics(files) == metrics(at_url)
+    for name in (LORA, "samples/step-00000003.png"):
+        assert (files / name).read_bytes() == (at_url / name).read_bytes()
+    assert {path.name for path in (tmp_path / "b").rglob("*.json")} == {"scan.json", "fingerprints.json"}
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in written if ACCESS["AWS_SECRET_ACCESS_KEY"].encode() in file.read_bytes()]

@@ -47,9 +47,8 @@ def _no_secret(text: str) -> str:
     return text
 
 
-Sources = Annotated[
-    tuple[Annotated[Text, AfterValidator(_no_secret)], ...], BeforeValidator(as_tuple), Field(min_length=1)
-]
+PathOrUrl = Annotated[Text, AfterValidator(_no_secret)]
+Sources = Annotated[tuple[PathOrUrl, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 Role = Annotated[str, Field(pattern=r"^(target|control|control_[1-9]\d{0,3}|mask|prompt|align_control)$")]
 
 
@@ -253,9 +252,18 @@ class TrainConfig(Section):
 
 
 class CacheConfig(Section):
-    cache_dir: Text = Field("./cache", description="Folder of the encoded samples; runs may share it.")
+    cache_dir: PathOrUrl = Field(
+        "./cache", description="Folder of the encoded samples, or its URL (s3://, gs://, hf://); runs may share it."
+    )
     shard_gb: float = Field(
-        0.0, ge=0, le=100, description="GB at which a shard of new entries is closed, such as 1.0; 0: a file an entry."
+        0.0,
+        ge=0,
+        le=100,
+        description="GB at which a shard of new entries is closed, such as 1.0; 0: a file an entry, at a URL 1.0.",
+    )
+    local_dir: Text = Field("~/.cache/mixres", description="Folder of this machine's copies of a cache at a URL.")
+    local_gb: float = Field(
+        100.0, ge=0, le=10**6, description="GB of copies; those used longest ago are deleted first."
     )
     text: Literal["float8"] | None = Field(
         None, description="float8 stores text embeddings in 8 bits (e4m3, a scale a token); null in model.dtype."

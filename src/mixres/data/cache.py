@@ -29,7 +29,6 @@ import json
 import os
 import re
 import struct
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,15 +42,15 @@ from torch import Tensor
 
 from mixres import atomic
 from mixres.batch import Sample, TextEmbeds, image_shapes_from_embeddings
+from mixres.data.entry_header import FORMAT, MAX_HEADER_BYTES, parse_header, payload_hash
 from mixres.data.float8 import from_float8, to_float8
+from mixres.data.shard_store import FolderStore, UrlStore
 from mixres.data.shards import FOLDER, Shards, member_name
-from mixres.errors import WorkError
+from mixres.errors import UserError, WorkError
 from mixres.geometry import Grid, token_count
 
-FORMAT = 2
 INDEX = "index.json"
 _TEXTS = ("prompt_embeds", "empty_embeds", "pooled_embeds", "empty_pooled_embeds")  # tensors of a sample's prompts
-_MAX_HEADER_BYTES = 2**20
 _KEY = re.compile("[0-9a-f]{32}")
 # What reading a file raises that is not what `Cache.write` made. Only the message of a plain ValueError is ours.
 _UNFIT = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -60,7 +59,7 @@ _UNFIT = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, R
 class DamagedEntry(Exception):  # noqa: N818 - the state, not a mistake of the caller
     """A cache entry is not what was written. It has been removed; the next caching pass makes it again."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}; the entry has been removed and the next caching pass makes it again")
         self.path, self.reason = path, reason
 
@@ -91,16 +90,24 @@ class Cache:
     The index only saves opening files: it is checked against each file's size, and an entry that it lacks is found by
     its header. Any number of processes may read and write; two that write one key write the same bytes. All entries
     are read, whatever they are; new ones go to shards of `shard_size` bytes, or with 0 to a file each, with
-    `float8_text` embeddings in 8 bits.
+    `float8_text` embeddings in 8 bits. With `remote` all entries are in shards there, and `root` is a folder of this
+    machine for what is remembered of them.
     """
 
-    def __init__(self, root: Path | str, shard_size: int = 0, *, float8_text: bool = False) -> None:
-        self.root, self.float8_text = Path(root), float8_text
-        self.shards = Shards(self.root / FOLDER, shard_size)
+    def __init__(
+        self, root: Path | str, shard_size: int = 0, *, float8_text: bool = False, remote: UrlStore | None = None
+    ) -> None:
+        assert shard_size or not remote, "a URL has no single files"
+        self.root, self.float8_text, self.remote = Path(root), float8_text, remote
+        self.shards = Shards(remote or FolderStore(self.root / FOLDER), shard_size)
         self._index = _read_index(self.root / INDEX)
         self._changed = False
         self._removed: set[str] = set()
         self._verified: set[str] = set()
+
+    def __str__(self) -> str:
+        """The folder or URL of the entries."""
+        return self.remote.url.removesuffix(f"/{FOLDER}") if self.remote else str(self.root)
 
     def path(self, key: str) -> Path:
         """Where the entry `key` lies, or would lie, as a file of its own."""
@@ -143,7 +150,7 @@ class Cache:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in _TEXTS}
         if self.float8_text:
             tensors = to_float8(tensors)
-        self._store(entry, save_tensors(tensors, {"mixres": _description(entry, _payload_hash(tensors))}))
+        self._store(entry, save_tensors(tensors, {"mixres": _description(entry, payload_hash(tensors))}))
         return entry
 
     def close(self) -> None:
@@ -156,28 +163,28 @@ class Cache:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(OSError):  # what ended the block is what to report
+            with contextlib.suppress(OSError, UserError, WorkError):  # what ended the block is what to report
                 self.close()
             raise
         self.close()
 
     def copy(self, key: str) -> None:
         """Write a checked entry once more, byte for byte, into the open shard. Raises as `read_entry` and `write`."""
-        data, entry, _ = self._checked(key)
+        data, entry, _ = self._checked(key, fresh=True)
         self._store(entry, data)
 
-    def remove(self, sources: Sequence[Path]) -> int:
-        """Delete files and shards whose entries lie in other shards too; returns how many.
+    def remove(self, sources: Sequence[Path | str]) -> int:
+        """Delete files, and shards by name, whose entries lie in other shards too; returns how many.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        for path in sources:
-            if path.parent == self.shards.folder:
-                self.shards.remove(path.name)
+        for source in sources:
+            if isinstance(source, str):
+                self.shards.remove(source)
             else:
-                path.unlink(missing_ok=True)
-                self._forget(path.stem)
+                source.unlink(missing_ok=True)
+                self._forget(source.stem)
         return len(sources)
 
     def files(self) -> dict[str, Path]:
@@ -185,9 +192,9 @@ class Cache:
         found = {path.stem: path for path in self.root.glob("??/*.safetensors")}
         return {key: path for key, path in found.items() if _KEY.fullmatch(key)}
 
-    def unreadable(self) -> list[Path]:
+    def unreadable(self) -> list[str]:
         """Shards without an index that can be read: their entries count as missing."""
-        return sorted(self.shards.folder / name for name in self.shards.unreadable)
+        return sorted(map(self.shards.store.where, self.shards.unreadable))
 
     def held(self) -> dict[str, int]:
         """The bytes of every entry that is there, by key."""
@@ -223,32 +230,32 @@ class Cache:
         _, tensors = self.read_entry(key)
         return TextEmbeds(tensors["prompt_embeds"], tensors.get("pooled_embeds"))
 
-    def read_entry(self, key: str) -> tuple[CacheEntry, dict[str, Tensor]]:
-        """What the file of `key` alone holds, of a sample or of a prompt.
+    def read_entry(self, key: str, *, fresh: bool = False) -> tuple[CacheEntry, dict[str, Tensor]]:
+        """What the file of `key` alone holds, of a sample or of a prompt. `fresh`: not from a local copy of it.
 
         Raises:
             FileNotFoundError: there is no such entry.
             DamagedEntry: what is stored is not what was written.
             WorkError: the same, and the folder cannot be written.
         """
-        return self._checked(key)[1:]
+        return self._checked(key, fresh)[1:]
 
-    def _checked(self, key: str) -> tuple[bytes, CacheEntry, dict[str, Tensor]]:
-        data = self._bytes(key)
+    def _checked(self, key: str, fresh: bool = False) -> tuple[bytes, CacheEntry, dict[str, Tensor]]:
+        data = self._bytes(key, fresh)
         try:
             return data, *self._parsed(data, key)
         except _UNFIT as error:
-            shard, path = self.shards.shard_of.get(key), self.path(key)
+            if self.remote and not fresh:  # a local copy, or what came over the wire
+                return self._checked(key, fresh=True)
+            in_shard = key in self.shards.shard_of
+            path = self.shards.where(key) if in_shard else self.path(key)
             reason = str(error) if type(error) is ValueError else "it is no cache entry"
             try:
-                if shard:
-                    path = self.shards.folder / shard / path.name
-                    self.shards.drop(key)
-                else:
-                    path.unlink(missing_ok=True)
-            except OSError as refused:
-                kept = f"{path}: {reason}, and it cannot be removed ({refused.strerror})"
-                raise WorkError(f"{kept}: make {self.root} writable and run the same command again") from refused
+                self.shards.drop(key) if in_shard else self.path(key).unlink(missing_ok=True)
+            except (OSError, UserError, WorkError) as refused:
+                why = refused.strerror if isinstance(refused, OSError) else refused
+                kept = f"{path}: {reason}, and it cannot be removed ({why})"
+                raise WorkError(f"{kept}: make {self} writable and run the same command again") from refused
             self._forget(key)
             raise DamagedEntry(path, reason) from error
 
@@ -272,24 +279,15 @@ class Cache:
 
     def sweep(self, max_age: float = 3600.0) -> int:
         """Delete the temporary files that killed writers left more than `max_age` seconds ago; returns how many."""
-        removed = 0
-        folders = (self.root, self.shards.folder, *self.root.glob("??"))
-        for path in (path for folder in folders for path in folder.glob(f"{atomic.TMP_PREFIX}*")):
-            try:
-                if time.time() - path.stat().st_mtime > max_age:
-                    path.unlink()
-                    removed += 1
-            except OSError:  # another process swept it, or the disk is read-only
-                continue
-        return removed
+        return atomic.sweep((self.root, self.shards.store.scratch, *self.root.glob("??")), max_age)
 
-    def _bytes(self, key: str) -> bytes:
+    def _bytes(self, key: str, fresh: bool = False) -> bytes:
         """Of a shard or a file; another process may be moving it from one to the other."""
         for _ in range(2):
             with contextlib.suppress(FileNotFoundError):
-                return self.shards.read(key) if self.shards.find(key) else self.path(key).read_bytes()
+                return self.shards.read(key, fresh=fresh) if self.shards.find(key) else self.path(key).read_bytes()
             self.shards.refresh(again=True)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path(key)))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self}/{member_name(key)}")
 
     def _store(self, entry: CacheEntry, data: bytes) -> None:
         if self.shards.size:
@@ -303,10 +301,10 @@ class Cache:
         self._remember(entry, len(data))
 
     def _parsed(self, data: bytes, key: str) -> tuple[CacheEntry, dict[str, Tensor]]:
-        stated = _parse_header(data, len(data), key)
+        stated = parse_header(data, len(data), key)
         tensors = load_tensors(data)
         if key not in self._verified:
-            if _payload_hash(tensors) != stated["payload"]:
+            if payload_hash(tensors) != stated["payload"]:
                 raise ValueError("the checksum of its tensors is wrong")
             self._verified.add(key)
         entry = _entry(key, stated)
@@ -353,17 +351,6 @@ def _tensors(value: Sample | TextEmbeds) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
 
 
-def _payload_hash(tensors: Mapping[str, Tensor]) -> str:
-    """xxh3_128 over name, dtype, shape and bytes of every tensor, in the order of their names."""
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _description(entry: CacheEntry, payload: str) -> str:
     """One string, not several: safetensors writes several metadata strings in no fixed order."""
     stated = {"format": FORMAT, **entry._asdict(), "payload": payload}
@@ -373,36 +360,13 @@ def _description(entry: CacheEntry, payload: str) -> str:
     return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"
 
 
-def _parse_header(data: bytes, size: int, key: str) -> dict[str, Any]:
-    """The description in the head of a file of `size` bytes.
-
-    Raises:
-        ValueError, LookupError, TypeError: it is not one that `Cache.write` made for `key`.
-    """
-    if len(data) < 8:
-        raise ValueError("it is shorter than a header")
-    length = struct.unpack("<Q", data[:8])[0]
-    if length > _MAX_HEADER_BYTES or 8 + length > len(data):
-        raise ValueError("its header is longer than the file")
-    header = json.loads(data[8 : 8 + length])
-    digest, text = header.pop("__metadata__")["mixres"].split(" ", 1)
-    if xxhash.xxh3_64_hexdigest(text.encode()) != digest:
-        raise ValueError("the checksum of its header is wrong")
-    stated: dict[str, Any] = json.loads(text)
-    if stated["format"] not in (1, FORMAT) or stated["key"] != key:
-        raise ValueError(f"it is entry {stated['key']} of format {stated['format']}")
-    if 8 + length + max(tensor["data_offsets"][1] for tensor in header.values()) != size:
-        raise ValueError(f"it is {size} bytes long, not what its header says")
-    return stated
-
-
 def _read_header(path: Path, key: str) -> CacheEntry | None:
     try:
         with path.open("rb") as file:
             data = file.read(8)
             if len(data) == 8:
-                data += file.read(min(struct.unpack("<Q", data)[0], _MAX_HEADER_BYTES))
-        return _entry(key, _parse_header(data, path.stat().st_size, key))
+                data += file.read(min(struct.unpack("<Q", data)[0], MAX_HEADER_BYTES))
+        return _entry(key, parse_header(data, path.stat().st_size, key))
     except (OSError, *_UNFIT):
         return None
 

@@ -36,21 +36,21 @@ def compact(cache: Cache) -> Compacted:
         with FileLock(cache.root / ".compact.lock", timeout=0):
             return _compact(cache)
     except Timeout as error:
-        raise UserError(f"cache.cache_dir: another process is compacting {cache.root}: wait for its end") from error
+        raise UserError(f"cache.cache_dir: another process is compacting {cache}: wait for its end") from error
 
 
 def _compact(cache: Cache) -> Compacted:
     shards, files = cache.shards, cache.files()
-    shards.refresh()
+    shards.refresh(again=True)
     live = Counter(shards.shard_of.values())
     unfit = {name for name, count in shards.counts.items() if live[name] < count}
-    small = {name for name in shards.counts if (shards.folder / name).stat().st_size < shards.size / 2}
+    small = {name for name in shards.counts if shards.store.size(name) < shards.size / 2}
     if files or len(small | unfit) > 1:  # one small shard alone is the last one
         unfit |= small
     by_shard = {name: shards.held_by(name) for name in sorted(unfit | shards.unreadable)}
     kept = {key for key, name in shards.shard_of.items() if name not in by_shard}
-    work = [*((shards.folder / name, keys) for name, keys in by_shard.items()), *((p, [k]) for k, p in files.items())]
-    sources: list[Path] = []  # what they hold is in the shard that is open, or in closed ones
+    work: list[tuple[Path | str, list[str]]] = [*by_shard.items(), *((path, [key]) for key, path in files.items())]
+    sources: list[Path | str] = []  # what they hold is in the shard that is open, or in closed ones
     damaged: list[DamagedEntry] = []
     moved = deleted = 0
     with cache.writing():
@@ -58,7 +58,7 @@ def _compact(cache: Cache) -> Compacted:
             for key in keys:
                 while True:  # a file or another shard may hold what this one has lost
                     try:
-                        cache.read_entry(key) if key in kept else cache.copy(key)
+                        cache.read_entry(key, fresh=True) if key in kept else cache.copy(key)
                     except DamagedEntry as error:
                         damaged.append(error)
                         kept.discard(key)

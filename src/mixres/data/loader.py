@@ -25,7 +25,7 @@ from mixres.batch import Batch, Sample
 from mixres.data.cache import Cache, DamagedEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Microbatch, Plan, Rounding
-from mixres.errors import WorkError
+from mixres.errors import UserError, WorkError
 
 _SIGNAL_WAIT_S = 5.0
 
@@ -54,10 +54,10 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
             samples = samples_of(microbatch, lambda i: self.cache.read(self.keys[i], name=self.names[i]))
         except (DamagedEntry, FileNotFoundError) as error:
             return WorkError(f"{error}: run the same command again")
-        except WorkError as error:
-            return error
+        except (UserError, WorkError) as error:
+            return WorkError(str(error))
         except OSError as error:
-            where = f"{error.filename or self.cache.root}: cannot be read ({error.strerror or error})"
+            where = f"{error.filename or self.cache}: cannot be read ({error.strerror or error})"
             return WorkError(f"{where}: run the same command again")
         indices, weights, _ = microbatch
         return collate(samples, indices=indices, weights=weights, layout=self.layout, rounding=self.rounding)

@@ -2,13 +2,15 @@
 
 Promise: bytes come from the object that was listed, as many as were asked for, or an error names it and the remedy; a
 message never holds a user, a password or a query string. Cost: a request a range. Over HTTP a failed one is repeated
-`TRIES` times with growing pauses; the libraries of the other stores do so by themselves.
+`TRIES` times with growing pauses; the libraries of the other stores do so by themselves. The objects of a cache are
+written through `asked` too.
 """
 
 import io
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -59,11 +61,11 @@ class StoredObject:
         if start == end:
             return b""
         try:
-            data: bytes = _tried(self.url, lambda: _filesystem(self.url).cat_file(self.url, start=start, end=end))
+            data: bytes = asked(self.url, lambda files: files.cat_file(self.url, start=start, end=end))
         except FileNotFoundError:
             data = b""
-        except Exception as error:  # each store has errors of its own
-            raise WorkError(f"{printable(self)}: {_reason(self.url, error)[0]}") from error
+        except UserError as error:
+            raise WorkError(str(error)) from error
         if len(data) != end - start:
             raise WorkError(
                 f"{printable(self)}: has changed since it was listed, or its server serves no ranges "
@@ -121,6 +123,49 @@ def find_objects(source: str) -> list[StoredObject]:
         WorkError: the store cannot be reached.
     """
     return [stored for url in _counted_up(source) for stored in _listed(url)]
+
+
+def asked(url: str, call: Callable[[Any], Any], doing: str = "read") -> Any:
+    """What `call` returns of the file system of `url`.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        UserError: it may not be done; or a package for this kind of URL is not installed.
+        WorkError: the store cannot be reached, or refuses for another reason.
+    """
+    filesystem = _filesystem(url)
+    try:
+        return _tried(url, lambda: call(filesystem))
+    except Exception as error:  # each store has errors of its own
+        reason, of_user = _reason(url, error, doing)
+        if isinstance(error, FileNotFoundError) and of_user:
+            raise
+        raise (UserError if of_user else WorkError)(f"{printable(url)}: {reason}") from error
+
+
+def sizes_under(url: str) -> dict[str, int]:
+    """The bytes of the objects in the folder `url` as it is now, by name; none where there is no such folder.
+
+    Raises:
+        UserError, WorkError: as `asked`; or there is no such bucket.
+    """
+
+    def listing(files: Any) -> Any:
+        files.invalidate_cache()
+        return files.ls(url, detail=True)
+
+    try:
+        infos = asked(url, listing)
+    except FileNotFoundError as error:
+        bucket = "/".join(url.split("/")[:3])
+        try:
+            if url.startswith(("s3:", "gs:")):
+                with suppress(UserError):  # who may list a folder need not be allowed to list all
+                    asked(bucket, lambda files: files.ls(bucket))
+        except FileNotFoundError:
+            raise UserError(f"{printable(bucket)}: there is no such bucket; create it, or correct its name") from error
+        return {}
+    return {info["name"].rpartition("/")[2]: info["size"] for info in infos if info["type"] == "file"}
 
 
 def _counted_up(source: str) -> Iterator[str]:
@@ -221,8 +266,8 @@ def _tried(url: str, call: Any) -> Any:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _reason(url: str, error: BaseException) -> tuple[str, bool]:
-    """Why an object cannot be read, with the remedy; and whether that is for the user to correct."""
+def _reason(url: str, error: BaseException, doing: str = "read") -> tuple[str, bool]:
+    """Why an object cannot be read or written, with the remedy; and whether that is for the user to correct."""
     chain = [error]
     while (cause := chain[-1].__cause__) and cause not in chain:
         chain.append(cause)
@@ -232,11 +277,11 @@ def _reason(url: str, error: BaseException) -> tuple[str, bool]:
     scheme = url.partition("://")[0] if is_url(url) else "file"
     if status in (401, 403) or refused or isinstance(error, PermissionError):
         renew = f"; renew the credentials ({CREDENTIALS[scheme]})" if scheme in CREDENTIALS else "; make it readable"
-        return f"may not be read: access is refused, or credentials are missing or have expired{renew}", True
+        return f"may not be {doing}: access is refused, or credentials are missing or have expired{renew}", True
     # fsspec calls every HTTP request for the size of an object that fails a missing file.
     missing = isinstance(error, FileNotFoundError | IsADirectoryError)
     if missing and (status == 404 or not chain[1:] or not scheme.startswith("http")):
         return f"there is no such {'file' if scheme == 'file' else 'object'}; correct it", True
     what = without_secrets(" ".join(str(chain[-1]).split())) or type(chain[-1]).__name__
     tries = f" after {TRIES} tries" if url.startswith("http") else ""
-    return f"cannot be read{tries}: {what}; look at the network and the store, and run the same command again", False
+    return f"cannot be {doing}{tries}: {what}; look at the network and the store, and run the same command again", False

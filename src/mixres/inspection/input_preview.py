@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from mixres.config.schema import Config
-from mixres.data.cache import Cache
 from mixres.data.scan import ScannedRecord
 from mixres.geometry import token_grid
 from mixres.models.edit_mask import mask_on_grid
 from mixres.models.family import Family
+from mixres.preprocessing.cache_folder import open_cache
 from mixres.preprocessing.encode import encode_inputs, entry_keys
 from mixres.preprocessing.fill import evenly
 from mixres.training.distributed import dist_env
@@ -70,7 +70,7 @@ def decoded_of(
     Raises:
         UserError: VAE or encoders of the base cannot be had.
     """
-    cache = Cache(config.cache.cache_dir)
+    cache = open_cache(config)
     keys = entry_keys(config, family, some, empty_prompt=config.data.caption_dropout > 0)
     entries = [cache.lookup(key) for key in keys]
     whole = [entry is not None and all(map(cache.lookup, entry.prompts)) for entry in entries]

@@ -9,7 +9,6 @@ most `MAX_STEPS` steps), and seconds of counting memory; no weights but with `me
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from mixres import atomic
 from mixres.config.schema import Config
@@ -27,8 +26,9 @@ from mixres.inspection.statistics import Figures, item_figures, notices, plan_su
 from mixres.inspection.thumbnails import of_extremes, of_problems
 from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
+from mixres.preprocessing.cache_folder import cache_folder, make_folder
 from mixres.preprocessing.encode import entry_bytes, foreseen_entries, foreseen_prompts, lone_prompts, text_problems
-from mixres.preprocessing.fill import family_of, lengths_of, make_folder
+from mixres.preprocessing.fill import family_of, lengths_of
 from mixres.preprocessing.training_data import ScannedData, image_limits, scan_records, tell
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import save_png
@@ -71,7 +71,7 @@ def inspect(
         return
     problems.collect(check_early, config if measure else _checkable_here(config), family)
     estimate = not problems.lines
-    make_folder(Path(config.cache.cache_dir))
+    make_folder(cache_folder(config))
     found = problems.collect(scan_records, config, family, is_main=True)
     if found is None:
         raise UserError(problems.lines)
@@ -168,7 +168,7 @@ class _DryRun:
                 max_pixels=config.data.resize.target.max_pixels,
             )
         sizes = entry_bytes(config, self.family, self.foreseen | self.prompts)
-        free = shutil.disk_usage(config.cache.cache_dir).free
+        free = shutil.disk_usage(cache_folder(config)).free
         report["cache"] = {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": free}
         if self.plan:
             report["notices"] = notices(config, found, report["sizes"], self.sums["epoch"].figures, self.ranks)

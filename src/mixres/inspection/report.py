@@ -11,7 +11,7 @@ from typing import Any
 from mixres.console import amount, clock
 from mixres.inspection.thumbnails import Thumbnail
 from mixres.pages.page import data_uri, template
-from mixres.preprocessing.fill import readable_size
+from mixres.preprocessing.cache_folder import readable_size
 
 Thumbnails = Mapping[str, Sequence[Thumbnail]]  # by the section that they stand in
 

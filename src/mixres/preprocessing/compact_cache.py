@@ -3,14 +3,18 @@
 Promise: no entry is lost or changed. Cost: one read and one write of what moves; no weight and no image is read.
 """
 
-from pathlib import Path
-
 from mixres.config.schema import Config
 from mixres.console import log
-from mixres.data.cache import Cache
 from mixres.data.compact import compact
+from mixres.data.objects import is_url
 from mixres.errors import UserError, WorkError
-from mixres.preprocessing.fill import readable_size, save_index, shard_size
+from mixres.preprocessing.cache_folder import (
+    cache_folder,
+    open_cache,
+    readable_size,
+    save_index,
+    shard_size,
+)
 
 
 def compact_cache(config: Config, *, world_size: int = 1) -> None:
@@ -24,16 +28,17 @@ def compact_cache(config: Config, *, world_size: int = 1) -> None:
         raise UserError(f"--compact: works on one process, {world_size} were started: python train.py cache --compact")
     if not shard_size(config):
         raise UserError("cache.shard_gb: is 0, a file for each entry: set the size of shards, such as 1.0")
-    root = Path(config.cache.cache_dir)
-    if not root.is_dir():
+    if not is_url(config.cache.cache_dir) and not (root := cache_folder(config)).is_dir():
         raise UserError(f"cache.cache_dir: {root} is no folder: name that of a cache")
-    cache = Cache(root, shard_size(config))
+    cache = open_cache(config)
+    cache.shards.store.finish()
     cache.sweep()
     try:
         done = compact(cache)
     except OSError as error:
+        key, place = "cache.local_dir" if cache.remote else "cache.cache_dir", error.filename or cache.root
         raise WorkError(
-            f"cache.cache_dir: {error.filename or root}: {error.strerror or error}: make room for a shard, "
+            f"{key}: {place}: {error.strerror or error}: make room for a shard, "
             f"{readable_size(shard_size(config))}, and run the same command again; nothing is lost"
         ) from error
     for entry in done.damaged:
@@ -42,4 +47,4 @@ def compact_cache(config: Config, *, world_size: int = 1) -> None:
     held = cache.held()
     size = readable_size(sum(held.values()))
     moved = f"{done.moved} moved, {done.sources} files and shards replaced, {len(done.damaged)} damaged"
-    log(f"cache     {len(held)} entries ({size}) in {root}: {moved}")
+    log(f"cache     {len(held)} entries ({size}) in {cache}: {moved}")

@@ -22,6 +22,7 @@ from mixres.data.records import ReadOnce
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
 from mixres.models.family import ControlSizes, Family
+from mixres.preprocessing.cache_folder import cache_folder
 from mixres.preprocessing.training_data import (
     aligned,
     control_areas,
@@ -92,7 +93,7 @@ def _text(config: Config) -> dict[str, str]:
 
 
 def _memo(config: Config) -> Path:
-    return Path(config.cache.cache_dir) / "fingerprints.json"
+    return cache_folder(config) / "fingerprints.json"
 
 
 def _aligned_sizes(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:

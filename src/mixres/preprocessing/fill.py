@@ -8,13 +8,11 @@ prompt; see `fill` for what is encoded twice.
 
 import gc
 import random
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -30,6 +28,7 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
 from mixres.models.registry import load_family
+from mixres.preprocessing.cache_folder import check_space, open_cache, place_of, readable_size, save_index
 from mixres.preprocessing.encode import (
     encode_record,
     entry_bytes,
@@ -169,21 +168,14 @@ def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedReco
     Raises:
         UserError: data, base or sizes are wrong, or the folder of the cache cannot be made.
     """
-    root = Path(config.cache.cache_dir)
-    make_folder(root)
+    cache = open_cache(config)
     train, held_out = usable_records(config, family, is_main=is_main)
     dropout = config.data.caption_dropout > 0
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
     with_empty = frozenset(keys if dropout else ())
-    cache = Cache(root, shard_size(config), float8_text=config.cache.text == "float8")
     held_out_keys = entry_keys(config, family, held_out)
     return KeyedRecords(cache, train, held_out, keys + held_out_keys, prompts, with_empty)
-
-
-def shard_size(config: Config) -> int:
-    """In bytes; 0 where each entry has a file."""
-    return round(config.cache.shard_gb * 10**9)
 
 
 def encode(
@@ -215,6 +207,7 @@ def _fill(
     """`fill` with the entries of these records that are missing, checked before anything is encoded."""
     cache, prompts, with_empty, records = found.cache, found.prompts, found.with_empty, found.by_key
     is_main = alone or rank == 0
+    cache.shards.store.finish()
     if is_main:
         cache.sweep()
     wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
@@ -226,7 +219,7 @@ def _fill(
     with _collector_paused():
         _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
-    check_space(cache.root, sizes.values())
+    check_space(cache, sizes.values())
 
     load = partial(_Encoder, config, family, found, missing, device)
     encoded = fill(cache, sizes, load, rank=rank, world_size=world_size, alone=alone)
@@ -240,9 +233,7 @@ def _fill(
     elif rank == 0:
         others = f", {len(sizes) - encoded} by other processes" if encoded < len(sizes) else ""
         of_them = f", {len(prompts)} of them prompts," if prompts else ""
-        log(
-            f"cache     {len(wanted)} entries{of_them} in {cache.root}: {encoded} encoded, {len(entries)} found{others}"
-        )
+        log(f"cache     {len(wanted)} entries{of_them} in {cache}: {encoded} encoded, {len(entries)} found{others}")
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
 
@@ -380,7 +371,7 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
     except OSError as error:
         left = [size for key, size in sizes.items() if cache.lookup(key) is None]
         raise WorkError(
-            f"cache.cache_dir: {cache.root} cannot be written ({error.strerror or error}): make room, about "
+            f"{place_of(cache)} cannot be written ({error.strerror or error}): make room, about "
             f"{readable_size(sum(left))} for the {len(left)} entries to come, and run the same command again; "
             "those that are there stay"
         ) from error
@@ -403,48 +394,6 @@ def evenly(ordered: Sequence[T], count: int) -> list[T]:
     if len(ordered) <= count:
         return list(ordered)
     return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
-
-
-# Disk and memory
-
-
-def make_folder(root: Path) -> None:
-    """Make the folder of the cache.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache.cache_dir: {root} cannot be made ({error.strerror}): name another folder") from error
-
-
-def check_space(root: Path, sizes: Collection[int]) -> None:
-    """Compare the bytes that entries will take with the free space on the disk of `root`.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    needed, free = sum(sizes), shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"cache.cache_dir: {root} needs about {readable_size(needed)} for {len(sizes)} entries, "
-            f"{readable_size(free)} are free: make room, or name a folder on a larger disk"
-        )
-
-
-def readable_size(count: int) -> str:
-    """Bytes for a reader; small caches in MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def save_index(cache: Cache) -> None:
-    """Save the index of lengths; where it cannot be written, only the next start takes longer."""
-    try:
-        cache.save_index()
-    except OSError as error:  # every entry is found without it
-        log(f"cache     the index could not be written ({error.strerror}): the next start takes longer")
 
 
 def release(device: torch.device) -> None:

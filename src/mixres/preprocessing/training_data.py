@@ -19,6 +19,7 @@ from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_hel
 from mixres.errors import Problems, UserError
 from mixres.geometry import Align, Size, aligned_controls, control_area, control_scale, target_scale, target_size
 from mixres.models.family import AreaRule, ControlSizes, Family
+from mixres.preprocessing.cache_folder import cache_folder
 
 BAD_ITEMS = "bad_items.jsonl"
 SCAN_MEMO = "scan.json"
@@ -158,7 +159,7 @@ def scan_of(config: Config, key: str, *, is_main: bool, **rules: int) -> Scan:
         empty_caption=config.data.empty_caption,
         columns=config.data.columns,
         progress=is_main,
-        memo=Path(config.cache.cache_dir) / SCAN_MEMO,
+        memo=cache_folder(config) / SCAN_MEMO,
         **rules,
     )
 

@@ -8,7 +8,8 @@ from mixres.config.schema import Config
 from mixres.console import counted, log
 from mixres.data.cache import DamagedEntry
 from mixres.errors import UserError, WorkError, one_line
-from mixres.preprocessing.fill import family_of, keyed_records, readable_size, save_index
+from mixres.preprocessing.cache_folder import readable_size, save_index
+from mixres.preprocessing.fill import family_of, keyed_records
 
 _SHOWN_CHARACTERS = 60  # of a prompt
 
@@ -28,7 +29,7 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
     damaged = missing = 0
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
         try:
-            cache.read_entry(key)
+            cache.read_entry(key, fresh=True)
         except DamagedEntry as error:
             damaged += 1
             log(f"cache     {name}: damaged, {error.path}: {error.reason}; it has been removed")
@@ -37,11 +38,11 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
             log(f"cache     {name}: missing, there is no entry of its files, caption and configuration as they are")
     save_index(cache)
     counts = f"{len(names) - damaged - missing} valid, {damaged} damaged, {missing} missing"
-    log(f"cache     {len(names)} entries in {cache.root}: {counts}")
+    log(f"cache     {len(names)} entries in {cache}: {counts}")
     for path in cache.unreadable():
         log(f"cache     {path}: damaged, its index cannot be read; its entries are missing, --compact removes it")
     if others := [size for key, size in cache.held().items() if key not in names]:
         size = readable_size(sum(others))
         log(f"cache     {len(others)} more entries there ({size}) are of other data or configurations")
     if damaged or missing:
-        raise WorkError(f"cache.cache_dir: {cache.root}: {counts}: run `cache` without --verify to encode them")
+        raise WorkError(f"cache.cache_dir: {cache}: {counts}: run `cache` without --verify to encode them")
