@@ -16,9 +16,9 @@ Embeddings in 8 bits have scales (T,) beside them, `prompt_embeds_scale` and `em
 
 What several samples share may lie in entries of their own, which the entry of a sample names in place of its tensors.
 `prompts`: for its prompt and, for caption dropout, the empty one, the key of an entry with `prompt_embeds`,
-`pooled_embeds` and `text_before`, without img_shapes; or `inline`; or `none`, where no entry holds them. `controls`: for
-each control `inline`, or the key of an entry with `target_latents`, which are the control's. Without these two fields
-all is inline.
+`pooled_embeds` and `text_before`, without img_shapes; or `inline`; or `none`, where no entry holds them. `controls`:
+for each control `inline`, or the key of an entry with `target_latents`, which are the control's. Without these two
+fields all is inline.
 
 Format 1 is still read, never written. Instead of img_shapes it has the sizes in pixels: `height`, `width`,
 `height_control`, `width_control`, `height_control_1`, `width_control_1`, ...; 16 pixels are a token.

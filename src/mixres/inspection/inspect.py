@@ -20,13 +20,14 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.inspection import memory_probe
 from mixres.inspection.buckets import bucketing
 from mixres.inspection.fitting import rehearsed
+from mixres.inspection.future_cache import FutureCache
 from mixres.inspection.input_preview import chosen, decoded_of, preview_grid
 from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.report import page, summary_lines
 from mixres.inspection.statistics import Figures, item_figures, notices, plan_sums, size_figures, token_figures
 from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
-from mixres.preprocessing.encode import entry_bytes, foreseen_entries, foreseen_prompts, lone_prompts, text_problems
+from mixres.preprocessing.encode import text_problems
 from mixres.preprocessing.fill import family_of, lengths_of, make_folder
 from mixres.preprocessing.training_data import ScannedData, scan_records, tell
 from mixres.training.distributed import dist_env
@@ -118,14 +119,10 @@ class _DryRun:
         self, config: Config, family: Family, found: ScannedData, ranks: int, problems: Problems, *, estimate: bool
     ) -> None:
         self.config, self.family, self.found, self.ranks, self.problems = config, family, found, ranks, problems
-        records = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
-        train = list(records)[: len(found.train)]
-        dropout = config.data.caption_dropout > 0
-        self.foreseen = foreseen_entries(config, family, records, train if dropout else [])
-        prompts = lone_prompts(family, records.values(), empty_prompt=dropout)
-        self.prompts = foreseen_prompts(family, {prompt: f"prompt {prompt}" for prompt in prompts})
-        self.entries = [self.foreseen[key] for key in train]
-        problems.add(*text_problems(family, records, self.foreseen))
+        self.cache = FutureCache(config, family, found)
+        self.entries = [self.cache.entries[key] for key in self.cache.train]
+        train = self.cache.train
+        problems.add(*text_problems(family, self.cache.records, self.cache.entries))
         self.memory = MemoryEstimate(config, family, ranks=ranks) if estimate else None
         planned = list(range(len(train)))
         self.plan = self._planned(planned)
@@ -166,9 +163,8 @@ class _DryRun:
                 samples_per_step=config.batch.samples_per_step,
                 max_pixels=config.data.resize.target.max_pixels,
             )
-        sizes = entry_bytes(config, self.family, self.foreseen | self.prompts)
         free = shutil.disk_usage(config.cache.cache_dir).free
-        report["cache"] = {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": free}
+        report["cache"] = {**self.cache.figures(), "free_bytes": free}
         if self.plan:
             report["notices"] = notices(config, found, report["sizes"], self.sums["epoch"].figures, self.ranks)
             report["plan"] = self._plan_figures(self.plan)
