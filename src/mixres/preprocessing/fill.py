@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,7 +23,8 @@ from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import clock, counted, log
 from mixres.data.cache import Cache, CacheEntry
-from mixres.data.plan import Lengths, over_budget
+from mixres.data.loader import MicrobatchDataset
+from mixres.data.plan import Layout, Lengths, Rounding, over_budget
 from mixres.data.records import EditRecord
 from mixres.data.scan import ScannedRecord
 from mixres.errors import Problems, UserError, WorkError
@@ -32,6 +33,7 @@ from mixres.models.family import ControlSizes, Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries, shared_parts, text_problems
 from mixres.preprocessing.encoder import Encode, Encoder
+from mixres.preprocessing.live_texts import LiveTexts, TextsOf, text_device
 from mixres.preprocessing.parts import Part, Parts
 from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
 
@@ -50,6 +52,7 @@ class CachedSample:
     key: str
     entry: CacheEntry
     regularization: bool = False  # counts in the loss with `loss.prior_loss_weight`
+    digests: tuple[str, ...] = ()  # of its files, where its controls are read again
 
     @property
     def lengths(self) -> Lengths:
@@ -83,11 +86,32 @@ class KeyedRecords(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedData:
-    """What training reads: the cache, and the samples in it."""
+    """What training reads: the cache, the samples in it, and the text encoder where it holds no embeddings."""
 
     cache: Cache
     train: list[CachedSample]
     held_out: list[CachedSample]
+    texts: LiveTexts | None = None
+
+    def read(self, item: CachedSample) -> Sample:
+        """The sample, its prompt embedded. Raises as `Cache.read` and `LiveTexts.embed`."""
+        sample = self.cache.read(item.key, name=item.record.name)
+        if self.texts is None:
+            return sample
+        texts = self.texts
+        sample = sample.embedded(texts.embed(texts.inputs(item, item.record.prompt)))
+        if sample.empty_embeds is None:
+            return sample
+        empty = texts.embed(texts.inputs(item, ""))
+        return replace(sample, empty_embeds=empty.tokens, empty_pooled_embeds=empty.pooled)
+
+    def dataset(
+        self, samples: Sequence[CachedSample], layout: Layout, rounding: Rounding | None = None
+    ) -> MicrobatchDataset:
+        """These samples by position, for microbatches of them."""
+        keys, names = [sample.key for sample in samples], [sample.record.name for sample in samples]
+        texts = TextsOf(self.texts, samples) if self.texts else None
+        return MicrobatchDataset(self.cache, keys, names, layout, rounding or Rounding(), texts)
 
 
 def run_cache(
@@ -210,7 +234,9 @@ def encode(
     found_records = zip(keys, [*train, *held_out], strict=True)
     with _collector_paused():
         samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
-    return CachedData(cache, samples[: len(train)], samples[len(train) :])
+    recompute = config.cache.text == "recompute"
+    texts = LiveTexts(config, family, text_device(config, device, ranks=world_size)) if recompute else None
+    return CachedData(cache, samples[: len(train)], samples[len(train) :], texts)
 
 
 def _fill(
@@ -362,7 +388,8 @@ def _cached(config: Config, family: Family, scanned: ScannedRecord, key: str, ca
     entry = cache.lookup(key)
     assert entry is not None, key
     sizes = target_size_of(config, scanned), control_sizes_of(config, family, scanned)
-    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization)
+    digests = scanned.digests if config.cache.text == "recompute" else ()
+    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization, digests)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:
