@@ -5,7 +5,7 @@ from typing import Any
 from mixres.config.schema import Config
 from mixres.data.cache import NOWHERE
 from mixres.models.family import Family
-from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries, shared_parts
+from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries, shared_parts, with_text
 from mixres.preprocessing.training_data import ScannedData
 
 
@@ -13,7 +13,7 @@ class FutureCache:
     """Of a configuration whose cache is empty. Keys are of no base: to digest its weights takes a while."""
 
     def __init__(self, config: Config, family: Family, found: ScannedData) -> None:
-        self._config, self._family, plain = config, family, _with_text(config, None)
+        self._config, self._family, plain = config, family, with_text(config, None)
         dropout = config.data.caption_dropout > 0
         self.train = entry_keys(plain, family, found.train, empty_prompt=dropout, encoders="")
         keys = self.train + entry_keys(plain, family, found.held_out, encoders="")
@@ -28,12 +28,14 @@ class FutureCache:
         textless = {
             key: entry._replace(prompts=(NOWHERE, NOWHERE)) for key, entry in self.entries.items() if entry.img_shapes
         }
-        entries = {None: self.entries, "float8": self.entries, "recompute": textless}
-        sizes = {text: entry_bytes(_with_text(self._config, text), self._family, entries[text]) for text in entries}
+        sizes = {
+            config.cache.text: entry_bytes(config, self._family, entries)
+            for config, entries in (
+                (with_text(self._config, None), self.entries),
+                (with_text(self._config, "float8"), self.entries),
+                (with_text(self._config, "recompute"), textless),
+            )
+        }
         own, name = sizes[self._config.cache.text], self._config.model.dtype
         by_text = {text or name: sum(found.values()) for text, found in sizes.items()}
         return {"entries": len(own), "bytes": sum(own.values()), "bytes_by_text": by_text}
-
-
-def _with_text(config: Config, text: str | None) -> Config:
-    return config.model_copy(update={"cache": config.cache.model_copy(update={"text": text})})

@@ -102,9 +102,12 @@ def _rehearse_without_data(config: Config, family: Family, foresee: Callable[...
 
 
 def _checkable_here(config: Config) -> Config:
-    """Without a quantisation that is planned for CUDA: that this machine has none keeps nobody from planning."""
+    """Without what is planned for CUDA: that this machine has none keeps nobody from planning."""
     quantize = None if _planned_for_cuda(config) else config.model.quantize
-    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": quantize})})
+    model = config.model.model_copy(update={"quantize": quantize})
+    text_device = config.cache.text_device if dist_env().device.type == "cuda" else None
+    cache = config.cache.model_copy(update={"text_device": text_device})
+    return config.model_copy(update={"model": model, "cache": cache})
 
 
 def _planned_for_cuda(config: Config) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -89,6 +89,11 @@ def _stated(config: Config, family: Family, encoders: str | None) -> dict[str, A
     """What the key of every entry covers."""
     encoders = family.encoder_fingerprint(_memo(config)) if encoders is None else encoders
     return {"encoding": ENCODING, "encoders": encoders, "dtype": config.model.dtype}
+
+
+def with_text(config: Config, text: Literal["float8", "recompute"] | None) -> Config:
+    """The same configuration with this `cache.text`."""
+    return config.model_copy(update={"cache": config.cache.model_copy(update={"text": text})})
 
 
 def _text(config: Config) -> dict[str, str]:

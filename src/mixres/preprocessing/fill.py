@@ -31,7 +31,14 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
 from mixres.models.registry import load_family
-from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries, shared_parts, text_problems
+from mixres.preprocessing.encode import (
+    entry_bytes,
+    entry_keys,
+    foreseen_entries,
+    shared_parts,
+    text_problems,
+    with_text,
+)
 from mixres.preprocessing.encoder import Encode, Encoder
 from mixres.preprocessing.live_texts import LiveTexts, TextsOf, text_device
 from mixres.preprocessing.parts import Part, Parts
@@ -53,6 +60,7 @@ class CachedSample:
     entry: CacheEntry
     regularization: bool = False  # counts in the loss with `loss.prior_loss_weight`
     digests: tuple[str, ...] = ()  # of its files, where its controls are read again
+    noise_key: str = ""  # of a held-out sample: its key where embeddings are stored as they are
 
     @property
     def lengths(self) -> Lengths:
@@ -73,6 +81,7 @@ class KeyedRecords(NamedTuple):
     keys: list[str]  # of the entries of both, in this order
     shared: Parts  # what of them has entries of its own
     with_empty: frozenset[str]  # keys of the entries with the empty prompt too, for caption dropout
+    noise_keys: list[str]  # `CachedSample.noise_key` of the held-out ones
 
     @property
     def by_key(self) -> dict[str, ScannedRecord]:
@@ -192,9 +201,12 @@ def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedReco
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     with_empty = frozenset(keys if dropout else ())
     cache = Cache(root, shard_size(config), float8_text=config.cache.text == "float8")
-    keys += entry_keys(config, family, held_out)
+    held_out_keys = noise_keys = entry_keys(config, family, held_out)
+    if config.cache.text:
+        noise_keys = entry_keys(with_text(config, None), family, held_out)
+    keys += held_out_keys
     shared = shared_parts(config, family, dict(zip(keys, [*train, *held_out], strict=True)), with_empty)
-    return KeyedRecords(cache, train, held_out, keys, shared, with_empty)
+    return KeyedRecords(cache, train, held_out, keys, shared, with_empty, noise_keys)
 
 
 def entries_there(found: KeyedRecords) -> tuple[dict[str, CacheEntry], dict[str, Part]]:
@@ -231,9 +243,9 @@ def encode(
     """
     _fill(config, family, found, device=device, rank=rank, world_size=world_size)
     cache, train, held_out, keys, *_ = found
-    found_records = zip(keys, [*train, *held_out], strict=True)
+    found_records = zip(keys, [*train, *held_out], [""] * len(train) + found.noise_keys, strict=True)
     with _collector_paused():
-        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
+        samples = [_cached(config, family, scanned, key, cache, noise) for key, scanned, noise in found_records]
     recompute = config.cache.text == "recompute"
     texts = LiveTexts(config, family, text_device(config, device, ranks=world_size)) if recompute else None
     return CachedData(cache, samples[: len(train)], samples[len(train) :], texts)
@@ -384,12 +396,14 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
         ) from error
 
 
-def _cached(config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
+def _cached(
+    config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache, noise_key: str
+) -> CachedSample:
     entry = cache.lookup(key)
     assert entry is not None, key
     sizes = target_size_of(config, scanned), control_sizes_of(config, family, scanned)
     digests = scanned.digests if config.cache.text == "recompute" else ()
-    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization, digests)
+    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization, digests, noise_key)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:

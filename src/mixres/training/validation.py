@@ -107,8 +107,8 @@ class HeldOutLoss:
 
     def _loss(self, batch: Batch, position: int, sigma: float) -> float:
         batch = batch.to(self.accelerator.device)
-        flow = fixed_flow_sample(batch, keys=self.dataset.keys[position : position + 1], sigma=sigma,
-                                 dtype=self.objective.dtype)  # fmt: skip
+        keys = [self.samples[position].noise_key]
+        flow = fixed_flow_sample(batch, keys=keys, sigma=sigma, dtype=self.objective.dtype)
         with self.accelerator.autocast():
             velocity = self.objective.predict(self.transformer, batch, flow)
         return float(velocity_loss(velocity, batch, flow, normalization="sample"))
