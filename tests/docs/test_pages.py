@@ -184,3 +184,9 @@ def test_the_table_of_devices_is_that_of_the_rehearsals() -> None:
     assert hardware.page_with_table(page, found) == page, "run scripts/hardware_table.py --table"
     recipes = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} - {"quickstart"}
     assert {row["recipe"] for row in found["rows"]} == recipes
+
+
+def test_the_table_of_stored_text_is_that_of_the_measurement() -> None:
+    text = script("cache_text")
+    page, found = text.PAGE.read_text(encoding="utf-8"), json.loads(text.RESULTS.read_text(encoding="utf-8"))
+    assert text.page_with_table(page, found) == page, "run scripts/cache_text.py --table"

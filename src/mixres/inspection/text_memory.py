@@ -1,7 +1,8 @@
 """Memory of the text encoder that stays beside the training with `cache.text: recompute`, before it is loaded.
 
 Promise: bytes of its weights in `model.dtype`, and of what one prompt of so many tokens adds at the peak, counted by
-running it on tensors without values. Not counted: the tower for images of those that have one, besides its weights.
+running it on tensors without values, which costs it a mask (T, T) that a real prompt saves. Not counted: what the tower
+for images takes beside its weights.
 """
 
 from collections.abc import Sequence
