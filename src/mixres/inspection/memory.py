@@ -81,7 +81,9 @@ class MemoryEstimate:
             "parallel": train.parallel,
             "gradient_checkpointing": train.gradient_checkpointing,
             "bytes": self.memory(microbatch, text),
-            "host_bytes": self._run.host_bytes + (self.count(self.batch(microbatch), True).host if offloaded else 0),
+            "host_bytes": self._run.host_bytes
+            + (text.host_bytes if text else 0)
+            + (self.count(self.batch(microbatch), True).host if offloaded else 0),
             "blocks": self._blocks,
             **({"text_encoder": text.figures()} if text else {}),
             "bytes_of_an_image_token_in_a_block": image_token,

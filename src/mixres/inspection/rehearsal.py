@@ -380,11 +380,10 @@ def rehearse(
     if splitting == 1 and ranks > 1:  # a ring of ranks sends each gradient twice
         wire = 2 * run.resident["gradients"] * (ranks - 1) // ranks
     text = text_memory(config, family, microbatch)
-    waiting = text.weights + text.activations if text and text.device == "cpu" and not text.shared else 0
     return {
         **_figures(run, phases, born, decoder, text),
         **({"text_encoder": text.figures()} if text else {}),
-        "host_bytes": run.host_bytes + sum(host) + waiting,
+        "host_bytes": run.host_bytes + sum(host) + (text.host_bytes if text else 0),
         "ranks": ranks,
         "tokens": batch.tokens_computed,
         "microbatches": microbatches,

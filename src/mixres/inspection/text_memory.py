@@ -27,6 +27,11 @@ class TextMemory(NamedTuple):
     weights: int
     activations: int
 
+    @property
+    def host_bytes(self) -> int:
+        """In host memory, beside a device that trains."""
+        return self.weights + self.activations if self.device == "cpu" and not self.shared else 0
+
     def figures(self) -> dict[str, Any]:
         """What reports hold."""
         return {"device": self.device, "weights": self.weights, "activations": self.activations}
