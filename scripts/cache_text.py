@@ -167,7 +167,7 @@ def table(found: dict[str, Any]) -> str:
         error, losses = found["velocity_error"][text], found["held_out_loss"][text]
         changes = [f"{own[-1] / other[-1] - 1:+.3%}" for own, other in zip(losses, exact, strict=False)]
         change = "the same bits" if losses == exact[: len(losses)] else ", ".join(changes)
-        ratio = statistics.median(a / b for a, b in zip(times[text], times["bfloat16"], strict=True))
+        low, ratio, high = statistics.quantiles(a / b for a, b in zip(times[text], times["bfloat16"], strict=True))
         name = "null" if text == "bfloat16" else text
         cells = (
             name,
@@ -175,7 +175,7 @@ def table(found: dict[str, Any]) -> str:
             f"{found['bytes_at_full_size'][text] / 1e6:.2f} MB",
             f"{error['mean']:.2%} ({error['largest']:.2%})",
             "-" if text == "bfloat16" else change,
-            f"{ratio:.2f}",
+            "1" if text == "bfloat16" else f"{ratio:.2f} ({low:.2f} to {high:.2f})",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
