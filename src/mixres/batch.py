@@ -50,6 +50,11 @@ class Sample:
         assert self.empty_embeds is not None, self.name
         return self.with_text(TextEmbeds(self.empty_embeds, self.empty_pooled_embeds, self.text_before))
 
+    def embedded(self, text: TextEmbeds) -> "Sample":
+        """The same sample with its prompt, of which only the length was known."""
+        assert len(text.tokens) == len(self.prompt_embeds), (self.name, len(text.tokens), len(self.prompt_embeds))
+        return self.with_text(text)
+
     def with_text(self, text: TextEmbeds) -> "Sample":
         """The same sample with another prompt."""
         return replace(self, prompt_embeds=text.tokens, pooled_embeds=text.pooled, text_before=text.before)

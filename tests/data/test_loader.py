@@ -177,5 +177,5 @@ def test_a_worker_that_dies_as_it_hands_over_a_batch_is_one_error(monkeypatch: p
     waits: list[float] = []
     monkeypatch.setattr(loader_module.time, "sleep", waits.append)
     with pytest.raises(WorkError, match=r"data\.num_workers: a process of the loader ended as it handed over a batch"):
-        next(loader_module._raised(results(), SimpleNamespace(value=0)))
+        next(loader_module._finished(results(), pytest.fail, SimpleNamespace(value=0)))
     assert waits == [5.0]

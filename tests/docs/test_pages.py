@@ -197,3 +197,9 @@ def test_the_numbers_of_the_page_of_a_run_are_those_that_were_measured() -> None
     page, found = PAGES["watching.md"], json.loads(benchmark.RESULT.read_text(encoding="utf-8"))
     assert benchmark.page_with_numbers(page, found) == page, "run scripts/report_benchmark.py"
     assert found["page_mb"] < 20 and found["open_s"][-1] < 2
+
+
+def test_the_table_of_stored_text_is_that_of_the_measurement() -> None:
+    text = script("cache_text")
+    page, found = text.PAGE.read_text(encoding="utf-8"), json.loads(text.RESULTS.read_text(encoding="utf-8"))
+    assert text.page_with_table(page, found) == page, "run scripts/cache_text.py --table"

@@ -60,7 +60,9 @@ def check_against_a_run(report: dict[str, Any], lines: list[dict[str, Any]]) -> 
 
 RUNS = {
     "packed": ["batch.layout=packed", "batch.max_tokens=120"],
-    "padded, captions dropped": ["batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=150"],
+    "padded, captions dropped": [
+        "batch.layout=padded", "data.caption_dropout=0.5", "batch.max_tokens=150", "cache.text=recompute",
+    ],
     "problems skipped, others' pictures beside": [
         "data.train={damaged}", "data.regularization={held_out}", "data.held_out=null", "data.on_bad_item=skip",
         "batch.layout=padded", "batch.max_tokens=300", "data.caption_dropout=0.2",
@@ -102,6 +104,9 @@ def test_the_run_then_does_what_was_said(
         assert (report["items"]["training_examples"], report["items"]["of_them_regularization"]) == (11, 3)
     entries = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert entries < report["cache"]["bytes"] < entries + 6000 * report["cache"]["entries"]
+    by_text, own = report["cache"]["bytes_by_text"], "recompute" if "cache.text=recompute" in words else "float32"
+    assert by_text["recompute"] < by_text["float8"] < by_text["float32"] and report["cache"]["bytes"] == by_text[own]
+    assert (own == "recompute") == ("text" in lines)
 
 
 @pytest.mark.slow

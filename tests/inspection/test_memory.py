@@ -13,7 +13,8 @@ from mixres.geometry import Grid
 from mixres.inspection import memory
 from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.rehearsal import FakeRun, optimizer_bytes
-from mixres.inspection.storages import bytes_of
+from mixres.inspection.storages import LiveStorages, bytes_of
+from mixres.inspection.text_memory import text_memory
 from mixres.models.blocks import repeated_blocks
 from mixres.models.lora import fill_adapters
 from mixres.models.registry import load_family
@@ -24,7 +25,7 @@ from mixres.verification.consistency import batches_of
 from mixres.verification.setup import one_process, set_up
 from mixres.verification.synthetic import synthetic_samples
 from support.counting import allocated_at_peak
-from support.family_cases import EVERY_CASE, FamilyCase
+from support.family_cases import EVERY_CASE, FamilyCase, with_family
 
 BF16 = ["model.dtype=bfloat16", "train.mixed_precision=bf16"]
 DORA = "model.lora.use_dora=true"
@@ -194,3 +195,25 @@ def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list
     assert optimizer_bytes(config, numbers) == held  # for classes that are not faked
     assert FakeRun(config, family_of(config)).resident["optimizer"] == held
     assert {True, False} == {count >= 4096 for count in numbers}
+
+
+@pytest.mark.parametrize("name", ["qwen_image_edit", "flux", pytest.param("flux2_klein", marks=pytest.mark.slow)])
+def test_a_text_encoder_that_stays_is_counted_as_it_runs(
+    name: str, small_run: Path, base_of: Callable[[FamilyCase], Path]
+) -> None:
+    words = [f"model.pretrained_model_name_or_path={base_of(EVERY_CASE[name])}", *EVERY_CASE[name].overrides()]
+    config, family = with_family(
+        load_config(small_run, [*words, "cache.text=recompute", "logging.output_dir=/nowhere"])
+    )
+    encoders, peaks, weights = family.load_encoders(dtype=torch.float32, device="cpu"), [], 0
+    found = text_memory(config, family, [((), 100), ((), 300)])
+    for part in (own for title, own in encoders.components.items() if title.startswith("text_encoder")):
+        ids = torch.zeros(1, min(300, getattr(part.config, "max_position_embeddings", 300)), dtype=torch.long)
+        with torch.no_grad(), LiveStorages([*part.parameters(), *part.buffers()]) as storages:
+            part(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        peaks.append(storages.peak)
+        weights += bytes_of(part.parameters())
+    assert found and (found.shared, found.weights) == (True, weights)
+    assert 0 <= found.activations - max(peaks) <= 4 * 300**2, "at most a mask that ones make needless"
+    away = config.model_copy(update={"cache": config.cache.model_copy(update={"text_device": "cuda:1"})})
+    assert (there := text_memory(away, family, [((), 16)])) and (there.device, there.shared) == ("cuda:1", False)

@@ -58,6 +58,20 @@ def test_the_peak_is_that_of_a_real_step(small_run: Path, tmp_path: Path, words:
 
 
 @pytest.mark.slow
+def test_a_text_encoder_that_stays_is_in_every_phase_and_has_one_of_its_own(small_run: Path, tmp_path: Path) -> None:
+    found = []
+    for words in ([], ["cache.text=recompute"]):
+        config = load_config(small_run, [f"logging.output_dir={tmp_path}", *words])
+        family = family_of(config)
+        found.append(rehearse(config, family, largest_microbatch(config, family)))
+    (plain, beside), encoder = found, found[1]["text_encoder"]
+    own = beside["phases"].pop("text encoder")
+    assert own["activations"] == encoder["activations"] > 0 and own["text_encoder"] == encoder["weights"] > 0
+    for name, phase in beside["phases"].items():
+        assert phase["bytes"] == plain["phases"][name]["bytes"] + encoder["weights"], name
+
+
+@pytest.mark.slow
 def test_the_peak_of_a_grid_is_that_of_a_real_image(small_run: Path, tmp_path: Path) -> None:
     """The VAE decodes at the peak here: its blocks are wider than the transformer's."""
     AcceleratorState._reset_state(True)

@@ -16,7 +16,7 @@ from PIL import Image
 from mixres.data.images import Limits, read_image
 from mixres.data.scan import scan
 from mixres.errors import UserError, WorkError
-from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries, foreseen_prompts
+from mixres.preprocessing.encode import entry_bytes, entry_keys, foreseen_entries
 from mixres.preprocessing.fill import encode, encode_all, keyed_records
 from mixres.preprocessing.training_data import image_limits
 from support.caching import CONTROLS, TARGETS, Caching
@@ -200,11 +200,11 @@ def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
     words = [f"model.pretrained_model_name_or_path={base_of(case)}", "data.caption_dropout=0.5", *case.overrides()]
     config, family = with_family(caching.config(*words))
     found = keyed_records(config, family, is_main=False)
-    foreseen = foreseen_entries(config, family, found.by_key, found.with_empty)
-    foreseen |= foreseen_prompts(family, found.prompts)
+    parts = found.shared.named_by(found.by_key)
+    foreseen = foreseen_entries(config, family, found.by_key, found.with_empty, found.shared, parts)
     encoded = encode_all(config, family, device=CPU)
     stored = {key: encoded.cache.lookup(key) for key in foreseen}
-    assert foreseen == {key: entry and entry._replace(prompts=()) for key, entry in stored.items()}, "token for token"
+    assert foreseen == stored, "token for token"
     for key, size in entry_bytes(config, family, foreseen).items():
         real = encoded.cache.path(key).stat().st_size
         assert real < size < 1.1 * real + 25_000

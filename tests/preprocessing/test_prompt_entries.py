@@ -62,7 +62,7 @@ def test_each_prompt_is_stored_once_and_read_as_it_was_encoded(caching: Caching,
     for key, scanned in found.by_key.items():
         alone = encode_record(config, family, encoders, scanned, with_empty=key in found.with_empty)
         assert_same(found.cache.read(key), alone)
-    assert len(found.prompts) == 3
+    assert len(found.shared.named_by(found.by_key)) == 3
 
 
 @pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.slow), "a bit"])
@@ -70,7 +70,8 @@ def test_a_prompt_that_is_damaged_or_missing_is_named_and_made_again_alone(
     caching: Caching, words: list[str], damage: str
 ) -> None:
     caching(*words)
-    before, key = entries(caching), keyed_records(*with_family(caching.config(*words)), is_main=False).prompts[PROMPT]
+    found = keyed_records(*with_family(caching.config(*words)), is_main=False)
+    (key, *_), before = found.shared.named_by(found.by_key), entries(caching)
     file = caching.cache / key[:2] / f"{key}.safetensors"
     data = file.read_bytes()
     if damage == "gone":

@@ -112,7 +112,7 @@ def test_text_in_8_bits_has_entries_of_its_own_and_takes_what_is_foreseen(cachin
     for words in ([], ["cache.text=float8"]):
         config, family = with_family(caching.config(*words))
         found = keyed_records(config, family, is_main=False)
-        sizes = entry_bytes(config, family, foreseen_entries(config, family, found.by_key))
+        sizes = entry_bytes(config, family, foreseen_entries(config, family, found.by_key, (), found.shared, {}))
         spare += [min(size - found.cache.path(key).stat().st_size for key, size in sizes.items())]
     assert spare[0] >= spare[1] >= max(0, spare[0] - 250), "names and scales in the header, no more"
 

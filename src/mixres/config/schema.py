@@ -265,8 +265,13 @@ class CacheConfig(Section):
     local_gb: float = Field(
         100.0, ge=0, le=10**6, description="GB of copies; those used longest ago are deleted first."
     )
-    text: Literal["float8"] | None = Field(
-        None, description="float8 stores text embeddings in 8 bits (e4m3, a scale a token); null in model.dtype."
+    text: Literal["float8", "recompute"] | None = Field(
+        None,
+        description="Text embeddings: float8 stores them in 8 bits (e4m3, a scale a token), null in model.dtype; "
+        "recompute stores none and runs the text encoder while training.",
+    )
+    text_device: Annotated[str, Field(pattern=r"^(cpu|cuda:\d{1,2})$")] | None = Field(
+        None, description="Where the text encoder of recompute is: cpu, or cuda:N; null: each rank's own device."
     )
 
 
@@ -362,6 +367,7 @@ class Config(Section):
             *self._model_clashes(),
             *self._split_clashes(),
             *self._offload_clashes(),
+            *self._cache_clashes(),
             *self._run_clashes(),
         ]:
             raise PydanticCustomError("clash", "{clashes}", {"clashes": clashes})
@@ -435,6 +441,10 @@ class Config(Section):
         for name, fixes in rules.items():
             if getattr(train.offload, name):
                 yield from (((f"train.offload.{name}", key), fix) for key, fix in fixes.items() if broken[key])
+
+    def _cache_clashes(self) -> Iterator[Clash]:
+        if self.cache.text_device and self.cache.text != "recompute":
+            yield ("cache.text_device", "cache.text"), "only recompute runs the text encoder while training: set null"
 
     def _run_clashes(self) -> Iterator[Clash]:
         lr, warmup = self.optimizer.init_args.get("lr", 0), self.lr_scheduler.warmup_steps

@@ -14,9 +14,11 @@ has_mask, empty_tokens and `payload`, the hash over all tensors.
 
 Embeddings in 8 bits have scales (T,) beside them, `prompt_embeds_scale` and `empty_embeds_scale`: see `float8`.
 
-Where embeddings depend on the prompt alone, they lie in an entry of their own, once for all samples with that prompt:
-`prompt_embeds` and `pooled_embeds`, without img_shapes. The entry of a sample then has `prompts` in place of its
-embeddings: the keys of its prompt and, for caption dropout, of the empty one.
+What several samples share may lie in entries of their own, which the entry of a sample names in place of its tensors.
+`prompts`: for its prompt and, for caption dropout, the empty one, the key of an entry with `prompt_embeds`,
+`pooled_embeds` and `text_before`, without img_shapes; or `inline`; or `none`, where no entry holds them. `controls`:
+for each control `inline`, or the key of an entry with `target_latents`, which are the control's. Without these two
+fields all is inline.
 
 Format 1 is still read, never written. Instead of img_shapes it has the sizes in pixels: `height`, `width`,
 `height_control`, `width_control`, `height_control_1`, `width_control_1`, ...; 16 pixels are a token.
@@ -50,6 +52,7 @@ from mixres.errors import UserError, WorkError
 from mixres.geometry import Grid, token_count
 
 INDEX = "index.json"
+INLINE, NOWHERE = "inline", "none"  # in place of the key of a part: in the entry itself, or in no entry
 _TEXTS = ("prompt_embeds", "empty_embeds", "pooled_embeds", "empty_pooled_embeds")  # tensors of a sample's prompts
 _KEY = re.compile("[0-9a-f]{32}")
 # What reading a file raises that is not what `Cache.write` made. Only the message of a plain ValueError is ours.
@@ -72,7 +75,20 @@ class CacheEntry(NamedTuple):
     text_tokens: int
     has_mask: bool
     empty_tokens: int = 0  # of the empty prompt; 0 where it is not stored
-    prompts: tuple[str, ...] = ()  # keys of the entries that hold its embeddings, where its own does not
+    prompts: tuple[str, ...] = ()  # where its embeddings are, and those of the empty prompt: a key, INLINE or NOWHERE
+    controls: tuple[str, ...] = ()  # where the latents of each control are: a key or INLINE; none: all are inline
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Keys of the entries that hold the rest of its tensors."""
+        return tuple(where for where in self.prompts + self.controls if where not in (INLINE, NOWHERE))
+
+    @property
+    def elsewhere(self) -> set[str]:
+        """Names of the tensors that its own file does not hold."""
+        prompts = zip(self.prompts, (_TEXTS[::2], _TEXTS[1::2]), strict=False)
+        names = {name for where, own in prompts if where != INLINE for name in own}
+        return names | {f"control_latents_{i}" for i, where in enumerate(self.controls) if where != INLINE}
 
     @property
     def target_tokens(self) -> int:
@@ -130,10 +146,12 @@ class Cache:
             self._remember(entry, size) if entry else self._forget(key)
         return entry
 
-    def write(self, key: str, value: Sample | TextEmbeds, prompts: Sequence[str] = ()) -> CacheEntry:
+    def write(
+        self, key: str, value: Sample | TextEmbeds, prompts: Sequence[str] = (), controls: Sequence[str] = ()
+    ) -> CacheEntry:
         """Store a sample or a prompt; whatever lay under `key` is replaced in one rename.
 
-        `prompts` are the keys of the entries that hold the embeddings of a sample, which its own leaves out then.
+        `prompts` and `controls`: as in `CacheEntry`; what is not inline is left out.
         In a shard the entry is this process's own until the shard is closed, as `close` does.
 
         Raises:
@@ -143,11 +161,10 @@ class Cache:
         if isinstance(value, Sample):
             empty = 0 if value.empty_embeds is None else len(value.empty_embeds)
             lengths = len(value.prompt_embeds), value.edit_mask is not None, empty
-            entry = CacheEntry(key, value.img_shapes, *lengths, tuple(prompts))
+            entry = CacheEntry(key, value.img_shapes, *lengths, tuple(prompts), tuple(controls))
         else:
             entry = CacheEntry(key, (), len(value.tokens), False)
-        if prompts:
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in _TEXTS}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in entry.elsewhere}
         if self.float8_text:
             tensors = to_float8(tensors)
         self._store(entry, save_tensors(tensors, {"mixres": _description(entry, payload_hash(tensors))}))
@@ -205,15 +222,23 @@ class Cache:
     def read(self, key: str, name: str | None = None) -> Sample:
         """The sample under `key`, called `name` (by default its key): equal samples of other names share an entry.
 
+        Embeddings that no entry holds are (T, 0).
+
         Raises:
-            FileNotFoundError: there is no such entry, or none of its prompt.
+            FileNotFoundError: there is no such entry, or none of a part of it.
             DamagedEntry: a file is not what was written.
         """
         entry, tensors = self.read_entry(key)
-        for text, part in zip(map(self.read_prompt, entry.prompts), ("", "empty_"), strict=False):
-            tensors[f"{part or 'prompt_'}embeds"] = text.tokens
-            if text.pooled is not None:
-                tensors[f"{part}pooled_embeds"] = text.pooled
+        lengths = entry.text_tokens, entry.empty_tokens
+        for where, part, tokens in zip(entry.prompts, ("", "empty_"), lengths, strict=False):
+            if where != INLINE:
+                text = TextEmbeds(torch.empty(tokens, 0)) if where == NOWHERE else self.read_prompt(where)
+                tensors[f"{part or 'prompt_'}embeds"] = text.tokens
+                if text.pooled is not None:
+                    tensors[f"{part}pooled_embeds"] = text.pooled
+        for number, where in enumerate(entry.controls):
+            if where != INLINE:
+                tensors[f"control_latents_{number}"] = self.read_entry(where)[1]["target_latents"]
         return Sample(
             name=name or key,
             target_latents=tensors["target_latents"],
@@ -228,7 +253,8 @@ class Cache:
     def read_prompt(self, key: str) -> TextEmbeds:
         """The prompt whose entry is `key`. Raises as `read_entry`."""
         _, tensors = self.read_entry(key)
-        return TextEmbeds(tensors["prompt_embeds"], tensors.get("pooled_embeds"))
+        before = tuple(tensors["text_before"].tolist()) if "text_before" in tensors else ()
+        return TextEmbeds(tensors["prompt_embeds"], tensors.get("pooled_embeds"), before)
 
     def read_entry(self, key: str, *, fresh: bool = False) -> tuple[CacheEntry, dict[str, Tensor]]:
         """What the file of `key` alone holds, of a sample or of a prompt. `fresh`: not from a local copy of it.
@@ -308,19 +334,19 @@ class Cache:
                 raise ValueError("the checksum of its tensors is wrong")
             self._verified.add(key)
         entry = _entry(key, stated)
-        latents = _latent_names(entry) if entry.img_shapes else []
-        if [grid.tokens for grid in entry.img_shapes] != [len(tensors[name]) for name in latents]:
+        elsewhere = entry.elsewhere
+        latents = zip(_latent_names(entry), entry.img_shapes, strict=False)  # the entry of a prompt has no shapes
+        if any(len(tensors[name]) != grid.tokens for name, grid in latents if name not in elsewhere):
             raise ValueError("its latents are not of the sizes it states")
-        texts = {"prompt_embeds": not entry.prompts, "empty_embeds": entry.empty_tokens and not entry.prompts}
-        needed = [name for name, has in {**texts, "edit_mask": entry.has_mask}.items() if has]
-        if absent := [name for name in needed if name not in tensors]:
+        needed = {"prompt_embeds": True, "empty_embeds": entry.empty_tokens, "edit_mask": entry.has_mask}
+        if absent := [name for name, has in needed.items() if has and name not in elsewhere and name not in tensors]:
             raise ValueError(f"it has no {absent[0]}")
         return entry, from_float8(tensors)
 
     def _remember(self, entry: CacheEntry, size: int) -> None:
         self._removed.discard(entry.key)
         shapes = entry.img_shapes or None
-        row = [size, entry.text_tokens, entry.has_mask, shapes, entry.empty_tokens, *entry.prompts]
+        row = [size, entry.text_tokens, entry.has_mask, shapes, entry.empty_tokens, *_places(entry)]
         self._index[entry.key] = row
         self._changed = True
 
@@ -347,6 +373,8 @@ def _tensors(value: Sample | TextEmbeds) -> dict[str, Tensor]:
             named["text_before"] = torch.tensor(value.text_before)
     else:
         named = {"prompt_embeds": value.tokens} | ({} if value.pooled is None else {"pooled_embeds": value.pooled})
+        if value.before:
+            named["text_before"] = torch.tensor(value.before)
     # A copy each: safetensors refuses tensors that share memory, as two views of one encoder output do.
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
 
@@ -354,8 +382,9 @@ def _tensors(value: Sample | TextEmbeds) -> dict[str, Tensor]:
 def _description(entry: CacheEntry, payload: str) -> str:
     """One string, not several: safetensors writes several metadata strings in no fixed order."""
     stated = {"format": FORMAT, **entry._asdict(), "payload": payload}
-    if not entry.prompts:  # as they were written before there were entries of prompts
-        del stated["prompts"]
+    for name in ("prompts", "controls"):
+        if not stated[name]:  # as they were written before there were parts
+            del stated[name]
     text = json.dumps(stated, sort_keys=True, separators=(",", ":"))
     return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}"
 
@@ -373,12 +402,25 @@ def _read_header(path: Path, key: str) -> CacheEntry | None:
 
 def _entry(key: str, stated: Mapping[str, Any]) -> CacheEntry:
     grids = tuple(Grid(*grid) for grid in image_shapes_from_embeddings({k: [v] for k, v in stated.items()}, 1)[0])
-    prompts = tuple(stated.get("prompts", ()))
-    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"], stated.get("empty_tokens", 0), prompts)
+    places = (tuple(stated.get(name, ())) for name in ("prompts", "controls"))
+    return CacheEntry(key, grids, stated["text_tokens"], stated["has_mask"], stated.get("empty_tokens", 0), *places)
+
+
+def _places(entry: CacheEntry) -> list[str]:
+    """Those of prompts and controls in one list, as the indexes hold them."""
+    return [*entry.prompts, *(f"+{where}" for where in entry.controls)]
+
+
+def _of_places(places: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Inverse of `_places`."""
+    if not places:  # as of most entries
+        return (), ()
+    prompts = tuple(where for where in places if where[0] != "+")
+    return prompts, tuple(where[1:] for where in places[len(prompts) :])
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    """Rows `[size, text_tokens, has_mask, img_shapes, empty_tokens, *prompts]` by key; none where it cannot be read."""
+    """Rows `[size, text_tokens, has_mask, img_shapes, empty_tokens, *places]` by key; none where it cannot be read."""
     try:
         index = json.loads(path.read_bytes())
         return dict(index["entries"]) if index["format"] == FORMAT else {}
@@ -387,14 +429,15 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _note(entry: CacheEntry) -> str:
-    """The lengths of an entry in the index of a shard: `text_tokens has_mask empty_tokens grids prompts...`."""
+    """The lengths of an entry in the index of a shard: `text_tokens has_mask empty_tokens grids places...`."""
     grids = ",".join("x".join(map(str, grid)) for grid in entry.img_shapes)
-    return " ".join((str(entry.text_tokens), str(int(entry.has_mask)), str(entry.empty_tokens), grids, *entry.prompts))
+    return " ".join((str(entry.text_tokens), str(int(entry.has_mask)), str(entry.empty_tokens), grids, *_places(entry)))
 
 
 def _entry_from_shard(key: str, row: str) -> CacheEntry:
-    _, _, text_tokens, has_mask, empty_tokens, grids, *prompts = row.split(" ")
-    return CacheEntry(key, _grids(grids), int(text_tokens), has_mask == "1", int(empty_tokens), tuple(prompts))
+    _, _, text_tokens, has_mask, empty_tokens, grids, *places = row.split(" ")
+    lengths = int(text_tokens), has_mask == "1", int(empty_tokens)
+    return CacheEntry(key, _grids(grids), *lengths, *_of_places(places))
 
 
 @functools.lru_cache(maxsize=2**16)  # many entries have the same
@@ -404,11 +447,12 @@ def _grids(text: str) -> tuple[Grid, ...]:
 
 def _entry_from_row(key: str, row: Any, size: int) -> CacheEntry | None:
     try:
-        indexed_size, text_tokens, has_mask, shapes, empty_tokens, *prompts = row
+        indexed_size, text_tokens, has_mask, shapes, empty_tokens, *places = row
         grids = () if shapes is None else tuple(Grid(*map(int, grid)) for grid in shapes)
-        entry = CacheEntry(key, grids, int(text_tokens), bool(has_mask), int(empty_tokens), tuple(map(str, prompts)))
+        lengths = int(text_tokens), bool(has_mask), int(empty_tokens)
+        entry = CacheEntry(key, grids, *lengths, *_of_places(places))
         return entry if indexed_size == size and (entry.img_shapes or shapes is None) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError):
         return None
 
 

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mixres.batch import Batch, Sample
+from mixres.batch import Batch, Sample, TextEmbeds
 from mixres.data.cache import Cache, DamagedEntry
 from mixres.data.collate import collate
 from mixres.data.plan import Layout, Microbatch, Plan, Rounding
@@ -36,9 +36,31 @@ def samples_of(microbatch: Microbatch, read: Callable[[int], Sample]) -> list[Sa
     return [sample.without_caption() if i in microbatch.dropped else sample for i, sample in samples]
 
 
+class Texts(Protocol):
+    """Where embeddings come from that the cache does not hold."""
+
+    def inputs(self, index: int, *, dropped: bool) -> Any:
+        """What is embedded of a sample, or of its controls with the empty prompt; read in any process.
+
+        Raises:
+            WorkError: it is not what it was.
+        """
+
+    def embed(self, inputs: Any) -> TextEmbeds:
+        """The embeddings, in the process that has the text encoder. Raises as `inputs`."""
+
+
+class Read(NamedTuple):
+    """The samples of a microbatch before they are collated, and what is still to be embedded of each."""
+
+    microbatch: Microbatch
+    samples: list[Sample]
+    inputs: list[Any]
+
+
 @dataclass(frozen=True)
-class MicrobatchDataset(Dataset[Batch | WorkError]):
-    """Maps a `Microbatch` of the plan to the `Batch` of its samples.
+class MicrobatchDataset(Dataset["Batch | Read | WorkError"]):
+    """Maps a `Microbatch` of the plan to the `Batch` of its samples; with `texts`, to what `batch_of` makes one of.
 
     A damaged or missing entry comes back as the error, not raised: a worker's exception would arrive as a traceback.
     """
@@ -48,10 +70,14 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
     names: Sequence[str]
     layout: Layout
     rounding: Rounding = Rounding()  # noqa: RUF009 - an immutable pair of ones
+    texts: Texts | None = None  # where the cache holds none
 
-    def __getitem__(self, microbatch: Microbatch) -> Batch | WorkError:
+    def __getitem__(self, microbatch: Microbatch) -> Batch | Read | WorkError:
+        inputs: list[Any] = []
         try:
             samples = samples_of(microbatch, lambda i: self.cache.read(self.keys[i], name=self.names[i]))
+            if self.texts:
+                inputs = [self.texts.inputs(i, dropped=i in microbatch.dropped) for i in microbatch.indices]
         except (DamagedEntry, FileNotFoundError) as error:
             return WorkError(f"{error}: run the same command again")
         except (UserError, WorkError) as error:
@@ -59,8 +85,33 @@ class MicrobatchDataset(Dataset[Batch | WorkError]):
         except OSError as error:
             where = f"{error.filename or self.cache}: cannot be read ({error.strerror or error})"
             return WorkError(f"{where}: run the same command again")
-        indices, weights, _ = microbatch
+        read = Read(microbatch, samples, inputs)
+        return read if self.texts else self.batch_of(read)
+
+    def batch_of(self, read: Read) -> Batch:
+        """The batch, its prompts embedded where that is to be done.
+
+        Raises:
+            WorkError: it cannot be done.
+        """
+        (indices, weights, _), samples, inputs = read
+        if self.texts:
+            samples = [sample.embedded(self.texts.embed(own)) for sample, own in zip(samples, inputs, strict=True)]
         return collate(samples, indices=indices, weights=weights, layout=self.layout, rounding=self.rounding)
+
+    def batch(self, microbatch: Microbatch) -> Batch:
+        """The batch of a microbatch that no worker reads.
+
+        Raises:
+            WorkError: a cache entry is damaged or missing, or a control has changed.
+        """
+        return self.finished(self[microbatch])
+
+    def finished(self, found: Batch | Read | WorkError) -> Batch:
+        """The batch of what a worker has found. Raises as `batch`."""
+        if isinstance(found, WorkError):
+            raise found
+        return self.batch_of(found) if isinstance(found, Read) else found
 
 
 def microbatch_loader(
@@ -81,7 +132,7 @@ def microbatch_loader(
         worker_init_fn=functools.partial(_ignore_signals_until_close, closing),
         generator=torch.Generator(),  # its own: an iterator draws a seed from the global one, which dropout uses
     )
-    return _raised(iter(loader), closing)  # the workers start here, not at the first batch
+    return _finished(iter(loader), dataset.finished, closing)  # the workers start here, not at the first batch
 
 
 def _unchanged(result: Any) -> Any:
@@ -92,16 +143,19 @@ def _as_bytes(result: Any) -> bytes:
     return pickle.dumps(result)
 
 
-def _raised(results: Iterator[Batch | WorkError | bytes], closing: Any) -> Iterator[Batch]:
+def _finished(
+    results: Iterator[Batch | Read | WorkError | bytes],
+    finished: Callable[[Batch | Read | WorkError], Batch],
+    closing: Any,
+) -> Iterator[Batch]:
     close = functools.partial(setattr, closing, "value", 1)
     atexit.register(close)  # runs before multiprocessing's own, which terminates the workers and waits for them
     try:
         for result in results:
             if isinstance(result, bytes):
                 result = pickle.loads(result)
-            if isinstance(result, WorkError):
-                raise result
-            yield result.pin_memory() if torch.cuda.is_available() else result
+            batch = finished(result)
+            yield batch.pin_memory() if torch.cuda.is_available() else batch
     except (EOFError, ConnectionError) as error:
         # The signal of a worker's death comes soon after its connection ends, and torch raises here.
         time.sleep(_SIGNAL_WAIT_S)

@@ -73,7 +73,7 @@ def decoded_of(
     cache = open_cache(config)
     keys = entry_keys(config, family, some, empty_prompt=config.data.caption_dropout > 0)
     entries = [cache.lookup(key) for key in keys]
-    whole = [entry is not None and all(map(cache.lookup, entry.prompts)) for entry in entries]
+    whole = [entry is not None and all(map(cache.lookup, entry.parts)) for entry in entries]
     missing = whole.count(False)
     if missing:
         tell(f"{missing} of {len(some)} records of the input preview are not in the cache: run the verb cache first")

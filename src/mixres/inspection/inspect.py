@@ -19,6 +19,7 @@ from mixres.errors import Problems, UserError, WorkError
 from mixres.inspection import memory_probe
 from mixres.inspection.buckets import bucketing
 from mixres.inspection.fitting import rehearsed
+from mixres.inspection.future_cache import FutureCache
 from mixres.inspection.input_preview import chosen, decoded_of, preview_grid
 from mixres.inspection.memory import MemoryEstimate
 from mixres.inspection.report import Thumbnails, page, summary_lines
@@ -27,7 +28,7 @@ from mixres.inspection.thumbnails import of_extremes, of_problems
 from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
 from mixres.preprocessing.cache_folder import cache_folder, make_folder
-from mixres.preprocessing.encode import entry_bytes, foreseen_entries, foreseen_prompts, lone_prompts, text_problems
+from mixres.preprocessing.encode import text_problems
 from mixres.preprocessing.fill import family_of, lengths_of
 from mixres.preprocessing.training_data import ScannedData, image_limits, scan_records, tell
 from mixres.training.distributed import dist_env
@@ -102,9 +103,12 @@ def _rehearse_without_data(config: Config, family: Family, foresee: Callable[...
 
 
 def _checkable_here(config: Config) -> Config:
-    """Without a quantisation that is planned for CUDA: that this machine has none keeps nobody from planning."""
+    """Without what is planned for CUDA: that this machine has none keeps nobody from planning."""
     quantize = None if _planned_for_cuda(config) else config.model.quantize
-    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": quantize})})
+    model = config.model.model_copy(update={"quantize": quantize})
+    text_device = config.cache.text_device if dist_env().device.type == "cuda" else None
+    cache = config.cache.model_copy(update={"text_device": text_device})
+    return config.model_copy(update={"model": model, "cache": cache})
 
 
 def _planned_for_cuda(config: Config) -> bool:
@@ -119,14 +123,10 @@ class _DryRun:
         self, config: Config, family: Family, found: ScannedData, ranks: int, problems: Problems, *, estimate: bool
     ) -> None:
         self.config, self.family, self.found, self.ranks, self.problems = config, family, found, ranks, problems
-        records = {str(i): scanned for i, scanned in enumerate([*found.train, *found.held_out])}
-        train = list(records)[: len(found.train)]
-        dropout = config.data.caption_dropout > 0
-        self.foreseen = foreseen_entries(config, family, records, train if dropout else [])
-        prompts = lone_prompts(family, records.values(), empty_prompt=dropout)
-        self.prompts = foreseen_prompts(family, {prompt: f"prompt {prompt}" for prompt in prompts})
-        self.entries = [self.foreseen[key] for key in train]
-        problems.add(*text_problems(family, records, self.foreseen))
+        self.cache = FutureCache(config, family, found)
+        self.entries = [self.cache.entries[key] for key in self.cache.train]
+        train = self.cache.train
+        problems.add(*text_problems(family, self.cache.records, self.cache.entries))
         self.memory = MemoryEstimate(config, family, ranks=ranks) if estimate else None
         planned = list(range(len(train)))
         self.plan = self._planned(planned)
@@ -167,9 +167,8 @@ class _DryRun:
                 samples_per_step=config.batch.samples_per_step,
                 max_pixels=config.data.resize.target.max_pixels,
             )
-        sizes = entry_bytes(config, self.family, self.foreseen | self.prompts)
         free = shutil.disk_usage(cache_folder(config)).free
-        report["cache"] = {"entries": len(sizes), "bytes": sum(sizes.values()), "free_bytes": free}
+        report["cache"] = {**self.cache.figures(), "free_bytes": free}
         if self.plan:
             report["notices"] = notices(config, found, report["sizes"], self.sums["epoch"].figures, self.ranks)
             report["plan"] = self._plan_figures(self.plan)

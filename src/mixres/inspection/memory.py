@@ -27,6 +27,7 @@ from mixres.config.schema import Config
 from mixres.geometry import Grid
 from mixres.inspection.rehearsal import FakeRun
 from mixres.inspection.storages import LiveStorages, bytes_of
+from mixres.inspection.text_memory import TextMemory, text_memory
 from mixres.models.blocks import block_lists, recompute_blocks, repeated_blocks
 from mixres.models.family import Family
 from mixres.verification.synthetic import SampleTokens, noise_batch
@@ -74,20 +75,23 @@ class MemoryEstimate:
     def figures(self, microbatch: Sequence[SampleTokens]) -> dict[str, Any]:
         """What `inspect.json` holds, for the largest microbatch."""
         train, (image_token, text_token) = self._config.train, self.token_bytes()
-        offloaded = train.offload.activations
+        offloaded, text = train.offload.activations, text_memory(self._config, self._family, microbatch)
         return {
             "device": self._run.device.type,
             "parallel": train.parallel,
             "gradient_checkpointing": train.gradient_checkpointing,
-            "bytes": self.memory(microbatch),
-            "host_bytes": self._run.host_bytes + (self.count(self.batch(microbatch), True).host if offloaded else 0),
+            "bytes": self.memory(microbatch, text),
+            "host_bytes": self._run.host_bytes
+            + (text.host_bytes if text else 0)
+            + (self.count(self.batch(microbatch), True).host if offloaded else 0),
             "blocks": self._blocks,
+            **({"text_encoder": text.figures()} if text else {}),
             "bytes_of_an_image_token_in_a_block": image_token,
             "bytes_of_a_text_token_in_a_block": text_token,
         }
 
-    def memory(self, microbatch: Sequence[SampleTokens]) -> dict[str, int]:
-        """Bytes on each device, by what holds them.
+    def memory(self, microbatch: Sequence[SampleTokens], text: TextMemory | None = None) -> dict[str, int]:
+        """Bytes on each device, by what holds them; `text` is the encoder that stays, where one does.
 
         `gathered` are weights of blocks that fsdp2 puts together as they are used. `activations` are all that is alive
         besides, at the peak of forward and backward, with the configuration's own gradient checkpointing.
@@ -95,12 +99,15 @@ class MemoryEstimate:
         own, batch = self._config.train.gradient_checkpointing, self.batch(microbatch)
         counts = {setting: self.count(batch, setting) for setting in {True, False, own}}
         peaks = {setting: max(count.forward, count.backward) for setting, count in counts.items()}
+        parts, beside = dict(self._parts), 0
+        if text and text.shared:
+            parts["text_encoder"], beside = text.weights, text.activations  # which are gone before the forward pass
         return {
-            **self._parts,
+            **parts,
             "activations": peaks[own],
             "activations_with_checkpointing": peaks[True],
             "activations_without_checkpointing": peaks[False],
-            "total": sum(self._parts.values()) + peaks[own],
+            "total": sum(parts.values()) + max(peaks[own], beside),
         }
 
     def count(self, batch: Batch, checkpointing: bool | int) -> StepBytes:

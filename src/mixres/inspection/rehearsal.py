@@ -12,10 +12,12 @@ By formula, not by running it:
 - state of optimizers that are not torch's, torchao's or prodigyopt's, from steps on small matrices;
 - what waits in host memory (`train.offload`, `train.cpu_offload`): it is taken off what is on the device;
 - `ddp`: one rank, whose gradients are there from the start, as they are in its buckets.
+- `cache.text: recompute`: the text encoder, beside all else. It embeds while a step's gradients are there.
 
-Not counted: what a kernel allocates inside itself, the encoders (they are gone by then), the allocator's rounding, and
-the libraries' own few hundred MB on a GPU. On a machine without CUDA the CPU's operations run: norms that CUDA computes
-in float32 under autocast stay in bfloat16, and AdamW updates one tensor after the other, as CUDA's fused kernel does.
+Not counted: what a kernel allocates inside itself, other encoders (they are gone by then), the allocator's rounding,
+and the libraries' own few hundred MB on a GPU. On a machine without CUDA the CPU's operations run: norms that CUDA
+computes in float32 under autocast stay in bfloat16, and AdamW updates one tensor after the other, as CUDA's fused
+kernel does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,6 +40,7 @@ from mixres.batch import Batch
 from mixres.config.schema import Config
 from mixres.errors import UserError
 from mixres.inspection.storages import LiveStorages, bytes_of
+from mixres.inspection.text_memory import TextMemory, text_memory
 from mixres.models.block_swap import frozen_matrices
 from mixres.models.blocks import repeated_blocks
 from mixres.models.family import Family
@@ -376,9 +379,11 @@ def rehearse(
             phases.end()
     if splitting == 1 and ranks > 1:  # a ring of ranks sends each gradient twice
         wire = 2 * run.resident["gradients"] * (ranks - 1) // ranks
+    text = text_memory(config, family, microbatch)
     return {
-        **_figures(run, phases, born, decoder),
-        "host_bytes": run.host_bytes + sum(host),
+        **_figures(run, phases, born, decoder, text),
+        **({"text_encoder": text.figures()} if text else {}),
+        "host_bytes": run.host_bytes + sum(host) + (text.host_bytes if text else 0),
         "ranks": ranks,
         "tokens": batch.tokens_computed,
         "microbatches": microbatches,
@@ -429,19 +434,26 @@ def _save(run: FakeRun) -> None:
         write_results(trained, Path(folder), step=1, keep=False)
 
 
-def _figures(run: FakeRun, phases: _Phases, born: Sequence[tuple[int, int]], decoder: Any) -> dict[str, Any]:
+def _figures(
+    run: FakeRun, phases: _Phases, born: Sequence[tuple[int, int]], decoder: Any, text: TextMemory | None
+) -> dict[str, Any]:
     """The peak of each phase on the device, and by what holds it there."""
     resident, found = run.resident, {}
     between = {name: count for name, count in resident.items() if name != "gradients"}
     between["vae"] = bytes_of(decoder.vae.parameters()) if decoder else 0
+    beside = text.weights if text and text.shared else 0
+    if text and beside:
+        held = {**resident, "vae": between["vae"], "gathered": 0, "text_encoder": beside}
+        total = sum(held.values()) + text.activations
+        found["text encoder"] = {"bytes": total, **held, "activations": text.activations}
     for name, (peak, operation, gathered) in phases.peaks.items():
         gradients = 0
         if name in ("forward", "backward", "optimizer") and resident["gradients"]:
             gradients = sum(size for size, birth in born if birth <= operation)
-        held = {**between, "gradients": gradients, "gathered": gathered}
+        held = {**between, "gradients": gradients, "gathered": gathered, **({"text_encoder": beside} if beside else {})}
         if name == "load":
             held = {**held, "optimizer": 0, "ema": 0, "vae": 0}
-        total = max(peak + run.correction, sum(held.values()))
+        total = max(peak + run.correction + beside, sum(held.values()))
         found[name] = {"bytes": total, **held, "activations": total - sum(held.values())}
     return peak_of(found)
 

@@ -156,6 +156,9 @@ class Family(Protocol):
     def vae_skeleton(self) -> Any:
         """The VAE on the meta device, from its configuration."""
 
+    def text_encoder_skeletons(self) -> Sequence[Any]:
+        """The text encoders on the meta device, from their configurations."""
+
     def load_preprocessors(self) -> Any:
         """The stock pipeline with tokenizer and image processor, without any weight."""
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
@@ -186,6 +187,17 @@ class StockFamily(Family):
         """See `Family`."""
         with torch.device("meta"):
             return self.vae_class.from_config(self._config("vae/config.json"))
+
+    def text_encoder_skeletons(self) -> Sequence[Any]:
+        """See `Family`."""
+        found, kinds = [], self._config("model_index.json")
+        for name in self.components:
+            if name.startswith("text_encoder"):
+                kind = getattr(transformers, kinds[name][1])
+                config = kind.config_class.from_dict(dict(self._config(f"{name}/config.json")))
+                with torch.device("meta"):
+                    found.append(kind(config))
+        return found
 
     def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         """See `Family`."""

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -20,8 +20,9 @@ import torch
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import clock, counted, log
-from mixres.data.cache import Cache, CacheEntry, DamagedEntry
-from mixres.data.plan import Lengths, over_budget
+from mixres.data.cache import Cache, CacheEntry
+from mixres.data.loader import MicrobatchDataset
+from mixres.data.plan import Layout, Lengths, Rounding, over_budget
 from mixres.data.records import EditRecord
 from mixres.data.scan import ScannedRecord
 from mixres.errors import Problems, UserError, WorkError
@@ -30,19 +31,19 @@ from mixres.models.family import ControlSizes, Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.cache_folder import check_space, open_cache, place_of, readable_size, save_index
 from mixres.preprocessing.encode import (
-    encode_record,
     entry_bytes,
     entry_keys,
     foreseen_entries,
-    foreseen_prompts,
-    lone_prompts,
-    prompt_keys,
+    shared_parts,
     text_problems,
+    with_text,
 )
+from mixres.preprocessing.encoder import Encode, Encoder
+from mixres.preprocessing.live_texts import LiveTexts, TextsOf, text_device
+from mixres.preprocessing.parts import Part, Parts
 from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
 
 T = TypeVar("T")
-Encode = Callable[[str], tuple[Sample | TextEmbeds, Sequence[str]]]  # the entry of a key, and keys of its prompts
 Load = Callable[[], Encode]
 _LOOKS = 0.05  # of the time
 
@@ -57,6 +58,8 @@ class CachedSample:
     key: str
     entry: CacheEntry
     regularization: bool = False  # counts in the loss with `loss.prior_loss_weight`
+    digests: tuple[str, ...] = ()  # of its files, where its controls are read again
+    noise_key: str = ""  # of a held-out sample: its key where embeddings are stored as they are
 
     @property
     def lengths(self) -> Lengths:
@@ -75,8 +78,9 @@ class KeyedRecords(NamedTuple):
     train: list[ScannedRecord]
     held_out: list[ScannedRecord]
     keys: list[str]  # of the entries of both, in this order
-    prompts: Mapping[str, str]  # keys of the entries of prompts by prompt, where they have entries of their own
+    shared: Parts  # what of them has entries of its own
     with_empty: frozenset[str]  # keys of the entries with the empty prompt too, for caption dropout
+    noise_keys: list[str]  # `CachedSample.noise_key` of the held-out ones
 
     @property
     def by_key(self) -> dict[str, ScannedRecord]:
@@ -90,11 +94,32 @@ class KeyedRecords(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedData:
-    """What training reads: the cache, and the samples in it."""
+    """What training reads: the cache, the samples in it, and the text encoder where it holds no embeddings."""
 
     cache: Cache
     train: list[CachedSample]
     held_out: list[CachedSample]
+    texts: LiveTexts | None = None
+
+    def read(self, item: CachedSample) -> Sample:
+        """The sample, its prompt embedded. Raises as `Cache.read` and `LiveTexts.embed`."""
+        sample = self.cache.read(item.key, name=item.record.name)
+        if self.texts is None:
+            return sample
+        texts = self.texts
+        sample = sample.embedded(texts.embed(texts.inputs(item, item.record.prompt)))
+        if sample.empty_embeds is None:
+            return sample
+        empty = texts.embed(texts.inputs(item, ""))
+        return replace(sample, empty_embeds=empty.tokens, empty_pooled_embeds=empty.pooled)
+
+    def dataset(
+        self, samples: Sequence[CachedSample], layout: Layout, rounding: Rounding | None = None
+    ) -> MicrobatchDataset:
+        """These samples by position, for microbatches of them."""
+        keys, names = [sample.key for sample in samples], [sample.record.name for sample in samples]
+        texts = TextsOf(self.texts, samples) if self.texts else None
+        return MicrobatchDataset(self.cache, keys, names, layout, rounding or Rounding(), texts)
 
 
 def run_cache(
@@ -172,10 +197,32 @@ def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedReco
     train, held_out = usable_records(config, family, is_main=is_main)
     dropout = config.data.caption_dropout > 0
     keys = entry_keys(config, family, train, empty_prompt=dropout)
-    prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
     with_empty = frozenset(keys if dropout else ())
-    held_out_keys = entry_keys(config, family, held_out)
-    return KeyedRecords(cache, train, held_out, keys + held_out_keys, prompts, with_empty)
+    held_out_keys = noise_keys = entry_keys(config, family, held_out)
+    if config.cache.text:
+        noise_keys = entry_keys(with_text(config, None), family, held_out)
+    keys += held_out_keys
+    shared = shared_parts(config, family, dict(zip(keys, [*train, *held_out], strict=True)), with_empty)
+    return KeyedRecords(cache, train, held_out, keys, shared, with_empty, noise_keys)
+
+
+def entries_there(found: KeyedRecords) -> tuple[dict[str, CacheEntry], dict[str, Part]]:
+    """The entries of the records that are in the cache, and by key all parts that these and those to come name.
+
+    An entry keeps what it names, also where the records that had the same part are gone.
+    """
+    entries: dict[str, CacheEntry] = {}
+    parts: dict[str, Part] = {}
+    for key, scanned in found.by_key.items():
+        entry, own = found.cache.lookup(key), found.shared.of(key, scanned)
+        if entry and not {*entry.parts} <= {*own.values()}:
+            own = found.shared.all_of(key, scanned)
+        if entry and {*entry.parts} <= {*own.values()}:
+            entries[key], own = entry, {name: part for name, part in own.items() if part in entry.parts}
+        else:
+            own = found.shared.of(key, scanned)
+        parts |= {part: Part(scanned, name) for name, part in own.items() if part not in parts}
+    return entries, parts
 
 
 def encode(
@@ -188,10 +235,12 @@ def encode(
     """
     _fill(config, family, found, device=device, rank=rank, world_size=world_size)
     cache, train, held_out, keys, *_ = found
-    found_records = zip(keys, [*train, *held_out], strict=True)
+    found_records = zip(keys, [*train, *held_out], [""] * len(train) + found.noise_keys, strict=True)
     with _collector_paused():
-        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
-    return CachedData(cache, samples[: len(train)], samples[len(train) :])
+        samples = [_cached(config, family, scanned, key, cache, noise) for key, scanned, noise in found_records]
+    recompute = config.cache.text == "recompute"
+    texts = LiveTexts(config, family, text_device(config, device, ranks=world_size)) if recompute else None
+    return CachedData(cache, samples[: len(train)], samples[len(train) :], texts)
 
 
 def _fill(
@@ -205,35 +254,41 @@ def _fill(
     alone: bool = False,
 ) -> None:
     """`fill` with the entries of these records that are missing, checked before anything is encoded."""
-    cache, prompts, with_empty, records = found.cache, found.prompts, found.with_empty, found.by_key
+    cache, records = found.cache, found.by_key
     is_main = alone or rank == 0
     cache.shards.store.finish()
     if is_main:
         cache.sweep()
-    wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
     with _collector_paused():
-        entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
-    missing = {key: scanned for key, scanned in records.items() if key not in entries}
-    foreseen = foreseen_prompts(family, {text: key for text, key in prompts.items() if key not in entries})
-    foreseen |= foreseen_entries(config, family, missing, with_empty) if missing else {}
+        entries, parts = entries_there(found)
+        wanted = len(parts) + len(records)
+        missing = {key: scanned for key, scanned in records.items() if key not in entries}
+        known = {key: entry for key in parts if (entry := cache.lookup(key))}
+        # Prompts are the last parts: samples are encoded with what is stored of them.
+        parts = {key: parts[key] for key in sorted(parts, key=lambda key: isinstance(parts[key].name, str))}
+        to_come = {key: part for key, part in parts.items() if key not in known}
+    foreseen = foreseen_entries(config, family, missing, found.with_empty, found.shared, to_come)
     with _collector_paused():
         _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
     check_space(cache, sizes.values())
 
-    load = partial(_Encoder, config, family, found, missing, device)
+    load = partial(Encoder, config, family, cache, foreseen, missing, to_come, device)
     encoded = fill(cache, sizes, load, rank=rank, world_size=world_size, alone=alone)
     if encoded:
         release(device)
     if is_main:
         save_index(cache)
     if alone:
-        of_all = f"{len(entries)} of all {len(wanted)} entries had been there"
+        of_all = f"{wanted - len(sizes)} of all {wanted} entries had been there"
         log(f"cache     shard {rank + 1}/{world_size}: {encoded} encoded; {of_all}")
     elif rank == 0:
         others = f", {len(sizes) - encoded} by other processes" if encoded < len(sizes) else ""
-        of_them = f", {len(prompts)} of them prompts," if prompts else ""
-        log(f"cache     {len(wanted)} entries{of_them} in {cache}: {encoded} encoded, {len(entries)} found{others}")
+        texts = sum(isinstance(part.name, str) for part in parts.values())
+        counts = {"prompts": texts, "controls": len(parts) - texts}
+        of_them = " and ".join(f"{count} of them {what}" for what, count in counts.items() if count)
+        what = f"{wanted} entries{of_them and f', {of_them},'} in {cache}"
+        log(f"cache     {what}: {encoded} encoded, {wanted - len(sizes)} found{others}")
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
 
@@ -248,49 +303,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-class _Encoder:
-    """Encodes entries by their keys: of prompts, and of the records that are `missing`. The encoders are loaded now."""
-
-    def __init__(
-        self,
-        config: Config,
-        family: Family,
-        found: KeyedRecords,
-        missing: Mapping[str, ScannedRecord],
-        device: torch.device,
-    ) -> None:
-        self.config, self.family, self.found, self.missing = config, family, found, missing
-        self.texts = {key: prompt for prompt, key in found.prompts.items()}
-        self.encoders = family.load_encoders(dtype=getattr(torch, config.model.dtype), device=device)
-
-    def __call__(self, key: str) -> tuple[Sample | TextEmbeds, Sequence[str]]:
-        """What the entry is to hold, and the keys of its prompts where they have entries of their own."""
-        if key in self.texts:
-            return self._encode_prompt(self.texts[key]), ()
-        found, scanned, with_empty = self.found, self.missing[key], key in self.found.with_empty
-        known = self._known if self.texts else None
-        sample = encode_record(self.config, self.family, self.encoders, scanned, with_empty=with_empty, known=known)
-        texts = [scanned.record.prompt, *([""] if with_empty else [])] if self.texts else []
-        return sample, [found.prompts[text] for text in texts]
-
-    def _encode_prompt(self, prompt: str) -> TextEmbeds:
-        return self.family.encode_prompt(self.encoders, prompt=prompt, controls=[], sizes=ControlSizes())
-
-    def _known(self, prompt: str) -> TextEmbeds:
-        """As it is stored, or as the rank that is encoding it will store it.
-
-        Raises:
-            WorkError: what is stored is damaged.
-        """
-        cache, key = self.found.cache, self.found.prompts[prompt]
-        if cache.lookup(key) is None:
-            return self._encode_prompt(prompt)
-        try:
-            return cache.read_prompt(key)
-        except DamagedEntry as error:
-            raise WorkError(f"{error}: run the same command again") from error
 
 
 def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries: Mapping[str, CacheEntry]) -> None:
@@ -329,11 +341,11 @@ def fill(
                 if cache.lookup(key) is not None:
                     continue
                 encode_entry = encode_entry or load()
-                value, prompts = encode_entry(key)
+                value, *places = encode_entry(key)
                 with _writing(cache, sizes):
                     if isinstance(previous, TextEmbeds) and isinstance(value, Sample):
                         cache.close()  # the other ranks read the prompts for samples of theirs
-                    cache.write(key, value, prompts)
+                    cache.write(key, value, *places)
                 previous, encoded = value, encoded + 1
         finally:  # also where a record is refused: what was encoded before it stays
             with _writing(cache, sizes):
@@ -377,11 +389,14 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
         ) from error
 
 
-def _cached(config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
+def _cached(
+    config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache, noise_key: str
+) -> CachedSample:
     entry = cache.lookup(key)
     assert entry is not None, key
     sizes = target_size_of(config, scanned), control_sizes_of(config, family, scanned)
-    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization)
+    digests = scanned.digests if config.cache.text == "recompute" else ()
+    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization, digests, noise_key)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:

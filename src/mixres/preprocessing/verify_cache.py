@@ -7,11 +7,9 @@ pass makes it again. Cost: the scan, and one read of every entry.
 from mixres.config.schema import Config
 from mixres.console import counted, log
 from mixres.data.cache import DamagedEntry
-from mixres.errors import UserError, WorkError, one_line
+from mixres.errors import UserError, WorkError
 from mixres.preprocessing.cache_folder import readable_size, save_index
-from mixres.preprocessing.fill import family_of, keyed_records
-
-_SHOWN_CHARACTERS = 60  # of a prompt
+from mixres.preprocessing.fill import entries_there, family_of, keyed_records
 
 
 def verify_cache(config: Config, *, world_size: int = 1) -> None:
@@ -23,9 +21,10 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
     """
     if world_size > 1:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
-    found = keyed_records(config, family_of(config), is_main=True)
+    family = family_of(config)
+    found = keyed_records(config, family, is_main=True)
     cache, names = found.cache, {key: scanned.record.name for key, scanned in found.by_key.items()}
-    names |= {key: f"the prompt {one_line(prompt)[:_SHOWN_CHARACTERS]!r}" for prompt, key in found.prompts.items()}
+    names |= {key: part.title(family) for key, part in entries_there(found)[1].items()}
     damaged = missing = 0
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
         try:

@@ -92,7 +92,7 @@ def _compare(sampler: HeldOutSampler, item: CachedSample, base: Image.Image, lor
         sampler.pipeline.image_processor.resize(sampler.read(path), *reversed(item.target_size))
         for path in (item.record.target, item.record.controls[0])
     )
-    sample = sampler.cache.read(item.key, name=item.record.name)
+    sample = sampler.encoded.read(item)
     ceiling = sampler.family.decode_latents(sampler.pipeline, sample.target_latents, sample.img_shapes[0])
     scores = [round(psnr(image, target), 2) for image in (control, base, lora, ceiling)]
     name, drift = Path(item.record.name).stem, sampler.drift(item, lora)

@@ -59,7 +59,7 @@ class HeldOutSampler:
         self, config: Config, family: Family, transformer: nn.Module, encoded: CachedData, ema: Ema | None = None
     ) -> None:
         self.ema = ema if config.sample.use_ema else None
-        self.config, self.family, self.cache = config, family, encoded.cache
+        self.config, self.family, self.encoded = config, family, encoded
         self.items = spread(encoded.held_out, ROWS)
         self.controls = max((len(item.record.controls) for item in self.items), default=0)
         parameter = next(transformer.parameters())
@@ -118,7 +118,7 @@ class HeldOutSampler:
         return image
 
     def _inputs(self, items: Sequence[CachedSample]) -> list[ImageInputs]:
-        samples = (self.cache.read(item.key, name=item.record.name) for item in items)
+        samples = map(self.encoded.read, items)
         noisy = (from_noise(self.family, self.pipeline, sample, seed=self.config.train.seed) for sample in samples)
         embedded = self.family.embedded_guidance()
         return [ImageInputs(sample, guidance=embedded and embedded.sampling) for sample in noisy]

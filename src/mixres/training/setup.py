@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from mixres import __version__
 from mixres.batch import Batch
 from mixres.config.schema import LYCORIS, Config
-from mixres.data.loader import MicrobatchDataset, microbatch_loader
+from mixres.data.loader import microbatch_loader
 from mixres.data.plan import MAX_LENGTHS, Layout, Lengths, Plan, Rounding, rounding_of
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective, sample_weight
@@ -40,6 +40,7 @@ from mixres.models.lora import (
 from mixres.models.pretrained import materialize, read_weights, stored_dtype, to_meta, without_values
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
+from mixres.preprocessing.live_texts import text_device
 from mixres.preprocessing.training_data import control_rules
 from mixres.training.distributed import dist_env, is_split, replicate, shard
 from mixres.training.ema import Ema
@@ -100,6 +101,7 @@ def check_early(config: Config, family: Family) -> None:
             check_method(model.quantize, here.device)
         if config.train.compile:
             check_compiler(here.device)
+    problems.collect(text_device, config, here.device, ranks=here.world_size)
     problems.collect(training_guidance, config, family)
     problems.collect(family.flow_shift, config.flow.shift_steps)
     skeleton = family.transformer_skeleton()
@@ -271,9 +273,9 @@ def build_loader(
 ) -> Iterator[Batch]:
     """The batches of `rank` from optimizer step `first` to the run's end."""
     samples = encoded.train
-    keys, names = [sample.key for sample in samples], [sample.record.name for sample in samples]
-    rounding = row_rounding(config, [sample.lengths for sample in samples])
-    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
+    dataset = encoded.dataset(
+        samples, config.batch.layout, row_rounding(config, [sample.lengths for sample in samples])
+    )
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 

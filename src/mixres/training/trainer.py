@@ -102,6 +102,8 @@ def train(config: Config) -> None:
             atomic.write_json(folder / TRAINING_SET, training_set(encoded.train))
 
         # Model, optimizer, objective, schedule, batches.
+        if encoded.texts:
+            encoded.texts.load()
         trained = load_trained(config, family, accelerator)
         skips = Skips()
         if checkpoint:

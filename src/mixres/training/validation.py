@@ -20,11 +20,9 @@ import torch
 
 from mixres.batch import Batch
 from mixres.console import counted, log
-from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
 from mixres.diffusion.objective import velocity_loss
-from mixres.errors import WorkError
 from mixres.preprocessing.fill import CachedData, CachedSample
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState
@@ -50,8 +48,8 @@ class HeldOutLoss:
         self.every, self.last = config.evaluate.every, config.train.max_train_steps
         self.ema = trained.ema if config.evaluate.use_ema else None
         self.samples = encoded.held_out if self.every else []
-        keys, names = [s.key for s in self.samples], [s.record.name for s in self.samples]
-        self.dataset = MicrobatchDataset(encoded.cache, keys, names, "padded")
+        self.dataset = encoded.dataset(self.samples, "padded")
+        keys = self.dataset.keys
         longest_first = sorted(range(len(keys)), key=lambda i: (-self.samples[i].lengths.total, keys[i]))
         self.passes = list(itertools.product(longest_first, self.sigmas))
 
@@ -92,7 +90,7 @@ class HeldOutLoss:
         own = self.passes_of(self.accelerator.process_index, self.accelerator.num_processes)
         with self._held_still():
             for position, sigma in counted(own, "evaluate", "pass", enabled=self.run.is_main):
-                read = partial(self._read, position)
+                read = partial(self.dataset.batch, Microbatch((position,), (1.0,)))
                 batch = prepared(read, stop_requested=self.run.stop_requested, lockstep=self.lockstep)
                 if batch is None:
                     return None
@@ -107,16 +105,10 @@ class HeldOutLoss:
         end = -(-len(self.passes) // ranks) * ranks
         return [self.passes[min(k, len(self.passes) - 1)] for k in range(rank, end, ranks)]
 
-    def _read(self, position: int) -> Batch:
-        batch = self.dataset[Microbatch((position,), (1.0,))]
-        if isinstance(batch, WorkError):
-            raise batch
-        return batch
-
     def _loss(self, batch: Batch, position: int, sigma: float) -> float:
         batch = batch.to(self.accelerator.device)
-        flow = fixed_flow_sample(batch, keys=self.dataset.keys[position : position + 1], sigma=sigma,
-                                 dtype=self.objective.dtype)  # fmt: skip
+        keys = [self.samples[position].noise_key]
+        flow = fixed_flow_sample(batch, keys=keys, sigma=sigma, dtype=self.objective.dtype)
         with self.accelerator.autocast():
             velocity = self.objective.predict(self.transformer, batch, flow)
         return float(velocity_loss(velocity, batch, flow, normalization="sample"))

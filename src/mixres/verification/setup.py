@@ -53,7 +53,7 @@ def cached_source(config: Config, device: torch.device) -> tuple[Family, Source]
     shapes = [sample.entry.img_shapes for sample in samples]
 
     def read(index: int) -> Sample:
-        return encoded.cache.read(samples[index].key, name=names[index])
+        return encoded.read(samples[index])
 
     return family, Source([sample.lengths for sample in samples], names, shapes, read, encoded)
 
