@@ -34,6 +34,7 @@ from mixres.errors import Problems, UserError
 from mixres.preprocessing.fill import CachedData
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import TrainState, make_plan, row_rounding
+from mixres.verification.bucket_data import single_samples
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
     Source,
@@ -177,17 +178,9 @@ def make_work(config: Config, source: Source, steps: int = MAX_STEPS) -> Work:
         plan = make_plan(config, source.lengths, source.names, layout=layout, world_size=1)
         work[way] = []
         for step in map(plan.step, range(min(steps, plan.steps_per_epoch))):
-            microbatches = _single_samples(step) if way == BASELINE else step.ranks[0]
-            work[way].append(Step(step, list(_collated(config, source, microbatches, layout))))
+            step = single_samples(step) if way == BASELINE else step
+            work[way].append(Step(step, list(_collated(config, source, step.ranks[0], layout))))
     return work
-
-
-def _single_samples(step: StepPlan) -> list[Microbatch]:
-    return [
-        Microbatch((index,), (weight,), microbatch.dropped & {index})
-        for microbatch in step.ranks[0]
-        for index, weight in zip(microbatch.indices, microbatch.weights, strict=True)
-    ]
 
 
 def _collated(config: Config, source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
