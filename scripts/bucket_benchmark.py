@@ -86,10 +86,188 @@ def train_all() -> None:
             words = [f"data.{part}={folder / part}" for part in ("train", "held_out")]
             words += [f"cache.cache_dir={BUILD / 'cache'}", f"logging.output_dir={folder / 'run'}", *SETTINGS]
             against_buckets(load_config(REPOSITORY / "configs" / "quickstart.yaml", words), steps=STEPS, seeds=seeds)
+            if RESULTS.exists():  # others may have added to it
+                found = json.loads(RESULTS.read_text(encoding="utf-8"))
             found[name] = json.loads(report.read_text(encoding="utf-8"))
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+NAMES = {"mixed": "mixed (mixres)", "simpletuner": "buckets of SimpleTuner", "musubi_tuner": "buckets of musubi-tuner",
+         "ai_toolkit": "buckets of ai-toolkit", "one_by_one": "one by one"}  # fmt: skip
+TITLES = {"quickstart": "The quickstart's pairs", "border": "Few pairs of many sizes, edited at the border"}
+BEGIN, END = "<!-- buckets: written by scripts/bucket_benchmark.py -->", "<!-- /buckets -->"
+PSNR = ("images", "psnr")
+
+
+def differences(report: Mapping[str, Any], arm: str, *path: str) -> list[float]:
+    """Of one figure, `arm` less `mixed`, for each seed that both have."""
+    values: dict[str, dict[int, float]] = {"mixed": {}, arm: {}}
+    for run in report["runs"]:
+        if run["arm"] in values:
+            value: Any = run
+            for name in path:
+                value = value[name]
+            values[run["arm"]][run["seed"]] = value
+    return [values[arm][seed] - values["mixed"][seed] for seed in values[arm].keys() & values["mixed"].keys()]
+
+
+def spread(found: tuple[float, float, float] | None, digits: int) -> str:
+    """Mean, and lowest to highest."""
+    return "-" if found is None else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*found, d=digits)
+
+
+def result_table(report: Mapping[str, Any]) -> list[str]:
+    """A row an arm."""
+    from mixres.verification.against_buckets import ARMS, over_seeds
+
+    bands = sorted({key for run in report["runs"] for key in run["images"] if key.removeprefix("psnr_").isdigit()})
+    heads = ["", "held-out PSNR, dB", *(f"band {band.removeprefix('psnr_')}" for band in bands), "outermost token",
+             "held-out loss", "drift, px", "runs"]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for arm in ARMS:
+        own = [spread(over_seeds(report, arm, *PSNR), 2)]
+        own += [spread(over_seeds(report, arm, "images", band), 2) for band in bands]
+        own += [spread(over_seeds(report, arm, "images", "psnr_border"), 2)]
+        own += [
+            spread(over_seeds(report, arm, "eval", "loss"), 4),
+            spread(over_seeds(report, arm, "images", "drift_px"), 2),
+        ]
+        runs = sum(run["arm"] == arm for run in report["runs"])
+        lines.append(f"| {NAMES[arm]} | " + " | ".join([*own, str(runs)]) + " |")
+    return lines
+
+
+def cost_table(report: Mapping[str, Any]) -> list[str]:
+    """What each arm does to the images, and what it costs."""
+    heads = ("", "buckets", "area cropped: mean, most", "images cropped", "images enlarged", "repeated an epoch",
+             "mean batch", "tokens a sample", f"{report['clock']} a sample, ms")  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for arm, time in report["times"].items():
+        own = report["buckets"].get(arm)
+        ms = "{:.1f} ({:.1f} to {:.1f})".format(*(1000 * time[key] for key in ("seconds", "low", "high")))
+        if own:
+            cells = [str(own["buckets"]), f"{own['cropped_mean']:.1%}, {own['cropped_most']:.1%}",
+                     f"{own['cropped']} of {report['samples']}", str(own["enlarged"]), str(own["repeated"]),
+                     f"{own['mean_batch']:.2f}"]  # fmt: skip
+        else:
+            cells = ["none", "0", "0", "0", "0", "1" if arm == "one_by_one" else str(report["samples_per_step"])]
+        lines.append(f"| {NAMES[arm]} | " + " | ".join([*cells, f"{time['tokens']:.0f}", ms]) + " |")
+    return lines
+
+
+def verdicts(report: Mapping[str, Any]) -> list[str]:
+    """In words, what the seeds show of each arm against `mixed`: better or worse in every seed, or neither."""
+    from mixres.verification.against_buckets import ARMS
+
+    lines = []
+    for arm in ARMS[1:]:
+        psnr, ratio = (
+            differences(report, arm, *PSNR),
+            report["times"][arm]["seconds"] / report["times"]["mixed"]["seconds"],
+        )
+        if not psnr:
+            continue
+        mean, low, high = sum(psnr) / len(psnr), min(psnr), max(psnr)
+        if max(abs(low), abs(high)) < 0.05:
+            found = "as good in every seed"
+        elif low > 0:
+            found = "better in every seed"
+        elif high < 0:
+            found = "worse in every seed"
+        else:
+            found = "neither better nor worse in every seed"
+        lines.append(
+            f"- {NAMES[arm]}: {found}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, {len(psnr)} seeds) against mixed "
+            f"batches; a sample takes {ratio:.2f} x the {report['clock']}."
+        )
+    return lines
+
+
+def block(found: Mapping[str, Any]) -> str:
+    """Everything on the page that has a number of the results in it, in Markdown."""
+    lines = []
+    for name in (name for name in SETS if name in found):
+        report = found[name]
+        seeds = len({run["seed"] for run in report["runs"]})
+        lines += [
+            f"### {TITLES[name]}", "",
+            f"{report['samples']} pairs, {report['held_out']} held out, {report['steps']} steps of "
+            f"{report['samples_per_step']} samples, {seeds} seeds. In brackets the lowest and highest seed.", "",
+            *result_table(report), "", *verdicts(report), "",
+            f"![Held-out PSNR and time a sample of each arm](images/buckets_{name}.png)", "",
+            *cost_table(report), "",
+        ]  # fmt: skip
+    if "simpletuner" in found:
+        rows = found["simpletuner"]["rows"]
+        same, images = sum(row["same_bucket"] for row in rows), sum(row["images"] for row in rows)
+        sizes, large = (
+            sum(row["same_size"] for row in rows),
+            [row for row in rows if row["setting"] == "at a megapixel"],
+        )
+        crops = " and ".join(f"{row['cropped_mean_theirs']:.1%} ({row['data']})" for row in large)
+        dropped = sum(found[name]["buckets"]["simpletuner"]["short_buckets"] for name in SETS if name in found)
+        lines += [
+            "### Against SimpleTuner's own code", "",
+            f"SimpleTuner {found['simpletuner']['version']} gives the same bucket to {same} of {images} sizes, and the "
+            f"same size before the crop to {sizes}: those of the files above, and ten times as large at its own "
+            f"settings for a megapixel. There its code crops {crops} of the area on average. {dropped} buckets of both "
+            "sets hold fewer images than a batch: without `--allow_dataset_oversubscription` it refuses such data.", "",
+        ]  # fmt: skip
+    return "\n".join(lines).rstrip()
+
+
+def page_with_results(page: str, found: Mapping[str, Any]) -> str:
+    """The page with these results between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{block(found)}\n\n{END}{after}"
+
+
+def readme_rows(found: Mapping[str, Any], name: str = "border") -> list[str]:
+    """Five rows for the README: mixed batches against the lowest and highest of the three bucketing arms."""
+    from mixres.verification.against_buckets import over_seeds
+    from mixres.verification.bucket_rules import RULES
+
+    report = found[name]
+
+    def span(values: Sequence[float], form: str) -> str:
+        low, high = (form.format(value) for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    psnr = {arm: over_seeds(report, arm, *PSNR) for arm in ("mixed", *RULES)}
+    own, times = [report["buckets"][rule] for rule in RULES], report["times"]
+    rows = [
+        ("held-out PSNR, dB", *(f"{psnr['mixed'][0]:.1f}" if psnr["mixed"] else "-",
+                                span([value[0] for arm in RULES if (value := psnr[arm])], "{:.1f}"))),
+        ("area of the images cropped", "0 %", span([100 * row["cropped_mean"] for row in own], "{:.1f}") + " %"),
+        ("samples repeated in an epoch", "0", span([row["repeated"] for row in own], "{:.0f}")
+         + f" of {report['samples']}"),
+        ("samples in a batch, mean", str(report["samples_per_step"]),
+         span([row["mean_batch"] for row in own], "{:.1f}")),
+        (f"{report['clock']} a sample, ms", f"{1000 * times['mixed']['seconds']:.0f}",
+         span([1000 * times[rule]["seconds"] for rule in RULES], "{:.0f}")),
+    ]  # fmt: skip
+    return ["| | mixed | buckets |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="train nothing")
+    parser.add_argument("--readme", action="store_true", help="print rows for the README")
+    given = parser.parse_args()
+    if not (given.page or given.readme):
+        train_all()
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if given.readme:
+        print("\n".join(readme_rows(found)))
+        return
+    from mixres.verification.against_buckets import plot
+
+    for name in (name for name in SETS if name in found):
+        plot([(TITLES[name], found[name])], IMAGES / f"buckets_{name}.png")
+    PAGE.write_text(page_with_results(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    train_all()
+    main()

@@ -9,6 +9,7 @@ Cost: a training run of `steps` an arm and seed, and their held-out images.
 steps of `musubi_tuner` hold fewer samples where a bucket fills no batch.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -53,7 +54,7 @@ from mixres.verification.setup import (
 
 ARMS = ("mixed", *RULES, "one_by_one")
 STEPS = 40
-TIMED_STEPS, TIMED_ROUNDS = 6, 3
+TIMED_STEPS, TIMED_ROUNDS = 6, 7
 
 
 class Arm(NamedTuple):
@@ -63,8 +64,10 @@ class Arm(NamedTuple):
     plan_type: Callable[..., Plan]
 
 
-def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1) -> None:
+def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, trained: Sequence[str] = ARMS) -> None:
     """Train `steps` steps with every arm and seed; print a table, write `reports/buckets.json` and `buckets.png`.
+
+    All arms are timed; of those the ones named in `trained` are trained.
 
     Raises:
         UserError: configuration, base or data are wrong.
@@ -96,7 +99,7 @@ def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1) -> No
         report["times"] = _times(arms, family, accelerator)
         atomic.write_json(path, report)
     for seed in range(config.train.seed, config.train.seed + seeds):
-        for name, arm in arms.items():
+        for name, arm in ((name, arms[name]) for name in trained):
             if any((run["arm"], run["seed"]) == (name, seed) for run in report["runs"]):
                 continue
             log(f"arm       {name}, seed {seed}")
@@ -156,26 +159,37 @@ def _report(config: Config, encoded: CachedData, accelerator: Accelerator, steps
 
 
 def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator) -> dict[str, dict[str, float]]:
-    """Seconds and tokens a sample of steps all over the first epoch, the arms in turn; no weight changes."""
+    """Seconds and tokens a sample of steps all over the first epoch, the arms in turn; no weight changes.
+
+    `ratio` is time over that of `mixed` in the same round, with its lowest and highest.
+    """
     clock = time.perf_counter if accelerator.device.type == "cuda" else time.process_time
     setup = set_up(arms["mixed"].config, family, accelerator)
     work = {name: _first_steps(arm, encode_all(arm.config, family, device=accelerator.device))
             for name, arm in arms.items()}  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(1 + TIMED_ROUNDS):  # the first one warms up
-        for name, parts in work.items():
-            start = clock()
-            for planned, batches in parts:
-                divisor = setup.objective.divisor(planned.samples, planned.target_tokens)
-                step_seconds(setup, batches, count=len(batches), step=planned.step, divisor=divisor)
-            if number:
-                seconds[name].append((clock() - start) / sum(planned.samples for planned, _ in parts))
+    samples = {name: sum(planned.samples for planned, _ in parts) for name, parts in work.items()}
+    rounds: list[dict[str, float]] = []
+    for _ in range(1 + TIMED_ROUNDS):  # the first one warms up
+        rounds.append(dict.fromkeys(arms, 0.0))
+        for parts in itertools.zip_longest(*work.values()):
+            for name, part in zip(work, parts, strict=True):
+                if part:
+                    planned, batches = part
+                    divisor = setup.objective.divisor(planned.samples, planned.target_tokens)
+                    start = clock()
+                    step_seconds(setup, batches, count=len(batches), step=planned.step, divisor=divisor)
+                    rounds[-1][name] += (clock() - start) / samples[name]
     found = {}
     for name, parts in work.items():
-        median, samples = statistics.median(seconds[name]), sum(planned.samples for planned, _ in parts)
+        ratios = [taken[name] / taken["mixed"] for taken in rounds[1:]]
         tokens = sum(batch.tokens_computed for _, batches in parts for batch in batches)
-        found[name] = {"seconds": median, "low": min(seconds[name]), "high": max(seconds[name]),
-                       "tokens": tokens / samples}  # fmt: skip
+        found[name] = {
+            "seconds": statistics.median(taken[name] for taken in rounds[1:]),
+            "ratio": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "tokens": tokens / samples[name],
+        }
     return found
 
 
