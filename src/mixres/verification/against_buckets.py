@@ -171,8 +171,8 @@ def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator) ->
     rounds: list[dict[str, float]] = []
     for _ in range(1 + TIMED_ROUNDS):  # the first one warms up
         rounds.append(dict.fromkeys(arms, 0.0))
-        for parts in itertools.zip_longest(*work.values()):
-            for name, part in zip(work, parts, strict=True):
+        for turn in itertools.zip_longest(*work.values()):
+            for name, part in zip(work, turn, strict=True):
                 if part:
                     planned, batches = part
                     divisor = setup.objective.divisor(planned.samples, planned.target_tokens)
