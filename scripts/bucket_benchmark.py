@@ -179,7 +179,8 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
             found = "neither better nor worse in every seed"
         lines.append(
             f"- {NAMES[arm]}: {found}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, {len(psnr)} seeds) against mixed "
-            f"batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}) the {report['clock']}."
+            f"batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}) the "
+            f"{report['clock']}."
         )
     return lines
 
