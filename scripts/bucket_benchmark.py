@@ -11,6 +11,7 @@ build/buckets and docs/results/buckets.json to train all of them anew.
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ PAGE, IMAGES = REPOSITORY / "docs" / "buckets.md", REPOSITORY / "docs" / "images
 SETS, STEPS, SEEDS = ("quickstart", "border"), 100, 3
 FRAME, GREEN, YELLOW = 8, (30, 170, 40), (240, 220, 20)
 SETTINGS = (
+    "model.pretrained_model_name_or_path=src/mixres/assets/tiny_base",
     "batch.samples_per_step=4",
     "data.resize.target.multiple_of=8",  # one token of the tiny base
     "sample.steps=8",
@@ -72,6 +74,7 @@ def train_all() -> None:
     from mixres.config.load import load_config
     from mixres.verification.against_buckets import ARMS, against_buckets
 
+    os.chdir(REPOSITORY)
     data.write_demo(BUILD / "quickstart")
     write_border_pairs(BUILD / "border" / "train", data.TRAIN_PHOTOGRAPHS, 24, 3)
     write_border_pairs(BUILD / "border" / "held_out", data.HELD_OUT_PHOTOGRAPHS, 12, 4)

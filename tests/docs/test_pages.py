@@ -184,3 +184,11 @@ def test_the_table_of_devices_is_that_of_the_rehearsals() -> None:
     assert hardware.page_with_table(page, found) == page, "run scripts/hardware_table.py --table"
     recipes = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} - {"quickstart"}
     assert {row["recipe"] for row in found["rows"]} == recipes
+
+
+def test_the_page_of_buckets_is_that_of_the_results() -> None:
+    buckets = script("bucket_benchmark")
+    page, found = buckets.PAGE.read_text(encoding="utf-8"), json.loads(buckets.RESULTS.read_text(encoding="utf-8"))
+    assert buckets.page_with_results(page, found) == page, "run scripts/bucket_benchmark.py --page"
+    assert set(buckets.SETS) <= found.keys()
+    assert len(buckets.readme_rows(found)) == 7

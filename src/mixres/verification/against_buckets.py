@@ -12,6 +12,7 @@ steps of `musubi_tuner` hold fewer samples where a bucket fills no batch.
 import itertools
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,29 +27,28 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mixres import atomic
-from mixres.batch import Batch
 from mixres.config.schema import Config
 from mixres.console import log
-from mixres.data.loader import MicrobatchDataset
-from mixres.data.plan import Plan, StepPlan
+from mixres.data.plan import Plan
 from mixres.errors import Problems
 from mixres.models.family import Family
 from mixres.models.lora import attach
 from mixres.models.lora_file import FILE_NAME, read_header
 from mixres.preprocessing.fill import CachedData, encode, encode_all, family_of, keyed_records
 from mixres.training.sample_sheets import HeldOutSampler
-from mixres.training.setup import build_plan, row_rounding
+from mixres.training.setup import build_plan, make_plan
 from mixres.training.trainer import train
 from mixres.training.validation import resolution_band
+from mixres.verification.bench import Step, collated, seconds_of
 from mixres.verification.bucket_data import BucketPlan, OneByOnePlan, fit_records, write_copies
 from mixres.verification.bucket_rules import RULES
 from mixres.verification.setup import (
+    cached_source,
     machine,
     one_process,
     precision_label,
     report_path,
     set_up,
-    step_seconds,
     versions,
 )
 
@@ -84,8 +84,11 @@ def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, train
     encoded = encode(config, family, records, device=accelerator.device)
     path = report_path(config, "buckets.json")
     report = _report(config, encoded, accelerator, steps)
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8")))["identity"] == report["identity"]:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if before.get("identity") == report["identity"]:
         report = before
+    else:
+        shutil.rmtree(path.parent / "buckets", ignore_errors=True)
     arms = {"mixed": Arm(config, Plan), "one_by_one": Arm(config, OneByOnePlan)}
     for name, rule in RULES.items():
         bucketed = fit_records(config, family, rule, records.train)
@@ -139,7 +142,8 @@ def _with_copies(config: Config, family: Family, manifest: Path) -> Config:
 
 def _report(config: Config, encoded: CachedData, accelerator: Accelerator, steps: int) -> dict[str, Any]:
     keys = [sample.key for sample in (*encoded.train, *encoded.held_out)]  # of the content of data and encoders
-    settings = config.model_dump_json(exclude={"data", "cache", "logging"})
+    places = {"data": {"train", "held_out"}, "cache": {"cache_dir"}, "logging": True, "resume": True}
+    settings = config.model_dump_json(exclude=places, exclude_defaults=True)  # type: ignore[arg-type] # pydantic takes both kinds
     return {
         "identity": xxhash.xxh3_64_hexdigest(" ".join([settings, *keys]).encode()),
         "machine": machine(accelerator.device),
@@ -165,24 +169,21 @@ def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator) ->
     """
     clock = time.perf_counter if accelerator.device.type == "cuda" else time.process_time
     setup = set_up(arms["mixed"].config, family, accelerator)
-    work = {name: _first_steps(arm, encode_all(arm.config, family, device=accelerator.device))
-            for name, arm in arms.items()}  # fmt: skip
-    samples = {name: sum(planned.samples for planned, _ in parts) for name, parts in work.items()}
+    work = {name: _some_steps(arm, accelerator.device) for name, arm in arms.items()}
+    samples = {name: sum(step.plan.samples for step in steps) for name, steps in work.items()}
     rounds: list[dict[str, float]] = []
     for _ in range(1 + TIMED_ROUNDS):  # the first one warms up
         rounds.append(dict.fromkeys(arms, 0.0))
         for turn in itertools.zip_longest(*work.values()):
-            for name, part in zip(work, turn, strict=True):
-                if part:
-                    planned, batches = part
-                    divisor = setup.objective.divisor(planned.samples, planned.target_tokens)
+            for name, step in zip(work, turn, strict=True):
+                if step:
                     start = clock()
-                    step_seconds(setup, batches, count=len(batches), step=planned.step, divisor=divisor)
+                    seconds_of(setup, step)
                     rounds[-1][name] += (clock() - start) / samples[name]
     found = {}
-    for name, parts in work.items():
+    for name, steps in work.items():
         ratios = [taken[name] / taken["mixed"] for taken in rounds[1:]]
-        tokens = sum(batch.tokens_computed for _, batches in parts for batch in batches)
+        tokens = sum(batch.tokens_computed for step in steps for batch in step.batches)
         found[name] = {
             "seconds": statistics.median(taken[name] for taken in rounds[1:]),
             "ratio": statistics.median(ratios),
@@ -193,20 +194,14 @@ def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator) ->
     return found
 
 
-def _first_steps(arm: Arm, encoded: CachedData) -> list[tuple[StepPlan, list[Batch]]]:
-    """Some steps of the first epoch, and their batches."""
+def _some_steps(arm: Arm, device: torch.device) -> list[Step]:
+    """Steps of the first epoch, from its beginning to its end."""
     config, plan_type = arm
-    plan = build_plan(config, encoded, world_size=1, plan_type=plan_type)
-    chosen = sorted({k * plan.steps_per_epoch // TIMED_STEPS for k in range(TIMED_STEPS)})
-    keys, names = [sample.key for sample in encoded.train], [sample.record.name for sample in encoded.train]
-    rounding = row_rounding(config, [sample.lengths for sample in encoded.train])
-    dataset = MicrobatchDataset(encoded.cache, keys, names, config.batch.layout, rounding)
-    steps = [plan.step(step) for step in chosen]
-    read = [[dataset[microbatch] for microbatch in step.ranks[0]] for step in steps]
-    return [
-        (step, [batch for batch in batches if isinstance(batch, Batch)])
-        for step, batches in zip(steps, read, strict=True)
-    ]
+    _, source = cached_source(config, device)
+    layout = config.batch.layout
+    plan = make_plan(config, source.lengths, source.names, layout=layout, world_size=1, plan_type=plan_type)
+    steps = map(plan.step, sorted({k * plan.steps_per_epoch // TIMED_STEPS for k in range(TIMED_STEPS)}))
+    return [Step(step, list(collated(config, source, step.ranks[0], layout))) for step in steps]
 
 
 def _run(arm: Arm, family: Family, seed: int, folder: Path, device: torch.device) -> dict[str, Any]:
