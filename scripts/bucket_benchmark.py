@@ -69,6 +69,22 @@ def write_border_pairs(folder: Path, photographs: Sequence[data.Photograph], cou
         caption.write_text("green frame to yellow, swap red and blue\n", encoding="utf-8")
 
 
+def at_a_megapixel() -> dict[str, Any]:
+    """What the three rules would make of files ten times as large, with their own steps in pixels and 1024 x 1024."""
+    from mixres.verification.bucket_data import Bucketed
+    from mixres.verification.bucket_rules import RULES
+
+    found: dict[str, Any] = {}
+    for name in SETS:
+        files = sorted((BUILD / name / "train" / "training_images").glob("*.png"))
+        sizes = [Size(*(10 * side for side in Image.open(file).size)) for file in files]
+        found[name] = {}
+        for rule_name, rule in RULES.items():
+            fits = rule.fits(sizes, 1024, 16 * rule.step_tokens)
+            found[name][rule_name] = Bucketed(rule, fits, 4).figures(sizes)
+    return found
+
+
 def train_all() -> None:
     """Train what is missing; every run ends in docs/results/buckets.json."""
     from mixres.config.load import load_config
@@ -79,6 +95,9 @@ def train_all() -> None:
     write_border_pairs(BUILD / "border" / "train", data.TRAIN_PHOTOGRAPHS, 24, 3)
     write_border_pairs(BUILD / "border" / "held_out", data.HELD_OUT_PHOTOGRAPHS, 12, 4)
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    found["megapixel"] = at_a_megapixel()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     # One by one trains what mixed batches train, to the rounding: last.
     calls = [(seeds, ARMS[:-1]) for seeds in range(1, SEEDS + 1)] + [(SEEDS, ARMS)]
     for seeds, arms in calls:
@@ -92,10 +111,8 @@ def train_all() -> None:
             words += [f"cache.cache_dir={BUILD / 'cache'}", f"logging.output_dir={folder / 'run'}", *SETTINGS]
             config = load_config(REPOSITORY / "configs" / "quickstart.yaml", words)
             against_buckets(config, steps=STEPS, seeds=seeds, trained=arms)
-            if RESULTS.exists():  # others may have added to it
-                found = json.loads(RESULTS.read_text(encoding="utf-8"))
+            found = json.loads(RESULTS.read_text(encoding="utf-8"))  # others may have added to it
             found[name] = json.loads(report.read_text(encoding="utf-8"))
-            RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -123,13 +140,17 @@ def spread(found: tuple[float, float, float] | None, digits: int) -> str:
     return "-" if found is None else "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*found, d=digits)
 
 
+def plural(seeds: int) -> str:
+    return f"{seeds} seed{'s' * (seeds != 1)}"
+
+
 def result_table(report: Mapping[str, Any]) -> list[str]:
     """A row an arm."""
     from mixres.verification.against_buckets import ARMS, over_seeds
 
     bands = sorted({key for run in report["runs"] for key in run["images"] if key.removeprefix("psnr_").isdigit()})
     heads = ["", "held-out PSNR, dB", *(f"band {band.removeprefix('psnr_')}" for band in bands), "outermost token",
-             "held-out loss", "drift, px", "runs"]  # fmt: skip
+             "held-out loss", "drift, px", "samples seen", "runs"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm in ARMS:
         own = [spread(over_seeds(report, arm, *PSNR), 2)]
@@ -139,8 +160,9 @@ def result_table(report: Mapping[str, Any]) -> list[str]:
             spread(over_seeds(report, arm, "eval", "loss"), 4),
             spread(over_seeds(report, arm, "images", "drift_px"), 2),
         ]
-        runs = sum(run["arm"] == arm for run in report["runs"])
-        lines.append(f"| {NAMES[arm]} | " + " | ".join([*own, str(runs)]) + " |")
+        seen = over_seeds(report, arm, "samples")
+        own += [f"{seen[0]:.0f}" if seen else "-", str(sum(run["arm"] == arm for run in report["runs"]))]
+        lines.append(f"| {NAMES[arm]} | " + " | ".join(own) + " |")
     return lines
 
 
@@ -181,7 +203,7 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
         else:
             found = "neither better nor worse in every seed"
         lines.append(
-            f"- {NAMES[arm]}: {found}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, {len(psnr)} seeds) against mixed "
+            f"- {NAMES[arm]}: {found}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, {plural(len(psnr))}) against mixed "
             f"batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}) the "
             f"{report['clock']}."
         )
@@ -197,26 +219,37 @@ def block(found: Mapping[str, Any]) -> str:
         lines += [
             f"### {TITLES[name]}", "",
             f"{report['samples']} pairs, {report['held_out']} held out, {report['steps']} steps of "
-            f"{report['samples_per_step']} samples, {seeds} seeds. In brackets the lowest and highest seed.", "",
+            f"{report['samples_per_step']} samples, {plural(seeds)}. In brackets the lowest and highest seed.", "",
             *result_table(report), "", *verdicts(report), "",
             f"![Held-out PSNR and time a sample of each arm](images/buckets_{name}.png)", "",
             *cost_table(report), "",
         ]  # fmt: skip
+    if "megapixel" in found:
+        heads = ("", "data", "buckets", "area cropped: mean, most", "repeated an epoch", "mean batch")
+        lines += [
+            "### The same rules at a megapixel", "",
+            "Arithmetic alone, nothing was trained: files ten times as large, 1024 x 1024, each trainer's own steps of "
+            "64, 16 and 32 pixels, batches of 4. Finer steps crop less, and leave more buckets with less in them.", "",
+            "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
+            *(f"| {NAMES[rule]} | {name} | {own['buckets']} | {own['cropped_mean']:.1%}, {own['cropped_most']:.1%} | "
+              f"{own['repeated']} | {own['mean_batch']:.2f} |"
+              for name in SETS for rule, own in found["megapixel"][name].items()), "",
+        ]  # fmt: skip
     if "simpletuner" in found:
         rows = found["simpletuner"]["rows"]
-        same, images = sum(row["same_bucket"] for row in rows), sum(row["images"] for row in rows)
-        sizes, large = (
-            sum(row["same_size"] for row in rows),
-            [row for row in rows if row["setting"] == "at a megapixel"],
+        buckets, sizes = (sum(row[key] for row in rows) for key in ("same_bucket", "same_size"))
+        short = sum(found[name]["buckets"]["simpletuner"]["short_buckets"] for name in SETS if name in found)
+        crops = ", ".join(
+            f"{row['cropped_ours']} and {row['cropped_theirs']} of {row['images']} ({row['data']}, {row['setting']})"
+            for row in rows
         )
-        crops = " and ".join(f"{row['cropped_mean_theirs']:.1%} ({row['data']})" for row in large)
-        dropped = sum(found[name]["buckets"]["simpletuner"]["short_buckets"] for name in SETS if name in found)
         lines += [
             "### Against SimpleTuner's own code", "",
-            f"SimpleTuner {found['simpletuner']['version']} gives the same bucket to {same} of {images} sizes, and the "
-            f"same size before the crop to {sizes}: those of the files above, and ten times as large at its own "
-            f"settings for a megapixel. There its code crops {crops} of the area on average. {dropped} buckets of both "
-            "sets hold fewer images than a batch: without `--allow_dataset_oversubscription` it refuses such data.", "",
+            f"SimpleTuner {found['simpletuner']['version']}, asked for the sizes of these files as trained and as at a "
+            f"megapixel, gives {buckets} of {sum(row['images'] for row in rows)} the same bucket as the rule here, and "
+            f"{sizes} the same size before the crop. Images that lose a row or column, here and there: {crops}. "
+            f"{short} buckets of the trained sets hold fewer images than a batch; without "
+            "`--allow_dataset_oversubscription` it refuses such data. Its sampler was read, not run.", "",
         ]  # fmt: skip
     return "\n".join(lines).rstrip()
 
