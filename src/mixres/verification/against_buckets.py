@@ -31,6 +31,7 @@ from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.plan import Plan
 from mixres.errors import Problems
+from mixres.geometry import Size
 from mixres.models.family import Family
 from mixres.models.lora import attach
 from mixres.models.lora_file import FILE_NAME, read_header
@@ -96,7 +97,7 @@ def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, train
         manifest = write_copies(config, family, bucketed, records.train, path.parent / "buckets" / name)
         buckets = [fit.bucket for fit in bucketed.fits]
         plan_type = partial(BucketPlan, buckets=buckets, fill=rule.fill, fixed_batches=rule.fixed_batches)
-        arms[name] = Arm(_with_copies(config, family, manifest), plan_type)
+        arms[name] = Arm(_with_copies(config, family, manifest, buckets), plan_type)
     arms = {name: arms[name] for name in ARMS}
     if not report["times"]:
         report["times"] = _times(arms, family, accelerator)
@@ -130,9 +131,10 @@ def _same_for_all(config: Config, steps: int) -> Config:
     )
 
 
-def _with_copies(config: Config, family: Family, manifest: Path) -> Config:
+def _with_copies(config: Config, family: Family, manifest: Path, buckets: Sequence[Size]) -> Config:
     """Trained on bucketed copies at the sizes that they have."""
-    size = {"max_pixels": 2**31, "multiple_of": family.size_multiple(), "upscale": False}
+    most = max(bucket.width * bucket.height for bucket in buckets)
+    size = {"max_pixels": most, "multiple_of": family.size_multiple(), "upscale": False}
     target = config.data.resize.target.model_copy(update=size)
     resize = config.data.resize.model_copy(update={"target": target})
     return config.model_copy(
