@@ -215,11 +215,14 @@ def block(found: Mapping[str, Any]) -> str:
     lines = []
     for name in (name for name in SETS if name in found):
         report = found[name]
-        seeds = len({run["seed"] for run in report["runs"]})
+        seeds, runs = len({run["seed"] for run in report["runs"]}), len(report["runs"])
+        wanted = SEEDS * len(report["times"])
+        missing = "" if runs == wanted else f" Not complete: {runs} of {wanted} runs are done."
         lines += [
             f"### {TITLES[name]}", "",
             f"{report['samples']} pairs, {report['held_out']} held out, {report['steps']} steps of "
-            f"{report['samples_per_step']} samples, {plural(seeds)}. In brackets the lowest and highest seed.", "",
+            f"{report['samples_per_step']} samples, {plural(seeds)}. In brackets the lowest and highest seed."
+            f"{missing}", "",
             *result_table(report), "", *verdicts(report), "",
             f"![Held-out PSNR and time a sample of each arm](images/buckets_{name}.png)", "",
             *cost_table(report), "",
