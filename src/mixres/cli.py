@@ -35,11 +35,12 @@ WITH_CONFIG = {  # the verbs that take a configuration, and what does their work
     "cache": "mixres.cli:_cache",
     "inspect": "mixres.inspection.inspect:inspect",
     "verify": "mixres.verification.verify:verify",
-    "bench": "mixres.verification.bench:bench",
+    "bench": "mixres.cli:_bench",
     "quickstart": "mixres.quickstart.results:show_results",
 }
 # Before a verb, the word after one of these is its value.
-_VALUED = ("--config", "--ranks", "--way", "--steps", "--seconds", "--peak-tflops", "--device-memory")
+_VALUED = ("--config", "--ranks", "--way", "--steps", "--seconds", "--peak-tflops", "--device-memory", "--against",
+           "--seeds")  # fmt: skip
 # Torch's settings of the allocator on CUDA, the older name last.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
@@ -138,9 +139,12 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
         parser.add_argument("--synthetic", action="store_true", help="no weights, no data, no download")
     ways = ("one_by_one", "padded", "packed")
     bench.add_argument("--way", action="append", choices=ways, help="only this one (several may be given)")
-    bench.add_argument("--steps", metavar="N", type=int, help="steps of the plan to time (4)")
+    bench.add_argument("--steps", metavar="N", type=int, help="steps of the plan to time (4), or to train (40)")
     bench.add_argument("--seconds", metavar="N", type=float, help="rounds for so long (120, and three at least)")
     bench.add_argument("--peak-tflops", metavar="N", type=float, help="of the device in bf16, for MFU (by its name)")
+    against = "train with mixed batches, with buckets as three trainers make them, and one by one"
+    bench.add_argument("--against", choices=("buckets",), help=against)
+    bench.add_argument("--seeds", metavar="N", type=int, help="with --against: runs of each (1)")
     quickstart = add("quickstart", "train a LoRA on a tiny base: data, training, results; or one of the first and last")
     quickstart.usage = (
         f"{name} quickstart [key=value ...]      data, training and results, in build/quickstart\n"
@@ -380,3 +384,13 @@ def _cache(
         from mixres.preprocessing.fill import run_cache
 
         run_cache(config, device=device_named(device), rank=rank, world_size=world_size, shard=shard)
+
+
+def _bench(config: "Config", *, against: str | None = None, **options: Any) -> None:
+    other = {"synthetic", "way", "seconds", "peak_tflops"} if against else {"seeds"}
+    where = "is not for --against" if against else "is for --against buckets"
+    problems = [f"--{name.replace('_', '-')}: {where}: leave it out" for name in options if name in other]
+    if problems:
+        raise UserError(problems)
+    work = "against_buckets:against_buckets" if against else "bench:bench"
+    pkgutil.resolve_name(f"mixres.verification.{work}")(config, **options)

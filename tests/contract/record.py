@@ -55,7 +55,7 @@ VERBS = {
     "cache": ["--config", "--verify", "--device"],
     "inspect": ["--config", "--decode", "--device-memory", "--measure", "--ranks", "--rehearse"],
     "verify": ["--config", "--synthetic"],
-    "bench": ["--config", "--synthetic", "--way", "--steps", "--seconds", "--peak-tflops"],
+    "bench": ["--config", "--synthetic", "--way", "--steps", "--seconds", "--peak-tflops", "--against", "--seeds"],
     "sample": [
         *("--lora", "--image", "--prompt", "--prompts", "--out", "--size", "--steps", "--seed", "--guidance"),
         *("--negative-prompt", "--compare", "--base", "--device", "--dtype", "--quantize", "--offload"),

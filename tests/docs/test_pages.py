@@ -203,3 +203,11 @@ def test_the_table_of_stored_text_is_that_of_the_measurement() -> None:
     text = script("cache_text")
     page, found = text.PAGE.read_text(encoding="utf-8"), json.loads(text.RESULTS.read_text(encoding="utf-8"))
     assert text.page_with_table(page, found) == page, "run scripts/cache_text.py --table"
+
+
+def test_the_page_of_buckets_is_that_of_the_results() -> None:
+    buckets = script("bucket_benchmark")
+    page, found = buckets.PAGE.read_text(encoding="utf-8"), json.loads(buckets.RESULTS.read_text(encoding="utf-8"))
+    assert buckets.page_with_results(page, found) == page, "run scripts/bucket_benchmark.py --page"
+    assert set(buckets.SETS) <= found.keys()
+    assert len(buckets.readme_rows(found)) == 7

@@ -154,14 +154,18 @@ class Plan:
         self.seed, self.samples_per_step, self.max_tokens = seed, samples_per_step, max_tokens
         self.layout: Layout = layout
         self.world_size, self.caption_dropout = world_size, caption_dropout
-        self.steps_per_epoch = -(-len(self.lengths) // samples_per_step)
+        self.epoch_samples = len(self.lengths)
+        self.steps_per_epoch = -(-self.epoch_samples // samples_per_step)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def step(self, step: int) -> StepPlan:
         """The plan of optimizer step `step`, from 0 on."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.samples_per_step
-        order = self._epoch_order(epoch)[first : first + self.samples_per_step]
+        return self.planned(step, epoch, self._epoch_order(epoch)[first : first + self.samples_per_step])
+
+    def planned(self, step: int, epoch: int, order: np.ndarray) -> StepPlan:
+        """Step `step` with the samples `order`, split over microbatches and ranks."""
         indices = tuple(order.tolist())
         p = self.caption_dropout
         dropped = frozenset(i for i in indices if p and caption_dropped(self.seed, step, i, p))
@@ -202,7 +206,7 @@ class Plan:
         return digest.hexdigest()
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.lengths))
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.epoch_samples)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Promise: `train`, `verify` and `bench` build a run here, so that all of them mea
 transformer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,7 +224,7 @@ def training_guidance(config: Config, family: Family) -> float | None:
     return own.training if own and given is None else given
 
 
-def build_plan(config: Config, encoded: CachedData, *, world_size: int) -> Plan:
+def build_plan(config: Config, encoded: CachedData, *, world_size: int, plan_type: Callable[..., Plan] = Plan) -> Plan:
     """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
     samples = encoded.train
     if all(sample.regularization for sample in samples):
@@ -232,7 +232,9 @@ def build_plan(config: Config, encoded: CachedData, *, world_size: int) -> Plan:
     prior = config.loss.prior_loss_weight
     weights = [sample_weight(regularization=s.regularization, prior_loss_weight=prior) for s in samples]
     lengths, names = [sample.lengths for sample in samples], [sample.record.name for sample in samples]
-    return make_plan(config, lengths, names, weights, layout=config.batch.layout, world_size=world_size)
+    return make_plan(
+        config, lengths, names, weights, layout=config.batch.layout, world_size=world_size, plan_type=plan_type
+    )
 
 
 def make_plan(
@@ -243,14 +245,17 @@ def make_plan(
     *,
     layout: Layout,
     world_size: int,
+    plan_type: Callable[..., Plan] = Plan,
 ) -> Plan:
     """The configuration's steps over these samples, each of which counts with its weight or 1.
+
+    `plan_type`: what else is given the arguments of `Plan`, for other orders.
 
     Raises:
         UserError: samples that are over `batch.max_tokens` alone, or no samples.
     """
     rounding = row_rounding(config, lengths)
-    return Plan(
+    return plan_type(
         [rounding.lengths(length) for length in lengths],
         names=names,
         weights=weights,

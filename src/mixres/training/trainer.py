@@ -7,7 +7,7 @@ stopped, and a step is the same whatever the machine.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -46,8 +46,8 @@ from mixres.training.validation import HeldOutLoss
 _SHOWN_NAMES = 20
 
 
-def train(config: Config) -> None:
-    """Train as `config` says, from the newest checkpoint or from the start.
+def train(config: Config, *, plan_type: Callable[..., Plan] = Plan) -> None:
+    """Train as `config` says, from the newest checkpoint or from the start; `plan_type` as in `make_plan`.
 
     Raises:
         UserError: configuration, base or data are wrong, or a checkpoint does not fit the run.
@@ -92,7 +92,7 @@ def train(config: Config) -> None:
 
         # Data: a full cache, and the plan of all steps.
         encoded = encode(config, family, records, device=accelerator.device, rank=rank, world_size=ranks)
-        plan = build_plan(config, encoded, world_size=ranks)
+        plan = build_plan(config, encoded, world_size=ranks, plan_type=plan_type)
         keys = [sample.key for sample in encoded.train]
         assert_same_on_all_ranks(plan.plan_hash(keys))
         identity = {"frozen": frozen, "order": plan.order_hash(keys)}

@@ -34,6 +34,7 @@ from mixres.errors import Problems, UserError
 from mixres.preprocessing.fill import CachedData
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import TrainState, make_plan, row_rounding
+from mixres.verification.bucket_data import single_samples
 from mixres.verification.flops import FlopCounter
 from mixres.verification.setup import (
     Source,
@@ -113,7 +114,7 @@ def bench(
     if compiled:
         _time_rounds(setup, work, 1)  # the first round compiles
     start = time.perf_counter()
-    peaks = {name: peak_memory(device, partial(_seconds, setup, own[0])) for name, own in work.items()}
+    peaks = {name: peak_memory(device, partial(seconds_of, setup, own[0])) for name, own in work.items()}
     fit = int((seconds or BUDGET_S) / ((time.perf_counter() - start) * len(every[BASELINE])))
     rounds = min(max_rounds, max(1 if seconds else MIN_ROUNDS, fit))
     times = _time_rounds(setup, work, rounds)
@@ -177,20 +178,12 @@ def make_work(config: Config, source: Source, steps: int = MAX_STEPS) -> Work:
         plan = make_plan(config, source.lengths, source.names, layout=layout, world_size=1)
         work[way] = []
         for step in map(plan.step, range(min(steps, plan.steps_per_epoch))):
-            microbatches = _single_samples(step) if way == BASELINE else step.ranks[0]
-            work[way].append(Step(step, list(_collated(config, source, microbatches, layout))))
+            step = single_samples(step) if way == BASELINE else step
+            work[way].append(Step(step, list(collated(config, source, step.ranks[0], layout))))
     return work
 
 
-def _single_samples(step: StepPlan) -> list[Microbatch]:
-    return [
-        Microbatch((index,), (weight,), microbatch.dropped & {index})
-        for microbatch in step.ranks[0]
-        for index, weight in zip(microbatch.indices, microbatch.weights, strict=True)
-    ]
-
-
-def _collated(config: Config, source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
+def collated(config: Config, source: Source, microbatches: Sequence[Microbatch], layout: Layout) -> Iterator[Batch]:
     """A batch for each microbatch; its samples are read when it is asked for."""
     rounding = row_rounding(config, source.lengths)
     for indices, weights, dropped in microbatches:
@@ -203,11 +196,11 @@ def _counted(setup: TrainState, steps: Sequence[Step]) -> FlopCounter:
     counter = FlopCounter()
     with torch.compiler.set_stance("force_eager"), counter:
         for step in steps:
-            _seconds(setup, step)
+            seconds_of(setup, step)
     return counter
 
 
-def _seconds(setup: TrainState, step: Step, batches: Iterable[Batch] | None = None) -> float:
+def seconds_of(setup: TrainState, step: Step, batches: Iterable[Batch] | None = None) -> float:
     """Seconds of an optimizer step, over `batches` in place of those made before."""
     divisor = setup.objective.divisor(step.plan.samples, step.plan.target_tokens)
     count = len(step.batches)
@@ -220,7 +213,7 @@ def _time_rounds(setup: TrainState, work: Work, rounds: int) -> dict[str, list[f
     for number in range(rounds):
         for steps in zip(*work.values(), strict=True):
             for way, step in zip(work, steps, strict=True):
-                seconds[way][number] += _seconds(setup, step)
+                seconds[way][number] += seconds_of(setup, step)
     return seconds
 
 
@@ -262,8 +255,8 @@ def _trainer_step(setup: TrainState, source: Source, steps: Sequence[Step]) -> d
     """A step as training does it, which reads and collates its samples, over the same step on batches made before."""
     layout, ratios = setup.config.batch.layout, []
     for step in steps:
-        ready = _seconds(setup, step)
-        ratios.append(_seconds(setup, step, _collated(setup.config, source, step.plan.ranks[0], layout)) / ready)
+        ready = seconds_of(setup, step)
+        ratios.append(seconds_of(setup, step, collated(setup.config, source, step.plan.ranks[0], layout)) / ready)
     found = _spread(ratios)
     log(f"trainer   a {layout} step that reads and collates its samples takes {found['ratio']:.3f} x "
         f"one on batches made before ({found['low']:.3f} to {found['high']:.3f})")  # fmt: skip
