@@ -6,7 +6,6 @@ Cost: one small read a caption.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -57,8 +56,7 @@ class ReadOnce:
         return self._picture.read_bytes()
 
 
-@dataclass(frozen=True)
-class EditRecord:
+class EditRecord(NamedTuple):
     """The images and the prompt of one sample. Paths are as found on disk, their Unicode form untouched."""
 
     name: str  # of the target, relative to its source; printable, for messages

@@ -14,7 +14,6 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +30,12 @@ from mixres.errors import UserError
 
 RANGE_BYTES = 2**16  # of one read of headers: small members come along
 MAX_END_BYTES = 2**20  # of zeros behind the last member
-_VERSION = 1
+_VERSION = 2
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d"}
 
 
 class Member(NamedTuple):
-    """A file in a shard, as its index keeps it."""
+    """A file in a shard."""
 
     name: str
     offset: int
@@ -45,8 +44,7 @@ class Member(NamedTuple):
     problem: str | None
 
 
-@dataclass(frozen=True)
-class TarImage:
+class TarImage(NamedTuple):
     """The bytes of one image in a shard."""
 
     shard: StoredObject
@@ -58,7 +56,8 @@ class TarImage:
         return f"{self.shard}:{self.name}"
 
     def stat(self) -> EmbeddedStatus:
-        return self.shard.status._replace(st_size=self.size)
+        mode, _, *times = self.shard.status
+        return EmbeddedStatus(mode, self.size, *times)
 
     def read_bytes(self) -> bytes:
         return self.shard.read(self.offset, self.offset + self.size)
@@ -79,12 +78,38 @@ def records_from_shard(
         UserError: the shard is compressed.
         WorkError: it cannot be read any more.
     """
+    state = [_VERSION, str(shard), *shard.status, sorted(map(list, columns.items())), empty_caption]
+    file = index / f"{xxhash.xxh3_64_hexdigest(str(shard).encode())}.json" if index else None
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        kept = json.loads(file.read_bytes()) if file else {}
+        if kept["state"] == state:
+            return [_kept(shard, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
     try:
-        members = _members(shard, index)
+        rows = _rows(shard, list(_read_headers(shard)), columns)
     except _DamagedError as error:
         return [], [Problem(printable(shard), str(error), example=printable(shard))]
-    rows = _rows(shard, members, columns)
-    return records_from_rows(str(shard), rows, partial(_image, shard), empty_caption)
+    records, problems = records_from_rows(str(shard), rows, partial(_image, shard), empty_caption)
+    if file and is_settled(shard.status):
+        found = {"state": state, "records": [_row(record) for record in records], "problems": problems}
+        with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_json(file, found, indent=None)
+    return records, problems
+
+
+def _row(record: EditRecord) -> list[Any]:
+    """A record as the index keeps it: name, prompt, alignment, images without their shard, and whether a mask is last."""
+    images = [record.target, *record.controls, *([record.mask] if record.mask else [])]
+    places = [image[1:] for image in images if isinstance(image, TarImage)]
+    return [record.name, record.prompt, record.align_control, places, record.mask is not None]
+
+
+def _kept(
+    shard: StoredObject, name: str, prompt: str, align: bool | None, places: list[list[Any]], has_mask: bool
+) -> EditRecord:
+    target, *others = [TarImage(shard, *place) for place in places]
+    mask = others.pop() if has_mask else None
+    return EditRecord(name, target, tuple(others), prompt, mask, align)
 
 
 def _image(shard: StoredObject, where: str, key: str, member: Any) -> TarImage:
@@ -132,22 +157,6 @@ def _text(shard: StoredObject, member: Member) -> str:
         return member.text
     data = shard.read(member.offset, member.offset + min(member.size, MAX_CAPTION_BYTES))
     return data.decode("utf-8", "surrogateescape").strip()
-
-
-def _members(shard: StoredObject, folder: Path | None) -> list[Member]:
-    """From the index that is kept in `folder`, if it is of the shard's present state, else by its headers."""
-    state = [_VERSION, str(shard), *shard.status]
-    file = folder / f"{xxhash.xxh3_64_hexdigest(str(shard).encode())}.json" if folder else None
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        kept = json.loads(file.read_bytes()) if file else {}
-        if kept["state"] == state:
-            return [Member(*member) for member in kept["members"]]
-    members = list(_read_headers(shard))
-    if file and is_settled(shard.status):
-        with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(file, {"state": state, "members": members}, indent=None)
-    return members
 
 
 def _read_headers(shard: StoredObject) -> Iterator[Member]:

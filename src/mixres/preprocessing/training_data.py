@@ -7,7 +7,7 @@ before anything is encoded; what is held out is never trained. Cost: the scan; s
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixres import atomic
@@ -21,7 +21,7 @@ from mixres.geometry import Align, Size, aligned_controls, control_area, control
 from mixres.models.family import AreaRule, ControlSizes, Family
 
 BAD_ITEMS = "bad_items.jsonl"
-SCAN_MEMO = "scan.json"
+SCAN_MEMO = "scan"
 SOURCES = ("train", "regularization", "held_out")  # keys of `data`
 
 
@@ -138,7 +138,7 @@ def _scan_source(
             unfit.append(_problem(scanned, scanned.record.target, reason))
         found.problems += unfit
         if not unfit:
-            usable.append(scanned._replace(record=replace(scanned.record, prompt=beginning)))
+            usable.append(scanned._replace(record=scanned.record._replace(prompt=beginning)))
             found.cut += bool(tokens)
     found.unusable += source.unusable + len(source.records) - len(usable)
     return usable
