@@ -1,9 +1,9 @@
-"""Every image of a scan looked at once: from the memo where it is unchanged, else read and decoded, by all ranks together.
+"""Facts of every image of a scan: from the memo where it is unchanged, else decoded, by all ranks together.
 
 Promise: the facts are those that one process would find. No rank waits for another: each decodes its own share and
 writes what it found into the memo's folder, then takes what the others have written there and decodes what is still
 missing, so a dead rank stops nobody, and ranks that share no folder decode everything each. Cost: on threads, as Pillow
-releases the GIL while it decodes; an image that another rank has decoded in its last `SAVE_S` seconds may be decoded twice.
+releases the GIL while it decodes; what another rank has decoded in its last `SAVE_S` seconds may be decoded twice.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 from mixres.console import counted
 from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image
 from mixres.data.objects import is_url
+from mixres.data.records import collector_paused
 from mixres.data.scan_cache import Job, ScanMemo
 
 SAVE_S = 10.0  # between writes of what was found, which take a tenth of the time at most
@@ -61,7 +62,8 @@ def facts_of(
     Raises:
         WorkError: a store cannot be reached; what was read until then is remembered.
     """
-    known, unchanged = memo.find(jobs, limits)
+    with collector_paused():
+        known, unchanged = memo.find(jobs, limits)
     missing = dict.fromkeys(job for job, facts in zip(jobs, known, strict=True) if facts is None)
     found: dict[Job, Facts] = {}
     try:
@@ -70,7 +72,9 @@ def facts_of(
             found[job] = facts
     finally:  # also where a store went away: what was read of it need not be read again
         _save(memo)
-    return [facts or found[job] for job, facts in zip(jobs, known, strict=True)], len(missing), unchanged
+    if missing:
+        return [facts or found[job] for job, facts in zip(jobs, known, strict=True)], len(missing), unchanged
+    return [*filter(None, known)], 0, unchanged
 
 
 def _looked_at(jobs: Sequence[Job], limits: Limits, memo: ScanMemo, share: Share) -> Iterator[tuple[Job, Facts]]:

@@ -21,7 +21,7 @@ from mixres.data.images import BadImageError, ImageFacts, Limits
 from mixres.data.manifest import SUFFIXES, records_from_manifest
 from mixres.data.objects import StoredObject, find_objects, is_url
 from mixres.data.parquet import records_from_parquet
-from mixres.data.records import EditRecord, EmptyCaption, Problem, printable
+from mixres.data.records import EditRecord, EmptyCaption, Problem, collector_paused, printable
 from mixres.data.scan_cache import Job, ScanMemo
 from mixres.data.tar_shards import records_from_shard
 from mixres.errors import Problems, UserError, without_secrets
@@ -156,30 +156,34 @@ def scan(
     unusable = 0
     for source in sources:
         try:
-            found = find_records(
-                source,
-                follow_symlinks=limits.follow_symlinks,
-                empty_caption=empty_caption,
-                columns=columns,
-                index=memo.parent / INDEX if memo else None,
-                progress=progress,
-                share=share,
-            )
+            with collector_paused():
+                found = find_records(
+                    source,
+                    follow_symlinks=limits.follow_symlinks,
+                    empty_caption=empty_caption,
+                    columns=columns,
+                    index=memo.parent / INDEX if memo else None,
+                    progress=progress,
+                    share=share,
+                )
         except UserError as error:
             messages += [f"{key}: {message}" if key else message for message in error.messages]
         else:
             records += found[0]
             problems += found[1]
             unusable += len({problem.example for problem in found[1]} - {None})
-    jobs = [job for record in records for job in _jobs(record)]
+    with collector_paused():
+        jobs = [job for record in records for job in _jobs(record)]
     facts, decoded, unchanged = facts_of(jobs, limits, ScanMemo(memo if jobs else None), share, progress=progress)
+    del jobs
     scanned, in_order = [], iter(facts)
-    for record in records:
-        own = list(islice(in_order, 1 + len(record.controls) + (record.mask is not None)))
-        if reasons := _record_problems(record, own, min_side):
-            problems += reasons
-        else:
-            scanned.append(_scanned(record, own))
+    with collector_paused():
+        for record in records:
+            own = list(islice(in_order, 1 + len(record.controls) + (record.mask is not None)))
+            if reasons := _record_problems(record, own, min_side):
+                problems += reasons
+            else:
+                scanned.append(_scanned(record, own))
     if messages:
         raise UserError([*messages, *map(str, problems)])
     return Scan(scanned, problems, decoded, unchanged, unusable + len(records) - len(scanned))
@@ -224,10 +228,9 @@ def _jobs(record: EditRecord) -> list[Job]:
 
 def _record_problems(record: EditRecord, found: Sequence[Facts], min_side: int) -> list[Problem]:
     """`found`: facts or reasons of the images of the record, in the order of `_jobs`."""
-    target = found[0]
-    if not record.mask and all(isinstance(facts, ImageFacts) and min(facts.size) >= min_side for facts in found):
+    target, problems = found[0], []
+    if not record.mask and not [1 for x in found if isinstance(x, BadImageError) or min(x.size) < min_side]:
         return []
-    problems = []
     for job, facts in zip(_jobs(record), found, strict=True):
         reason = None
         if isinstance(facts, BadImageError):
@@ -249,6 +252,6 @@ def _scanned(record: EditRecord, found: Sequence[Facts]) -> ScannedRecord:
         target_size=facts[0].size,
         control_sizes=tuple([f.size for f in facts[1 : 1 + len(record.controls)]]),
         digests=tuple([f.digest for f in facts]),
-        flattened=any([f.flattened for f in facts]),
-        first_of_several=any([f.first_of_several for f in facts]),
+        flattened=any(f.flattened for f in facts),
+        first_of_several=any(f.first_of_several for f in facts),
     )

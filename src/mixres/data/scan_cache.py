@@ -82,7 +82,7 @@ class ScanMemo:
         """The facts of each unchanged image that is still within `limits`, and of how many different ones."""
         if not len(self._rows):
             return [None] * len(jobs), 0
-        keys, nothing, folder = bytearray(), bytes(16), os.getcwd()
+        keys, nothing, folder = bytearray(), bytes(16), str(Path.cwd())
         for job in jobs:
             try:
                 status = job.path.stat()
@@ -103,7 +103,7 @@ class ScanMemo:
         if is_settled(status, self._started_ns):
             flags = _FLATTENED * facts.flattened + _SEVERAL * facts.first_of_several
             values = _VALUES.pack(*facts.size, bytes.fromhex(facts.digest), flags)
-            self._new.append(_key(job, status, os.getcwd()) + values)
+            self._new.append(_key(job, status, str(Path.cwd())) + values)
 
     def save(self) -> None:
         """Put the rows on disk, where there are new ones.
@@ -144,7 +144,7 @@ class ScanMemo:
             if entry.name in known and known[entry.name][0] == state:
                 found[entry.name] = known[entry.name]
                 continue
-            with open(entry.path, "rb") as file:
+            with Path(entry.path).open("rb") as file:
                 version, digest, data = file.read(len(VERSION)), file.read(8), file.read()
             if version == VERSION and xxhash.xxh3_64_digest(data) == digest:
                 found[entry.name] = state, np.frombuffer(data, _ROW)
@@ -160,9 +160,10 @@ def _key(job: Job, status: Status, folder: str) -> bytes:
     """16 bytes over an image and its state; `folder`: that which relative paths are relative to."""
     path = str(job.path)
     if not (path.startswith("/") or is_url(path)):
-        path = os.path.join(folder, path)
+        path = f"{folder}/{path}"
     state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-    return xxhash.xxh3_128_digest(f"{'mask' if job.is_mask else 'image'} {state} {path}".encode(errors="surrogateescape"))
+    text = f"{'mask' if job.is_mask else 'image'} {state} {path}"
+    return xxhash.xxh3_128_digest(text.encode(errors="surrogateescape"))
 
 
 def _facts(rows: np.ndarray, there: Sequence[bool], limits: Limits) -> list[ImageFacts | None]:

@@ -98,7 +98,7 @@ def records_from_shard(
 
 
 def _row(record: EditRecord) -> list[Any]:
-    """A record as the index keeps it: name, prompt, alignment, images without their shard, and whether a mask is last."""
+    """A record as the index keeps it: name, prompt, alignment, images without their shard, whether a mask is last."""
     images = [record.target, *record.controls, *([record.mask] if record.mask else [])]
     places = [image[1:] for image in images if isinstance(image, TarImage)]
     return [record.name, record.prompt, record.align_control, places, record.mask is not None]

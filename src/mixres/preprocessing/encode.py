@@ -16,18 +16,17 @@ from PIL import ImageColor
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
-from mixres.data.cache import CacheEntry, entry_key
+from mixres.data.cache import CacheEntry, entry_key, entry_keys_of
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
 from mixres.data.records import ReadOnce
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
 from mixres.models.family import ControlSizes, Family
 from mixres.preprocessing.training_data import (
-    aligned,
-    control_areas,
+    RecordSizes,
+    SizesOf,
     control_sizes_of,
     image_limits,
-    stated_areas,
     target_size_of,
 )
 
@@ -49,23 +48,31 @@ def entry_keys(
     encoders = family.encoder_fingerprint(_memo(config))
     colour = ImageColor.getrgb(config.data.background)
     background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
-    return [
-        entry_key(
+    sizes, keys_of = RecordSizes(config, family), {}
+
+    def make_keys(own: SizesOf, controls: int, flattened: bool) -> Callable[..., str]:
+        return entry_keys_of(
+            ("files", "prompt"),
             encoding=ENCODING,
             encoders=encoders,
             dtype=config.model.dtype,
-            target_size=target_size_of(config, scanned),
-            **control_areas(config, family, target_size_of(config, scanned)),
-            controls=len(scanned.record.controls),
-            files=scanned.digests,
-            prompt=scanned.record.prompt,
+            target_size=own.target,
+            **own.areas,
+            controls=controls,
             **({"empty_prompt": True} if empty_prompt else {}),
             **_text(config),
-            **(background if scanned.flattened else {}),
-            **_aligned_sizes(config, family, scanned),
+            **(background if flattened else {}),
+            **({} if own.by_area else {"control_sizes": own.controls.vae}),
         )
-        for scanned in records
-    ]
+
+    keys = []
+    for scanned in records:
+        own, controls = sizes.of(scanned), len(scanned.record.controls)
+        kind = own.target, own.controls, own.by_area, controls, scanned.flattened
+        if kind not in keys_of:
+            keys_of[kind] = make_keys(own, controls, scanned.flattened)
+        keys.append(keys_of[kind](scanned.digests, scanned.record.prompt))
+    return keys
 
 
 def lone_prompts(family: Family, records: Iterable[ScannedRecord], *, empty_prompt: bool) -> list[str]:
@@ -93,15 +100,6 @@ def _text(config: Config) -> dict[str, str]:
 
 def _memo(config: Config) -> Path:
     return Path(config.cache.cache_dir) / "fingerprints.json"
-
-
-def _aligned_sizes(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
-    if not any(aligned(config, scanned)):
-        return {}
-    target, rules = target_size_of(config, scanned), stated_areas(config, family)
-    by_area = family.control_sizes(target, scanned.control_sizes, rules)
-    sizes = control_sizes_of(config, family, scanned)
-    return {} if sizes == by_area else {"control_sizes": sizes.vae}
 
 
 def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
@@ -134,13 +132,13 @@ def foreseen_entries(
         UserError: the base's tokenizer, processor or configuration cannot be found.
     """
     preprocessors = family.load_preprocessors()
-    entries = {}
+    entries, of = {}, RecordSizes(config, family).of
     for key, scanned in records.items():
-        sizes = control_sizes_of(config, family, scanned)
+        target, sizes = of(scanned).target, of(scanned).controls
         count = partial(family.text_tokens, preprocessors, sizes=sizes)
         entries[key] = CacheEntry(
             key=key,
-            img_shapes=family.grids(target_size_of(config, scanned), sizes),
+            img_shapes=family.grids(target, sizes),
             text_tokens=count(prompt=scanned.record.prompt),
             has_mask=scanned.record.mask is not None,
             empty_tokens=count(prompt="") if key in with_empty else 0,

@@ -23,9 +23,10 @@ from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import clock, counted, log
 from mixres.data.cache import Cache, CacheEntry, DamagedEntry
+from mixres.data.decode import Share
 from mixres.data.plan import Lengths, over_budget
-from mixres.data.records import EditRecord
-from mixres.data.scan import ScannedRecord
+from mixres.data.records import EditRecord, collector_paused
+from mixres.data.scan import ALONE, ScannedRecord
 from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
@@ -40,7 +41,7 @@ from mixres.preprocessing.encode import (
     prompt_keys,
     text_problems,
 )
-from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
+from mixres.preprocessing.training_data import SOURCES, RecordSizes, SizesOf, scan_of, usable_records
 
 T = TypeVar("T")
 Encode = Callable[[str], tuple[Sample | TextEmbeds, Sequence[str]]]  # the entry of a key, and keys of its prompts
@@ -48,8 +49,7 @@ Load = Callable[[], Encode]
 _LOOKS = 0.05  # of the time
 
 
-@dataclass(frozen=True)
-class CachedSample:
+class CachedSample(NamedTuple):
     """A usable record, the sizes it is trained at, and its entry in the cache."""
 
     record: EditRecord
@@ -120,8 +120,8 @@ def run_cache(
         )
     family = family_of(config, is_main=rank == 0)
     if shard:
-        found = keyed_records(config, family, is_main=True)
         number, count = shard
+        found = keyed_records(config, family, is_main=True, share=Share(number - 1, count))
         _fill(config, family, found, device=torch.device(device), rank=number - 1, world_size=count, alone=True)
     else:
         encode_all(config, family, device=torch.device(device), rank=rank, world_size=world_size)
@@ -159,19 +159,19 @@ def encode_all(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    found = keyed_records(config, family, is_main=rank == 0)
+    found = keyed_records(config, family, is_main=rank == 0, share=Share(rank, world_size))
     return encode(config, family, found, device=device, rank=rank, world_size=world_size)
 
 
-def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedRecords:
-    """Scan training and held-out data; the usable records and the keys of their entries.
+def keyed_records(config: Config, family: Family, *, is_main: bool, share: Share = ALONE) -> KeyedRecords:
+    """Scan training and held-out data, shared with other processes; the usable records and the keys of their entries.
 
     Raises:
         UserError: data, base or sizes are wrong, or the folder of the cache cannot be made.
     """
     root = Path(config.cache.cache_dir)
     make_folder(root)
-    train, held_out = usable_records(config, family, is_main=is_main)
+    train, held_out = usable_records(config, family, is_main=is_main, share=share)
     dropout = config.data.caption_dropout > 0
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
@@ -197,8 +197,9 @@ def encode(
     _fill(config, family, found, device=device, rank=rank, world_size=world_size)
     cache, train, held_out, keys, *_ = found
     found_records = zip(keys, [*train, *held_out], strict=True)
-    with _collector_paused():
-        samples = [_cached(config, family, scanned, key, cache) for key, scanned in found_records]
+    sizes = RecordSizes(config, family)
+    with collector_paused():
+        samples = [_cached(sizes.of(scanned), scanned, key, cache) for key, scanned in found_records]
     return CachedData(cache, samples[: len(train)], samples[len(train) :])
 
 
@@ -218,12 +219,12 @@ def _fill(
     if is_main:
         cache.sweep()
     wanted = [*prompts.values(), *records]  # prompts first: samples are encoded with what is stored of them
-    with _collector_paused():
+    with collector_paused():
         entries = {key: entry for key in wanted if (entry := cache.lookup(key))}
     missing = {key: scanned for key, scanned in records.items() if key not in entries}
     foreseen = foreseen_prompts(family, {text: key for text, key in prompts.items() if key not in entries})
     foreseen |= foreseen_entries(config, family, missing, with_empty) if missing else {}
-    with _collector_paused():
+    with collector_paused():
         _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
     check_space(cache.root, sizes.values())
@@ -245,18 +246,6 @@ def _fill(
         )
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """A million entries are no garbage: while they are made, Python's collector would look at them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Encoder:
@@ -386,11 +375,10 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
         ) from error
 
 
-def _cached(config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
+def _cached(sizes: SizesOf, scanned: ScannedRecord, key: str, cache: Cache) -> CachedSample:
     entry = cache.lookup(key)
     assert entry is not None, key
-    sizes = target_size_of(config, scanned), control_sizes_of(config, family, scanned)
-    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization)
+    return CachedSample(scanned.record, sizes.target, sizes.controls, key, entry, scanned.regularization)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:
