@@ -19,8 +19,8 @@ from mixres.atomic import TMP_PREFIX
 from mixres.data import decode
 from mixres.data.decode import Share
 from mixres.data.images import ImageFacts, Limits
+from mixres.data.records import SETTLED_NS
 from mixres.data.scan import Scan, scan
-from mixres.data.scan_cache import SETTLED_NS
 from support.pairs import PHOTO, names, scanned, write_image, write_pair
 
 
@@ -249,9 +249,10 @@ def test_ranks_share_a_scan_and_each_finds_what_one_process_finds(
         limits = Limits(max_bytes=2**29 // RANKS * RANKS + rank)
         return scan([str(data)], limits=limits, memo=memo, share=Share(rank, RANKS), progress=False)
 
-    for name, value in {"inspect_image": counted, "_FIRST": 1, "SAVE_S": 0.0, "os": SimpleNamespace(cpu_count=int)}.items():
+    one_core = SimpleNamespace(cpu_count=int)
+    for name, value in {"inspect_image": counted, "_FIRST": 1, "SAVE_S": 0.0, "os": one_core}.items():
         monkeypatch.setattr(decode, name, value)
-    late = [1] if case.startswith("one is dead") or case == "one comes late" else []
+    late = [1] if case in ("one is dead", "one comes late") else []
     with ThreadPoolExecutor(RANKS) as pool:
         found = [*pool.map(ranks_scan, [rank for rank in range(RANKS) if rank not in late])]
     if case == "one comes late":

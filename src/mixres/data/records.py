@@ -6,6 +6,7 @@ Cost: one small read a caption.
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ from mixres.errors import one_line
 
 EmptyCaption = Literal["error", "use_empty", "skip"]
 MAX_CAPTION_BYTES = 2**20
+SETTLED_NS = 2_000_000_000  # a file that was written to less than this ago may change again under the same time
 
 
 class EmbeddedStatus(NamedTuple):
@@ -29,6 +31,11 @@ class EmbeddedStatus(NamedTuple):
 
 
 Status = os.stat_result | EmbeddedStatus  # a file of the same state as before has the same bytes
+
+
+def is_settled(status: Status, now_ns: int | None = None) -> bool:
+    """Whether a later write would have other times than these."""
+    return max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_NS < (now_ns or time.time_ns())
 
 
 @contextmanager

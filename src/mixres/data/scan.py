@@ -7,7 +7,6 @@ A later scan with the same memo looks at the state of each file and decodes thos
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,10 +175,11 @@ def scan(
         jobs = [job for record in records for job in _jobs(record)]
     facts, decoded, unchanged = facts_of(jobs, limits, ScanMemo(memo if jobs else None), share, progress=progress)
     del jobs
-    scanned, in_order = [], iter(facts)
+    scanned, first = [], 0
     with collector_paused():
         for record in records:
-            own = list(islice(in_order, 1 + len(record.controls) + (record.mask is not None)))
+            last = first + 1 + len(record.controls) + (record.mask is not None)
+            own, first = facts[first:last], last
             if reasons := _record_problems(record, own, min_side):
                 problems += reasons
             else:
@@ -245,13 +245,7 @@ def _record_problems(record: EditRecord, found: Sequence[Facts], min_side: int) 
     return problems
 
 
-def _scanned(record: EditRecord, found: Sequence[Facts]) -> ScannedRecord:
-    facts = [f for f in found if isinstance(f, ImageFacts)]
-    return ScannedRecord(
-        record=record,
-        target_size=facts[0].size,
-        control_sizes=tuple([f.size for f in facts[1 : 1 + len(record.controls)]]),
-        digests=tuple([f.digest for f in facts]),
-        flattened=any(f.flattened for f in facts),
-        first_of_several=any(f.first_of_several for f in facts),
-    )
+def _scanned(record: EditRecord, found: Sequence[Any]) -> ScannedRecord:
+    sizes, digests, flattened, several = zip(*found, strict=True)  # of `ImageFacts`
+    own = sizes[1 : 1 + len(record.controls)]
+    return ScannedRecord(record, sizes[0], own, digests, flattened=any(flattened), first_of_several=any(several))

@@ -26,13 +26,13 @@ from PIL import __version__ as pillow_version
 
 from mixres import atomic
 from mixres.data.images import BadImageError, ImageFacts, Limits, check_size
-from mixres.data.objects import is_url
-from mixres.data.records import Picture, Status
+from mixres.data.objects import state_text
+from mixres.data.records import Picture, Status, is_settled
+from mixres.data.tar_shards import TarImage
 from mixres.geometry import Size
 
 # Another one may read a file differently: then every file is decoded anew.
 VERSION = f"mixres scan 4, Pillow {pillow_version}\n".encode()
-SETTLED_NS = 2_000_000_000
 MERGED_AFTER_S = 3600.0  # parts that nobody has written to for so long become part of the next one that is written
 _SUFFIX = ".rows"
 _ROW = np.dtype(
@@ -80,22 +80,20 @@ class ScanMemo:
 
     def find(self, jobs: Sequence[Job], limits: Limits) -> tuple[list[ImageFacts | None], int]:
         """The facts of each unchanged image that is still within `limits`, and of how many different ones."""
-        if not len(self._rows):
+        if not (jobs and len(self._rows)):
             return [None] * len(jobs), 0
-        keys, nothing, folder = bytearray(), bytes(16), str(Path.cwd())
-        for job in jobs:
+        keys, nothing, kinds = bytearray(), bytes(16), ("image", "mask")
+        for path, is_mask in jobs:
             try:
-                status = job.path.stat()
+                text, size = _text(path)
             except OSError:  # whoever reads it will see
-                keys += nothing
-                continue
-            keys += _key(job, status, folder) if status.st_size <= limits.max_bytes else nothing
+                size = limits.max_bytes + 1
+            keys += _key(kinds[is_mask], text) if size <= limits.max_bytes else nothing
         wanted = np.frombuffer(keys, "<u8").reshape(-1, 2)
         places = np.searchsorted(self._rows["high"], wanted[:, 0]).clip(max=len(self._rows) - 1)
         rows = self._rows[places]
         there = (rows["high"] == wanted[:, 0]) & (rows["low"] == wanted[:, 1])
-        facts = _facts(rows, there.tolist(), limits)
-        there &= np.fromiter((found is not None for found in facts), bool, len(facts))
+        facts = _facts(rows, there, limits)
         return facts, len(np.unique(places[there]))
 
     def add(self, job: Job, status: Status, facts: ImageFacts) -> None:
@@ -103,7 +101,7 @@ class ScanMemo:
         if is_settled(status, self._started_ns):
             flags = _FLATTENED * facts.flattened + _SEVERAL * facts.first_of_several
             values = _VALUES.pack(*facts.size, bytes.fromhex(facts.digest), flags)
-            self._new.append(_key(job, status, str(Path.cwd())) + values)
+            self._new.append(_key("mask" if job.is_mask else "image", state_text(job.path, status)) + values)
 
     def save(self) -> None:
         """Put the rows on disk, where there are new ones.
@@ -151,43 +149,43 @@ class ScanMemo:
         return found
 
 
-def is_settled(status: Status, now_ns: int | None = None) -> bool:
-    """Whether a later write would have other times than these."""
-    return max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_NS < (now_ns or time.time_ns())
+def _key(kind: str, text: str) -> bytes:
+    return xxhash.xxh3_128_digest(f"{kind} {text}".encode(errors="surrogateescape"))
 
 
-def _key(job: Job, status: Status, folder: str) -> bytes:
-    """16 bytes over an image and its state; `folder`: that which relative paths are relative to."""
-    path = str(job.path)
-    if not (path.startswith("/") or is_url(path)):
-        path = f"{folder}/{path}"
-    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-    text = f"{'mask' if job.is_mask else 'image'} {state} {path}"
-    return xxhash.xxh3_128_digest(text.encode(errors="surrogateescape"))
+def _text(path: Picture) -> tuple[str, int]:
+    """An image and the state of its file, and its size.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    if isinstance(path, TarImage):  # of which there may be millions; as `state_text` has it
+        return f"{path.size} {path.shard.state}:{path.name}", path.size
+    status = path.stat()
+    return state_text(path, status), status.st_size
 
 
-def _facts(rows: np.ndarray, there: Sequence[bool], limits: Limits) -> list[ImageFacts | None]:
+def _facts(rows: np.ndarray, there: np.ndarray, limits: Limits) -> list[ImageFacts | None]:
     """What rows hold, where one is there and within `limits`."""
+    sides, which = np.unique(rows["width"].astype("u8") << 32 | rows["height"], return_inverse=True)
+    sizes = [Size(pair >> 32, pair & 2**32 - 1) for pair in sides.tolist()]  # one object for all images of a size
+    there &= np.array([_is_within(size, limits) for size in sizes])[which]
+    if not limits.first_frame:
+        there &= rows["flags"] & _SEVERAL == 0
     digests = rows["digest"].tobytes().hex()
-    sizes: dict[tuple[int, int], Size | None] = {}  # one object for all images of a size
-    facts: list[ImageFacts | None] = []
-    values = zip(there, rows["width"].tolist(), rows["height"].tolist(), rows["flags"].tolist(), strict=True)
-    for number, (known, *sides, flags) in enumerate(values):
-        pair = sides[0], sides[1]
-        if not known or (flags & _SEVERAL and not limits.first_frame):
-            facts.append(None)
-            continue
-        if pair not in sizes:
-            sizes[pair] = _within(Size(*pair), limits)
-        size = sizes[pair]
-        digest = digests[32 * number : 32 * number + 32]
-        facts.append(size and ImageFacts(size, digest, bool(flags & _FLATTENED), bool(flags & _SEVERAL)))
-    return facts
+    values = (
+        [sizes[number] for number in which.tolist()],
+        [digests[begin : begin + 32] for begin in range(0, len(digests), 32)],
+        (rows["flags"] & _FLATTENED != 0).tolist(),
+        (rows["flags"] & _SEVERAL != 0).tolist(),
+    )
+    facts: list[ImageFacts | None] = [*map(ImageFacts, *values)]
+    return facts if there.all() else [x if has else None for x, has in zip(facts, there.tolist(), strict=True)]
 
 
-def _within(size: Size, limits: Limits) -> Size | None:
+def _is_within(size: Size, limits: Limits) -> bool:
     try:
         check_size(size, limits)
     except BadImageError:
-        return None
-    return size
+        return False
+    return True

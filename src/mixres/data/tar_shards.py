@@ -24,8 +24,15 @@ from mixres import atomic
 from mixres.data.images import SUFFIXES
 from mixres.data.manifest import ALIGN, BadRowError, Row, column_key, records_from_rows
 from mixres.data.objects import StoredObject
-from mixres.data.records import MAX_CAPTION_BYTES, EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
-from mixres.data.scan_cache import is_settled
+from mixres.data.records import (
+    MAX_CAPTION_BYTES,
+    EditRecord,
+    EmbeddedStatus,
+    EmptyCaption,
+    Problem,
+    is_settled,
+    printable,
+)
 from mixres.errors import UserError
 
 RANGE_BYTES = 2**16  # of one read of headers: small members come along

@@ -47,6 +47,7 @@ T = TypeVar("T")
 Encode = Callable[[str], tuple[Sample | TextEmbeds, Sequence[str]]]  # the entry of a key, and keys of its prompts
 Load = Callable[[], Encode]
 _LOOKS = 0.05  # of the time
+_MANY = 100_000  # records
 
 
 class CachedSample(NamedTuple):
@@ -172,6 +173,8 @@ def keyed_records(config: Config, family: Family, *, is_main: bool, share: Share
     root = Path(config.cache.cache_dir)
     make_folder(root)
     train, held_out = usable_records(config, family, is_main=is_main, share=share)
+    if len(train) > _MANY:
+        gc.freeze()  # else each full collection of the process would look at every record again
     dropout = config.data.caption_dropout > 0
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     prompts = prompt_keys(config, family, lone_prompts(family, [*train, *held_out], empty_prompt=dropout))
@@ -200,6 +203,8 @@ def encode(
     sizes = RecordSizes(config, family)
     with collector_paused():
         samples = [_cached(sizes.of(scanned), scanned, key, cache) for key, scanned in found_records]
+    if len(samples) > _MANY:
+        gc.freeze()
     return CachedData(cache, samples[: len(train)], samples[len(train) :])
 
 

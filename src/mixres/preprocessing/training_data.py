@@ -137,7 +137,7 @@ def _scan_source(config: Config, family: Family, key: str, found: ScannedData, *
     sizes = RecordSizes(config, family)
     for scanned in source.records:
         tokens, beginning = long[scanned.record.prompt] if long and scanned.record.prompt in long else (0, "")
-        unfit = [*_unfit(sizes, scanned)]
+        unfit = _unfit(sizes, scanned)
         if tokens and config.data.long_caption == "error":
             fix = "shorten it, or set data.long_caption=truncate"
             reason = f"the prompt is {tokens} tokens long, more than {family.max_prompt_tokens}; {fix}"
@@ -179,15 +179,16 @@ def image_limits(config: Config) -> Limits:
     return Limits(**how, **data.limits.model_dump())
 
 
-def _unfit(sizes: "RecordSizes", scanned: ScannedRecord) -> Iterator[Problem]:
+def _unfit(sizes: "RecordSizes", scanned: ScannedRecord) -> list[Problem]:
     """Why the family cannot take a record, and images whose size rule leaves a side shorter than a token."""
-    record, own = scanned.record, sizes.of(scanned)
+    record, own, problems = scanned.record, sizes.of(scanned), []
     reason = sizes.family.record_problem(controls=len(record.controls), prompt=record.prompt)
     if reason := reason or own.problem:
-        yield _problem(scanned, record.target, reason)
+        problems.append(_problem(scanned, record.target, reason))
     for number, text in own.too_small:
         owner = f" (belongs to {record.name})" if number else ""
-        yield _problem(scanned, (record.target, *record.controls)[number], f"{text}{owner}")
+        problems.append(_problem(scanned, (record.target, *record.controls)[number], f"{text}{owner}"))
+    return problems
 
 
 def _problem(scanned: ScannedRecord, path: Picture, reason: str) -> Problem:
