@@ -241,7 +241,7 @@ def test_ranks_share_a_scan_and_each_finds_what_one_process_finds(
     def counted(path: Path, limits: Limits, *, is_mask: bool) -> ImageFacts:
         rank = limits.max_bytes % RANKS
         decoded[rank] += 1
-        time.sleep(0.3 if (rank, case) == (1, "one is slow") else 0.02)
+        time.sleep(0.3 if (rank, case) == (1, "one is slow") else 0.04)
         return inspect(path, limits, is_mask=is_mask)
 
     def ranks_scan(rank: int) -> Scan:
@@ -260,9 +260,9 @@ def test_ranks_share_a_scan_and_each_finds_what_one_process_finds(
         found.append(ranks_scan(1))
         assert decoded.total() == before + 1, "the file that cannot be used"
     assert all(x[:2] == plain[:2] for x in found)
-    shared = FILES + 2 * RANKS
-    assert decoded.total() == RANKS * FILES if case == "folders of their own" else decoded.total() <= shared
-    assert case != "one is slow" or decoded[1] <= FILES // RANKS + 1
+    assert (decoded.total() == RANKS * FILES) == (case == "folders of their own"), decoded
+    assert decoded.total() <= 2 * FILES or case == "folders of their own", "some at once by several, never all"
+    assert case != "one is slow" or decoded[1] < FILES - RANKS
 
 
 def test_a_memo_that_cannot_be_written_is_done_without_and_a_bad_file_is_reported_each_time(
