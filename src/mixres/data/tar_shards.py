@@ -85,8 +85,7 @@ def records_from_shard(
         UserError: the shard is compressed.
         WorkError: it cannot be read any more.
     """
-    state = [_VERSION, str(shard), *shard.status, sorted(map(list, columns.items())), empty_caption]
-    file = index / f"{xxhash.xxh3_64_hexdigest(str(shard).encode())}.json" if index else None
+    file, state = index_of(shard, index, columns=columns, empty_caption=empty_caption) if index else (None, [])
     with suppress(OSError, ValueError, LookupError, TypeError):
         kept = json.loads(file.read_bytes()) if file else {}
         if kept["state"] == state:
@@ -102,6 +101,14 @@ def records_from_shard(
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_json(file, found, indent=None)
     return records, problems
+
+
+def index_of(
+    shard: StoredObject, folder: Path, *, columns: Mapping[str, str], empty_caption: EmptyCaption
+) -> tuple[Path, list[Any]]:
+    """The file in `folder` that keeps the records of a shard, and all that they depend on."""
+    state = [_VERSION, str(shard), *shard.status, sorted(map(list, columns.items())), empty_caption]
+    return folder / f"{xxhash.xxh3_64_hexdigest(str(shard).encode())}.json", state
 
 
 def _row(record: EditRecord) -> list[Any]:
