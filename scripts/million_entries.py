@@ -40,8 +40,8 @@ from mixres.data.plan import Lengths, Plan  # noqa: E402
 from mixres.data.records import SETTLED_NS, collector_paused  # noqa: E402
 from mixres.data.scan import INDEX, find_records, scan  # noqa: E402
 from mixres.data.scan_cache import Job, ScanMemo  # noqa: E402
+from mixres.data.shard_index import index_of  # noqa: E402
 from mixres.data.shards import FOLDER, _OpenShard  # noqa: E402
-from mixres.data.tar_shards import index_of  # noqa: E402
 from mixres.geometry import Size  # noqa: E402
 from mixres.models.family import Family  # noqa: E402
 from mixres.models.registry import load_family  # noqa: E402
@@ -51,7 +51,7 @@ from mixres.training.setup import build_plan  # noqa: E402
 
 RESULTS, PAGE = REPOSITORY / "docs" / "results" / "million.json", REPOSITORY / "docs" / "cache.md"
 BEGIN, END = "<!-- million table: begin -->", "<!-- million table: end -->"
-COUNTS, FILES = (1_000, 100_000, 1_000_000), (25_000, 50_000, 100_000)
+COUNTS, FILES = (1_000_000, 100_000, 1_000), (100_000, 50_000, 25_000)
 IMAGE_BYTES, ENTRY_BYTES, IN_A_SHARD, SIZES = 900_000, 11_000_000, 90, 4000  # edits of 1 MP, 1 GB a shard
 STEPS = 2  # of the first run, and of the resumed one
 T = TypeVar("T")

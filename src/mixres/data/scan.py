@@ -66,7 +66,7 @@ def find_records(
 ) -> tuple[list[EditRecord], list[Problem]]:
     """All records of a folder (sorted by name) or of another source (in its order), and all problems.
 
-    `columns`: names of columns by role. `index`: a folder that keeps what is in tar files. `progress`: as
+    `columns`: names of columns by role. `index`: a folder that keeps what is in shards. `progress`: as
     `console.counted` shows it. `share`: of the shards that this process reads before those of others.
 
     Raises:
@@ -113,7 +113,7 @@ def _records_of_objects(
     def read(stored: StoredObject) -> tuple[list[EditRecord], list[Problem]]:
         if not stored.url.lower().endswith(".parquet"):
             return records_from_shard(stored, columns=columns, empty_caption=empty_caption, index=index)
-        return records_from_parquet(stored, columns=columns, empty_caption=empty_caption)
+        return records_from_parquet(stored, columns=columns, empty_caption=empty_caption, index=index)
 
     objects, wrong = find_objects(source), Problems()
     bar, remote = progress and len(objects) > 1, is_url(source)

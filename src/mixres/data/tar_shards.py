@@ -10,17 +10,12 @@ are neither an image nor of a known column are left alone.
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
-from mixres import atomic
 from mixres.data.images import SUFFIXES
 from mixres.data.manifest import ALIGN, BadRowError, Row, column_key, records_from_rows
 from mixres.data.objects import StoredObject
@@ -30,14 +25,13 @@ from mixres.data.records import (
     EmbeddedStatus,
     EmptyCaption,
     Problem,
-    is_settled,
     printable,
 )
+from mixres.data.shard_index import Found, kept_records
 from mixres.errors import UserError
 
 RANGE_BYTES = 2**16  # of one read of headers: small members come along
 MAX_END_BYTES = 2**20  # of zeros behind the last member
-_VERSION = 2
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d"}
 
 
@@ -85,45 +79,21 @@ def records_from_shard(
         UserError: the shard is compressed.
         WorkError: it cannot be read any more.
     """
-    file, state = index_of(shard, index, columns=columns, empty_caption=empty_caption) if index else (None, [])
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        kept = json.loads(file.read_bytes()) if file else {}
-        if kept["state"] == state:
-            return [_kept(shard, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
-    try:
-        rows = _rows(shard, list(_read_headers(shard)), columns)
-    except _DamagedError as error:
-        return [], [Problem(printable(shard), str(error), example=printable(shard))]
-    records, problems = records_from_rows(str(shard), rows, partial(_image, shard), empty_caption)
-    if file and is_settled(shard.status):
-        found = {"state": state, "records": [_row(record) for record in records], "problems": problems}
-        with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(file, found, indent=None)
+
+    def read() -> Found:
+        try:
+            members = list(_read_headers(shard))
+        except _DamagedError as error:
+            return [], [Problem(printable(shard), str(error), example=printable(shard))]
+        return records_from_rows(str(shard), _rows(shard, members, columns), partial(_image, shard), empty_caption)
+
+    kept = partial(kept_records, columns=columns, empty_caption=empty_caption)
+    records, problems = kept(shard, index, read, partial(TarImage, shard))
+    if not (records or problems):  # such as a file of zeros, which is what an interrupted copy may leave
+        problems = [
+            Problem(printable(shard), "holds no record; copy it again, or take it out", example=printable(shard))
+        ]
     return records, problems
-
-
-def index_of(
-    shard: StoredObject, folder: Path, *, columns: Mapping[str, str], empty_caption: EmptyCaption
-) -> tuple[Path, list[Any]]:
-    """The file in `folder` that keeps the records of a shard, and all that they depend on."""
-    state = [_VERSION, str(shard), *shard.status, sorted(map(list, columns.items())), empty_caption]
-    return folder / f"{xxhash.xxh3_64_hexdigest(str(shard).encode())}.json", state
-
-
-def _row(record: EditRecord) -> list[Any]:
-    """A record as the index keeps it: name, prompt, alignment, images without their shard, whether a mask is last."""
-    images = [record.target, *record.controls, *([record.mask] if record.mask else [])]
-    places = [image[1:] for image in images if isinstance(image, TarImage)]
-    return [record.name, record.prompt, record.align_control, places, record.mask is not None]
-
-
-def _kept(
-    shard: StoredObject, name: str, prompt: str, align: bool | None, places: list[list[Any]], has_mask: bool
-) -> EditRecord:
-    target, *others = [TarImage(shard, *place) for place in places]
-    mask = others.pop() if has_mask else None
-    return EditRecord(name, target, tuple(others), prompt, mask, align)
 
 
 def _image(shard: StoredObject, where: str, key: str, member: Any) -> TarImage:
