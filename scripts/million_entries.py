@@ -163,6 +163,7 @@ def start(root: Path, count: int) -> dict[str, Any]:
     clock, config = Clock(), configuration(root, count)
     family = load_family(config.model.family, config.model.pretrained_model_name_or_path)
     found = clock("scan and keys", lambda: keyed_records(config, family, is_main=False))
+    assert len(found.keys) == count, "what a scan keeps is not written as a scan reads it"
     if not (root / "cache" / FOLDER).exists():
         write_entries(root, config, family, found)
         found = found._replace(cache=Cache(root / "cache", 10**9))
