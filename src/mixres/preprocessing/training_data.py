@@ -89,7 +89,8 @@ def usable_records(
     """
     found = scan_records(config, family, is_main=is_main, share=share)
     if lines := found.refusals(config):
-        raise UserError(lines)
+        others = f"{lines[0]} (the first process lists this and {amount(len(lines) - 1, 'more line')})"
+        raise UserError(lines if is_main or not lines[1:] else others)
     if is_main:
         _list_problems(config, found)
         tell(found, family, config.data.background)
