@@ -124,7 +124,7 @@ def rescan(data: Path, memo: Path | None, **options: float) -> Scan:
 def test_unchanged_files_are_not_decoded_again_and_give_the_same(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memo = tmp_path / "cache" / "scan.json"
+    memo = tmp_path / "cache" / "scan"
     plain = rescan(data, None)
     first, second = rescan(data, memo), rescan(data, memo)
     assert (first.decoded, first.unchanged) == (FILES, 0) == (plain.decoded, plain.unchanged)
