@@ -1,6 +1,6 @@
 """Time and memory of starts over many records: docs/results/million.json, and the table of docs/cache.md.
 
-    python scripts/million_entries.py                   # measure 1,000 to 1,000,000 records, then write the table
+    python scripts/million_entries.py                   # measure what the results lack, then write the table
     python scripts/million_entries.py --table           # the table alone, from docs/results/million.json
     python scripts/million_entries.py --folder DIR 2000 # these counts alone, in DIR, printed and not kept
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -252,8 +252,7 @@ def table(found: dict[str, Any]) -> str:
         "| records | scan and keys | index and entries | plan | a step's plan | peak |",
         "|---|---|---|---|---|---|",
     ]
-    for row in found["counts"]:
-        start = row["start"]
+    for start in sorted((row["start"] for row in found["counts"]), key=lambda start: start["records"]):
         times = [f"{start[name][1]:.2f} s" for name in ("scan and keys", "entries", "plan")]
         step = f"{1000 * start['steps'][1]:.2f} ms"
         lines.append(f"| {start['records']:,} | {' | '.join(times)} | {step} | {start['first step'][2]:.2f} GB |")
@@ -273,14 +272,24 @@ def folder_for(given: str | None) -> Iterator[Path]:
         yield Path(made)
 
 
-def keep(found: dict[str, Any], few: list[int]) -> None:
-    """What has been measured by now."""
-    text = json.dumps(found) + "\n"
-    if few:
-        print(text)
-    else:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text)
+def measure(
+    found: dict[str, Any], folder: str | None, counts: Sequence[int], files: Sequence[int], *, keep: bool = False
+) -> dict[str, Any]:
+    """Add what the results lack; each is written as it is done, with `keep`."""
+    known = {("counts", row["start"]["records"]) for row in found["counts"]}
+    known |= {("files", row["files"]) for row in found["files"]}
+    for part, count in [*(("counts", count) for count in counts), *(("files", count) for count in files)]:
+        if (part, count) in known:
+            continue
+        with folder_for(folder) as root:
+            whole = part == "counts"
+            row = measured(root, count, train=count == max(COUNTS)) if whole else real_files(root, count)
+        found[part].append(row)
+        found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+        if keep:
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(found) + "\n")
+    return found
 
 
 def main() -> None:
@@ -293,19 +302,12 @@ def main() -> None:
     if given.part:
         print(json.dumps(globals()[given.part](Path(given.folder), *given.counts)))
         return
+    if given.counts:
+        print(json.dumps(measure({"counts": [], "files": []}, given.folder, given.counts, ())))
+        return
     if not given.table:
-        found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "counts": [], "files": []}
-        counts = given.counts or COUNTS
-        for count in counts:
-            with folder_for(given.folder) as root:
-                found["counts"].append(measured(root, count, train=count == max(counts)))
-            keep(found, given.counts)
-        for count in [files for files in FILES if not given.counts]:
-            with folder_for(given.folder) as root:
-                found["files"].append(real_files(root, count))
-            keep(found, given.counts)
-        if given.counts:
-            return
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"counts": [], "files": []}
+        measure(found, given.folder, COUNTS, FILES, keep=True)
     PAGE.write_text(page_with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
 
 
