@@ -247,15 +247,33 @@ def in_process(name: str, root: Path, count: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """In Markdown."""
+    """In Markdown; times are processor time."""
     lines = [
         "| records | scan and keys | index and entries | plan | a step's plan | peak |",
         "|---|---|---|---|---|---|",
     ]
-    for start in sorted((row["start"] for row in found["counts"]), key=lambda start: start["records"]):
+    rows = sorted(found["counts"], key=lambda row: int(row["start"]["records"]))
+    for start in (row["start"] for row in rows):
         times = [f"{start[name][1]:.2f} s" for name in ("scan and keys", "entries", "plan")]
         step = f"{1000 * start['steps'][1]:.2f} ms"
         lines.append(f"| {start['records']:,} | {' | '.join(times)} | {step} | {start['first step'][2]:.2f} GB |")
+    for row in rows:
+        alone, process = row["index_alone"], row.get("process", {}).get("resumed")
+        if process:
+            seconds = sum(alone[name][1] for name in ("index", "lengths", "plan", "first step"))
+            lines += [
+                "",
+                f"A resumed `train.py` with {alone['records']:,} records, to the end of its first step: "
+                f"{process['processor_seconds']:.0f} s of processor time, {process['seconds']:.0f} s by the clock at a "
+                f"load of {row['load'][0]:.1f}, {process['peak_gb']:.2f} GB at the peak. Index and plan alone: "
+                f"{seconds:.1f} s and {alone['first step'][2]:.2f} GB.",
+            ]
+    files = sorted(found["files"], key=lambda row: int(row["files"]))
+    each = [
+        (row["files"], *(1e6 * row[what][1] / row["files"] for what in ("first scan", "next scan"))) for row in files
+    ]
+    lines += ["", "| files of a manifest | first scan | next scan |", "|---|---|---|"] if each else []
+    lines += [f"| {count:,} | {first:.0f} us a file | {again:.0f} us a file |" for count, first, again in each]
     return "\n".join(lines)
 
 
