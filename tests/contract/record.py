@@ -310,7 +310,7 @@ def record() -> None:
     assert status["step"] < status["max_train_steps"], "it was stopped too late: run this once more"
     status_file.write_text(json.dumps({**status, "host": "recorded", "pid": 1}, indent=2), encoding="utf-8")
     # Memos of paths and times are of this machine alone.
-    unwanted = shutil.ignore_patterns(".*", "scan.json", "fingerprints.json", "reports", "samples")
+    unwanted = shutil.ignore_patterns(".*", "scan", "fingerprints.json", "reports", "samples")
     for name in ("run", "cache"):
         shutil.rmtree(FIXTURES / name, ignore_errors=True)
         shutil.copytree(stopped / name, FIXTURES / name, symlinks=True, ignore=unwanted)

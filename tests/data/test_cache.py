@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from mixres import atomic
 from mixres.batch import Sample
-from mixres.data.cache import INDEX, Cache, CacheEntry, DamagedEntry, entry_key
+from mixres.data.cache import INDEX, Cache, CacheEntry, DamagedEntry, entry_key, entry_keys_of
 from mixres.data.entry_header import FORMAT
 from mixres.data.float8 import from_float8, to_float8
 from mixres.geometry import Grid
@@ -336,3 +336,11 @@ def test_sweep_takes_old_temporary_files_only(tmp_path: Path) -> None:
         os.utime(path, (time.time() - 4000, time.time() - 4000))
     assert cache.sweep() == 2
     assert sorted(entry.parent.iterdir()) == sorted([young, entry])
+
+
+@pytest.mark.parametrize("prompt", ["a", 'quoted "\\u0000prompt"', "把猫\n\t\x7f\u2028😀", "\0files"])
+def test_keys_of_alike_entries_are_those_that_each_has_alone(prompt: str) -> None:
+    others: dict[str, Any] = {"controls": 2, "dtype": "float32", "target_size": (64, 48), "zoo": {"b": 1, "a": None}}
+    for files in ([], ["00ff"], ["00ff", "aa"]):
+        key = entry_keys_of(("prompt", "files"), **others)(prompt, files)
+        assert key == entry_key(**others, prompt=prompt, files=files)

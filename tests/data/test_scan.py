@@ -4,18 +4,23 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import xxhash
 from PIL import Image
 
-from mixres.data.images import Limits
+from mixres.atomic import TMP_PREFIX
+from mixres.data import decode
+from mixres.data.decode import Share
+from mixres.data.images import ImageFacts, Limits
+from mixres.data.records import SETTLED_NS
 from mixres.data.scan import Scan, scan
-from mixres.data.scan_cache import SETTLED_NS
 from support.pairs import PHOTO, names, scanned, write_image, write_pair
 
 
@@ -86,7 +91,8 @@ def test_the_smallest_side_is_the_callers(tmp_path: Path) -> None:
     assert "48x64 is too small: no side may be under 49 pixels" in scanned(tmp_path, min_side=49)[1][0]
 
 
-FOLDERS = 14
+FOLDERS = 21
+RANKS = 3
 _folders = iter(range(FOLDERS))
 FILES = 9  # of each folder of `settled`: four pairs and a mask
 
@@ -118,7 +124,7 @@ def rescan(data: Path, memo: Path | None, **options: float) -> Scan:
 def test_unchanged_files_are_not_decoded_again_and_give_the_same(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memo = tmp_path / "cache" / "scan.json"
+    memo = tmp_path / "cache" / "scan"
     plain = rescan(data, None)
     first, second = rescan(data, memo), rescan(data, memo)
     assert (first.decoded, first.unchanged) == (FILES, 0) == (plain.decoded, plain.unchanged)
@@ -187,31 +193,83 @@ def test_an_image_and_a_mask_of_one_file_are_two_things(data: Path, tmp_path: Pa
         assert (result.decoded, result.unchanged, result.problems) == (*counts, [])
 
 
-DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "cut off": lambda memo: json.dumps(memo)[:-20],
-    "rows": lambda memo: memo | {"rows": {key: [*row[:4], "wide"] for key, row in memo["rows"].items()}},
-    "null": lambda memo: memo | {"rows": dict.fromkeys(memo["rows"])},
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda part: part[:-20],
+    "a bit": lambda part: part[:-3] + bytes([part[-3] ^ 1]) + part[-2:],
+    "empty": lambda part: b"",
+    "of another reader": lambda part: part.replace(b"Pillow", b"Willow"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_memo_counts_as_none_and_is_made_again(
-    data: Path, tmp_path: Path, damage: Callable[[dict[str, Any]], object]
+    data: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     memo = tmp_path / "memo"
-    good, whole = rescan(data, memo), json.loads(memo.read_bytes())
-    changed = damage(whole)
-    memo.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    good, (part,) = rescan(data, memo), memo.iterdir()
+    part.write_bytes(damage(part.read_bytes()))
     again = rescan(data, memo)
     assert (again.decoded, again[:2]) == (FILES, good[:2])
-    assert (rescan(data, memo).decoded, json.loads(memo.read_bytes())) == (0, whole)
+    assert rescan(data, memo).decoded == 0
+
+
+def test_parts_that_nobody_writes_any_more_become_part_of_the_next(data: Path, tmp_path: Path) -> None:
+    """So do temporary files of killed writers go; no row is lost."""
+    memo = tmp_path / "memo"
+    sources = [data / f"{number}.jsonl" for number in range(4)]
+    for number, source in enumerate(sources):
+        row = {"path_target": f"training_images/{number}.bmp", "prompt": "x"}
+        source.write_text(json.dumps(row))
+        assert rescan(source, memo).decoded == 1
+    (memo / f"{TMP_PREFIX}1").touch()
+    for path in memo.iterdir():
+        os.utime(path, (0, 0))
+    (memo / f"{TMP_PREFIX}2").touch()
+    assert len([*memo.iterdir()]) == 6 and rescan(data, memo).unchanged == 4
+    assert len([*memo.glob("*.rows")]) == 1 and [*memo.glob(f"{TMP_PREFIX}*")] == [memo / f"{TMP_PREFIX}2"]
+    assert [rescan(source, memo).decoded for source in [data, *sources]] == [0] * 5
+
+
+@pytest.mark.parametrize("case", ["together", "one is slow", "one is dead", "one comes late", "folders of their own"])
+def test_ranks_share_a_scan_and_each_finds_what_one_process_finds(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Whatever becomes of rank 1: nobody waits for it, and what it has written is used."""
+    (data / "control_images/3.bmp").write_bytes(b"<html>")
+    plain, decoded, inspect = rescan(data, None), Counter[int](), decode.inspect_image
+
+    def counted(path: Path, limits: Limits, *, is_mask: bool) -> ImageFacts:
+        rank = limits.max_bytes % RANKS
+        decoded[rank] += 1
+        time.sleep(0.3 if (rank, case) == (1, "one is slow") else 0.04)
+        return inspect(path, limits, is_mask=is_mask)
+
+    def ranks_scan(rank: int) -> Scan:
+        memo = tmp_path / (f"memo{rank}" if case == "folders of their own" else "memo")
+        limits = Limits(max_bytes=2**29 // RANKS * RANKS + rank)
+        return scan([str(data)], limits=limits, memo=memo, share=Share(rank, RANKS), progress=False)
+
+    one_core = SimpleNamespace(cpu_count=int)
+    for name, value in {"inspect_image": counted, "_FIRST": 1, "SAVE_S": 0.0, "os": one_core}.items():
+        monkeypatch.setattr(decode, name, value)
+    late = [1] if case in ("one is dead", "one comes late") else []
+    with ThreadPoolExecutor(RANKS) as pool:
+        found = [*pool.map(ranks_scan, [rank for rank in range(RANKS) if rank not in late])]
+    if case == "one comes late":
+        before = decoded.total()
+        found.append(ranks_scan(1))
+        assert decoded.total() == before + 1, "the file that cannot be used"
+    assert all(x[:2] == plain[:2] for x in found)
+    assert (decoded.total() == RANKS * FILES) == (case == "folders of their own"), decoded
+    assert decoded.total() <= 2 * FILES or case == "folders of their own", "some at once by several, never all"
+    assert case != "one is slow" or decoded[1] < FILES - RANKS
 
 
 def test_a_memo_that_cannot_be_written_is_done_without_and_a_bad_file_is_reported_each_time(
     data: Path, tmp_path: Path
 ) -> None:
     (data / "control_images/1.bmp").write_bytes(b"<html>")
-    (tmp_path / "folder").mkdir()
-    for memo, decoded in (("folder", FILES), ("folder", FILES), ("memo", FILES), ("memo", 1)):
+    (tmp_path / "file").touch()
+    for memo, decoded in (("file", FILES), ("file", FILES), ("memo", FILES), ("memo", 1)):
         result = rescan(data, tmp_path / memo)
         assert (len(result.records), result.decoded, len(result.problems)) == (3, decoded, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.parquet
 import pytest
 
 from mixres.data import objects
@@ -113,7 +114,7 @@ def test_a_scan_reads_headers_in_ranges_and_an_unchanged_shard_never_again(
     PHOTO.resize((900, 600)).save(image, "BMP")
     members = {f"{i}.{name}": data for i in range(3) for name, data in (("bmp", image.getvalue()), ("txt", b"x"))}
     server.files["/x.tar"] = tar_of(members)
-    memo = tmp_path / "scan.json"
+    memo = tmp_path / "scan"
     assert len(find_records(f"{server.url}/x.tar")[0]) == 3
     assert sum(count for _, count in server.served) < 4 * 2**16 < len(server.files["/x.tar"]) / 10
     first = scanned(f"{server.url}/x.tar", memo=memo)
@@ -123,6 +124,28 @@ def test_a_scan_reads_headers_in_ranges_and_an_unchanged_shard_never_again(
     server.files["/x.tar"] = tar_of({**members, "3.bmp": image.getvalue(), "3.txt": b"y"})
     third = scanned(f"{server.url}/x.tar", memo=memo)
     assert (len(third.records), third.decoded) == (4, 4)
+
+
+@pytest.mark.parametrize("source", ["s3://pairs/x.tar", "s3://pairs/x.parquet", "http/x.parquet"])
+def test_a_second_start_reads_no_byte_of_an_unchanged_object(
+    source: str, pairs: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**ACCESS, "AWS_ENDPOINT_URL": server.url}.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    table = parquet_of(pairs, tmp_path / "x.parquet")
+    rows = pyarrow.parquet.read_table(table).to_pydict()
+    rows["mask"] = [None, *rows["target"][1:]]  # of such a column statistics do not tell which rows have one
+    data = {"x.tar": tar_of(members_of(pairs)), "x.parquet": write_parquet(table, rows).read_bytes()}
+    where = source.replace("http", server.url) if source.startswith("http") else source
+    server.files |= {f"{folder}/{name}": value for folder in ("", "/pairs") for name, value in data.items()}
+    first = scanned(where, memo=tmp_path / "memo")
+    assert sum(count for _, count in server.served) > len(data[source.rpartition("/")[2]]) / 2
+    server.served.clear()
+    second = scanned(where, memo=tmp_path / "memo")
+    assert (facts(second), second.problems, second.decoded) == (facts(first), first.problems, 0)
+    assert len(server.served) <= 2 and {method for method, _ in server.served} == {"HEAD"}, server.served
+    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def _linked() -> bytes:
@@ -150,6 +173,7 @@ _TARS = {
     "cut between": (_GOOD[:1536], "ROOT: is cut, it has no end mark; copy it again"),
     "header": (_GOOD[:1540] + b"?" * 400 + _GOOD[1940:], "ROOT: is damaged at byte 1536: no header is there"),
     "two in one": (_GOOD + _GOOD, "ROOT: is damaged at byte 4608: no header is there, and more follows; copy it"),
+    "zeros": (bytes(20480), "ROOT: holds no record; copy it again, or take it out"),
     "no tar": (b"<html>" * 200, "ROOT: is damaged, its headers do not read"),
 }
 
@@ -247,7 +271,7 @@ def test_a_store_that_keeps_failing_ends_the_work_with_one_line(
 def test_what_was_scanned_before_a_store_went_away_is_not_read_again(
     pairs: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
-    server.files["/x.tar"], memo = tar_of(members_of(pairs)), tmp_path / "scan.json"
+    server.files["/x.tar"], memo = tar_of(members_of(pairs)), tmp_path / "scan"
     total = scanned(f"{server.url}/x.tar").decoded
     server.served.clear()
     find_records(f"{server.url}/x.tar")

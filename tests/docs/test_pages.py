@@ -15,6 +15,7 @@ from mixres.cli import parsers
 from mixres.config.load import load_config
 from mixres.config.problems import known_keys, section_of
 from mixres.config.schema import Config
+from mixres.data import records
 from mixres.data.images import Limits
 from mixres.data.scan import scan
 from support.pages import DOCS, REPOSITORY, script
@@ -211,3 +212,17 @@ def test_the_page_of_buckets_is_that_of_the_results() -> None:
     assert buckets.page_with_results(page, found) == page, "run scripts/bucket_benchmark.py --page"
     assert set(buckets.SETS) <= found.keys()
     assert len(buckets.readme_rows(found)) == 7
+
+
+def test_the_table_of_a_million_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the script generates is found by a start, as if mixres had written it."""
+    million = script("million_entries")
+    page, found = million.PAGE.read_text(encoding="utf-8"), json.loads(million.RESULTS.read_text(encoding="utf-8"))
+    assert million.page_with_table(page, found) == page, "run scripts/million_entries.py --table"
+    for module in (million, records):
+        monkeypatch.setattr(module, "SETTLED_NS", 0)
+    million.write_data(tmp_path, 1500)
+    million.start(tmp_path, 1500)
+    again = million.start(tmp_path, 1500)
+    assert again["records"] == million.index_alone(tmp_path, 1500)["records"] == 1500
+    assert [*million.real_files(tmp_path, 20)] == ["files", "first scan", "next scan"]

@@ -279,7 +279,7 @@ def test_a_full_cache_on_a_disk_that_cannot_be_written_is_used(caching: Caching,
     script = f"""
     mount -t tmpfs none {disk}
     cp -r {filled} {caching.cache}
-    rm -f {caching.cache}/index.json {caching.cache}/scan.json
+    rm -rf {caching.cache}/index.json {caching.cache}/scan
     mount -o remount,ro {disk}; {" ".join(command(caching))}
     """
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc", script]

@@ -50,10 +50,10 @@ class Caching:
     def usable(self, *overrides: str, is_main: bool = True) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
         return usable_records(*with_family(self.config(*overrides)), is_main=is_main)
 
-    def problems(self, *overrides: str) -> list[str]:
+    def problems(self, *overrides: str, is_main: bool = True) -> list[str]:
         """What a run is refused for, with paths relative to the data."""
         with pytest.raises(UserError) as caught:
-            self.usable(*overrides)
+            self.usable(*overrides, is_main=is_main)
         return [message.replace(f"{self.data}/", "") for message in caught.value.messages]
 
     def output(self) -> str:

@@ -1,4 +1,4 @@
-"""The same run from a folder, a tar shard, a parquet file and an S3 store, and from a cache at a URL."""
+"""The same run from a folder, a tar shard, a parquet file and an S3 store, and from every kind of cache."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mixres import cli
+from mixres.data.cache import Cache
 from support.jobs import COMMON, LORA, Jobs, metrics
 from support.object_stores import ACCESS, members_of, parquet_of, s3_server, tar_of
 
@@ -36,15 +37,17 @@ def test_the_same_run_from_every_source_has_the_same_losses_bit_for_bit(
         for number, part in enumerate((names[:12], names[12:])):
             store.pipe(f"pairs/{number}.tar", tar_of({name: members[name] for name in part}))
         runs = {}
-        for name, source in {
-            "folder": pairs,
-            "tar": tmp_path / "x.tar",
-            "parquet": tmp_path / "x.parquet",
-            "s3": "s3://pairs/*.tar",
-        }.items():
+        store.pipe("pairs/x.parquet", (tmp_path / "x.parquet").read_bytes())
+        for name, source, shard_gb in (
+            ("folder", pairs, 0),
+            ("tar", tmp_path / "x.tar", 1),
+            ("parquet", tmp_path / "x.parquet", 0),
+            ("s3", "s3://pairs/*.tar", 1),
+            ("s3 parquet", "s3://pairs/x.parquet", 0),
+        ):
             jobs = Jobs(small_run, tmp_path / name / "cache", tmp_path / name)
-            runs[name] = jobs.here("run", f"data.train={source}", *WORDS)
-    entries = {name: sorted(file.name for file in (tmp_path / name / "cache").glob("??/*")) for name in runs}
+            runs[name] = jobs.here("run", f"data.train={source}", f"cache.shard_gb={shard_gb}", *WORDS)
+    entries = {name: sorted(Cache(tmp_path / name / "cache").held()) for name in runs}
     for name, run in runs.items():
         assert len(entries[name]) == 10 and entries[name] == entries["folder"]
         assert losses(run) == losses(runs["folder"]) and len(set(losses(run))) == 3

@@ -31,7 +31,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -462,5 +463,28 @@ def entry_key(**parts: Any) -> str:
     Raises:
         TypeError, ValueError: a part has no exact JSON form (a path, a dtype, NaN); hand in its string or digest.
     """
-    text = json.dumps({"format": FORMAT, "parts": parts}, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
+    return xxhash.xxh3_128_hexdigest(_key_text(parts).encode("ascii"))
+
+
+def entry_keys_of(names: Sequence[str], **parts: Any) -> Callable[..., str]:
+    """`entry_key` of the parts `names`, texts or sequences of them, beside others that many entries have alike."""
+    holes = {name: f"\0{name}" for name in names}
+    pieces = [_key_text(parts | holes)]
+    for name in sorted(names):
+        pieces += pieces.pop().split(json.dumps(holes[name]))
+    first, *rest = pieces
+    order = [names.index(name) for name in sorted(names)]
+
+    def key(*values: str | Sequence[str]) -> str:
+        text = first
+        for number, piece in zip(order, rest, strict=True):
+            value = values[number]
+            filled = _quoted(value) if isinstance(value, str) else f"[{','.join(map(_quoted, value))}]"
+            text += filled + piece
+        return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
+
+    return key
+
+
+def _key_text(parts: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "parts": parts}, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
 from stat import S_IFREG
 from typing import Any
 
 import xxhash
 
-from mixres.data.records import EmbeddedStatus, printable
+from mixres.data.records import EmbeddedStatus, Status, printable
 from mixres.errors import UserError, WorkError, without_secrets
 
 SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
@@ -51,6 +52,11 @@ class StoredObject:
     @property
     def size(self) -> int:
         return self.status.st_size
+
+    @cached_property
+    def state(self) -> str:
+        """As `state_text` has it of what lies in it, without its size."""
+        return state_text(self.url, self.status).partition(" ")[2]
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to `end`, which is not among them.
@@ -113,6 +119,13 @@ class Ranges(io.RawIOBase):
 def is_url(source: str) -> bool:
     """Whether a source is named by a URL instead of a path."""
     return "://" in source
+
+
+def state_text(path: object, status: Status) -> str:
+    """A file and its state; the same text: the same bytes."""
+    where = str(path)
+    where = where if where.startswith("/") or is_url(where) else f"{Path.cwd()}/{where}"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {where}"
 
 
 def find_objects(source: str) -> list[StoredObject]:

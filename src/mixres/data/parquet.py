@@ -1,16 +1,16 @@
 """Parquet files with images as bytes -> records.
 
 Promise: no image is read before it is asked for, none that is only named is opened. Cost: the footer and the columns of
-text at each scan. An image is read with its row group, of which the last `GROUPS` are kept in memory: write files with
-row groups of at most some 100 MB.
+text, of an unchanged file nothing. An image is read with its row group, of which the last `GROUPS` are kept in memory:
+write files with row groups of at most some 100 MB.
 
 Columns are `target`, `control`, `control_1`, ..., `mask`, `prompt` and `align_control`, or named by `data.columns`. An
 image is binary, or a struct with its `bytes` as `datasets.Image` writes it.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from mixres.data.images import BadImageError
 from mixres.data.manifest import ALIGN, Row, absent_columns, column_key, column_problems, records_from_rows
 from mixres.data.objects import StoredObject
 from mixres.data.records import EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
+from mixres.data.shard_index import Found, kept_records
 from mixres.errors import UserError, WorkError
 
 GROUPS = 2
@@ -33,8 +34,7 @@ class _Cell(NamedTuple):
     row: int
 
 
-@dataclass(frozen=True)
-class ParquetImage:
+class ParquetImage(NamedTuple):
     """The bytes of one image in a column."""
 
     table: StoredObject
@@ -71,9 +71,11 @@ class ParquetImage:
 
 
 def records_from_parquet(
-    table: StoredObject, *, columns: Mapping[str, str], empty_caption: EmptyCaption
+    table: StoredObject, *, columns: Mapping[str, str], empty_caption: EmptyCaption, index: Path | None = None
 ) -> tuple[list[EditRecord], list[Problem]]:
     """All records of a file in the order of its rows, and all problems (`path` is `file:row`).
+
+    `columns`: names of columns by role. `index`: a folder that keeps what was found for the next scan.
 
     Raises:
         UserError: its columns do not fit, or `pyarrow` is not installed.
@@ -84,6 +86,12 @@ def records_from_parquet(
     except ImportError:
         fix = "pip install 'mixres[parquet]'"
         raise UserError(f"{printable(table)}: is a parquet file, and 'pyarrow' is not installed: {fix}") from None
+    read = partial(_read, table, columns=columns, empty_caption=empty_caption)
+    kept = partial(kept_records, columns=columns, empty_caption=empty_caption)
+    return kept(table, index, read, lambda names, *place: ParquetImage(table, tuple(names), *place))
+
+
+def _read(table: StoredObject, *, columns: Mapping[str, str], empty_caption: EmptyCaption) -> Found:
     try:
         with _lock:
             file = _opened(table)

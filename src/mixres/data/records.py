@@ -4,9 +4,11 @@ Promise: every name a message shows is one printable line; a caption is valid UT
 Cost: one small read a caption.
 """
 
+import gc
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,6 +17,7 @@ from mixres.errors import one_line
 
 EmptyCaption = Literal["error", "use_empty", "skip"]
 MAX_CAPTION_BYTES = 2**20
+SETTLED_NS = 2_000_000_000  # a file that was written to less than this ago may change again under the same time
 
 
 class EmbeddedStatus(NamedTuple):
@@ -28,6 +31,23 @@ class EmbeddedStatus(NamedTuple):
 
 
 Status = os.stat_result | EmbeddedStatus  # a file of the same state as before has the same bytes
+
+
+def is_settled(status: Status, now_ns: int | None = None) -> bool:
+    """Whether a later write would have other times than these."""
+    return max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_NS < (now_ns or time.time_ns())
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """A million records are no garbage: while they are made, Python's collector would look at them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Picture(Protocol):
@@ -57,8 +77,7 @@ class ReadOnce:
         return self._picture.read_bytes()
 
 
-@dataclass(frozen=True)
-class EditRecord:
+class EditRecord(NamedTuple):
     """The images and the prompt of one sample. Paths are as found on disk, their Unicode form untouched."""
 
     name: str  # of the target, relative to its source; printable, for messages

@@ -2,28 +2,26 @@
 
 Promise: all problems of all sources are found in one pass and returned together; what the scan returns has been decoded
 in full, with its upright sizes and the digests of its bytes. Cost: the scan reads and decodes every file once, 5 ms
-(JPEG) to 25 ms (PNG) a megapixel, on threads: Pillow releases the GIL while it decodes, two threads take 0.55 the time.
+(JPEG) to 25 ms (PNG) a megapixel, on threads, of which two take 0.55 the time, and on all ranks: see `decode`.
 A later scan with the same memo looks at the state of each file and decodes those that have changed.
 """
 
-import contextlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import xxhash
 
 from mixres.console import counted
+from mixres.data.decode import Facts, Share, facts_of, in_threads
 from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
-from mixres.data.images import BadImageError, ImageFacts, Limits, inspect_image
+from mixres.data.images import BadImageError, ImageFacts, Limits
 from mixres.data.manifest import SUFFIXES, records_from_manifest
 from mixres.data.objects import StoredObject, find_objects, is_url
 from mixres.data.parquet import records_from_parquet
-from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, printable
-from mixres.data.scan_cache import ScanMemo
+from mixres.data.records import EditRecord, EmptyCaption, Problem, collector_paused, printable
+from mixres.data.scan_cache import Job, ScanMemo
 from mixres.data.tar_shards import records_from_shard
 from mixres.errors import Problems, UserError, without_secrets
 from mixres.geometry import Size
@@ -31,8 +29,7 @@ from mixres.geometry import Size
 SHARDS = (".tar", ".parquet")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 INDEX = "shard_index"  # beside the memo
-T = TypeVar("T")
-R = TypeVar("R")
+ALONE = Share()
 
 
 class ScannedRecord(NamedTuple):
@@ -57,11 +54,6 @@ class Scan(NamedTuple):
     unusable: int  # records
 
 
-class _Job(NamedTuple):
-    path: Picture
-    is_mask: bool
-
-
 def find_records(
     source: str,
     *,
@@ -70,18 +62,20 @@ def find_records(
     columns: Mapping[str, str] = {},
     index: Path | None = None,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> tuple[list[EditRecord], list[Problem]]:
     """All records of a folder (sorted by name) or of another source (in its order), and all problems.
 
-    `columns`: names of columns by role. `index`: a folder that keeps where the members of tar files lie. `progress`: as
-    `console.counted` shows it.
+    `columns`: names of columns by role. `index`: a folder that keeps what is in shards. `progress`: as
+    `console.counted` shows it. `share`: of the shards that this process reads before those of others.
 
     Raises:
         UserError: `source` itself is no data source, or cannot be read.
         WorkError: a store cannot be reached.
     """
     if source.lower().endswith((*SHARDS, *COMPRESSED)) and not Path(source).is_dir():
-        return _records_of_objects(source, columns=columns, empty_caption=empty_caption, index=index, progress=progress)
+        how: dict[str, Any] = {"columns": columns, "empty_caption": empty_caption}
+        return _records_of_objects(source, **how, index=index, progress=progress, share=share)
     path = Path(source)
     reason = "no such folder or manifest; correct the path"
     if is_url(source):
@@ -106,34 +100,31 @@ def is_there(source: str) -> bool:
 
 
 def _records_of_objects(
-    source: str, *, columns: Mapping[str, str], empty_caption: EmptyCaption, index: Path | None, progress: bool
+    source: str,
+    *,
+    columns: Mapping[str, str],
+    empty_caption: EmptyCaption,
+    index: Path | None,
+    progress: bool,
+    share: Share,
 ) -> tuple[list[EditRecord], list[Problem]]:
-    """Those of all shards that `source` names, several at a time."""
+    """Those of all shards that `source` names, several at a time: first this process's own, as others keep theirs."""
 
     def read(stored: StoredObject) -> tuple[list[EditRecord], list[Problem]]:
         if not stored.url.lower().endswith(".parquet"):
             return records_from_shard(stored, columns=columns, empty_caption=empty_caption, index=index)
-        return records_from_parquet(stored, columns=columns, empty_caption=empty_caption)
+        return records_from_parquet(stored, columns=columns, empty_caption=empty_caption, index=index)
 
     objects, wrong = find_objects(source), Problems()
     bar, remote = progress and len(objects) > 1, is_url(source)
-    found = _in_threads(lambda stored: wrong.collect(read, stored), objects, "index", "shard", bar, remote=remote)
-    parts = [part for part in found if part]
+    own, others = share.split(objects)
+    order = [*own, *share.helping(others)]
+    with in_threads(remote=remote) as pool:
+        found = pool.map(lambda stored: wrong.collect(read, stored), order)
+        parts = dict(zip(counted(order, "index", "shard", enabled=bar), found, strict=True))
     wrong.raise_if_any()
-    return [record for records, _ in parts for record in records], [x for _, problems in parts for x in problems]
-
-
-def _in_threads(
-    work: Callable[[T], R], items: Sequence[T], verb: str, unit: str, progress: bool, *, remote: bool
-) -> Iterator[R]:
-    """What `work` makes of the items, in their order, with progress; `remote`: they wait more than they compute."""
-    pool = ThreadPoolExecutor(8 if remote else min(8, os.cpu_count() or 1))
-    try:
-        results = pool.map(work, items)  # all are queued now, whoever counts
-        for _, result in zip(counted(items, verb, unit, enabled=progress), results, strict=True):
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the files that are still queued
+    whole = [part for stored in objects if (part := parts[stored])]
+    return [record for records, _ in whole for record in records], [x for _, problems in whole for x in problems]
 
 
 def scan(
@@ -146,12 +137,13 @@ def scan(
     min_side: int = 16,
     progress: bool = True,
     memo: Path | None = None,
+    share: Share = ALONE,
 ) -> Scan:
     """All usable records of all sources in their order, and every problem.
 
     `key`: what named the sources, for messages. `columns`: names of columns by role. `min_side`: pixels along the
-    shorter side that still make one token. `progress`: as `console.counted` shows it. `memo`: a file that keeps what
-    the scan found for the next one.
+    shorter side that still make one token. `progress`: as `console.counted` shows it. `memo`: a folder that keeps what
+    the scan found for the next one, and for the processes that share this one.
 
     Raises:
         UserError: there are sources that are no data source; a message for each, and the problems of the others.
@@ -163,31 +155,38 @@ def scan(
     unusable = 0
     for source in sources:
         try:
-            found = find_records(
-                source,
-                follow_symlinks=limits.follow_symlinks,
-                empty_caption=empty_caption,
-                columns=columns,
-                index=memo.parent / INDEX if memo else None,
-                progress=progress,
-            )
+            with collector_paused():
+                found = find_records(
+                    source,
+                    follow_symlinks=limits.follow_symlinks,
+                    empty_caption=empty_caption,
+                    columns=columns,
+                    index=memo.parent / INDEX if memo else None,
+                    progress=progress,
+                    share=share,
+                )
         except UserError as error:
             messages += [f"{key}: {message}" if key else message for message in error.messages]
         else:
             records += found[0]
             problems += found[1]
             unusable += len({problem.example for problem in found[1]} - {None})
-    jobs = dict.fromkeys(job for record in records for job in _jobs(record))
-    facts, decoded = _inspect(list(jobs), limits, ScanMemo(memo), progress)
-    scanned = []
-    for record in records:
-        if reasons := _record_problems(record, facts, min_side):
-            problems += reasons
-        else:
-            scanned.append(_scanned(record, facts))
+    with collector_paused():
+        jobs = [job for record in records for job in _jobs(record)]
+    facts, decoded, unchanged = facts_of(jobs, limits, ScanMemo(memo if jobs else None), share, progress=progress)
+    del jobs
+    scanned, first = [], 0
+    with collector_paused():
+        for record in records:
+            last = first + 1 + len(record.controls) + (record.mask is not None)
+            own, first = facts[first:last], last
+            if reasons := _record_problems(record, own, min_side):
+                problems += reasons
+            else:
+                scanned.append(_scanned(record, own))
     if messages:
         raise UserError([*messages, *map(str, problems)])
-    return Scan(scanned, problems, decoded, len(jobs) - decoded, unusable + len(records) - len(scanned))
+    return Scan(scanned, problems, decoded, unchanged, unusable + len(records) - len(scanned))
 
 
 def split_held_out(
@@ -221,49 +220,19 @@ def never_trained(
     return kept, problems
 
 
-def _jobs(record: EditRecord) -> list[_Job]:
+def _jobs(record: EditRecord) -> list[Job]:
     """Target, controls, then the mask if there is one."""
-    jobs = [_Job(path, False) for path in (record.target, *record.controls)]
-    return [*jobs, _Job(record.mask, True)] if record.mask else jobs
+    jobs = [Job(path, False) for path in (record.target, *record.controls)]
+    return [*jobs, Job(record.mask, True)] if record.mask else jobs
 
 
-def _inspect(
-    jobs: list[_Job], limits: Limits, memo: ScanMemo, progress: bool
-) -> tuple[dict[_Job, ImageFacts | BadImageError], int]:
-    """Facts or reason for each job, and how many were decoded."""
-    decoded = 0
-
-    def inspect(job: _Job) -> tuple[ImageFacts | BadImageError, bool]:
-        if facts := memo.find(job.path, job.is_mask, limits):
-            return facts, False
-        try:
-            status = job.path.stat()  # before the bytes are read: what is changed meanwhile is read again next time
-            facts = inspect_image(job.path, limits, is_mask=job.is_mask)
-            memo.add(job.path, job.is_mask, status, facts)
-            return facts, True
-        except OSError as error:
-            return BadImageError(f"cannot be read: {error.strerror or error}; make it readable"), True
-        except BadImageError as error:
-            return BadImageError(str(error)), True  # the one raised holds frames, and they the bytes of the file
-
-    found = {}
-    remote = any(is_url(str(job.path)) for job in jobs)
-    results = _in_threads(inspect, jobs, "scan", "file", progress, remote=remote)
-    try:
-        for job, (facts, is_new) in zip(jobs, results, strict=True):
-            found[job] = facts
-            decoded += is_new
-    finally:  # also where a store went away: what was read of it need not be read again
-        with contextlib.suppress(OSError):  # a full or read-only disk: the memo only saves time
-            memo.save()
-    return found, decoded
-
-
-def _record_problems(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError], min_side: int) -> list[Problem]:
-    problems = []
-    target = found[_Job(record.target, False)]
-    for job in _jobs(record):
-        facts, reason = found[job], None
+def _record_problems(record: EditRecord, found: Sequence[Facts], min_side: int) -> list[Problem]:
+    """`found`: facts or reasons of the images of the record, in the order of `_jobs`."""
+    target, problems = found[0], []
+    if not record.mask and not [1 for x in found if isinstance(x, BadImageError) or min(x.size) < min_side]:
+        return []
+    for job, facts in zip(_jobs(record), found, strict=True):
+        reason = None
         if isinstance(facts, BadImageError):
             reason = str(facts)
         elif min(facts.size) < min_side:
@@ -276,13 +245,7 @@ def _record_problems(record: EditRecord, found: dict[_Job, ImageFacts | BadImage
     return problems
 
 
-def _scanned(record: EditRecord, found: dict[_Job, ImageFacts | BadImageError]) -> ScannedRecord:
-    facts = [f for job in _jobs(record) if isinstance(f := found[job], ImageFacts)]
-    return ScannedRecord(
-        record=record,
-        target_size=facts[0].size,
-        control_sizes=tuple(f.size for f in facts[1 : 1 + len(record.controls)]),
-        digests=tuple(f.digest for f in facts),
-        flattened=any(f.flattened for f in facts),
-        first_of_several=any(f.first_of_several for f in facts),
-    )
+def _scanned(record: EditRecord, found: Sequence[Any]) -> ScannedRecord:
+    sizes, digests, flattened, several = zip(*found, strict=True)  # of `ImageFacts`
+    own = sizes[1 : 1 + len(record.controls)]
+    return ScannedRecord(record, sizes[0], own, digests, flattened=any(flattened), first_of_several=any(several))

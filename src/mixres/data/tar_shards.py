@@ -10,33 +10,33 @@ are neither an image nor of a known column are left alone.
 """
 
 import io
-import json
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
-from mixres import atomic
 from mixres.data.images import SUFFIXES
 from mixres.data.manifest import ALIGN, BadRowError, Row, column_key, records_from_rows
 from mixres.data.objects import StoredObject
-from mixres.data.records import MAX_CAPTION_BYTES, EditRecord, EmbeddedStatus, EmptyCaption, Problem, printable
-from mixres.data.scan_cache import is_settled
+from mixres.data.records import (
+    MAX_CAPTION_BYTES,
+    EditRecord,
+    EmbeddedStatus,
+    EmptyCaption,
+    Problem,
+    printable,
+)
+from mixres.data.shard_index import Found, kept_records
 from mixres.errors import UserError
 
 RANGE_BYTES = 2**16  # of one read of headers: small members come along
 MAX_END_BYTES = 2**20  # of zeros behind the last member
-_VERSION = 1
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d"}
 
 
 class Member(NamedTuple):
-    """A file in a shard, as its index keeps it."""
+    """A file in a shard."""
 
     name: str
     offset: int
@@ -45,8 +45,7 @@ class Member(NamedTuple):
     problem: str | None
 
 
-@dataclass(frozen=True)
-class TarImage:
+class TarImage(NamedTuple):
     """The bytes of one image in a shard."""
 
     shard: StoredObject
@@ -58,7 +57,8 @@ class TarImage:
         return f"{self.shard}:{self.name}"
 
     def stat(self) -> EmbeddedStatus:
-        return self.shard.status._replace(st_size=self.size)
+        mode, _, *times = self.shard.status
+        return EmbeddedStatus(mode, self.size, *times)
 
     def read_bytes(self) -> bytes:
         return self.shard.read(self.offset, self.offset + self.size)
@@ -79,12 +79,21 @@ def records_from_shard(
         UserError: the shard is compressed.
         WorkError: it cannot be read any more.
     """
-    try:
-        members = _members(shard, index)
-    except _DamagedError as error:
-        return [], [Problem(printable(shard), str(error), example=printable(shard))]
-    rows = _rows(shard, members, columns)
-    return records_from_rows(str(shard), rows, partial(_image, shard), empty_caption)
+
+    def read() -> Found:
+        try:
+            members = list(_read_headers(shard))
+        except _DamagedError as error:
+            return [], [Problem(printable(shard), str(error), example=printable(shard))]
+        return records_from_rows(str(shard), _rows(shard, members, columns), partial(_image, shard), empty_caption)
+
+    kept = partial(kept_records, columns=columns, empty_caption=empty_caption)
+    records, problems = kept(shard, index, read, partial(TarImage, shard))
+    if not (records or problems):  # such as a file of zeros, which is what an interrupted copy may leave
+        problems = [
+            Problem(printable(shard), "holds no record; copy it again, or take it out", example=printable(shard))
+        ]
+    return records, problems
 
 
 def _image(shard: StoredObject, where: str, key: str, member: Any) -> TarImage:
@@ -132,22 +141,6 @@ def _text(shard: StoredObject, member: Member) -> str:
         return member.text
     data = shard.read(member.offset, member.offset + min(member.size, MAX_CAPTION_BYTES))
     return data.decode("utf-8", "surrogateescape").strip()
-
-
-def _members(shard: StoredObject, folder: Path | None) -> list[Member]:
-    """From the index that is kept in `folder`, if it is of the shard's present state, else by its headers."""
-    state = [_VERSION, str(shard), *shard.status]
-    file = folder / f"{xxhash.xxh3_64_hexdigest(str(shard).encode())}.json" if folder else None
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        kept = json.loads(file.read_bytes()) if file else {}
-        if kept["state"] == state:
-            return [Member(*member) for member in kept["members"]]
-    members = list(_read_headers(shard))
-    if file and is_settled(shard.status):
-        with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(file, {"state": state, "members": members}, indent=None)
-    return members
 
 
 def _read_headers(shard: StoredObject) -> Iterator[Member]:

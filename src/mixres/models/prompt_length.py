@@ -27,7 +27,8 @@ def over_long(
     suspects = [
         text
         for text in dict.fromkeys(prompts)
-        if max(len(normalize("NFC", text).encode()), len(normalize("NFKC", text).encode())) >= limit
+        if (len(text) if text.isascii() else max(len(normalize(form, text).encode()) for form in ("NFC", "NFKC")))
+        >= limit
     ]
     if not suspects:
         return {}

@@ -16,7 +16,7 @@ from PIL import Image, ImageColor
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
-from mixres.data.cache import INLINE, NOWHERE, CacheEntry, entry_key
+from mixres.data.cache import INLINE, NOWHERE, CacheEntry, entry_keys_of
 from mixres.data.images import WHITE, BadImageError, read_image, read_mask
 from mixres.data.records import EditRecord, Picture, ReadOnce
 from mixres.data.scan import ScannedRecord
@@ -25,11 +25,10 @@ from mixres.models.family import ControlSizes, Family
 from mixres.preprocessing.cache_folder import cache_folder
 from mixres.preprocessing.parts import EMPTY, PROMPT, Part, Parts
 from mixres.preprocessing.training_data import (
-    aligned,
-    control_areas,
+    RecordSizes,
+    SizesOf,
     control_sizes_of,
     image_limits,
-    stated_areas,
     target_size_of,
 )
 
@@ -57,21 +56,29 @@ def entry_keys(
     stated = _stated(config, family, encoders)
     colour = ImageColor.getrgb(config.data.background)
     background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
-    return [
-        entry_key(
+    sizes, keys_of = RecordSizes(config, family), {}
+
+    def make_keys(own: SizesOf, controls: int, flattened: bool) -> Callable[..., str]:
+        return entry_keys_of(
+            ("files", "prompt"),
             **stated,
-            target_size=target_size_of(config, scanned),
-            **control_areas(config, family, target_size_of(config, scanned)),
-            controls=len(scanned.record.controls),
-            files=scanned.digests,
-            prompt=scanned.record.prompt,
+            target_size=own.target,
+            **own.areas,
+            controls=controls,
             **({"empty_prompt": True} if empty_prompt else {}),
             **_text(config),
-            **(background if scanned.flattened else {}),
-            **_aligned_sizes(config, family, scanned),
+            **(background if flattened else {}),
+            **({} if own.by_area else {"control_sizes": own.controls.vae}),
         )
-        for scanned in records
-    ]
+
+    keys = []
+    for scanned in records:
+        own, controls = sizes.of(scanned), len(scanned.record.controls)
+        kind = own.target, own.controls, own.by_area, controls, scanned.flattened
+        if kind not in keys_of:
+            keys_of[kind] = make_keys(own, controls, scanned.flattened)
+        keys.append(keys_of[kind](scanned.digests, scanned.record.prompt))
+    return keys
 
 
 def shared_parts(
@@ -103,15 +110,6 @@ def _text(config: Config) -> dict[str, str]:
 
 def _memo(config: Config) -> Path:
     return cache_folder(config) / "fingerprints.json"
-
-
-def _aligned_sizes(config: Config, family: Family, scanned: ScannedRecord) -> dict[str, Any]:
-    if not any(aligned(config, scanned)):
-        return {}
-    target, rules = target_size_of(config, scanned), stated_areas(config, family)
-    by_area = family.control_sizes(target, scanned.control_sizes, rules)
-    sizes = control_sizes_of(config, family, scanned)
-    return {} if sizes == by_area else {"control_sizes": sizes.vae}
 
 
 def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:
@@ -152,20 +150,22 @@ def foreseen_entries(
     """
     if not (parts or records):
         return {}
-    count, entries = partial(family.text_tokens, family.load_preprocessors()), {}
+    count, of = partial(family.text_tokens, family.load_preprocessors()), RecordSizes(config, family).of
+    entries = {}
     for key, part in parts.items():
-        sizes = _seen_sizes(config, family, part.scanned)
+        own = of(part.scanned)
         if isinstance(part.name, int):
-            grid = family.grids(target_size_of(config, part.scanned), control_sizes_of(config, family, part.scanned))
-            entries[key] = CacheEntry(key, grid[part.name + 1 : part.name + 2], 0, False, prompts=(NOWHERE,))
+            grid = family.grids(own.target, own.controls)[part.name + 1 : part.name + 2]
+            entries[key] = CacheEntry(key, grid, 0, False, prompts=(NOWHERE,))
         else:
-            entries[key] = CacheEntry(key, (), count(prompt=part.prompt, sizes=sizes), has_mask=False)
+            seen = ControlSizes() if family.prompts_alone else own.controls
+            entries[key] = CacheEntry(key, (), count(prompt=part.prompt, sizes=seen), has_mask=False)
     for key, scanned in records.items():
-        sizes = control_sizes_of(config, family, scanned)
+        target, sizes = of(scanned).target, of(scanned).controls
         prompts, controls = shared.places(key, scanned)
         entries[key] = CacheEntry(
             key=key,
-            img_shapes=family.grids(target_size_of(config, scanned), sizes),
+            img_shapes=family.grids(target, sizes),
             text_tokens=count(prompt=scanned.record.prompt, sizes=sizes),
             has_mask=scanned.record.mask is not None,
             empty_tokens=count(prompt="", sizes=sizes) if key in with_empty else 0,
@@ -173,11 +173,6 @@ def foreseen_entries(
             controls=controls,
         )
     return entries
-
-
-def _seen_sizes(config: Config, family: Family, scanned: ScannedRecord) -> ControlSizes:
-    """Those of the controls that the text encoder is handed."""
-    return ControlSizes() if family.prompts_alone else control_sizes_of(config, family, scanned)
 
 
 def text_problems(family: Family, records: Mapping[str, ScannedRecord], entries: Mapping[str, CacheEntry]) -> list[str]:

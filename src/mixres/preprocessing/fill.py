@@ -21,10 +21,11 @@ from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.console import clock, counted, log
 from mixres.data.cache import Cache, CacheEntry
+from mixres.data.decode import Share
 from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Layout, Lengths, Rounding, over_budget
-from mixres.data.records import EditRecord
-from mixres.data.scan import ScannedRecord
+from mixres.data.records import EditRecord, collector_paused
+from mixres.data.scan import ALONE, ScannedRecord
 from mixres.errors import Problems, UserError, WorkError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes, Family
@@ -41,15 +42,15 @@ from mixres.preprocessing.encode import (
 from mixres.preprocessing.encoder import Encode, Encoder
 from mixres.preprocessing.live_texts import LiveTexts, TextsOf, text_device
 from mixres.preprocessing.parts import Part, Parts
-from mixres.preprocessing.training_data import SOURCES, control_sizes_of, scan_of, target_size_of, usable_records
+from mixres.preprocessing.training_data import SOURCES, RecordSizes, SizesOf, scan_of, usable_records
 
 T = TypeVar("T")
 Load = Callable[[], Encode]
 _LOOKS = 0.05  # of the time
+_MANY = 100_000  # records
 
 
-@dataclass(frozen=True)
-class CachedSample:
+class CachedSample(NamedTuple):
     """A usable record, the sizes it is trained at, and its entry in the cache."""
 
     record: EditRecord
@@ -144,8 +145,8 @@ def run_cache(
         )
     family = family_of(config, is_main=rank == 0)
     if shard:
-        found = keyed_records(config, family, is_main=True)
         number, count = shard
+        found = keyed_records(config, family, is_main=True, share=Share(number - 1, count))
         _fill(config, family, found, device=torch.device(device), rank=number - 1, world_size=count, alone=True)
     else:
         encode_all(config, family, device=torch.device(device), rank=rank, world_size=world_size)
@@ -183,18 +184,20 @@ def encode_all(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    found = keyed_records(config, family, is_main=rank == 0)
+    found = keyed_records(config, family, is_main=rank == 0, share=Share(rank, world_size))
     return encode(config, family, found, device=device, rank=rank, world_size=world_size)
 
 
-def keyed_records(config: Config, family: Family, *, is_main: bool) -> KeyedRecords:
-    """Scan training and held-out data; the usable records and the keys of their entries.
+def keyed_records(config: Config, family: Family, *, is_main: bool, share: Share = ALONE) -> KeyedRecords:
+    """Scan training and held-out data, shared with other processes; the usable records and the keys of their entries.
 
     Raises:
         UserError: data, base or sizes are wrong, or the folder of the cache cannot be made.
     """
     cache = open_cache(config)
-    train, held_out = usable_records(config, family, is_main=is_main)
+    train, held_out = usable_records(config, family, is_main=is_main, share=share)
+    if len(train) > _MANY:
+        gc.freeze()  # else each full collection of the process would look at every record again
     dropout = config.data.caption_dropout > 0
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     with_empty = frozenset(keys if dropout else ())
@@ -236,9 +239,14 @@ def encode(
     _fill(config, family, found, device=device, rank=rank, world_size=world_size)
     cache, train, held_out, keys, *_ = found
     found_records = zip(keys, [*train, *held_out], [""] * len(train) + found.noise_keys, strict=True)
-    with _collector_paused():
-        samples = [_cached(config, family, scanned, key, cache, noise) for key, scanned, noise in found_records]
-    recompute = config.cache.text == "recompute"
+    sizes, recompute = RecordSizes(config, family), config.cache.text == "recompute"
+    with collector_paused():
+        samples = [
+            _cached(sizes.of(scanned), scanned, cache.lookup(key), noise, scanned.digests if recompute else ())
+            for key, scanned, noise in found_records
+        ]
+    if len(samples) > _MANY:
+        gc.freeze()
     texts = LiveTexts(config, family, text_device(config, device, ranks=world_size)) if recompute else None
     return CachedData(cache, samples[: len(train)], samples[len(train) :], texts)
 
@@ -259,7 +267,7 @@ def _fill(
     cache.shards.store.finish()
     if is_main:
         cache.sweep()
-    with _collector_paused():
+    with collector_paused():
         entries, parts = entries_there(found)
         wanted = len(parts) + len(records)
         missing = {key: scanned for key, scanned in records.items() if key not in entries}
@@ -268,7 +276,7 @@ def _fill(
         parts = {key: parts[key] for key in sorted(parts, key=lambda key: isinstance(parts[key].name, str))}
         to_come = {key: part for key, part in parts.items() if key not in known}
     foreseen = foreseen_entries(config, family, missing, found.with_empty, found.shared, to_come)
-    with _collector_paused():
+    with collector_paused():
         _check_lengths(config, family, found, entries | foreseen)
     sizes = entry_bytes(config, family, foreseen)
     check_space(cache, sizes.values())
@@ -291,18 +299,6 @@ def _fill(
         log(f"cache     {what}: {encoded} encoded, {wanted - len(sizes)} found{others}")
     elif encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """A million entries are no garbage: while they are made, Python's collector would look at them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries: Mapping[str, CacheEntry]) -> None:
@@ -390,13 +386,11 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
 
 
 def _cached(
-    config: Config, family: Family, scanned: ScannedRecord, key: str, cache: Cache, noise_key: str
+    sizes: SizesOf, scanned: ScannedRecord, entry: CacheEntry | None, noise_key: str, digests: tuple[str, ...]
 ) -> CachedSample:
-    entry = cache.lookup(key)
-    assert entry is not None, key
-    sizes = target_size_of(config, scanned), control_sizes_of(config, family, scanned)
-    digests = scanned.digests if config.cache.text == "recompute" else ()
-    return CachedSample(scanned.record, *sizes, key, entry, scanned.regularization, digests, noise_key)
+    assert entry is not None, scanned.record.name
+    at = sizes.target, sizes.controls
+    return CachedSample(scanned.record, *at, entry.key, entry, scanned.regularization, digests, noise_key)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:

@@ -6,23 +6,26 @@ before anything is encoded; what is held out is never trained. Cost: the scan; s
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mixres import atomic
 from mixres.config.schema import Config
 from mixres.console import amount, log
+from mixres.data.decode import Share
 from mixres.data.images import Limits
 from mixres.data.records import Picture, Problem, printable
-from mixres.data.scan import Scan, ScannedRecord, never_trained, scan, split_held_out
+from mixres.data.scan import ALONE, Scan, ScannedRecord, never_trained, scan, split_held_out
 from mixres.errors import Problems, UserError
 from mixres.geometry import Align, Size, aligned_controls, control_area, control_scale, target_scale, target_size
 from mixres.models.family import AreaRule, ControlSizes, Family
 from mixres.preprocessing.cache_folder import cache_folder
 
 BAD_ITEMS = "bad_items.jsonl"
-SCAN_MEMO = "scan.json"
+_MOST_SIZES = 2**16  # that are kept at once
+SCAN_MEMO = "scan"
 SOURCES = ("train", "regularization", "held_out")  # keys of `data`
 
 
@@ -74,17 +77,21 @@ class ScannedData:
         return lines
 
 
-def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
+def usable_records(
+    config: Config, family: Family, *, is_main: bool, share: Share = ALONE
+) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
     """Training records, those of `data.regularization` last, and held-out ones.
 
-    `is_main`: this process reports what was found and writes `bad_items.jsonl`.
+    `is_main`: this process reports what was found and writes `bad_items.jsonl`. `share`: of the images that it decodes
+    before those of other processes.
 
     Raises:
         UserError: sources, sizes or records are wrong, all of them together; or a fraction holds out none or all.
     """
-    found = scan_records(config, family, is_main=is_main)
+    found = scan_records(config, family, is_main=is_main, share=share)
     if lines := found.refusals(config):
-        raise UserError(lines)
+        others = f"{lines[0]} (the first process lists this and {amount(len(lines) - 1, 'more line')})"
+        raise UserError(lines if is_main or not lines[1:] else others)
     if is_main:
         _list_problems(config, found)
         tell(found, family, config.data.background)
@@ -93,7 +100,7 @@ def usable_records(config: Config, family: Family, *, is_main: bool) -> tuple[li
     return found.train, found.held_out
 
 
-def scan_records(config: Config, family: Family, *, is_main: bool) -> ScannedData:
+def scan_records(config: Config, family: Family, *, is_main: bool, share: Share = ALONE) -> ScannedData:
     """Training and held-out records, and the problems of the others, whatever is to be done about them.
 
     Raises:
@@ -103,7 +110,8 @@ def scan_records(config: Config, family: Family, *, is_main: bool) -> ScannedDat
     token = family.pixels_per_token()
     _check_sizes(config, family, token)
     found, problems = ScannedData(), Problems()
-    parts = {key: problems.collect(_scan_source, config, family, key, token, is_main, found) for key in SOURCES}
+    how = {"is_main": is_main, "share": share, "min_side": token}
+    parts = {key: problems.collect(_scan_source, config, family, key, found, **how) for key in SOURCES}
     if problems.lines:
         problems.add(*map(str, found.problems))
     problems.raise_if_any()
@@ -117,35 +125,36 @@ def scan_records(config: Config, family: Family, *, is_main: bool) -> ScannedDat
     return found
 
 
-def _scan_source(
-    config: Config, family: Family, key: str, token: int, is_main: bool, found: ScannedData
-) -> list[ScannedRecord]:
-    """The usable records of one key of `data`; problems and counts are added to `found`.
+def _scan_source(config: Config, family: Family, key: str, found: ScannedData, **how: Any) -> list[ScannedRecord]:
+    """The usable records of one key of `data`, scanned as `scan_of` does; problems and counts are added to `found`.
 
     Raises:
         UserError: a source cannot be read, or the base has no tokenizer.
     """
-    source = scan_of(config, key, is_main=is_main, min_side=token)
+    source = scan_of(config, key, **how)
     found.problems += source.problems
     found.decoded += source.decoded
     found.unchanged += source.unchanged
     long, usable = family.over_long(scanned.record.prompt for scanned in source.records), []
+    sizes = RecordSizes(config, family)
     for scanned in source.records:
-        tokens, beginning = long.get(scanned.record.prompt, (0, scanned.record.prompt))
-        unfit = [*_unfit(config, family, scanned, token)]
+        tokens, beginning = long[scanned.record.prompt] if long and scanned.record.prompt in long else (0, "")
+        unfit = _unfit(sizes, scanned)
         if tokens and config.data.long_caption == "error":
             fix = "shorten it, or set data.long_caption=truncate"
             reason = f"the prompt is {tokens} tokens long, more than {family.max_prompt_tokens}; {fix}"
             unfit.append(_problem(scanned, scanned.record.target, reason))
         found.problems += unfit
         if not unfit:
-            usable.append(scanned._replace(record=replace(scanned.record, prompt=beginning)))
-            found.cut += bool(tokens)
+            if tokens:
+                scanned = scanned._replace(record=scanned.record._replace(prompt=beginning))
+                found.cut += 1
+            usable.append(scanned)
     found.unusable += source.unusable + len(source.records) - len(usable)
     return usable
 
 
-def scan_of(config: Config, key: str, *, is_main: bool, **rules: int) -> Scan:
+def scan_of(config: Config, key: str, *, is_main: bool, share: Share = ALONE, **rules: int) -> Scan:
     """Scan the sources that `key` of `data` names; `rules`: arguments of `scan` that only a base can give.
 
     Raises:
@@ -160,6 +169,7 @@ def scan_of(config: Config, key: str, *, is_main: bool, **rules: int) -> Scan:
         columns=config.data.columns,
         progress=is_main,
         memo=cache_folder(config) / SCAN_MEMO,
+        share=share,
         **rules,
     )
 
@@ -171,28 +181,16 @@ def image_limits(config: Config) -> Limits:
     return Limits(**how, **data.limits.model_dump())
 
 
-def _unfit(config: Config, family: Family, scanned: ScannedRecord, token: int) -> Iterator[Problem]:
-    """Why the family cannot take a record, and images whose size rule leaves a side shorter than a token.
-
-    Such an image would be stretched to whole tokens.
-    """
-    record, rule, target = scanned.record, config.data.resize.target, scanned.target_size
-    reason = family.record_problem(controls=len(record.controls), prompt=record.prompt)
-    if reason := reason or family.sizes_problem(control_sizes_of(config, family, scanned)):
-        yield _problem(scanned, record.target, reason)
-    scale = target_scale(target, max_pixels=rule.max_pixels, upscale=rule.upscale)
-    sizes = [(record.target, target, scale, "data.resize.target.max_pixels")]
-    for name, pixels in control_areas(config, family, target_size_of(config, scanned)).items():
-        key = f"data.resize.control.{name.removeprefix('control_')}"
-        for path, size, same in zip(record.controls, scanned.control_sizes, aligned(config, scanned), strict=True):
-            if not (same and name == "control_area"):
-                sizes.append((path, size, control_scale(size, area=pixels), key))
-    for path, size, scale, key in sizes:
-        if min(size) * scale < token:
-            resized = f"{size.width * scale:.0f}x{size.height * scale:.0f}"
-            owner = "" if path is record.target else f" (belongs to {record.name})"
-            fix = f"no side may be under {token} pixels: give a larger one"
-            yield _problem(scanned, path, f"{size} becomes {resized} by {key}; {fix}{owner}")
+def _unfit(sizes: "RecordSizes", scanned: ScannedRecord) -> list[Problem]:
+    """Why the family cannot take a record, and images whose size rule leaves a side shorter than a token."""
+    record, own, problems = scanned.record, sizes.of(scanned), []
+    reason = sizes.family.record_problem(controls=len(record.controls), prompt=record.prompt)
+    if reason := reason or own.problem:
+        problems.append(_problem(scanned, record.target, reason))
+    for number, text in own.too_small:
+        owner = f" (belongs to {record.name})" if number else ""
+        problems.append(_problem(scanned, (record.target, *record.controls)[number], f"{text}{owner}"))
+    return problems
 
 
 def _problem(scanned: ScannedRecord, path: Picture, reason: str) -> Problem:
@@ -227,21 +225,63 @@ def control_rules(config: Config, family: Family) -> dict[str, AreaRule | Align]
     return {**areas, "control_align": config.data.resize.control.align} if areas else {}
 
 
-def control_areas(config: Config, family: Family, target: Size) -> dict[str, int]:
-    """The areas of the controls of one target, under the names of `Family.control_areas`."""
-    return {name: control_area(rule, target) for name, rule in stated_areas(config, family).items()}
+class SizesOf(NamedTuple):
+    """The sizes at which a record is encoded, trained and sampled, and what is wrong with them."""
+
+    target: Size
+    areas: dict[str, int]  # of its controls, under the names of `Family.control_areas`
+    controls: ControlSizes
+    by_area: bool  # whether the controls have the sizes that their areas give
+    problem: str | None
+    too_small: tuple[tuple[int, str], ...]  # images that the size rule leaves a side shorter than a token, by number
 
 
-def aligned(config: Config, scanned: ScannedRecord) -> tuple[bool, ...]:
-    """Which controls of a record get the token grid of its target."""
-    rule, own = config.data.resize.control.align, scanned.record.align_control
-    return aligned_controls(rule, scanned.target_size, scanned.control_sizes, own)
+class RecordSizes:
+    """The sizes of records under a configuration; those of files of equal sizes are computed once."""
+
+    def __init__(self, config: Config, family: Family) -> None:
+        self.config, self.family, self._token = config, family, family.pixels_per_token()
+        self._rules = stated_areas(config, family)
+        self._found: dict[tuple[Any, ...], SizesOf] = {}
+
+    def of(self, scanned: ScannedRecord) -> SizesOf:
+        """Those of one record."""
+        files = scanned.target_size, scanned.control_sizes, scanned.record.align_control
+        found = self._found.get(files)
+        if found is None:
+            if len(self._found) == _MOST_SIZES:
+                self._found.clear()
+            found = self._found[files] = self._sizes(*files)
+        return found
+
+    def _sizes(self, target: Size, controls: tuple[Size, ...], own: bool | None) -> SizesOf:
+        rule, at = self.config.data.resize, target_size(target, **self.config.data.resize.target.model_dump())
+        same = aligned_controls(rule.control.align, target, controls, own)
+        taken = () if self.family.record_problem(controls=len(controls), prompt="") else controls
+        plain = self.family.control_sizes(at, taken, self._rules)
+        sizes = self.family.control_sizes(at, taken, self._rules, same[: len(taken)])
+        areas = {name: control_area(area, at) for name, area in self._rules.items()}
+        scale = target_scale(target, max_pixels=rule.target.max_pixels, upscale=rule.target.upscale)
+        resized = [(0, target, scale, "data.resize.target.max_pixels")]
+        for name, pixels in areas.items():
+            key = f"data.resize.control.{name.removeprefix('control_')}"
+            for number, (size, is_same) in enumerate(zip(controls, same, strict=True), 1):
+                if not (is_same and name == "control_area"):
+                    resized.append((number, size, control_scale(size, area=pixels), key))
+        return SizesOf(at, areas, sizes, sizes == plain, self.family.sizes_problem(sizes), (*self._too_small(resized),))
+
+    def _too_small(self, resized: Iterable[tuple[int, Size, float, str]]) -> Iterator[tuple[int, str]]:
+        """Such an image would be stretched to whole tokens."""
+        for number, size, scale, key in resized:
+            if min(size) * scale < self._token:
+                made = f"{size.width * scale:.0f}x{size.height * scale:.0f}"
+                fix = f"no side may be under {self._token} pixels: give a larger one"
+                yield number, f"{size} becomes {made} by {key}; {fix}"
 
 
 def control_sizes_of(config: Config, family: Family, scanned: ScannedRecord) -> ControlSizes:
     """The sizes at which a record's controls are encoded, trained and sampled."""
-    target, rules = target_size_of(config, scanned), stated_areas(config, family)
-    return family.control_sizes(target, scanned.control_sizes, rules, aligned(config, scanned))
+    return RecordSizes(config, family).of(scanned).controls
 
 
 def target_size_of(config: Config, scanned: ScannedRecord) -> Size:

@@ -21,6 +21,7 @@ from mixres import atomic
 from mixres.config.load import FROZEN, dump_config, public_config
 from mixres.config.schema import Config
 from mixres.console import Progress, log
+from mixres.data.decode import Share
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
 from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
@@ -71,7 +72,7 @@ def train(config: Config, *, plan_type: Callable[..., Plan] = Plan) -> None:
         # All that can be wrong is found here, before anything is encoded or loaded.
         family = family_of(config, is_main=run.is_main)
         check_early(config, family)
-        records = keyed_records(config, family, is_main=run.is_main)
+        records = keyed_records(config, family, is_main=run.is_main, share=Share(rank, ranks))
         assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([records.keys, public]).encode()))
 
         # What is there to resume?
