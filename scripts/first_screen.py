@@ -103,6 +103,36 @@ def rows_of(*rows: Sequence[str]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
+def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
+    """Mixed batches against the lowest and highest of three bucket rules, and what `mixres verify` measured."""
+    sets = {"quickstart": "72 pairs", "border": "24 pairs of many sizes, edited at the border"}
+
+    def span(values: Sequence[float], form: str) -> str:
+        written = [form.format(value) for value in (min(values), max(values))]
+        return " to ".join(dict.fromkeys(written))
+
+    rows = [["", "mixres", "buckets, by the rules of three trainers"]]
+    for name, title in sets.items():
+        runs: dict[str, list[float]] = {}
+        for run in buckets[name]["runs"]:
+            runs.setdefault(run["arm"], []).append(run["images"]["psnr"])
+        others = [fmean(values) for arm, values in runs.items() if arm in buckets[name]["buckets"]]
+        own = f"{fmean(runs['mixed']):.1f} ({span(runs['mixed'], '{:.1f}')})"
+        rows.append([f"held-out PSNR in dB, {title}", own, span(others, "{:.1f}")])
+    own = [row for name in sets for row in buckets[name]["buckets"].values()]
+    cropped = [100 * row["cropped_mean"] for row in own]
+    rows.append(["area of the images that is cropped", "0 %", f"{span(cropped, '{:.1f}')} %"])
+    repeated = [
+        f"{max(row['repeated'] for row in buckets[name]['buckets'].values())} beside {buckets[name]['samples']}"
+        for name in sets
+    ]
+    rows.append(["samples repeated in an epoch, at most", "0", " and ".join(repeated)])
+    worst = {name: max(case[name] for case in exact["cases"]) for name in ("forward", "gradient")}
+    errors = f"{worst['forward']:.1e} forward, {worst['gradient']:.1e} gradient"
+    rows.append(["a batch of different sizes against its samples alone", errors, "no such batch"])
+    return rows_of(*rows)
+
+
 def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
     """Means over the held-out pairs, in dB."""
     columns = {"copy": "copied input", "base": "base alone", "lora": "base + LoRA", "ceiling": "the VAE's own"}
@@ -135,6 +165,7 @@ def hardware_table(found: Mapping[str, Any]) -> str:
 def page_with_tables(page: str) -> str:
     """The README with the tables of the results in the repository between their markers."""
     tables = {
+        "comparison": comparison_table(results("results/buckets.json"), results("results/verify.json")),
         "quickstart": quickstart_table(results("results/quickstart.json")),
         "hardware": hardware_table(results("hardware.json")),
     }

@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +126,7 @@ def test_the_meter_sees_a_control_that_is_a_row_larger_and_one_by_area(trained: 
             width, height = item.target_size
             by_area = control_size(Size(*trained.sampler.read(item.record.controls[0]).size), area=width * height)
             size = Size(width, height + TOKEN) if rule == "a row larger" else by_area
-            others.append(replace(item, control_sizes=ControlSizes((size,), (size,))))
+            others.append(item._replace(control_sizes=ControlSizes((size,), (size,))))
         aligned, shifted = trained.made(items), trained.made(others)
         assert all(one.drift is None or one.drift.shift_px > 2 for one in shifted), (rule, shifted)
         assert statistics.fmean(one.psnr for one in shifted) < statistics.fmean(one.psnr for one in aligned) - 5

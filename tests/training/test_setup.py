@@ -78,7 +78,7 @@ def test_a_compiled_runs_rows_are_rounded_and_the_plan_counts_them(setup: Setup,
     """The data here have four image lengths, which would stay; so they are made longer than they are."""
     entries = [item.entry for item in encoded.train]
     longer = [e._replace(img_shapes=(*e.img_shapes, Grid(1, 1, 1 + 9 * n))) for n, e in enumerate(entries)]
-    items = [replace(item, entry=entry) for item, entry in zip(encoded.train, longer, strict=True)]
+    items = [item._replace(entry=entry) for item, entry in zip(encoded.train, longer, strict=True)]
     many = CachedData(encoded.cache, items, [])
     rounding = rounding_of([item.lengths for item in items])
     assert rounding.image > 1
@@ -177,7 +177,7 @@ def test_a_base_on_the_hub_is_known_by_its_commit(
 @pytest.fixture(scope="module")
 def regularised(encoded: CachedData) -> CachedData:
     """The last three of the training samples as a regularisation set."""
-    items = [replace(item, regularization=i >= len(encoded.train) - 3) for i, item in enumerate(encoded.train)]
+    items = [item._replace(regularization=i >= len(encoded.train) - 3) for i, item in enumerate(encoded.train)]
     return CachedData(encoded.cache, items, encoded.held_out)
 
 
@@ -193,7 +193,7 @@ def test_which_data_are_another_run(setup: Setup, encoded: CachedData, regularis
     assert moved(regular, before) == {"data.train", "data.regularization"}
     assert before["data.regularization"] is None
     assert moved(regular, frozen(setup, regularised, REGULAR[0])) == set(), "the weight may change"
-    items = [replace(item, entry=item.entry._replace(empty_tokens=3)) for item in encoded.train]
+    items = [item._replace(entry=item.entry._replace(empty_tokens=3)) for item in encoded.train]
     with_empty = CachedData(encoded.cache, items, encoded.held_out)
     assert moved(before, frozen(setup, with_empty, "data.caption_dropout=0.1")) == {"data.caption_dropout"}
 
@@ -227,7 +227,7 @@ def test_each_setting_of_noise_and_loss_reaches_the_loss(setup: Setup, regularis
 
 
 def test_a_plan_without_samples_is_refused(setup: Setup, encoded: CachedData) -> None:
-    only_regular = [replace(item, regularization=True) for item in encoded.train]
+    only_regular = [item._replace(regularization=True) for item in encoded.train]
     for samples in ([], only_regular):
         with pytest.raises(UserError, match=r"data.train: there is no usable sample"):
             build_plan(setup(), CachedData(encoded.cache, samples, []), world_size=1)

@@ -90,7 +90,7 @@ def test_it_is_the_velocity_error_of_each_sample_at_each_sigma(
 
 def test_the_line_holds_means_over_all_sigmas_and_bands(encoded: CachedData) -> None:
     sizes = [Size(128, 128), Size(1024, 768), Size(1184, 880)]
-    items = [replace(item, target_size=size) for item, size in zip(encoded.held_out, sizes, strict=True)]
+    items = [item._replace(target_size=size) for item, size in zip(encoded.held_out, sizes, strict=True)]
     losses = {(i, sigma): 10.0 * i + sigma for i in range(3) for sigma in (0.25, 0.75)}
     line = metrics_line(losses, items)
     means = {"loss": 10.5, "sigma_0.25": 10.25, "sigma_0.75": 10.75, "resolution_128": 0.5, "resolution_1024": 15.5}
