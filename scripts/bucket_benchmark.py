@@ -2,7 +2,6 @@
 
     python scripts/bucket_benchmark.py            # train what the results lack, then write tables and plots
     python scripts/bucket_benchmark.py --page     # tables and plots alone, from docs/results/buckets.json
-    python scripts/bucket_benchmark.py --readme   # print five rows for the README
 
 Takes some 30 minutes of one core. Each run is written as it is done: the same command resumes. Two data sets are made
 of the quickstart's photographs: its own, and `border`, few pairs of many sizes whose edit is at the border too. Delete
@@ -168,18 +167,18 @@ def result_table(report: Mapping[str, Any]) -> list[str]:
 
 def cost_table(report: Mapping[str, Any]) -> list[str]:
     """What each arm does to the images, and what it costs."""
-    heads = ("", "buckets", "area cropped: mean, most", "images cropped", "images enlarged", "repeated an epoch",
-             "mean batch", "tokens a sample", f"{report['clock']} a sample, ms")  # fmt: skip
+    heads = ("", "buckets", "area cropped: mean, most", "images cropped", "repeated an epoch", "mean batch",
+              "tokens a sample", f"{report['clock']} a sample, ms")  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm, time in report["times"].items():
         own = report["buckets"].get(arm)
         ms = f"{1000 * time['seconds']:.1f}"
         if own:
             cells = [str(own["buckets"]), f"{own['cropped_mean']:.1%}, {own['cropped_most']:.1%}",
-                     f"{own['cropped']} of {report['samples']}", str(own["enlarged"]), str(own["repeated"]),
+                     f"{own['cropped']} of {report['samples']}", str(own["repeated"]),
                      f"{own['mean_batch']:.2f}"]  # fmt: skip
         else:
-            cells = ["none", "0", "0", "0", "0", "1" if arm == "one_by_one" else str(report["samples_per_step"])]
+            cells = ["none", "0", "0", "0", "1" if arm == "one_by_one" else str(report["samples_per_step"])]
         lines.append(f"| {NAMES[arm]} | " + " | ".join([*cells, f"{time['tokens']:.0f}", ms]) + " |")
     return lines
 
@@ -201,13 +200,20 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
         elif high < 0:
             found = "worse in every seed"
         else:
-            found = "neither better nor worse in every seed"
+            found = "better in some seeds and worse in others"
         lines.append(
-            f"- {NAMES[arm]}: {found}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, {plural(len(psnr))}) against mixed "
-            f"batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}) the "
-            f"{report['clock']}."
+            f"- {NAMES[arm]}: {found}{_fewer(report, arm)}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, "
+            f"{plural(len(psnr))}) against mixed batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to "
+            f"{ratio['high']:.2f}) the {report['clock']}."
         )
     return lines
+
+
+def _fewer(report: Mapping[str, Any], arm: str) -> str:
+    """A remark where an arm's steps hold fewer samples than those of the others."""
+    own = [run["samples"] for run in report["runs"] if run["arm"] == arm]
+    most = max(run["samples"] for run in report["runs"])
+    return f" (from {own[0]} samples, where mixed has {most})" if own and own[0] < most else ""
 
 
 def block(found: Mapping[str, Any]) -> str:
@@ -264,44 +270,13 @@ def page_with_results(page: str, found: Mapping[str, Any]) -> str:
     return f"{before}{BEGIN}\n\n{block(found)}\n\n{END}{after}"
 
 
-def readme_rows(found: Mapping[str, Any], name: str = "border") -> list[str]:
-    """Five rows for the README: mixed batches against the lowest and highest of the three bucketing arms."""
-    from mixres.verification.against_buckets import over_seeds
-    from mixres.verification.bucket_rules import RULES
-
-    report = found[name]
-
-    def span(values: Sequence[float], form: str) -> str:
-        low, high = (form.format(value) for value in (min(values), max(values)))
-        return low if low == high else f"{low} to {high}"
-
-    psnr = {arm: over_seeds(report, arm, *PSNR) for arm in ("mixed", *RULES)}
-    own, times = [report["buckets"][rule] for rule in RULES], report["times"]
-    rows = [
-        ("held-out PSNR, dB", *(f"{psnr['mixed'][0]:.1f}" if psnr["mixed"] else "-",
-                                span([value[0] for arm in RULES if (value := psnr[arm])], "{:.1f}"))),
-        ("area of the images cropped", "0 %", span([100 * row["cropped_mean"] for row in own], "{:.1f}") + " %"),
-        ("samples repeated in an epoch", "0", span([row["repeated"] for row in own], "{:.0f}")
-         + f" of {report['samples']}"),
-        ("samples in a batch, mean", str(report["samples_per_step"]),
-         span([row["mean_batch"] for row in own], "{:.1f}")),
-        (f"{report['clock']} a sample, ms", f"{1000 * times['mixed']['seconds']:.0f}",
-         span([1000 * times[rule]["seconds"] for rule in RULES], "{:.0f}")),
-    ]  # fmt: skip
-    return ["| | mixed | buckets |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="train nothing")
-    parser.add_argument("--readme", action="store_true", help="print rows for the README")
     given = parser.parse_args()
-    if not (given.page or given.readme):
+    if not given.page:
         train_all()
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    if given.readme:
-        print("\n".join(readme_rows(found)))
-        return
     from mixres.verification.against_buckets import plot
 
     for name in (name for name in SETS if name in found):

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bucket_benchmark import NAMES, PSNR, spread
 from PIL import Image, ImageDraw, ImageFont
 
 from mixres.geometry import Size, target_size, token_grid
@@ -104,33 +105,31 @@ def rows_of(*rows: Sequence[str]) -> str:
 
 
 def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
-    """Mixed batches against the lowest and highest of three bucket rules, and what `mixres verify` measured."""
-    sets = {"quickstart": "72 pairs", "border": "24 pairs of many sizes, edited at the border"}
+    """Mixed batches against the bucket rules of three trainers, and what `mixres verify` measured."""
+    from mixres.verification.against_buckets import over_seeds
+    from mixres.verification.bucket_rules import RULES
 
-    def span(values: Sequence[float], form: str) -> str:
-        written = [form.format(value) for value in (min(values), max(values))]
-        return " to ".join(dict.fromkeys(written))
-
-    rows = [["", "mixres", "buckets, by the rules of three trainers"]]
+    sets = {"quickstart": "72 pairs", "border": "24 pairs of many sizes, edited at the border too"}
+    rows = [["", "mixres", *(NAMES[rule] for rule in RULES)]]
     for name, title in sets.items():
-        runs: dict[str, list[float]] = {}
-        for run in buckets[name]["runs"]:
-            runs.setdefault(run["arm"], []).append(run["images"]["psnr"])
-        others = [fmean(values) for arm, values in runs.items() if arm in buckets[name]["buckets"]]
-        own = f"{fmean(runs['mixed']):.1f} ({span(runs['mixed'], '{:.1f}')})"
-        rows.append([f"held-out PSNR in dB, {title}", own, span(others, "{:.1f}")])
-    own = [row for name in sets for row in buckets[name]["buckets"].values()]
-    cropped = [100 * row["cropped_mean"] for row in own]
-    rows.append(["area of the images that is cropped", "0 %", f"{span(cropped, '{:.1f}')} %"])
-    repeated = [
-        f"{max(row['repeated'] for row in buckets[name]['buckets'].values())} beside {buckets[name]['samples']}"
-        for name in sets
-    ]
-    rows.append(["samples repeated in an epoch, at most", "0", " and ".join(repeated)])
+        spreads = [spread(over_seeds(buckets[name], arm, *PSNR), 1) for arm in ("mixed", *RULES)]
+        rows.append([f"held-out PSNR in dB, {title}", *spreads])
+    own = [buckets["megapixel"]["quickstart"][rule] for rule in RULES]
+    rows.append(["area cropped at a megapixel", "0", *(f"{row['cropped_mean']:.1%}" for row in own)])
+    rows.append(["images used again to fill batches, of 72", "0", *(str(row["repeated"]) for row in own)])
     worst = {name: max(case[name] for case in exact["cases"]) for name in ("forward", "gradient")}
-    errors = f"{worst['forward']:.1e} forward, {worst['gradient']:.1e} gradient"
-    rows.append(["a batch of different sizes against its samples alone", errors, "no such batch"])
-    return rows_of(*rows)
+    alone = {name: max(case["bar"][name] for case in exact["cases"]) / 1.5 for name in worst}
+    errors = ", ".join(f"{name} {worst[name]:.1e} (alone {alone[name]:.1e})" for name in worst)
+    rows.append(["error of a batch of several sizes", errors, *["no such batch"] * len(RULES)])
+    steps = buckets["quickstart"]
+    seeds = len({run["seed"] for name in sets for run in buckets[name]["runs"]})
+    note = (
+        f"PSNR: the tiny base, {steps['steps']} steps of {steps['samples_per_step']} samples, {seeds} seeds: mean "
+        "(lowest to highest). Buckets by the rules of each trainer's source, trained by mixres. Errors against "
+        "float64, of a batch and of its samples alone. [How it was measured, and where buckets are as "
+        "good](docs/buckets.md)."
+    )
+    return f"{rows_of(*rows)}\n\n{note}"
 
 
 def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
