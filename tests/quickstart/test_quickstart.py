@@ -120,5 +120,6 @@ def test_the_wheel_alone_gives_what_the_clone_gives(clone: Path, installed: Path
         assert (tmp_path / "build/quickstart/run" / file).read_bytes() == (clone / "build/short" / file).read_bytes()
     run(tmp_path, installed / "mixres", "init", "qwen_image_edit_lora")
     assert (tmp_path / "qwen_image_edit_lora.yaml").is_file()
-    again = run(tmp_path, installed / "accelerate", "launch", "-m", "mixres", "--config", "quickstart", *short)
+    launch = (installed / "python", "-m", "accelerate.commands.launch", "-m", "mixres")
+    again = run(tmp_path, *launch, "--config", "quickstart", *short)
     assert "20 steps were done before" in again
