@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 from PIL import Image
@@ -54,6 +55,7 @@ def run(tiny_base: Path, few_pairs: Path, small_run: Path, tmp_path_factory: pyt
     }  # fmt: skip
     words = [f"{key}={path}" for key, path in places.items()]
     lora = ["model.lora.target_modules=[all]", "model.lora.lora_alpha=6", "train.max_train_steps=1"]
+    AcceleratorState._reset_state(True)
     train(load_config(small_run, [*words, *lora, "evaluate.every=0"]))
     return root / "run"
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from mixres.cli import main
+from mixres.data.loader import MicrobatchDataset
 from mixres.errors import WorkError
 from mixres.training import sample_sheets
-from mixres.training.validation import HeldOutLoss
 
 PLANTED = set(os.environ["PLANTED"].split(","))
 calls: Counter[str] = Counter()
-make_images, read = sample_sheets.make_images, HeldOutLoss._read
+make_images, batch = sample_sheets.make_images, MicrobatchDataset.batch
 
 
 def due(kind: str) -> bool:
@@ -44,11 +44,11 @@ def planted_images(family: Any, pipeline: Any, *arguments: Any, **options: Any) 
             hook.remove()
 
 
-def planted_read(self: Any, position: int) -> Any:
+def planted_batch(self: Any, microbatch: Any) -> Any:
     if due("entry"):
         raise WorkError("planted: a damaged entry")
-    return read(self, position)
+    return batch(self, microbatch)
 
 
-sample_sheets.make_images, HeldOutLoss._read = planted_images, planted_read
+sample_sheets.make_images, MicrobatchDataset.batch = planted_images, planted_batch  # type: ignore[method-assign]
 sys.exit(main(sys.argv[1:]))
