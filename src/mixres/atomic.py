@@ -7,6 +7,8 @@ either. Cost: two fsyncs a file. A killed writer may leave a temporary file; eve
 import hashlib
 import json
 import os
+import re
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -76,6 +78,12 @@ def sweep(folders: Iterable[Path], max_age: float) -> int:
         except OSError:  # another process swept it, or the disk is read-only
             continue
     return removed
+
+
+def own_name(suffix: str) -> str:
+    """A file name that no other process, on this machine or another, gives: no lock is needed to write it."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{os.urandom(4).hex()}{suffix}"
 
 
 def sync_directory(path: Path | str) -> None:

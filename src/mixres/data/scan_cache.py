@@ -11,12 +11,9 @@ the path and the state of its file, so that a file that changes has another row.
 
 import contextlib
 import os
-import re
-import socket
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +37,6 @@ _ROW = np.dtype(
 )
 _VALUES = struct.Struct("<II16sB")  # of a row, behind its key
 _FLATTENED, _SEVERAL = 1, 2
-_number = count()
 _Part = tuple[tuple[int, int], np.ndarray]  # state of the file, and its rows
 
 
@@ -56,8 +52,7 @@ class ScanMemo:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-        self._name = f"{host}-{os.getpid()}-{next(_number)}-{os.urandom(4).hex()}{_SUFFIX}"
+        self._name = atomic.own_name(_SUFFIX)
         self._parts: dict[str, _Part] = {}  # by name
         self._rows = np.empty(0, _ROW)  # of all parts, sorted
         self._new: list[bytes] = []
@@ -114,12 +109,12 @@ class ScanMemo:
         if not self.folder or len(new) == self._saved:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        atomic.sweep([self.folder], MERGED_AFTER_S)
         now, old = time.time(), []
-        for path in self.folder.iterdir():  # also temporary files that killed writers left
-            if path.name.startswith(atomic.TMP_PREFIX) or path.name in self._parts:
-                with contextlib.suppress(FileNotFoundError):
-                    old += [path] if now - path.stat().st_mtime > MERGED_AFTER_S else []
-        self._merged += [self._parts[path.name][1] for path in old if path.name in self._parts]
+        for path in map(self.folder.joinpath, self._parts):
+            with contextlib.suppress(FileNotFoundError):
+                old += [path] if now - path.stat().st_mtime > MERGED_AFTER_S else []
+        self._merged += [self._parts[path.name][1] for path in old]
         rows = np.concatenate([*self._merged, np.frombuffer(b"".join(new), _ROW)])
         rows = rows[np.lexsort((rows["low"], rows["high"]))]
         other = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])

@@ -16,8 +16,6 @@ import contextlib
 import errno
 import json
 import os
-import re
-import socket
 import struct
 import tarfile
 import time
@@ -244,8 +242,7 @@ class _OpenShard:
     """A shard under a temporary name, until it is closed."""
 
     def __init__(self, folder: Path) -> None:
-        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40]
-        self.name = f"{host}-{os.getpid()}-{os.urandom(4).hex()}.tar"
+        self.name = atomic.own_name(".tar")
         self.path = folder / f"{atomic.TMP_PREFIX}{self.name.removesuffix('.tar')}"
         self.file = self.path.open("xb+", buffering=0)
         self.rows: dict[str, str] = {}

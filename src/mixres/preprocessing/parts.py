@@ -18,7 +18,7 @@ from mixres.data.images import WHITE
 from mixres.data.scan import ScannedRecord
 from mixres.errors import one_line
 from mixres.models.family import Family
-from mixres.preprocessing.training_data import control_sizes_of
+from mixres.preprocessing.training_data import RecordSizes
 
 PROMPT, EMPTY = "prompt", "empty"  # names of the parts that are text; those of controls are their numbers
 _SHOWN_CHARACTERS = 60  # of a prompt
@@ -64,6 +64,7 @@ class Parts:
     ) -> None:
         """`stated` is what all keys cover; `records`, one of each entry, by key; `with_empty`: keys with that too."""
         self._config, self._family, self._stated, self._with_empty = config, family, stated, with_empty
+        self._sizes = RecordSizes(config, family)
         self._texts: dict[str, str] = {}  # keys of the prompts that depend on nothing else
         made = Counter(each for key, scanned in records.items() for each in set(self._made(key, scanned).values()))
         found = {}
@@ -86,7 +87,7 @@ class Parts:
     def all_of(self, key: str, scanned: ScannedRecord, names: Collection[Name] | None = None) -> dict[Name, str]:
         """The same where all parts have entries, or those with `names`."""
         named = [name for name in self._made(key, scanned) if names is None or name in names]
-        sizes = control_sizes_of(self._config, self._family, scanned)
+        sizes = self._sizes.of(scanned).controls
         seen = {**self._stated, **(background_of(self._config) if scanned.flattened else {})}
         keys = self._lone(key, scanned)
         for name in named:
