@@ -1,4 +1,4 @@
-"""Draws the README's figure, four photographs of four sizes in one packed batch, and writes its tables.
+"""Draws the README's figure, four photographs of four sizes in one packed batch, and makes its tables.
 
 Usage: `python scripts/first_screen.py`.
 
@@ -19,7 +19,7 @@ from mixres.geometry import Size, target_size, token_grid
 from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
+DOCS = REPOSITORY / "docs"
 OUT = DOCS / "images" / "four_sizes.png"
 AREA, PIXELS_PER_TOKEN = 1024 * 1024, 16
 # A photograph and the region of it that stands for a file of that size: left, top, width, height.
@@ -162,25 +162,19 @@ def hardware_table(found: Mapping[str, Any]) -> str:
     return rows_of(*lines)
 
 
-def page_with_tables(page: str) -> str:
-    """The README with the tables of the results in the repository between their markers."""
-    tables = {
+def tables() -> dict[str, str]:
+    """Those of the README by their names, from the results in the repository."""
+    return {
         "comparison": comparison_table(results("results/buckets.json"), results("results/verify.json")),
         "quickstart": quickstart_table(results("results/quickstart.json")),
         "hardware": hardware_table(results("hardware.json")),
     }
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
-    return page
 
 
 def main() -> int:
-    """Write figure and tables."""
+    """Write the figure."""
     figure().save(OUT, optimize=True)
-    README.write_text(page_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(f"{OUT}\n{README}\n")
+    sys.stdout.write(f"{OUT}\n")
     return 0
 
 
