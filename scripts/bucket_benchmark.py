@@ -3,7 +3,6 @@
     python scripts/bucket_benchmark.py            # train what the results lack, then draw the plots
     python scripts/bucket_benchmark.py --plots    # the plots alone, from docs/results/buckets.json
     python scripts/page_numbers.py                # the pages, from the results
-    python scripts/bucket_benchmark.py --readme   # print five rows for the README
 
 Takes some 30 minutes of one core. Each run is written as it is done: the same command resumes. Two data sets are made
 of the quickstart's photographs: its own, and `border`, few pairs of many sizes whose edit is at the border too. Delete
@@ -257,44 +256,13 @@ def block(found: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def readme_rows(found: Mapping[str, Any], name: str = "border") -> list[str]:
-    """Five rows for the README: mixed batches against the lowest and highest of the three bucketing arms."""
-    from mixres.verification.against_buckets import over_seeds
-    from mixres.verification.bucket_rules import RULES
-
-    report = found[name]
-
-    def span(values: Sequence[float], form: str) -> str:
-        low, high = (form.format(value) for value in (min(values), max(values)))
-        return low if low == high else f"{low} to {high}"
-
-    psnr = {arm: over_seeds(report, arm, *PSNR) for arm in ("mixed", *RULES)}
-    own, times = [report["buckets"][rule] for rule in RULES], report["times"]
-    rows = [
-        ("held-out PSNR, dB", *(f"{psnr['mixed'][0]:.1f}" if psnr["mixed"] else "-",
-                                span([value[0] for arm in RULES if (value := psnr[arm])], "{:.1f}"))),
-        ("area of the images cropped", "0 %", span([100 * row["cropped_mean"] for row in own], "{:.1f}") + " %"),
-        ("samples repeated in an epoch", "0", span([row["repeated"] for row in own], "{:.0f}")
-         + f" of {report['samples']}"),
-        ("samples in a batch, mean", str(report["samples_per_step"]),
-         span([row["mean_batch"] for row in own], "{:.1f}")),
-        (f"{report['clock']} a sample, ms", f"{1000 * times['mixed']['seconds']:.0f}",
-         span([1000 * times[rule]["seconds"] for rule in RULES], "{:.0f}")),
-    ]  # fmt: skip
-    return ["| | mixed | buckets |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plots", action="store_true", help="train nothing")
-    parser.add_argument("--readme", action="store_true", help="print rows for the README")
     given = parser.parse_args()
-    if not (given.plots or given.readme):
+    if not given.plots:
         train_all()
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    if given.readme:
-        print("\n".join(readme_rows(found)))
-        return
     from mixres.verification.against_buckets import plot
 
     for name in (name for name in SETS if name in found):

@@ -1,11 +1,11 @@
 """Measure what the pages state of exactness, speed, adapters, merges and memory: a file in docs/results for each.
 
-    make quickstart                                            # its data, for all but `memory`; its LoRA, for `merge`
-    OMP_NUM_THREADS=1 python scripts/measurements.py [NAME...]  # verify, bench, adapters, merge, memory: all by default
-    python scripts/page_numbers.py                             # the pages, from the results
+    make quickstart                                             # data for all but `memory`, a LoRA for `merge`
+    OMP_NUM_THREADS=1 python scripts/measurements.py [NAME...]  # of those in `MEASURED`; all by default
+    python scripts/page_numbers.py                              # the pages, from the results
 
-`bench` takes some ten minutes of one core and `adapters` half a minute; both want an idle machine. `memory` takes a
-minute of processor time, the others less. None needs weights to be downloaded, or a GPU.
+`bench` takes some ten minutes of one core, `adapters` and `cache_cost` a minute: they want an idle machine. `memory`
+takes five minutes of processor time, the others less than one. No weights are downloaded, and no GPU is needed.
 """
 
 import argparse
@@ -15,9 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 from mixres.verification.setup import machine, versions  # noqa: E402
 
 RESULTS, QUICKSTART = REPOSITORY / "docs" / "results", REPOSITORY / "configs" / "quickstart.yaml"
-BUDGETS = (8192, 2048)
+BUDGETS, CACHE_ROUNDS = (8192, 2048), 7
 SIDE, TOKENS, ROUNDS = 3072, 1024, 9  # of one layer: Qwen-Image's width, an image of 512 x 512
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": "lora"},
@@ -78,8 +80,9 @@ def bench() -> dict[str, Any]:
 
 def adapters() -> dict[str, Any]:
     """Processor time of one layer with an adapter, forward and backward, over the same layer without; in turns."""
-    from mixres.models.lora import add_lora
     from peft.tuners.lycoris_utils import LycorisLayer
+
+    from mixres.models.lora import add_lora
 
     x, steps = torch.randn(TOKENS, SIDE), {"none": Layer()}
     for name, given in ADAPTERS.items():
@@ -112,9 +115,65 @@ class Layer(nn.Sequential, PeftAdapterMixin):  # type: ignore[misc]
         self.requires_grad_(False)
 
 
+def cache_cost() -> dict[str, Any]:
+    """Samples a second into the cache over the bare encoders', and reading a step's samples over the step; in turns."""
+    from mixres.config.load import load_config
+    from mixres.data.cache import Cache
+    from mixres.preprocessing.encode import encode_inputs, encode_record
+    from mixres.preprocessing.fill import keyed_records
+    from mixres.verification.bench import make_work, seconds_of
+    from mixres.verification.setup import cached_source, one_process, set_up
+
+    os.chdir(REPOSITORY)
+    config = load_config(QUICKSTART, ["logging.output_dir=build/measurements"])
+    accelerator = one_process(config, "bench")
+    family, source = cached_source(config, accelerator.device)
+    found = keyed_records(config, family, is_main=True)
+    records = dict(zip(found.keys[-16:], found.held_out[-16:], strict=True))
+    (step,) = make_work(config, source, 1)["packed"]
+    read = [source.encoded.train[index].key for part in step.plan.ranks[0] for index in part.indices]
+    setup = set_up(config, family, accelerator)
+    encoders = family.load_encoders(dtype=torch.float32, device="cpu")
+    inputs = [encode_inputs(config, family, record) for record in records.values()]
+
+    def encode_alone() -> None:
+        for own in inputs:
+            seen = {name: own[name] for name in ("prompt", "controls", "sizes")}
+            family.encode(encoders, **own, text=family.encode_prompt(encoders, **seen))
+
+    def encode_and_write(cache: Cache) -> None:
+        for key, record in records.items():
+            cache.write(key, encode_record(config, family, encoders, record))
+
+    def read_all(cache: Cache) -> None:
+        for key in read:
+            cache.read(key)
+
+    ratios: dict[str, list[float]] = {"encoding": [], "first_read": [], "read": []}
+    for _ in range(CACHE_ROUNDS + 1):
+        cache = Cache(found.cache.root)
+        alone, stepped = clocked(encode_alone), seconds_of(setup, step)
+        with tempfile.TemporaryDirectory(dir=found.cache.root.parent) as folder:
+            ratios["encoding"].append(alone / clocked(partial(encode_and_write, Cache(Path(folder)))))
+        for name in ("first_read", "read"):
+            ratios[name].append(clocked(partial(read_all, cache)) / stepped)
+    spreads = {
+        name: {"ratio": statistics.median(own[1:]), "low": min(own[1:]), "high": max(own[1:])}
+        for name, own in ratios.items()
+    }
+    return {"cache_cost": {"rounds": CACHE_ROUNDS, "samples": len(records), **spreads}}
+
+
+def clocked(work: Callable[[], None]) -> float:
+    """Seconds of it."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 @torch.no_grad()
 def merge() -> dict[str, Any]:
-    """What rounding merged weights to bfloat16 costs, of the quickstart's LoRA: weights, and outputs on random inputs."""
+    """What rounding merged weights to bfloat16 costs, of the quickstart's LoRA: in weights and in outputs."""
     from mixres.inference.artifact import find_base, find_result
     from mixres.inference.export import merged_weight
     from mixres.models.lora_file import layer_tensors
@@ -157,7 +216,7 @@ def output(transformer: Any, seed: int) -> Tensor:
 
 
 def memory() -> dict[str, Any]:
-    """Rehearsals of Qwen-Image-Edit, one sample a microbatch, in settings that the table of recipes lacks; each is written as it is done."""
+    """Rehearsals of Qwen-Image-Edit, one sample a microbatch; each is written as it is done."""
     from mixres.config.load import load_config
     from mixres.inspection.fitting import rehearse_quickly
     from mixres.inspection.rehearsal import rehearse
@@ -183,7 +242,7 @@ def memory() -> dict[str, Any]:
 
 
 MEASURED: dict[str, Callable[[], dict[str, Any]]] = {
-    "verify": verify, "bench": bench, "adapters": adapters, "merge": merge, "memory": memory,
+    "verify": verify, "bench": bench, "cache_cost": cache_cost, "adapters": adapters, "merge": merge, "memory": memory,
 }  # fmt: skip
 
 

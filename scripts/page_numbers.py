@@ -47,7 +47,7 @@ NAMES = re.compile(
 )
 
 
-class Unmeasured(Exception):
+class UnmeasuredError(Exception):
     """A file of results is not there yet: what a page has stays."""
 
 
@@ -63,11 +63,11 @@ def stored(name: str) -> Any:
     """A file of results, as JSON.
 
     Raises:
-        Unmeasured: it is one of `PENDING`, and not there.
+        UnmeasuredError: it is one of `PENDING`, and not there.
     """
     path = DOCS / "hardware.json" if name == "hardware" else DOCS / "results" / f"{name}.json"
     if name in PENDING and not path.exists():
-        raise Unmeasured(name)
+        raise UnmeasuredError(name)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -83,7 +83,9 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def bench() -> Any:
     """By budget: the report, its rows by their names."""
     found = stored("bench")
-    return {tokens: own | {row["name"]: row for row in own["rows"]} for tokens, own in found.items() if tokens.isdigit()}
+    return {
+        tokens: own | {row["name"]: row for row in own["rows"]} for tokens, own in found.items() if tokens.isdigit()
+    }
 
 
 def exact() -> Any:
@@ -91,9 +93,10 @@ def exact() -> Any:
     from mixres.verification.verify import ROUNDING_FACTOR
 
     found: dict[str, Any] = {}
-    for case in [*stored("verify")["cases"], *stored("verify_bfloat16")["cases"]]:
-        over = max(case[name] / bar * ROUNDING_FACTOR for name, bar in case["bar"].items())
-        found.setdefault(case["dtype"], {})[case["layout"]] = case | {"over": over}
+    for file, dtype in (("verify", "float32"), ("verify_bfloat16", "bfloat16")):
+        for case in (case for case in stored(file)["cases"] if case["dtype"] == dtype):
+            over = max(case[name] / bar * ROUNDING_FACTOR for name, bar in case["bar"].items())
+            found.setdefault(dtype, {})[case["layout"]] = case | {"over": over}
     return found
 
 
@@ -153,7 +156,10 @@ def entry() -> dict[str, float]:
     """Bytes of a token in the cache and of a block's inputs, for Qwen-Image-Edit; and of one prompt for FLUX.2-dev."""
     from mixres.models.registry import load_family
 
-    models = {base: load_family(None, base, synthetic=True) for base in ("Qwen/Qwen-Image-Edit", "black-forest-labs/FLUX.2-dev")}
+    models = {
+        base: load_family(None, base, synthetic=True)
+        for base in ("Qwen/Qwen-Image-Edit", "black-forest-labs/FLUX.2-dev")
+    }
     qwen, flux2 = (family.transformer_skeleton().config for family in models.values())
     tokens = importlib.import_module("cache_text")
     inputs = 2 * (tokens.TEXT_TOKENS + tokens.IMAGE_TOKENS) * qwen.num_attention_heads * qwen.attention_head_dim
@@ -211,7 +217,20 @@ def recipe() -> Any:
 SIDES = (256, 512, 768, 1024, 1328)
 SOURCES: dict[str, Callable[[], Any]] = {
     function.__name__: cache(function)
-    for function in (bench, exact, adapters, shift, parameters, positions, mixed_batch, default, recipe, entry, kontext_stretch, merge)
+    for function in (
+        bench,
+        exact,
+        adapters,
+        shift,
+        parameters,
+        positions,
+        mixed_batch,
+        default,
+        recipe,
+        entry,
+        kontext_stretch,
+        merge,
+    )
 }
 
 
@@ -247,7 +266,7 @@ def rewritten(mark: re.Match[str]) -> str:
     source, divisor, form, written = mark.groups()
     try:
         value = value_of(source, written)
-    except Unmeasured:
+    except UnmeasuredError:
         return mark[0]
     if "/" in source:
         return mark[0]
@@ -294,15 +313,15 @@ def shift_table(base: str) -> str:
 
 def offload_table() -> str:
     """Peaks and host memory of the rehearsals."""
-    names = {"bfloat16": ("bfloat16", ""), "blocks_20": ("bfloat16", "`blocks: 20`"),
-             "blocks_2": ("bfloat16", "`blocks: 2`"), "blocks_2_activations": ("bfloat16", "`blocks: 2`, `activations: true`"),
-             "int8": ("int8", ""), "int8_blocks_2": ("int8", "`blocks: 2`"),
-             "int8_blocks_2_activations": ("int8", "`blocks: 2`, `activations: true`")}  # fmt: skip
     rows = []
-    for name, cells in names.items():
-        own = stored("memory")["rows"][name]
+    for own in stored("memory")["rows"].values():
+        keys = dict(key.split("=") for key in own["keys"])
+        if keys.get("model.lora") == "null":
+            continue
+        changed = [f"`{key.split('.')[-1]}: {value}`" for key, value in keys.items() if "offload." in key]
         host = f"{own['host_bytes'] / 1e9:.1f} GB" if own["host_bytes"] else ""
-        rows.append((*cells, f"{own['peak_bytes'] / 1e9:.1f} GB", host))
+        base = keys.get("model.quantize", "bfloat16")
+        rows.append((base, ", ".join(changed), f"{own['peak_bytes'] / 1e9:.1f} GB", host))
     return table(("base", "`train.offload`", "on the device", "in host memory"), rows)
 
 
@@ -358,7 +377,7 @@ def renewed(block: re.Match[str], write: Callable[[], str]) -> str:
     """The block with its comments."""
     try:
         return f"<!-- {(name := block['name'])}: begin -->\n\n{write()}\n\n<!-- {name}: end -->"
-    except Unmeasured:
+    except UnmeasuredError:
         return block[0]
 
 
