@@ -6,13 +6,13 @@ Promise: sizes and tokens come from the code that trains, every number of a tabl
 photographs are those of the quickstart, whose licences are listed there. It takes seconds.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from page_numbers import stored, table
 from PIL import Image, ImageDraw, ImageFont
 
 from mixres.geometry import Size, target_size, token_grid
@@ -92,33 +92,22 @@ def figure() -> Image.Image:
     return image.quantize(255, dither=Image.Dither.NONE)
 
 
-def results(name: str) -> Any:
-    """A file of results, as JSON."""
-    return json.loads((DOCS / name).read_text(encoding="utf-8"))
-
-
-def rows_of(*rows: Sequence[str]) -> str:
-    """A table in Markdown; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
     """Mixed batches against the lowest and highest of three bucket rules, and what `mixres verify` measured."""
-    sets = {"quickstart": "72 pairs", "border": "24 pairs of many sizes, edited at the border"}
+    sets = {"quickstart": "pairs", "border": "pairs of many sizes, edited at the border"}
 
     def span(values: Sequence[float], form: str) -> str:
         written = [form.format(value) for value in (min(values), max(values))]
         return " to ".join(dict.fromkeys(written))
 
-    rows = [["", "mixres", "buckets, by the rules of three trainers"]]
+    rows = []
     for name, title in sets.items():
         runs: dict[str, list[float]] = {}
         for run in buckets[name]["runs"]:
             runs.setdefault(run["arm"], []).append(run["images"]["psnr"])
         others = [fmean(values) for arm, values in runs.items() if arm in buckets[name]["buckets"]]
         own = f"{fmean(runs['mixed']):.1f} ({span(runs['mixed'], '{:.1f}')})"
-        rows.append([f"held-out PSNR in dB, {title}", own, span(others, "{:.1f}")])
+        rows.append([f"held-out PSNR in dB, {buckets[name]['samples']} {title}", own, span(others, "{:.1f}")])
     own = [row for name in sets for row in buckets[name]["buckets"].values()]
     cropped = [100 * row["cropped_mean"] for row in own]
     rows.append(["area of the images that is cropped", "0 %", f"{span(cropped, '{:.1f}')} %"])
@@ -130,7 +119,7 @@ def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> st
     worst = {name: max(case[name] for case in exact["cases"]) for name in ("forward", "gradient")}
     errors = f"{worst['forward']:.1e} forward, {worst['gradient']:.1e} gradient"
     rows.append(["a batch of different sizes against its samples alone", errors, "no such batch"])
-    return rows_of(*rows)
+    return table(("", "mixres", "buckets, by the rules of three trainers"), rows)
 
 
 def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -138,7 +127,7 @@ def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
     columns = {"copy": "copied input", "base": "base alone", "lora": "base + LoRA", "ceiling": "the VAE's own"}
     means = {name: f"{fmean(row[name] for row in found):.1f}" for name in columns}
     means["lora"] = f"**{means['lora']}**"
-    return rows_of(list(columns.values()), list(means.values()))
+    return table(list(columns.values()), [list(means.values())])
 
 
 def hardware_table(found: Mapping[str, Any]) -> str:
@@ -149,7 +138,7 @@ def hardware_table(found: Mapping[str, Any]) -> str:
         "and `train.offload.blocks=2`": (["model.quantize=int8", "train.offload.blocks=2"], 1),
         "8 GPUs, `train.parallel=fsdp2`": (["train.parallel=fsdp2"], 8),
     }
-    lines = [["recipe", *columns]]
+    lines = []
     for recipe in sorted({row["recipe"] for row in found["rows"]}):
         # The ladders of a recipe may begin with a smaller microbatch, which the first column has not.
         peaks = {
@@ -159,15 +148,15 @@ def hardware_table(found: Mapping[str, Any]) -> str:
         } | {((), 1): next(r["peak_bytes"] for r in found["rows"] if r["recipe"] == recipe and not r["changes"])}
         cells = [peaks.get((tuple(changes), ranks)) for changes, ranks in columns.values()]
         lines.append([f"`{recipe}`", *(f"{peak / 1e9:.1f}" if peak else "" for peak in cells)])
-    return rows_of(*lines)
+    return table(["recipe", *columns], lines)
 
 
 def tables() -> dict[str, str]:
     """Those of the README by their names, from the results in the repository."""
     return {
-        "comparison": comparison_table(results("results/buckets.json"), results("results/verify.json")),
-        "quickstart": quickstart_table(results("results/quickstart.json")),
-        "hardware": hardware_table(results("hardware.json")),
+        "comparison": comparison_table(stored("buckets"), stored("verify")),
+        "quickstart": quickstart_table(stored("quickstart")),
+        "hardware": hardware_table(stored("hardware")),
     }
 
 

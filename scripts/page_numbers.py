@@ -333,12 +333,30 @@ def crop_table() -> str:
     return table(heads, [row.strip("| ").split(" | ") for row in figures.crop_table()])
 
 
+def size_table() -> str:
+    """Sizes of targets, and of controls by the rule of areas."""
+    from mixres.geometry import Size, control_size, target_size
+
+    area, rows = default()["data"]["resize"]["target"]["max_pixels"], []
+    for case, size in CASES.items():
+        source = Size(*size)
+        target = target_size(source, max_pixels=area, multiple_of=16)
+        rows.append((case, str(source), str(target), str(control_size(source, area=area))))
+    return table(("case", "image", "as target", "as such a control"), rows)
+
+
 def by_script(name: str, results: str, function: str = "table") -> str:
     """The block that a script of its own makes of its results."""
     text: str = getattr(importlib.import_module(name), function)(stored(results))
     return text
 
 
+CASES = {
+    "a small square": (512, 512), "exactly the limit": (1024, 1024), "rounded up and down": (600, 392),
+    "a photograph": (640, 427), "its mirror, upright": (427, 640), "a phone photograph": (4000, 3000),
+    "a panorama, 8 to 1": (8000, 1000), "rounding alone suffices": (1025, 1023), "one token": (16, 16),
+    "a screenshot": (1920, 1080),
+}  # fmt: skip
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {name: partial(lambda name: importlib.import_module("first_screen").tables()[name], name)
                   for name in ("comparison", "quickstart", "hardware")},
@@ -347,6 +365,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "cache.md": {"cache throughput": partial(by_script, "cache_throughput", "cache_throughput"),
                  "million table": partial(by_script, "million_entries", "million"),
                  "text table": partial(by_script, "cache_text", "cache_text")},
+    "data.md": {"sizes": size_table},
     "multi_resolution.md": {"crops": crop_table},
     "numerics.md": {f"bench {tokens}": partial(ways, tokens) for tokens in ("8192", "2048")},
     "settings.md": {"hardware table": partial(by_script, "hardware_table", "hardware"), "offload": offload_table,
