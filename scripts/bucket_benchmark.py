@@ -167,18 +167,18 @@ def result_table(report: Mapping[str, Any]) -> list[str]:
 
 def cost_table(report: Mapping[str, Any]) -> list[str]:
     """What each arm does to the images, and what it costs."""
-    heads = ("", "buckets", "area cropped: mean, most", "images cropped", "images enlarged", "repeated an epoch",
-             "mean batch", "tokens a sample", f"{report['clock']} a sample, ms")  # fmt: skip
+    heads = ("", "buckets", "area cropped: mean, most", "images cropped", "repeated an epoch", "mean batch",
+              "tokens a sample", f"{report['clock']} a sample, ms")  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm, time in report["times"].items():
         own = report["buckets"].get(arm)
         ms = f"{1000 * time['seconds']:.1f}"
         if own:
             cells = [str(own["buckets"]), f"{own['cropped_mean']:.1%}, {own['cropped_most']:.1%}",
-                     f"{own['cropped']} of {report['samples']}", str(own["enlarged"]), str(own["repeated"]),
+                     f"{own['cropped']} of {report['samples']}", str(own["repeated"]),
                      f"{own['mean_batch']:.2f}"]  # fmt: skip
         else:
-            cells = ["none", "0", "0", "0", "0", "1" if arm == "one_by_one" else str(report["samples_per_step"])]
+            cells = ["none", "0", "0", "0", "1" if arm == "one_by_one" else str(report["samples_per_step"])]
         lines.append(f"| {NAMES[arm]} | " + " | ".join([*cells, f"{time['tokens']:.0f}", ms]) + " |")
     return lines
 
@@ -200,13 +200,20 @@ def verdicts(report: Mapping[str, Any]) -> list[str]:
         elif high < 0:
             found = "worse in every seed"
         else:
-            found = "neither better nor worse in every seed"
+            found = "better in some seeds and worse in others"
         lines.append(
-            f"- {NAMES[arm]}: {found}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, {plural(len(psnr))}) against mixed "
-            f"batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to {ratio['high']:.2f}) the "
-            f"{report['clock']}."
+            f"- {NAMES[arm]}: {found}{_fewer(report, arm)}, {mean:+.2f} dB ({low:+.2f} to {high:+.2f}, "
+            f"{plural(len(psnr))}) against mixed batches; a sample takes {ratio['ratio']:.2f} x ({ratio['low']:.2f} to "
+            f"{ratio['high']:.2f}) the {report['clock']}."
         )
     return lines
+
+
+def _fewer(report: Mapping[str, Any], arm: str) -> str:
+    """A remark where an arm's steps hold fewer samples than those of the others."""
+    own = [run["samples"] for run in report["runs"] if run["arm"] == arm]
+    most = max(run["samples"] for run in report["runs"])
+    return f" (from {own[0]} samples, where mixed has {most})" if own and own[0] < most else ""
 
 
 def block(found: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bucket_benchmark import NAMES, PSNR, spread
 from page_numbers import stored, table
 from PIL import Image, ImageDraw, ImageFont
 
@@ -93,33 +94,34 @@ def figure() -> Image.Image:
 
 
 def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
-    """Mixed batches against the lowest and highest of three bucket rules, and what `mixres verify` measured."""
-    sets = {"quickstart": "pairs", "border": "pairs of many sizes, edited at the border"}
+    """Mixed batches against the bucket rules of three trainers, and what `mixres verify` measured."""
+    from mixres.verification.against_buckets import over_seeds
+    from mixres.verification.bucket_rules import RULES
+    from mixres.verification.verify import ROUNDING_FACTOR
 
-    def span(values: Sequence[float], form: str) -> str:
-        written = [form.format(value) for value in (min(values), max(values))]
-        return " to ".join(dict.fromkeys(written))
-
+    sets = {"quickstart": "pairs", "border": "pairs of many sizes, edited at the border too"}
     rows = []
     for name, title in sets.items():
-        runs: dict[str, list[float]] = {}
-        for run in buckets[name]["runs"]:
-            runs.setdefault(run["arm"], []).append(run["images"]["psnr"])
-        others = [fmean(values) for arm, values in runs.items() if arm in buckets[name]["buckets"]]
-        own = f"{fmean(runs['mixed']):.1f} ({span(runs['mixed'], '{:.1f}')})"
-        rows.append([f"held-out PSNR in dB, {buckets[name]['samples']} {title}", own, span(others, "{:.1f}")])
-    own = [row for name in sets for row in buckets[name]["buckets"].values()]
-    cropped = [100 * row["cropped_mean"] for row in own]
-    rows.append(["area of the images that is cropped", "0 %", f"{span(cropped, '{:.1f}')} %"])
-    repeated = [
-        f"{max(row['repeated'] for row in buckets[name]['buckets'].values())} beside {buckets[name]['samples']}"
-        for name in sets
-    ]
-    rows.append(["samples repeated in an epoch, at most", "0", " and ".join(repeated)])
+        spreads = [spread(over_seeds(buckets[name], arm, *PSNR), 1) for arm in ("mixed", *RULES)]
+        rows.append([f"held-out PSNR in dB, {buckets[name]['samples']} {title}", *spreads])
+    own, steps = [buckets["megapixel"]["quickstart"][rule] for rule in RULES], buckets["quickstart"]
+    rows.append(["area cropped at a megapixel", "0", *(f"{row['cropped_mean']:.1%}" for row in own)])
+    rows.append(
+        [f"images used again to fill batches, of {steps['samples']}", "0", *(str(row["repeated"]) for row in own)]
+    )
     worst = {name: max(case[name] for case in exact["cases"]) for name in ("forward", "gradient")}
-    errors = f"{worst['forward']:.1e} forward, {worst['gradient']:.1e} gradient"
-    rows.append(["a batch of different sizes against its samples alone", errors, "no such batch"])
-    return table(("", "mixres", "buckets, by the rules of three trainers"), rows)
+    alone = {name: max(case["bar"][name] for case in exact["cases"]) / ROUNDING_FACTOR for name in worst}
+    errors = ", ".join(f"{name} {worst[name]:.1e} (alone {alone[name]:.1e})" for name in worst)
+    rows.append(["error of a batch of several sizes", errors, *["no such batch"] * len(RULES)])
+    seeds = len({run["seed"] for name in sets for run in buckets[name]["runs"]})
+    note = (
+        f"PSNR: the tiny base, {steps['steps']} steps of {steps['samples_per_step']} samples, {seeds} seeds: mean "
+        "(lowest to highest). Buckets by the rules of each trainer's source, trained by mixres. Errors against "
+        "float64, of a batch and of its samples alone. [How it was measured, and where buckets are as "
+        "good](docs/buckets.md)."
+    )
+    heads = ("", "mixres", *(NAMES[rule] for rule in RULES))
+    return f"{table(heads, rows)}\n\n{note}"
 
 
 def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:

@@ -99,7 +99,7 @@ def _ended(code: int, *lines: str) -> int:
 
 def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the whole command, for its help, and one for each verb."""
-    name = Path(sys.argv[0]).name
+    name = Path(sys.argv[0]).name.replace("__main__.py", "mixres")
     whole = _Parser(
         prog=name,
         usage=f"{name} [VERB] --config FILE [key=value ...]\n       {name} sample --lora RUN --out DIR [options]\n"

@@ -21,6 +21,8 @@ from mixres.data.decode import Share
 from mixres.data.images import ImageFacts, Limits
 from mixres.data.records import SETTLED_NS
 from mixres.data.scan import Scan, scan
+from mixres.data.scan_cache import Job, ScanMemo
+from mixres.geometry import Size
 from support.pairs import PHOTO, names, scanned, write_image, write_pair
 
 
@@ -228,6 +230,26 @@ def test_parts_that_nobody_writes_any_more_become_part_of_the_next(data: Path, t
     assert len([*memo.iterdir()]) == 6 and rescan(data, memo).unchanged == 4
     assert len([*memo.glob("*.rows")]) == 1 and [*memo.glob(f"{TMP_PREFIX}*")] == [memo / f"{TMP_PREFIX}2"]
     assert [rescan(source, memo).decoded for source in [data, *sources]] == [0] * 5
+    # A process that saves several times keeps what it has merged, and ranks that merge one part keep it once.
+    for path in memo.iterdir():
+        os.utime(path, (0, 0))
+    ranks = [ScanMemo(memo), ScanMemo(memo)]
+    facts = ImageFacts(Size(8, 8), "0" * 32, False, False)
+    for number in range(2):
+        for rank in ranks:
+            image = data / f"control_images/{number}.bmp"
+            rank.add(Job(image, is_mask=number == 0), image.stat(), facts)
+            rank.save()
+    assert rescan(data, memo).unchanged == FILES
+    rows = sum(path.stat().st_size for path in memo.glob("*.rows"))
+    for path in [*memo.glob("*.rows")]:
+        shutil.copy(path, path.with_name(f"again-{path.name}"))
+    for path in memo.iterdir():
+        os.utime(path, (0, 0))
+    last = ScanMemo(memo)
+    last.add(Job(image, is_mask=True), image.stat(), facts)
+    last.save()
+    assert len([*memo.iterdir()]) == 1 and sum(path.stat().st_size for path in memo.iterdir()) < rows
 
 
 @pytest.mark.parametrize("case", ["together", "one is slow", "one is dead", "one comes late", "folders of their own"])

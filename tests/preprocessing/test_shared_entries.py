@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ def test_what_two_samples_share_is_stored_once_and_read_as_if_it_were_inline(sha
     assert shared(DROPOUT) == (0, 7)
     code, out = verify(shared, DROPOUT)
     assert code == 0 and "7 entries" in out and "more entries there" not in out
+
+
+def test_an_entry_that_names_parts_of_something_else_counts_as_missing(shared: Caching) -> None:
+    """One colour by two names is the same; the entries that were there stay."""
+    controls = shared.files(CONTROLS)
+    for path in controls:
+        with Image.open(path) as image:
+            image.convert("RGBA").save(path)
+    assert shared("data.background=gray")[0] == shared("data.background='#808080'")[1] > 3
+    assert verify(shared, "data.background='#808080'")[0] == 0
+    cache, first = shared.encoded("data.background=gray").cache, entries(shared, "data.background=gray")[0]
+    sample = cache.read(first.key)
+    cache.write(first.key, sample, [part[::-1] for part in first.prompts], [part[::-1] for part in first.controls])
+    cache.save_index()
+    shared.output()
+    code, out = verify(shared, "data.background=gray")
+    assert code == 1 and "missing, the entry names parts of other files" in out
+    assert shared("data.background=gray")[0] == 1
+    assert entries(shared, "data.background=gray")[0] == first
+    assert_same(shared.samples("data.background=gray")[0], replace(sample, name="sample"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`cache.text: recompute`: without embeddings in the cache a run is the one that has them, bit for bit."""
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -57,6 +58,8 @@ def test_batches_and_samples_are_those_of_a_cache_with_embeddings(
         with safe_open(recomputed.cache.path(sample.key), "pt") as file:
             assert not any("embeds" in tensor for tensor in file.keys())  # noqa: SIM118
     assert recomputed.texts
+    there = pickle.loads(pickle.dumps(recomputed.texts))  # as a process that is spawned gets it
+    assert there.inputs(recomputed.train[0], "x").keys() == recomputed.texts.inputs(recomputed.train[0], "x").keys()
     family, embedded = recomputed.texts._family, []
     encode_prompt = family.encode_prompt
 

@@ -34,7 +34,7 @@ def recipe(name: str) -> Path:
 def config_file(given: str) -> Path:
     """The file that `--config` names: a path, or the name of a recipe where no file has it."""
     path, known = Path(given), recipes()
-    return path if path.is_file() or given not in known else known[given]
+    return path if path.is_file() or given not in known or "/" in given else known[given]
 
 
 def write_recipe(name: str, out: Path | None = None) -> list[str]:
@@ -53,4 +53,7 @@ def write_recipe(name: str, out: Path | None = None) -> list[str]:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; name another file") from error
     if name.startswith("accelerate/"):
         return [f"next      accelerate launch --config_file {out} -m mixres --config FILE"]
-    return [f"recipe    {out}: its comments explain the keys", f"next      mixres inspect --config {out}"]
+    data = "" if name == "quickstart" else " data.train=my_pairs"
+    first = ["next      mixres quickstart build/quickstart, which writes its data, then"] if not data else []
+    steps = [*first, f"next      mixres inspect --config {out}{data}"]
+    return [f"recipe    {out}: its comments explain the keys", *steps]

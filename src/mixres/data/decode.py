@@ -81,6 +81,7 @@ def _looked_at(jobs: Sequence[Job], limits: Limits, memo: ScanMemo, share: Share
     """Each job with its facts, as they come in."""
     size, saved, pause = AT_ONCE if share.of == 1 else _FIRST, time.monotonic(), SAVE_S
     own, others = share.split(jobs)
+    next_look = 0.0
     with in_threads(remote=any(is_url(str(job.path)) for job in jobs)) as pool:
         while own or others:
             began = time.monotonic()
@@ -92,12 +93,14 @@ def _looked_at(jobs: Sequence[Job], limits: Limits, memo: ScanMemo, share: Share
                 _save(memo)
                 saved = time.monotonic()
                 pause = max(SAVE_S, 9 * (saved - done))
-            if share.of > 1 and memo.refresh():
+            if share.of > 1 and done >= next_look and memo.refresh():
+                looked = time.monotonic()
                 for todo in (own, others):
                     by_others, _ = memo.find(todo, limits)
                     here = [(job, facts) for job, facts in zip(todo, by_others, strict=True) if facts]
                     yield from here
                     todo[:] = _without([job for job, _ in here], todo)
+                next_look = time.monotonic() + 9 * (time.monotonic() - looked)  # it looks at all that is left
             if time.monotonic() - done > (done - began) / 10:  # looking at the memo is to take little of the time
                 size = min(2 * size, AT_ONCE)
 

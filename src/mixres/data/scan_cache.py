@@ -61,6 +61,7 @@ class ScanMemo:
         self._parts: dict[str, _Part] = {}  # by name
         self._rows = np.empty(0, _ROW)  # of all parts, sorted
         self._new: list[bytes] = []
+        self._merged: list[np.ndarray] = []  # older parts, which this process has taken into its own
         self._saved = 0  # of the new rows
         self._started_ns = time.time_ns()
         self.refresh()
@@ -118,9 +119,11 @@ class ScanMemo:
             if path.name.startswith(atomic.TMP_PREFIX) or path.name in self._parts:
                 with contextlib.suppress(FileNotFoundError):
                     old += [path] if now - path.stat().st_mtime > MERGED_AFTER_S else []
-        merged = [self._parts[path.name][1] for path in old if path.name in self._parts]
-        rows = np.concatenate([*merged, np.frombuffer(b"".join(new), _ROW)])
-        data = rows[np.argsort(rows["high"], kind="stable")].tobytes()
+        self._merged += [self._parts[path.name][1] for path in old if path.name in self._parts]
+        rows = np.concatenate([*self._merged, np.frombuffer(b"".join(new), _ROW)])
+        rows = rows[np.lexsort((rows["low"], rows["high"]))]
+        other = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
+        data = rows[np.append(True, other)].tobytes()  # ranks may have merged the same part
         digest = xxhash.xxh3_64_digest(data)
         atomic.write_bytes(self.folder / self._name, VERSION + digest + data)
         self._saved = len(new)

@@ -10,6 +10,7 @@ A shard is never changed and its name is never used again, so a copy of a range 
 import contextlib
 import errno
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ MAX_OPEN = 64
 READERS = 16  # requests at once where many shards are looked at
 _SETTLED_S = 0.1  # a folder that changed less than this ago may change again under the same time: clocks have ticks
 _LOOKS = 0.05  # of the time
+_LEFT_FREE = 0.05  # of the disk: copies make room for checkpoints
 _SCANS = 0.01  # of the bound of the copies: they are counted again after so many new bytes of this process
 
 
@@ -276,7 +278,8 @@ class LocalCopies:
                 tmp.unlink()
         self._until_count -= len(data)
         if self._until_count < 0:
-            self._make_room()
+            with contextlib.suppress(OSError):
+                self._make_room()
             self._until_count = self.limit * _SCANS
 
     def drop(self, name: str) -> None:
@@ -291,7 +294,8 @@ class LocalCopies:
                     with contextlib.suppress(OSError):
                         status = file.stat()
                         found.append((status.st_mtime_ns, status.st_size, file.path))
-        over = sum(size for _, size, _ in found) - self.limit
+        held, disk = sum(size for _, size, _ in found), shutil.disk_usage(self.folder.parent)
+        over = held - min(self.limit, held + disk.free - _LEFT_FREE * disk.total)
         for _, size, path in sorted(found):
             if over <= 0:
                 break

@@ -12,18 +12,18 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from PIL import Image, ImageColor
+from PIL import Image
 
 from mixres.batch import Sample, TextEmbeds
 from mixres.config.schema import Config
 from mixres.data.cache import INLINE, NOWHERE, CacheEntry, entry_keys_of
-from mixres.data.images import WHITE, BadImageError, read_image, read_mask
+from mixres.data.images import BadImageError, read_image, read_mask
 from mixres.data.records import EditRecord, Picture, ReadOnce
 from mixres.data.scan import ScannedRecord
 from mixres.errors import WorkError
 from mixres.models.family import ControlSizes, Family
 from mixres.preprocessing.cache_folder import cache_folder
-from mixres.preprocessing.parts import EMPTY, PROMPT, Part, Parts
+from mixres.preprocessing.parts import EMPTY, PROMPT, Part, Parts, background_of
 from mixres.preprocessing.training_data import (
     RecordSizes,
     SizesOf,
@@ -54,8 +54,7 @@ def entry_keys(
         UserError: the base's encoders cannot be found.
     """
     stated = _stated(config, family, encoders)
-    colour = ImageColor.getrgb(config.data.background)
-    background = {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
+    background = background_of(config)
     sizes, keys_of = RecordSizes(config, family), {}
 
     def make_keys(own: SizesOf, controls: int, flattened: bool) -> Callable[..., str]:

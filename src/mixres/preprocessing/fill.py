@@ -40,7 +40,7 @@ from mixres.preprocessing.encode import (
     with_text,
 )
 from mixres.preprocessing.encoder import Encode, Encoder
-from mixres.preprocessing.live_texts import LiveTexts, TextsOf, text_device
+from mixres.preprocessing.live_texts import LiveTexts, TextsOf
 from mixres.preprocessing.parts import Part, Parts
 from mixres.preprocessing.training_data import SOURCES, RecordSizes, SizesOf, scan_of, usable_records
 
@@ -247,7 +247,7 @@ def encode(
         ]
     if len(samples) > _MANY:
         gc.freeze()
-    texts = LiveTexts(config, family, text_device(config, device, ranks=world_size)) if recompute else None
+    texts = LiveTexts(config, family, device, ranks=world_size) if recompute else None
     return CachedData(cache, samples[: len(train)], samples[len(train) :], texts)
 
 
@@ -282,7 +282,7 @@ def _fill(
     check_space(cache, sizes.values())
 
     load = partial(Encoder, config, family, cache, foreseen, missing, to_come, device)
-    encoded = fill(cache, sizes, load, rank=rank, world_size=world_size, alone=alone)
+    encoded = fill(cache, sizes, load, foreseen, rank=rank, world_size=world_size, alone=alone)
     if encoded:
         release(device)
     if is_main:
@@ -311,7 +311,14 @@ def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries:
 
 
 def fill(
-    cache: Cache, sizes: Mapping[str, int], load: Load, *, rank: int = 0, world_size: int = 1, alone: bool = False
+    cache: Cache,
+    sizes: Mapping[str, int],
+    load: Load,
+    foreseen: Mapping[str, CacheEntry] = {},
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    alone: bool = False,
 ) -> int:
     """Return when every key of `sizes` is in the cache; how many entries this process encoded.
 
@@ -321,7 +328,8 @@ def fill(
     in flight then, or in the open shards; two runs over one folder may encode every entry twice. Both write the same
     bytes, and the last rename wins. `alone`: only the own share.
 
-    `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here.
+    `sizes` holds the bytes that each entry will take. `load` is called before the first entry that is encoded here. An
+    entry that names other parts than the `foreseen` one counts as missing.
 
     Raises:
         WorkError: the disk is full or cannot be written; what was written stays.
@@ -334,7 +342,8 @@ def fill(
     for share in filter(None, (own, others)):
         try:
             for key in counted(share, "encode", "sample", enabled=alone or rank == 0, note=of_all):
-                if cache.lookup(key) is not None:
+                there = cache.lookup(key)
+                if there and there.parts == foreseen.get(key, there).parts:
                     continue
                 encode_entry = encode_entry or load()
                 value, *places = encode_entry(key)

@@ -17,6 +17,7 @@ from mixres.config.schema import Config
 from mixres.data.records import EditRecord
 from mixres.errors import UserError, WorkError
 from mixres.models.family import ControlSizes, Family
+from mixres.models.registry import load_family
 from mixres.preprocessing.encode import text_inputs
 
 MEMO = 32  # 0.5 GB of FLUX.2-dev's, which are the largest
@@ -50,21 +51,35 @@ def text_device(config: Config, device: torch.device, *, ranks: int) -> torch.de
 
 
 class LiveTexts:
-    """Embeds prompts as they are needed, on `device`. Weights are loaded with the first prompt, or by `load`."""
+    """Embeds prompts as they are needed, on `text_device`. Weights are loaded with the first prompt, or by `load`.
 
-    def __init__(self, config: Config, family: Family, device: torch.device) -> None:
-        self._config, self._family, self.device = config, family, device
+    A process that gets a copy has no weights: it reads what `embed` needs.
+    """
+
+    def __init__(self, config: Config, family: Family, device: torch.device, *, ranks: int = 1) -> None:
+        self._config, self._family, self.device, self._ranks = config, family, device, ranks
         self._encoders: Any = None
         self._memo: OrderedDict[str, TextEmbeds] = OrderedDict()
         self._most = max(MEMO, config.batch.samples_per_step + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self._config, "device": self.device, "ranks": self._ranks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["config"].model
+        family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision)
+        family.background = state["config"].data.background
+        self.__init__(family=family, **state)  # type: ignore[misc]
 
     def load(self) -> None:
         """Load the text encoder, which stays.
 
         Raises:
+            UserError: `cache.text_device` is not there.
             WorkError: there is not enough memory for it.
         """
         if self._encoders is None:
+            self.device = text_device(self._config, self.device, ranks=self._ranks)
             dtype = getattr(torch, self._config.model.dtype)
             with self._enough_memory():
                 self._encoders = self._family.load_encoders(dtype=dtype, device=self.device)

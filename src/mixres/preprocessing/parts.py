@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from PIL import ImageColor
+
 from mixres.config.schema import Config
 from mixres.data.cache import INLINE, NOWHERE, entry_key
+from mixres.data.images import WHITE
 from mixres.data.scan import ScannedRecord
 from mixres.errors import one_line
 from mixres.models.family import Family
@@ -20,6 +23,12 @@ from mixres.preprocessing.training_data import control_sizes_of
 PROMPT, EMPTY = "prompt", "empty"  # names of the parts that are text; those of controls are their numbers
 _SHOWN_CHARACTERS = 60  # of a prompt
 Name = str | int
+
+
+def background_of(config: Config) -> dict[str, Any]:
+    """What the key of an image with transparency covers beside its bytes: the colour, unless it is white."""
+    colour = ImageColor.getrgb(config.data.background)
+    return {} if colour == ImageColor.getrgb(WHITE) else {"background": colour}
 
 
 class Part(NamedTuple):
@@ -78,7 +87,7 @@ class Parts:
         """The same where all parts have entries, or those with `names`."""
         named = [name for name in self._made(key, scanned) if names is None or name in names]
         sizes = control_sizes_of(self._config, self._family, scanned)
-        seen = {**self._stated, **({"background": self._config.data.background} if scanned.flattened else {})}
+        seen = {**self._stated, **(background_of(self._config) if scanned.flattened else {})}
         keys = self._lone(key, scanned)
         for name in named:
             if isinstance(name, int):

@@ -90,8 +90,7 @@ def usable_records(
     """
     found = scan_records(config, family, is_main=is_main, share=share)
     if lines := found.refusals(config):
-        others = f"{lines[0]} (the first process lists this and {amount(len(lines) - 1, 'more line')})"
-        raise UserError(lines if is_main or not lines[1:] else others)
+        raise UserError(lines)  # by every rank: a launcher ends the others as soon as one has ended
     if is_main:
         _list_problems(config, found)
         tell(found, family, config.data.background)

@@ -23,12 +23,17 @@ def verify_cache(config: Config, *, world_size: int = 1) -> None:
         raise UserError(f"--verify: works on one process, {world_size} were started: python train.py cache --verify")
     family = family_of(config)
     found = keyed_records(config, family, is_main=True)
+    found.cache.shards.store.finish()
     cache, names = found.cache, {key: scanned.record.name for key, scanned in found.by_key.items()}
-    names |= {key: part.title(family) for key, part in entries_there(found)[1].items()}
+    there, parts = entries_there(found)
+    names |= {key: part.title(family) for key, part in parts.items()}
     damaged = missing = 0
     for key, name in counted(names.items(), "verify", "entry", enabled=True):
         try:
             cache.read_entry(key, fresh=True)
+            if key in found.by_key and key not in there:
+                missing += 1
+                log(f"cache     {name}: missing, the entry names parts of other files or settings")
         except DamagedEntry as error:
             damaged += 1
             log(f"cache     {name}: damaged, {error.path}: {error.reason}; it has been removed")

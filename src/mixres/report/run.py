@@ -144,14 +144,17 @@ def column(lines: list[Line], key: str) -> np.ndarray:
 
 def moment(seconds: float) -> str:
     """A time as the clock on this machine's wall has it."""
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else "never"
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else "never"
+    except (OverflowError, OSError, ValueError):
+        return "at no time"
 
 
 def read_status(folder: Path) -> Line:
     """What the status file holds, nothing where there is none."""
     try:
         status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}
 
@@ -181,7 +184,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     except OSError:
         return
     for row in text.splitlines():
-        with contextlib.suppress(ValueError):  # a row that is just being written, or that a kill cut short
+        with contextlib.suppress(
+            ValueError, RecursionError
+        ):  # a row that is just being written, or that a kill cut short
             line = json.loads(row)
             if isinstance(line, dict) and type(step := line.get("step")) is int and 0 <= step < 2**53:
                 yield line

@@ -144,7 +144,12 @@ def _with_copies(config: Config, family: Family, manifest: Path, buckets: Sequen
 
 def _report(config: Config, encoded: CachedData, accelerator: Accelerator, steps: int) -> dict[str, Any]:
     keys = [sample.key for sample in (*encoded.train, *encoded.held_out)]  # of the content of data and encoders
-    places = {"data": {"train", "held_out"}, "cache": {"cache_dir"}, "logging": True, "resume": True}
+    places = {
+        "data": {"train", "held_out"},
+        "cache": {"cache_dir", "shard_gb", "local_dir", "local_gb", "text_device"},
+        "logging": True,
+        "resume": True,
+    }
     settings = config.model_dump_json(exclude=places, exclude_defaults=True)  # type: ignore[arg-type] # pydantic takes both kinds
     return {
         "identity": xxhash.xxh3_64_hexdigest(" ".join([settings, *keys]).encode()),

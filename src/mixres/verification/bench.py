@@ -18,6 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -272,7 +273,9 @@ def _sampling(setup: TrainState, encoded: CachedData, rounds: int) -> dict[str, 
     config = setup.config.model_copy(update={"sample": sample})
     times: dict[str, list[float]] = {"batched": [], BASELINE: []}
     try:
-        sampler = HeldOutSampler(config, setup.family, setup.transformer, CachedData(encoded.cache, [], encoded.train))
+        sampler = HeldOutSampler(
+            config, setup.family, setup.transformer, replace(encoded, train=[], held_out=encoded.train)
+        )
         images = range(len(sampler.items))
         sampler.predictions(images[:1])  # what is loaded and chosen once
         for _ in range(rounds):
