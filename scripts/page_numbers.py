@@ -80,6 +80,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- Values: what a source's name gives ------------------------------------------------------------------------------
 
 
+SOURCES: dict[str, Callable[[], Any]] = {}
+SIDES = (256, 512, 768, 1024, 1328)
+
+
+def source(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Decorator: comments may name the function; it is called once."""
+    SOURCES[function.__name__] = cache(function)
+    return SOURCES[function.__name__]
+
+
+@source
 def bench() -> Any:
     """By budget: the report, its rows by their names."""
     found = stored("bench")
@@ -88,6 +99,7 @@ def bench() -> Any:
     }
 
 
+@source
 def exact() -> Any:
     """The errors of `mixres verify` by precision and layout; `over`: those of the samples alone, as a multiple."""
     from mixres.verification.verify import ROUNDING_FACTOR
@@ -100,6 +112,7 @@ def exact() -> Any:
     return found
 
 
+@source
 def adapters() -> Any:
     """Parameters of adapters on the attention of Qwen-Image, by their settings; and the costs that were measured."""
     from mixres.models import lora
@@ -121,6 +134,7 @@ def adapters() -> Any:
     return {"layers": len(layers), "sizes": {name: size(*own) for name, own in settings.items()}}
 
 
+@source
 def shift() -> Any:
     """How sigma is shifted, by the side of a square target in pixels; of FLUX.2 by steps first."""
     from mixres.diffusion.flow_matching import resolution_shift
@@ -137,6 +151,7 @@ def shift() -> Any:
     }
 
 
+@source
 def parameters() -> dict[str, int]:
     """Of transformers that need no weights to be counted."""
     from mixres.models.registry import load_family
@@ -152,6 +167,7 @@ def parameters() -> dict[str, int]:
     return counts | {"qwen_rounded": linear, "qwen_others": counts["qwen"] - linear, "qwen_block": copied}
 
 
+@source
 def entry() -> dict[str, float]:
     """Bytes of a token in the cache and of a block's inputs, for Qwen-Image-Edit; and of one prompt for FLUX.2-dev."""
     from mixres.models.registry import load_family
@@ -172,6 +188,7 @@ def entry() -> dict[str, float]:
     }
 
 
+@source
 def kontext_stretch() -> float:
     """How far one of Kontext's sizes changes an aspect that lies halfway between two of them, as a ratio."""
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
@@ -180,18 +197,21 @@ def kontext_stretch() -> float:
     return max(max((a + b) / 2 / a, b / ((a + b) / 2)) - 1 for a, b in itertools.pairwise(aspects))
 
 
+@source
 def merge() -> dict[str, float]:
     """What rounding a merge costs; of the outputs the largest."""
     found = stored("merge")
     return {"weights": found["weights"], "largest": max(found["outputs"])}
 
 
+@source
 def positions() -> Any:
     """Of the figure on positions, the smallest and the largest error of the samples that are wrong."""
     found = stored("positions")
     return {name: {"low": min(own[1:]), "high": max(own[1:]), "largest": max(own)} for name, own in found.items()}
 
 
+@source
 def mixed_batch() -> Any:
     """Of the figures on buckets and batches."""
     import mixed_batch_figures as figures
@@ -200,6 +220,7 @@ def mixed_batch() -> Any:
     return numbers | {"lost": max(figures.bucket_crop(source).lost for source in figures.SIZES)}
 
 
+@source
 def default() -> Any:
     """The defaults of the configuration."""
     from mixres.config.problems import defaults
@@ -207,31 +228,12 @@ def default() -> Any:
     return defaults()
 
 
+@source
 def recipe() -> Any:
     """The recipes of configs/."""
     from mixres.config.load import load_config
 
     return {path.stem: load_config(path, []).model_dump() for path in (REPOSITORY / "configs").glob("*.yaml")}
-
-
-SIDES = (256, 512, 768, 1024, 1328)
-SOURCES: dict[str, Callable[[], Any]] = {
-    function.__name__: cache(function)
-    for function in (
-        bench,
-        exact,
-        adapters,
-        shift,
-        parameters,
-        positions,
-        mixed_batch,
-        default,
-        recipe,
-        entry,
-        kontext_stretch,
-        merge,
-    )
-}
 
 
 def value_of(source: str, written: str) -> Any:
@@ -290,7 +292,9 @@ def ways(tokens: str) -> str:
                      f"{row['peak_bytes'] / 1e6:.0f}"))  # fmt: skip
     heads = ("way", "time, of one by one (lowest to highest)", "microbatches a step", "tokens/s", "useful tokens/s",
              "padding", "GFLOP a step", "peak MB")  # fmt: skip
-    return table(heads, rows)
+    found, rounds = stored("bench"), bench()[tokens]["rounds"]
+    where = f"{found['date']}, {found['machine']['cores']} cores at a load of {found['load']}, {rounds} rounds."
+    return f"{table(heads, rows)}\n\n{where}"
 
 
 def adapter_table() -> str:
@@ -302,7 +306,7 @@ def adapter_table() -> str:
 def shift_table(base: str) -> str:
     """Factors by size; of FLUX.2 a row for each number of steps."""
     sizes = [f"{side} x {side}" for side in SIDES]
-    found = SOURCES["shift"]()[base]
+    found = shift()[base]
     if base == "flux2":
         names = {"4": "4 (distilled klein)"}
         rows = [(names.get(steps, steps), *(f"{x:.2f}" for x in own.values())) for steps, own in found.items()]
