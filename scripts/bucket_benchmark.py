@@ -1,7 +1,8 @@
-"""Mixed batches against buckets, one by one: docs/results/buckets.json, its plots, and the tables of docs/buckets.md.
+"""Mixed batches against buckets, one by one: docs/results/buckets.json, its plots, and the block of docs/buckets.md.
 
-    python scripts/bucket_benchmark.py            # train what the results lack, then write tables and plots
-    python scripts/bucket_benchmark.py --page     # tables and plots alone, from docs/results/buckets.json
+    python scripts/bucket_benchmark.py            # train what the results lack, then draw the plots
+    python scripts/bucket_benchmark.py --plots    # the plots alone, from docs/results/buckets.json
+    python scripts/page_numbers.py                # the pages, from the results
 
 Takes some 30 minutes of one core. Each run is written as it is done: the same command resumes. Two data sets are made
 of the quickstart's photographs: its own, and `border`, few pairs of many sizes whose edit is at the border too. Delete
@@ -26,7 +27,7 @@ from mixres.geometry import Size  # noqa: E402
 from mixres.quickstart import data  # noqa: E402
 
 BUILD, RESULTS = REPOSITORY / "build" / "buckets", REPOSITORY / "docs" / "results" / "buckets.json"
-PAGE, IMAGES = REPOSITORY / "docs" / "buckets.md", REPOSITORY / "docs" / "images"
+IMAGES = REPOSITORY / "docs" / "images"
 SETS, STEPS, SEEDS = ("quickstart", "border"), 100, 3
 FRAME, GREEN, YELLOW = 8, (30, 170, 40), (240, 220, 20)
 SETTINGS = (
@@ -118,7 +119,6 @@ def train_all() -> None:
 NAMES = {"mixed": "mixed (mixres)", "simpletuner": "buckets of SimpleTuner", "musubi_tuner": "buckets of musubi-tuner",
          "ai_toolkit": "buckets of ai-toolkit", "one_by_one": "one by one"}  # fmt: skip
 TITLES = {"quickstart": "The quickstart's pairs", "border": "Few pairs of many sizes, edited at the border"}
-BEGIN, END = "<!-- buckets: written by scripts/bucket_benchmark.py -->", "<!-- /buckets -->"
 PSNR = ("images", "psnr")
 
 
@@ -263,25 +263,17 @@ def block(found: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def page_with_results(page: str, found: Mapping[str, Any]) -> str:
-    """The page with these results between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{block(found)}\n\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", action="store_true", help="train nothing")
+    parser.add_argument("--plots", action="store_true", help="train nothing")
     given = parser.parse_args()
-    if not given.page:
+    if not given.plots:
         train_all()
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     from mixres.verification.against_buckets import plot
 
     for name in (name for name in SETS if name in found):
         plot([(TITLES[name], found[name])], IMAGES / f"buckets_{name}.png")
-    PAGE.write_text(page_with_results(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What each choice of `cache.text` costs: docs/results/cache_text.json, and the table of docs/cache.md.
+"""What each choice of `cache.text` costs: docs/results/cache_text.json, and its table in docs/cache.md.
 
-    nice python scripts/cache_text.py            # measure, then write the table; some ten minutes of one core
-    nice python scripts/cache_text.py --table    # the table alone, from docs/results/cache_text.json
+    nice python scripts/cache_text.py    # measure; some ten minutes of one core
+    python scripts/page_numbers.py       # the pages, from the results
 
 On the tiny base and the quickstart's data, in bfloat16: bytes on disk, the change of the velocity on held-out samples,
 held-out losses of short trainings with the same seeds, and processor time of a step, each choice in turn. At the
@@ -21,8 +21,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "src"))
 
-RESULTS, PAGE = REPOSITORY / "docs" / "results" / "cache_text.json", REPOSITORY / "docs" / "cache.md"
-BEGIN, END = "<!-- text table: begin -->", "<!-- text table: end -->"
+RESULTS = REPOSITORY / "docs" / "results" / "cache_text.json"
 CHOICES = ("bfloat16", "float8", "recompute")
 SEEDS, STEPS, TIMED, SIGMAS = (0, 1, 2), 24, 12, (0.2, 0.5, 0.8)
 # One sample of Qwen-Image-Edit: two images of 1024 x 1024 pixels, 1400 text tokens; and weights of the text encoder's
@@ -181,24 +180,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page_with_table(page: str, found: dict[str, Any]) -> str:
-    """The page with the table of these results between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--folder", type=Path, help="for data, caches and runs (a temporary one)")
     given = parser.parse_args()
-    if not given.table:
-        with tempfile.TemporaryDirectory() as folder:
-            result = json.dumps(measure(given.folder or Path(folder)), indent=1)
-        RESULTS.write_text(result + "\n", encoding="utf-8")
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PAGE.write_text(page_with_table(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        result = json.dumps(measure(given.folder or Path(folder)), indent=1)
+    RESULTS.write_text(result + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Random access to many tiny cache entries: files against shards, local and through a local S3 server.
 
-    python scripts/cache_throughput.py [N]        # measure, 100,000 by default; then write the table
-    python scripts/cache_throughput.py --table    # the table alone, from docs/results/cache_throughput.json
+    python scripts/cache_throughput.py [N]    # measure, 100,000 by default
+    python scripts/page_numbers.py            # the pages, from the results
 
 Each round reads other entries in each way, one after the other, in one process and thread; files and shards are in the
 memory of the system by then. The S3 server is moto's, in Python, so its own times say nothing of a real store; what
@@ -25,8 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY / "tests")]
 
-RESULTS, PAGE = REPOSITORY / "docs/results/cache_throughput.json", REPOSITORY / "docs/cache.md"
-BEGIN, END = "<!-- cache throughput: begin -->", "<!-- cache throughput: end -->"
+RESULTS = REPOSITORY / "docs/results/cache_throughput.json"
 SHARD_BYTES, ROUNDS, READS, REQUESTS = 16 * 10**6, 11, 2000, 200
 
 
@@ -119,21 +118,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{note}{found['cores']} cores that other work shared, {found['date']}."
 
 
-def page_with_table(page: str, found: dict[str, Any]) -> str:
-    """The page with the table of these results between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="?", type=int, default=100_000)
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     given = parser.parse_args()
-    if not given.table:
-        RESULTS.write_text(json.dumps(measure(given.entries), indent=1) + "\n")
-    PAGE.write_text(page_with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    RESULTS.write_text(json.dumps(measure(given.entries), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the README's figure, four photographs of four sizes in one packed batch, and writes its tables.
+"""Draws the README's figure, four photographs of four sizes in one packed batch, and makes its tables.
 
 Usage: `python scripts/first_screen.py`.
 
@@ -6,7 +6,6 @@ Promise: sizes and tokens come from the code that trains, every number of a tabl
 photographs are those of the quickstart, whose licences are listed there. It takes seconds.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,14 @@ from statistics import fmean
 from typing import Any
 
 from bucket_benchmark import NAMES, PSNR, spread
+from page_numbers import stored, table
 from PIL import Image, ImageDraw, ImageFont
 
 from mixres.geometry import Size, target_size, token_grid
 from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
+DOCS = REPOSITORY / "docs"
 OUT = DOCS / "images" / "four_sizes.png"
 AREA, PIXELS_PER_TOKEN = 1024 * 1024, 16
 # A photograph and the region of it that stands for a file of that size: left, top, width, height.
@@ -93,35 +93,26 @@ def figure() -> Image.Image:
     return image.quantize(255, dither=Image.Dither.NONE)
 
 
-def results(name: str) -> Any:
-    """A file of results, as JSON."""
-    return json.loads((DOCS / name).read_text(encoding="utf-8"))
-
-
-def rows_of(*rows: Sequence[str]) -> str:
-    """A table in Markdown; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
     """Mixed batches against the bucket rules of three trainers, and what `mixres verify` measured."""
     from mixres.verification.against_buckets import over_seeds
     from mixres.verification.bucket_rules import RULES
+    from mixres.verification.verify import ROUNDING_FACTOR
 
-    sets = {"quickstart": "72 pairs", "border": "24 pairs of many sizes, edited at the border too"}
-    rows = [["", "mixres", *(NAMES[rule] for rule in RULES)]]
+    sets = {"quickstart": "pairs", "border": "pairs of many sizes, edited at the border too"}
+    rows = []
     for name, title in sets.items():
         spreads = [spread(over_seeds(buckets[name], arm, *PSNR), 1) for arm in ("mixed", *RULES)]
-        rows.append([f"held-out PSNR in dB, {title}", *spreads])
-    own = [buckets["megapixel"]["quickstart"][rule] for rule in RULES]
+        rows.append([f"held-out PSNR in dB, {buckets[name]['samples']} {title}", *spreads])
+    own, steps = [buckets["megapixel"]["quickstart"][rule] for rule in RULES], buckets["quickstart"]
     rows.append(["area cropped at a megapixel", "0", *(f"{row['cropped_mean']:.1%}" for row in own)])
-    rows.append(["images used again to fill batches, of 72", "0", *(str(row["repeated"]) for row in own)])
+    rows.append(
+        [f"images used again to fill batches, of {steps['samples']}", "0", *(str(row["repeated"]) for row in own)]
+    )
     worst = {name: max(case[name] for case in exact["cases"]) for name in ("forward", "gradient")}
-    alone = {name: max(case["bar"][name] for case in exact["cases"]) / 1.5 for name in worst}
+    alone = {name: max(case["bar"][name] for case in exact["cases"]) / ROUNDING_FACTOR for name in worst}
     errors = ", ".join(f"{name} {worst[name]:.1e} (alone {alone[name]:.1e})" for name in worst)
     rows.append(["error of a batch of several sizes", errors, *["no such batch"] * len(RULES)])
-    steps = buckets["quickstart"]
     seeds = len({run["seed"] for name in sets for run in buckets[name]["runs"]})
     note = (
         f"PSNR: the tiny base, {steps['steps']} steps of {steps['samples_per_step']} samples, {seeds} seeds: mean "
@@ -129,7 +120,8 @@ def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> st
         "float64, of a batch and of its samples alone. [How it was measured, and where buckets are as "
         "good](docs/buckets.md)."
     )
-    return f"{rows_of(*rows)}\n\n{note}"
+    heads = ("", "mixres", *(NAMES[rule] for rule in RULES))
+    return f"{table(heads, rows)}\n\n{note}"
 
 
 def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -137,7 +129,7 @@ def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
     columns = {"copy": "copied input", "base": "base alone", "lora": "base + LoRA", "ceiling": "the VAE's own"}
     means = {name: f"{fmean(row[name] for row in found):.1f}" for name in columns}
     means["lora"] = f"**{means['lora']}**"
-    return rows_of(list(columns.values()), list(means.values()))
+    return table(list(columns.values()), [list(means.values())])
 
 
 def hardware_table(found: Mapping[str, Any]) -> str:
@@ -148,7 +140,7 @@ def hardware_table(found: Mapping[str, Any]) -> str:
         "and `train.offload.blocks=2`": (["model.quantize=int8", "train.offload.blocks=2"], 1),
         "8 GPUs, `train.parallel=fsdp2`": (["train.parallel=fsdp2"], 8),
     }
-    lines = [["recipe", *columns]]
+    lines = []
     for recipe in sorted({row["recipe"] for row in found["rows"]}):
         # The ladders of a recipe may begin with a smaller microbatch, which the first column has not.
         peaks = {
@@ -158,28 +150,22 @@ def hardware_table(found: Mapping[str, Any]) -> str:
         } | {((), 1): next(r["peak_bytes"] for r in found["rows"] if r["recipe"] == recipe and not r["changes"])}
         cells = [peaks.get((tuple(changes), ranks)) for changes, ranks in columns.values()]
         lines.append([f"`{recipe}`", *(f"{peak / 1e9:.1f}" if peak else "" for peak in cells)])
-    return rows_of(*lines)
+    return table(["recipe", *columns], lines)
 
 
-def page_with_tables(page: str) -> str:
-    """The README with the tables of the results in the repository between their markers."""
-    tables = {
-        "comparison": comparison_table(results("results/buckets.json"), results("results/verify.json")),
-        "quickstart": quickstart_table(results("results/quickstart.json")),
-        "hardware": hardware_table(results("hardware.json")),
+def tables() -> dict[str, str]:
+    """Those of the README by their names, from the results in the repository."""
+    return {
+        "comparison": comparison_table(stored("buckets"), stored("verify")),
+        "quickstart": quickstart_table(stored("quickstart")),
+        "hardware": hardware_table(stored("hardware")),
     }
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
-    return page
 
 
 def main() -> int:
-    """Write figure and tables."""
+    """Write the figure."""
     figure().save(OUT, optimize=True)
-    README.write_text(page_with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(f"{OUT}\n{README}\n")
+    sys.stdout.write(f"{OUT}\n")
     return 0
 
 

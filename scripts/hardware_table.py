@@ -1,13 +1,12 @@
-"""Rehearse every recipe of configs/ but the quickstart: docs/hardware.json, and the table of a page of what fits where.
+"""Rehearse every recipe of configs/ but the quickstart: docs/hardware.json, and make the table of what fits where.
 
-    python scripts/hardware_table.py            # rehearse what docs/hardware.json lacks, then write the table
-    python scripts/hardware_table.py --table    # the table alone, from docs/hardware.json
+    python scripts/hardware_table.py    # rehearse what docs/hardware.json lacks
+    python scripts/page_numbers.py      # the pages, from the results
 
 No weights, no data and no GPU are needed. A rehearsal takes some 15 s of processor time; each is written as it is done,
 so the script can be stopped and run again. Delete docs/hardware.json to rehearse all of them.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "src"))
 from mixres.inspection.fitting import with_more_blocks  # noqa: E402
 
-RESULTS, PAGE = REPOSITORY / "docs" / "hardware.json", REPOSITORY / "docs" / "settings.md"
-BEGIN, END = "<!-- hardware table: begin -->", "<!-- hardware table: end -->"
+RESULTS = REPOSITORY / "docs" / "hardware.json"
 MEMORY = (12, 16, 24, 48, 80, 141)  # GB
 RANKS = (1, 8, 64)
 SHORT = {
@@ -113,20 +111,5 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page_with_table(page: str, found: dict[str, Any]) -> str:
-    """The page with the table of these results between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="rehearse nothing")
-    if not parser.parse_args().table:
-        measure()
-    PAGE.write_text(page_with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    measure()

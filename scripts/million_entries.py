@@ -1,8 +1,8 @@
-"""Time and memory of starts over many records: docs/results/million.json, and the table of docs/cache.md.
+"""Time and memory of starts over many records: docs/results/million.json, and its table in docs/cache.md.
 
-    python scripts/million_entries.py                   # measure what the results lack, then write the table
-    python scripts/million_entries.py --table           # the table alone, from docs/results/million.json
+    python scripts/million_entries.py                   # measure what the results lack
     python scripts/million_entries.py --folder DIR 2000 # these counts alone, in DIR, printed and not kept
+    python scripts/page_numbers.py                      # the pages, from the results
 
 Records are edits in tar shards. The shards are holes; what scans of them keep, the memo and the index of the cache are
 written as mixres writes them. Entries of the cache are real where the timed steps read them, else holes with a real
@@ -48,8 +48,7 @@ from mixres.preprocessing.fill import KeyedRecords, encode, keyed_records, lengt
 from mixres.preprocessing.training_data import RecordSizes  # noqa: E402
 from mixres.training.setup import build_plan  # noqa: E402
 
-RESULTS, PAGE = REPOSITORY / "docs" / "results" / "million.json", REPOSITORY / "docs" / "cache.md"
-BEGIN, END = "<!-- million table: begin -->", "<!-- million table: end -->"
+RESULTS = REPOSITORY / "docs" / "results" / "million.json"
 COUNTS, FILES = (1_000_000, 100_000, 1_000), (100_000, 50_000, 25_000)
 IMAGE_BYTES, ENTRY_BYTES, IN_A_SHARD, SIZES = 900_000, 11_000_000, 90, 4000  # edits of 1 MP, 1 GB a shard
 STEPS = 2  # of the first run, and of the resumed one
@@ -283,13 +282,6 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page_with_table(page: str, found: dict[str, Any]) -> str:
-    """The page with the table of these results between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
-
-
 @contextmanager
 def folder_for(given: str | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=given) as made:
@@ -319,7 +311,6 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", nargs="*", type=int)
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--folder", help="for what is generated, where there is room")
     parser.add_argument("--part", choices=("start", "index_alone"), help="of a folder that is written, as JSON")
     given = parser.parse_args()
@@ -329,10 +320,8 @@ def main() -> None:
     if given.counts:
         print(json.dumps(measure({"counts": [], "files": []}, given.folder, given.counts, ())))
         return
-    if not given.table:
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"counts": [], "files": []}
-        measure(found, given.folder, COUNTS, FILES, keep=True)
-    PAGE.write_text(page_with_table(PAGE.read_text(), json.loads(RESULTS.read_text())))
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"counts": [], "files": []}
+    measure(found, given.folder, COUNTS, FILES, keep=True)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def numbers() -> dict[str, str]:
         "valid": f"{packed.tokens:,}",
         "padded": f"{padded.tokens_computed:,}",
         "row": f"{longest:,}",
-        "filler": f"{1 - padded.tokens / padded.tokens_computed:.1%}",
+        "padding": f"{1 - padded.tokens / padded.tokens_computed:.1%}",
         "buckets": str(len({bucket_crop(source).bucket for source in SIZES})),
     }
 

@@ -1,12 +1,13 @@
 """Draws the figures on positions of docs/multi_resolution.md from the code that trains.
 
-Usage: `python scripts/position_figures.py`.
+Usage: `python scripts/position_figures.py`. The errors are written to docs/results/positions.json too.
 
 Promise: every number in a figure comes from `mixres.models.qwen.rope` or from a forward call of the tiny base; none
 is written by hand. It takes about ten seconds.
 """
 
 import argparse
+import json
 import logging
 import math
 import sys
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.tiny_pipeline import write_tiny_pipeline
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "positions.json"
 AXES = ("frame", "row", "column")
 AXES_DIM = (16, 56, 56)  # of Qwen-Image: 128 channels a head
 THETA = 10_000
@@ -242,7 +244,7 @@ def error_figure(errors: Errors) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the four figures, print the measured errors."""
+    """Write the four figures, and the measured errors."""
     parser = argparse.ArgumentParser(description="Draw the figures on positions of docs/multi_resolution.md.")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR")
     out: Path = parser.parse_args(arguments).out
@@ -258,8 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for name, figure in figures.items():
         figure.save(out / f"{name}.png", optimize=True)
-    for name, values in vars(errors).items():
-        sys.stdout.write(f"{name:<18}{'  '.join(f'{value:.1e}' for value in values)}\n")
+    RESULTS.write_text(json.dumps(vars(errors), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

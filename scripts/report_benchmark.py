@@ -1,6 +1,6 @@
 """How large the page of a long run is, and how long it takes to write and to open: docs/results/report.json.
 
-    python scripts/report_benchmark.py              # measure, and write the numbers into docs/watching.md
+    python scripts/report_benchmark.py              # measure
     python scripts/report_benchmark.py RUN          # instead: docs/images/report.png, the page of that run
 
 The run that is measured is made up: 20,000 steps, 100 sample grids of six rows each, held-out losses of six sizes at
@@ -24,8 +24,7 @@ from mixres.report.page import PAGE, report
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULT, WATCHING = DOCS / "results" / "report.json", DOCS / "watching.md"
-BEGIN, END = "<!-- report benchmark: begin -->", "<!-- report benchmark: end -->"
+RESULT = DOCS / "results" / "report.json"
 STEPS, GRIDS, ROWS = 20_000, 100, 6
 SIDES, SIGMAS = (256, 384, 512, 768, 1024, 1536), tuple(k / 10 for k in range(1, 10))
 
@@ -89,16 +88,14 @@ def measure() -> dict[str, Any]:
             "open_s": sorted(opened), "browser": version, "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
-def page_with_numbers(text: str, found: dict[str, Any]) -> str:
-    """The page with what was measured between its markers."""
-    before, _, rest = text.partition(BEGIN)
+def numbers(found: dict[str, Any]) -> str:
+    """What was measured, in words."""
     fastest, *_, slowest = found["open_s"]
-    numbers = (
+    return (
         f"The page of a run of {found['steps']:,} steps with {found['grids']} grids has {found['page_mb']} MB. It took "
         f"{found['write_s']} s to\nwrite, and opened in {fastest} to {slowest} s in "
         f"{found['browser'].replace('/', ' ')} on two CPU cores at a load of {found['load']}."
     )
-    return f"{before}{BEGIN}\n\n{numbers}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
@@ -113,7 +110,6 @@ def main() -> None:
     found = measure()
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    WATCHING.write_text(page_with_numbers(WATCHING.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 from mixres.quickstart.data import PROMPTS
 from mixres.training.sample_sheets import _fonts
-from support.pages import DOCS, REPOSITORY, script
+from support.pages import DOCS, script
 
 MIXED, POSITIONS, FIRST = script("mixed_batch_figures"), script("position_figures"), script("first_screen")
-PAGE = " ".join((DOCS / "multi_resolution.md").read_text(encoding="utf-8").split())
 FIGURES = {
     "four_sizes": lambda: FIRST.figure().convert("RGB"),
     "mixed_batch": MIXED.layout_figure,
@@ -40,27 +39,8 @@ def test_the_quickstarts_sheet_shows_its_prompts_in_both_languages(prompt: str) 
     assert (windows[..., expected < 64].all(axis=-1) & ~windows[..., expected > 250].any(axis=-1)).any()
 
 
-def test_the_table_of_crops_and_the_numbers_of_the_batch() -> None:
-    for row in MIXED.crop_table():
-        assert row in PAGE
-    numbers = MIXED.numbers()
-    for stated in (
-        f"each as long as the longest, {numbers['row']} tokens",
-        f"computes {numbers['padded']} tokens, of which {numbers['valid']} are valid: {numbers['filler']} is",
-        f"fall into {numbers['buckets']} buckets",
-    ):
-        assert stated in PAGE
-
-
 def test_sample_0_positions_spoil_the_others_and_the_patch_does_not(tiny_base: Path) -> None:
     errors = POSITIONS.measure(tiny_base)
     assert max(*errors.patched, *(values[0] for values in vars(errors).values())) < 1e-6
     assert all(0.05 < value < 0.20 for value in errors.text_of_sample_0[1:])
     assert all(0.25 < value < 0.40 for value in (*errors.image_of_sample_0[1:], *errors.stock[1:]))
-
-
-def test_the_readmes_tables_are_those_of_the_results() -> None:
-    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert page == FIRST.page_with_tables(page), "run scripts/first_screen.py"
-    for row in [line for line in page.splitlines() if line.startswith("|") and any(map(str.isdigit, line))]:
-        assert FIRST.page_with_tables(page.replace(row, "| 1.23 |")) == page, "a number that no result gives"

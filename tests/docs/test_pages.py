@@ -179,45 +179,20 @@ def test_pages_and_descriptions_of_keys_use_the_words_of_the_glossary() -> None:
     assert avoided(planted) == ["A look", "pictures", "goes on", "told"]
 
 
-def test_the_table_of_reads_from_the_cache_is_that_of_its_results() -> None:
-    reads = script("cache_throughput")
-    page, found = reads.PAGE.read_text(encoding="utf-8"), json.loads(reads.RESULTS.read_text(encoding="utf-8"))
-    assert reads.page_with_table(page, found) == page, "run scripts/cache_throughput.py --table"
-
-
-def test_the_table_of_devices_is_that_of_the_rehearsals() -> None:
-    hardware = script("hardware_table")
-    page, found = hardware.PAGE.read_text(encoding="utf-8"), json.loads(hardware.RESULTS.read_text(encoding="utf-8"))
-    assert hardware.page_with_table(page, found) == page, "run scripts/hardware_table.py --table"
+def test_every_recipe_was_rehearsed() -> None:
+    found = json.loads(script("hardware_table").RESULTS.read_text(encoding="utf-8"))
     recipes = {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} - {"quickstart"}
     assert {row["recipe"] for row in found["rows"]} == recipes
 
 
-def test_the_numbers_of_the_page_of_a_run_are_those_that_were_measured() -> None:
-    benchmark = script("report_benchmark")
-    page, found = PAGES["watching.md"], json.loads(benchmark.RESULT.read_text(encoding="utf-8"))
-    assert benchmark.page_with_numbers(page, found) == page, "run scripts/report_benchmark.py"
+def test_the_page_of_a_long_run_was_small_and_fast() -> None:
+    found = json.loads(script("report_benchmark").RESULT.read_text(encoding="utf-8"))
     assert found["page_mb"] < 20 and found["open_s"][-1] < 2
 
 
-def test_the_table_of_stored_text_is_that_of_the_measurement() -> None:
-    text = script("cache_text")
-    page, found = text.PAGE.read_text(encoding="utf-8"), json.loads(text.RESULTS.read_text(encoding="utf-8"))
-    assert text.page_with_table(page, found) == page, "run scripts/cache_text.py --table"
-
-
-def test_the_page_of_buckets_is_that_of_the_results() -> None:
-    buckets = script("bucket_benchmark")
-    page, found = buckets.PAGE.read_text(encoding="utf-8"), json.loads(buckets.RESULTS.read_text(encoding="utf-8"))
-    assert buckets.page_with_results(page, found) == page, "run scripts/bucket_benchmark.py --page"
-    assert set(buckets.SETS) <= found.keys()
-
-
-def test_the_table_of_a_million_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what the script generates is found by a start, as if mixres had written it."""
+def test_what_is_generated_for_a_million_records_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if mixres had written it."""
     million = script("million_entries")
-    page, found = million.PAGE.read_text(encoding="utf-8"), json.loads(million.RESULTS.read_text(encoding="utf-8"))
-    assert million.page_with_table(page, found) == page, "run scripts/million_entries.py --table"
     for module in (million, records):
         monkeypatch.setattr(module, "SETTLED_NS", 0)
     million.write_data(tmp_path, 1500)
