@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,8 @@ from mixres.data.shards import FOLDER, _OpenShard  # noqa: E402
 from mixres.geometry import Size  # noqa: E402
 from mixres.models.family import Family  # noqa: E402
 from mixres.models.registry import load_family  # noqa: E402
-from mixres.preprocessing.fill import KeyedRecords, encode, keyed_records, lengths_of  # noqa: E402
+from mixres.preprocessing.fill import KeyedRecords, encode, keyed_records  # noqa: E402
+from mixres.preprocessing.samples import lengths_of  # noqa: E402
 from mixres.preprocessing.training_data import RecordSizes  # noqa: E402
 from mixres.training.setup import build_plan  # noqa: E402
 
@@ -168,11 +170,11 @@ def start(root: Path, count: int) -> dict[str, Any]:
     """A start as training makes it, in this process; the cost of steps."""
     clock, config = Clock(), configuration(root, count)
     family = load_family(config.model.family, config.model.pretrained_model_name_or_path)
-    found = clock("scan and keys", lambda: keyed_records(config, family, is_main=False))
+    found = clock("scan and keys", lambda: keyed_records(config, family, is_main=False, known=True))
     assert len(found.keys) == count, "what a scan keeps is not written as a scan reads it"
     if not (root / "cache" / FOLDER).exists():
         write_entries(root, config, family, found)
-        found = found._replace(cache=Cache(root / "cache", 10**9))
+        found = replace(found, cache=Cache(root / "cache", 10**9))
     encoded = clock("entries", lambda: encode(config, family, found, device=torch.device("cpu"), rank=1, world_size=2))
     plan = clock("plan", lambda: build_plan(config, encoded, world_size=4))
     clock("first step", lambda: plan.step(0))

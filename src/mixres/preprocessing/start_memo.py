@@ -1,0 +1,217 @@
+"""What a start found, kept for the next one: usable records, keys of their entries, and what a plan needs of these.
+
+Promise: it is used only where all that it was made of is as it was: the tar and parquet files by size, times and inode
+(objects by size and ETag), the sections data, cache and model of the configuration, the seed, the bytes of the base's
+encoders, and the shards of the cache by name, index and noted damage. A start with it finds what one without it finds,
+record by record. A memo that is damaged counts as none. Cost: about 350 bytes a record, on disk and in memory.
+
+There is none where a source is a folder, a manifest or a data set, whose files have a state each, or where an entry has
+a file of its own. Then, and after any change, a start looks at everything and keeps what it found.
+
+File: a line with `_VERSION`, the xxh3_128 of what follows, the length of a JSON object as 8 bytes, the object, and the
+sections whose bytes it gives: keys, keys of the noise, rows of `samples.ROW`, and the records as JSON with their ends.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from mixres import __version__, atomic
+from mixres.config.schema import Config
+from mixres.data.cache import Cache
+from mixres.data.objects import StoredObject, find_objects
+from mixres.data.parquet import image_of
+from mixres.data.records import Problem, is_settled
+from mixres.data.scan import SHARDS, ScannedRecord
+from mixres.data.scan_cache import VERSION as SCAN
+from mixres.data.shard_index import record_of, row_of
+from mixres.data.tar_shards import TarImage
+from mixres.errors import UserError, WorkError
+from mixres.geometry import Size
+from mixres.models import hub
+from mixres.models.family import Family
+from mixres.preprocessing.cache_folder import cache_folder
+from mixres.preprocessing.encode import ENCODING, FINGERPRINTS
+from mixres.preprocessing.samples import ROW, CachedSample, Lazy, table_of
+from mixres.preprocessing.training_data import SOURCES, Summary
+
+FOLDER = "starts"  # beside the entries
+MOST = 4  # configurations that are kept
+_VERSION = b"mixres start 1\n"
+_BASE = ("model_index.json", "transformer/config.json")  # beside the encoders
+_HASH = 16  # bytes of a key, and of a digest
+
+
+class Kept(NamedTuple):
+    """What the start before has found."""
+
+    summary: Summary
+    train: Sequence[ScannedRecord]
+    held_out: list[ScannedRecord]
+    keys: list[str]  # of both
+    noise_keys: list[str]  # of the held-out ones
+    table: np.ndarray  # `table_of` the training samples
+    entries: str  # of the cache, as they are logged
+
+
+class StartMemo:
+    """The memo of a configuration beside the entries of its cache."""
+
+    def __init__(self, config: Config, family: Family, cache: Cache) -> None:
+        self._config, self._family, self._cache, self._folder = config, family, cache, cache_folder(config) / FOLDER
+        try:
+            named = (getattr(config.data, key) for key in SOURCES)
+            sources = [source for own in named if isinstance(own, tuple) for source in own]
+            self._objects = [*_objects(sources)] if all(map(_is_object, sources)) else []
+            self._path = self._folder / f"{self._digest}.start" if self._objects else None
+        except (UserError, WorkError):  # for the scan to report, beside everything else
+            self._path = None
+        self._fit = self._path is not None and all(is_settled(stored.status) for stored in self._objects)
+
+    def load(self) -> Kept | None:
+        """What is kept, where it is of the present state of everything."""
+        if self._path is None:
+            return None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            data = self._path.read_bytes()
+            begin = len(_VERSION) + _HASH
+            digest, size = data[len(_VERSION) : begin], int.from_bytes(data[begin : begin + 8], "little")
+            head = json.loads(data[begin + 8 : begin + 8 + size])
+            if not data.startswith(_VERSION) or head["state"] != self._state():
+                return None
+            if xxhash.xxh3_128_digest(memoryview(data)[begin:]) == digest:
+                with contextlib.suppress(OSError):  # it was used now
+                    os.utime(self._path)
+                return self._kept(data, begin + 8 + size, head)
+        return None
+
+    def save(
+        self,
+        summary: Summary,
+        records: Sequence[ScannedRecord],
+        samples: Sequence[CachedSample],
+        noise_keys: Sequence[str],
+        entries: str,
+    ) -> None:
+        """Keep what this start found, training before held-out; a full or read-only disk keeps nothing."""
+        shards = self._cache.shards
+        shards.refresh()
+        needed = {key for sample in samples for key in (sample.key, *sample.entry.parts)}
+        numbers = {stored: number for number, stored in enumerate(self._objects)}
+        pictures: list[Any] = [scanned.record.target for scanned in records]
+        if not self._fit or not needed <= shards.shard_of.keys() or not {x[0] for x in pictures} <= numbers.keys():
+            return
+        rows = [_row(numbers[x[0]], scanned) for x, scanned in zip(pictures, records, strict=True)]
+        ends = np.fromiter(accumulate(map(len, rows)), "<u8", len(rows))
+        keys = bytes.fromhex("".join(sample.key for sample in samples))
+        parts = keys, bytes.fromhex("".join(noise_keys)), table_of(samples).tobytes(), ends.tobytes(), b"".join(rows)
+        head = {"state": self._state(), "summary": summary, "entries": entries, "sections": [*map(len, parts)]}
+        stated = json.dumps(head).encode()
+        body = b"".join((len(stated).to_bytes(8, "little"), stated, *parts))
+        with contextlib.suppress(OSError):
+            self._write(_VERSION + xxhash.xxh3_128_digest(body) + body)
+
+    def _write(self, data: bytes) -> None:
+        assert self._path
+        self._folder.mkdir(parents=True, exist_ok=True)
+        atomic.sweep((self._folder,), 3600.0)
+        atomic.write_bytes(self._path, data)
+        for old in sorted(self._folder.glob("*.start"), key=lambda path: path.stat().st_mtime_ns)[:-MOST]:
+            old.unlink(missing_ok=True)
+
+    def _state(self) -> list[Any]:
+        return [[[stored.url, *stored.status] for stored in self._objects], self._cache.shards.state()]
+
+    @cached_property
+    def _digest(self) -> str:
+        """Over all else that a start depends on.
+
+        Raises:
+            UserError: the base's encoders cannot be found.
+        """
+        model = self._config.model
+        name, revision = model.pretrained_model_name_or_path, model.revision
+        files = [path for file in _BASE if (path := Path(name) / file).is_file()]
+        base = hub.commit(name, revision=revision), [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
+        encoders = self._family.encoder_fingerprint(cache_folder(self._config) / FINGERPRINTS)
+        sections = self._config.model_dump(mode="json", include={"data", "cache", "model"})
+        code = __version__, SCAN.decode(), ENCODING, self._family.name
+        stated = [code, str(Path.cwd()), base, encoders, sections, self._config.train.seed]
+        return xxhash.xxh3_128_hexdigest(json.dumps(stated, sort_keys=True).encode())
+
+    def _kept(self, data: bytes, begin: int, head: dict[str, Any]) -> Kept:
+        *values, problems = head["summary"]
+        summary = Summary._make([*values, [Problem(*problem) for problem in problems]])
+        sections = []
+        for size in head["sections"]:
+            sections.append(memoryview(data)[begin : begin + size])
+            begin += size
+        keys, noise, table, ends, _ = sections
+        rows = np.frombuffer(table, ROW)
+        record = _Records(data, begin - len(sections[-1]), np.frombuffer(ends, "<u8"), rows, tuple(self._objects))
+        held_out = [record(i) for i in range(summary.train, len(rows))]
+        return Kept(
+            summary._replace(decoded=0, unchanged=summary.decoded + summary.unchanged),
+            Lazy(summary.train, record),
+            held_out,
+            _hex(keys),
+            _hex(noise),
+            rows[: summary.train],
+            head["entries"],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """Makes a record of its row."""
+
+    data: bytes
+    begin: int  # of the rows
+    ends: np.ndarray  # of each row, behind `begin`
+    table: np.ndarray
+    objects: tuple[StoredObject, ...]
+
+    def __call__(self, i: int) -> ScannedRecord:
+        first, last = (self.begin + (int(self.ends[j]) if j >= 0 else 0) for j in (i - 1, i))
+        number, record, target, controls, digests, flattened, several = json.loads(self.data[first:last])
+        return ScannedRecord(
+            record_of(_images_in(self.objects[number]), *record),
+            Size(*target),
+            tuple(Size(*size) for size in controls),
+            tuple(digests),
+            flattened,
+            several,
+            bool(self.table["regularization"][i]),
+        )
+
+
+def _row(number: int, scanned: ScannedRecord) -> bytes:
+    record, *rest, _ = scanned
+    return json.dumps([number, row_of(record), *rest]).encode()
+
+
+def _images_in(stored: StoredObject) -> Callable[..., Any]:
+    return partial(image_of if stored.url.lower().endswith(".parquet") else TarImage, stored)
+
+
+def _is_object(source: str) -> bool:
+    return source.lower().endswith(SHARDS) and not Path(source).is_dir()
+
+
+def _objects(sources: Sequence[str]) -> Iterator[StoredObject]:
+    for source in sources:
+        yield from find_objects(source)
+
+
+def _hex(data: memoryview) -> list[str]:
+    text = data.hex()
+    return [text[begin : begin + 2 * _HASH] for begin in range(0, len(text), 2 * _HASH)]
