@@ -253,7 +253,7 @@ def encode(
         if rank == 0:
             wanted = found.kept.entries.partition(" ")[0]
             log(f"cache     {found.kept.entries} in {cache}: 0 encoded, {wanted} found")
-        names = Lazy(count, make.name)
+        names = Lazy(count, partial(_name_of, found.train))  # other processes get it
         train: Sequence[CachedSample] = LazySamples(count, make, found.keys[:count], names, found.kept.table)
     else:
         entries = _fill(config, family, found, device=device, rank=rank, world_size=world_size)
@@ -290,8 +290,9 @@ class _Samples:
         at, digests = (own.target, own.controls), scanned.digests if self.with_digests else ()
         return CachedSample(scanned.record, *at, key, entry, scanned.regularization, digests)
 
-    def name(self, index: int) -> str:
-        return self.records[index].record.name
+
+def _name_of(records: Sequence[ScannedRecord], index: int) -> str:
+    return records[index].record.name
 
 
 def _prepare(cache: Cache, *, is_main: bool) -> None:

@@ -3,7 +3,7 @@
 Cost: 25 bytes a sample for the array. A sample of `LazySamples` is made when it is asked for, in some 15 us.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
@@ -73,8 +73,8 @@ def table_of(samples: Sequence[CachedSample]) -> np.ndarray:
     """(n,) of `ROW`: lengths, width and height of the target, and whether the sample is of the regularisation set."""
     if isinstance(samples, LazySamples):
         return samples.table
-    rows: list[Any] = [(sample.lengths, sample.target_size, sample.regularization) for sample in samples]
-    return np.array(rows, ROW)
+    rows: Iterator[Any] = ((sample.lengths, sample.target_size, sample.regularization) for sample in samples)
+    return np.fromiter(rows, ROW, len(samples))
 
 
 def keys_of(samples: Sequence[CachedSample]) -> Sequence[str]:

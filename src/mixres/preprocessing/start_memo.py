@@ -8,17 +8,18 @@ record by record. A memo that is damaged counts as none. Cost: about 350 bytes a
 There is none where a source is a folder, a manifest or a data set, whose files have a state each, or where an entry has
 a file of its own. Then, and after any change, a start looks at everything and keeps what it found.
 
-File: a line with `_VERSION`, the xxh3_128 of what follows, the length of a JSON object as 8 bytes, the object, and the
-sections whose bytes it gives: keys, keys of the noise, rows of `samples.ROW`, and the records as JSON with their ends.
+File: a line with `_VERSION`, the xxh3_128 of what follows, sections: records as JSON, where each ends, keys, keys of
+the noise, rows of `samples.ROW`; a JSON object with the bytes of each section, and its own length as 8 bytes.
 """
 
 import contextlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,9 @@ FOLDER = "starts"  # beside the entries
 MOST = 4  # configurations that are kept
 _VERSION = b"mixres start 1\n"
 _BASE = ("model_index.json", "transformer/config.json")  # beside the encoders
+_AT_ONCE = 2**14  # records that are written
 _HASH = 16  # bytes of a key, and of a digest
+_BEGIN = len(_VERSION) + _HASH
 
 
 class Kept(NamedTuple):
@@ -83,15 +86,13 @@ class StartMemo:
             return None
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             data = self._path.read_bytes()
-            begin = len(_VERSION) + _HASH
-            digest, size = data[len(_VERSION) : begin], int.from_bytes(data[begin : begin + 8], "little")
-            head = json.loads(data[begin + 8 : begin + 8 + size])
-            if not data.startswith(_VERSION) or head["state"] != self._state():
+            if data[:_BEGIN] != _VERSION + xxhash.xxh3_128_digest(memoryview(data)[_BEGIN:]):
                 return None
-            if xxhash.xxh3_128_digest(memoryview(data)[begin:]) == digest:
+            head = json.loads(data[-8 - int.from_bytes(data[-8:], "little") : -8])
+            if head["state"] == self._state():
                 with contextlib.suppress(OSError):  # it was used now
                     os.utime(self._path)
-                return self._kept(data, begin + 8 + size, head)
+                return self._kept(data, head)
         return None
 
     def save(
@@ -105,26 +106,41 @@ class StartMemo:
         """Keep what this start found, training before held-out; a full or read-only disk keeps nothing."""
         shards = self._cache.shards
         shards.refresh()
-        needed = {key for sample in samples for key in (sample.key, *sample.entry.parts)}
         numbers = {stored: number for number, stored in enumerate(self._objects)}
-        pictures: list[Any] = [scanned.record.target for scanned in records]
-        if not self._fit or not needed <= shards.shard_of.keys() or not {x[0] for x in pictures} <= numbers.keys():
+        in_shards = all(key in shards.shard_of for sample in samples for key in (sample.key, *sample.entry.parts))
+        if not (self._fit and in_shards and all(_object_of(scanned) in numbers for scanned in records)):
             return
-        rows = [_row(numbers[x[0]], scanned) for x, scanned in zip(pictures, records, strict=True)]
-        ends = np.fromiter(accumulate(map(len, rows)), "<u8", len(rows))
-        keys = bytes.fromhex("".join(sample.key for sample in samples))
-        parts = keys, bytes.fromhex("".join(noise_keys)), table_of(samples).tobytes(), ends.tobytes(), b"".join(rows)
-        head = {"state": self._state(), "summary": summary, "entries": entries, "sections": [*map(len, parts)]}
-        stated = json.dumps(head).encode()
-        body = b"".join((len(stated).to_bytes(8, "little"), stated, *parts))
+        rows = (_row(numbers[_object_of(scanned)], scanned) for scanned in records)
+        head = {"state": self._state(), "summary": summary, "entries": entries}
+        keys = (bytes.fromhex("".join(keys)) for keys in ([sample.key for sample in samples], noise_keys))
         with contextlib.suppress(OSError):
-            self._write(_VERSION + xxhash.xxh3_128_digest(body) + body)
+            self._write(head, rows, *keys, table_of(samples).tobytes())
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, head: dict[str, Any], rows: Iterator[bytes], *parts: bytes) -> None:
         assert self._path
         self._folder.mkdir(parents=True, exist_ok=True)
         atomic.sweep((self._folder,), 3600.0)
-        atomic.write_bytes(self._path, data)
+        digest, ends, end = xxhash.xxh3_128(), array("Q"), 0
+        with atomic.replace(self._path) as tmp, tmp.open("wb") as file:
+
+            def write(data: bytes) -> None:
+                digest.update(data)
+                file.write(data)
+
+            file.write(bytes(_BEGIN))
+            while some := list(islice(rows, _AT_ONCE)):
+                for row in some:
+                    end += len(row)
+                    ends.append(end)
+                write(b"".join(some))
+            parts = np.asarray(ends, "<u8").tobytes(), *parts
+            for part in parts:
+                write(part)
+            head["sections"] = [end, *map(len, parts)]
+            stated = json.dumps(head).encode()
+            write(stated + len(stated).to_bytes(8, "little"))
+            file.seek(0)
+            file.write(_VERSION + digest.digest())
         for old in sorted(self._folder.glob("*.start"), key=lambda path: path.stat().st_mtime_ns)[:-MOST]:
             old.unlink(missing_ok=True)
 
@@ -148,24 +164,21 @@ class StartMemo:
         stated = [code, str(Path.cwd()), base, encoders, sections, self._config.train.seed]
         return xxhash.xxh3_128_hexdigest(json.dumps(stated, sort_keys=True).encode())
 
-    def _kept(self, data: bytes, begin: int, head: dict[str, Any]) -> Kept:
+    def _kept(self, data: bytes, head: dict[str, Any]) -> Kept:
         *values, problems = head["summary"]
         summary = Summary._make([*values, [Problem(*problem) for problem in problems]])
-        sections = []
-        for size in head["sections"]:
-            sections.append(memoryview(data)[begin : begin + size])
-            begin += size
-        keys, noise, table, ends, _ = sections
-        rows = np.frombuffer(table, ROW)
-        record = _Records(data, begin - len(sections[-1]), np.frombuffer(ends, "<u8"), rows, tuple(self._objects))
-        held_out = [record(i) for i in range(summary.train, len(rows))]
+        ends = [*accumulate(head["sections"], initial=_BEGIN)]
+        _, last, keys, noise, table = (memoryview(data)[begin:end] for begin, end in pairwise(ends))
+        samples = np.frombuffer(table, ROW)
+        record = _Records(data, np.frombuffer(last, "<u8"), samples["regularization"], tuple(self._objects))
+        held_out = [record(i) for i in range(summary.train, len(samples))]
         return Kept(
             summary._replace(decoded=0, unchanged=summary.decoded + summary.unchanged),
             Lazy(summary.train, record),
             held_out,
             _hex(keys),
             _hex(noise),
-            rows[: summary.train],
+            samples[: summary.train],
             head["entries"],
         )
 
@@ -174,15 +187,15 @@ class StartMemo:
 class _Records:
     """Makes a record of its row."""
 
-    data: bytes
-    begin: int  # of the rows
-    ends: np.ndarray  # of each row, behind `begin`
-    table: np.ndarray
+    data: bytes  # which can be handed to another process, other than a view of it
+    ends: np.ndarray  # of each row
+    regularization: np.ndarray
     objects: tuple[StoredObject, ...]
 
     def __call__(self, i: int) -> ScannedRecord:
-        first, last = (self.begin + (int(self.ends[j]) if j >= 0 else 0) for j in (i - 1, i))
-        number, record, target, controls, digests, flattened, several = json.loads(self.data[first:last])
+        first, last = (int(self.ends[i - 1]) if i else 0), int(self.ends[i])
+        row = self.data[_BEGIN + first : _BEGIN + last]
+        number, record, target, controls, digests, flattened, several = json.loads(row)
         return ScannedRecord(
             record_of(_images_in(self.objects[number]), *record),
             Size(*target),
@@ -190,8 +203,14 @@ class _Records:
             tuple(digests),
             flattened,
             several,
-            bool(self.table["regularization"][i]),
+            bool(self.regularization[i]),
         )
+
+
+def _object_of(scanned: ScannedRecord) -> Any:
+    """The file that all its images lie in."""
+    picture: Any = scanned.record.target
+    return picture[0]
 
 
 def _row(number: int, scanned: ScannedRecord) -> bytes:
