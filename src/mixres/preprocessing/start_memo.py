@@ -3,7 +3,7 @@
 Promise: it is used only where all that it was made of is as it was: the tar and parquet files by size, times and inode
 (objects by size and ETag), the sections data, cache and model of the configuration, the seed, the bytes of the base's
 encoders, and the shards of the cache by name, index and noted damage. A start with it finds what one without it finds,
-record by record. A memo that is damaged counts as none. Cost: about 350 bytes a record, on disk and in memory.
+record by record. A memo that is damaged counts as none. Cost: about 370 bytes a record, on disk and in memory.
 
 There is none where a source is a folder, a manifest or a data set, whose files have a state each, or where an entry has
 a file of its own. Then, and after any change, a start looks at everything and keeps what it found.
@@ -111,7 +111,8 @@ class StartMemo:
         if not (self._fit and in_shards and all(_object_of(scanned) in numbers for scanned in records)):
             return
         rows = (_row(numbers[_object_of(scanned)], scanned) for scanned in records)
-        head = {"state": self._state(), "summary": summary, "entries": entries}
+        known = summary._replace(decoded=0, unchanged=summary.decoded + summary.unchanged)
+        head = {"state": self._state(), "summary": known, "entries": entries}
         keys = (bytes.fromhex("".join(keys)) for keys in ([sample.key for sample in samples], noise_keys))
         with contextlib.suppress(OSError):
             self._write(head, rows, *keys, table_of(samples).tobytes())
@@ -173,7 +174,7 @@ class StartMemo:
         record = _Records(data, np.frombuffer(last, "<u8"), samples["regularization"], tuple(self._objects))
         held_out = [record(i) for i in range(summary.train, len(samples))]
         return Kept(
-            summary._replace(decoded=0, unchanged=summary.decoded + summary.unchanged),
+            summary,
             Lazy(summary.train, record),
             held_out,
             _hex(keys),
