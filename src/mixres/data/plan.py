@@ -117,14 +117,14 @@ def caption_dropped(seed: int, step: int, index: int, probability: float) -> boo
     return drawn < probability * 2**64
 
 
-def table_of(lengths: LengthsOf) -> np.ndarray:
+def as_table(lengths: LengthsOf) -> np.ndarray:
     """(n, 4), columns as the fields of `Lengths`."""
     return np.asarray(lengths, dtype=np.int32).reshape(-1, len(Lengths._fields))
 
 
 def over_budget(lengths: LengthsOf, names: Sequence[str], max_tokens: int) -> list[str]:
     """A message for each sample that does not fit a microbatch alone."""
-    text, image, _, empty_text = table_of(lengths).T
+    text, image, _, empty_text = as_table(lengths).T
     most = image + np.maximum(text, empty_text)  # as `Lengths.most`
     assert len(names) == len(most), (len(names), len(most))
     return [
@@ -154,7 +154,7 @@ class Plan:
         world_size: int = 1,
         caption_dropout: float = 0.0,
     ) -> None:
-        self.lengths = table_of(lengths)
+        self.lengths = as_table(lengths)
         if not len(self.lengths):
             raise UserError("data.train: there is no usable sample; add some")
         assert not caption_dropout or self.lengths[:, 3].all(), "encoded without the empty prompt"
@@ -351,14 +351,14 @@ class Rounding(NamedTuple):
     image: int = 1
 
     def table(self, of: LengthsOf) -> np.ndarray:
-        """As `table_of`, as the plan is to count them; the target's stay, they are what the loss is over."""
+        """As `as_table`, as the plan is to count them; the target's stay, they are what the loss is over."""
         multiples = self.text, self.image, 1, self.text
-        return np.stack([rounded(*pair) for pair in zip(table_of(of).T, multiples, strict=True)], axis=1)
+        return np.stack([rounded(*pair) for pair in zip(as_table(of).T, multiples, strict=True)], axis=1)
 
 
 def rounding_of(lengths: LengthsOf, maximum: int = MAX_LENGTHS) -> Rounding:
     """The smallest powers of two whose multiples are at most `maximum` text and `maximum` image lengths."""
-    text, image, _, empty_text = (np.unique(column).tolist() for column in table_of(lengths).T)
+    text, image, _, empty_text = (np.unique(column).tolist() for column in as_table(lengths).T)
     return Rounding(_multiple({*text} | {*empty_text} - {0}, maximum), _multiple(image, maximum))
 
 

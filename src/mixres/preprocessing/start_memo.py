@@ -36,7 +36,7 @@ from mixres.data.scan import SHARDS, ScannedRecord
 from mixres.data.scan_cache import VERSION as SCAN
 from mixres.data.shard_index import record_of, row_of
 from mixres.data.tar_shards import TarImage
-from mixres.errors import UserError, WorkError
+from mixres.errors import UserError
 from mixres.geometry import Size
 from mixres.models import hub
 from mixres.models.family import Family
@@ -67,7 +67,11 @@ class Kept(NamedTuple):
 
 
 class StartMemo:
-    """The memo of a configuration beside the entries of its cache."""
+    """The memo of a configuration beside the entries of its cache.
+
+    Raises:
+        WorkError: a store cannot be reached.
+    """
 
     def __init__(self, config: Config, family: Family, cache: Cache) -> None:
         self._config, self._family, self._cache, self._folder = config, family, cache, cache_folder(config) / FOLDER
@@ -76,7 +80,7 @@ class StartMemo:
             sources = [source for own in named if isinstance(own, tuple) for source in own]
             self._objects = [*_objects(sources)] if all(map(_is_object, sources)) else []
             self._path = self._folder / f"{self._digest}.start" if self._objects else None
-        except (UserError, WorkError):  # for the scan to report, beside everything else
+        except UserError:  # for the scan to report, beside everything else
             self._path = None
         self._fit = self._path is not None and all(is_settled(stored.status) for stored in self._objects)
 
@@ -104,11 +108,13 @@ class StartMemo:
         entries: str,
     ) -> None:
         """Keep what this start found, training before held-out; a full or read-only disk keeps nothing."""
+        if not self._fit:
+            return
         shards = self._cache.shards
         shards.refresh()
         numbers = {stored: number for number, stored in enumerate(self._objects)}
         in_shards = all(key in shards.shard_of for sample in samples for key in (sample.key, *sample.entry.parts))
-        if not (self._fit and in_shards and all(_object_of(scanned) in numbers for scanned in records)):
+        if not (in_shards and all(_object_of(scanned) in numbers for scanned in records)):
             return
         rows = (_row(numbers[_object_of(scanned)], scanned) for scanned in records)
         known = summary._replace(decoded=0, unchanged=summary.decoded + summary.unchanged)
