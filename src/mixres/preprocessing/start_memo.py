@@ -47,6 +47,7 @@ from mixres.preprocessing.training_data import SOURCES, Summary
 
 FOLDER = "starts"  # beside the entries
 MOST = 4  # configurations that are kept
+# Raise it when the same data and configuration would give other records, problems, keys or lengths.
 _VERSION = b"mixres start 1\n"
 _BASE = ("model_index.json", "transformer/config.json")  # beside the encoders
 _AT_ONCE = 2**14  # records that are written
