@@ -1,5 +1,6 @@
 """What a start keeps for the next one: nothing that has changed is taken from it, and all else is as without it."""
 
+import json
 import os
 import pickle
 import shutil
@@ -146,7 +147,7 @@ def _encoder(starts: Starts) -> None:
 
 def _transformer(starts: Starts) -> None:
     file = starts.base / "transformer" / "config.json"
-    file.write_text(file.read_text() + "\n")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "another": 1}))
 
 
 def _damage(starts: Starts) -> None:

@@ -160,16 +160,23 @@ class StartMemo:
         """Over all else that a start depends on.
 
         Raises:
-            UserError: the base's encoders cannot be found.
+            UserError: the base's files cannot be had.
         """
         model = self._config.model
         name, revision = model.pretrained_model_name_or_path, model.revision
-        files = [path for file in _BASE if (path := Path(name) / file).is_file()]
-        base = hub.commit(name, revision=revision), [xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files]
+        base = [hub.pipeline_json(name, file, revision=revision) for file in _BASE]
         encoders = self._family.encoder_fingerprint(cache_folder(self._config) / FINGERPRINTS)
         sections = self._config.model_dump(mode="json", include={"data", "cache", "model"})
         code = __version__, SCAN.decode(), ENCODING, self._family.name
-        stated = [code, str(Path.cwd()), base, encoders, sections, self._config.train.seed]
+        stated = [
+            code,
+            str(Path.cwd()),
+            hub.commit(name, revision=revision),
+            base,
+            encoders,
+            sections,
+            self._config.train.seed,
+        ]
         return xxhash.xxh3_128_hexdigest(json.dumps(stated, sort_keys=True).encode())
 
     def _kept(self, data: bytes, head: dict[str, Any]) -> Kept:
