@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,8 @@ from mixres.data.shards import FOLDER, _OpenShard  # noqa: E402
 from mixres.geometry import Size  # noqa: E402
 from mixres.models.family import Family  # noqa: E402
 from mixres.models.registry import load_family  # noqa: E402
-from mixres.preprocessing.fill import KeyedRecords, encode, keyed_records, lengths_of  # noqa: E402
+from mixres.preprocessing.fill import KeyedRecords, encode, keyed_records  # noqa: E402
+from mixres.preprocessing.samples import lengths_of  # noqa: E402
 from mixres.preprocessing.training_data import RecordSizes  # noqa: E402
 from mixres.training.setup import build_plan  # noqa: E402
 
@@ -163,22 +165,27 @@ class Clock:
         return made
 
 
-def start(root: Path, count: int) -> dict[str, Any]:
-    """A start as training makes it, in this process; the cost of steps."""
+def start(root: Path, count: int, *, known: bool = False) -> dict[str, Any]:
+    """A start as training makes it, in this process, `known`: with what an earlier one kept; the cost of steps."""
     clock, config = Clock(), configuration(root, count)
     family = load_family(config.model.family, config.model.pretrained_model_name_or_path)
-    found = clock("scan and keys", lambda: keyed_records(config, family, is_main=False))
+    found = clock("scan and keys", lambda: keyed_records(config, family, is_main=False, known=known))
     assert len(found.keys) == count, "what a scan keeps is not written as a scan reads it"
     if not (root / "cache" / FOLDER).exists():
         write_entries(root, config, family, found)
-        found = found._replace(cache=Cache(root / "cache", 10**9))
-    encoded = clock("entries", lambda: encode(config, family, found, device=torch.device("cpu"), rank=1, world_size=2))
+        found = replace(found, cache=Cache(root / "cache", 10**9))
+    encoded = clock("entries", lambda: encode(config, family, found, device=torch.device("cpu"), rank=0, world_size=1))
     plan = clock("plan", lambda: build_plan(config, encoded, world_size=4))
     clock("first step", lambda: plan.step(0))
     steps = range(1, min(1000, plan.steps_per_epoch))
     clock("steps", lambda: [plan.step(step) for step in steps])
     clock.figures["steps"] = [figure / len(steps) for figure in clock.figures["steps"][:2]]
     return {"records": count, **clock.figures}
+
+
+def again(root: Path, count: int) -> dict[str, Any]:
+    """A start that finds what an earlier one has kept, if there was one."""
+    return start(root, count, known=True)
 
 
 def index_alone(root: Path, count: int) -> dict[str, Any]:
@@ -238,7 +245,8 @@ def measured(root: Path, count: int, *, train: bool) -> dict[str, Any]:
     """All of one count, each in a process of its own; `train`: also whole processes of training."""
     write_data(root, count)
     in_process("start", root, count)  # writes the entries
-    parts: dict[str, Any] = {name: in_process(name, root, count) for name in ("start", "index_alone")}
+    in_process("again", root, count)  # keeps what it finds
+    parts: dict[str, Any] = {name: in_process(name, root, count) for name in ("start", "again", "index_alone")}
     if train:
         parts["process"] = {"first": first_step(root, STEPS), "resumed": first_step(root, 2 * STEPS)}
     return {**parts, "load": os.getloadavg()}
@@ -254,13 +262,14 @@ def in_process(name: str, root: Path, count: int) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """In Markdown; times are processor time."""
     lines = [
-        "| records | scan and keys | index and entries | plan | a step's plan |",
-        "|---|---|---|---|---|",
+        "| records | scan and keys | entries | plan | all of it again | a step's plan |",
+        "|---|---|---|---|---|---|",
     ]
     rows = sorted(found["counts"], key=lambda row: int(row["start"]["records"]))
-    for start in (row["start"] for row in rows):
-        times = [f"{start[name][1]:.2f} s" for name in ("scan and keys", "entries", "plan")]
-        step = f"{1000 * start['steps'][1]:.2f} ms"
+    for start, again in ((row["start"], row["again"]) for row in rows):
+        parts = "scan and keys", "entries", "plan"
+        times = [f"{start[name][1]:.2f} s" for name in parts] + [f"{sum(again[name][1] for name in parts):.2f} s"]
+        step = f"{1000 * again['steps'][1]:.2f} ms"
         lines.append(f"| {start['records']:,} | {' | '.join(times)} | {step} |")
     for row in rows:
         alone, process = row["index_alone"], row.get("process", {}).get("resumed")
@@ -312,7 +321,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", nargs="*", type=int)
     parser.add_argument("--folder", help="for what is generated, where there is room")
-    parser.add_argument("--part", choices=("start", "index_alone"), help="of a folder that is written, as JSON")
+    parser.add_argument(
+        "--part", choices=("start", "again", "index_alone"), help="of a folder that is written, as JSON"
+    )
     given = parser.parse_args()
     if given.part:
         print(json.dumps(globals()[given.part](Path(given.folder), *given.counts)))

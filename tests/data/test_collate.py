@@ -118,5 +118,6 @@ def test_rounded_rows_hold_the_same_tokens_and_more_padding(chosen: list[Sample]
         assert min(lengths) == batch.prompt_embeds.shape[1]
     else:
         assert batch.prompt_mask.sum(dim=1).tolist() == lengths
-    counted = [rounding.lengths(Lengths(n, len(image(s)), 1)) for n, s in zip(lengths, chosen, strict=True)]
+    made = [Lengths(n, len(image(s)), 1) for n, s in zip(lengths, chosen, strict=True)]
+    counted = [Lengths(*row) for row in rounding.table(made).tolist()]
     assert batch.tokens_computed == computed_tokens(counted, "padded")

@@ -272,7 +272,7 @@ def test_a_large_step_of_samples_over_half_the_budget_is_planned_at_once() -> No
 def test_few_lengths_are_left_and_none_is_shortened(made: list[Lengths], scale: int) -> None:
     made = [Lengths(*(n * scale + n % 7 for n in length)) for length in made]
     rounding = rounding_of(made)
-    after = [rounding.lengths(length) for length in made]
+    after = [Lengths(*row) for row in rounding.table(made).tolist()]
     assert len({length.text for length in after} | {length.empty_text for length in after} - {0}) <= MAX_LENGTHS
     assert len({length.image for length in after}) <= MAX_LENGTHS
     for old, new in zip(made, after, strict=True):

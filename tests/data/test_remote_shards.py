@@ -17,7 +17,8 @@ from mixres.data.compact import compact
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Plan
 from mixres.errors import UserError, WorkError
-from mixres.preprocessing.fill import fill, lengths_of
+from mixres.preprocessing.fill import fill
+from mixres.preprocessing.samples import lengths_of
 from support.jobs import longest_file
 from support.object_stores import ACCESS, FaultyServer, faulty_server, s3_server
 from support.samples import assert_same

@@ -252,7 +252,7 @@ def test_the_sheet_shows_what_the_encoders_get(
         Image.new("L", image.size, 255).save(target.with_name(f"{target.stem}_mask.png"))
     words = [f"model.pretrained_model_name_or_path={base_of(case)}", f"data.train={data}", "data.held_out=null"]
     config = load_config(small_run, [*words, *case.overrides(), f"cache.cache_dir={tmp_path}"])
-    some = chosen(usable_records(config, family, is_main=False)[0])
+    some = chosen(usable_records(config, family, is_main=False).train)
     assert any(scanned.record.mask for scanned in some)
     columns = 2 + 2 * max(len(scanned.record.controls) for scanned in some)
     assert preview_grid(config, family, some).width == 12 + columns * (224 + 12)

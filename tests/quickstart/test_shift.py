@@ -16,7 +16,8 @@ from mixres.config.load import load_config
 from mixres.geometry import Size, control_size
 from mixres.models.family import ControlSizes
 from mixres.models.lora_file import FILE_NAME
-from mixres.preprocessing.fill import CachedSample, encode_all, family_of
+from mixres.preprocessing.fill import encode_all, family_of
+from mixres.preprocessing.samples import CachedSample
 from mixres.quickstart import data
 from mixres.quickstart.results import psnr
 from mixres.training.denoising import image_inputs, make_images

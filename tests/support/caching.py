@@ -48,7 +48,8 @@ class Caching:
         return [encoded.cache.read(sample.key, name="sample") for sample in encoded.train]
 
     def usable(self, *overrides: str, is_main: bool = True) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
-        return usable_records(*with_family(self.config(*overrides)), is_main=is_main)
+        found = usable_records(*with_family(self.config(*overrides)), is_main=is_main)
+        return found.train, found.held_out
 
     def problems(self, *overrides: str, is_main: bool = True) -> list[str]:
         """What a run is refused for, with paths relative to the data."""

@@ -8,7 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mixres import cli
+from mixres.data import records
 from mixres.data.cache import Cache
+from mixres.preprocessing.start_memo import FOLDER
 from support.jobs import COMMON, LORA, Jobs, metrics
 from support.object_stores import ACCESS, members_of, parquet_of, s3_server, tar_of
 
@@ -55,6 +57,26 @@ def test_the_same_run_from_every_source_has_the_same_losses_bit_for_bit(
         assert all(weights[key].equal(wanted[key]) for key in wanted)
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in written if ACCESS["AWS_SECRET_ACCESS_KEY"].encode() in file.read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_run_that_resumes_with_what_a_start_kept_has_the_same_losses_bit_for_bit(
+    small_run: Path, few_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "SETTLED_NS", -(10**12))  # the shard is new
+    (tmp_path / "x.tar").write_bytes(tar_of(members_of(few_pairs / "train")))
+    jobs = Jobs(small_run, tmp_path / "cache", tmp_path)
+    words = [*WORDS, f"data.train={tmp_path}/x.tar", "cache.shard_gb=1"]
+    straight = jobs.here("straight", *words)
+    (memo,) = (tmp_path / "cache" / FOLDER).glob("*.start")
+    written = memo.stat().st_ino
+    for steps in (1, 3):
+        resumed = jobs.here("resumed", *words, f"train.max_train_steps={steps}")
+    assert memo.stat().st_ino == written, "it was taken over, not written again"
+    assert losses(resumed) == losses(straight) and len(set(losses(resumed))) == 3
+    assert (resumed / LORA).read_bytes() == (straight / LORA).read_bytes()
+    memo.unlink()
+    assert losses(jobs.here("without", *words)) == losses(straight)
 
 
 @pytest.mark.slow

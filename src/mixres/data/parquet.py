@@ -8,7 +8,7 @@ Columns are `target`, `control`, `control_1`, ..., `mask`, `prompt` and `align_c
 image is binary, or a struct with its `bytes` as `datasets.Image` writes it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -70,6 +70,11 @@ class ParquetImage(NamedTuple):
         return bytes(data)
 
 
+def image_of(table: StoredObject, columns: Sequence[str], *place: Any) -> ParquetImage:
+    """The image of these fields."""
+    return ParquetImage(table, tuple(columns), *place)
+
+
 def records_from_parquet(
     table: StoredObject, *, columns: Mapping[str, str], empty_caption: EmptyCaption, index: Path | None = None
 ) -> tuple[list[EditRecord], list[Problem]]:
@@ -88,7 +93,7 @@ def records_from_parquet(
         raise UserError(f"{printable(table)}: is a parquet file, and 'pyarrow' is not installed: {fix}") from None
     read = partial(_read, table, columns=columns, empty_caption=empty_caption)
     kept = partial(kept_records, columns=columns, empty_caption=empty_caption)
-    return kept(table, index, read, lambda names, *place: ParquetImage(table, tuple(names), *place))
+    return kept(table, index, read, partial(image_of, table))
 
 
 def _read(table: StoredObject, *, columns: Mapping[str, str], empty_caption: EmptyCaption) -> Found:

@@ -24,7 +24,8 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from json.encoder import encode_basestring_ascii as _quoted
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -32,6 +33,9 @@ import xxhash
 from mixres.errors import UserError
 
 Layout = Literal["padded", "packed"]
+N = TypeVar("N", int, np.ndarray)
+LengthsOf = Sequence[tuple[int, ...]] | np.ndarray  # of samples; an array has `Lengths` as rows
+_AT_ONCE = 2**16  # identities that are hashed
 # What a forward and backward call costs beyond its tokens (launches, hooks, gathering shards), in tokens' worth. A tiny
 # model on a CPU pays about 50, see docs/numerics.md; a device that waits for launches or weights pays more.
 MICROBATCH_TOKENS = 256
@@ -113,13 +117,20 @@ def caption_dropped(seed: int, step: int, index: int, probability: float) -> boo
     return drawn < probability * 2**64
 
 
-def over_budget(lengths: Iterable[Lengths], names: Iterable[str], max_tokens: int) -> list[str]:
+def as_table(lengths: LengthsOf) -> np.ndarray:
+    """(n, 4), columns as the fields of `Lengths`."""
+    return np.asarray(lengths, dtype=np.int32).reshape(-1, len(Lengths._fields))
+
+
+def over_budget(lengths: LengthsOf, names: Sequence[str], max_tokens: int) -> list[str]:
     """A message for each sample that does not fit a microbatch alone."""
+    text, image, _, empty_text = as_table(lengths).T
+    most = image + np.maximum(text, empty_text)  # as `Lengths.most`
+    assert len(names) == len(most), (len(names), len(most))
     return [
-        f"{name}: {length.most} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
+        f"{names[i]}: {most[i]} tokens alone are over batch.max_tokens = {max_tokens}: raise it, or lower "
         "data.resize.target.max_pixels"
-        for name, length in zip(names, lengths, strict=True)
-        if length.most > max_tokens
+        for i in np.flatnonzero(most > max_tokens).tolist()
     ]
 
 
@@ -132,10 +143,10 @@ class Plan:
 
     def __init__(
         self,
-        lengths: Sequence[Lengths],
+        lengths: LengthsOf,
         *,
         names: Sequence[str],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
         seed: int,
         samples_per_step: int,
         max_tokens: int,
@@ -143,12 +154,12 @@ class Plan:
         world_size: int = 1,
         caption_dropout: float = 0.0,
     ) -> None:
-        if not lengths:
+        self.lengths = as_table(lengths)
+        if not len(self.lengths):
             raise UserError("data.train: there is no usable sample; add some")
-        assert not caption_dropout or all(length.empty_text for length in lengths), "encoded without the empty prompt"
-        if over := over_budget(lengths, names, max_tokens):
+        assert not caption_dropout or self.lengths[:, 3].all(), "encoded without the empty prompt"
+        if over := over_budget(self.lengths, names, max_tokens):
             raise UserError(over)
-        self.lengths = np.array(lengths, dtype=np.int32)  # (n, 4), columns as the fields of `Lengths`
         self.weights = np.ones(len(lengths)) if weights is None else np.array(weights, dtype=np.float64)
         assert self.weights.shape == (len(lengths),) and (self.weights > 0).all(), "0 marks a dummy microbatch"
         self.seed, self.samples_per_step, self.max_tokens = seed, samples_per_step, max_tokens
@@ -193,8 +204,8 @@ class Plan:
         assert len(identities) == len(self.lengths), (len(identities), len(self.lengths))
         digest = xxhash.xxh3_128(json.dumps([self.seed, self.samples_per_step]).encode())
         digest.update(self._epoch_order(0).astype("<i8").tobytes())  # numpy may draw another permutation one day
-        for identity in identities:
-            digest.update(json.dumps(identity).encode())
+        for first in range(0, len(identities), _AT_ONCE):
+            digest.update("".join(map(_quoted, identities[first : first + _AT_ONCE])).encode())
         return digest.hexdigest()
 
     def plan_hash(self, identities: Sequence[str]) -> str:
@@ -339,22 +350,19 @@ class Rounding(NamedTuple):
     text: int = 1
     image: int = 1
 
-    def lengths(self, of: Lengths) -> Lengths:
-        """As the plan is to count them; the target's stay, they are what the loss is over."""
-        return of._replace(
-            text=rounded(of.text, self.text),
-            image=rounded(of.image, self.image),
-            empty_text=rounded(of.empty_text, self.text),
-        )
+    def table(self, of: LengthsOf) -> np.ndarray:
+        """As `as_table`, as the plan is to count them; the target's stay, they are what the loss is over."""
+        multiples = self.text, self.image, 1, self.text
+        return np.stack([rounded(*pair) for pair in zip(as_table(of).T, multiples, strict=True)], axis=1)
 
 
-def rounding_of(lengths: Sequence[Lengths], maximum: int = MAX_LENGTHS) -> Rounding:
+def rounding_of(lengths: LengthsOf, maximum: int = MAX_LENGTHS) -> Rounding:
     """The smallest powers of two whose multiples are at most `maximum` text and `maximum` image lengths."""
-    texts = {length.text for length in lengths} | {length.empty_text for length in lengths if length.empty_text}
-    return Rounding(_multiple(texts, maximum), _multiple({length.image for length in lengths}, maximum))
+    text, image, _, empty_text = (np.unique(column).tolist() for column in as_table(lengths).T)
+    return Rounding(_multiple({*text} | {*empty_text} - {0}, maximum), _multiple(image, maximum))
 
 
-def rounded(length: int, multiple: int) -> int:
+def rounded(length: N, multiple: int) -> N:
     """The smallest multiple that is not below `length`."""
     return -(-length // multiple) * multiple
 

@@ -39,10 +39,10 @@ def kept_records(
     with suppress(OSError, ValueError, LookupError, TypeError):
         kept = json.loads(file.read_bytes())
         if kept["state"] == state:
-            return [_record(image, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
+            return [record_of(image, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
     records, problems = read()
     if records and is_settled(stored.status):
-        found = {"state": state, "records": [_row(record) for record in records], "problems": problems}
+        found = {"state": state, "records": [row_of(record) for record in records], "problems": problems}
         with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.write_json(file, found, indent=None)
@@ -57,16 +57,17 @@ def index_of(
     return folder / f"{xxhash.xxh3_64_hexdigest(str(stored).encode())}.json", state
 
 
-def _row(record: EditRecord) -> list[Any]:
+def row_of(record: EditRecord) -> list[Any]:
     """Name, prompt, alignment, images without their file, and whether the last is a mask."""
     images: list[Any] = [record.target, *record.controls, *([record.mask] if record.mask else [])]
     places = [image[1:] for image in images]
     return [record.name, record.prompt, record.align_control, places, record.mask is not None]
 
 
-def _record(
+def record_of(
     image: Callable[..., Picture], name: str, prompt: str, align: bool | None, places: list[list[Any]], has_mask: bool
 ) -> EditRecord:
+    """Inverse of `row_of`, as `kept_records` takes `image`."""
     target, *others = [image(*place) for place in places]
     mask = others.pop() if has_mask else None
     return EditRecord(name, target, tuple(others), prompt, mask, align)

@@ -49,6 +49,7 @@ class Shards:
         self.store, self.size = store, size
         self.shard_of: dict[str, str] = {}  # by key
         self._rows: dict[str, dict[str, str]] = {}  # by shard and key
+        self._digests: dict[str, int] = {}  # of the index by shard
         self.counts: dict[str, int] = {}  # entries by shard, those that another shard holds too among them
         self.unreadable: set[str] = set()
         self._damaged: set[str] = set()
@@ -77,6 +78,10 @@ class Shards:
     def sizes(self) -> dict[str, int]:
         """The bytes of all entries, by key."""
         return {key: _place(self._rows[shard][key])[1] for key, shard in self.shard_of.items()}
+
+    def state(self) -> list[Any]:
+        """Shards, digests of their indexes and noted damage, as they were last seen: what every lookup depends on."""
+        return [[name, self._digests[name]] for name in sorted(self.counts)] + sorted(self._damaged | self.unreadable)
 
     def refresh(self, *, again: bool = False) -> None:
         """See what other processes added and removed since the last time. Cost: a `stat`, where there is nothing.
@@ -170,7 +175,7 @@ class Shards:
                     key, _ = shard.rows.popitem()
                     self.shard_of.pop(key, None)
                     continue
-                self.counts[shard.name] = len(shard.rows)
+                self.counts[shard.name], self._digests[shard.name] = len(shard.rows), shard.digest
                 self._take(shard.name, shard.rows)
                 shard.file.close()
                 shard = None
@@ -225,7 +230,8 @@ class Shards:
         """By key the rows of a shard; none where another process has removed it, None where they cannot be read."""
         for fresh in self.store.attempts:
             try:
-                return _read_index(self.store, name, fresh)
+                rows, self._digests[name] = _read_index(self.store, name, fresh)
+                return rows
             except FileNotFoundError:
                 return {}
             except OSError as error:  # which says nothing of what is in it
@@ -246,7 +252,7 @@ class _OpenShard:
         self.path = folder / f"{atomic.TMP_PREFIX}{self.name.removesuffix('.tar')}"
         self.file = self.path.open("xb+", buffering=0)
         self.rows: dict[str, str] = {}
-        self.end, self.begun = 0, time.monotonic()
+        self.end, self.begun, self.digest = 0, time.monotonic(), 0
 
     def append(self, key: str, data: bytes, note: str) -> None:
         member = _member(member_name(key), data)
@@ -260,7 +266,8 @@ class _OpenShard:
         offset, size = _place(self.rows[next(reversed(self.rows))])
         self.end = offset + -(-size // _BLOCK) * _BLOCK
         index = json.dumps({"format": 1, "entries": self.rows}, separators=(",", ":")).encode()
-        trailer = _TRAILER.pack(self.end + _BLOCK, len(index), xxhash.xxh3_64_intdigest(index), MAGIC)
+        self.digest = xxhash.xxh3_64_intdigest(index)
+        trailer = _TRAILER.pack(self.end + _BLOCK, len(index), self.digest, MAGIC)
         self.file.truncate(self.end)  # what was begun behind the last entry makes room
         self._write(self.end, _member("index.json", index) + bytes(2 * _BLOCK) + trailer)
         os.fsync(self.file.fileno())
@@ -291,8 +298,8 @@ def _member(name: str, data: bytes) -> bytes:
     return b"".join((info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % _BLOCK)))
 
 
-def _read_index(store: ShardStore, name: str, fresh: bool) -> dict[str, str]:
-    """What the end of a shard states.
+def _read_index(store: ShardStore, name: str, fresh: bool) -> tuple[dict[str, str], int]:
+    """What the end of a shard states, and its digest.
 
     Raises:
         OSError, WorkError: it cannot be read.
@@ -307,5 +314,4 @@ def _read_index(store: ShardStore, name: str, fresh: bool) -> dict[str, str]:
     text = store.read(name, offset, length, fresh=fresh)
     if xxhash.xxh3_64_intdigest(text) != digest:
         raise ValueError("the checksum of its index is wrong")
-    rows: dict[str, str] = json.loads(text)["entries"]
-    return rows
+    return dict(json.loads(text)["entries"]), digest

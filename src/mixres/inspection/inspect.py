@@ -29,7 +29,8 @@ from mixres.models.family import Family
 from mixres.models.quantize import is_torchao
 from mixres.preprocessing.cache_folder import cache_folder, make_folder
 from mixres.preprocessing.encode import text_problems
-from mixres.preprocessing.fill import family_of, lengths_of
+from mixres.preprocessing.fill import family_of
+from mixres.preprocessing.samples import lengths_of
 from mixres.preprocessing.training_data import ScannedData, image_limits, scan_records, tell
 from mixres.training.distributed import dist_env
 from mixres.training.sample_sheets import save_png
@@ -76,7 +77,7 @@ def inspect(
     found = problems.collect(scan_records, config, family, is_main=True)
     if found is None:
         raise UserError(problems.lines)
-    tell(found, family, config.data.background)
+    tell(found.summary, family, config.data.background)
     problems.add(*found.refusals(config))
     run = _DryRun(config, family, found, ranks, problems, estimate=estimate)
     report = run.report()

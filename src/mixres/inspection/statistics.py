@@ -19,7 +19,7 @@ from mixres.data.cache import CacheEntry
 from mixres.data.plan import Lengths, Microbatch, Plan, computed_tokens
 from mixres.data.scan import ScannedRecord
 from mixres.geometry import Size
-from mixres.preprocessing.fill import lengths_of
+from mixres.preprocessing.samples import lengths_of
 from mixres.preprocessing.training_data import ScannedData
 
 _BINS = 12
@@ -231,7 +231,8 @@ def notices(config: Config, found: ScannedData, sizes: Figures, epoch: Figures, 
     twins = len(train) - len({(scanned.digests, scanned.record.prompt) for scanned in train})
     enlarged, other, rest = sizes["targets_enlarged"], sizes["controls_of_another_aspect"], len(train) % wanted
     enlargement, change = sizes["most_enlargement_of_a_control"], sizes["most_change_of_aspect"]
-    few, idle, no_samples = found.few(config), found.idle(config), config.sample.every and not found.held_out
+    few, idle = found.summary.few(config), found.summary.idle(config)
+    no_samples = config.sample.every and not found.held_out
     unaligned = "set data.resize.control.align=auto, which needs a new logging.output_dir"
     if config.data.resize.control.align == "auto":
         unaligned = (

@@ -35,6 +35,7 @@ from mixres.preprocessing.training_data import (
 # Part of every key. Raise it when the same files and configuration would make other entries: when pixels are read or
 # resized differently, and when a new release line of diffusers brings another prompt template.
 ENCODING = 2
+FINGERPRINTS = "fingerprints.json"  # in the folder of the cache
 
 
 def entry_keys(
@@ -108,7 +109,7 @@ def _text(config: Config) -> dict[str, str]:
 
 
 def _memo(config: Config) -> Path:
-    return cache_folder(config) / "fingerprints.json"
+    return cache_folder(config) / FINGERPRINTS
 
 
 def entry_bytes(config: Config, family: Family, entries: Mapping[str, CacheEntry]) -> dict[str, int]:

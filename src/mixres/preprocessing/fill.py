@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple, TypeVar
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,12 +24,11 @@ from mixres.console import clock, counted, log
 from mixres.data.cache import Cache, CacheEntry
 from mixres.data.decode import Share
 from mixres.data.loader import MicrobatchDataset
-from mixres.data.plan import Layout, Lengths, Rounding, over_budget
-from mixres.data.records import EditRecord, collector_paused
+from mixres.data.plan import Layout, Rounding, over_budget
+from mixres.data.records import collector_paused
 from mixres.data.scan import ALONE, ScannedRecord
 from mixres.errors import Problems, UserError, WorkError
-from mixres.geometry import Size
-from mixres.models.family import ControlSizes, Family
+from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.cache_folder import check_space, open_cache, place_of, readable_size, save_index
 from mixres.preprocessing.encode import (
@@ -42,7 +42,17 @@ from mixres.preprocessing.encode import (
 from mixres.preprocessing.encoder import Encode, Encoder
 from mixres.preprocessing.live_texts import LiveTexts, TextsOf
 from mixres.preprocessing.parts import Part, Parts
-from mixres.preprocessing.training_data import SOURCES, RecordSizes, SizesOf, scan_of, usable_records
+from mixres.preprocessing.samples import CachedSample, Lazy, LazySamples, keys_of, lengths_of, names_of
+from mixres.preprocessing.start_memo import Kept, StartMemo
+from mixres.preprocessing.training_data import (
+    SOURCES,
+    RecordSizes,
+    Summary,
+    check_folder,
+    report,
+    scan_of,
+    usable_records,
+)
 
 T = TypeVar("T")
 Load = Callable[[], Encode]
@@ -50,38 +60,26 @@ _LOOKS = 0.05  # of the time
 _MANY = 100_000  # records
 
 
-class CachedSample(NamedTuple):
-    """A usable record, the sizes it is trained at, and its entry in the cache."""
-
-    record: EditRecord
-    target_size: Size
-    control_sizes: ControlSizes
-    key: str
-    entry: CacheEntry
-    regularization: bool = False  # counts in the loss with `loss.prior_loss_weight`
-    digests: tuple[str, ...] = ()  # of its files, where its controls are read again
-    noise_key: str = ""  # of a held-out sample: its key where embeddings are stored as they are
-
-    @property
-    def lengths(self) -> Lengths:
-        return lengths_of(self.entry)
-
-
-def lengths_of(entry: CacheEntry) -> Lengths:
-    """What the plan needs to know of an entry."""
-    return Lengths(entry.text_tokens, entry.image_tokens, entry.target_tokens, entry.empty_tokens)
-
-
-class KeyedRecords(NamedTuple):
+@dataclass(frozen=True)
+class KeyedRecords:
     """The usable records of a run and the keys of their entries, before anything is encoded."""
 
+    config: Config
+    family: Family
     cache: Cache
-    train: list[ScannedRecord]
+    summary: Summary
+    train: Sequence[ScannedRecord]
     held_out: list[ScannedRecord]
     keys: list[str]  # of the entries of both, in this order
-    shared: Parts  # what of them has entries of its own
     with_empty: frozenset[str]  # keys of the entries with the empty prompt too, for caption dropout
     noise_keys: list[str]  # `CachedSample.noise_key` of the held-out ones
+    memo: StartMemo | None = None  # that is to keep what is found
+    kept: Kept | None = None  # where it was known before
+
+    @cached_property
+    def shared(self) -> Parts:
+        """What of them has entries of its own."""
+        return shared_parts(self.config, self.family, self.by_key, self.with_empty)
 
     @property
     def by_key(self) -> dict[str, ScannedRecord]:
@@ -90,7 +88,8 @@ class KeyedRecords(NamedTuple):
 
     def train_keys(self, *, regularization: bool) -> list[str]:
         """Those of the regularisation set, or of the samples beside it."""
-        return [k for k, x in zip(self.keys, self.train, strict=False) if x.regularization == regularization]
+        own = len(self.train) - self.summary.regularization
+        return self.keys[own : len(self.train)] if regularization else self.keys[:own]
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ class CachedData:
     """What training reads: the cache, the samples in it, and the text encoder where it holds no embeddings."""
 
     cache: Cache
-    train: list[CachedSample]
-    held_out: list[CachedSample]
+    train: Sequence[CachedSample]
+    held_out: Sequence[CachedSample]
     texts: LiveTexts | None = None
 
     def read(self, item: CachedSample) -> Sample:
@@ -118,7 +117,7 @@ class CachedData:
         self, samples: Sequence[CachedSample], layout: Layout, rounding: Rounding | None = None
     ) -> MicrobatchDataset:
         """These samples by position, for microbatches of them."""
-        keys, names = [sample.key for sample in samples], [sample.record.name for sample in samples]
+        keys, names = keys_of(samples), names_of(samples)
         texts = TextsOf(self.texts, samples) if self.texts else None
         return MicrobatchDataset(self.cache, keys, names, layout, rounding or Rounding(), texts)
 
@@ -184,29 +183,40 @@ def encode_all(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    found = keyed_records(config, family, is_main=rank == 0, share=Share(rank, world_size))
+    found = keyed_records(config, family, is_main=rank == 0, share=Share(rank, world_size), known=True)
     return encode(config, family, found, device=device, rank=rank, world_size=world_size)
 
 
-def keyed_records(config: Config, family: Family, *, is_main: bool, share: Share = ALONE) -> KeyedRecords:
+def keyed_records(
+    config: Config, family: Family, *, is_main: bool, share: Share = ALONE, known: bool = False
+) -> KeyedRecords:
     """Scan training and held-out data, shared with other processes; the usable records and the keys of their entries.
+
+    `known`: take what an earlier start has kept of all this, where nothing has changed since.
 
     Raises:
         UserError: data, base or sizes are wrong, or the folder of the cache cannot be made.
     """
-    cache = open_cache(config)
-    train, held_out = usable_records(config, family, is_main=is_main, share=share)
+    cache, dropout = open_cache(config), config.data.caption_dropout > 0
+    check_folder(Path(config.logging.output_dir))
+    memo = StartMemo(config, family, cache) if known else None
+    if kept := memo.load() if memo else None:
+        if is_main:
+            report(config, family, kept.summary)
+        summary, train, held_out, keys, noise_keys, *_ = kept
+        with_empty = frozenset(keys[: len(train)] if dropout else ())
+        return KeyedRecords(config, family, cache, summary, train, held_out, keys, with_empty, noise_keys, memo, kept)
+    found = usable_records(config, family, is_main=is_main, share=share)
+    train, held_out = found.train, found.held_out
     if len(train) > _MANY:
         gc.freeze()  # else each full collection of the process would look at every record again
-    dropout = config.data.caption_dropout > 0
     keys = entry_keys(config, family, train, empty_prompt=dropout)
     with_empty = frozenset(keys if dropout else ())
     held_out_keys = noise_keys = entry_keys(config, family, held_out)
     if config.cache.text:
         noise_keys = entry_keys(with_text(config, None), family, held_out)
     keys += held_out_keys
-    shared = shared_parts(config, family, dict(zip(keys, [*train, *held_out], strict=True)), with_empty)
-    return KeyedRecords(cache, train, held_out, keys, shared, with_empty, noise_keys)
+    return KeyedRecords(config, family, cache, found.summary, train, held_out, keys, with_empty, noise_keys, memo)
 
 
 def entries_there(found: KeyedRecords) -> tuple[dict[str, CacheEntry], dict[str, Part]]:
@@ -236,19 +246,60 @@ def encode(
     Raises:
         UserError, WorkError: as `run_cache`.
     """
-    _fill(config, family, found, device=device, rank=rank, world_size=world_size)
-    cache, train, held_out, keys, *_ = found
-    found_records = zip(keys, [*train, *held_out], [""] * len(train) + found.noise_keys, strict=True)
-    sizes, recompute = RecordSizes(config, family), config.cache.text == "recompute"
-    with collector_paused():
-        samples = [
-            _cached(sizes.of(scanned), scanned, cache.lookup(key), noise, scanned.digests if recompute else ())
-            for key, scanned, noise in found_records
-        ]
-    if len(samples) > _MANY:
+    cache, count, recompute = found.cache, len(found.train), config.cache.text == "recompute"
+    make = _Samples(cache, RecordSizes(config, family), found.keys, found.train, recompute)
+    if found.kept:
+        _prepare(cache, is_main=rank == 0)
+        if rank == 0:
+            wanted = found.kept.entries.partition(" ")[0]
+            log(f"cache     {found.kept.entries} in {cache}: 0 encoded, {wanted} found")
+        names = Lazy(count, partial(_name_of, found.train))  # other processes get it
+        train: Sequence[CachedSample] = LazySamples(count, make, found.keys[:count], names, found.kept.table)
+    else:
+        entries = _fill(config, family, found, device=device, rank=rank, world_size=world_size)
+        with collector_paused():
+            train = [make(i) for i in range(count)]
+    own = zip(found.keys[count:], found.held_out, found.noise_keys, strict=True)
+    held_out = [make.of(key, scanned)._replace(noise_key=noise) for key, scanned, noise in own]
+    if count > _MANY:
         gc.freeze()
+    if found.memo and not found.kept and rank == 0:
+        records = [*found.train, *found.held_out]
+        found.memo.save(found.summary, records, [*train, *held_out], found.noise_keys, entries)
     texts = LiveTexts(config, family, device, ranks=world_size) if recompute else None
-    return CachedData(cache, samples[: len(train)], samples[len(train) :], texts)
+    return CachedData(cache, train, held_out, texts)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Makes training samples of their positions."""
+
+    cache: Cache
+    sizes: RecordSizes
+    keys: Sequence[str]
+    records: Sequence[ScannedRecord]
+    with_digests: bool
+
+    def __call__(self, index: int) -> CachedSample:
+        return self.of(self.keys[index], self.records[index])
+
+    def of(self, key: str, scanned: ScannedRecord) -> CachedSample:
+        """The sample of a record whose entry is `key`."""
+        entry, own = self.cache.lookup(key), self.sizes.of(scanned)
+        assert entry is not None, scanned.record.name
+        at, digests = (own.target, own.controls), scanned.digests if self.with_digests else ()
+        return CachedSample(scanned.record, *at, key, entry, scanned.regularization, digests)
+
+
+def _name_of(records: Sequence[ScannedRecord], index: int) -> str:
+    return records[index].record.name
+
+
+def _prepare(cache: Cache, *, is_main: bool) -> None:
+    """Upload what waits; on the main process, delete what killed writers left."""
+    cache.shards.store.finish()
+    if is_main:
+        cache.sweep()
 
 
 def _fill(
@@ -260,13 +311,14 @@ def _fill(
     rank: int,
     world_size: int,
     alone: bool = False,
-) -> None:
-    """`fill` with the entries of these records that are missing, checked before anything is encoded."""
+) -> str:
+    """`fill` with the entries of these records that are missing, checked before anything is encoded.
+
+    Returns how many entries there are, for the log.
+    """
     cache, records = found.cache, found.by_key
     is_main = alone or rank == 0
-    cache.shards.store.finish()
-    if is_main:
-        cache.sweep()
+    _prepare(cache, is_main=is_main)
     with collector_paused():
         entries, parts = entries_there(found)
         wanted = len(parts) + len(records)
@@ -290,15 +342,16 @@ def _fill(
     if alone:
         of_all = f"{wanted - len(sizes)} of all {wanted} entries had been there"
         log(f"cache     shard {rank + 1}/{world_size}: {encoded} encoded; {of_all}")
-    elif rank == 0:
-        others = f", {len(sizes) - encoded} by other processes" if encoded < len(sizes) else ""
-        texts = sum(isinstance(part.name, str) for part in parts.values())
-        counts = {"prompts": texts, "controls": len(parts) - texts}
-        of_them = " and ".join(f"{count} of them {what}" for what, count in counts.items() if count)
-        what = f"{wanted} entries{of_them and f', {of_them},'} in {cache}"
-        log(f"cache     {what}: {encoded} encoded, {wanted - len(sizes)} found{others}")
-    elif encoded:
+    elif rank and encoded:
         log(f"cache     rank {rank}: {encoded} encoded")
+    texts = sum(isinstance(part.name, str) for part in parts.values())
+    counts = {"prompts": texts, "controls": len(parts) - texts}
+    of_them = " and ".join(f"{count} of them {what}" for what, count in counts.items() if count)
+    entries_of = f"{wanted} entries{of_them and f', {of_them},'}"
+    if is_main and not alone:
+        others = f", {len(sizes) - encoded} by other processes" if encoded < len(sizes) else ""
+        log(f"cache     {entries_of} in {cache}: {encoded} encoded, {wanted - len(sizes)} found{others}")
+    return entries_of
 
 
 def _check_lengths(config: Config, family: Family, found: KeyedRecords, entries: Mapping[str, CacheEntry]) -> None:
@@ -392,14 +445,6 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
             f"{readable_size(sum(left))} for the {len(left)} entries to come, and run the same command again; "
             "those that are there stay"
         ) from error
-
-
-def _cached(
-    sizes: SizesOf, scanned: ScannedRecord, entry: CacheEntry | None, noise_key: str, digests: tuple[str, ...]
-) -> CachedSample:
-    assert entry is not None, scanned.record.name
-    at = sizes.target, sizes.controls
-    return CachedSample(scanned.record, *at, entry.key, entry, scanned.regularization, digests, noise_key)
 
 
 def spread(samples: Iterable[CachedSample], count: int) -> list[CachedSample]:

@@ -29,6 +29,41 @@ SCAN_MEMO = "scan"
 SOURCES = ("train", "regularization", "held_out")  # keys of `data`
 
 
+class Summary(NamedTuple):
+    """What is reported of a configuration's data."""
+
+    train: int  # records, those of `data.regularization` among them
+    regularization: int
+    held_out: int
+    controls: int  # of all records
+    masks: bool  # whether a training record has one
+    flattened: int
+    several: int  # records with several frames or pages in an image
+    decoded: int  # as in `ScannedData`, as are the others
+    unchanged: int
+    cut: int
+    unusable: int
+    problems: list[Problem]
+
+    @property
+    def total(self) -> int:
+        """How many records there are, usable or not."""
+        return self.train + self.held_out + self.unusable
+
+    def few(self, config: Config) -> str | None:
+        """A notice where a step has more samples than there are."""
+        wanted, count = config.batch.samples_per_step, self.train
+        if count >= wanted:
+            return None
+        what = "every step is an epoch, and smaller than it should be"
+        return f"{amount(count, 'training record')} for batch.samples_per_step={wanted}: {what}"
+
+    def idle(self, config: Config) -> str | None:
+        """A notice where keys are set that change nothing in this run."""
+        keys = config.idle_keys(masks=self.masks)
+        return f"set, but without effect here: {', '.join(keys)}" if keys else None
+
+
 @dataclass
 class ScannedData:
     """What is usable of a configuration's data, and what is not."""
@@ -42,22 +77,22 @@ class ScannedData:
     unusable: int = 0  # records
 
     @property
-    def total(self) -> int:
-        """How many records there are, usable or not."""
-        return len(self.train) + len(self.held_out) + self.unusable
-
-    def few(self, config: Config) -> str | None:
-        """A notice where a step has more samples than there are."""
-        wanted, count = config.batch.samples_per_step, len(self.train)
-        if count >= wanted:
-            return None
-        what = "every step is an epoch, and smaller than it should be"
-        return f"{amount(count, 'training record')} for batch.samples_per_step={wanted}: {what}"
-
-    def idle(self, config: Config) -> str | None:
-        """A notice where keys are set that change nothing in this run."""
-        keys = config.idle_keys(masks=any(scanned.record.mask for scanned in self.train))
-        return f"set, but without effect here: {', '.join(keys)}" if keys else None
+    def summary(self) -> "Summary":
+        records = [*self.train, *self.held_out]
+        return Summary(
+            train=len(self.train),
+            regularization=sum(scanned.regularization for scanned in self.train),
+            held_out=len(self.held_out),
+            controls=sum(len(scanned.record.controls) for scanned in records),
+            masks=any(scanned.record.mask for scanned in self.train),
+            flattened=sum(scanned.flattened for scanned in records),
+            several=sum(scanned.first_of_several for scanned in records),
+            decoded=self.decoded,
+            unchanged=self.unchanged,
+            cut=self.cut,
+            unusable=self.unusable,
+            problems=self.problems,
+        )
 
     def stop(self, config: Config) -> bool:
         """Whether the problems are such that nothing may be trained."""
@@ -67,7 +102,8 @@ class ScannedData:
         """Why nothing may be trained: problems, or a fraction that holds out none or all."""
         lines = []
         if self.stop(config):
-            usable = f"{self.total - self.unusable} of {amount(self.total, 'record')} can be used"
+            there, total = len(self.train) + len(self.held_out), self.summary.total
+            usable = f"{there} of {amount(total, 'record')} can be used"
             fix = "fix the data, or set data.on_bad_item=skip to leave the others out"
             lines = [*map(str, self.problems), f"data: {amount(len(self.problems), 'problem')}; {usable}: {fix}"]
         own, fraction = sum(not scanned.regularization for scanned in self.train), config.data.held_out
@@ -77,9 +113,7 @@ class ScannedData:
         return lines
 
 
-def usable_records(
-    config: Config, family: Family, *, is_main: bool, share: Share = ALONE
-) -> tuple[list[ScannedRecord], list[ScannedRecord]]:
+def usable_records(config: Config, family: Family, *, is_main: bool, share: Share = ALONE) -> ScannedData:
     """Training records, those of `data.regularization` last, and held-out ones.
 
     `is_main`: this process reports what was found and writes `bad_items.jsonl`. `share`: of the images that it decodes
@@ -92,11 +126,16 @@ def usable_records(
     if lines := found.refusals(config):
         raise UserError(lines)  # by every rank: a launcher ends the others as soon as one has ended
     if is_main:
-        _list_problems(config, found)
-        tell(found, family, config.data.background)
-        for notice in filter(None, (found.few(config), found.idle(config))):
-            log(f"data      {notice}")
-    return found.train, found.held_out
+        report(config, family, found.summary)
+    return found
+
+
+def report(config: Config, family: Family, found: Summary) -> None:
+    """Log what was found, and write the problems that do not stop the run into the run folder."""
+    _list_problems(config, found)
+    tell(found, family, config.data.background)
+    for notice in filter(None, (found.few(config), found.idle(config))):
+        log(f"data      {notice}")
 
 
 def scan_records(config: Config, family: Family, *, is_main: bool, share: Share = ALONE) -> ScannedData:
@@ -288,7 +327,7 @@ def target_size_of(config: Config, scanned: ScannedRecord) -> Size:
     return target_size(scanned.target_size, **config.data.resize.target.model_dump())
 
 
-def _list_problems(config: Config, found: ScannedData) -> None:
+def _list_problems(config: Config, found: Summary) -> None:
     """Write the problems that do not stop the run into the run folder; without any, remove an earlier run's list."""
     file = Path(config.logging.output_dir) / BAD_ITEMS
     if not found.problems:
@@ -301,21 +340,18 @@ def _list_problems(config: Config, found: ScannedData) -> None:
     log(f"data      {amount(len(found.problems), 'problem')}, listed in {file}: {left_out} left out")
 
 
-def tell(found: ScannedData, family: Family, background: str) -> None:
+def tell(found: Summary, family: Family, background: str) -> None:
     """Log what was found, in a few lines."""
     images = amount(found.decoded + found.unchanged, "image")
     log(f"scan      {images}: {found.decoded} decoded, {found.unchanged} unchanged since the last scan")
-    records = [*found.train, *found.held_out]
-    controls = amount(sum(len(scanned.record.controls) for scanned in records), "control")
-    extra = sum(scanned.regularization for scanned in found.train)
-    also = f", {extra} regularisation" if extra else ""
-    held_out = amount(len(found.held_out), "held-out record")
-    log(f"data      {len(found.train) - extra} training{also} and {held_out} with {controls}")
-    if flattened := sum(scanned.flattened for scanned in records):
+    also = f", {found.regularization} regularisation" if found.regularization else ""
+    held_out, controls = amount(found.held_out, "held-out record"), amount(found.controls, "control")
+    log(f"data      {found.train - found.regularization} training{also} and {held_out} with {controls}")
+    if found.flattened:
         kept = "kept, and for the text encoder " if family.keeps_alpha else ""
-        log(f"data      {amount(flattened, 'record')} with transparency, which is {kept}laid on {background}")
-    if several := sum(scanned.first_of_several for scanned in records):
-        log(f"data      {amount(several, 'record')} with several frames or pages in an image: the first is used")
+        log(f"data      {amount(found.flattened, 'record')} with transparency, which is {kept}laid on {background}")
+    if found.several:
+        log(f"data      {amount(found.several, 'record')} with several frames or pages in an image: the first is used")
     if found.cut:
         log(f"data      {amount(found.cut, 'prompt')} cut to {family.max_prompt_tokens} tokens")
 

@@ -21,7 +21,8 @@ from mixres.config.schema import Config
 from mixres.errors import UserError
 from mixres.models.lora import attach
 from mixres.models.lora_file import read_header
-from mixres.preprocessing.fill import CachedSample, encode_all, family_of
+from mixres.preprocessing.fill import encode_all, family_of
+from mixres.preprocessing.samples import CachedSample
 from mixres.training.sample_sheets import HeldOutSampler, Row, image_grid, save_png
 
 _SMOOTHED = 25  # steps in the mean of the loss curve's thick line

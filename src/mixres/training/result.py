@@ -5,18 +5,19 @@ beside it or in its metadata. Cost: a LoRA once in memory on the rank that write
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mixres import atomic
 from mixres.errors import WorkError
+from mixres.geometry import Size
 from mixres.models.lora_file import FILE_NAME, RECIPE_FILE, lora_file
 from mixres.models.tensor_files import write_model
-from mixres.preprocessing.fill import CachedSample
+from mixres.preprocessing.samples import CachedSample, table_of
 from mixres.training.distributed import full_tensor
 from mixres.training.setup import TrainState, recipe
 
@@ -25,9 +26,10 @@ TRAINING_SET = "training_set.json"
 
 def training_set(samples: Sequence[CachedSample]) -> dict[str, Any]:
     """What a model card reports of them: how many, and how many of each size, without a name."""
-    own = [sample for sample in samples if not sample.regularization]
-    sizes = Counter(sample.target_size for sample in own)
-    counted = {str(size): sizes[size] for size in sorted(sizes)}
+    table = table_of(samples)
+    own = table["target"][~table["regularization"]]
+    sizes, counts = np.unique(own, axis=0, return_counts=True)
+    counted = {str(Size(*size)): count for size, count in zip(sizes.tolist(), counts.tolist(), strict=True)}
     return {"samples": len(own), "regularization": len(samples) - len(own), "sizes": counted}
 
 

@@ -25,7 +25,8 @@ from mixres.console import log
 from mixres.data.images import read_image
 from mixres.data.records import Picture
 from mixres.models.family import Family
-from mixres.preprocessing.fill import CachedData, CachedSample, spread
+from mixres.preprocessing.fill import CachedData, spread
+from mixres.preprocessing.samples import CachedSample
 from mixres.preprocessing.training_data import image_limits
 from mixres.training.denoising import ImageInputs, from_noise, make_images, microbatches
 from mixres.training.distributed import device_of

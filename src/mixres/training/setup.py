@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ from mixres import __version__
 from mixres.batch import Batch
 from mixres.config.schema import LYCORIS, Config
 from mixres.data.loader import microbatch_loader
-from mixres.data.plan import MAX_LENGTHS, Layout, Lengths, Plan, Rounding, rounding_of
+from mixres.data.plan import MAX_LENGTHS, Layout, LengthsOf, Plan, Rounding, rounding_of
 from mixres.diffusion.flow_matching import TimestepSampler
 from mixres.diffusion.objective import Objective, sample_weight
 from mixres.errors import Problems, UserError
@@ -41,6 +42,7 @@ from mixres.models.pretrained import materialize, read_weights, stored_dtype, to
 from mixres.models.quantize import check_method
 from mixres.preprocessing.fill import CachedData
 from mixres.preprocessing.live_texts import text_device
+from mixres.preprocessing.samples import names_of, table_of
 from mixres.preprocessing.training_data import control_rules
 from mixres.training.distributed import dist_env, is_split, replicate, shard
 from mixres.training.ema import Ema
@@ -226,22 +228,22 @@ def training_guidance(config: Config, family: Family) -> float | None:
 
 def build_plan(config: Config, encoded: CachedData, *, world_size: int, plan_type: Callable[..., Plan] = Plan) -> Plan:
     """The plan of all steps over `world_size` ranks, in the configured layout. Raises as `make_plan` does."""
-    samples = encoded.train
-    if all(sample.regularization for sample in samples):
+    table, names = table_of(encoded.train), names_of(encoded.train)
+    prior, regularization = config.loss.prior_loss_weight, table["regularization"]
+    if regularization.all():
         raise UserError("data.train: there is no usable sample; add some")
-    prior = config.loss.prior_loss_weight
-    weights = [sample_weight(regularization=s.regularization, prior_loss_weight=prior) for s in samples]
-    lengths, names = [sample.lengths for sample in samples], [sample.record.name for sample in samples]
+    own, other = (sample_weight(regularization=which, prior_loss_weight=prior) for which in (False, True))
+    weights = np.where(regularization, other, own)
     return make_plan(
-        config, lengths, names, weights, layout=config.batch.layout, world_size=world_size, plan_type=plan_type
+        config, table["lengths"], names, weights, layout=config.batch.layout, world_size=world_size, plan_type=plan_type
     )
 
 
 def make_plan(
     config: Config,
-    lengths: Sequence[Lengths],
+    lengths: LengthsOf,
     names: Sequence[str],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
     *,
     layout: Layout,
     world_size: int,
@@ -256,7 +258,7 @@ def make_plan(
     """
     rounding = row_rounding(config, lengths)
     return plan_type(
-        [rounding.lengths(length) for length in lengths],
+        rounding.table(lengths),
         names=names,
         weights=weights,
         seed=config.train.seed,
@@ -268,7 +270,7 @@ def make_plan(
     )
 
 
-def row_rounding(config: Config, lengths: Sequence[Lengths]) -> Rounding:
+def row_rounding(config: Config, lengths: LengthsOf) -> Rounding:
     """Compiled blocks want few different lengths; without them rows are padded to the longest alone."""
     return rounding_of(lengths) if config.train.compile else Rounding()
 
@@ -277,10 +279,8 @@ def build_loader(
     config: Config, encoded: CachedData, plan: Plan, *, rank: int, first: int, workers: int
 ) -> Iterator[Batch]:
     """The batches of `rank` from optimizer step `first` to the run's end."""
-    samples = encoded.train
-    dataset = encoded.dataset(
-        samples, config.batch.layout, row_rounding(config, [sample.lengths for sample in samples])
-    )
+    rounding = row_rounding(config, table_of(encoded.train)["lengths"])
+    dataset = encoded.dataset(encoded.train, config.batch.layout, rounding)
     return microbatch_loader(dataset, plan, rank=rank, first=first, last=config.train.max_train_steps, workers=workers)
 
 

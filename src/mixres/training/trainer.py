@@ -24,7 +24,9 @@ from mixres.console import Progress, log
 from mixres.data.decode import Share
 from mixres.data.plan import Plan, StepPlan
 from mixres.errors import Stopped, WorkError
-from mixres.preprocessing.fill import CachedSample, encode, family_of, keyed_records
+from mixres.geometry import Size
+from mixres.preprocessing.fill import encode, family_of, keyed_records
+from mixres.preprocessing.samples import CachedSample, keys_of, table_of
 from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import (
     any_rank,
@@ -72,7 +74,7 @@ def train(config: Config, *, plan_type: Callable[..., Plan] = Plan) -> None:
         # All that can be wrong is found here, before anything is encoded or loaded.
         family = family_of(config, is_main=run.is_main)
         check_early(config, family)
-        records = keyed_records(config, family, is_main=run.is_main, share=Share(rank, ranks))
+        records = keyed_records(config, family, is_main=run.is_main, share=Share(rank, ranks), known=True)
         assert_same_on_all_ranks(xxhash.xxh3_128_hexdigest(json.dumps([records.keys, public]).encode()))
 
         # What is there to resume?
@@ -94,7 +96,7 @@ def train(config: Config, *, plan_type: Callable[..., Plan] = Plan) -> None:
         # Data: a full cache, and the plan of all steps.
         encoded = encode(config, family, records, device=accelerator.device, rank=rank, world_size=ranks)
         plan = build_plan(config, encoded, world_size=ranks, plan_type=plan_type)
-        keys = [sample.key for sample in encoded.train]
+        keys = keys_of(encoded.train)
         assert_same_on_all_ranks(plan.plan_hash(keys))
         identity = {"frozen": frozen, "order": plan.order_hash(keys)}
         check_order(checkpoint, identity)
@@ -246,6 +248,7 @@ def _log_end(
     log(f"metrics   {folder / 'metrics.jsonl'}, checkpoints in {folder / 'checkpoints'}")
     images, how = " --image IMAGE" * trained.family.controls[0], f"--steps {config.sample.steps}"
     if not images:  # else the image's own size decides; the stock pipeline's may be far from what was trained
-        sizes = sorted((sample.target_size for sample in samples), key=math.prod)
-        how = f"--size {sizes[len(sizes) // 2]} {how}"
+        sizes = table_of(samples)["target"]
+        middle = sizes[np.argsort(sizes.prod(axis=1), kind="stable")[len(sizes) // 2]]
+        how = f"--size {Size(*middle.tolist())} {how}"
     log(f"next      mixres sample --lora {folder}{images} --prompt TEXT {how} --out FOLDER")

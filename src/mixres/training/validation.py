@@ -23,7 +23,8 @@ from mixres.console import counted, log
 from mixres.data.plan import Microbatch
 from mixres.diffusion.flow_matching import fixed_flow_sample
 from mixres.diffusion.objective import velocity_loss
-from mixres.preprocessing.fill import CachedData, CachedSample
+from mixres.preprocessing.fill import CachedData
+from mixres.preprocessing.samples import CachedSample
 from mixres.training.run_folder import RunFolder
 from mixres.training.setup import TrainState
 from mixres.training.side_work import attempt, prepared

@@ -1,0 +1,221 @@
+"""What a start keeps for the next one: nothing that has changed is taken from it, and all else is as without it."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixres import cli
+from mixres.config.schema import Config
+from mixres.data import records as records_module
+from mixres.data.cache import Cache
+from mixres.preprocessing.fill import CachedData, KeyedRecords, encode_all, family_of, keyed_records
+from mixres.preprocessing.samples import LazySamples, keys_of, names_of, table_of
+from mixres.preprocessing.start_memo import FOLDER, MOST
+from mixres.training.setup import build_loader, build_plan
+from support.caching import Caching
+from support.object_stores import members_of, parquet_of, tar_of
+
+SHARDS = "cache.shard_gb=1e-4"
+OTHER = "data.resize.target.max_pixels=9216"
+
+
+class Starts:
+    """Starts over two tar shards and a held-out one, whose entries are in shards of a cache."""
+
+    def __init__(self, caching: Caching) -> None:
+        self.caching, self.root = caching, caching.data / "tars"
+        self.root.mkdir()
+        members = members_of(caching.data / "train")
+        names = list(members)
+        for number, part in enumerate((names[:15], names[15:])):
+            (self.root / f"{number}.tar").write_bytes(tar_of({name: members[name] for name in part}))
+        (self.root / "held_out").mkdir()
+        self.held_out = self.root / "held_out" / "x.tar"
+        self.held_out.write_bytes(tar_of(members_of(caching.data / "held_out")))
+        self.base = caching.data / "base"
+        shutil.copytree(caching.config().model.pretrained_model_name_or_path, self.base)
+
+    def words(self, *words: str) -> list[str]:
+        own = [f"data.train={self.root}/*.tar", f"data.held_out={self.held_out}", SHARDS]
+        return [*own, f"model.pretrained_model_name_or_path={self.base}", *words]
+
+    def config(self, *words: str) -> Config:
+        return self.caching.config(*self.words(*words))
+
+    def __call__(self, *words: str) -> CachedData:
+        config = self.config(*words)
+        return encode_all(config, family_of(config), device=torch.device("cpu"))
+
+    def known(self, *words: str) -> KeyedRecords:
+        config = self.config(*words)
+        return keyed_records(config, family_of(config), is_main=False, known=True)
+
+    @property
+    def memos(self) -> list[Path]:
+        return sorted((self.caching.cache / FOLDER).glob("*.start"))
+
+
+@pytest.fixture
+def starts(caching: Caching, monkeypatch: pytest.MonkeyPatch) -> Starts:
+    monkeypatch.setattr(records_module, "SETTLED_NS", -(10**12))  # the files are new
+    caching.capsys.readouterr()
+    assert cli.main(["cache", "--compact", "--config", str(caching.file), *caching.words(), SHARDS]) == 0
+    return Starts(caching)
+
+
+def lines(starts: Starts) -> list[str]:
+    """What the start has logged, but for how many images it looked at."""
+    return [line for line in starts.caching.output().splitlines() if not line.startswith(("scan ", "index"))]
+
+
+KINDS = {
+    "tar": [],
+    "parts": ["data.caption_dropout=0.5", "cache.text=recompute"],
+    "regularization": ["data.held_out=0.4", "loss.prior_loss_weight=0.5", "data.regularization={held_out}"],
+    "parquet": ["data.train={root}/x.parquet"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_with_a_memo_is_the_start_without_it(starts: Starts, kind: str) -> None:
+    if kind == "parquet":
+        parquet_of(starts.caching.data / "train", starts.root / "x.parquet")
+    words = [word.format(root=starts.root, held_out=starts.held_out) for word in KINDS[kind]]
+    config = starts.config(*words)
+    starts(*words)  # encodes
+    for memo in starts.memos:
+        memo.unlink()
+    starts.caching.output()
+    first, logged = starts(*words), lines(starts)
+    second = starts(*words)
+    assert lines(starts) == logged and len(starts.memos) == 1
+    assert not isinstance(first.train, LazySamples) and isinstance(second.train, LazySamples)
+    assert [*second.train] == [*first.train] and second.train[-2:] == first.train[-2:]
+    assert [*keys_of(second.train)] == keys_of(first.train)
+    assert (table_of(second.train) == table_of(first.train)).all()
+    for names in (names_of(second.train), pickle.loads(pickle.dumps(names_of(second.train)))):
+        assert [*names] == names_of(first.train)
+    assert second.held_out == first.held_out and len(first.held_out) > 1
+    plans = [build_plan(config, encoded, world_size=2) for encoded in (first, second)]
+    assert plans[0].plan_hash(keys_of(first.train)) == plans[1].plan_hash(keys_of(second.train))
+    pairs = zip((first, second), plans, strict=True)
+    loaders = (build_loader(config, encoded, plan, rank=0, first=0, workers=0) for encoded, plan in pairs)
+    for one, other in zip(*loaders, strict=True):
+        assert one.names == other.names and one.latents.equal(other.latents)
+        assert one.prompt_embeds.equal(other.prompt_embeds) and one.sample_weights == other.sample_weights
+    unchanged = starts.known(*words)
+    config, family = starts.config(*words), family_of(starts.config(*words))
+    scanned = keyed_records(config, family, is_main=False)
+    assert unchanged.kept and [*unchanged.train] == scanned.train and unchanged.keys == scanned.keys
+    assert unchanged.summary == scanned.summary and unchanged.with_empty == scanned.with_empty
+    for which in (False, True):
+        assert unchanged.train_keys(regularization=which) == scanned.train_keys(regularization=which)
+
+
+def _touched(starts: Starts) -> None:
+    shard = starts.root / "0.tar"
+    os.utime(shard, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns + 1))
+
+
+def _same_size_and_time(starts: Starts) -> None:
+    shard = starts.root / "0.tar"
+    before, data = shard.stat(), shard.read_bytes()
+    shard.write_bytes(data)  # its inode's time of change is another
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _caption(starts: Starts) -> None:
+    members = members_of(starts.caching.data / "train")
+    name = next(name for name in members if name.endswith(".txt"))
+    (starts.root / "0.tar").write_bytes(tar_of({**dict([*members.items()][:15]), name: b"another caption"}))
+
+
+def _more(starts: Starts) -> None:
+    shutil.copyfile(starts.root / "1.tar", starts.root / "2.tar")
+
+
+def _encoder(starts: Starts) -> None:
+    file = starts.base / "vae" / "config.json"
+    file.write_text(file.read_text() + "\n")
+
+
+def _transformer(starts: Starts) -> None:
+    file = starts.base / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "another": 1}))
+
+
+def _damage(starts: Starts) -> None:
+    cache = Cache(starts.caching.cache)
+    cache.shards.drop(next(iter(cache.shards.shard_of)))
+
+
+def _lost(starts: Starts) -> None:
+    min((starts.caching.cache / "shards").glob("*.tar")).unlink()
+
+
+def _cut(starts: Starts) -> None:
+    shard = min((starts.caching.cache / "shards").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+CHANGES: list[Callable[[Starts], None]] = [
+    _touched, _same_size_and_time, _caption, _more, _encoder, _transformer, _damage, _lost, _cut,
+]  # fmt: skip
+
+
+def test_every_change_is_noticed(starts: Starts) -> None:
+    starts()
+    for change in CHANGES:
+        assert starts.known().kept, change.__name__
+        change(starts)
+        assert not starts.known().kept, change.__name__
+        encoded = starts()
+        config = starts.config()
+        wanted = keyed_records(config, family_of(config), is_main=False).keys
+        assert [sample.key for sample in (*encoded.train, *encoded.held_out)] == wanted
+    for word in (OTHER, "train.seed=1", "data.caption_dropout=0.5", "cache.text=float8", "data.on_bad_item=skip"):
+        assert not starts.known(word).kept, word
+    assert starts.known("logging.output_dir=" + str(starts.root / "run"), "train.max_train_steps=9").kept
+
+
+def test_a_damaged_memo_counts_as_none(starts: Starts) -> None:
+    starts()
+    (memo,) = starts.memos
+    whole = memo.read_bytes()
+    places = [*range(0, len(whole), len(whole) // 40), len(whole) - 1]
+    wrong = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places]
+    for data in (b"", b"\0" * len(whole), whole[:-1], whole[: len(whole) // 2], whole + b"\0", *wrong):
+        memo.write_bytes(data)
+        assert not starts.known().kept
+    starts()
+    assert memo.read_bytes() == whole and starts.known().kept
+
+
+def test_two_configurations_over_one_cache_each_have_one(starts: Starts) -> None:
+    starts()
+    starts(OTHER)  # which adds to the cache
+    assert starts.known(OTHER).kept and not starts.known().kept
+    starts()
+    assert starts.known(OTHER).kept and starts.known().kept and len(starts.memos) == 2
+    for seed in range(1, MOST + 1):
+        starts(f"train.seed={seed}")
+    assert len(starts.memos) == MOST and starts.known(f"train.seed={MOST}").kept and not starts.known(OTHER).kept
+
+
+def test_nothing_is_kept_of_what_has_no_one_state(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts(f"data.train={starts.caching.data / 'train'}")
+    starts("cache.shard_gb=0", OTHER)  # entries in files
+    monkeypatch.setattr(records_module, "SETTLED_NS", 10**12)
+    starts()  # files that were just written
+    monkeypatch.setattr(records_module, "SETTLED_NS", -(10**12))
+    assert not starts.memos
+    starts()
+    assert len(starts.memos) == 1
+    (starts.caching.cache / FOLDER).chmod(0o500)
+    starts("train.seed=5")
