@@ -275,12 +275,13 @@ def table(found: dict[str, Any]) -> str:
         alone, process = row["index_alone"], row.get("process", {}).get("resumed")
         if process:
             seconds = sum(alone[name][1] for name in ("index", "lengths", "plan", "first step"))
+            index = alone["index"][2] - rows[0]["index_alone"]["index"][2]
             lines += [
                 "",
                 f"A resumed `train.py` with {alone['records']:,} records, to the end of its first step: "
                 f"{process['processor_seconds']:.0f} s of processor time, {process['seconds']:.0f} s by the clock at a "
                 f"load of {row['load'][0]:.1f}, {process['peak_gb']:.2f} GB at the peak. Index and plan alone: "
-                f"{seconds:.1f} s and at most {alone['first step'][2]:.2f} GB.",
+                f"{seconds:.1f} s and at most {alone['first step'][2]:.2f} GB, {index:.2f} GB of it the index.",
             ]
     files = sorted(found["files"], key=lambda row: int(row["files"]))
     each = [

@@ -86,6 +86,16 @@ def test_entries_at_a_url_are_those_of_a_folder_and_every_machine_reads_them(at_
     assert fill(at_url("d"), SIZES, lambda: encode) == 0
 
 
+def test_who_finds_nothing_left_to_upload_sees_what_others_have_uploaded(at_url: Open) -> None:
+    late = at_url()
+    assert late.remote
+    late.remote._next_look = float("inf")  # it has just listed the folder, which took long
+    filled(at_url())
+    assert late.lookup(FEW[0]) is None
+    late.shards.store.finish()
+    assert_filled(late)
+
+
 def test_what_was_read_comes_from_the_local_disk_within_its_bound(at_url: Open) -> None:
     cache = filled(at_url())
     whole = objects_of(cache)

@@ -215,5 +215,7 @@ def test_a_text_encoder_that_stays_is_counted_as_it_runs(
         weights += bytes_of(part.parameters())
     assert found and (found.shared, found.weights) == (True, weights)
     assert 0 <= found.activations - max(peaks) <= 4 * 300**2, "at most a mask that ones make needless"
-    away = config.model_copy(update={"cache": config.cache.model_copy(update={"text_device": "cuda:1"})})
-    assert (there := text_memory(away, family, [((), 16)])) and (there.device, there.shared) == ("cuda:1", False)
+    for device, shared, on_host in (("cuda:1", False, False), ("cpu", False, True), ("cuda:0", True, False)):
+        away = config.model_copy(update={"cache": config.cache.model_copy(update={"text_device": device})})
+        there = text_memory(away, family, [((), 16)])
+        assert there and (there.device, there.shared, there.host_bytes > 0) == (device, shared, on_host)

@@ -272,7 +272,7 @@ def test_killed_ranks_leave_entries_that_the_next_ranks_keep(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_full_cache_on_a_disk_that_cannot_be_written_is_used(caching: Caching, tmp_path: Path) -> None:
-    """The disk is mounted where this script alone sees it; without the index and the scan's memo."""
+    """The disk is mounted where this script alone sees it; without the index and the scan's memo. Then it lacks one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     filled, caching.cache = caching.cache, disk / "cache"
@@ -281,8 +281,12 @@ def test_a_full_cache_on_a_disk_that_cannot_be_written_is_used(caching: Caching,
     cp -r {filled} {caching.cache}
     rm -rf {caching.cache}/index.json {caching.cache}/scan
     mount -o remount,ro {disk}; {" ".join(command(caching))}
+    mount -o remount,rw {disk}; rm $(ls {caching.cache}/??/*.safetensors | head -1)
+    mount -o remount,ro {disk}; ! {" ".join(command(caching))}
     """
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc", script]
     done = subprocess.run(unshare, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
     assert f"{caching.cache}: 0 encoded, {ALL} found\n" in done.stdout
     assert "the index could not be written (Read-only file system): the next start takes longer" in done.stdout
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("mixres: error")]
+    assert "cannot be written (Read-only file system): make it writable, with room, about" in line

@@ -61,9 +61,13 @@ def tensors(caching: Caching, key: str) -> set[str]:
         return set(file.keys())
 
 
-def verify(caching: Caching, *words: str) -> tuple[int, str]:
-    code = cli.main(["cache", "--verify", "--config", str(caching.file), *caching.words(), *words])
+def verb(caching: Caching, option: str, *words: str) -> tuple[int, str]:
+    code = cli.main(["cache", option, "--config", str(caching.file), *caching.words(), *words])
     return code, caching.output()
+
+
+def verify(caching: Caching, *words: str) -> tuple[int, str]:
+    return verb(caching, "--verify", *words)
 
 
 def test_what_two_samples_share_is_stored_once_and_read_as_if_it_were_inline(shared: Caching) -> None:
@@ -76,11 +80,15 @@ def test_what_two_samples_share_is_stored_once_and_read_as_if_it_were_inline(sha
     assert tensors(shared, control) == {"target_latents"} and tensors(shared, empty) == {"prompt_embeds"}
     assert tensors(shared, found[0].key) == {"target_latents"}
     assert tensors(shared, found[2].key) == {"target_latents", "prompt_embeds"}
-    for stored, alone in zip(shared.samples(DROPOUT), expected(shared, DROPOUT), strict=True):
-        assert_same(stored, alone)
-    assert shared(DROPOUT) == (0, 7)
-    code, out = verify(shared, DROPOUT)
-    assert code == 0 and "7 entries" in out and "more entries there" not in out
+    wanted = expected(shared, DROPOUT)
+    for where in ("files", "shards"):
+        for stored, alone in zip(shared.samples(DROPOUT), wanted, strict=True):
+            assert_same(stored, alone)
+        assert shared(DROPOUT) == (0, 7)
+        code, out = verify(shared, DROPOUT)
+        assert code == 0 and "7 entries" in out and "more entries there" not in out
+        if where == "files":
+            assert verb(shared, "--compact", DROPOUT, "cache.shard_gb=1e-4")[0] == 0 and not files(shared)
 
 
 def test_an_entry_that_names_parts_of_something_else_counts_as_missing(shared: Caching) -> None:

@@ -6,7 +6,9 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -14,7 +16,11 @@ from mixres import cli
 from mixres.config.schema import Config
 from mixres.data import records as records_module
 from mixres.data.cache import Cache
-from mixres.preprocessing.fill import CachedData, KeyedRecords, encode_all, family_of, keyed_records
+from mixres.data.decode import Share
+from mixres.data.scan import ALONE
+from mixres.errors import UserError, WorkError
+from mixres.preprocessing import start_memo
+from mixres.preprocessing.fill import CachedData, KeyedRecords, encode, encode_all, family_of, keyed_records
 from mixres.preprocessing.samples import LazySamples, keys_of, names_of, table_of
 from mixres.preprocessing.start_memo import FOLDER, MOST
 from mixres.training.setup import build_loader, build_plan
@@ -52,9 +58,9 @@ class Starts:
         config = self.config(*words)
         return encode_all(config, family_of(config), device=torch.device("cpu"))
 
-    def known(self, *words: str) -> KeyedRecords:
+    def known(self, *words: str, share: Share = ALONE) -> KeyedRecords:
         config = self.config(*words)
-        return keyed_records(config, family_of(config), is_main=False, known=True)
+        return keyed_records(config, family_of(config), is_main=False, share=share, known=True)
 
     @property
     def memos(self) -> list[Path]:
@@ -74,9 +80,14 @@ def lines(starts: Starts) -> list[str]:
     return [line for line in starts.caching.output().splitlines() if not line.startswith(("scan ", "index"))]
 
 
+def bad_items(starts: Starts) -> list[str]:
+    file = starts.caching.run / "bad_items.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
 KINDS = {
     "tar": [],
-    "parts": ["data.caption_dropout=0.5", "cache.text=recompute"],
+    "parts": ["data.caption_dropout=0.5", "cache.text=recompute", "data.on_bad_item=skip"],
     "regularization": ["data.held_out=0.4", "loss.prior_loss_weight=0.5", "data.regularization={held_out}"],
     "parquet": ["data.train={root}/x.parquet"],
 }
@@ -86,15 +97,20 @@ KINDS = {
 def test_a_start_with_a_memo_is_the_start_without_it(starts: Starts, kind: str) -> None:
     if kind == "parquet":
         parquet_of(starts.caching.data / "train", starts.root / "x.parquet")
+    if kind == "parts":  # a mask, and a record that is left out
+        first, *others = [*members_of(starts.caching.data / "train").items()][:6]
+        members = {**dict(others), first[0]: first[1], first[0].replace("target", "mask"): first[1]}
+        (starts.root / "2.tar").write_bytes(tar_of({**members, others[-1][0]: b"\xff"}))
     words = [word.format(root=starts.root, held_out=starts.held_out) for word in KINDS[kind]]
     config = starts.config(*words)
     starts(*words)  # encodes
     for memo in starts.memos:
         memo.unlink()
     starts.caching.output()
-    first, logged = starts(*words), lines(starts)
+    first, logged, listed = starts(*words), lines(starts), bad_items(starts)
     second = starts(*words)
-    assert lines(starts) == logged and len(starts.memos) == 1
+    assert lines(starts) == logged and bad_items(starts) == listed and len(starts.memos) == 1
+    assert len(listed) == (kind == "parts") and any(sample.record.mask for sample in first.train) == (kind == "parts")
     assert not isinstance(first.train, LazySamples) and isinstance(second.train, LazySamples)
     assert [*second.train] == [*first.train] and second.train[-2:] == first.train[-2:]
     assert [*keys_of(second.train)] == keys_of(first.train)
@@ -169,7 +185,7 @@ CHANGES: list[Callable[[Starts], None]] = [
 ]  # fmt: skip
 
 
-def test_every_change_is_noticed(starts: Starts) -> None:
+def test_every_change_is_noticed(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
     starts()
     for change in CHANGES:
         assert starts.known().kept, change.__name__
@@ -182,6 +198,38 @@ def test_every_change_is_noticed(starts: Starts) -> None:
     for word in (OTHER, "train.seed=1", "data.caption_dropout=0.5", "cache.text=float8", "data.on_bad_item=skip"):
         assert not starts.known(word).kept, word
     assert starts.known("logging.output_dir=" + str(starts.root / "run"), "train.max_train_steps=9").kept
+    kept = starts()
+    little = "batch.max_tokens=16"
+    with pytest.raises(UserError, match="tokens alone are over") as refused:
+        starts(little)
+    monkeypatch.setattr(start_memo, "__version__", "another")
+    assert not starts.known().kept
+    with pytest.raises(UserError) as first:
+        starts(little)
+    assert refused.value.messages == first.value.messages and len(first.value.messages) == len(kept.train)
+    kept.cache.shards.drop(keys_of(kept.train)[1])
+    with pytest.raises(WorkError, match="its cache entry is not there any more: run the same command again"):
+        kept.train[1]
+
+
+def test_machines_with_and_without_a_memo_find_the_same_and_each_keeps_its_own(starts: Starts, tmp_path: Path) -> None:
+    """The cache is at a URL. Who is first keeps what was found; another process of the machine does not do so again."""
+    url = f"memory://{tmp_path}"
+    fsspec.filesystem("memory").put(f"{starts.caching.cache}/shards/", f"{url}/shards/", recursive=True)
+    here, there = ([f"cache.cache_dir={url}", f"cache.local_dir={tmp_path / name}"] for name in "ab")
+    starts(*here)
+    assert ": 0 encoded, " in starts.caching.output()
+    known, scanned, late = starts.known(*here), *(starts.known(*there, share=Share(1, 2)) for _ in range(2))
+    assert known.kept and not scanned.kept and not late.kept and known.keys == scanned.keys
+    how: dict[str, Any] = {"device": torch.device("cpu"), "world_size": 2}
+    one = encode(known.config, known.family, known, rank=0, **how)
+    two = encode(scanned.config, scanned.family, scanned, rank=1, **how)
+    three = encode(late.config, late.family, late, rank=1, keep=True, **how)
+    assert [*one.train] == [*two.train] == [*three.train] and one.held_out == two.held_out == three.held_out
+    (memo,) = (tmp_path / "b").rglob("*.start")
+    written = memo.stat().st_ino
+    encode(scanned.config, scanned.family, scanned, rank=1, keep=True, **how)
+    assert memo.stat().st_ino == written and starts.known(*there).kept
 
 
 def test_a_damaged_memo_counts_as_none(starts: Starts) -> None:
@@ -209,7 +257,7 @@ def test_two_configurations_over_one_cache_each_have_one(starts: Starts) -> None
 
 
 def test_nothing_is_kept_of_what_has_no_one_state(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts(f"data.train={starts.caching.data / 'train'}")
+    starts(f"data.train=['{starts.root}/*.tar', '{starts.caching.data / 'train'}']")  # a folder beside them
     starts("cache.shard_gb=0", OTHER)  # entries in files
     monkeypatch.setattr(records_module, "SETTLED_NS", 10**12)
     starts()  # files that were just written

@@ -17,9 +17,11 @@ from mixres.batch import Batch, TextEmbeds
 from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.errors import UserError, WorkError
+from mixres.models.stock_family import StockFamily
 from mixres.preprocessing.fill import CachedData, encode_all
 from mixres.preprocessing.live_texts import text_device
 from mixres.training.setup import build_loader, build_plan, check_early
+from mixres.verification.setup import cached_source
 from support.family_cases import EVERY_CASE, FamilyCase, with_family
 from support.jobs import LORA, Jobs, metrics, torchrun
 from support.samples import assert_same
@@ -53,7 +55,16 @@ def test_batches_and_samples_are_those_of_a_cache_with_embeddings(
         f"logging.output_dir={tmp_path / 'run'}", "batch.max_tokens=2048",
     )  # fmt: skip
     stored, live = (load_config(small_run, [*words, *own]) for own in ((), (RECOMPUTE,)))
+    with_text, load = [], StockFamily.load_encoders
+
+    def watched(*args: Any, **words: Any) -> Any:
+        pipeline = load(*args, **words)
+        with_text.append(pipeline.text_encoder is not None)
+        return pipeline
+
+    monkeypatch.setattr(StockFamily, "load_encoders", watched)
     cached, recomputed = (encode_all(*with_family(config), device=CPU) for config in (stored, live))
+    assert with_text == [True, False]
     for sample in recomputed.train:
         with safe_open(recomputed.cache.path(sample.key), "pt") as file:
             assert not any("embeds" in tensor for tensor in file.keys())  # noqa: SIM118
@@ -101,8 +112,9 @@ def test_a_device_that_is_not_there_or_not_used_is_refused(setup: Callable[..., 
     assert text_device(setup(RECOMPUTE, "cache.text_device=cpu"), torch.device("meta"), ranks=2) == own
     count = torch.cuda.device_count()
     config = setup(RECOMPUTE, f"cache.text_device=cuda:{count}")
-    with pytest.raises(UserError, match=f"cache.text_device: there is no cuda:{count}, this machine has {count}: "):
-        check_early(*with_family(config))
+    for check in (lambda: check_early(*with_family(config)), lambda: cached_source(config, own)):
+        with pytest.raises(UserError, match=f"cache.text_device: there is no cuda:{count}, this machine has {count}: "):
+            check()
     with pytest.raises(UserError, match=r"cache\.text_device: given .*; only recompute runs the text encoder"):
         setup("cache.text_device=cpu")
 

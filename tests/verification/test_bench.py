@@ -38,11 +38,16 @@ def config(small_run: Path, small_cache: Path, tmp_path: Path) -> Config:
 def test_a_report_agrees_with_itself(
     config: Config, synthetic: bool, small_run: Path, copy_of_base: Path, tmp_path: Path
 ) -> None:
-    """Synthetic samples need no weights, data or cache. Rounds are few: nothing here asks for stable times."""
+    """Synthetic samples need no weights, data or cache; to those of the cache prompts are embedded as they are read.
+
+    Rounds are few: nothing here asks for stable times.
+    """
+    words = [f"logging.output_dir={tmp_path / 'run'}"]
+    config = load_config(small_run, [*words, f"cache.cache_dir={config.cache.cache_dir}", "cache.text=recompute"])
     if synthetic:
         for weights in copy_of_base.rglob("*.safetensors"):
             weights.unlink()
-        words = [f"model.pretrained_model_name_or_path={copy_of_base}", f"logging.output_dir={tmp_path / 'run'}"]
+        words += [f"model.pretrained_model_name_or_path={copy_of_base}"]
         config = load_config(small_run, [*words, "data.train=/nowhere", f"cache.cache_dir={tmp_path / 'cache'}"])
     bench(config, synthetic=synthetic, max_rounds=2)
     assert not (tmp_path / "cache").exists()

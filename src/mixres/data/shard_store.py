@@ -222,12 +222,11 @@ class UrlStore:
         Raises:
             UserError, WorkError: one cannot be uploaded.
         """
-        if not list(self.scratch.glob("*.tar")):
-            return
-        with FileLock(self.scratch / ".upload.lock"):
-            for path in sorted(self.scratch.glob("*.tar")):
-                self._upload(path)
-        self._next_look = 0.0
+        if list(self.scratch.glob("*.tar")):
+            with FileLock(self.scratch / ".upload.lock"):
+                for path in sorted(self.scratch.glob("*.tar")):
+                    self._upload(path)
+        self._next_look = 0.0  # another process may have uploaded them just now
 
     def _upload(self, path: Path) -> None:
         url = self.where(path.name)

@@ -45,14 +45,14 @@ def text_memory(config: Config, family: Family, microbatch: Sequence[SampleToken
     """
     if config.cache.text != "recompute":
         return None
-    own, dtype = dist_env().device, getattr(torch, config.model.dtype)
-    device = torch.device(config.cache.text_device or own)
+    own, dtype, named = dist_env().device, getattr(torch, config.model.dtype), config.cache.text_device
     skeletons = family.text_encoder_skeletons()
     tokens = max(text for _, text in microbatch)
     weights = sum(dtype.itemsize * parameter.numel() for part in skeletons for parameter in part.parameters())
     activations = max(_activations(part, dtype, tokens) for part in skeletons)
-    shared = device.type == own.type and device.index in (None, own.index)
-    return TextMemory(str(device), shared, weights, activations)
+    # A device that is named is one beside, and `cpu` the host, as a run on CUDA has it: this machine may only plan one.
+    shared = named in (None, f"cuda:{own.index or 0}")
+    return TextMemory(named or str(own), shared, weights, activations)
 
 
 @torch.no_grad()

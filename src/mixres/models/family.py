@@ -181,8 +181,8 @@ class Family(Protocol):
 
     # Encoding.
 
-    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """The stock pipeline with frozen VAE and text encoder, without a transformer."""
+    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str, text: bool = True) -> Any:
+        """The stock pipeline with frozen VAE and, with `text`, text encoder, without a transformer."""
 
     def encode_prompt(
         self, encoders: Any, *, controls: Sequence[Image.Image], prompt: str, sizes: ControlSizes

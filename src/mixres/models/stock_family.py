@@ -199,12 +199,13 @@ class StockFamily(Family):
                     found.append(kind(config))
         return found
 
-    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    def load_encoders(self, *, dtype: torch.dtype, device: torch.device | str, text: bool = True) -> Any:
         """See `Family`."""
         folder = hub.pipeline_folder(self.path, (*self.components, "scheduler"), revision=self.revision)
         with reading(folder):
             own = self.own_parts(folder, self.components)
-            given = dict.fromkeys(("transformer", *own)) | {name: own[name] for name in self.init_parts}
+            texts = () if text else (name for name in self.components if name.startswith("text_encoder"))
+            given = dict.fromkeys(("transformer", *own, *texts)) | {name: own[name] for name in self.init_parts}
             pipeline = self.pipeline_class.from_pretrained(folder, **given, dtype=dtype, use_safetensors=True)
             # Not through `from_pretrained`, which warns at every load that a class is not the annotated one.
             pipeline.register_modules(**own)

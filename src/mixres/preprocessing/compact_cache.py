@@ -7,6 +7,7 @@ from mixres.config.schema import Config
 from mixres.console import log
 from mixres.data.compact import compact
 from mixres.data.objects import is_url
+from mixres.data.shards import NO_ROOM
 from mixres.errors import UserError, WorkError
 from mixres.preprocessing.cache_folder import (
     cache_folder,
@@ -37,8 +38,9 @@ def compact_cache(config: Config, *, world_size: int = 1) -> None:
         done = compact(cache)
     except OSError as error:
         key, place = "cache.local_dir" if cache.remote else "cache.cache_dir", error.filename or cache.root
+        fix = "make room" if error.errno in NO_ROOM else "make it writable, with room"
         raise WorkError(
-            f"{key}: {place}: {error.strerror or error}: make room for a shard, "
+            f"{key}: {place}: {error.strerror or error}: {fix} for a shard, "
             f"{readable_size(shard_size(config))}, and run the same command again; nothing is lost"
         ) from error
     for entry in done.damaged:

@@ -1,7 +1,8 @@
 """Keys of entries -> what these are to hold, by the family's encoders.
 
-Promise: a prompt that is stored is not embedded again, and what the cache does not hold is not made. Cost: VAE and text
-encoder once an entry; a control that several samples share is encoded with each of them, and once more for its own.
+Promise: a prompt that is stored is not embedded again, and what the cache does not hold is not made: without embeddings
+in it the text encoder is not loaded. Cost: VAE and text encoder once an entry; a control that several samples share is
+encoded with each of them, and once more for its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,8 @@ class Encoder:
         device: torch.device,
     ) -> None:
         self._cache, self._foreseen, self._records, self._parts = cache, foreseen, records, parts
-        encoders = family.load_encoders(dtype=getattr(torch, config.model.dtype), device=device)
+        dtype, text = getattr(torch, config.model.dtype), config.cache.text != "recompute"
+        encoders = family.load_encoders(dtype=dtype, device=device, text=text)
         self._encode_part = partial(encode_part, config, family, encoders)
         self._encode_record = partial(encode_record, config, family, encoders)
 

@@ -27,6 +27,7 @@ from mixres.data.loader import MicrobatchDataset
 from mixres.data.plan import Layout, Rounding, over_budget
 from mixres.data.records import collector_paused
 from mixres.data.scan import ALONE, ScannedRecord
+from mixres.data.shards import NO_ROOM
 from mixres.errors import Problems, UserError, WorkError
 from mixres.models.family import Family
 from mixres.models.registry import load_family
@@ -239,9 +240,18 @@ def entries_there(found: KeyedRecords) -> tuple[dict[str, CacheEntry], dict[str,
 
 
 def encode(
-    config: Config, family: Family, found: KeyedRecords, *, device: torch.device, rank: int = 0, world_size: int = 1
+    config: Config,
+    family: Family,
+    found: KeyedRecords,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    keep: bool | None = None,
 ) -> CachedData:
     """Return when every sample is in the cache; the ranks share the encoding.
+
+    `keep`: keep what was found for the next start, as rank 0 does; machines may have folders of their own.
 
     Raises:
         UserError, WorkError: as `run_cache`.
@@ -249,11 +259,12 @@ def encode(
     cache, count, recompute = found.cache, len(found.train), config.cache.text == "recompute"
     make = _Samples(cache, RecordSizes(config, family), found.keys, found.train, recompute)
     if found.kept:
+        names = Lazy(count, partial(_name_of, found.train))  # other processes get it
+        Problems(over_budget(found.kept.table["lengths"], names, config.batch.max_tokens)).raise_if_any()
         _prepare(cache, is_main=rank == 0)
         if rank == 0:
             wanted = found.kept.entries.partition(" ")[0]
             log(f"cache     {found.kept.entries} in {cache}: 0 encoded, {wanted} found")
-        names = Lazy(count, partial(_name_of, found.train))  # other processes get it
         train: Sequence[CachedSample] = LazySamples(count, make, found.keys[:count], names, found.kept.table)
     else:
         entries = _fill(config, family, found, device=device, rank=rank, world_size=world_size)
@@ -263,7 +274,7 @@ def encode(
     held_out = [make.of(key, scanned)._replace(noise_key=noise) for key, scanned, noise in own]
     if count > _MANY:
         gc.freeze()
-    if found.memo and not found.kept and rank == 0:
+    if found.memo and not found.kept and (rank == 0 if keep is None else keep):
         records = [*found.train, *found.held_out]
         found.memo.save(found.summary, records, [*train, *held_out], found.noise_keys, entries)
     texts = LiveTexts(config, family, device, ranks=world_size) if recompute else None
@@ -284,9 +295,15 @@ class _Samples:
         return self.of(self.keys[index], self.records[index])
 
     def of(self, key: str, scanned: ScannedRecord) -> CachedSample:
-        """The sample of a record whose entry is `key`."""
+        """The sample of a record whose entry is `key`.
+
+        Raises:
+            WorkError: another process has found the entry damaged.
+        """
         entry, own = self.cache.lookup(key), self.sizes.of(scanned)
-        assert entry is not None, scanned.record.name
+        if entry is None:
+            gone = "its cache entry is not there any more: run the same command again"
+            raise WorkError(f"{scanned.record.name}: {gone}")
         at, digests = (own.target, own.controls), scanned.digests if self.with_digests else ()
         return CachedSample(scanned.record, *at, key, entry, scanned.regularization, digests)
 
@@ -440,8 +457,9 @@ def _writing(cache: Cache, sizes: Mapping[str, int]) -> Iterator[None]:
         yield
     except OSError as error:
         left = [size for key, size in sizes.items() if cache.lookup(key) is None]
+        fix = "make room" if error.errno in NO_ROOM else "make it writable, with room"
         raise WorkError(
-            f"{place_of(cache)} cannot be written ({error.strerror or error}): make room, about "
+            f"{place_of(cache)} cannot be written ({error.strerror or error}): {fix}, about "
             f"{readable_size(sum(left))} for the {len(left)} entries to come, and run the same command again; "
             "those that are there stay"
         ) from error

@@ -76,6 +76,7 @@ class StartMemo:
 
     def __init__(self, config: Config, family: Family, cache: Cache) -> None:
         self._config, self._family, self._cache, self._folder = config, family, cache, cache_folder(config) / FOLDER
+        self._seen: tuple[int, int] | None = None  # the file that `load` found unfit
         try:
             named = (getattr(config.data, key) for key in SOURCES)
             sources = [source for own in named if isinstance(own, tuple) for source in own]
@@ -89,6 +90,7 @@ class StartMemo:
         """What is kept, where it is of the present state of everything."""
         if self._path is None:
             return None
+        self._seen = self._written()
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             data = self._path.read_bytes()
             if data[:_BEGIN] != _VERSION + xxhash.xxh3_128_digest(memoryview(data)[_BEGIN:]):
@@ -108,8 +110,11 @@ class StartMemo:
         noise_keys: Sequence[str],
         entries: str,
     ) -> None:
-        """Keep what this start found, training before held-out; a full or read-only disk keeps nothing."""
-        if not self._fit:
+        """Keep what this start found, training before held-out, unless another process has done so meanwhile.
+
+        A full or read-only disk keeps nothing.
+        """
+        if not self._fit or self._written() != self._seen:
             return
         shards = self._cache.shards
         shards.refresh()
@@ -123,6 +128,15 @@ class StartMemo:
         keys = (bytes.fromhex("".join(keys)) for keys in ([sample.key for sample in samples], noise_keys))
         with contextlib.suppress(OSError):
             self._write(head, rows, *keys, table_of(samples).tobytes())
+
+    def _written(self) -> tuple[int, int] | None:
+        """What differs whenever the file is written anew."""
+        assert self._path
+        try:
+            there = self._path.stat()
+        except OSError:
+            return None
+        return there.st_ino, there.st_mtime_ns
 
     def _write(self, head: dict[str, Any], rows: Iterator[bytes], *parts: bytes) -> None:
         assert self._path

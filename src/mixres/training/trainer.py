@@ -94,7 +94,8 @@ def train(config: Config, *, plan_type: Callable[..., Plan] = Plan) -> None:
             return
 
         # Data: a full cache, and the plan of all steps.
-        encoded = encode(config, family, records, device=accelerator.device, rank=rank, world_size=ranks)
+        share = {"rank": rank, "world_size": ranks, "keep": accelerator.is_local_main_process}
+        encoded = encode(config, family, records, device=accelerator.device, **share)
         plan = build_plan(config, encoded, world_size=ranks, plan_type=plan_type)
         keys = keys_of(encoded.train)
         assert_same_on_all_ranks(plan.plan_hash(keys))

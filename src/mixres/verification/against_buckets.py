@@ -36,6 +36,7 @@ from mixres.models.family import Family
 from mixres.models.lora import attach
 from mixres.models.lora_file import FILE_NAME, read_header
 from mixres.preprocessing.fill import CachedData, encode, encode_all, family_of, keyed_records
+from mixres.preprocessing.live_texts import text_device
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import build_plan, make_plan
 from mixres.training.trainer import train
@@ -80,6 +81,7 @@ def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, train
         problems.add("data.held_out: --against buckets trains on other files: name a folder or manifest, or null")
     problems.raise_if_any()
     accelerator = one_process(config, "bench")
+    text_device(config, accelerator.device, ranks=1)
     config, family = _same_for_all(config, steps), family_of(config)
     records = keyed_records(config, family, is_main=True)
     encoded = encode(config, family, records, device=accelerator.device)

@@ -26,6 +26,7 @@ from mixres.geometry import Grid, token_count
 from mixres.models.family import Family
 from mixres.models.registry import load_family
 from mixres.preprocessing.fill import CachedData, encode_all, family_of
+from mixres.preprocessing.live_texts import text_device
 from mixres.preprocessing.training_data import check_folder
 from mixres.training.distributed import make_accelerator
 from mixres.training.setup import TrainState, load_trained
@@ -46,8 +47,13 @@ class Source(NamedTuple):
 
 
 def cached_source(config: Config, device: torch.device) -> tuple[Family, Source]:
-    """The training samples from the cache, which is filled where they are missing."""
+    """The training samples from the cache, which is filled where they are missing.
+
+    Raises:
+        UserError: base, data or `cache.text_device` are wrong.
+    """
     family = family_of(config)
+    text_device(config, device, ranks=1)  # else it would be looked for after hours of encoding
     encoded = encode_all(config, family, device=device)
     samples, names = encoded.train, [sample.record.name for sample in encoded.train]
     shapes = [sample.entry.img_shapes for sample in samples]
