@@ -10,6 +10,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -34,6 +35,7 @@ CREDENTIALS = {
     "http": "~/.netrc",
 }
 TRIES, PAUSE_S = 5, 0.5
+ASKED_AT_ONCE = 16
 TIMEOUT_S = 60.0  # without a byte
 _VERSIONS = ("ETag", "etag", "blob_id", "created")  # another one: other bytes
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -135,7 +137,11 @@ def find_objects(source: str) -> list[StoredObject]:
         UserError: nothing is there, or it may not be read; or a package for this kind of URL is not installed.
         WorkError: the store cannot be reached.
     """
-    return [stored for url in _counted_up(source) for stored in _listed(url)]
+    urls = [*_counted_up(source)]
+    if len(urls) == 1 or not is_url(source):
+        return [stored for url in urls for stored in _listed(url)]
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:  # a request each, which takes longer than its work
+        return [stored for found in pool.map(_listed, urls) for stored in found]
 
 
 def asked(url: str, call: Callable[[Any], Any], doing: str = "read") -> Any:

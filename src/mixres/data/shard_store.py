@@ -21,12 +21,11 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from filelock import FileLock
 
 from mixres import atomic
-from mixres.data.objects import asked, sizes_under
+from mixres.data.objects import ASKED_AT_ONCE, asked, sizes_under
 from mixres.errors import UserError, WorkError
 
 T = TypeVar("T")
 MAX_OPEN = 64
-READERS = 16  # requests at once where many shards are looked at
 _SETTLED_S = 0.1  # a folder that changed less than this ago may change again under the same time: clocks have ticks
 _LOOKS = 0.05  # of the time
 _LEFT_FREE = 0.05  # of the disk: copies make room for checkpoints
@@ -193,7 +192,7 @@ class UrlStore:
         return data
 
     def each(self, work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-        with ThreadPoolExecutor(min(READERS, len(names) or 1)) as pool:
+        with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(names) or 1)) as pool:
             yield from pool.map(work, names)
 
     def publish(self, path: Path, name: str) -> None:
