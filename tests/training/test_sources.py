@@ -24,9 +24,13 @@ def losses(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_same_run_from_every_source_has_the_same_losses_bit_for_bit(
-    small_run: Path, few_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Path,
+    few_pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each fills a cache of its own; the keys are the same too. No credential stands in what a run leaves."""
+    """Each fills a cache of its own; the keys are the same too. No credential stands in what a run leaves or logs."""
     pairs = few_pairs / "train"
     members = members_of(pairs)
     (tmp_path / "x.tar").write_bytes(tar_of(members))
@@ -57,6 +61,7 @@ def test_the_same_run_from_every_source_has_the_same_losses_bit_for_bit(
         assert all(weights[key].equal(wanted[key]) for key in wanted)
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in written if ACCESS["AWS_SECRET_ACCESS_KEY"].encode() in file.read_bytes()]
+    assert not [text for text in capsys.readouterr() if ACCESS["AWS_SECRET_ACCESS_KEY"] in text]
 
 
 @pytest.mark.slow
