@@ -218,7 +218,8 @@ def first_step(root: Path, steps: int) -> dict[str, Any]:
             time.sleep(0.02)
         _, status, usage = os.wait4(process.pid, 0) if process.returncode is None else (0, process.returncode, None)
     assert status == 0 and usage, (root / "out.txt").read_text()[-2000:]
-    return {**figures, "peak_gb": round(usage.ru_maxrss / 1e6, 3)}
+    step = json.loads(metrics.read_text().splitlines()[before])["seconds"]
+    return {**figures, "step_seconds": round(step, 2), "peak_gb": round(usage.ru_maxrss / 1e6, 3)}
 
 
 def real_files(root: Path, count: int) -> dict[str, Any]:
@@ -280,7 +281,8 @@ def table(found: dict[str, Any]) -> str:
                 "",
                 f"A resumed `train.py` with {alone['records']:,} records, to the end of its first step: "
                 f"{process['processor_seconds']:.0f} s of processor time, {process['seconds']:.0f} s by the clock at a "
-                f"load of {row['load'][0]:.1f}, {process['peak_gb']:.2f} GB at the peak. Index and plan alone: "
+                f"load of {row['load'][0]:.1f}, {process['step_seconds']:.0f} s of them the step's, "
+                f"{process['peak_gb']:.2f} GB at the peak. Index and plan alone: "
                 f"{seconds:.1f} s and at most {alone['first step'][2]:.2f} GB, {index:.2f} GB of it the index.",
             ]
     files = sorted(found["files"], key=lambda row: int(row["files"]))

@@ -43,7 +43,16 @@ from mixres.preprocessing.encode import (
 from mixres.preprocessing.encoder import Encode, Encoder
 from mixres.preprocessing.live_texts import LiveTexts, TextsOf
 from mixres.preprocessing.parts import Part, Parts
-from mixres.preprocessing.samples import CachedSample, Lazy, LazySamples, keys_of, lengths_of, names_of
+from mixres.preprocessing.samples import (
+    CachedSample,
+    Lazy,
+    LazySamples,
+    SampleMaker,
+    keys_of,
+    lengths_of,
+    name_at,
+    names_of,
+)
 from mixres.preprocessing.start_memo import Kept, StartMemo
 from mixres.preprocessing.training_data import (
     SOURCES,
@@ -257,9 +266,9 @@ def encode(
         UserError, WorkError: as `run_cache`.
     """
     cache, count, recompute = found.cache, len(found.train), config.cache.text == "recompute"
-    make = _Samples(cache, RecordSizes(config, family), found.keys, found.train, recompute)
+    make = SampleMaker(cache, RecordSizes(config, family), found.keys, found.train, recompute)
     if found.kept:
-        names = Lazy(count, partial(_name_of, found.train))  # other processes get it
+        names = Lazy(count, partial(name_at, found.train))  # other processes get it
         Problems(over_budget(found.kept.table["lengths"], names, config.batch.max_tokens)).raise_if_any()
         _prepare(cache, is_main=rank == 0)
         if rank == 0:
@@ -279,37 +288,6 @@ def encode(
         found.memo.save(found.summary, records, [*train, *held_out], found.noise_keys, entries)
     texts = LiveTexts(config, family, device, ranks=world_size) if recompute else None
     return CachedData(cache, train, held_out, texts)
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Makes training samples of their positions."""
-
-    cache: Cache
-    sizes: RecordSizes
-    keys: Sequence[str]
-    records: Sequence[ScannedRecord]
-    with_digests: bool
-
-    def __call__(self, index: int) -> CachedSample:
-        return self.of(self.keys[index], self.records[index])
-
-    def of(self, key: str, scanned: ScannedRecord) -> CachedSample:
-        """The sample of a record whose entry is `key`.
-
-        Raises:
-            WorkError: another process has found the entry damaged.
-        """
-        entry, own = self.cache.lookup(key), self.sizes.of(scanned)
-        if entry is None:
-            gone = "its cache entry is not there any more: run the same command again"
-            raise WorkError(f"{scanned.record.name}: {gone}")
-        at, digests = (own.target, own.controls), scanned.digests if self.with_digests else ()
-        return CachedSample(scanned.record, *at, key, entry, scanned.regularization, digests)
-
-
-def _name_of(records: Sequence[ScannedRecord], index: int) -> str:
-    return records[index].record.name
 
 
 def _prepare(cache: Cache, *, is_main: bool) -> None:

@@ -9,11 +9,14 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from mixres.data.cache import CacheEntry
+from mixres.data.cache import Cache, CacheEntry
 from mixres.data.plan import Lengths
 from mixres.data.records import EditRecord
+from mixres.data.scan import ScannedRecord
+from mixres.errors import WorkError
 from mixres.geometry import Size
 from mixres.models.family import ControlSizes
+from mixres.preprocessing.training_data import RecordSizes
 
 ROW = np.dtype([("lengths", "<i4", len(Lengths._fields)), ("target", "<i4", 2), ("regularization", "?")])
 T = TypeVar("T")
@@ -67,6 +70,38 @@ class LazySamples(Lazy[CachedSample]):
     keys: Sequence[str]
     names: Sequence[str]
     table: np.ndarray
+
+
+@dataclass(frozen=True)
+class SampleMaker:
+    """Makes training samples of their positions."""
+
+    cache: Cache
+    sizes: RecordSizes
+    keys: Sequence[str]
+    records: Sequence[ScannedRecord]
+    with_digests: bool
+
+    def __call__(self, index: int) -> CachedSample:
+        return self.of(self.keys[index], self.records[index])
+
+    def of(self, key: str, scanned: ScannedRecord) -> CachedSample:
+        """The sample of a record whose entry is `key`.
+
+        Raises:
+            WorkError: another process has found the entry damaged.
+        """
+        entry, own = self.cache.lookup(key), self.sizes.of(scanned)
+        if entry is None:
+            gone = "its cache entry is not there any more: run the same command again"
+            raise WorkError(f"{scanned.record.name}: {gone}")
+        at, digests = (own.target, own.controls), scanned.digests if self.with_digests else ()
+        return CachedSample(scanned.record, *at, key, entry, scanned.regularization, digests)
+
+
+def name_at(records: Sequence[ScannedRecord], index: int) -> str:
+    """The name of a record by its position."""
+    return records[index].record.name
 
 
 def table_of(samples: Sequence[CachedSample]) -> np.ndarray:
