@@ -18,7 +18,8 @@ from mixres.inference.compare import Comparison, comparison_page
 from mixres.inspection.report import page as inspect_page
 from mixres.inspection.thumbnails import Thumbnail
 from mixres.pages.page import data_uri, webp
-from mixres.report.page import PAGE, report
+from mixres.report.page import report
+from mixres.report.run import PAGE
 from support.pages import script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -20,9 +20,8 @@ from mixres.console import amount, clock, log
 from mixres.errors import UserError, one_line
 from mixres.pages.page import data_uri, template, webp
 from mixres.report.charts import HEIGHT, charts, shown
-from mixres.report.run import Run, column, inside, moment, number, read_run
+from mixres.report.run import PAGE, Run, column, inside, moment, number, read_run
 
-PAGE = "report.html"
 PREVIEW = "reports/inputs.png"
 _MAX_GRIDS, _GRID_BYTES = 100, 9 * 2**20  # in one page; in base64 a third is added
 _SHAPES = ((1600, 80), (1200, 70), (900, 60), (600, 50), (300, 40), (150, 30))  # side and quality, until it fits
