@@ -224,3 +224,15 @@ def test_few_blocks_of_the_stock_shape(small_run: Path, monkeypatch: pytest.Monk
     microbatch = largest_microbatch(config, family)
     shorter: Any = fitting._Shorter(family, (5, 6))
     assert rehearse_quickly(config, shorter, microbatch) == rehearse(config, shorter, microbatch)
+
+
+@pytest.mark.slow
+def test_few_blocks_of_a_split_full_training(small_run: Path) -> None:
+    """Qwen-Image's width, where gradients on their way are more than activations; from three blocks 1 GB too much."""
+    words = ["model.pretrained_model_name_or_path=Qwen/Qwen-Image-Edit", "model.lora=null", "train.parallel=fsdp2"]
+    config = load_config(small_run, [*BF16, *words, "train.gradient_checkpointing=true"])
+    family: Any = load_family(None, "Qwen/Qwen-Image-Edit", synthetic=True)
+    microbatch, shorter = largest_microbatch(config, family)[:1], fitting._Shorter(family, (6,))
+    how: dict[str, Any] = {"ranks": 8, "microbatches": 2}
+    quick, whole = (of(config, shorter, microbatch, **how) for of in (rehearse_quickly, rehearse))  # type: ignore[operator]
+    assert quick == {**whole, "phases": quick["phases"]}
