@@ -48,7 +48,7 @@ def figure() -> Image.Image:
     """Photographs at one scale, each above its part of the packed row."""
     photographs = {photo.name: photo for photo in (*TRAIN_PHOTOGRAPHS, *HELD_OUT_PHOTOGRAPHS)}
     tallest = round(max(region[3] for region in SHOWN.values()) * SCALE)
-    floor, row, height = tallest + 84, tallest + 190, tallest + 300
+    floor, row, height = tallest + 84, tallest + 190, tallest + 274
     image = Image.new("RGB", (WIDTH * DRAWN, height * DRAWN), "white")
     draw = ImageDraw.Draw(image, "RGBA")
 

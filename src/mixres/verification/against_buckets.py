@@ -190,10 +190,10 @@ def _log_cost(
     )
     entries = {sample.key: sample.entry for sample in encoded.train}
     cached = len(bucketed) * sum(entry_bytes(config, family, entries).values())
-    steps = timed * (1 + TIMED_ROUNDS) * len(ARMS)
+    steps = min(timed, len(images)) * (1 + TIMED_ROUNDS) * len(ARMS)
     log(f"cost      up to {readable_size(3 * pixels)} of images in {folder}, and {len(bucketed) * len(entries)} cache "
         f"entries of about {readable_size(cached)}; {runs * config.train.max_train_steps} steps of training in "
-        f"{amount(runs, 'run')}, {steps} of timing")  # fmt: skip
+        f"{amount(runs, 'run')}, up to {steps} of timing")  # fmt: skip
 
 
 def _arms(
