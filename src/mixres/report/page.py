@@ -107,8 +107,8 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     held_out = [(line["step"], value) for line in run.evaluations if (value := number(line, "eval/loss")) is not None]
     if held_out:
         best = min(held_out, key=lambda each: each[1])
-        lowest = "the lowest" if best == held_out[-1] else f"lowest {shown(best[1])} at {best[0]:,}"
-        note = f"at step {held_out[-1][0]:,}; {lowest}"
+        lowest = "; the lowest" if best == held_out[-1] else f"; lowest {shown(best[1])} at {best[0]:,}"
+        note = f"at step {held_out[-1][0]:,}{lowest * (len(held_out) > 1)}"
         tiles.append({"name": "Held-out loss", "value": shown(held_out[-1][1]), "note": note})
     seconds, samples, tokens = (float(np.nansum(column(recent, key))) for key in ("seconds", "samples", "tokens"))
     if seconds > 0:
