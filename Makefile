@@ -51,4 +51,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e '.[demo,test,docs]'
+	$(PIP_INSTALL) --no-deps trackio
 	touch $@ $(VENV)/.installed-demo

@@ -110,7 +110,7 @@ def train_all() -> None:
             words = [f"data.{part}={folder / part}" for part in ("train", "held_out")]
             words += [f"cache.cache_dir={BUILD / 'cache'}", f"logging.output_dir={folder / 'run'}", *SETTINGS]
             config = load_config(REPOSITORY / "configs" / "quickstart.yaml", words)
-            against_buckets(config, steps=STEPS, seeds=seeds, trained=arms)
+            against_buckets(config, steps=STEPS, seeds=seeds, trained=arms, timed_steps=sys.maxsize)
             found = json.loads(RESULTS.read_text(encoding="utf-8"))  # others may have added to it
             found[name] = json.loads(report.read_text(encoding="utf-8"))
             RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -183,6 +183,16 @@ def cost_table(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def timing(report: Mapping[str, Any]) -> str:
+    """What the times are of, in words."""
+    timed = [(own["steps"], own["epoch_steps"]) for own in report["times"].values()]
+    part = "every step" if all(steps == epoch for steps, epoch in timed) else "some steps"
+    return (
+        f"Times are of {part} of an epoch, {min(timed)[0]} to {max(timed)[0]} by arm: the median of "
+        f"{report['timed_rounds']} rounds. Tokens are of the whole epoch."
+    )
+
+
 def verdicts(report: Mapping[str, Any]) -> list[str]:
     """In words, what the seeds show of each arm against `mixed`: better or worse in every seed, or neither."""
     from mixres.verification.against_buckets import ARMS
@@ -231,7 +241,7 @@ def block(found: Mapping[str, Any]) -> str:
             f"{missing}", "",
             *result_table(report), "", *verdicts(report), "",
             f"![Held-out PSNR and time a sample of each arm](images/buckets_{name}.png)", "",
-            *cost_table(report), "",
+            *cost_table(report), "", timing(report), "",
         ]  # fmt: skip
     if "megapixel" in found:
         heads = ("", "data", "buckets", "area cropped: mean, most", "repeated an epoch", "mean batch")

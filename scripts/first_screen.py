@@ -48,7 +48,7 @@ def figure() -> Image.Image:
     """Photographs at one scale, each above its part of the packed row."""
     photographs = {photo.name: photo for photo in (*TRAIN_PHOTOGRAPHS, *HELD_OUT_PHOTOGRAPHS)}
     tallest = round(max(region[3] for region in SHOWN.values()) * SCALE)
-    floor, row, height = tallest + 84, tallest + 190, tallest + 300
+    floor, row, height = tallest + 84, tallest + 190, tallest + 274
     image = Image.new("RGB", (WIDTH * DRAWN, height * DRAWN), "white")
     draw = ImageDraw.Draw(image, "RGBA")
 
@@ -99,26 +99,31 @@ def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> st
     from mixres.verification.bucket_rules import RULES
     from mixres.verification.verify import ROUNDING_FACTOR
 
-    sets = {"quickstart": "pairs", "border": "pairs of many sizes, edited at the border too"}
-    rows = []
+    own, steps = [buckets["megapixel"]["quickstart"][rule] for rule in RULES], buckets["quickstart"]
+    size = steps["samples_per_step"]
+
+    def again(row: Mapping[str, Any]) -> str:
+        short = f", batches of {row['mean_batch']:.1f}" if row["mean_batch"] < size else ""
+        return f"{row['repeated']}{short}"
+
+    rows = [
+        ["area cropped at a megapixel, mean", "0", *(f"{row['cropped_mean']:.1%}" for row in own)],
+        [f"images repeated to fill batches of {size}, of {steps['samples']}", "0", *map(again, own)],
+    ]
+    sets = {"border": "pairs of many sizes, edited at the border too", "quickstart": "pairs"}
     for name, title in sets.items():
         spreads = [spread(over_seeds(buckets[name], arm, *PSNR), 1) for arm in ("mixed", *RULES)]
         rows.append([f"held-out PSNR in dB, {buckets[name]['samples']} {title}", *spreads])
-    own, steps = [buckets["megapixel"]["quickstart"][rule] for rule in RULES], buckets["quickstart"]
-    rows.append(["area cropped at a megapixel", "0", *(f"{row['cropped_mean']:.1%}" for row in own)])
-    rows.append(
-        [f"images used again to fill batches, of {steps['samples']}", "0", *(str(row["repeated"]) for row in own)]
-    )
     worst = {name: max(case[name] for case in exact["cases"]) for name in ("forward", "gradient")}
     alone = {name: max(case["bar"][name] for case in exact["cases"]) / ROUNDING_FACTOR for name in worst}
-    errors = ", ".join(f"{name} {worst[name]:.1e} (alone {alone[name]:.1e})" for name in worst)
+    errors, own_errors = (", ".join(f"{name} {of[name]:.1e}" for name in worst) for of in (worst, alone))
     rows.append(["error of a batch of several sizes", errors, *["no such batch"] * len(RULES)])
     seeds = len({run["seed"] for name in sets for run in buckets[name]["runs"]})
     note = (
-        f"PSNR: the tiny base, {steps['steps']} steps of {steps['samples_per_step']} samples, {seeds} seeds: mean "
-        "(lowest to highest). Buckets by the rules of each trainer's source, trained by mixres. Errors against "
-        "float64, of a batch and of its samples alone. [How it was measured, and where buckets are as "
-        "good](docs/buckets.md)."
+        "Buckets by the rules of each trainer's source, trained by mixres. PSNR: the tiny base, "
+        f"{steps['steps']} steps of {size} samples (of musubi-tuner's rule fewer), {seeds} seeds: mean (lowest to "
+        f"highest). Errors against float64; those of the same samples alone: {own_errors}. [How it was measured, and "
+        "where buckets are as good](docs/buckets.md)."
     )
     heads = ("", "mixres", *(NAMES[rule] for rule in RULES))
     return f"{table(heads, rows)}\n\n{note}"

@@ -219,7 +219,6 @@ def memory() -> dict[str, Any]:
     """Rehearsals of Qwen-Image-Edit, one sample a microbatch; each is written as it is done."""
     from mixres.config.load import load_config
     from mixres.inspection.fitting import rehearse_quickly
-    from mixres.inspection.rehearsal import rehearse
     from mixres.models.registry import load_family
     from mixres.verification.synthetic import largest_microbatch
 
@@ -232,9 +231,7 @@ def memory() -> dict[str, Any]:
         family = load_family(config.model.family, config.model.pretrained_model_name_or_path, synthetic=True)
         samples = largest_microbatch(config, family)
         assert len(samples) == 1
-        # When gradients are summed over ranks depends on how many there are: of all blocks.
-        how = rehearse_quickly if config.model.lora else rehearse
-        found = how(config, family, samples, ranks=ranks, microbatches=2)
+        found = rehearse_quickly(config, family, samples, ranks=ranks, microbatches=2)
         kept = {key: found[key] for key in ("peak_bytes", "peak_phase", "host_bytes")}
         rows[name] = {"keys": keys, "ranks": ranks, **kept}
         write("memory", {"rows": rows})

@@ -47,27 +47,10 @@ NAMES = re.compile(
 )
 
 
-class UnmeasuredError(Exception):
-    """A file of results is not there yet: what a page has stays."""
-
-
-# What has still to be measured on an idle machine, and by what: numbers of these files stay as they stand on the pages.
-PENDING = {
-    "bench": "OMP_NUM_THREADS=1 python scripts/measurements.py bench",
-    "cache_cost": "OMP_NUM_THREADS=1 python scripts/measurements.py cache_cost",
-}
-
-
 @cache
 def stored(name: str) -> Any:
-    """A file of results, as JSON.
-
-    Raises:
-        UnmeasuredError: it is one of `PENDING`, and not there.
-    """
+    """A file of results, as JSON."""
     path = DOCS / "hardware.json" if name == "hardware" else DOCS / "results" / f"{name}.json"
-    if name in PENDING and not path.exists():
-        raise UnmeasuredError(name)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -266,10 +249,7 @@ def value_of(source: str, written: str) -> Any:
 def rewritten(mark: re.Match[str]) -> str:
     """The comment, and behind it the value as it should stand there."""
     source, divisor, form, written = mark.groups()
-    try:
-        value = value_of(source, written)
-    except UnmeasuredError:
-        return mark[0]
+    value = value_of(source, written)
     if "/" in source:
         return mark[0]
     if divisor or form.endswith("d"):
@@ -398,10 +378,7 @@ def written(name: str, text: str) -> str:
 
 def renewed(block: re.Match[str], write: Callable[[], str]) -> str:
     """The block with its comments."""
-    try:
-        return f"<!-- {(name := block['name'])}: begin -->\n\n{write()}\n\n<!-- {name}: end -->"
-    except UnmeasuredError:
-        return block[0]
+    return f"<!-- {(name := block['name'])}: begin -->\n\n{write()}\n\n<!-- {name}: end -->"
 
 
 def unsourced(text: str) -> list[str]:

@@ -20,7 +20,8 @@ import numpy as np
 from browser import Browser
 from PIL import Image
 
-from mixres.report.page import PAGE, report
+from mixres.report.page import report
+from mixres.report.run import PAGE
 from mixres.training.sample_sheets import Row, image_grid, save_png
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -29,10 +29,6 @@ def test_figures_of_others_are_beside_their_source() -> None:
         assert all(re.search(r"\[\d+\]|\]\(http|arXiv|SimpleTuner|s3fs", part) for part in sections), name
 
 
-def test_what_has_still_to_be_measured_is_not_there() -> None:
-    assert not [name for name in NUMBERS.PENDING if (NUMBERS.DOCS / "results" / f"{name}.json").exists()]
-
-
 def test_numbers_without_a_source_are_seen_and_others_are_written_anew() -> None:
     name = "distributed.md"
     for number in ("0.25", "1e-4", "12 %", "3 GB", "1.5 times", "20 ms", "33.0 dB", "7 minutes", "1,000 s"):

@@ -100,14 +100,14 @@ FIVE_BLOCKS = f"model.pretrained_model_name_or_path={REPOSITORY / 'src/mixres/as
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_few_blocks_stand_for_all(small_run: Path) -> None:
-    """Also of ranks that split weights, where every second block is recomputed, and where one waits in host memory."""
+    """Also where every second block is recomputed, and where one waits in host memory."""
     half, swapped = "train.gradient_checkpointing=2", ["train.gradient_checkpointing=true", "train.offload.blocks=4"]
-    for words, ranks in (([], 1), ([half], 1), (swapped, 1), (["train.parallel=fsdp2", ALL], 2)):
+    for words in ([], [half], swapped):
         config = load_config(small_run, [FIVE_BLOCKS, *BF16, *words])
         family = family_of(config)
         microbatch = largest_microbatch(config, family)
-        whole = rehearse(config, family, microbatch, ranks=ranks)
-        quick = rehearse_quickly(config, family, microbatch, ranks=ranks)
+        whole = rehearse(config, family, microbatch)
+        quick = rehearse_quickly(config, family, microbatch)
         assert quick == {**whole, "phases": quick["phases"]}
         for name, phase in whole["phases"].items():
             # What a save holds at its peak is one tensor of the largest, wherever in the order it comes.
@@ -224,3 +224,19 @@ def test_few_blocks_of_the_stock_shape(small_run: Path, monkeypatch: pytest.Monk
     microbatch = largest_microbatch(config, family)
     shorter: Any = fitting._Shorter(family, (5, 6))
     assert rehearse_quickly(config, shorter, microbatch) == rehearse(config, shorter, microbatch)
+
+
+@pytest.mark.slow
+def test_few_blocks_of_a_split_full_training(small_run: Path) -> None:
+    """Qwen-Image's width, where gradients on their way are more than activations; from three blocks 1 GB too much."""
+    words = ["model.pretrained_model_name_or_path=Qwen/Qwen-Image-Edit", "model.lora=null", "train.parallel=fsdp2"]
+    config = load_config(small_run, [*BF16, *words, "train.gradient_checkpointing=true"])
+    family: Any = load_family(None, "Qwen/Qwen-Image-Edit", synthetic=True)
+    microbatch, shorter = largest_microbatch(config, family)[:1], fitting._Shorter(family, (6,))
+    how: dict[str, Any] = {"ranks": 8, "microbatches": 2}
+    quick, whole = (of(config, shorter, microbatch, **how) for of in (rehearse_quickly, rehearse))  # type: ignore[operator]
+    assert quick == {**whole, "phases": quick["phases"]}
+    for name, phase in whole["phases"].items():
+        assert quick["phases"][name]["bytes"] == pytest.approx(phase["bytes"], rel=1e-2 if name == "save" else 1e-3), (
+            name
+        )

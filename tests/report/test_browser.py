@@ -2,12 +2,16 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,9 @@ from mixres.inference.compare import Comparison, comparison_page
 from mixres.inspection.report import page as inspect_page
 from mixres.inspection.thumbnails import Thumbnail
 from mixres.pages.page import data_uri, webp
-from mixres.report.page import PAGE, report
-from support.pages import script
+from mixres.report.page import report
+from mixres.report.run import PAGE
+from support.pages import REPOSITORY, script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 EVIL = """<script>document.title = "taken"</script><img src=x onerror="document.title='taken'">'&"""
@@ -118,6 +123,45 @@ def test_it_prints(browser: Browser, long_run: Path) -> None:
     paper = browser.pdf()
     pages = len(re.findall(rb"/Type\s*/Page\b", paper))
     assert paper.startswith(b"%PDF") and 2 <= pages <= 12 and len(paper) > 50_000
+
+
+def test_the_site_follows_the_system_finds_words_and_copies_code(browser: Browser, tmp_path: Path) -> None:
+    config = ["-f", str(REPOSITORY / "mkdocs.yml"), "-d", str(tmp_path)]
+    build = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "-q", *config]
+    subprocess.run(build, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True, timeout=200)
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:  # its search asks for one
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for width, dark in ((400, True), (1600, False)):
+            browser.open(f"http://127.0.0.1:{server.server_port}/index.html", width=width, dark=dark)
+            scheme = "document.body.getAttribute('data-md-color-scheme')"
+            until(browser, scheme, "slate" if dark else "default")
+            assert browser.run(OVERFLOW) == 0 and browser.run(BROKEN) == 0
+            assert browser.run("document.images.length") and browser.run(
+                "document.querySelector('pre button') !== null"
+            )
+        browser.run("document.querySelector('#__search').click(); document.querySelector('.md-search__input').focus()")
+        browser.call("Input.insertText", text="patch_qwen_model_for_multi_resolution")
+        until(
+            browser,
+            "[...document.querySelectorAll('.md-search-result__link')].some((a) => a.href.includes('api'))",
+            True,
+        )
+        server.shutdown()
+    assert not browser.errors
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder, and logs nothing."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def until(browser: Browser, script: str, value: object) -> None:
+    end = time.monotonic() + 60
+    while (found := browser.run(script)) != value:
+        assert time.monotonic() < end, found
 
 
 def test_inspect_and_comparison_have_the_same_style_and_escape_what_users_write(

@@ -19,8 +19,8 @@ from filelock import FileLock
 from mixres import cli
 from mixres.report import page as pages
 from mixres.report.charts import HEIGHT, charts, smoothed, thinned
-from mixres.report.page import PAGE, page
-from mixres.report.run import column, read_run
+from mixres.report.page import page
+from mixres.report.run import PAGE, column, read_run
 from mixres.report.serve import Service
 from support.pages import script
 
@@ -150,10 +150,14 @@ def test_the_command_writes_the_page_or_gives_a_line_for_each_problem(
     assert text.count("data:image/webp;base64,") == 3 and "http" not in text.replace("http-equiv", "")
     assert f"mixres: report    {run / PAGE}"[8:] in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert cli.main(["report", str(tmp_path / "empty")]) == 0
+        assert "No run was started in this folder." in (tmp_path / "empty" / PAGE).read_text(encoding="utf-8")
+    capsys.readouterr()
     for words in (
         [],
         [tmp_path / "nowhere"],
-        [tmp_path / "empty"],
+        [tmp_path],
         [run, "--port", "80"],
         [run, "--port", "80000", "--serve"],
     ):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -80,6 +81,27 @@ def test_tensorboard_gets_every_step_and_images_as_they_are(tmp_path: Path) -> N
     shown = Image.open(io.BytesIO(events[2].summary.value[0].tensor.string_val[2]))  # after width and height
     assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(grid))
     assert accelerator.num_processes == 1  # still usable: closing a tracker must not take the processes down
+
+
+def test_trackio_keeps_configuration_scalars_and_images_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real one, with a Pillow that its package does not ask for; nothing is sent anywhere."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    grid = Image.fromarray(data.astronaut()[:40, :60])
+    with Tracker(accelerator_with("trackio", tmp_path), "trackio", "project", {"a": {"b": [1, None]}}) as tracker:
+        for step in (1, 2):
+            tracker.log({"step": step, "loss": step / 2, "skipped": ["a name"]})
+        tracker.log_image("samples", grid, 3)
+    assert not caplog.messages
+    with sqlite3.connect(tmp_path / "project.db") as store:
+        rows = {step: json.loads(text) for step, text in store.execute("select step, metrics from metrics")}
+        ((config,),) = store.execute("select config from configs")
+    store.close()
+    assert [rows[step] for step in (1, 2)] == [{"loss": 0.5}, {"loss": 1.0}] and rows[3]["samples"]
+    assert json.loads(config)["a"] == {"b": [1, None]}
+    (file,) = (tmp_path / "media").rglob("*.png")
+    assert np.array_equal(np.asarray(Image.open(file).convert("RGB")), np.asarray(grid))
 
 
 class Failing(GeneralTracker):

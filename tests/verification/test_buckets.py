@@ -16,7 +16,7 @@ from mixres.config.load import load_config
 from mixres.data.plan import Lengths, Plan
 from mixres.geometry import Size
 from mixres.preprocessing.fill import family_of, keyed_records
-from mixres.verification.against_buckets import ARMS
+from mixres.verification.against_buckets import ARMS, TIMED_STEPS, _begun, _same_for_all, spread_places
 from mixres.verification.bucket_data import Bucketed, BucketPlan, OneByOnePlan, fit_records, write_copies
 from mixres.verification.bucket_rules import RULES, Fit
 from support.pairs import PHOTO
@@ -140,6 +140,40 @@ def test_one_bucket_is_the_plan_of_mixres() -> None:
         ]
 
 
+def test_reports_of_other_settings_are_kept_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of hours is never deleted, whatever is asked for next."""
+    path = tmp_path / "buckets.json"
+    ours, others = ({"identity": name, "runs": [{"arm": "mixed", "seed": seed}]} for seed, name in enumerate("ab"))
+    fresh = [{**report, "runs": []} for report in (ours, others)]
+    assert _begun(path, fresh[0]) == fresh[0]
+    path.write_text(json.dumps(ours), encoding="utf-8")
+    path.with_suffix(".png").write_bytes(b"plot")
+    assert _begun(path, fresh[0]) == ours and not capsys.readouterr().out
+    assert _begun(path, fresh[1]) == fresh[1] and not path.exists()
+    aside = tmp_path / "buckets" / "a"
+    assert (aside / "buckets.png").read_bytes() == b"plot"
+    assert capsys.readouterr().out.strip() == f"kept      1 run with other settings or data: {aside}"
+    path.write_text(json.dumps(others), encoding="utf-8")
+    assert _begun(path, fresh[0]) == ours == json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads((tmp_path / "buckets" / "b" / "buckets.json").read_text(encoding="utf-8")) == others
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(40, 1), (100, 50), (2000, 50), (1, 0)])
+def test_a_warm_up_fits_the_steps(small_run: Path, capsys: pytest.CaptureFixture[str], steps: int, warmup: int) -> None:
+    words = ["train.max_train_steps=2000", "lr_scheduler.warmup_steps=50", "lr_scheduler.scheduler_type=cosine"]
+    found = _same_for_all(load_config(small_run, words), steps)
+    assert (found.lr_scheduler.warmup_steps, found.train.max_train_steps) == (warmup, steps)
+    assert ("too few for lr_scheduler.warmup_steps = 50" in capsys.readouterr().out) == (warmup < 50)
+
+
+def test_timed_steps_are_spread_over_the_epoch() -> None:
+    assert spread_places(7, TIMED_STEPS) == list(range(7))
+    for count in (12, 13, 47, 1000):
+        places = spread_places(count, 12)
+        assert len(set(places)) == 12 and places[0] < count / 12 and places[-1] >= count - 1 - count / 12
+        assert sum(places) / 12 == pytest.approx((count - 1) / 2, abs=1)
+
+
 def bench(small_run: Path, *words: str) -> int:
     AcceleratorState._reset_state(True)
     return cli.main(["bench", "--config", str(small_run), *words])
@@ -175,12 +209,14 @@ def test_arms_on_images_of_one_size_are_one_training(
             found, wanted = ({name: value or 0.0 for name, value in of[key].items()} for of in (run, runs["mixed"]))
             assert found == (wanted if exact else pytest.approx(wanted, rel=1e-3)), (arm, key)
         assert run["train_loss"] == pytest.approx(runs["mixed"]["train_loss"], rel=0 if exact else 1e-3), arm
-        assert 0 < report["times"][arm]["low"] <= report["times"][arm]["ratio"] <= report["times"][arm]["high"]
+        times = report["times"][arm]
+        assert 0 < times["low"] <= times["ratio"] <= times["high"] and times["steps"] == times["epoch_steps"] == 2
+        assert times["tokens"] * run["samples"] == run["tokens"], "an epoch was trained"
     assert runs["mixed"]["images"]["psnr"] > 0 and runs["mixed"]["eval"]["loss"] > 0
     for figures in report["buckets"].values():
         assert (figures["buckets"], figures["cropped"], figures["repeated"], figures["mean_batch"]) == (1, 0, 0, 4)
     assert (path.parent / "buckets.png").is_file()
-    capsys.readouterr()
+    assert "up to 0.6 MB of images" in (out := capsys.readouterr().out) and "10 steps of training in 5 runs" in out
     assert bench(small_run, *words, "--steps", "2") == 0
     assert json.loads(path.read_text(encoding="utf-8"))["runs"] == report["runs"]
     printed = capsys.readouterr().out

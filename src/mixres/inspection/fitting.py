@@ -20,6 +20,7 @@ from mixres.models.family import Family
 from mixres.verification.synthetic import SampleTokens
 
 _KEPT = 3  # blocks of each list: the first and the last may differ from those between them, and prefetch ends there
+_KEPT_SPLIT = 4  # with fsdp2: while a block runs, the next is gathered, and gradients of the last one are on their way
 _SLOTS = 2  # of offloaded blocks: from two on they are copied ahead
 
 Change = Mapping[str, Any]  # of a section of the configuration, keys with dots
@@ -45,7 +46,10 @@ def rehearse_quickly(config: Config, family: Family, microbatch: Sequence[Sample
     """What `rehearse` gives, from a few blocks."""
     whole = [len(stack) for stack in block_lists(family.transformer_skeleton())]
     period = max(1, int(config.train.gradient_checkpointing))
-    kept = max(_KEPT, config.train.offload.blocks or 0)  # with fewer no block would wait in host memory
+    split = config.train.parallel == "fsdp2"
+    kept = max(
+        _KEPT_SPLIT if split else _KEPT, config.train.offload.blocks or 0
+    )  # with fewer none would wait on a host
     missing = [max(0, length - kept) // period for length in whole]
     short = [length - count * period for length, count in zip(whole, missing, strict=True)]
 

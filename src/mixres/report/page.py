@@ -20,9 +20,8 @@ from mixres.console import amount, clock, log
 from mixres.errors import UserError, one_line
 from mixres.pages.page import data_uri, template, webp
 from mixres.report.charts import HEIGHT, charts, shown
-from mixres.report.run import Run, column, inside, moment, number, read_run
+from mixres.report.run import PAGE, Run, column, inside, moment, number, read_run
 
-PAGE = "report.html"
 PREVIEW = "reports/inputs.png"
 _MAX_GRIDS, _GRID_BYTES = 100, 9 * 2**20  # in one page; in base64 a third is added
 _SHAPES = ((1600, 80), (1200, 70), (900, 60), (600, 50), (300, 40), (150, 30))  # side and quality, until it fits
@@ -108,8 +107,8 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     held_out = [(line["step"], value) for line in run.evaluations if (value := number(line, "eval/loss")) is not None]
     if held_out:
         best = min(held_out, key=lambda each: each[1])
-        lowest = "the lowest" if best == held_out[-1] else f"lowest {shown(best[1])} at {best[0]:,}"
-        note = f"at step {held_out[-1][0]:,}; {lowest}"
+        lowest = "; the lowest" if best == held_out[-1] else f"; lowest {shown(best[1])} at {best[0]:,}"
+        note = f"at step {held_out[-1][0]:,}{lowest * (len(held_out) > 1)}"
         tiles.append({"name": "Held-out loss", "value": shown(held_out[-1][1]), "note": note})
     seconds, samples, tokens = (float(np.nansum(column(recent, key))) for key in ("seconds", "samples", "tokens"))
     if seconds > 0:

@@ -23,6 +23,7 @@ from mixres.errors import UserError
 from mixres.training.run_folder import LOCK, METRICS, STATUS
 
 Line = Mapping[str, Any]
+PAGE = "report.html"
 _SIGNS = (STATUS, METRICS, FROZEN, "reports")  # of a run folder, each where something was done in it
 _LARGEST = 1e300  # beyond it a number is none
 _NOT_LISTED = ("samples", "checkpoints", "wandb")  # shown in another way, or another program's
@@ -93,7 +94,7 @@ class Run:
 
 
 def check_run(folder: Path) -> Path:
-    """The folder itself.
+    """The folder itself. One with nothing in it is that of a run that has still to be started.
 
     Raises:
         UserError: it is none, or none of a run.
@@ -101,7 +102,8 @@ def check_run(folder: Path) -> Path:
     try:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder: name a run folder, logging.output_dir of its configuration")
-        if not any((folder / name).exists() for name in _SIGNS):
+        others = {path.name for path in folder.iterdir()} - {PAGE}
+        if others and others.isdisjoint(_SIGNS):
             raise UserError(f"{folder}: no run folder, it has none of {', '.join(_SIGNS)}: name logging.output_dir")
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}; name a run folder") from error

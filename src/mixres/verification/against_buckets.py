@@ -2,8 +2,13 @@
 
 Promise: one trainer, base, optimizer and number of steps for all arms; held-out samples are computed at their own sizes
 for all. The arms differ in what a step holds (`BucketPlan`, `OneByOnePlan`) and in the images' sizes and crops. Each
-run is written as it is done, so the same command resumes; another configuration or data begins anew.
-Cost: a training run of `steps` an arm and seed, and their held-out images.
+run is written as it is done, so the same command resumes. Another configuration or other data begin in a folder of
+their own, and what was there is kept. Cost, logged before it is spent: bucketed copies of the images and their cache
+entries for each rule, and a training run of `steps` an arm and seed with its held-out images.
+
+Times: of an epoch's steps in the order of the tokens that they compute, `timed_steps` at even distances, or all where
+there are no more. So small and large buckets, and full and short batches, are there as often as in the epoch. Tokens
+are counted over the whole epoch.
 
 `mixed` and `one_by_one` train the same samples in the same steps, so they differ by rounding and in time alone. The
 steps of `musubi_tuner` hold fewer samples where a bucket fills no batch.
@@ -12,7 +17,6 @@ steps of `musubi_tuner` hold fewer samples where a bucket fills no batch.
 import itertools
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,21 +32,23 @@ from PIL import Image
 
 from mixres import atomic
 from mixres.config.schema import Config
-from mixres.console import log
-from mixres.data.plan import Plan
+from mixres.console import amount, log
+from mixres.data.plan import Plan, StepPlan, computed_tokens
 from mixres.errors import Problems
 from mixres.geometry import Size
 from mixres.models.family import Family
 from mixres.models.lora import attach
 from mixres.models.lora_file import FILE_NAME, read_header
-from mixres.preprocessing.fill import CachedData, encode, encode_all, family_of, keyed_records
+from mixres.preprocessing.cache_folder import readable_size
+from mixres.preprocessing.encode import entry_bytes
+from mixres.preprocessing.fill import CachedData, KeyedRecords, encode, encode_all, family_of, keyed_records
 from mixres.preprocessing.live_texts import text_device
 from mixres.training.sample_sheets import HeldOutSampler
 from mixres.training.setup import build_plan, make_plan
 from mixres.training.trainer import train
 from mixres.training.validation import resolution_band
 from mixres.verification.bench import Step, collated, seconds_of
-from mixres.verification.bucket_data import BucketPlan, OneByOnePlan, fit_records, write_copies
+from mixres.verification.bucket_data import Bucketed, BucketPlan, OneByOnePlan, fit_records, write_copies
 from mixres.verification.bucket_rules import RULES
 from mixres.verification.setup import (
     cached_source,
@@ -56,7 +62,8 @@ from mixres.verification.setup import (
 
 ARMS = ("mixed", *RULES, "one_by_one")
 STEPS = 40
-TIMED_STEPS, TIMED_ROUNDS = 6, 7
+TIMED_STEPS, TIMED_ROUNDS = 12, 3  # and a round that warms up
+_LEFT_BYTES = 16  # of a run, for each weight that it trains: the result, and a checkpoint with two moments, in float32
 
 
 class Arm(NamedTuple):
@@ -66,10 +73,17 @@ class Arm(NamedTuple):
     plan_type: Callable[..., Plan]
 
 
-def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, trained: Sequence[str] = ARMS) -> None:
+def against_buckets(
+    config: Config,
+    *,
+    steps: int = STEPS,
+    seeds: int = 1,
+    trained: Sequence[str] = ARMS,
+    timed_steps: int = TIMED_STEPS,
+) -> None:
     """Train `steps` steps with every arm and seed; print a table, write `reports/buckets.json` and `buckets.png`.
 
-    All arms are timed; of those the ones named in `trained` are trained.
+    All arms are timed, on `timed_steps` steps each; of those the ones named in `trained` are trained.
 
     Raises:
         UserError: configuration, base or data are wrong.
@@ -86,32 +100,29 @@ def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, train
     records = keyed_records(config, family, is_main=True)
     encoded = encode(config, family, records, device=accelerator.device)
     path = report_path(config, "buckets.json")
-    report = _report(config, encoded, accelerator, steps)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if before.get("identity") == report["identity"]:
-        report = before
-    else:
-        shutil.rmtree(path.parent / "buckets", ignore_errors=True)
-    arms = {"mixed": Arm(config, Plan), "one_by_one": Arm(config, OneByOnePlan)}
-    for name, rule in RULES.items():
-        bucketed = fit_records(config, family, rule, records.train)
-        report["buckets"][name] = bucketed.figures([scanned.target_size for scanned in records.train])
-        manifest = write_copies(config, family, bucketed, records.train, path.parent / "buckets" / name)
-        buckets = [fit.bucket for fit in bucketed.fits]
-        plan_type = partial(BucketPlan, buckets=buckets, fill=rule.fill, fixed_batches=rule.fixed_batches)
-        arms[name] = Arm(_with_copies(config, family, manifest, buckets), plan_type)
-    arms = {name: arms[name] for name in ARMS}
-    if not report["times"]:
-        report["times"] = _times(arms, family, accelerator)
+    report = _begun(path, _report(config, encoded, accelerator, steps))
+    folder = path.with_suffix("") / report["identity"]
+    bucketed = {name: fit_records(config, family, rule, records.train) for name, rule in RULES.items()}
+    sizes = [scanned.target_size for scanned in records.train]
+    report["buckets"] = {name: own.figures(sizes) for name, own in bucketed.items()}
+    known = {(run["arm"], run["seed"]) for run in report["runs"]}
+    wanted = [(name, seed) for seed in range(config.train.seed, config.train.seed + seeds) for name in trained]
+    missing = [run for run in wanted if run not in known]
+    timed = "trained_weights" in report  # reports of earlier versions timed six steps
+    if missing or not timed:
+        _log_cost(config, family, encoded, bucketed, folder, runs=len(missing), timed=0 if timed else timed_steps)
+        arms = _arms(config, family, records, bucketed, folder)
+    if not timed:
+        report |= _times(arms, family, accelerator, timed_steps)
         atomic.write_json(path, report)
-    for seed in range(config.train.seed, config.train.seed + seeds):
-        for name, arm in ((name, arms[name]) for name in trained):
-            if any((run["arm"], run["seed"]) == (name, seed) for run in report["runs"]):
-                continue
-            log(f"arm       {name}, seed {seed}")
-            folder = path.parent / "buckets" / f"{name}-{seed}"
-            report["runs"].append({"arm": name, "seed": seed, **_run(arm, family, seed, folder, accelerator.device)})
-            atomic.write_json(path, report)
+    if missing:
+        size = readable_size(_LEFT_BYTES * report["trained_weights"])
+        log(f"cost      {amount(len(missing), 'run')} of {amount(steps, 'step')}; each leaves about {size} in {folder}")
+    for name, seed in missing:
+        log(f"arm       {name}, seed {seed}")
+        run = _run(arms[name], family, seed, folder / f"{name}-{seed}", accelerator.device)
+        report["runs"].append({"arm": name, "seed": seed, **run})
+        atomic.write_json(path, report)
     for line in table(report):
         log(line)
     plot([("", report)], path.with_suffix(".png"))
@@ -119,18 +130,85 @@ def against_buckets(config: Config, *, steps: int = STEPS, seeds: int = 1, train
 
 
 def _same_for_all(config: Config, steps: int) -> Config:
-    """Without what buckets have no rule for, and evaluated at both ends alone."""
+    """Without what buckets have no rule for, evaluated at both ends alone, with a warm-up that `steps` have room for.
+
+    A warm-up of more than half of them gets the part of the run that it has of the configuration's.
+    """
     weights = config.data.mask_weight.model_copy(update={"foreground": 1.0, "background": 1.0})
     data = config.data.model_copy(update={"regularization": None, "mask_weight": weights})
+    whole, warmup = config.train.max_train_steps, config.lr_scheduler.warmup_steps
+    if 2 * warmup > steps:
+        own = min(warmup * steps // whole, steps // 2)
+        log(f"warm-up   {amount(steps, 'step')} are too few for lr_scheduler.warmup_steps = {warmup}: {own} here, the "
+            f"same part of them as of train.max_train_steps = {whole}")  # fmt: skip
+        warmup = own
     return config.model_copy(
         update={
             "data": data,
+            "loss": config.loss.model_copy(update={"prior_loss_weight": 1.0}),
+            "lr_scheduler": config.lr_scheduler.model_copy(update={"warmup_steps": warmup}),
             "train": config.train.model_copy(update={"max_train_steps": steps}),
             "checkpoint": config.checkpoint.model_copy(update={"every": steps}),
             "sample": config.sample.model_copy(update={"every": 0}),
             "evaluate": config.evaluate.model_copy(update={"every": steps}),
         }
     )
+
+
+def _begun(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of earlier calls with these settings and data, or this new one. One of others is moved to its runs."""
+    files = [path, path.with_suffix(".png")]
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["identity"] == report["identity"]:
+            return dict(before)
+        aside = path.with_suffix("") / before["identity"]
+        aside.mkdir(parents=True, exist_ok=True)
+        for file in (file for file in reversed(files) if file.exists()):
+            file.replace(aside / file.name)
+        log(f"kept      {amount(len(before['runs']), 'run')} with other settings or data: {aside}")
+    if (own := path.with_suffix("") / report["identity"] / path.name).exists():
+        own.replace(path)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return report
+
+
+def _log_cost(
+    config: Config,
+    family: Family,
+    encoded: CachedData,
+    bucketed: Mapping[str, Bucketed],
+    folder: Path,
+    *,
+    runs: int,
+    timed: int,
+) -> None:
+    """What is about to be written and computed, at most. Copies are PNG: no larger than their pixels, or hardly."""
+    images = [len(sample.entry.img_shapes) for sample in encoded.train]
+    pixels = sum(
+        count * fit.bucket.width * fit.bucket.height
+        for own in bucketed.values()
+        for count, fit in zip(images, own.fits, strict=True)
+    )
+    entries = {sample.key: sample.entry for sample in encoded.train}
+    cached = len(bucketed) * sum(entry_bytes(config, family, entries).values())
+    steps = min(timed, len(images)) * (1 + TIMED_ROUNDS) * len(ARMS)
+    log(f"cost      up to {readable_size(3 * pixels)} of images in {folder}, and {len(bucketed) * len(entries)} cache "
+        f"entries of about {readable_size(cached)}; {runs * config.train.max_train_steps} steps of training in "
+        f"{amount(runs, 'run')}, up to {steps} of timing")  # fmt: skip
+
+
+def _arms(
+    config: Config, family: Family, records: KeyedRecords, bucketed: Mapping[str, Bucketed], folder: Path
+) -> dict[str, Arm]:
+    """All of `ARMS`, the copies of those with buckets written."""
+    arms = {"mixed": Arm(config, Plan), "one_by_one": Arm(config, OneByOnePlan)}
+    for name, own in bucketed.items():
+        manifest = write_copies(config, family, own, records.train, folder / name)
+        buckets = [fit.bucket for fit in own.fits]
+        plan_type = partial(BucketPlan, buckets=buckets, fill=own.rule.fill, fixed_batches=own.rule.fixed_batches)
+        arms[name] = Arm(_with_copies(config, family, manifest, buckets), plan_type)
+    return {name: arms[name] for name in ARMS}
 
 
 def _with_copies(config: Config, family: Family, manifest: Path, buckets: Sequence[Size]) -> Config:
@@ -171,14 +249,16 @@ def _report(config: Config, encoded: CachedData, accelerator: Accelerator, steps
     }
 
 
-def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator) -> dict[str, dict[str, float]]:
-    """Seconds and tokens a sample of steps all over the first epoch, the arms in turn; no weight changes.
+def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator, timed_steps: int) -> dict[str, Any]:
+    """Seconds and tokens a sample, the arms in turn; no weight changes. The keys are those of the report.
 
     `ratio` is time over that of `mixed` in the same round, with its lowest and highest.
     """
     clock = time.perf_counter if accelerator.device.type == "cuda" else time.process_time
     setup = set_up(arms["mixed"].config, family, accelerator)
-    work = {name: _some_steps(arm, accelerator.device) for name, arm in arms.items()}
+    work, found = {}, {}
+    for name, arm in arms.items():
+        work[name], found[name] = _chosen_steps(arm, accelerator.device, timed_steps)
     samples = {name: sum(step.plan.samples for step in steps) for name, steps in work.items()}
     rounds: list[dict[str, float]] = []
     for _ in range(1 + TIMED_ROUNDS):  # the first one warms up
@@ -189,28 +269,39 @@ def _times(arms: Mapping[str, Arm], family: Family, accelerator: Accelerator) ->
                     start = clock()
                     seconds_of(setup, step)
                     rounds[-1][name] += (clock() - start) / samples[name]
-    found = {}
-    for name, steps in work.items():
+    for name, own in found.items():
         ratios = [taken[name] / taken["mixed"] for taken in rounds[1:]]
-        tokens = sum(batch.tokens_computed for step in steps for batch in step.batches)
-        found[name] = {
+        own |= {
             "seconds": statistics.median(taken[name] for taken in rounds[1:]),
             "ratio": statistics.median(ratios),
             "low": min(ratios),
             "high": max(ratios),
-            "tokens": tokens / samples[name],
         }
-    return found
+    weights = sum(parameter.numel() for parameter in setup.parameters.values())
+    return {"times": found, "timed_rounds": TIMED_ROUNDS, "trained_weights": weights}
 
 
-def _some_steps(arm: Arm, device: torch.device) -> list[Step]:
-    """Steps of the first epoch, from its beginning to its end."""
+def _chosen_steps(arm: Arm, device: torch.device, most: int) -> tuple[list[Step], dict[str, float]]:
+    """Steps of the first epoch to time, by the tokens that they compute, and the figures of all steps of the epoch."""
     config, plan_type = arm
     _, source = cached_source(config, device)
     layout = config.batch.layout
     plan = make_plan(config, source.lengths, source.names, layout=layout, world_size=1, plan_type=plan_type)
-    steps = map(plan.step, sorted({k * plan.steps_per_epoch // TIMED_STEPS for k in range(TIMED_STEPS)}))
-    return [Step(step, list(collated(config, source, step.ranks[0], layout))) for step in steps]
+
+    def tokens(step: StepPlan) -> int:
+        return sum(computed_tokens(plan.lengths_in(microbatch), layout) for microbatch in step.ranks[0])
+
+    steps = sorted(map(plan.step, range(plan.steps_per_epoch)), key=tokens)
+    figures = {"tokens": sum(map(tokens, steps)) / sum(step.samples for step in steps), "epoch_steps": len(steps)}
+    chosen = [steps[place] for place in spread_places(len(steps), most)]
+    figures["steps"] = len(chosen)
+    return [Step(step, list(collated(config, source, step.ranks[0], layout))) for step in chosen], figures
+
+
+def spread_places(count: int, most: int) -> list[int]:
+    """The middles of `most` equal parts of `count` places, or all of them."""
+    most = min(count, most)
+    return [(2 * part + 1) * count // (2 * most) for part in range(most)]
 
 
 def _run(arm: Arm, family: Family, seed: int, folder: Path, device: torch.device) -> dict[str, Any]:
@@ -306,9 +397,11 @@ def plot(reports: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
     """For each report the held-out PSNR (or loss) of each seed and its mean, and the time a sample."""
     from matplotlib.figure import Figure  # half a second, needed here only
 
-    figure = Figure(figsize=(9, 3 * len(reports)), layout="constrained")
-    rows = figure.subplots(len(reports), 2, squeeze=False)
-    for (name, report), (left, right) in zip(reports, rows, strict=True):
+    figure = Figure(figsize=(9, 3.2 * len(reports)), layout="constrained")
+    rows = figure.subfigures(len(reports), squeeze=False)[:, 0]
+    for (name, report), row in zip(reports, rows, strict=True):
+        row.suptitle(name)
+        left, right = row.subplots(1, 2)
         images = any(run["images"] for run in report["runs"])
         which = ("images", "psnr") if images else ("eval", "loss") if report["held_out"] else ("train_loss",)
         unit = "held-out PSNR, dB" if images else "held-out loss" if report["held_out"] else "training loss"
@@ -319,7 +412,7 @@ def plot(reports: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
                 left.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color="#08519c", capsize=4)
             right.barh(place, 1000 * report["times"][arm]["seconds"], color="#9ecae1")
         for axes, label in ((left, f"{unit}: mean, lowest and highest"), (right, f"{report['clock']}, ms a sample")):
-            axes.set(xlabel=label, yticks=range(len(ARMS)), title=name)
+            axes.set(xlabel=label, yticks=range(len(ARMS)))
             axes.set_yticklabels([arm.replace("_", " ") for arm in ARMS])
             axes.invert_yaxis()
             axes.grid(alpha=0.3, axis="x")

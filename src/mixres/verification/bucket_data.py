@@ -4,6 +4,7 @@ Promise: targets and controls are fitted alike. The rows of the manifest are the
 batch may repeat one, since noise is drawn for a row; equal rows share a cache entry.
 """
 
+import functools
 import json
 import shutil
 from collections import Counter
@@ -108,6 +109,7 @@ class BucketPlan(Plan):
         super().__init__(*given, **named)
         assert len(self.lengths) % len(buckets) == 0 and self.world_size == 1
         self.epoch_samples = len(buckets)
+        self.batches = functools.lru_cache(maxsize=2)(self._batches)
         self.steps_per_epoch = len(self.batches(0))
 
     def step(self, step: int) -> StepPlan:
@@ -115,7 +117,7 @@ class BucketPlan(Plan):
         epoch, within = divmod(step, self.steps_per_epoch)
         return self.planned(step, epoch, np.array(self.batches(epoch)[within]))
 
-    def batches(self, epoch: int) -> list[list[int]]:
+    def _batches(self, epoch: int) -> list[list[int]]:
         """The rows of each step of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         dealt: dict[Size, list[int]] = {}
