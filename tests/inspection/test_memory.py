@@ -176,9 +176,13 @@ OPTIMIZERS = {
     "Prodigy": ["optimizer.class_path=prodigyopt.Prodigy"],
     **{name: [f"optimizer.class_path=torchao.optim.{name}"] for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8")},
 }
+FEW = ("AdamW", "Prodigy", "AdamW8bit")
 
 
-@pytest.mark.parametrize("words", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name not in FEW)) for name, words in OPTIMIZERS.items()],
+)
 def test_the_optimizers_state_is_what_a_step_leaves(small_run: Path, words: list[str]) -> None:
     """Of DoRA's matrices, which 8-bit optimizers quantise at this rank, and vectors, which they do not."""
     config = load_config(small_run, [*words, "model.lora.r=64", DORA])

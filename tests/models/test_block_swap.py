@@ -104,9 +104,9 @@ def check_swapped(name: str, keep: int, device: str = "cpu") -> None:
     ("name", "keep"),
     [
         ("qwen", 2),
-        ("qwen zero_cond_t", 2),
         ("flux2", 3),
         ("flux", 2),
+        pytest.param("qwen zero_cond_t", 2, marks=pytest.mark.slow),
         *(pytest.param("qwen", keep, marks=pytest.mark.slow) for keep in (1, 4, BLOCKS)),
     ],
 )
