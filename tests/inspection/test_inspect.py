@@ -80,10 +80,8 @@ def damaged(few_pairs: Path, tmp_path: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize(
-    "words",
-    [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name != "packed")) for name, words in RUNS.items()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
 def test_the_run_then_does_what_was_said(
     words: list[str], inspect: Inspect, tmp_path: Path, small_run: Path, damaged: Path, few_pairs: Path, capsys: Any
 ) -> None:

@@ -133,6 +133,7 @@ PLAIN = BlockSwap.__init__
 BUGS = {"_leave": not_put_back, "_wanted": wrong_neighbour, "__init__": more_than_asked_for}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BUGS)
 def test_planted_bugs_are_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockSwap, method, BUGS[method])

@@ -191,7 +191,12 @@ def test_a_file_that_changes_after_the_scan_is_never_stored_under_the_old_key(ca
     assert found.cache.lookup(missing[0]) is None
 
 
-@pytest.mark.parametrize("name", [*CASES, "flux2_klein", "flux_kontext"])
+FAST = ("qwen_image_edit_plus", "flux2_klein")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in (*CASES, "flux_kontext") if n not in FAST)]
+)
 def test_every_family_foresees_its_entries_and_caches_the_empty_prompt(
     name: str, caching: Caching, base_of: Callable[[FamilyCase], Path], pairs_of: Callable[[FamilyCase], Path]
 ) -> None:

@@ -169,6 +169,7 @@ CHANGES: list[Callable[[Starts], None]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_change_is_noticed(starts: Starts) -> None:
     starts()
     for change in CHANGES:
