@@ -159,7 +159,8 @@ if not {last}:
 
 
 @pytest.mark.parametrize(
-    "last", [pytest.param(True, id="to_the_end", marks=pytest.mark.slow), pytest.param(False, id="left_by_an_exception")]
+    "last",
+    [pytest.param(True, id="to_the_end", marks=pytest.mark.slow), pytest.param(False, id="left_by_an_exception")],
 )
 def test_workers_outlive_signals_to_all_processes_but_not_the_run(cache: Cache, last: bool) -> None:
     program = PROGRAM.format(folder=str(Path(__file__).parent), root=str(cache.root), last=last)
