@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/quickstart
+THREADS := 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test test-slow chaos lint docs clean
@@ -10,17 +11,18 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 quickstart: $(VENV)/.installed-demo
 	$(BIN)/mixres quickstart $(DEMO)
-	$(BIN)/accelerate launch --num_cpu_threads_per_process 2 train.py --config configs/quickstart.yaml
+	$(BIN)/accelerate launch --num_cpu_threads_per_process $(THREADS) train.py --config configs/quickstart.yaml
 	$(BIN)/mixres quickstart --config configs/quickstart.yaml
 
-# Tests of one file share a process, since they share its fixtures; more processes would only make more of those.
-test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Tests of one file share a process, since they share its fixtures; more processes would only make more of those. Files
+# come in their own order: xdist's, by number of tests, would end with those of few tests that take minutes.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
-# The quickstart first and alone: it takes both cores, and has to be done in its five minutes.
+test: lint
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(BY_FILE)
+
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "slow and not gpu" tests/quickstart/test_quickstart.py
-	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/quickstart/test_quickstart.py --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not gpu" --numprocesses 2 $(BY_FILE)
 
 # Forty kills at random instants, half of them in the middle of a save, and forty of a cache in a store; many minutes.
 chaos: $(VENV)/.installed-test

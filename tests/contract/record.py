@@ -230,7 +230,7 @@ def reports(root: Path) -> dict[str, Any]:
     tiny = ("batch.samples_per_step=1", "data.resize.target.max_pixels=256", "model.lora.target_modules=[to_q]")
     assert command("inspect", *given) == 0
     assert command("verify", *given, "model.dtype=float64") == 0
-    assert command("bench", "--synthetic", *given, *tiny) == 0
+    assert command("bench", "--synthetic", "--seconds", "1", *given, *tiny) == 0
     names = ("inspect.json", "verify.json", "bench.json")
     return {name: json.loads((root / "run" / "reports" / name).read_bytes()) for name in names}
 

@@ -158,7 +158,10 @@ if not {last}:
 """
 
 
-@pytest.mark.parametrize("last", [True, False], ids=["to_the_end", "left_by_an_exception"])
+@pytest.mark.parametrize(
+    "last",
+    [pytest.param(True, id="to_the_end", marks=pytest.mark.slow), pytest.param(False, id="left_by_an_exception")],
+)
 def test_workers_outlive_signals_to_all_processes_but_not_the_run(cache: Cache, last: bool) -> None:
     program = PROGRAM.format(folder=str(Path(__file__).parent), root=str(cache.root), last=last)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

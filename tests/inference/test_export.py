@@ -301,7 +301,7 @@ def run_of(small_run: Path, small_cache: Path, tmp_path: Path) -> Callable[..., 
     return run
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", pytest.param("loha", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lora", "lokr", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dora", "loha"))])
 def test_run_average_and_checkpoints_make_the_files_of_their_steps(
     run_of: Callable[..., Path], tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:

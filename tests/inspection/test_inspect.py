@@ -25,7 +25,7 @@ from mixres.inspection.statistics import histogram
 from mixres.models.qwen.family import _text_preview
 from mixres.preprocessing.training_data import usable_records
 from support.family_cases import CASES, FamilyCase
-from support.jobs import Jobs, metrics, torchrun
+from support.jobs import Jobs, metrics
 
 Inspect = Callable[..., tuple[int, dict[str, Any]]]
 OfCase = Callable[[FamilyCase], Path]
@@ -80,10 +80,8 @@ def damaged(few_pairs: Path, tmp_path: Path) -> Path:
     return data
 
 
-@pytest.mark.parametrize(
-    "words",
-    [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name != "packed")) for name, words in RUNS.items()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
 def test_the_run_then_does_what_was_said(
     words: list[str], inspect: Inspect, tmp_path: Path, small_run: Path, damaged: Path, few_pairs: Path, capsys: Any
 ) -> None:
@@ -123,7 +121,7 @@ def test_ranks_and_several_controls(
     ]  # fmt: skip
     assert cli.main(["inspect", "--ranks", "2", *jobs.words("run", *words)]) == 0
     report = json.loads((tmp_path / "run" / "reports" / "inspect.json").read_text(encoding="utf-8"))
-    jobs("run", *words, launcher=torchrun(2))
+    jobs.forked("run", *words, ranks=2)
     assert report["plan"]["ranks"] == 2
     check_against_a_run(report, metrics(tmp_path / "run"))
     assert list(report["tokens"]["per_example"])[2:] == ["target", "control_1", "control_2", "control_3", "all"]
@@ -187,6 +185,7 @@ def test_the_page_shows_every_figure_and_needs_nothing(inspect: Inspect, tmp_pat
         check_page(broken, report)
 
 
+@pytest.mark.slow
 def test_what_the_cache_holds_stands_beside_what_went_in(inspect: Inspect, tmp_path: Path) -> None:
     code, report = inspect("--decode")
     assert code == 0 and not any("in the cache" in notice for notice in report["notices"])

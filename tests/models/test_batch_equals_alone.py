@@ -15,8 +15,8 @@ QWEN, OTHERS = ("qwen", "qwen zero_cond_t"), ("flux2", "flux", "qwen21", "z_imag
 VARIANTS = ("flux2 without guidance", "flux without guidance", "qwen21 without causal_condition")
 WITHOUT_VARIANTS = pytest.mark.parametrize("kind", [KINDS[name] for name in ("qwen", *OTHERS)], ids=("qwen", *OTHERS))
 CASES = [
-    *((kind, name) for kind in QWEN for name in mixes.MIXES),
-    *((kind, name) for kind in OTHERS for name in ("main", "random 0", "random 1", "random 2", "random 3")),
+    *(("qwen", name) for name in list(mixes.MIXES)[:5]),
+    *((kind, name) for kind in ("qwen zero_cond_t", *OTHERS) for name in ("main", "random 0", "random 1", "random 3")),
     *((kind, "random 1") for kind in VARIANTS),
 ]
 
@@ -32,28 +32,28 @@ def test_a_batch_equals_each_sample_alone(kind_name: str, name: str, layout: str
     mixes.assert_same(kind.run(model, mix, layout), kind.alone(name))
 
 
-@pytest.mark.parametrize("layout", mixes.LAYOUTS)
 @WITHOUT_VARIANTS
-def test_in_float64_a_batch_equals_each_sample_alone_to_float64(kind: Kind, layout: str) -> None:
+def test_in_float64_a_batch_equals_each_sample_alone_to_float64(kind: Kind) -> None:
     """Against the patched model on one sample: the stock models rotate in fp32 even then."""
     mix, model = kind.mix("main").to("cpu", torch.float64), kind.patched(adapters=True).to(torch.float64)
-    measured, reference = (kind.run(model, mix, how) for how in (layout, "one by one"))
+    reference, *batches = (kind.run(model, mix, how) for how in ("one by one", *mixes.LAYOUTS))
     for name in kind.float32_parameters:
-        assert measured.gradients.pop(name) is not None and reference.gradients.pop(name) is not None
-    assert mixes.forward_error(measured, reference) < 1e-10
-    assert mixes.gradient_error(measured, reference) < 1e-10
+        assert all(result.gradients.pop(name) is not None for result in (reference, *batches))
+    for measured in batches:
+        assert mixes.forward_error(measured, reference) < 1e-10
+        assert mixes.gradient_error(measured, reference) < 1e-10
 
 
-@pytest.mark.parametrize("layout", mixes.LAYOUTS)
 @WITHOUT_VARIANTS
-def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(kind: Kind, layout: str) -> None:
+def test_in_bf16_a_batch_is_as_near_to_fp32_as_a_sample_alone(kind: Kind) -> None:
     wide, dtype = kind.mix_for_bf16(), torch.bfloat16
     mix = wide.to("cpu", dtype)
-    measured = kind.run(kind.patched(adapters=True).to(dtype), mix, layout)
     single = kind.run(kind.stock(adapters=True).to(dtype), mix, "alone")
     reference = kind.run(kind.stock(adapters=True), wide, "alone")
-    assert mixes.forward_error(measured, reference) <= 1.5 * mixes.forward_error(single, reference)
-    assert mixes.gradient_error(measured, reference) <= 1.5 * mixes.gradient_error(single, reference)
+    for layout in mixes.LAYOUTS:
+        measured = kind.run(kind.patched(adapters=True).to(dtype), mix, layout)
+        assert mixes.forward_error(measured, reference) <= 1.5 * mixes.forward_error(single, reference)
+        assert mixes.gradient_error(measured, reference) <= 1.5 * mixes.gradient_error(single, reference)
 
 
 def planted(problem: str) -> mixes.Result:
@@ -143,7 +143,7 @@ def assert_each_as_alone(case: Case) -> None:
         mixes.assert_same(mixes.backward(patched, out, value), kind.run(stock, mix, "alone"))
 
 
-@settings(drawn_alike, max_examples=20)
+@settings(drawn_alike, max_examples=12)
 @given(cases(*QWEN))
 def test_two_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)
@@ -156,7 +156,7 @@ def test_two_microbatches_in_flight_are_each_recomputed_as_themselves(kind: Kind
     assert_each_as_alone(Case((mixes.random_mix(1), mixes.random_mix(2)), layouts, kind, True, "lora"))
 
 
-@settings(drawn_alike, max_examples=16)
+@settings(drawn_alike, max_examples=12)
 @given(cases(*OTHERS, *VARIANTS))
 def test_two_microbatches_of_other_models_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)
@@ -164,7 +164,7 @@ def test_two_microbatches_of_other_models_train_as_each_sample_alone(case: Case)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@settings(drawn_alike, max_examples=150)
+@settings(drawn_alike, max_examples=60)
 @given(cases(*KINDS))
 def test_many_microbatches_of_any_samples_train_as_each_sample_alone(case: Case) -> None:
     assert_each_as_alone(case)

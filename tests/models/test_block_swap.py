@@ -104,9 +104,9 @@ def check_swapped(name: str, keep: int, device: str = "cpu") -> None:
     ("name", "keep"),
     [
         ("qwen", 2),
-        ("qwen zero_cond_t", 2),
         ("flux2", 3),
         ("flux", 2),
+        pytest.param("qwen zero_cond_t", 2, marks=pytest.mark.slow),
         *(pytest.param("qwen", keep, marks=pytest.mark.slow) for keep in (1, 4, BLOCKS)),
     ],
 )
@@ -133,6 +133,7 @@ PLAIN = BlockSwap.__init__
 BUGS = {"_leave": not_put_back, "_wanted": wrong_neighbour, "__init__": more_than_asked_for}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", BUGS)
 def test_planted_bugs_are_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockSwap, method, BUGS[method])

@@ -1,7 +1,7 @@
 """Recomputed blocks: the gradients bit for bit, which blocks, and how many bytes are kept for backward.
 
-Compiled blocks: outputs, gradients and moving averages to rounding, and how many graphs there are. Without the slow
-tier's inductor, graphs are traced and differentiated as for it, and run as they are ("aot_eager").
+Compiled blocks: outputs, gradients and moving averages to rounding, and how many graphs there are; by inductor, and
+traced and differentiated as for it, but run as they are ("aot_eager").
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,10 +104,11 @@ def assert_alike(compiled: QwenImageTransformer2DModel, plain: QwenImageTransfor
     ("trained", "blocks", "backend"),
     [
         ("all weights", 2, "aot_eager"),
-        pytest.param("lora", 3, "aot_eager", marks=pytest.mark.slow),
-        pytest.param("lora", 3, "inductor", marks=pytest.mark.slow),
+        ("lora", 3, "aot_eager"),
+        ("lora", 3, "inductor"),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own import of inductor
 @pytest.mark.usefixtures("no_graphs")

@@ -103,7 +103,10 @@ CALLS: dict[str, Callable[[Patched], Values]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["qwen_image_edit", "flux2_dev", "flux_kontext", "z_image"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen_image_edit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux2_dev", "flux_kontext", "z_image"))],
+)
 def test_training_and_sampling_in_any_order_give_the_values_of_a_fresh_model(
     name: str, base_of: Callable[[FamilyCase], Path]
 ) -> None:

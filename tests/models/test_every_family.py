@@ -35,14 +35,15 @@ from support.lora_files import KINDS
 from support.steps import with_adapters
 
 ADAPTERS = [(name, "lora") for name in CASES]
-ADAPTERS += [(name, "dora") for name in ("zero_cond_t", "flux2_klein", "flux_kontext")]
-ADAPTERS += [("zero_cond_t", "lokr"), ("z_image", "loha")]
+OTHER_ADAPTERS = [(name, "dora") for name in ("zero_cond_t", "flux2_klein", "flux_kontext")]
+OTHER_ADAPTERS += [("zero_cond_t", "lokr"), ("z_image", "loha")]
 NAMES = [name for name, case in CASES.items() if not case.zero_cond_t]
 TARGETS = (Size(96, 96), Size(64, 112), Size(144, 80))
 CONTROLS = (Size(200, 75), Size(61, 190), Size(96, 96))
 A_PIPELINE_EACH = pytest.mark.parametrize(  # for what does not depend on the transformer
     "case", [CASES[name] for name in NAMES], ids=NAMES, indirect=True, scope="module"
 )
+BATCHED = ("qwen_image_edit_plus", "flux2_klein", "flux_kontext", "qwen_image_21", "z_image")  # one of each kind
 IN_FLOAT32 = pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True, scope="module")
 
 
@@ -65,7 +66,10 @@ def base(case: FamilyCase, base_of: Callable[[FamilyCase], Path]) -> Path:
     return base_of(case)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+HALF = pytest.param(torch.bfloat16, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, HALF], ids=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
@@ -220,6 +224,15 @@ def sampled(family: Family, pipeline: Any, calls: list[dict[str, Any]]) -> list[
     return make_images(family, pipeline, inputs, steps=3)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in ("zero_cond_t", "flux2_dev", "flux")))
+        for name, case in CASES.items()
+    ],
+    indirect=True,
+    scope="module",
+)
 @IN_FLOAT32
 def test_an_image_from_cached_embeddings_is_the_stock_image(
     case: FamilyCase, base: Path, encoders: Any, stock: Any
@@ -293,6 +306,7 @@ def assert_images_of_a_batch(
         assert largest_difference(made, each.stock(stock, case, encoders)) <= 1
 
 
+@pytest.mark.parametrize("case", [CASES[name] for name in BATCHED], ids=BATCHED, indirect=True, scope="module")
 @IN_FLOAT32
 def test_images_made_together_are_those_of_the_stock_pipeline_alone(
     case: FamilyCase, base: Path, encoders: Any, stock: Any
@@ -324,10 +338,9 @@ def test_images_of_any_mix_are_those_of_the_stock_pipeline_alone(
 
 
 @pytest.mark.parametrize("case", [CASES["qwen_image_edit"]], ids=["qwen_image_edit"], indirect=True, scope="module")
-@pytest.mark.parametrize("problem", ["schedule", "generator", "text positions", "guidance"])
 @IN_FLOAT32
 def test_what_images_of_a_batch_may_not_share_is_seen(
-    problem: str, case: FamilyCase, base: Path, encoders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: FamilyCase, base: Path, encoders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in place of its own has what the first image has, over a base whose shift grows with small sizes."""
     base = Path(shutil.copytree(base, tmp_path / "base"))
@@ -351,9 +364,11 @@ def test_what_images_of_a_batch_may_not_share_is_seen(
         "guidance": (QwenFamily, "guide", lambda self, positive, negative, guidance: positive),
     }
     scheduler, noise = denoising._scheduler, QwenFamily.noise
-    monkeypatch.setattr(*shared[problem])
-    with pytest.raises(AssertionError):
-        assert_images_of_a_batch(wanted, case, base, sampling, encoders, stock)
+    for problem in shared.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(*problem)
+            with pytest.raises(AssertionError):
+                assert_images_of_a_batch(wanted, case, base, sampling, encoders, stock)
 
 
 def batch_of(samples: list[Sample], layout: Any) -> Batch:
@@ -382,9 +397,14 @@ def trained_on(case: FamilyCase, transformer: nn.Module, batches: list[Batch], s
 
 @IN_FLOAT32
 @pytest.mark.parametrize(
-    ("case", "kind"), [(CASES[name], kind) for name, kind in ADAPTERS],
-    ids=[f"{name}, {kind}" for name, kind in ADAPTERS], indirect=["case"], scope="module",
-)  # fmt: skip
+    ("case", "kind"),
+    [
+        pytest.param(CASES[name], kind, id=f"{name}, {kind}", marks=[pytest.mark.slow] * (kind != "lora"))
+        for name, kind in (*ADAPTERS, *OTHER_ADAPTERS)
+    ],
+    indirect=["case"],
+    scope="module",
+)
 def test_a_batch_of_all_control_counts_is_its_samples_alone(
     case: FamilyCase, base: Path, encoders: Any, kind: str, tmp_path: Path
 ) -> None:

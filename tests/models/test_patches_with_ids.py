@@ -394,15 +394,11 @@ def test_adapters_may_come_late_be_disabled_and_go(any_kind: Kind) -> None:
     assert_nothing_left(model)
 
 
-COMPILED = list(itertools.product(EVERY, mixes.LAYOUTS, (False, True)))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layout", "checkpointing"), COMPILED)
+@pytest.mark.parametrize(("name", "checkpointing"), list(itertools.product(EVERY, (False, True))))
 @pytest.mark.timeout(300)
-def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(
-    name: str, layout: str, checkpointing: bool
-) -> None:
+def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(name: str, checkpointing: bool) -> None:
+    """In padded batches: others are not compiled."""
     torch._dynamo.reset()
     kind = KINDS[name]
     mix = kind.mix("random 3")
@@ -411,6 +407,6 @@ def test_compiled_blocks_give_the_outputs_and_gradients_of_plain_ones(
         if checkpointing:
             model.enable_gradient_checkpointing()
     compile_blocks(compiled, graphs=8, backend="aot_eager")
-    ours, theirs = (kind.run(model, mix, layout) for model in (compiled, plain))
+    ours, theirs = (kind.run(model, mix, "padded") for model in (compiled, plain))
     mixes.assert_same(ours, theirs)
     torch._dynamo.reset()

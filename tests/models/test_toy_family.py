@@ -48,6 +48,7 @@ def command(*words: str | Path) -> int:
     return main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_a_family_of_one_file_goes_through_every_verb(
     toy_base: Path, small_run: Path, few_pairs: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def test_a_family_goes_through_every_verb(
     )  # fmt: skip
     areas = ["data.resize.control.area=4096"] if case.areas else []
     tiny = ("batch.samples_per_step=1", "data.resize.target.max_pixels=4096", *areas)
-    for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic"]):
+    for verb in (["cache"], ["inspect"], ["train"], ["verify"], ["bench", "--synthetic", "--seconds", "1"]):
         assert command(*verb, *config, *(tiny if "bench" in verb else ())) == 0, verb
     assert json.loads((run / "reports" / "verify.json").read_text())["passed"]
 

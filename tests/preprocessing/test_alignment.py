@@ -88,6 +88,7 @@ def test_controls_of_one_sample_are_aligned_each_by_itself() -> None:
     assert aligned_controls("never", target, controls, True) == (True,) * 3
 
 
+@pytest.mark.slow
 def test_entries_change_where_alignment_changes_a_size_and_nowhere_else(caching: Caching) -> None:
     """The trained targets are of 64 x 64 pixels, and so are their controls by area."""
     caching.keep_few()

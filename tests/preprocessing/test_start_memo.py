@@ -185,6 +185,7 @@ CHANGES: list[Callable[[Starts], None]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_change_is_noticed(starts: Starts, monkeypatch: pytest.MonkeyPatch) -> None:
     starts()
     for change in CHANGES:

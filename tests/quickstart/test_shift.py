@@ -55,7 +55,7 @@ class Made(NamedTuple):
 
 
 class Trained:
-    """Held-out images of a LoRA of 200 steps."""
+    """Held-out images of a LoRA of so many steps."""
 
     def __init__(self, folder: Path) -> None:
         folders = [f"data.{name}={folder / name}" for name in ("train", "held_out")]

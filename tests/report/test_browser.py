@@ -191,7 +191,8 @@ def test_a_page_that_is_served_follows_the_run_and_ends_with_it(browser: Browser
     run = benchmark.make_run(tmp_path / "run", steps=40, grids=2, prompt=EVIL)
     words = ["report", str(run), "--serve", "--port", "0"]
     command = [sys.executable, "-c", "import sys; from mixres.cli import main; sys.exit(main())", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as server:
         assert server.stdout
         address = server.stdout.readline().split()[1]
         browser.open(address)

@@ -69,11 +69,12 @@ class Caching:
         return self.files(folder, part, suffix)[0]
 
     def pair(self, target: Path) -> list[Path]:
-        """Target, caption and control."""
-        return [target, target.with_suffix(".txt"), target.parents[1] / CONTROLS / target.name]
+        """Target, caption and controls."""
+        controls = (target.parents[1] / CONTROLS).glob(f"{target.stem}[._]*")
+        return [target, target.with_suffix(".txt"), *controls]
 
-    def keep_few(self) -> None:
-        """Two training pairs and one held-out pair, where everything is encoded anew."""
-        for target in [*self.files()[2:], *self.files(part="held_out")[1:]]:
+    def keep_few(self, train: int = 2) -> None:
+        """So many training pairs and one held-out pair, where everything is encoded anew."""
+        for target in [*self.files()[train:], *self.files(part="held_out")[1:]]:
             for file in self.pair(target):
                 file.unlink()

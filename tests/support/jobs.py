@@ -20,6 +20,7 @@ from mixres.config.load import load_config
 from mixres.config.schema import Config
 from mixres.training.checkpoint import Checkpoint, Checkpoints
 from mixres.training.sample_sheets import HeldOutSampler
+from support.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -77,6 +78,17 @@ class Jobs:
         AcceleratorState._reset_state(True)
         assert main(self.words(run, *overrides)) == code
         return self.root / run
+
+    def forked(self, run: str, *overrides: str, ranks: int = 1) -> Path:
+        """The same command by so many ranks that need no start of their own, see `ranks.py`. Its run folder."""
+        self.many([(run, overrides)], ranks)
+        return self.root / run
+
+    def many(self, runs: Sequence[tuple[str, tuple[str, ...]]], ranks: int) -> None:
+        """Such commands one after the other in the same processes."""
+        commands = [self.words(run, *overrides) for run, overrides in runs]
+        out = self.root / f"{runs[0][0]}.out"
+        run_ranks(commands, ranks, cwd=REPOSITORY, environment=environment(), out=out)
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from mixres.preprocessing.fill import encode_all
 from mixres.training.sample_sheets import HeldOutSampler
 from support.family_cases import EVERY_CASE, FamilyCase
-from support.jobs import LORA, REPOSITORY, Jobs, environment, newest, stock_calls, torchrun
+from support.jobs import LORA, REPOSITORY, Jobs, environment, newest, stock_calls
 
 STOCK_PROCESS = REPOSITORY / "tests" / "support" / "stock_process.py"
 STEPS = 6
@@ -56,8 +56,7 @@ def runs(
 
 @pytest.fixture(scope="module")
 def unbroken(runs: Runs) -> Path:
-    runs("unbroken")
-    return runs.root / "unbroken"
+    return runs.forked("unbroken")
 
 
 def test_a_run_of_all_control_counts_leaves_what_is_promised(runs: Runs, unbroken: Path) -> None:
@@ -80,7 +79,7 @@ def test_two_ranks_that_split_the_weights_resume_to_the_same_end(runs: Runs, unb
     """
     split = runs.copy_at(4, "unbroken", "split")
     early, end = trained(split), trained(unbroken)
-    runs("split", "train.parallel=fsdp2", "train.shard_read=rows", launcher=torchrun(2))
+    runs.forked("split", "train.parallel=fsdp2", "train.shard_read=rows", ranks=2)
     assert newest(split).step == STEPS
     assert (trained(split) - end).norm() < 1e-3 * (end - early).norm()
 

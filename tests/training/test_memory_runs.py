@@ -31,10 +31,10 @@ def test_a_resumed_run_is_an_unbroken_one(jobs: Jobs, few_pairs: Path, kind: str
     """From the checkpoint of step 2, in processes of their own: the update is compiled."""
     sampled = ("sample.every=9", f"data.held_out={few_pairs / 'held_out'}", "train.gradient_checkpointing=2")
     words = (*RUNS[kind], *sampled, "train.max_train_steps=4")
-    jobs(kind, *words)
+    jobs.forked(kind, *words)
     unbroken, resumed = jobs.root / kind, jobs.copy_at(2, kind, f"{kind}_resumed")
     results = [LORA, "samples/step-00000004.png", *([f"ema/{LORA}"] if "average" in kind else [])]
-    jobs(resumed.name, *words)
+    jobs.forked(resumed.name, *words)
     assert metrics(resumed) == metrics(unbroken)
     for name in (*results, "checkpoints/step-00000004/optimizer.safetensors"):
         assert (resumed / name).read_bytes() == (unbroken / name).read_bytes(), name
@@ -45,8 +45,8 @@ def test_a_resumed_run_is_an_unbroken_one(jobs: Jobs, few_pairs: Path, kind: str
 def test_two_ranks_train_over_a_quantised_base_as_one(jobs: Jobs) -> None:
     words = ("model.quantize=int8", "train.max_train_steps=3", *PRODIGY)
     one = jobs.here("one", *words)
-    jobs("two", *words, launcher=torchrun(2))
-    for ours, theirs in zip(metrics(jobs.root / "two"), metrics(one), strict=True):
+    two = jobs.forked("two", *words, ranks=2)
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 

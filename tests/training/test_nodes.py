@@ -54,9 +54,9 @@ def whole(jobs: Jobs) -> Path:
 
 
 def test_two_machines_train_what_two_processes_of_one_do(jobs: Jobs, whole: Path) -> None:
-    jobs("one machine", *WORDS, launcher=torchrun(2))
-    assert metrics(jobs.root / "one machine") == metrics(whole)
-    assert files(jobs.root / "one machine") == files(whole)
+    one = jobs.forked("one machine", *WORDS, ranks=2)
+    assert metrics(one) == metrics(whole)
+    assert files(one) == files(whole)
 
 
 LOSSES = {

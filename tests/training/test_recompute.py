@@ -23,7 +23,7 @@ from mixres.preprocessing.live_texts import text_device
 from mixres.training.setup import build_loader, build_plan, check_early
 from mixres.verification.setup import cached_source
 from support.family_cases import EVERY_CASE, FamilyCase, with_family
-from support.jobs import LORA, Jobs, metrics, torchrun
+from support.jobs import LORA, Jobs, metrics
 from support.samples import assert_same
 
 RECOMPUTE = "cache.text=recompute"
@@ -37,7 +37,7 @@ def batches(config: Config, encoded: CachedData, workers: int) -> Iterator[Batch
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen_image_edit", "flux2_klein", pytest.param("qwen_image_21", marks=pytest.mark.slow)]
+    "name", ["qwen_image_edit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux2_klein", "qwen_image_21"))]
 )
 def test_batches_and_samples_are_those_of_a_cache_with_embeddings(
     name: str,
@@ -141,8 +141,8 @@ def test_a_run_has_the_losses_images_and_result_of_one_with_stored_embeddings(jo
 def test_ranks_of_split_weights_each_embed_their_own(jobs: Jobs, few_pairs: Path) -> None:
     words = (f"data.held_out={few_pairs / 'held_out'}", "evaluate.every=5", "evaluate.sigmas=[0.5]")
     stored = jobs.here("one_stored", *words)
-    jobs("two_live", *words, RECOMPUTE, "train.parallel=fsdp2", launcher=torchrun(2))
-    pairs = list(zip(metrics(stored), metrics(jobs.root / "two_live"), strict=True))
+    live = jobs.forked("two_live", *words, RECOMPUTE, "train.parallel=fsdp2", ranks=2)
+    pairs = list(zip(metrics(stored), metrics(live), strict=True))
     for name in ("loss", "grad_norm", "eval/loss"):
         losses = [(one[name], two[name]) for one, two in pairs if name in one]
         assert losses and all(two == pytest.approx(one, rel=1e-5) for one, two in losses)

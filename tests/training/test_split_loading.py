@@ -59,13 +59,11 @@ def common(base: Path, run: Path) -> list[str]:
     return [f"model.pretrained_model_name_or_path={base}", f"logging.output_dir={run}", *words]
 
 
-@pytest.fixture(scope="module")
-def large_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with a transformer of the stock width and three blocks, bfloat16."""
-    base = shutil.copytree(tiny_base, tmp_path_factory.mktemp("large") / "base")
-    shutil.rmtree(base / "transformer")
+def write_large(tiny_base: Path, base: Path, **changes: int) -> int:
+    """The tiny pipeline with a transformer of the stock shape but for `changes`, bfloat16. Its parameters."""
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("transformer"))
     with torch.device("meta"):
-        model: Any = QwenImageTransformer2DModel(num_layers=3)
+        model: Any = QwenImageTransformer2DModel(**changes)
     torch.nn.Module.to(model, torch.bfloat16)
     model.to_empty(device="cpu")
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -73,8 +71,14 @@ def large_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for number, parameter in enumerate(model.parameters()):
             for part in parameter.view(-1).split(len(noise)):
                 part.copy_(noise.roll(997 * number)[: len(part)])
-    assert sum(p.numel() for p in model.parameters()) > 1e9
     model.save_pretrained(base / "transformer", max_shard_size="500MB")
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def large_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("large") / "base"
+    assert write_large(tiny_base, base, num_layers=3) > 1e9
     assert len(list((base / "transformer").glob("*.safetensors"))) == 5
     return base
 

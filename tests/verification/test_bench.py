@@ -32,9 +32,8 @@ def config(small_run: Path, small_cache: Path, tmp_path: Path) -> Config:
     return load_config(small_run, [f"cache.cache_dir={small_cache}", f"logging.output_dir={tmp_path / 'run'}"])
 
 
-@pytest.mark.parametrize(
-    "synthetic", [pytest.param(True, id="synthetic", marks=pytest.mark.slow), pytest.param(False, id="cached")]
-)
+@pytest.mark.parametrize("synthetic", [pytest.param(True, id="synthetic"), pytest.param(False, id="cached")])
+@pytest.mark.slow
 def test_a_report_agrees_with_itself(
     config: Config, synthetic: bool, small_run: Path, copy_of_base: Path, tmp_path: Path
 ) -> None:
@@ -85,7 +84,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize(
     ("overrides", "options", "ways"),
-    [pytest.param(*way, id=name, marks=[pytest.mark.slow] * (name == "compiled")) for name, way in SETTINGS.items()],
+    [
+        pytest.param(*way, id=name, marks=[pytest.mark.slow] * (name != "packed alone"))
+        for name, way in SETTINGS.items()
+    ],
 )
 def test_the_ways_asked_for_are_timed_in_the_seconds_given(
     small_run: Path,
@@ -193,10 +195,11 @@ def test_every_way_holds_the_plans_samples_within_the_budget(config: Config, cap
 TRAINED = {"lora": [], "all_weights": ["model.lora=null"], "over_int8": ["model.quantize=int8", "model.dtype=bfloat16"]}
 
 
-KINDS = [*(("qwen_image_edit", words) for words in TRAINED.values()), ("flux2_dev", []), ("flux_kontext", [])]
+KINDS = [*(("qwen_image_edit", words) for words in TRAINED.values()), ("flux_kontext", [])]
+KINDS += [pytest.param("flux2_dev", [], marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("name", "overrides"), KINDS, ids=[*TRAINED, "flux2_dev", "flux_kontext"])
+@pytest.mark.parametrize(("name", "overrides"), KINDS, ids=[*TRAINED, "flux_kontext", "flux2_dev"])
 def test_needed_flops_are_those_of_the_samples_alone_computed_once(
     name: str, overrides: list[str], small_run: Path, base_of: Callable[[FamilyCase], Path]
 ) -> None:

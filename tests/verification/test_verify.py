@@ -199,9 +199,8 @@ def test_without_room_for_float64_bfloat16_is_held_against_the_samples_alone(
 TINY = Path(verify_module.__file__).parents[1] / "assets" / "tiny_base"
 
 
-@pytest.mark.parametrize(
-    "bug", [None, *(pytest.param(bug, marks=pytest.mark.slow) for bug in (no_mask, batch_size_in_the_loss))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", [None, no_mask, batch_size_in_the_loss])
 def test_what_does_not_fit_whole_is_held_against_float64_over_fewer_blocks(
     verify: Verify, bug: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
