@@ -4,7 +4,6 @@ Promise: what is loaded is what the stock pipeline loads, and nothing else is re
 and how its pipeline is called.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,7 +49,7 @@ class StockFamily(Family):
     def __init__(self, path: str, *, revision: str | None = None, synthetic: bool = False) -> None:
         self.path, self.revision, self._synthetic = path, revision, synthetic
         self.background = "white"  # as in the stock pipelines
-        self._config = functools.cache(self._read_config)  # asked for each record
+        self._configs: dict[str, Mapping[str, Any]] = {}  # that were read: they are asked for with each record
 
     # What a family adds.
 
@@ -76,10 +75,12 @@ class StockFamily(Family):
 
     # Configuration files.
 
-    def _read_config(self, name: str) -> Mapping[str, Any]:
-        if self._synthetic and self.path in self.stock_bases and not Path(self.path).is_dir():
-            return dict(self.stock_configs.get(name, {}))
-        return hub.pipeline_json(self.path, name, revision=self.revision)
+    def _config(self, name: str) -> Mapping[str, Any]:
+        if name not in self._configs:
+            stock = self._synthetic and self.path in self.stock_bases and not Path(self.path).is_dir()
+            own = self.stock_configs.get(name, {})
+            self._configs[name] = dict(own) if stock else hub.pipeline_json(self.path, name, revision=self.revision)
+        return self._configs[name]
 
     def encoder_fingerprint(self, memo: Path | None = None) -> str:
         """See `Family`."""

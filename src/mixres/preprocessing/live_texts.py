@@ -17,7 +17,6 @@ from mixres.config.schema import Config
 from mixres.data.records import EditRecord
 from mixres.errors import UserError, WorkError
 from mixres.models.family import ControlSizes, Family
-from mixres.models.registry import load_family
 from mixres.preprocessing.encode import text_inputs
 
 MEMO = 32  # 0.5 GB of FLUX.2-dev's, which are the largest
@@ -63,13 +62,7 @@ class LiveTexts:
         self._most = max(MEMO, config.batch.samples_per_step + 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self._config, "device": self.device, "ranks": self._ranks}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        model = state["config"].model
-        family = load_family(model.family, model.pretrained_model_name_or_path, revision=model.revision)
-        family.background = state["config"].data.background
-        self.__init__(family=family, **state)  # type: ignore[misc]
+        return self.__dict__ | {"_encoders": None, "_memo": OrderedDict()}
 
     def load(self) -> None:
         """Load the text encoder, which stays.

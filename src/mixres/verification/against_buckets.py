@@ -132,15 +132,15 @@ def against_buckets(
 def _same_for_all(config: Config, steps: int) -> Config:
     """Without what buckets have no rule for, evaluated at both ends alone, with a warm-up that `steps` have room for.
 
-    A warm-up of more than half of them gets the part of the run that it has of the configuration's.
+    A warm-up of more than half of them gets the part of the run that it has of the configuration's, at most half.
     """
     weights = config.data.mask_weight.model_copy(update={"foreground": 1.0, "background": 1.0})
     data = config.data.model_copy(update={"regularization": None, "mask_weight": weights})
     whole, warmup = config.train.max_train_steps, config.lr_scheduler.warmup_steps
     if 2 * warmup > steps:
         own = min(warmup * steps // whole, steps // 2)
-        log(f"warm-up   {amount(steps, 'step')} are too few for lr_scheduler.warmup_steps = {warmup}: {own} here, the "
-            f"same part of them as of train.max_train_steps = {whole}")  # fmt: skip
+        log(f"warm-up   {amount(steps, 'step')} are too few for lr_scheduler.warmup_steps = {warmup} of "
+            f"train.max_train_steps = {whole}: {own} here, the same part or half")  # fmt: skip
         warmup = own
     return config.model_copy(
         update={
@@ -193,8 +193,9 @@ def _log_cost(
     entries = {sample.key: sample.entry for sample in encoded.train}
     cached = len(bucketed) * sum(entry_bytes(config, family, entries).values())
     steps = min(timed, len(images)) * (1 + TIMED_ROUNDS) * len(ARMS)
-    log(f"cost      up to {readable_size(3 * pixels)} of images in {folder}, and {len(bucketed) * len(entries)} cache "
-        f"entries of about {readable_size(cached)}; {runs * config.train.max_train_steps} steps of training in "
+    images_size = readable_size((4 if family.keeps_alpha else 3) * pixels)
+    log(f"cost      up to {images_size} of images in {folder}, and {len(bucketed) * len(entries)} cache entries of "
+        f"about {readable_size(cached)}; {runs * config.train.max_train_steps} steps of training in "
         f"{amount(runs, 'run')}, up to {steps} of timing")  # fmt: skip
 
 
