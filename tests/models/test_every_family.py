@@ -44,6 +44,7 @@ A_PIPELINE_EACH = pytest.mark.parametrize(  # for what does not depend on the tr
     "case", [CASES[name] for name in NAMES], ids=NAMES, indirect=True, scope="module"
 )
 BATCHED = ("qwen_image_edit_plus", "flux2_klein", "flux_kontext", "qwen_image_21", "z_image")  # one of each kind
+LIKE_OTHERS = ("qwen_image_edit_plus", "zero_cond_t", "flux2_dev", "flux")  # they sample as another case does
 IN_FLOAT32 = pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True, scope="module")
 
 
@@ -226,10 +227,7 @@ def sampled(family: Family, pipeline: Any, calls: list[dict[str, Any]]) -> list[
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in ("zero_cond_t", "flux2_dev", "flux")))
-        for name, case in CASES.items()
-    ],
+    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name, case in CASES.items()],
     indirect=True,
     scope="module",
 )
@@ -399,7 +397,12 @@ def trained_on(case: FamilyCase, transformer: nn.Module, batches: list[Batch], s
 @pytest.mark.parametrize(
     ("case", "kind"),
     [
-        pytest.param(CASES[name], kind, id=f"{name}, {kind}", marks=[pytest.mark.slow] * (kind != "lora"))
+        pytest.param(
+            CASES[name],
+            kind,
+            id=f"{name}, {kind}",
+            marks=[pytest.mark.slow] * (kind != "lora" or name in ("flux2_dev", "flux")),
+        )
         for name, kind in (*ADAPTERS, *OTHER_ADAPTERS)
     ],
     indirect=["case"],
