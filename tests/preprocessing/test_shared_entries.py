@@ -133,16 +133,14 @@ def test_without_anything_in_common_an_entry_has_the_bytes_of_one_before_there_w
 @pytest.mark.slow
 def test_an_entry_stays_what_it_is_as_other_records_come_and_go(shared: Caching) -> None:
     _, second, third = shared.files()
-    kept = [[file.read_bytes() for file in shared.pair(target)] for target in (second, third)]
-    for target in (second, third):
-        for file in shared.pair(target):
-            file.unlink()
+    kept = {file: file.read_bytes() for target in (second, third) for file in shared.pair(target)}
+    for file in kept:
+        file.unlink()
     assert shared() == (2, 0), "with nothing to share it is inline"
     inline = files(shared)
     assert all(entry.parts == () for entry in entries(shared))
-    for target, contents in zip((second, third), kept, strict=True):
-        for file, data in zip(shared.pair(target), contents, strict=True):
-            file.write_bytes(data)
+    for file, data in kept.items():
+        file.write_bytes(data)
     shared.output()
     assert shared() == (2 + 2, 2) and inline.items() < files(shared).items()
     everything = shared.samples()
