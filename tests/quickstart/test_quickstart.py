@@ -98,7 +98,7 @@ def installed(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_alone_gives_what_the_clone_gives(clone: Path, installed: Path, tmp_path: Path) -> None:
     """`mixres quickstart` in an empty folder: the LoRA and the results of the three commands of `make quickstart`."""
-    short = ("train.max_train_steps=10", "sample.every=0")
+    short = ("train.max_train_steps=20", "sample.every=0")
 
     def run(folder: Path, *command: str | Path) -> str:
         return subprocess.run(
@@ -120,4 +120,4 @@ def test_the_wheel_alone_gives_what_the_clone_gives(clone: Path, installed: Path
     assert (tmp_path / "qwen_image_edit_lora.yaml").is_file()
     launch = (installed / "python", "-m", "accelerate.commands.launch", "-m", "mixres")
     again = run(tmp_path, *launch, "--config", "quickstart", *short)
-    assert "10 steps were done before" in again
+    assert "20 steps were done before" in again
