@@ -1,12 +1,15 @@
-"""Draws the README's figure, four photographs of four sizes in one packed batch, and makes its tables.
+"""Draws the README's badges and its figure, four photographs of four sizes in one packed batch, and makes its tables.
 
 Usage: `python scripts/first_screen.py`.
 
-Promise: sizes and tokens come from the code that trains, every number of a table from a file of results. The
-photographs are those of the quickstart, whose licences are listed there. It takes seconds.
+Promise: sizes and tokens come from the code that trains, every number of a table from a file of results, what a badge
+states from pyproject.toml. The photographs are those of the quickstart, whose licences are listed there. It takes
+seconds.
 """
 
+import re
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +24,7 @@ from mixres.quickstart.data import HELD_OUT_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = REPOSITORY / "docs"
-OUT = DOCS / "images" / "four_sizes.png"
+OUT, BADGES = DOCS / "images" / "four_sizes.png", DOCS / "images" / "badges.svg"
 AREA, PIXELS_PER_TOKEN = 1024 * 1024, 16
 # A photograph and the region of it that stands for a file of that size: left, top, width, height.
 SHOWN = {
@@ -91,6 +94,34 @@ def figure() -> Image.Image:
     text(MARGIN, row + 52, label, 15, MUTED)
     text(WIDTH - MARGIN, row + 52, f"{total:,} tokens", 15, MUTED, "ra")
     return image.quantize(255, dither=Image.Dither.NONE)
+
+
+def badges() -> str:
+    """Licence, versions and types as an SVG: a file of the repository, so a reader's browser asks no other server."""
+    found = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    project = found["project"]
+    versions = {"python": project["requires-python"]}
+    for line in project["dependencies"]:
+        name, *bounds = re.split(r"(?=[<>=])", line, maxsplit=1)
+        versions[name] = "".join(bounds)
+    stated = {"licence": project["license"]}
+    stated |= {name: versions[name].replace(",", ", ") for name in ("python", "torch", "diffusers")}
+    stated |= {"types": "mypy strict"} if found["tool"]["mypy"]["strict"] else {}
+    font, parts, left = ImageFont.load_default(11), [], 0.0
+    for label, value in stated.items():
+        for words, colour in ((label, "#4a5057"), (value, "#1f6f43")):
+            width = round(1.12 * font.getlength(words)) + 14  # the browser's font is wider than Pillow's
+            words = words.replace("<", "&lt;").replace(">", "&gt;")
+            parts.append(
+                f'<rect x="{left:g}" width="{width}" height="20" fill="{colour}"/>'
+                f'<text x="{left + 7:g}" y="14" textLength="{width - 14}">{words}</text>'
+            )
+            left += width
+        left += 6
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left - 6:g}" height="20" role="img" fill="#fff" '
+        'font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">\n' + "\n".join(parts) + "\n</svg>\n"
+    )
 
 
 def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> str:
@@ -168,9 +199,10 @@ def tables() -> dict[str, str]:
 
 
 def main() -> int:
-    """Write the figure."""
+    """Write both images."""
     figure().save(OUT, optimize=True)
-    sys.stdout.write(f"{OUT}\n")
+    BADGES.write_text(badges(), encoding="utf-8", newline="\n")
+    sys.stdout.write(f"{OUT}\n{BADGES}\n")
     return 0
 
 

@@ -27,6 +27,10 @@ def test_a_figure_is_what_its_script_draws(name: str) -> None:
         assert image.convert("RGB").tobytes() == FIGURES[name]().tobytes(), "run the scripts/*_figures.py"
 
 
+def test_the_badges_state_what_the_package_asks_for() -> None:
+    assert (DOCS / "images" / "badges.svg").read_text(encoding="utf-8") == FIRST.badges(), "run scripts/first_screen.py"
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_quickstarts_sheet_shows_its_prompts_in_both_languages(prompt: str) -> None:
     """The letters of each prompt are dark in the image and their surroundings are not; grey edges may be rounded."""
