@@ -10,7 +10,9 @@ import datasets
 import pytest
 import xxhash
 
-from mixres.data.scan import find_records
+from mixres.data import records
+from mixres.data.images import Limits
+from mixres.data.scan import find_records, scan
 from mixres.errors import UserError
 from support.pairs import EMPTY, PHOTO, scanned
 from support.samples import pickled_mkdir
@@ -74,6 +76,21 @@ def test_columns_have_the_names_that_the_configuration_gives(tmp_path: Path) -> 
     assert (item.record.prompt, item.target_size, problems) == ("darker", (90, 60), [])
     with pytest.raises(UserError, match=r"has no column 'txt', which data\.columns names"):
         find_records(str(folder), columns={"prompt": "txt"})
+
+
+def test_a_scan_that_remembers_takes_no_column_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images of one row with equal bytes differ by nothing else."""
+    monkeypatch.setattr(records, "SETTLED_NS", -(10**12))
+    images = [io.BytesIO(), io.BytesIO()]
+    for image, file in zip((PHOTO, PHOTO.rotate(180)), images, strict=True):
+        image.resize((64, 48)).save(file, "BMP")
+    data = [image.getvalue() for image in images]
+    folder = save(tmp_path / "set", row(path_target=data[0], path_control=data[1]))
+    swapped = {"target": "path_control", "control": "path_target"}
+    for columns, order in (({}, (0, 1)), (swapped, (1, 0)), ({}, (0, 1))):
+        found = scan([str(folder)], limits=Limits(), progress=False, memo=tmp_path / "scan", columns=columns)
+        assert found.records[0].digests == tuple(xxhash.xxh3_128_hexdigest(data[i]) for i in order)
+    assert (found.decoded, found.unchanged) == (0, 2)
 
 
 def test_arrow_files_that_change_places_change_the_state_of_their_images(tmp_path: Path) -> None:

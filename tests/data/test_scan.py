@@ -238,7 +238,7 @@ def test_parts_that_nobody_writes_any_more_become_part_of_the_next(data: Path, t
     for number in range(2):
         for rank in ranks:
             image = data / f"control_images/{number}.bmp"
-            rank.add(Job(image, is_mask=number == 0), image.stat(), facts)
+            rank.add(Job(image, is_mask=number == 0), image.stat(), facts, Limits())
             rank.save()
     assert rescan(data, memo).unchanged == FILES
     rows = sum(path.stat().st_size for path in memo.glob("*.rows"))
@@ -247,7 +247,7 @@ def test_parts_that_nobody_writes_any_more_become_part_of_the_next(data: Path, t
     for path in memo.iterdir():
         os.utime(path, (0, 0))
     last = ScanMemo(memo)
-    last.add(Job(image, is_mask=True), image.stat(), facts)
+    last.add(Job(image, is_mask=True), image.stat(), facts, Limits())
     last.save()
     assert len([*memo.iterdir()]) == 1 and sum(path.stat().st_size for path in memo.iterdir()) < rows
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mixres.batch import Sample
 from mixres.data import shard_store, shards as shards_module
-from mixres.data.cache import Cache, DamagedEntry, entry_key
+from mixres.data.cache import INDEX, Cache, DamagedEntry, entry_key
 from mixres.data.compact import compact
 from mixres.errors import UserError, WorkError
 from mixres.preprocessing.fill import fill
@@ -204,6 +204,16 @@ def test_a_shard_that_cannot_be_read_is_not_taken_for_damaged(tmp_path: Path, mo
             Cache(tmp_path, ONE_GB)
     assert path.exists()
     assert_filled(cache)
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.touch()
+    with pytest.raises(UserError, match=rf"^{shards}: the cache cannot be listed \(Not a directory\): change"):
+        Cache(tmp_path, ONE_GB)
+    shards.unlink()
+    (tmp_path / INDEX).mkdir()  # of files of their own, which are found without it
+    assert Cache(tmp_path, ONE_GB).lookup("0" * 32) is None
 
 
 def test_a_reader_follows_what_another_machine_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import fsspec
 import pyarrow.parquet
 import pytest
 
-from mixres.data import objects
+from mixres.data import objects, records
 from mixres.data.images import Limits
 from mixres.data.scan import Scan, find_records, scan
 from mixres.errors import UserError, WorkError
@@ -301,13 +302,72 @@ def test_faults_of_s3_are_retried_and_expired_credentials_named_without_them(
     server.faults = [None, "reset", "cut", None, "cut"]
     assert facts(scanned("s3://pairs/x.tar")) == facts(scanned(pairs)) and not server.faults
     server.faults = [None, None, None, *[403] * 20]
-    with pytest.raises(WorkError, match=r"^s3://pairs/x\.tar: may not be read: "):
+    with pytest.raises(UserError, match=r"^s3://pairs/x\.tar: may not be read: "):  # it may be listed alone
         scanned("s3://pairs/x.tar")
     server.faults = [403] * 20
     (message,) = refused("s3://pairs/x.tar")
     assert message.startswith("ROOT: may not be read: access is refused") and "AWS_PROFILE" in message
     assert ACCESS["AWS_SECRET_ACCESS_KEY"] not in message
     fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_glob_follows_links_and_names_what_is_no_file(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the Hub's cache holds links alone."""
+    members = members_of(pairs)
+    (tmp_path / "there").mkdir()
+    for number, name in enumerate(("there/x.tar", "a.tar")):
+        part = list(members)[9 * number : 9 * number + 9]
+        (tmp_path / name).write_bytes(tar_of({key: members[key] for key in part}))
+    (tmp_path / "b.tar").symlink_to("there/x.tar")
+    (tmp_path / "folder.tar").mkdir()
+    found = scanned(f"{tmp_path}/*.tar")
+    assert len(found.records) == 6 and facts(found)[3:] == facts(scanned(tmp_path / "there/x.tar"))
+    (tmp_path / "c.tar").symlink_to("gone.tar")
+    os.mkfifo(tmp_path / "d.tar")
+    with pytest.raises(UserError) as caught:
+        find_records(f"{tmp_path}/*.tar")
+    assert caught.value.messages == (
+        f"{tmp_path}/c.tar: is a link that leads nowhere; correct it",
+        f"{tmp_path}/d.tar: is no regular file; take it out",
+    )
+    assert refused(f"{tmp_path}/fo*.tar") == ["ROOT: names no file; correct it"]
+    monkeypatch.setattr(objects.os, "access", lambda *_: False)
+    assert refused(f"{tmp_path}/a.tar") == ["ROOT: may not be read: access is refused; change its permissions"]
+
+
+def test_limits_hold_for_images_of_a_table_that_are_remembered(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many bytes one has is not known before it is read."""
+    monkeypatch.setattr(records, "SETTLED_NS", -(10**12))
+    parquet_of(pairs, tmp_path / "x.parquet")
+    sizes = sorted(path.stat().st_size for path in pairs.rglob("*.png"))
+    limits = Limits(max_bytes=sizes[len(sizes) // 2])
+    how: dict[str, Any] = {"progress": False, "memo": tmp_path / "scan"}
+    first, tight, again = (scan([f"{tmp_path}/x.parquet"], limits=x, **how) for x in (Limits(), limits, limits))
+    fresh = scan([f"{tmp_path}/x.parquet"], limits=limits, progress=False)
+    assert tight[:2] == again[:2] == fresh[:2] and fresh.problems and len(first.records) == 7
+    assert scan([f"{tmp_path}/x.parquet"], limits=Limits(), **how).decoded == 0
+
+
+def test_a_damaged_index_of_a_shard_counts_as_none(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one byte of a prompt may come from it."""
+    monkeypatch.setattr(records, "SETTLED_NS", -(10**12))
+    (tmp_path / "x.tar").write_bytes(
+        tar_of({key: b"swap" if key.endswith("txt") else data for key, data in members_of(pairs).items()})
+    )
+    first = find_records(f"{tmp_path}/x.tar", index=tmp_path / "index")
+    (file,) = (tmp_path / "index").iterdir()
+    whole = file.read_bytes()
+    for data in (whole.replace(b"swap", b"swep", 1), whole[:-1], whole[:8], b"", b"\0" * len(whole)):
+        assert data != whole
+        file.write_bytes(data)
+        assert find_records(f"{tmp_path}/x.tar", index=tmp_path / "index") == first
+        assert file.read_bytes() == whole
 
 
 def test_a_missing_package_is_named_with_its_extra(

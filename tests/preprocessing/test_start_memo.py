@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from PIL import ImageFile
 
 from mixres import cli
 from mixres.config.schema import Config
@@ -232,6 +233,25 @@ def test_machines_with_and_without_a_memo_find_the_same_and_each_keeps_its_own(s
     written = memo.stat().st_ino
     encode(scanned.config, scanned.family, scanned, rank=1, keep=True, **how)
     assert memo.stat().st_ino == written and starts.known(*there).kept
+
+
+def test_what_did_not_decode_for_want_of_memory_is_read_by_the_next_start(
+    starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, calls = ImageFile.ImageFile.load, iter([None, MemoryError])
+
+    def once(image: ImageFile.ImageFile) -> Any:
+        if error := next(calls, None):
+            raise error
+        return load(image)
+
+    word = "data.on_bad_item=skip"
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", once)
+        first = starts(word)
+    assert "there was no memory to decode it" in bad_items(starts)[0] and not starts.memos
+    second = starts(word)
+    assert len(second.train) == len(first.train) + 1 and len(starts.memos) == 1
 
 
 def test_a_damaged_memo_counts_as_none(starts: Starts) -> None:

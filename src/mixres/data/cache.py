@@ -425,7 +425,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_bytes())
         return dict(index["entries"]) if index["format"] == FORMAT else {}
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 

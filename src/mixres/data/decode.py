@@ -119,8 +119,8 @@ def _inspect(job: Job, *, limits: Limits, memo: ScanMemo) -> Facts:
     except OSError as error:
         return BadImageError(f"cannot be read: {error.strerror or error}; make it readable")
     except BadImageError as error:
-        return BadImageError(str(error))  # the one raised holds frames, and they the bytes of the file
-    memo.add(job, status, facts)
+        return type(error)(str(error))  # the one raised holds frames, and they the bytes of the file
+    memo.add(job, status, facts, limits)
     return facts
 
 

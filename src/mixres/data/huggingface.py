@@ -56,7 +56,7 @@ def records_from_saved_dataset(
         UserError: it cannot be read, holds several splits, or `datasets` is not installed.
     """
     arrow_files = _arrow_files(root)
-    found = _columns(root, columns)
+    found, names = _columns(root, columns)
     status = _status(arrow_files)
     plain = {name: found.pop(name) for name in _PLAIN if name in found}
 
@@ -65,7 +65,7 @@ def records_from_saved_dataset(
         return images | {name: column[row].as_py() for name, column in plain.items()}
 
     rows = ((row, values(row)) for row in range(len(found["path_target"])))
-    return records_from_rows(root, rows, partial(_image, status), empty_caption)
+    return records_from_rows(root, rows, partial(_image, status, names), empty_caption)
 
 
 def _arrow_files(root: Path) -> list[Path]:
@@ -85,8 +85,8 @@ def _arrow_files(root: Path) -> list[Path]:
     return [root / name for name in names]
 
 
-def _columns(root: Path, named: Mapping[str, str]) -> dict[str, Any]:
-    """The prompts and the columns of images by the keys of a manifest, memory-mapped."""
+def _columns(root: Path, named: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The prompts and the columns of images by the keys of a manifest, memory-mapped; and the names of the columns."""
     shown = printable(root)
     try:
         import datasets  # optional, and slow to import
@@ -107,7 +107,7 @@ def _columns(root: Path, named: Mapping[str, str]) -> dict[str, Any]:
     checked = [name for name in columns if name in wanted or not name.startswith("path")]
     if reasons := [*absent, *column_problems(checked)]:
         raise UserError([f"{shown}: {reason}" for reason in reasons])
-    return wanted
+    return wanted, {key: key for key in wanted} | {key: name for name, key in keys.items()}
 
 
 def _status(files: list[Path]) -> EmbeddedStatus:
@@ -122,11 +122,12 @@ def _status(files: list[Path]) -> EmbeddedStatus:
     )
 
 
-def _image(status: EmbeddedStatus, where: str, key: str, value: Any) -> EmbeddedImage:
+def _image(status: EmbeddedStatus, names: Mapping[str, str], where: str, key: str, value: Any) -> EmbeddedImage:
     try:
         data = value["bytes"].as_buffer()
     except (AttributeError, KeyError, TypeError):
         raise BadRowError(f"'{key}' is not an image; cast the column to datasets.Image") from None
     if data is None:
         raise BadRowError(f"'{key}' does not hold the bytes of its image; save the data set with its images in it")
-    return EmbeddedImage(f"{where}:{key}", status._replace(st_size=data.size), data)
+    # A scan finds by this name what it remembers: with the key, another column in the same role would be taken for it.
+    return EmbeddedImage(f"{where}:{names[key]}", status._replace(st_size=data.size), data)

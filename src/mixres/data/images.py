@@ -48,6 +48,10 @@ class BadImageError(ValueError):
     """This file cannot be used; the message is the reason, without the path."""
 
 
+class NoMemoryError(BadImageError):
+    """It did not decode, which may be the file's fault or that of what else runs on the machine."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a source image may be, and how it is read. A side ratio of `max_aspect` is still allowed."""
@@ -151,6 +155,8 @@ def _decode(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:
         raise
     except UnidentifiedImageError as error:
         raise BadImageError(f"is not an image in a supported format ({', '.join(FORMATS)}); convert it") from error
+    except MemoryError as error:
+        raise NoMemoryError("there was no memory to decode it; scale it down, or free some") from error
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(f"is damaged, it does not decode: {text}; copy it again") from error

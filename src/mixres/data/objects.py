@@ -7,6 +7,7 @@ written through `asked` too.
 """
 
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
-from stat import S_IFREG
+from stat import S_IFREG, S_ISDIR, S_ISREG
 from typing import Any
 
 import xxhash
 
 from mixres.data.records import EmbeddedStatus, Status, printable
-from mixres.errors import UserError, WorkError, without_secrets
+from mixres.errors import Problems, UserError, WorkError, without_secrets
 
 SCHEMES = ("s3", "gs", "hf", "https", "http", "memory")
 # By scheme the package and the extra that has it; hf and memory need none of their own.
@@ -199,8 +200,10 @@ def _counted_up(source: str) -> Iterator[str]:
 
 
 def _listed(url: str) -> list[StoredObject]:
+    if not is_url(url):
+        return _listed_files(url)
     filesystem = _filesystem(url)
-    is_glob = any(sign in url for sign in "*?[") and not (not is_url(url) and Path(url).exists())
+    is_glob = any(sign in url for sign in "*?[")
     try:
         if is_glob:
             infos = _tried(url, lambda: filesystem.glob(url, detail=True))
@@ -218,16 +221,44 @@ def _listed(url: str) -> list[StoredObject]:
     return found
 
 
+def _listed_files(source: str) -> list[StoredObject]:
+    """The files that a path or a glob names; a link is the file that it leads to."""
+    paths = [source]
+    if any(sign in source for sign in "*?[") and not Path(source).exists():
+        paths = sorted(_filesystem(source).glob(source))
+    wrong = Problems()
+    found = [stored for path in paths if (stored := wrong.collect(_stored_file, path))]
+    wrong.raise_if_any()
+    if not found:
+        raise UserError(f"{printable(source)}: names no file; correct it")
+    return found
+
+
+def _stored_file(path: str) -> StoredObject | None:
+    """None for a folder."""
+    try:
+        there = Path(path).stat()
+    except OSError as error:
+        broken = isinstance(error, FileNotFoundError) and Path(path).is_symlink()
+        raise UserError(
+            f"{printable(path)}: " + ("is a link that leads nowhere; correct it" if broken else _reason(path, error)[0])
+        ) from error
+    if S_ISDIR(there.st_mode):
+        return None
+    if not S_ISREG(there.st_mode):
+        raise UserError(f"{printable(path)}: is no regular file; take it out")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{printable(path)}: {_reason(path, PermissionError())[0]}")
+    names = ("st_mode", "st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    return StoredObject(path, EmbeddedStatus(*(getattr(there, name) for name in names)))
+
+
 def _address(url: str, path: str) -> str:
     """The path that a glob gave, with the scheme of the URL if it has none."""
-    return path if not is_url(url) or is_url(path) else f"{url.partition('://')[0]}://{path.lstrip('/')}"
+    return path if is_url(path) else f"{url.partition('://')[0]}://{path.lstrip('/')}"
 
 
 def _stored(url: str, info: dict[str, Any]) -> StoredObject:
-    if not is_url(url):
-        there = Path(url).stat()
-        names = ("st_mode", "st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
-        return StoredObject(url, EmbeddedStatus(*(getattr(there, name) for name in names)))
     if info.get("size") is None:
         raise OSError("the server does not state its size")
     version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
@@ -295,8 +326,10 @@ def _reason(url: str, error: BaseException, doing: str = "read") -> tuple[str, b
     refused = any("Credentials" in type(part).__name__ or str(part).startswith("Forbidden") for part in chain)
     scheme = url.partition("://")[0] if is_url(url) else "file"
     if status in (401, 403) or refused or isinstance(error, PermissionError):
-        renew = f"; renew the credentials ({CREDENTIALS[scheme]})" if scheme in CREDENTIALS else "; make it readable"
-        return f"may not be {doing}: access is refused, or credentials are missing or have expired{renew}", True
+        if scheme not in CREDENTIALS:
+            return f"may not be {doing}: access is refused; change its permissions", True
+        renew = f"renew the credentials ({CREDENTIALS[scheme]})"
+        return f"may not be {doing}: access is refused, or credentials are missing or have expired; {renew}", True
     # fsspec calls every HTTP request for the size of an object that fails a missing file.
     missing = isinstance(error, FileNotFoundError | IsADirectoryError)
     if missing and (status == 404 or not chain[1:] or not scheme.startswith("http")):

@@ -95,6 +95,7 @@ class Problem(NamedTuple):
     reason: str
     skip: bool = False  # the configuration already says to leave this record out: list it, do not stop for it
     example: str | None = None  # name of the record that cannot be used; None for a file that belongs to none
+    passing: bool = False  # the next scan may not find it
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

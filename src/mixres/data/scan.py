@@ -16,14 +16,14 @@ from mixres.console import counted
 from mixres.data.decode import Facts, Share, facts_of, in_threads
 from mixres.data.folder import records_from_folder
 from mixres.data.huggingface import is_saved_dataset, records_from_saved_dataset
-from mixres.data.images import BadImageError, ImageFacts, Limits
+from mixres.data.images import BadImageError, ImageFacts, Limits, NoMemoryError
 from mixres.data.manifest import SUFFIXES, records_from_manifest
 from mixres.data.objects import StoredObject, find_objects, is_url
 from mixres.data.parquet import records_from_parquet
 from mixres.data.records import EditRecord, EmptyCaption, Problem, collector_paused, printable
 from mixres.data.scan_cache import Job, ScanMemo
 from mixres.data.tar_shards import records_from_shard
-from mixres.errors import Problems, UserError, without_secrets
+from mixres.errors import Problems, UserError, WorkError, without_secrets
 from mixres.geometry import Size
 
 SHARDS = (".tar", ".parquet")
@@ -111,9 +111,13 @@ def _records_of_objects(
     """Those of all shards that `source` names, several at a time: first this process's own, as others keep theirs."""
 
     def read(stored: StoredObject) -> tuple[list[EditRecord], list[Problem]]:
-        if not stored.url.lower().endswith(".parquet"):
-            return records_from_shard(stored, columns=columns, empty_caption=empty_caption, index=index)
-        return records_from_parquet(stored, columns=columns, empty_caption=empty_caption, index=index)
+        records_of = records_from_parquet if stored.url.lower().endswith(".parquet") else records_from_shard
+        try:
+            return records_of(stored, columns=columns, empty_caption=empty_caption, index=index)
+        except WorkError as error:
+            if isinstance(error.__cause__, UserError):  # may be listed and not be read, which is for the user to change
+                raise error.__cause__ from error
+            raise
 
     objects, wrong = find_objects(source), Problems()
     bar, remote = progress and len(objects) > 1, is_url(source)
@@ -241,7 +245,8 @@ def _record_problems(record: EditRecord, found: Sequence[Facts], min_side: int) 
             reason = f"the mask is {facts.size} pixels, its target {target.size}; give it the target's size"
         if reason:
             owner = "" if job.path == record.target else f" (belongs to {record.name})"
-            problems.append(Problem(printable(job.path), f"{reason}{owner}", example=record.name))
+            passing = isinstance(facts, NoMemoryError)
+            problems.append(Problem(printable(job.path), f"{reason}{owner}", example=record.name, passing=passing))
     return problems
 
 

@@ -29,7 +29,7 @@ from mixres.data.tar_shards import TarImage
 from mixres.geometry import Size
 
 # Another one may read a file differently: then every file is decoded anew.
-VERSION = f"mixres scan 4, Pillow {pillow_version}\n".encode()
+VERSION = f"mixres scan 5, Pillow {pillow_version}\n".encode()
 MERGED_AFTER_S = 3600.0  # parts that nobody has written to for so long become part of the next one that is written
 _SUFFIX = ".rows"
 _ROW = np.dtype(
@@ -81,7 +81,7 @@ class ScanMemo:
         keys, nothing, kinds = bytearray(), bytes(16), ("image", "mask")
         for path, is_mask in jobs:
             try:
-                text, size = _text(path)
+                text, size = _text(path, limits)
             except OSError:  # whoever reads it will see
                 size = limits.max_bytes + 1
             keys += _key(kinds[is_mask], text) if size <= limits.max_bytes else nothing
@@ -92,12 +92,13 @@ class ScanMemo:
         facts = _facts(rows, there, limits)
         return facts, len(np.unique(places[there]))
 
-    def add(self, job: Job, status: Status, facts: ImageFacts) -> None:
-        """Remember what a decode found; `status` was taken before the image was read."""
+    def add(self, job: Job, status: Status, facts: ImageFacts, limits: Limits) -> None:
+        """Remember what a decode within `limits` found; `status` was taken before the image was read."""
         if is_settled(status, self._started_ns):
             flags = _FLATTENED * facts.flattened + _SEVERAL * facts.first_of_several
             values = _VALUES.pack(*facts.size, bytes.fromhex(facts.digest), flags)
-            self._new.append(_key("mask" if job.is_mask else "image", state_text(job.path, status)) + values)
+            text = _state_text(job.path, status, limits)
+            self._new.append(_key("mask" if job.is_mask else "image", text) + values)
 
     def save(self) -> None:
         """Put the rows on disk, where there are new ones.
@@ -151,8 +152,8 @@ def _key(kind: str, text: str) -> bytes:
     return xxhash.xxh3_128_digest(f"{kind} {text}".encode(errors="surrogateescape"))
 
 
-def _text(path: Picture) -> tuple[str, int]:
-    """An image and the state of its file, and its size.
+def _text(path: Picture, limits: Limits) -> tuple[str, int]:
+    """An image and the state of its file, and its size, 0 where that is not known before it is read.
 
     Raises:
         OSError: there is no such file.
@@ -160,7 +161,12 @@ def _text(path: Picture) -> tuple[str, int]:
     if isinstance(path, TarImage):  # of which there may be millions; as `state_text` has it
         return f"{path.size} {path.shard.state}:{path.name}", path.size
     status = path.stat()
-    return state_text(path, status), status.st_size
+    return _state_text(path, status, limits), status.st_size
+
+
+def _state_text(path: Picture, status: Status, limits: Limits) -> str:
+    text = state_text(path, status)
+    return text if status.st_size else f"{text} <= {limits.max_bytes}"  # all that is known of its size
 
 
 def _facts(rows: np.ndarray, there: np.ndarray, limits: Limits) -> list[ImageFacts | None]:

@@ -16,7 +16,8 @@ from mixres import atomic
 from mixres.data.objects import StoredObject
 from mixres.data.records import EditRecord, EmptyCaption, Picture, Problem, is_settled
 
-_VERSION = 2
+_VERSION = 3
+_DIGEST = 16  # characters before the JSON: its xxh3_64
 Found = tuple[list[EditRecord], list[Problem]]
 
 
@@ -37,15 +38,17 @@ def kept_records(
         return read()
     file, state = index_of(stored, folder, columns=columns, empty_caption=empty_caption)
     with suppress(OSError, ValueError, LookupError, TypeError):
-        kept = json.loads(file.read_bytes())
-        if kept["state"] == state:
+        data = file.read_bytes()
+        kept = json.loads(data[_DIGEST:])
+        if kept["state"] == state and data[:_DIGEST] == xxhash.xxh3_64_hexdigest(data[_DIGEST:]).encode():
             return [record_of(image, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
     records, problems = read()
     if records and is_settled(stored.status):
         found = {"state": state, "records": [row_of(record) for record in records], "problems": problems}
         with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(file, found, indent=None)
+            data = json.dumps(found).encode()
+            atomic.write_bytes(file, xxhash.xxh3_64_hexdigest(data).encode() + data)
     return records, problems
 
 

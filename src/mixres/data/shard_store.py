@@ -107,6 +107,9 @@ class FolderStore:
                 names = {entry.name for entry in found}
         except FileNotFoundError:
             changed, names = 0, set()
+        except OSError as error:
+            fix = "change its permissions, or name another cache.cache_dir"
+            raise UserError(f"{self.folder}: the cache cannot be listed ({error.strerror or error}): {fix}") from error
         self._listed = changed, time.time() - changed / 1e9 > _SETTLED_S
         for name in self._files.keys() - names:
             self._files.pop(name).close()  # an open file keeps its space on the disk

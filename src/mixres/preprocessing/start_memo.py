@@ -36,7 +36,7 @@ from mixres.data.scan import SHARDS, ScannedRecord
 from mixres.data.scan_cache import VERSION as SCAN
 from mixres.data.shard_index import record_of, row_of
 from mixres.data.tar_shards import TarImage
-from mixres.errors import UserError
+from mixres.errors import UserError, WorkError
 from mixres.geometry import Size
 from mixres.models import hub
 from mixres.models.family import Family
@@ -112,15 +112,19 @@ class StartMemo:
     ) -> None:
         """Keep what this start found, training before held-out, unless another process has done so meanwhile.
 
-        A full or read-only disk keeps nothing.
+        A full or read-only disk keeps nothing, nor does a start that left out an image which the next one may read.
         """
-        if not self._fit or self._written() != self._seen:
+        if not self._fit or self._written() != self._seen or any(problem.passing for problem in summary.problems):
             return
         shards = self._cache.shards
-        shards.refresh()
+        try:
+            shards.refresh()
+        except (UserError, WorkError):  # what this start needs is there
+            return
         numbers = {stored: number for number, stored in enumerate(self._objects)}
         in_shards = all(key in shards.shard_of for sample in samples for key in (sample.key, *sample.entry.parts))
-        if not (in_shards and all(_object_of(scanned) in numbers for scanned in records)):
+        # An object that the scan has not found may come back as it was.
+        if not in_shards or {_object_of(scanned) for scanned in records} != numbers.keys():
             return
         rows = (_row(numbers[_object_of(scanned)], scanned) for scanned in records)
         known = summary._replace(decoded=0, unchanged=summary.decoded + summary.unchanged)
