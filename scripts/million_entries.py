@@ -40,7 +40,7 @@ from mixres.data.plan import Lengths, Plan  # noqa: E402
 from mixres.data.records import SETTLED_NS, collector_paused  # noqa: E402
 from mixres.data.scan import INDEX, find_records, scan  # noqa: E402
 from mixres.data.scan_cache import Job, ScanMemo  # noqa: E402
-from mixres.data.shard_index import index_of  # noqa: E402
+from mixres.data.shard_index import index_of, write_index  # noqa: E402
 from mixres.data.shards import FOLDER, _OpenShard  # noqa: E402
 from mixres.geometry import Size  # noqa: E402
 from mixres.models.family import Family  # noqa: E402
@@ -93,7 +93,7 @@ def write_data(root: Path, count: int) -> None:
             prompt = f"make picture {record} blue, with a rainy sky"
             records.append([f"{stored}:{record:07d}", prompt, None, places, False])
         file, state = index_of(stored, index, columns={}, empty_caption="error")
-        file.write_text(json.dumps({"state": state, "records": records, "problems": []}))
+        write_index(file, state, records, [])
     time.sleep(SETTLED_NS / 1e9 + 0.1)
     draw = np.random.default_rng(0)
     sizes = [Size(*sides) for sides in draw.integers(512, 1600, (SIZES, 2)).tolist()]
@@ -103,7 +103,7 @@ def write_data(root: Path, count: int) -> None:
     for number, (record, size) in enumerate(zip(found, draw.integers(0, SIZES, count).tolist(), strict=True)):
         for slot, image in enumerate((record.target, *record.controls)):
             digest = xxhash.xxh3_128_hexdigest(f"{number} {slot}".encode())
-            memo.add(Job(image, is_mask=False), image.stat(), ImageFacts(sizes[size], digest, False, False))
+            memo.add(Job(image, is_mask=False), image.stat(), ImageFacts(sizes[size], digest, False, False), Limits())
     memo.save()
 
 

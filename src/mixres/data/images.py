@@ -13,6 +13,8 @@ pixels have no agreed range and are refused, and so is gray of a TIFF that is no
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
@@ -40,7 +42,7 @@ _MODES = _GRAY_16 | {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RG
 # What Pillow's decoders raise on bytes that are not what they claim to be.
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, RuntimeError,
-    MemoryError, UserWarning, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    UserWarning, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
@@ -73,6 +75,15 @@ class ImageFacts(NamedTuple):
     first_of_several: bool  # frames or pages
 
 
+@contextmanager
+def _memory() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise NoMemoryError("there was no memory to decode it; scale it down, or free some") from error
+
+
+@_memory()
 def read_image(path: Picture, limits: Limits, *, keep_alpha: bool = False) -> Image.Image:
     """The image as upright sRGB, mode "RGB"; with `keep_alpha` "RGBA" where something is really transparent.
 
@@ -83,6 +94,7 @@ def read_image(path: Picture, limits: Limits, *, keep_alpha: bool = False) -> Im
     return _rgb(_decode(_read_bytes(path, limits), limits)[0], background)[0]
 
 
+@_memory()
 def read_mask(path: Picture, limits: Limits) -> Image.Image:
     """The edit mask as mode "L", 255 = foreground. Its ICC profile is ignored. The scan compares its size.
 
@@ -92,6 +104,7 @@ def read_mask(path: Picture, limits: Limits) -> Image.Image:
     return _mask(_decode(_read_bytes(path, limits), limits)[0])
 
 
+@_memory()
 def inspect_image(path: Picture, limits: Limits, *, is_mask: bool = False) -> ImageFacts:
     """Read and fully decode one image or mask; see `read_image`, `read_mask`."""
     data = _read_bytes(path, limits)
@@ -155,8 +168,6 @@ def _decode(data: bytes, limits: Limits) -> tuple[Image.Image, bool]:
         raise
     except UnidentifiedImageError as error:
         raise BadImageError(f"is not an image in a supported format ({', '.join(FORMATS)}); convert it") from error
-    except MemoryError as error:
-        raise NoMemoryError("there was no memory to decode it; scale it down, or free some") from error
     except _DECODE_ERRORS as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(f"is damaged, it does not decode: {text}; copy it again") from error

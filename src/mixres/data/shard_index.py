@@ -5,7 +5,7 @@ for the same `data.columns` and `data.empty_caption`. Cost: one JSON file a shar
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,8 @@ def kept_records(
             return [record_of(image, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
     records, problems = read()
     if records and is_settled(stored.status):
-        found = {"state": state, "records": [row_of(record) for record in records], "problems": problems}
         with suppress(OSError, ValueError):  # a full or read-only disk: the index only saves time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            data = json.dumps(found).encode()
-            atomic.write_bytes(file, xxhash.xxh3_64_hexdigest(data).encode() + data)
+            write_index(file, state, map(row_of, records), problems)
     return records, problems
 
 
@@ -58,6 +55,17 @@ def index_of(
     """The file in `folder` that keeps the records of a shard, and all that they depend on."""
     state = [_VERSION, str(stored), *stored.status, sorted(map(list, columns.items())), empty_caption]
     return folder / f"{xxhash.xxh3_64_hexdigest(str(stored).encode())}.json", state
+
+
+def write_index(file: Path, state: list[Any], rows: Iterable[list[Any]], problems: Sequence[Problem]) -> None:
+    """Keep what `row_of` gives of each record.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps({"state": state, "records": list(rows), "problems": problems}).encode()
+    atomic.write_bytes(file, xxhash.xxh3_64_hexdigest(data).encode() + data)
 
 
 def row_of(record: EditRecord) -> list[Any]:
