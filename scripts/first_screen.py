@@ -153,8 +153,8 @@ def comparison_table(buckets: Mapping[str, Any], exact: Mapping[str, Any]) -> st
     note = (
         "Buckets by the rules of each trainer's source, trained by mixres. PSNR: the tiny base, "
         f"{steps['steps']} steps of {size} samples (of musubi-tuner's rule fewer), {seeds} seeds: mean (lowest to "
-        f"highest). Errors against float64; those of the same samples alone: {own_errors}. [How it was measured, and "
-        "where buckets are as good](docs/buckets.md)."
+        f"highest) ([how it was measured, and where buckets are as good](docs/buckets.md)). Errors of float32 against "
+        f"float64; those of the same samples alone: {own_errors} ([numerics](docs/numerics.md))."
     )
     heads = ("", "mixres", *(NAMES[rule] for rule in RULES))
     return f"{table(heads, rows)}\n\n{note}"

@@ -93,7 +93,8 @@ ARGUMENTS = {
         f"--train.seed: {DASHES} train.seed=VALUE",
     ],
     "train fast --config CONFIG": ["'fast': not an override"],
-    "cahe --config CONFIG": [f"cahe: unknown verb; did you mean 'cache'?; {VERB_LIST}"],
+    "xyzzy --config CONFIG": [f"xyzzy: unknown verb; {VERB_LIST}"],
+    "cahe --config CONFIG": ["cahe: unknown verb; did you mean 'cache'?"],
     "--conf=a": ["--conf=a: unknown option; see --help; did you mean '--config'?", "--config: not given"],
     "export --lora x": ["--lora: unknown option of export", "--format: not given", "--out: not given"],
     "--config": ["argument --config: expected one argument"],
@@ -104,7 +105,10 @@ ARGUMENTS = {
     "init quickstrat": ["quickstrat: no recipe has that name; there are: accelerate/multi_gpu, "],
     "init quickstart --out CONFIG": ["CONFIG: exists already: give another name with --out, or move it away"],
     "init quickstart --out CONFIG/x": ["--out CONFIG/x: cannot be written: Not a directory; name another file"],
-    "inspect --config quickstrat": ["--config quickstrat: cannot be read: No such file or directory; name another"],
+    "inspect --config quickstrat": [
+        "--config quickstrat: cannot be read: No such file or directory; did you mean the recipe 'quickstart'?"
+    ],
+    "inspect --config no_such": ["--config no_such: cannot be read: No such file or directory; name another file"],
     "trian a.b=1 --config CONFIG train.seed=-1 --dry": [
         "--dry: unknown option",
         "trian: unknown verb",

@@ -43,8 +43,9 @@ _VALUED = ("--config", "--ranks", "--way", "--steps", "--seconds", "--peak-tflop
            "--seeds")  # fmt: skip
 # Torch's settings of the allocator on CUDA, the older name last.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-# What importing torchao logs wherever it is installed: GPU kernels that this machine has no use for.
-CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+# They warn at every import of what is of no account here: kernels for other devices, torchvision.
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
+          "transformers.utils.import_utils")  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,8 +122,8 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("train", "fill the cache where it is not full, then train (also where no verb is given)")
     cache = add("cache", "encode every sample of the configuration into the cache (also spelled --cache)")
     instead = cache.add_mutually_exclusive_group()
-    instead.add_argument("--verify", action="store_true", help="read and check every entry, encode nothing")
-    instead.add_argument("--compact", action="store_true", help="move single files and small shards into full shards")
+    instead.add_argument("--verify", action="store_true", help="read and check every entry, remove what is damaged")
+    instead.add_argument("--compact", action="store_true", help="move files and small shards into full shards")
     share = "only this part of the entries, such as 3/16, for jobs of an array that do not know each other"
     instead.add_argument("--shard", metavar="I/N", type=_part, help=share)
     cache.add_argument("--device", metavar="NAME", help="cuda, cuda:1, cpu (cuda if there is one)", action=_Once)
@@ -168,7 +169,7 @@ def _part(text: str) -> tuple[int, int]:
     written = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     number, count = (int(written[1]), int(written[2])) if written else (0, 0)
     if not 1 <= number <= count:
-        raise argparse.ArgumentTypeError(f"{text!r} is no part: write I/N, from 1/16 to 16/16")
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: write I/N, I from 1 to N, such as 1/16")
     return number, count
 
 
@@ -234,7 +235,8 @@ def _run(argv: Sequence[str]) -> None:
     if not argv:
         whole.print_help(sys.stderr)
     if verb not in known:
-        problems.append(f"{verb}: unknown verb{_nearest(verb, known)}; the verbs are: {', '.join(known)}")
+        hint = _nearest(verb, known) or f"; the verbs are: {', '.join(known)}"
+        problems.append(f"{verb}: unknown verb{hint}")
         verb = "train"
     if "--cache" in words and verb in WITH_CONFIG:
         verb, words = "cache", [word for word in words if word != "--cache"]

@@ -309,7 +309,7 @@ def test_wrong_values_are_one_line_with_key_given_and_reason(tmp_path: Path, ove
 PADDED = ("train.compile=true", "batch.layout=padded")
 CLASHES = {
     "float64 needs train.mixed_precision: no": ("model.dtype=float64",),
-    "the warm-up must not be longer than the run": (
+    "the warm-up must not be longer than the run: lower it": (
         "lr_scheduler.scheduler_type=linear", "lr_scheduler.warmup_steps=2000",
     ),
     "constant has no warm-up: use constant_with_warmup": ("lr_scheduler.warmup_steps=5",),

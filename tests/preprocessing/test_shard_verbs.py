@@ -48,7 +48,7 @@ def test_a_part_of_the_entries_is_encoded_and_nothing_of_the_others(
     assert caching() == (0, ALL)
     for wrong in ("0/2", "3/2", "2", "1/0"):
         code, _, err = run(caching, "--shard", wrong)
-        assert code == 2 and f"'{wrong}' is no part: write I/N, from 1/16 to 16/16" in err
+        assert code == 2 and f"'{wrong}' is no part: write I/N, I from 1 to N, such as 1/16" in err
     assert run(caching, "--shard", "1/2", "--verify")[0] == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = "mixres: error: --shard: is for one process, 2 were started, which share all entries: leave it out\n"

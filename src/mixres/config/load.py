@@ -8,6 +8,7 @@ Cost: about 0.2 s, most of it the import of pydantic.
 
 import contextlib
 import copy
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixres.config.problems import KeyPath, Source, all_problems, defaults, dotted, leaves, merged, validate, value_at
+from mixres.config.recipes import recipes
 from mixres.config.schema import Config
 from mixres.errors import UserError
 
@@ -160,7 +162,9 @@ def _read_file(path: Path, source: Source) -> Any:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        source.problems.append(((), f"--config {path}: cannot be read: {reason}; name another file"))
+        near = difflib.get_close_matches(str(path), recipes(), n=1)
+        fix = f"did you mean the recipe '{near[0]}'?" if near else "name another file"
+        source.problems.append(((), f"--config {path}: cannot be read: {reason}; {fix}"))
         return {}
     values = _parse(text, (), f"--config {path}", source)
     if values is not None and not isinstance(values, dict):
@@ -191,7 +195,9 @@ def _parse(text: str, path: KeyPath, where: str, source: Source) -> Any:
         problem = getattr(error, "problem", None) or "it holds a character that YAML does not take"
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        source.problems.append((path, f"{where}: not valid YAML: {problem}{at}; correct it"))
+        sign = not where.startswith("--config") and text[:1] in "*&%@`"
+        fix = f"write {where}='\"{text}\"'" if sign else "correct it"
+        source.problems.append((path, f"{where}: not valid YAML: {problem}{at}; {fix}"))
     except RecursionError:
         source.problems.append((path, f"{where}: nested too deeply; flatten it"))
     return None

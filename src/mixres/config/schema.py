@@ -451,7 +451,8 @@ class Config(Section):
         if isinstance(lr, bool) or not isinstance(lr, int | float) or lr < 0:
             yield ("optimizer.init_args.lr",), "allowed: a number >= 0"
         if warmup > self.train.max_train_steps:
-            yield ("lr_scheduler.warmup_steps", "train.max_train_steps"), "the warm-up must not be longer than the run"
+            keys = ("lr_scheduler.warmup_steps", "train.max_train_steps")
+            yield keys, "the warm-up must not be longer than the run: lower it"
         if warmup and self.lr_scheduler.scheduler_type == "constant":
             keys = ("lr_scheduler.scheduler_type", "lr_scheduler.warmup_steps")
             yield keys, "constant has no warm-up: use constant_with_warmup"

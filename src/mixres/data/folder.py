@@ -93,6 +93,8 @@ def _check_folders(root: Path, follow_symlinks: bool) -> None:
     problems = Problems()
     if not (root / TARGETS).is_dir():
         where = f"put targets and captions into {TARGETS}/, control images into {CONTROLS}/ beside it"
+        if root.name in (TARGETS, CONTROLS):
+            where = "name the folder above it"
         problems.add(f"{printable(root / TARGETS)}: no such folder; {where}")
     for folder in (root / TARGETS, root / CONTROLS):
         if not follow_symlinks and not folder.resolve().is_relative_to(root.resolve()):

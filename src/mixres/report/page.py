@@ -95,12 +95,13 @@ def _tiles(run: Run) -> list[dict[str, Any]]:
     tiles: list[dict[str, Any]] = [
         {"name": "Step", "value": f"{run.last:,}", "note": of, "part": run.last / total if total else None}
     ]
-    losses, recent = column(steps, "loss"), steps[-_WINDOW:]
-    if np.isfinite(losses[-_WINDOW:]).any():
+    recent = steps[-min(_WINDOW, max(1, len(steps) // 10)) :]  # of a short run the end, too
+    losses = column(recent, "loss")
+    if np.isfinite(losses).any():
         tiles.append(
             {
                 "name": "Training loss",
-                "value": shown(float(np.nanmean(losses[-_WINDOW:]))),
+                "value": shown(float(np.nanmean(losses))),
                 "note": f"mean of the last {amount(len(recent), 'step')}",
             }
         )

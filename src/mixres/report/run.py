@@ -56,10 +56,12 @@ class Run:
         where = f"process {self.status.get('pid')} on {self.status.get('host')}"
         reason = str(self.status.get("reason") or "no reason was written")
         wrote = f"the last file was written {moment(self.written)}"
+        before = number(self.status, "done_before")
+        kept = f", which had {before:,.0f} steps before" if before else ""
         return {
             "done": f"Done: {self.last:,} steps.",
             "failed": f"Failed after step {self.last:,}: {reason}",
-            "refused": f"Refused, nothing was trained by this start: {reason}",
+            "refused": f"Refused, nothing was trained by this start{kept}: {reason}",
             "preempted": f"Stopped: {reason}",
             "running": f"Running as {where}; {wrote}.",
             "killed": f"Killed: {where} ended after step {self.last:,} without writing why; {wrote}{resumes}.",
@@ -78,7 +80,7 @@ class Run:
         """Every other file with its bytes and time: those of a checkpoint or of another program are not among them."""
         found = []
         for path in inside(self.folder, "*", "reports/*", "ema/*", "transformer/*"):
-            if path.name.startswith(".") or path.relative_to(self.folder).parts[0] in _NOT_LISTED:
+            if path.name.startswith(".") or path.relative_to(self.folder).parts[0] in (*_NOT_LISTED, PAGE):
                 continue
             with contextlib.suppress(OSError):
                 status = path.stat()
@@ -101,7 +103,7 @@ def check_run(folder: Path) -> Path:
     """
     try:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: name a run folder, logging.output_dir of its configuration")
+            raise UserError(f"{folder}: no such folder: name logging.output_dir of a run that has been started")
         others = {path.name for path in folder.iterdir()} - {PAGE}
         if others and others.isdisjoint(_SIGNS):
             raise UserError(f"{folder}: no run folder, it has none of {', '.join(_SIGNS)}: name logging.output_dir")

@@ -405,7 +405,8 @@ def plot(reports: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
         left, right = row.subplots(1, 2)
         images = any(run["images"] for run in report["runs"])
         which = ("images", "psnr") if images else ("eval", "loss") if report["held_out"] else ("train_loss",)
-        unit = "held-out PSNR, dB" if images else "held-out loss" if report["held_out"] else "training loss"
+        own = "held-out loss" if report["held_out"] else "training loss (other samples each)"
+        unit = "held-out PSNR, dB" if images else own
         for place, arm in enumerate(ARMS):
             found = over_seeds(report, arm, *which)
             if found:
