@@ -98,7 +98,7 @@ def test_the_run_then_does_what_was_said(
     check_against_a_run(report, metrics(tmp_path / "run"))
     assert report["plan"]["sums"]["run"]["most_microbatches"] > 1
     if f"data.train={damaged}" in words:
-        assert len(report["left_out"]) == 2
+        assert len(report["left_out"]) == 2 and "2 problems" in lines["left out"]
         assert (report["items"]["training_examples"], report["items"]["of_them_regularization"]) == (11, 3)
     entries = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert entries < report["cache"]["bytes"] < entries + 6000 * report["cache"]["entries"]
