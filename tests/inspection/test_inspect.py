@@ -92,7 +92,8 @@ def test_the_run_then_does_what_was_said(
     lines = {line[:10].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert {"scan", "data", "tokens", "sizes", "buckets", "plan", "memory", "cache", "report"} <= lines.keys()
     assert f" {report['plan']['sums']['run']['tokens']:,} tokens, " in lines["run"]
-    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["scan"], "nothing is encoded"
+    folders = {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    assert folders <= {"scan"}, "nothing is encoded; a scan of files that were just written is not kept"
     AcceleratorState._reset_state(True)
     assert cli.main(["--config", str(small_run), f"logging.output_dir={tmp_path / 'run'}", *words]) == 0
     check_against_a_run(report, metrics(tmp_path / "run"))
