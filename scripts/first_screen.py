@@ -11,6 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -111,10 +112,9 @@ def badges() -> str:
     for label, value in stated.items():
         for words, colour in ((label, "#4a5057"), (value, "#1f6f43")):
             width = round(1.12 * font.getlength(words)) + 14  # the browser's font is wider than Pillow's
-            words = words.replace("<", "&lt;").replace(">", "&gt;")
             parts.append(
                 f'<rect x="{left:g}" width="{width}" height="20" fill="{colour}"/>'
-                f'<text x="{left + 7:g}" y="14" textLength="{width - 14}">{words}</text>'
+                f'<text x="{left + 7:g}" y="14" textLength="{width - 14}">{escape(words)}</text>'
             )
             left += width
         left += 6

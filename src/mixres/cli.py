@@ -6,7 +6,6 @@ torch is imported.
 
 import argparse
 import contextlib
-import difflib
 import errno
 import io
 import itertools
@@ -15,13 +14,13 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mixres import __version__
-from mixres.errors import Problems, Stopped, UserError, WorkError
+from mixres.errors import Problems, Stopped, UserError, WorkError, did_you_mean
 
 if TYPE_CHECKING:
     from mixres.config.schema import Config
@@ -235,7 +234,7 @@ def _run(argv: Sequence[str]) -> None:
     if not argv:
         whole.print_help(sys.stderr)
     if verb not in known:
-        hint = _nearest(verb, known) or f"; the verbs are: {', '.join(known)}"
+        hint = did_you_mean(verb, known) or f"; the verbs are: {', '.join(known)}"
         problems.append(f"{verb}: unknown verb{hint}")
         verb = "train"
     if "--cache" in words and verb in WITH_CONFIG:
@@ -328,17 +327,12 @@ def _unknown_option(word: str, verb: str, known: dict[str, _Parser]) -> str:
     name, _, value = word.partition("=")
     own = known[verb]._option_string_actions
     if verb not in WITH_CONFIG:
-        return f"{word}: unknown option of {verb}; see {verb} --help{_nearest(name, own)}"
+        return f"{word}: unknown option of {verb}; see {verb} --help{did_you_mean(name, own)}"
     if "." in name:
         return f"{name}: unknown option; overrides have no dashes: write {name.lstrip('-')}={value or 'VALUE'}"
     if others := [other for other, parser in known.items() if name in parser._option_string_actions]:
         return f"{name}: is for the verb {' or '.join(others)}, not for {verb}: leave it out"
-    return f"{word}: unknown option; see --help{_nearest(name, own)}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"{word}: unknown option; see --help{did_you_mean(name, own)}"
 
 
 def _call(work: str, *given: Any, **options: Any) -> None:

@@ -3,6 +3,7 @@
 Promise: a message is always exactly one printable line, whatever file name or value stands in it.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ def without_secrets(text: str) -> str:
     text = re.sub(user, r"\1\2***@", text, flags=re.IGNORECASE)
     query = r"(https?://[^\s?'\"]*|\w://[^\s?'\"]*(?=\?[^\s'\")\]]*=))\?[^\s'\")\]]*"
     return re.sub(query, r"\1?***", text, flags=re.IGNORECASE)
+
+
+def did_you_mean(word: str, known: Iterable[str], what: str = "") -> str:
+    """The end of a message that names what is spelt nearly as `word`, with `what` it is; empty if none is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {what}'{close[0]}'?" if close else ""
 
 
 class UserError(Exception):

@@ -8,7 +8,6 @@ Cost: about 0.2 s, most of it the import of pydantic.
 
 import contextlib
 import copy
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -22,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mixres.config.problems import KeyPath, Source, all_problems, defaults, dotted, leaves, merged, validate, value_at
 from mixres.config.recipes import recipes
 from mixres.config.schema import Config
-from mixres.errors import UserError
+from mixres.errors import UserError, did_you_mean
 
 FROZEN = "config.yaml"  # what a run leaves in its folder
 _SECRET = re.compile(r"token|key|secret|password", re.IGNORECASE)
@@ -162,9 +161,8 @@ def _read_file(path: Path, source: Source) -> Any:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        near = difflib.get_close_matches(str(path), recipes(), n=1)
-        fix = f"did you mean the recipe '{near[0]}'?" if near else "name another file"
-        source.problems.append(((), f"--config {path}: cannot be read: {reason}; {fix}"))
+        near = did_you_mean(str(path), recipes(), "the recipe ") if isinstance(error, FileNotFoundError) else ""
+        source.problems.append(((), f"--config {path}: cannot be read: {reason}{near or '; name another file'}"))
         return {}
     values = _parse(text, (), f"--config {path}", source)
     if values is not None and not isinstance(values, dict):
@@ -195,8 +193,8 @@ def _parse(text: str, path: KeyPath, where: str, source: Source) -> Any:
         problem = getattr(error, "problem", None) or "it holds a character that YAML does not take"
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        sign = not where.startswith("--config") and text[:1] in "*&%@`"
-        fix = f"write {where}='\"{text}\"'" if sign else "correct it"
+        is_sign = path and text.startswith(tuple("*&%@`"))  # an override, such as a glob
+        fix = f"write {where}='\"{text}\"'" if is_sign else "correct it"
         source.problems.append((path, f"{where}: not valid YAML: {problem}{at}; {fix}"))
     except RecursionError:
         source.problems.append((path, f"{where}: nested too deeply; flatten it"))

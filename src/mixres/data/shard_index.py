@@ -39,8 +39,8 @@ def kept_records(
     file, state = index_of(stored, folder, columns=columns, empty_caption=empty_caption)
     with suppress(OSError, ValueError, LookupError, TypeError):
         data = file.read_bytes()
-        kept = json.loads(data[_DIGEST:])
-        if kept["state"] == state and data[:_DIGEST] == xxhash.xxh3_64_hexdigest(data[_DIGEST:]).encode():
+        whole = data[:_DIGEST] == xxhash.xxh3_64_hexdigest(data[_DIGEST:]).encode()
+        if whole and (kept := json.loads(data[_DIGEST:]))["state"] == state:
             return [record_of(image, *row) for row in kept["records"]], [Problem(*row) for row in kept["problems"]]
     records, problems = read()
     if records and is_settled(stored.status):

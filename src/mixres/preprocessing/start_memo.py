@@ -5,8 +5,9 @@ Promise: it is used only where all that it was made of is as it was: the tar and
 encoders, and the shards of the cache by name, index and noted damage. A start with it finds what one without it finds,
 record by record. A memo that is damaged counts as none. Cost: about 370 bytes a record, on disk and in memory.
 
-There is none where a source is a folder, a manifest or a data set, whose files have a state each, or where an entry has
-a file of its own. Then, and after any change, a start looks at everything and keeps what it found.
+There is none where a source is a folder, a manifest or a data set, whose files have a state each, where an entry has a
+file of its own, where an object has no usable record, or where an image was left out for want of memory. Then, and
+after any change, a start looks at everything and keeps what it found.
 
 File: a line with `_VERSION`, the xxh3_128 of what follows, sections: records as JSON, where each ends, keys, keys of
 the noise, rows of `samples.ROW`; a JSON object with the bytes of each section, and its own length as 8 bytes.

@@ -26,7 +26,7 @@ Line = Mapping[str, Any]
 PAGE = "report.html"
 _SIGNS = (STATUS, METRICS, FROZEN, "reports")  # of a run folder, each where something was done in it
 _LARGEST = 1e300  # beyond it a number is none
-_NOT_LISTED = ("samples", "checkpoints", "wandb")  # shown in another way, or another program's
+_NOT_LISTED = (PAGE, "samples", "checkpoints", "wandb")  # shown in another way, or another program's
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Run:
         """Every other file with its bytes and time: those of a checkpoint or of another program are not among them."""
         found = []
         for path in inside(self.folder, "*", "reports/*", "ema/*", "transformer/*"):
-            if path.name.startswith(".") or path.relative_to(self.folder).parts[0] in (*_NOT_LISTED, PAGE):
+            if path.name.startswith(".") or path.relative_to(self.folder).parts[0] in _NOT_LISTED:
                 continue
             with contextlib.suppress(OSError):
                 status = path.stat()
