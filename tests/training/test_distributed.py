@@ -15,14 +15,12 @@ from mixres.training import distributed
 from mixres.training.distributed import make_accelerator
 
 
-def test_plugins_of_the_launcher_and_a_tracker_that_is_not_installed_are_reported_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plugins_of_the_launcher_are_refused_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError) as caught:
-        make_accelerator(mixed_precision="no", report_to="no_such_tracker", folder=tmp_path)
-    expected = ("turns on FSDP, which mixres", "turns on DeepSpeed", "logging.report_to: no_such_tracker is not")
+        make_accelerator(mixed_precision="no", report_to="none", folder=tmp_path)
+    expected = ("turns on FSDP, which mixres", "turns on DeepSpeed")
     assert all(part in message for part, message in zip(expected, caught.value.messages, strict=True))
     assert all(f'"{name}"' in inspect.getsource(launch) for name in distributed._PLUGINS), "as accelerate names them"
 

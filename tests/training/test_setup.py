@@ -1,6 +1,7 @@
 """The parts of a run, put together from a configuration."""
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +30,15 @@ from support.steps import flow_of, microbatch, new_accelerator
 Setup = Callable[..., Config]
 
 
-def test_what_is_wrong_with_optimizer_and_targets_is_reported_together(
+def test_what_is_wrong_with_tracker_optimizer_and_targets_is_reported_together(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("optimizer.init_args={lr: 1e-3, speed: 2, beta: 3}", "model.quantize=nf4")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ("optimizer.init_args={lr: 1e-3, speed: 2, beta: 3}", "model.quantize=nf4", "logging.report_to=wandb")
     config = setup(*words, "model.lora.target_modules=[to_q, to_x, to_y]")
     with pytest.raises(UserError) as caught:
         check_early(*with_family(config))
-    keys = ["optimizer.init_args.speed", "optimizer.init_args.beta", "model.quantize"]
+    keys = ["logging.report_to", "optimizer.init_args.speed", "optimizer.init_args.beta", "model.quantize"]
     expected = [*keys, "model.lora.target_modules", "model.lora.target_modules"]
     assert [message.partition(":")[0] for message in caught.value.messages] == expected
     check_early(*with_family(setup("model.lora=null")))

@@ -9,7 +9,6 @@ computes in float32 inside (3.6e-8 in the parameters after 4 float64 steps on 3 
 """
 
 import functools
-import importlib.util
 import itertools
 import os
 import warnings
@@ -97,8 +96,7 @@ def make_accelerator(
     `cpu_offload`: they do so beside their devices' own way too, about what is in host memory.
 
     Raises:
-        UserError: the launcher asks for a plugin that would not be used, or the tracker `report_to` is not installed
-            (accelerate would ignore it silently).
+        UserError: the launcher asks for a plugin that would not be used.
     """
     problems = Problems(
         f"accelerate launch: its configuration turns on {name}, which mixres does not use: turn it off there (or take "
@@ -106,8 +104,6 @@ def make_accelerator(
         for variable, name in _PLUGINS.items()
         if os.environ.get(variable, "false").lower() == "true"
     )
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        problems.add(f"logging.report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
     problems.raise_if_any()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with this alone

@@ -4,6 +4,7 @@ Promise: `train`, `verify` and `bench` build a run here, so that all of them mea
 transformer.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +87,15 @@ def check_early(config: Config, family: Family) -> None:
     """Check what needs torch, before hours of encoding.
 
     Raises:
-        UserError: the optimizer or its arguments, groups of ranks that are not alike, a guidance or steps of a shift
-            that the base does not have, LoRA targets that match nothing, or a pretrained LoRA that does not fit; all
-            at once.
+        UserError: the optimizer or its arguments, groups of ranks that are not alike, a tracker that is not installed,
+            a guidance or steps of a shift that the base does not have, LoRA targets that match nothing, or a pretrained
+            LoRA that does not fit; all at once.
     """
     problems = Problems()
     here, model, optimizer = dist_env(), config.model, config.optimizer
+    tracker = config.logging.report_to
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:  # accelerate would ignore it silently
+        problems.add(f"logging.report_to: {tracker} is not installed: pip install {tracker}, or set it to none")
     split, size = is_split(config.train.parallel), config.train.shard_size
     if split and size and here.world_size % size:
         problems.add(f"train.shard_size: {here.world_size} processes are no groups of {size}: give a divisor, or null")
