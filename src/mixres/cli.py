@@ -378,8 +378,10 @@ def _cache(
         verify_cache(config, world_size=world_size)
     else:
         from mixres.preprocessing.fill import run_cache
+        from mixres.training.run_folder import StopOnSignal
 
-        run_cache(config, device=device_named(device), rank=rank, world_size=world_size, shard=shard)
+        with StopOnSignal("stopped by a signal: what was encoded is in the cache; run the same command to go on"):
+            run_cache(config, device=device_named(device), rank=rank, world_size=world_size, shard=shard)
 
 
 def _bench(config: "Config", *, against: str | None = None, **options: Any) -> None:

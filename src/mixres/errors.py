@@ -96,7 +96,10 @@ class WorkError(Exception):
         super().__init__(one_line(message))
 
 
-class Stopped(Exception):  # noqa: N818 - no error: the run was asked to stop and has saved
-    """A signal came and the run saved itself. The command line exits 75: the same command resumes."""
+class Stopped(BaseException):
+    """A signal came and the run saved itself. The command line exits 75: the same command resumes.
+
+    It is raised wherever the process is, as `KeyboardInterrupt`; nothing that handles errors takes it for one.
+    """
 
     exit_code = 75

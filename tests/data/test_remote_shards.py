@@ -16,7 +16,7 @@ from mixres.data.cache import Cache, DamagedEntry
 from mixres.data.compact import compact
 from mixres.data.loader import MicrobatchDataset, microbatch_loader
 from mixres.data.plan import Plan
-from mixres.errors import UserError, WorkError
+from mixres.errors import Stopped, UserError, WorkError
 from mixres.preprocessing.fill import fill
 from mixres.preprocessing.samples import lengths_of
 from support.jobs import longest_file
@@ -227,6 +227,19 @@ def test_what_a_store_refuses_is_a_line_and_nothing_is_lost(
 def _cannot_be_reached(at_s3: Open) -> None:
     with pytest.raises(WorkError, match=r"cannot be read: .*; look at the network and the store, and run the same"):
         at_s3("d")
+
+
+def test_a_signal_is_no_failure_of_a_store() -> None:
+    """It comes wherever the process is, and most of the time that is in a request."""
+    tried = []
+
+    def request(_: Any) -> None:
+        tried.append(1)
+        raise Stopped("by a signal")
+
+    with pytest.raises(Stopped, match="by a signal"):
+        objects.asked("https://localhost/object", request)
+    assert len(tried) == 1
 
 
 def test_an_entry_damaged_in_a_store_that_cannot_be_written_is_named(at_s3: Open, faulty: FaultyServer) -> None:

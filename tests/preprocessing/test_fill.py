@@ -18,9 +18,10 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mixres import console
+from mixres import cli, console
 from mixres.batch import Sample
 from mixres.data.cache import Cache, entry_key
+from mixres.data.shards import Shards
 from mixres.errors import UserError, WorkError
 from mixres.geometry import Grid
 from mixres.preprocessing.cache_folder import check_space, make_folder
@@ -222,6 +223,30 @@ def test_pickles_in_the_cache_and_the_base_run_nothing(caching: Caching, copy_of
     assert not witness.exists()
     pickle.loads(planted[3].read_bytes())
     assert witness.exists(), "the planted ones are not blanks"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_closes_the_open_shard(
+    caching: Caching, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A scheduler sends one before it takes the machine away."""
+    append, words = Shards.append, "cache.shard_gb=1"
+
+    def signalled(shards: Shards, key: str, data: bytes, note: str) -> None:
+        append(shards, key, data, note)
+        if len(shards.shard_of) == 2:
+            signal.raise_signal(number)
+
+    caching.keep_few()
+    caching.cache = tmp_path / "empty"
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "append", signalled)
+        assert cli.main(["cache", "--config", str(caching.file), *caching.words(), words]) == 75
+    told = caching.capsys.readouterr().err
+    assert told == "mixres: stopped by a signal: what was encoded is in the cache; run the same command to go on\n"
+    assert signal.getsignal(number) is before
+    assert caching(words) == (FEW - 2, 2)
 
 
 def test_spread_takes_all_sizes_evenly(caching: Caching) -> None:

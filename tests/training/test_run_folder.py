@@ -31,7 +31,7 @@ def open_run(folder: Path, *, rank: int = 0, **options: float) -> RunFolder:
         (KeyError(), "failed", 1),
     ],
 )
-def test_the_status_records_how_a_run_ended(tmp_path: Path, error: Exception, state: str, code: int) -> None:
+def test_the_status_records_how_a_run_ended(tmp_path: Path, error: BaseException, state: str, code: int) -> None:
     with pytest.raises(type(error)), open_run(tmp_path):
         raise error
     ended = status(tmp_path)

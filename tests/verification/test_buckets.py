@@ -1,6 +1,7 @@
 """`bench --against buckets`: the arithmetic of three trainers, and one trainer that all arms share."""
 
 import json
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -238,3 +239,13 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert bench(small_run, f"logging.output_dir={tmp_path / 'run'}", *words) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("mixres: error: ") and message in line
+
+
+def test_a_plot_that_cannot_be_drawn_is_told_before_the_training(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = [f"logging.output_dir={tmp_path / 'run'}", "--against", "buckets"]
+    assert bench(small_run, *words) == 2
+    wanted = "--against: its plot needs 'matplotlib', which is not installed: pip install 'mixres[demo]'"
+    assert capsys.readouterr().err == f"mixres: error: {wanted}\n"

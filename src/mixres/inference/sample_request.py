@@ -4,8 +4,8 @@ Promise: every bad line of a prompts file is reported at once. The same command 
 found by the settings that its PNG records.
 
 Lines of a prompts file have the keys of a data manifest (`prompt`, `path_control`, `path_control_1`, ...), so that a
-manifest of held-out data can be given as it is: its masks are not opened, and its targets only to compare. `seed` and
-`size` may be added.
+manifest of held-out data can be given: its masks are not opened, and its targets only to compare. `seed` and `size` may
+be added. Other keys are refused, since a misspelt one would be ignored.
 """
 
 import json

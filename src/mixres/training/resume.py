@@ -72,7 +72,7 @@ def checkpoint_to_resume(
     for key in {**saved, **frozen}:
         before, now = saved.get(key), frozen.get(key)
         if key not in allowed and before != now:
-            allow = f", or set resume_allow_changes=[{key}]" if key in get_args(Changeable) else ""
+            allow = f", or set 'resume_allow_changes=[{key}]'" if key in get_args(Changeable) else ""
             problems.add(
                 f"{key}: checkpoint {found.path.name} was made with {as_written(before)}, this run has "
                 f"{as_written(now)}: change it back, choose another logging.output_dir{allow}"

@@ -33,7 +33,39 @@ _PR_SET_PDEATHSIG = 1  # Linux, see prctl(2)
 _DEATH, _CHILD = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGCHLD"))
 
 
-class RunFolder:
+class StopOnSignal:
+    """Within it SIGTERM, SIGINT, SIGUSR1 and the death of the launcher raise `Stopped` with `reason`.
+
+    A second SIGTERM or SIGINT ends the process at once.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.stop_requested = False
+        self._reason, self._stop_at_once, self._asked_at = reason, True, 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in filter(None, (signal.SIGTERM, signal.SIGINT, _DEATH)):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        if end_with_launcher() and _DEATH:
+            self._handlers[_DEATH] = signal.SIG_IGN  # it may still come while the process is ending
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            if number != _DEATH and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
+                os._exit(128 + number)  # the second one: at once, without touching a file
+            return
+        self.stop_requested, self._asked_at = True, time.monotonic()
+        if self._stop_at_once:
+            raise Stopped(self._reason)
+
+
+class RunFolder(StopOnSignal):
     """Holds the lock on `folder` and keeps its `run_status.json`; only the process of rank 0 does either.
 
     Raises:
@@ -43,13 +75,10 @@ class RunFolder:
     def __init__(
         self, folder: Path, *, verb: str, max_train_steps: int, rank: int, wait_s: float = _LOCK_WAIT_S
     ) -> None:
+        super().__init__("stopped by a signal before the first step: run the same command to resume")
         self.folder, self.is_main = folder, rank == 0
         self._wait_s = wait_s
-        self.stop_requested = False
-        self._stop_at_once = True
-        self._asked_at = 0.0
         self._lock = FileLock(folder / LOCK)
-        self._handlers: dict[signal.Signals, Any] = {}
         now = time.time()
         self._status: dict[str, Any] = {
             "state": "running",
@@ -66,10 +95,7 @@ class RunFolder:
         }
 
     def __enter__(self) -> Self:
-        for number in filter(None, (signal.SIGTERM, signal.SIGINT, _DEATH)):
-            self._handlers[number] = signal.signal(number, self._on_signal)
-        if end_with_launcher() and _DEATH:
-            self._handlers[_DEATH] = signal.SIG_IGN  # it may still come while the process is ending
+        super().__enter__()
         try:
             if self.is_main:
                 self._take_folder()
@@ -103,10 +129,9 @@ class RunFolder:
 
     def _let_go(self) -> None:
         self._lock.release()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        super().__exit__(None, None, None)
 
-    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         state, code = _ending(error)
         # Torch raises from a signal handler when a worker of its loader has died, wherever the process is just then.
         handler = signal.signal(_CHILD, signal.SIG_DFL) if _CHILD else None
@@ -149,20 +174,11 @@ class RunFolder:
         status = self._read()
         return f"process {status['pid']} on {status['host']}" if {"pid", "host"} <= status.keys() else "another process"
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
-            if number != _DEATH and time.monotonic() - self._asked_at > _ONE_REQUEST_S:
-                os._exit(128 + number)  # the second one: at once, without touching a file
-            return
-        self.stop_requested, self._asked_at = True, time.monotonic()
-        if self._stop_at_once:
-            raise Stopped("stopped by a signal before the first step: run the same command to resume")
-
 
 def end_with_launcher() -> bool:
     """Whether a launcher started this process. One that is killed leaves its processes behind: they get SIGUSR1 then.
 
-    It ends a process at once, unless an open `RunFolder` takes it. Call it early: a launcher
+    It ends a process at once, unless an open `RunFolder` or `StopOnSignal` takes it. Call it early: a launcher
     that died before is not noticed. Where there is no prctl nothing is sent.
     """
     launched = any(name in os.environ for name in LAUNCHERS)

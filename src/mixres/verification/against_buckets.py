@@ -14,6 +14,7 @@ are counted over the whole epoch.
 steps of `musubi_tuner` hold fewer samples where a bucket fills no batch.
 """
 
+import importlib.util
 import itertools
 import json
 import math
@@ -93,6 +94,8 @@ def against_buckets(
                         for name, value in (("steps", steps), ("seeds", seeds)) if value < 1)  # fmt: skip
     if isinstance(config.data.held_out, float):
         problems.add("data.held_out: --against buckets trains on other files: name a folder or manifest, or null")
+    if importlib.util.find_spec("matplotlib") is None:
+        problems.add("--against: its plot needs 'matplotlib', which is not installed: pip install 'mixres[demo]'")
     problems.raise_if_any()
     accelerator = one_process(config, "bench")
     text_device(config, accelerator.device, ranks=1)
