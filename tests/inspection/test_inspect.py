@@ -103,12 +103,18 @@ def test_the_run_then_does_what_was_said(
     assert f" {report['plan']['sums']['run']['tokens']:,} tokens, " in lines["run"]
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["scan"], "nothing is encoded"
     AcceleratorState._reset_state(True)
-    assert cli.main(["--config", str(small_run), f"logging.output_dir={tmp_path / 'run'}", *words]) == 0
+    folder = (f"logging.output_dir={tmp_path / 'run'}",)
+    assert cli.main(["--config", str(small_run), *folder, *words]) == 0
     check_against_a_run(report, metrics(tmp_path / "run"))
     assert report["plan"]["sums"]["run"]["most_microbatches"] > 1
     if f"data.train={damaged}" in words:
         assert len(report["left_out"]) == 2 and "2 problems" in lines["left out"]
         assert (report["items"]["training_examples"], report["items"]["of_them_regularization"]) == (11, 3)
+    capsys.readouterr()
+    assert inspect(*words, "resume=required")[0] == 0
+    assert inspect(*words, "train.seed=9")[0] == cli.main(["--config", str(small_run), *folder, *words, "train.seed=9"])
+    told, refused = capsys.readouterr().err.splitlines()
+    assert told == refused and "train.seed: checkpoint step-" in told
     entries = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert entries < report["cache"]["bytes"] < entries + 6000 * report["cache"]["entries"]
     by_text, own = report["cache"]["bytes_by_text"], "recompute" if "cache.text=recompute" in words else "float32"

@@ -9,6 +9,7 @@ most `MAX_STEPS` steps), and seconds of counting memory; no weights but with `me
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from mixres import atomic
 from mixres.config.schema import Config
@@ -32,9 +33,11 @@ from mixres.preprocessing.encode import text_problems
 from mixres.preprocessing.fill import family_of
 from mixres.preprocessing.samples import lengths_of
 from mixres.preprocessing.training_data import ScannedData, image_limits, scan_records, tell
+from mixres.training.checkpoint import Checkpoints
 from mixres.training.distributed import dist_env
+from mixres.training.resume import checkpoint_to_resume
 from mixres.training.sample_sheets import save_png
-from mixres.training.setup import check_early, make_plan
+from mixres.training.setup import check_early, make_plan, run_identity
 from mixres.verification.setup import precision_label, report_path, versions
 from mixres.verification.synthetic import largest_microbatch
 
@@ -73,6 +76,7 @@ def inspect(
         return
     problems.collect(check_early, config if measure else _checkable_here(config), family)
     estimate = not problems.lines
+    problems.collect(_check_resume, config, family)
     make_folder(cache_folder(config))
     found = problems.collect(scan_records, config, family, is_main=True)
     if found is None:
@@ -101,6 +105,14 @@ def _rehearse_without_data(config: Config, family: Family, foresee: Callable[...
     for line in summary_lines(report):
         log(line)
     atomic.write_json(report_path(config, "inspect.json"), report)
+
+
+def _check_resume(config: Config, family: Family) -> None:
+    """Whether a run may resume from what its folder holds, but for the data, whose keys need the base's weights."""
+    unknown = ("data.train", "data.regularization")
+    checkpoints = Checkpoints(Path(config.logging.output_dir) / "checkpoints", keep=config.checkpoint.keep)
+    allowed = (*config.resume_allow_changes, *unknown)
+    checkpoint_to_resume(checkpoints, config.resume, run_identity(config, family, (), ()), allowed, family.lora_presets)
 
 
 def _checkable_here(config: Config) -> Config:
