@@ -168,6 +168,15 @@ def test_plain_secrets_are_hidden_and_declared_keys_are_not(tmp_path: Path) -> N
     assert "abc" not in str(caught.value)
 
 
+def test_text_that_is_not_utf8_is_named_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDER", "/data/caf\udce9")  # what Python makes of a byte that is not UTF-8
+    for key, name in (("data.train=${oc.env:FOLDER}", "data.train"), ('"no\\ud800": 1', r"no\ud800")):
+        text, words = (REQUIRED, [key]) if "=" in key else (f"{REQUIRED}\n{key}", [])
+        with pytest.raises(UserError) as caught:
+            load(tmp_path, text, *words)
+        assert [*caught.value.messages] == [f"{name}: has a character that UTF-8 does not have; correct it"]
+
+
 def test_a_dump_of_any_text_loads_as_the_same_config(tmp_path: Path) -> None:
     """Quoting follows YAML 1.1, which takes other texts for numbers than what reads them here."""
     texts = [*filter(str.strip, SCALARS), "1e5", ".nan", "0x1F", "0o7", "a: b", "- c", "# d", " e ", "'", "图\n\t"]

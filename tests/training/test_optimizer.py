@@ -242,6 +242,8 @@ def test_the_rate_of_a_step_is_the_one_that_stepping_gives(scheduler_type: str, 
             ["init_args.learning_rate: AdamW does not take it; it takes: lr, betas", "init_args.beta: AdamW"],
         ),
         ("torch.optim.AdamW", {"lr": 1e-3, "betas": [0.9, 1.5]}, ["init_args: AdamW refuses them: Invalid beta"]),
+        ("torch.optim.AdamW", {"betas": [0.9]}, ["init_args: AdamW refuses them: list index out of range; correct"]),
+        ("torch.optim.AdamW", {"fused": True, "foreach": True}, ["init_args: AdamW refuses them: `fused` and"]),
         (f"{THIS}.Open", {"speed": -1.0}, ["init_args: Open refuses them: Invalid learning rate"]),  # takes any name
     ],
 )

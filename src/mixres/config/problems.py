@@ -109,9 +109,23 @@ def validate(values: Mapping[str, Any], extra: Literal["forbid", "ignore"] = "fo
 def all_problems(source: Source) -> list[str]:
     """A line for every problem: of the source, of a key or its value, and of values that do not fit each other."""
     problems = list(source.problems)
+    if unreadable := [path for path, value in leaves(source.resolved) if not _is_utf8(f"{dotted(path)}{value}")]:
+        # Of a variable of the environment, or an escape; the schema would refuse the whole without naming a key.
+        problems += [
+            (path, f"{dotted(path)}: has a character that UTF-8 does not have; correct it") for path in unreadable
+        ]
+        return [line for _, line in problems]
     for find in (_key_problems, _leaf_problems, _clashes):
         problems += find(source, [path for path, _ in problems])
     return list(dict.fromkeys(line for _, line in problems))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _key_problems(source: Source, wrong: Sequence[KeyPath]) -> list[Problem]:

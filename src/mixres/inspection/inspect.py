@@ -76,11 +76,11 @@ def inspect(
         return
     problems.collect(check_early, config if measure else _checkable_here(config), family)
     estimate = not problems.lines
-    problems.collect(_check_resume, config, family)
     make_folder(cache_folder(config))
     found = problems.collect(scan_records, config, family, is_main=True)
     if found is None:
         raise UserError(problems.lines)
+    problems.collect(_check_resume, config, family)
     tell(found.summary, family, config.data.background)
     problems.add(*found.refusals(config))
     run = _DryRun(config, family, found, ranks, problems, estimate=estimate)

@@ -120,7 +120,8 @@ def _draw_loss(metrics: Path, path: Path) -> None:
     from matplotlib.figure import Figure  # half a second, needed here only
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line), strict=True)
+    # A step that was skipped has no loss.
+    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if line.get("loss") is not None), strict=True)
     width = min(_SMOOTHED, len(losses))
     means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
     figure = Figure(figsize=(7, 3.5), layout="constrained")

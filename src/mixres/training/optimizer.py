@@ -45,7 +45,7 @@ def optimizer_class(class_path: str, init_args: Mapping[str, Any]) -> type[Optim
     ).raise_if_any()
     try:
         found([torch.nn.Parameter(torch.zeros(1, 1))], **init_args)  # a matrix: some optimizers accept nothing else
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # each class has its own for arguments that do not fit
         raise UserError(f"optimizer.init_args: {name} refuses them: {error}; correct them") from error
     return found
 
